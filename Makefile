@@ -1,0 +1,72 @@
+# Everything happens in .venv, which the first target makes. Python: `make PYTHON=python3.12`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The interpreter asked for comes first, then whatever supported one the machine has.
+CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+# A process gets one thread: stages run side by side, one process each.
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean check-python
+
+help: ## say what the targets do
+	@sed -n 's/^\([a-z][a-z]*\):[^#]*## /\1	/p' Makefile | expand -t 8
+
+demo: $(STAMP) ## compile ResNet-1001 into four stages, in build/resnet1001
+	@mkdir -p build
+	$(BIN)/pnn-compile examples/resnet1001.py -n 4 -o build/resnet1001
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove what was built, and caches; .venv stays
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find passes pnn_compile tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Sets $python to the first candidate that is supported and can make a virtual environment.
+define find_python
+python=; unequipped=; \
+for candidate in $(CANDIDATES); do \
+	if "$$candidate" -c '$(SUPPORTED)' >/dev/null 2>&1; then \
+		if "$$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+			python=$$candidate; break; \
+		fi; \
+		unequipped=$${unequipped:-$$candidate}; \
+	fi; \
+done; \
+if [ -z "$$python" ] && [ -n "$$unequipped" ]; then \
+	echo "error: $$unequipped cannot create virtual environments;" \
+		"on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	exit 2; \
+elif [ -z "$$python" ]; then \
+	echo "error: no Python 3.11, 3.12 or 3.13 found (tried: $(CANDIDATES));" \
+		"install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	exit 2; \
+fi
+endef
+
+check-python:
+	@$(find_python); echo "$$python"
+
+# torch goes first, pinned: asked for by another package it could come in another version or build.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! { $(BIN)/python -c '$(SUPPORTED)' && $(BIN)/python -m pip --version; } >/dev/null 2>&1; then \
+		$(find_python); \
+		echo "making $(VENV) with $$python"; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

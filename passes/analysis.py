@@ -1,0 +1,138 @@
+"""Everything known of a program before anything is decided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import fx
+
+from passes.cost import Cost, measure_costs, measure_seconds
+from passes.frontier import (
+    Block,
+    Frontiers,
+    Source,
+    analyze,
+    preprocessing_sources,
+    repeated_blocks,
+)
+from passes.observe import Fact
+from passes.options import CostSource
+from passes.program import Program
+
+__all__ = ["Analysis", "weigh"]
+
+_SIGNIFICANT = 0.25
+"""A block or operator belongs to the trunk if it costs this share of the mean of its kind."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Facts, costs and legal cuts of a program.
+
+    Attributes:
+        program: The program.
+        facts: What was observed of every node.
+        costs: What every compute node costs.
+        frontiers: The legal cuts.
+        blocks: The runs between neighbouring single-tensor module boundaries.
+        sources: What the guesses are made from.
+        unit: Unit of `Cost.weight`.
+    """
+
+    program: Program
+    facts: Mapping[fx.Node, Fact]
+    costs: Mapping[fx.Node, Cost]
+    frontiers: Frontiers
+    blocks: tuple[Block, ...]
+    sources: tuple[Source, ...]
+    unit: str
+
+    @cached_property
+    def total(self) -> float:
+        """Cost of the original network."""
+        return sum(cost.weight for cost in self.costs.values())
+
+    @cached_property
+    def flops(self) -> int:
+        """Forward FLOPs of the original network."""
+        return sum(cost.flops for cost in self.costs.values())
+
+    @property
+    def scale(self) -> float:
+        """Cost per FLOP, to price networks that are not in the program."""
+        return self.total / self.flops if self.flops else 1.0
+
+    def block_flops(self, block: Block) -> int:
+        """Forward FLOPs of a block."""
+        nodes = self.frontiers.order[block.start.index : block.stop.index]
+        return sum(self.costs[node].flops for node in nodes)
+
+    @cached_property
+    def trunk_blocks(self) -> list[Block]:
+        """The repeated blocks that carry weight; empty if they are not most of the network."""
+        counts = Counter(block.signature for block in self.blocks)
+        repeated = [b for b in self.blocks if counts[b.signature] > 1]
+        if not repeated:
+            return []
+        sizes = {id(block): self.block_flops(block) for block in repeated}
+        mean = sum(sizes.values()) / len(sizes)
+        heavy = [b for b in repeated if sizes[id(b)] >= _SIGNIFICANT * mean]
+        covered = sum(sizes[id(block)] for block in heavy)
+        return heavy if 2 * covered >= self.flops else []
+
+    def trunk_end(self) -> int:
+        """Number of nodes up to the end of the trunk; what follows is fit for a head."""
+        if blocks := self.trunk_blocks:
+            return blocks[-1].stop.index
+        order = self.frontiers.order
+        flops = [self.costs[node].flops for node in order]
+        matrix = [f for n, f in zip(order, flops, strict=True) if _is_matrix(self.costs[n])]
+        if not matrix:
+            return len(order)
+        limit = _SIGNIFICANT * sum(matrix) / len(matrix)
+        return max(index + 1 for index, f in enumerate(flops) if f >= limit)
+
+
+def _is_matrix(cost: Cost) -> bool:
+    return cost.backward_flops > cost.flops
+
+
+def weigh(program: Program, facts: Mapping[fx.Node, Fact], source: CostSource) -> Analysis:
+    """Cost every node, find the legal cuts, the repeated blocks and the sources of guesses."""
+    costs = measure_costs(program, facts, source if callable(source) else None)
+    frontiers = analyze(program, facts, costs)
+    unit = "FLOPs"
+    if callable(source):
+        unit = "cost"
+    elif source == "measured":
+        unit = "seconds"
+        costs = _measured(program, frontiers, costs)
+    return Analysis(
+        program=program,
+        facts=facts,
+        costs=costs,
+        frontiers=frontiers,
+        blocks=tuple(repeated_blocks(program, frontiers, facts)),
+        sources=tuple(preprocessing_sources(program, frontiers, facts)),
+        unit=unit,
+    )
+
+
+def _measured(
+    program: Program, frontiers: Frontiers, costs: Mapping[fx.Node, Cost]
+) -> dict[fx.Node, Cost]:
+    """Replace weights by measured seconds, shared out inside a segment by FLOPs."""
+    order = frontiers.order
+    ends = sorted({position.index for position in frontiers.positions} | {len(order)})
+    starts = [0, *ends[:-1]]
+    segments = [order[a:b] for a, b in zip(starts, ends, strict=True)]
+    weighed: dict[fx.Node, Cost] = {}
+    for segment, seconds in zip(segments, measure_seconds(program, segments), strict=True):
+        flops = sum(costs[node].flops for node in segment)
+        for node in segment:
+            share = costs[node].flops / flops if flops else 1 / len(segment)
+            weighed[node] = replace(costs[node], weight=seconds * share)
+    return weighed

@@ -1,0 +1,148 @@
+"""Example inputs of a model: bound to its signature, flattened to tensors, varied for validation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.errors import CaptureError
+
+__all__ = ["Arguments", "Leaf", "bind", "placeholders"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of the example inputs.
+
+    Attributes:
+        argument: Name of the argument of forward that holds it.
+        path: Keys and indices that lead to it inside a nested argument; empty for a plain tensor.
+        value: The tensor.
+    """
+
+    argument: str
+    path: tuple[Any, ...]
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The example call `model(*args, **kwargs)`.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        names: Name of each positional argument in the signature.
+        leaves: Every tensor inside them, in order.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    names: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors of the call, in order."""
+        return [leaf.value for leaf in self.leaves]
+
+    def with_leaves(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the same call with other values in place of the tensors."""
+        remaining = iter(values)
+
+        def replace(value: Any) -> Any:
+            return next(remaining) if isinstance(value, torch.Tensor) else value
+
+        args, kwargs = pytree.tree_map(replace, (tuple(self.args), dict(self.kwargs)))
+        return args, kwargs
+
+    def tensor_arguments(self) -> dict[str, Any]:
+        """The arguments that hold tensors, by name: what the captured graph takes."""
+        named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
+        holders = {leaf.argument for leaf in self.leaves}
+        return {name: value for name, value in named.items() if name in holders}
+
+    def constants(self) -> dict[str, Any]:
+        """The arguments without tensors: the captured graph fixes them at these values."""
+        named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
+        holders = {leaf.argument for leaf in self.leaves}
+        return {name: value for name, value in named.items() if name not in holders}
+
+    @property
+    def batch(self) -> int | None:
+        """Size of dimension 0 of the first tensor that has dimensions, or None."""
+        return next((leaf.value.shape[0] for leaf in self.leaves if leaf.value.dim()), None)
+
+    def varied(self, grow: bool) -> Arguments:
+        """Return another call of the same kind: other values, and one more sample if `grow`.
+
+        Every tensor whose dimension 0 has the batch size grows; the others keep their shape.
+        Values are permuted along dimension 0 and the last dimension, so that they stay legal.
+        """
+        size = self.batch
+
+        def vary(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.dim() or tensor.shape[0] != size:
+                return tensor.clone()
+            rolled = tensor.detach().roll(1, 0).flip(-1) if tensor.dim() > 1 else tensor.clone()
+            return torch.cat([rolled, rolled[:1]]) if grow else rolled
+
+        values = [vary(leaf.value) for leaf in self.leaves]
+        args, kwargs = self.with_leaves(values)
+        leaves = tuple(
+            Leaf(leaf.argument, leaf.path, value)
+            for leaf, value in zip(self.leaves, values, strict=True)
+        )
+        return Arguments(args, kwargs, self.names, leaves)
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """Bind example inputs to the signature of the model's forward.
+
+    Raises:
+        CaptureError: The inputs do not fit the signature, or hold no tensor.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    names: list[str] = []
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{name}_{index}" for index in range(len(value))]
+        else:
+            names.append(name)
+    names = names[: len(args)]
+    leaves: list[Leaf] = []
+    for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, torch.Tensor):
+                leaves.append(Leaf(name, tuple(_key(entry) for entry in path), leaf))
+    if not leaves:
+        raise CaptureError(
+            f"the example inputs of {type(model).__name__} hold no tensor: give at least one "
+            "(example_inputs=(tensor, ...) or --input 1x3x32x32)"
+        )
+    return Arguments(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
+
+
+def _key(entry: Any) -> Any:
+    if isinstance(entry, pytree.SequenceKey):
+        return entry.idx
+    if isinstance(entry, pytree.MappingKey):
+        return entry.key
+    return entry.name
+
+
+def placeholders(arguments: Arguments) -> list[str]:
+    """Names of the placeholders of the captured graph, in order, without repeats."""
+    return list(dict.fromkeys(leaf.argument for leaf in arguments.leaves))

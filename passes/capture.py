@@ -1,0 +1,151 @@
+"""Capture a model as a `Program`: front ends from the best to the last, each validated."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.arguments import Arguments, bind, placeholders
+from passes.errors import CaptureError
+from passes.exporting import export
+from passes.program import CaptureReport, Program, graph_module, verify_graph
+from passes.restore import attach, toggle
+from passes.tracing import trace
+from passes.validate import Reference, preserved
+
+__all__ = ["capture", "explain"]
+
+_log = logging.getLogger(__name__)
+_Rung = Callable[[nn.Module, Arguments, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
+
+_CONSTANTS = "traced_constants"
+
+LADDER: tuple[tuple[str, _Rung], ...] = (
+    # Keeps real modules and costs 0.3 ms a node; refuses control flow on tensors and shapes.
+    ("torch.fx trace", lambda model, arguments, dynamic: trace(model, arguments)),
+    # Takes nearly everything at some 10 ms a node; modules are folded back afterwards.
+    (
+        "torch.export",
+        lambda model, arguments, dynamic: export(model, arguments, dynamic_batch=dynamic),
+    ),
+)
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool = True,
+) -> Program:
+    """Capture a model as a flat graph over real modules, and validate it against the model.
+
+    The model is copied first and never changed. A front end is believed when outputs, gradients
+    and buffers equal the model's on two inputs (the second with another batch size where the
+    model allows it), in training and in evaluation mode.
+
+    Args:
+        model: The model.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        dynamic_batch: Whether to keep the batch size (dimension 0) free where the model allows.
+
+    Raises:
+        CaptureError: The inputs do not fit, the model itself fails on them, or no front end
+            captured it; then the message names the module and the line that stood in the way.
+    """
+    arguments = bind(model, args, kwargs or {})
+    try:
+        own = copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
+    reference = Reference(own, arguments, dynamic_batch=dynamic_batch)
+    rejected: list[str] = []
+    for rung, front_end in LADDER:
+        try:
+            module = _attempt(own, arguments, front_end, reference.dynamic_batch)
+        except Exception as error:
+            _log.debug("%s failed", rung, exc_info=True)
+            rejected.append(f"{rung}: {explain(own, error)}")
+            continue
+        if reason := reference.mismatch(module):
+            rejected.append(f"{rung}: {reason}")
+            continue
+        notes = [*reference.notes, *_fixed(arguments)]
+        used = module.state_dict().keys()
+        unused = {key: value for key, value in own.state_dict().items() if key not in used}
+        return Program(
+            module=module,
+            args=arguments.tensor_arguments(),
+            dynamic_batch=reference.dynamic_batch,
+            capture=CaptureReport(rung, tuple(rejected), tuple(notes)),
+            name=type(model).__name__,
+            unused=unused,
+        )
+    attempts = "".join(f"\n  {line}" for line in rejected)
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured as a graph:{attempts}\n"
+        "compile the submodule around that line instead, or move the control flow out of forward"
+    )
+
+
+def _attempt(
+    model: nn.Module, arguments: Arguments, front_end: _Rung, dynamic: bool
+) -> fx.GraphModule:
+    """Run one front end in training mode, where everything random is in the graph."""
+    with preserved(model):
+        model.train()
+        graph, constants = front_end(model, arguments, dynamic)
+    _adopt(model, graph, constants)
+    toggle(model, graph)
+    module = graph_module(model, graph, type(model).__name__)
+    verify_graph(module)
+    unknown = [name for name in placeholders(arguments) if not _has_placeholder(graph, name)]
+    if unknown:
+        raise CaptureError(f"arguments lost ({', '.join(unknown)})")
+    return module
+
+
+def _adopt(model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> None:
+    """Give the model the tensors that the graph holds as constants, as buffers not saved."""
+    holder = nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr" and (value := constants.get(str(node.target))) is not None:
+            leaf = str(node.target).replace(".", "_").lstrip("_")
+            holder.register_buffer(leaf, value, persistent=False)
+            node.target = f"{_CONSTANTS}.{leaf}"
+    attach(model, _CONSTANTS, holder)
+
+
+def _has_placeholder(graph: fx.Graph, name: str) -> bool:
+    return any(node.op == "placeholder" and node.target == name for node in graph.nodes)
+
+
+def _fixed(arguments: Arguments) -> list[str]:
+    return [
+        f"argument {name!r} is fixed at {value!r} and no longer taken"
+        for name, value in arguments.constants().items()
+    ]
+
+
+def explain(model: nn.Module, error: BaseException) -> str:
+    """Say in one line what went wrong, in which module, on which line of the user's code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    names = {id(module): name for name, module in model.named_modules()}
+    hidden = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        filename = frame.f_code.co_filename
+        if id(owner) in names and not filename.startswith((*hidden, "<")):
+            path = names[id(owner)] or type(model).__name__
+            where = f" in {path} ({type(owner).__name__}) at {filename}:{line}"
+    return f"{message}{where}"

@@ -1,0 +1,123 @@
+"""Build the preprocessing operators and coarse propagators that a plan describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from passes.coarse.convolution import Convolution
+from passes.coarse.exact import Exact
+from passes.coarse.forms import Difference, Guess
+from passes.coarse.linear import Linear
+from passes.coarse.units import build_units
+from passes.coarse.zero import Zero
+from passes.errors import SynthesisError
+from passes.plan import CoarseSpec, Plan, TensorSpec
+from passes.program import Program
+from passes.split import Stages, extract
+
+__all__ = ["Operators", "build_coarse", "build_guess", "synthesize"]
+
+
+class Operators:
+    """The cheap networks of a parareal network, by stage; the first stage has none.
+
+    Attributes:
+        preprocess: C_j by stage number.
+        coarse: The correction of stage j by stage number, in the form that the plan asks for.
+    """
+
+    def __init__(
+        self, preprocess: Mapping[int, nn.Module], coarse: Mapping[int, nn.Module]
+    ) -> None:
+        self.preprocess = preprocess
+        self.coarse = coarse
+
+
+def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
+    """Build every operator of a plan; the same plan and seed give the same initial weights."""
+    preprocess: dict[int, nn.Module] = {}
+    coarse: dict[int, nn.Module] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.seed)
+        for number, stage in enumerate(plan.stages):
+            if stage.preprocess is None or stage.coarse is None:
+                continue
+            entering = specs(plan, number - 1, stage.consumes)
+            leaving = specs(plan, number, stage.produces)
+            preprocess[number] = build_guess(program, stage.preprocess, entering)
+            inner = build_coarse(program, stage.coarse, entering, leaving, stages.fine[number])
+            if plan.correction == "difference" and not stage.coarse.linear:
+                own = stage.coarse.family == "exact"
+                plain = all(spec.batch_axis == 0 for spec in entering)
+                joint = plain and not own and not stage.coarse.options.get("inputs")
+                inner = Difference(inner, len(entering), joint=joint)
+            coarse[number] = inner
+    return Operators(preprocess, coarse)
+
+
+def specs(plan: Plan, interface: int, names: tuple[str, ...]) -> list[TensorSpec]:
+    """Types of the named components of an interface's state."""
+    known = {value.name: value.spec for value in plan.interfaces[interface].state}
+    return [known[name] for name in names]
+
+
+def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> nn.Module:
+    """Build a preprocessing operator.
+
+    Raises:
+        SynthesisError: The family is unknown.
+    """
+    sources = [_decode(item) for item in spec.options["sources"]]
+    if spec.family == "convolution":
+        operator: nn.Module = Convolution(sources, state)
+    elif spec.family == "linear":
+        operator = Linear(sources, state, bias=True)
+    else:
+        raise SynthesisError(
+            f"unknown preprocessing family {spec.family!r}; known: convolution, linear"
+        )
+    names = [item["name"] for item in spec.options["sources"]]
+    inputs = spec.options["inputs"]
+    if names == inputs:
+        return Guess(operator, None)
+    prologue = extract(
+        program, [], [], names, inputs=inputs, sides=spec.options["sides"], name="Prologue"
+    )
+    return Guess(operator, prologue)
+
+
+def _decode(item: Mapping[str, object]) -> TensorSpec:
+    fields = {key: item[key] for key in ("shape", "dtype", "batch_axis", "channel_axis")}
+    shape = fields.pop("shape")
+    assert isinstance(shape, (list, tuple))
+    return TensorSpec(shape=tuple(shape), **fields)  # type: ignore[arg-type]
+
+
+def build_coarse(
+    program: Program,
+    spec: CoarseSpec,
+    entering: list[TensorSpec],
+    leaving: list[TensorSpec],
+    fine: nn.Module,
+) -> nn.Module:
+    """Build a coarse propagator.
+
+    Raises:
+        SynthesisError: The family is unknown.
+    """
+    if spec.family == "linear":
+        return Linear(entering, leaving)
+    if spec.family == "units":
+        return build_units(program, spec.options)
+    if spec.family == "exact":
+        return Exact(fine)
+    if spec.family == "zero":
+        return Zero(entering, leaving)
+    raise SynthesisError(f"unknown coarse family {spec.family!r}; known: {', '.join(FAMILIES)}")
+
+
+FAMILIES = ("linear", "units", "exact", "zero")
+"""Names of the families of coarse propagators."""

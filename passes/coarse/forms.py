@@ -1,0 +1,72 @@
+"""What wraps a family: the difference form of a correction, and a guess with its prologue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+__all__ = ["Difference", "Guess"]
+
+
+class Difference(nn.Module):
+    """The correction of classical parareal, `G(x + r) - G(x)`.
+
+    Both calls are one batch where that is sound, so that normalisation layers in `G` see one
+    distribution and update their statistics once.
+
+    Args:
+        coarse: The coarse propagator G, from (state, inputs).
+        width: Number of tensors in the state.
+        joint: Whether to evaluate both calls as one batch along dimension 0.
+    """
+
+    def __init__(self, coarse: nn.Module, width: int, *, joint: bool) -> None:
+        super().__init__()
+        self.coarse = coarse
+        self._width = width
+        self._joint = joint
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        """Return the correction from (state x, residual r, inputs)."""
+        width = self._width
+        state, residual = arguments[:width], arguments[width : 2 * width]
+        inputs = arguments[2 * width :]
+        moved = tuple(x + r for x, r in zip(state, residual, strict=True))
+        if not self._joint:
+            return _minus(self.coarse(*moved, *inputs), self.coarse(*state, *inputs))
+        both = (torch.cat(pair) for pair in zip(moved, state, strict=True))
+        result = self.coarse(*both, *inputs)
+        if isinstance(result, torch.Tensor):
+            ahead, behind = result.chunk(2)
+            return ahead - behind
+        halves = [x.chunk(2) for x in result]
+        return tuple(ahead - behind for ahead, behind in halves)
+
+
+def _minus(a: Any, b: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        return a - b
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+class Guess(nn.Module):
+    """A preprocessing operator C_j: the values to guess from, then a map to the state.
+
+    Args:
+        operator: From the source tensors to the state.
+        prologue: From the program's inputs to the source tensors; None if they are inputs.
+    """
+
+    def __init__(self, operator: nn.Module, prologue: fx.GraphModule | None) -> None:
+        super().__init__()
+        self.prologue = prologue
+        self.operator = operator
+
+    def forward(self, *inputs: Any) -> Any:
+        """Guess the state that enters the stage."""
+        if self.prologue is None:
+            return self.operator(*inputs)
+        sources = self.prologue(*inputs)
+        return self.operator(*(sources if isinstance(sources, tuple) else (sources,)))

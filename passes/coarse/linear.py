@@ -1,0 +1,111 @@
+"""Family `linear`: channels mixed at every position, after pooling to the next state's shape.
+
+Linear in the state, no bias, so that the correction of a zero residual is zero. Serves images,
+token sequences, flat states and tuples of them; initialised to the identity where the channels
+agree (the skip of a residual network), else to a map that keeps norms. Fitted by least squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from passes.coarse.layout import layouts, resize
+from passes.plan import TensorSpec
+
+__all__ = ["Linear", "LinearMap", "linear_flops"]
+
+
+class LinearMap(nn.Module):
+    """A linear map between two tensors of one network.
+
+    Args:
+        source: Type of the tensor that it reads.
+        target: Type of the tensor that it gives.
+        bias: Whether to add a bias per channel.
+        gain: Scale of the initial weights.
+    """
+
+    def __init__(
+        self, source: TensorSpec, target: TensorSpec, *, bias: bool = False, gain: float = 1.0
+    ) -> None:
+        super().__init__()
+        self._source, self._target = layouts(source, target)
+        dtype = getattr(torch, target.dtype)
+        shape = (self._target.channels, self._source.channels)
+        self.weight = nn.Parameter(torch.empty(shape))
+        if shape[0] == shape[1]:
+            nn.init.eye_(self.weight)
+        else:
+            nn.init.orthogonal_(self.weight)
+        with torch.no_grad():
+            self.weight.mul_(gain)
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map a source tensor to a tensor of the target's shape."""
+        x = self._source.enter(x)
+        shrinks = self._target.positions <= self._source.positions
+        if shrinks:
+            x = resize(x, self._target.space)
+        space = x.shape[2:]
+        x = torch.matmul(self.weight, x.flatten(2) if space else x.unsqueeze(2))
+        if self.bias is not None:
+            x = x + self.bias[:, None]
+        x = x.unflatten(2, space) if space else x.squeeze(2)
+        if not shrinks:
+            x = resize(x, self._target.space)
+        return self._target.leave(x)
+
+    def extra_repr(self) -> str:
+        """Return the channel counts for the module's repr."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class Linear(nn.Module):
+    """The sum of one `LinearMap` per pair of an entering and a leaving tensor.
+
+    Args:
+        entering: Types of the tensors that it reads.
+        leaving: Types of the tensors that it gives.
+        bias: Whether the maps have a bias.
+    """
+
+    def __init__(
+        self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec], *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        gain = len(entering) ** -0.5
+        self.maps = nn.ModuleList(
+            nn.ModuleList(
+                LinearMap(source, target, bias=bias and number == 0, gain=gain)
+                for number, source in enumerate(entering)
+            )
+            for target in leaving
+        )
+
+    def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Map the entering tensors to the leaving ones (a tensor if there is one)."""
+        results = []
+        for row in self.maps:
+            assert isinstance(row, nn.ModuleList)
+            total = row[0](state[0])
+            for column, x in zip(list(row)[1:], state[1:], strict=True):
+                total = total + column(x)
+            results.append(total)
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def linear_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:
+    """Estimate the FLOPs of one call without building the network."""
+    total = 0.0
+    for target in leaving:
+        for source in entering:
+            first, second = layouts(source, target)
+            samples = target.shape[target.batch_axis or 0] // second.groups
+            positions = min(first.positions, second.positions)
+            total += 2.0 * first.channels * second.channels * positions * samples
+    return total

@@ -1,0 +1,133 @@
+"""Family `units`: the paper's coarse network, copies of the trunk's own repeating block.
+
+For a stage that covers blocks of the graph: a copy of every block that changes the shape of the
+state (down-sampling), and N_c copies of the block that the stage repeats most. The copies draw
+fresh weights at the scale of the originals (Lee, Park, Lee 2022, section IV).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.frontier import Block, requirements
+from passes.program import Program
+from passes.split import extract, nodes_between
+
+__all__ = ["Units", "build_units", "choose_blocks", "unit_options"]
+
+
+class Units(nn.Module):
+    """Blocks one after another, each on the state and on the inputs that it needs."""
+
+    def __init__(self, units: Sequence[fx.GraphModule], inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self._inputs = tuple(inputs)
+        self._reads = [
+            [n.name for n in unit.graph.nodes if n.op == "placeholder"][1:] for unit in units
+        ]
+
+    def forward(self, x: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """Propagate the state; `inputs` in the order given at construction."""
+        given = dict(zip(self._inputs, inputs, strict=True))
+        for unit, reads in zip(self.units, self._reads, strict=True):
+            x = unit(x, *(given[name] for name in reads))
+        return x
+
+
+def choose_blocks(
+    blocks: Sequence[Block], trunk: Sequence[Block], start: int, stop: int, repeats: int
+) -> list[Block]:
+    """Choose the blocks to copy for the stage between two cuts.
+
+    Args:
+        blocks: Every block of the graph, in order.
+        trunk: Those that the trunk repeats.
+        start: Index of the cut where the stage begins.
+        stop: Index of the cut where it ends.
+        repeats: N_c, the number of copies of the repeated block.
+
+    Returns:
+        The blocks in the order in which to chain them; empty if the stage is not made of whole
+        blocks or none of them repeats at the shape that the stage leaves with.
+    """
+    inside = [block for block in blocks if block.start.index >= start and block.stop.index <= stop]
+    if not inside or inside[0].start.index != start or inside[-1].stop.index != stop:
+        return []
+    changing = [block for block in inside if block.entering.shape != block.leaving.shape]
+    final = inside[-1].leaving.shape
+    repeated = {block.signature for block in trunk}
+    keeping = [
+        b for b in inside
+        if b.signature in repeated and b.entering.shape == b.leaving.shape == final
+    ]  # fmt: skip
+    if not keeping:
+        return []
+    common, _ = Counter(block.signature for block in keeping).most_common(1)[0]
+    chosen = next(block for block in keeping if block.signature == common)
+    return [*changing, *[chosen] * repeats]
+
+
+def unit_options(
+    program: Program, blocks: Sequence[Block], cones: Mapping[fx.Node, tuple[fx.Node, ...]]
+) -> dict[str, Any]:
+    """Describe the copies as plain data: node ranges, entering values, inputs and side values."""
+    order = program.order
+    described = []
+    for block in blocks:
+        nodes = order[block.start.index : block.stop.index]
+        inputs, sides = requirements(program, nodes, cones)
+        described.append(
+            {
+                "first": nodes[0].name,
+                "last": nodes[-1].name,
+                "entering": block.start.state[0].name,
+                "leaving": block.stop.state[0].name,
+                "inputs": list(inputs),
+                "sides": list(sides),
+            }
+        )
+    used = {name for block in described for name in block["inputs"]}
+    return {"blocks": described, "inputs": [n.name for n in program.inputs if n.name in used]}
+
+
+def build_units(program: Program, options: Mapping[str, Any]) -> Units:
+    """Copy the blocks that the options name and draw fresh weights for them."""
+    units = []
+    for block in options["blocks"]:
+        original = extract(
+            program,
+            nodes_between(program, block["first"], block["last"]),
+            [block["entering"]],
+            [block["leaving"]],
+            inputs=block["inputs"],
+            sides=block["sides"],
+            name="Unit",
+        )
+        units.append(_redraw(copy.deepcopy(original)))
+    return Units(units, options["inputs"])
+
+
+def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
+    """Draw fresh weights with the standard deviations that the block's own weights have."""
+    before = {name: p.detach().clone() for name, p in unit.named_parameters()}
+    for module in unit.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    with torch.no_grad():
+        for name, parameter in unit.named_parameters():
+            old = before[name]
+            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
+            wanted = old.std().item() if old.numel() > 1 else 0.0
+            if spread > 0 and wanted > 0:
+                parameter.mul_(wanted / spread)
+            else:
+                parameter.copy_(old)
+    return unit

@@ -1,0 +1,204 @@
+"""What every node costs: FLOPs, bytes, and seconds measured on this machine.
+
+FLOPs come from torch's own registry of operators. The rule for an operator that the registry does
+not know: one FLOP per element that it writes, none if it only makes a view. Backward FLOPs: twice
+the forward ones for operators of the registry (a gradient for either operand), once for others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from passes.errors import OptionError
+from passes.observe import Fact
+from passes.program import Program
+from passes.validate import preserved
+
+__all__ = ["Cost", "count_flops", "measure_costs", "measure_seconds"]
+
+_WARM_UP = 1
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one node at the example inputs.
+
+    Attributes:
+        flops: Forward FLOPs.
+        backward_flops: Backward FLOPs.
+        parameter_bytes: Bytes of the parameters that it reads.
+        activation_bytes: Bytes of the tensors that it writes.
+        weight: What the partition balances: FLOPs, seconds, or the user's own number.
+    """
+
+    flops: int
+    backward_flops: int
+    parameter_bytes: int
+    activation_bytes: int
+    weight: float
+
+
+class _FlopMode(TorchDispatchMode):
+    """Counts the FLOPs of everything that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = 0
+        self.other = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.known += int(formula(*args, **kwargs, out_val=result))
+        elif not func.is_view:
+            self.other += sum(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        return result
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """Run a function and return the forward FLOPs of what it called."""
+    with torch.no_grad(), _FlopMode() as mode:
+        function()
+    return mode.known + mode.other
+
+
+class _Counter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, mode: _FlopMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.found: dict[fx.Node, tuple[int, int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        known, other = self.mode.known, self.mode.other
+        value = super().run_node(n)
+        self.found[n] = (self.mode.known - known, self.mode.other - other)
+        return value
+
+
+def measure_costs(
+    program: Program,
+    facts: Mapping[fx.Node, Fact],
+    weigh: Callable[[fx.Node, int], float] | None = None,
+) -> dict[fx.Node, Cost]:
+    """Count the cost of every node by running the program once.
+
+    Args:
+        program: The program.
+        facts: What was observed of it.
+        weigh: Called with a node and its forward FLOPs; returns what the partition balances.
+            FLOPs themselves if None.
+
+    Raises:
+        OptionError: `weigh` returned a negative or non-finite number.
+    """
+    with _evaluating(program) as inputs, _FlopMode() as mode:
+        counter = _Counter(program.module, mode)
+        counter.run(*inputs)
+    costs: dict[fx.Node, Cost] = {}
+    for node, (known, other) in counter.found.items():
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        flops = known + other
+        weight = float(flops) if weigh is None else float(weigh(node, flops))
+        if not 0 <= weight < float("inf"):
+            raise OptionError(f"cost of node {node.name!r} must be finite and >= 0, got {weight}")
+        costs[node] = Cost(
+            flops=flops,
+            backward_flops=2 * known + other,
+            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters(program, node)),
+            activation_bytes=facts[node].bytes,
+            weight=weight,
+        )
+    return costs
+
+
+def parameters(program: Program, node: fx.Node) -> list[torch.nn.Parameter]:
+    """Return the parameters that a node reads, each once."""
+    found: list[torch.nn.Parameter] = []
+    if node.op == "call_module":
+        found += program.module.get_submodule(str(node.target)).parameters()
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            value = program.module
+            for atom in str(source.target).split("."):
+                value = getattr(value, atom)
+            if isinstance(value, torch.nn.Parameter):
+                found.append(value)
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
+def measure_seconds(program: Program, segments: Sequence[Sequence[fx.Node]]) -> list[float]:
+    """Time each segment of the program on this machine, forward, in evaluation mode.
+
+    Args:
+        program: The program.
+        segments: Its compute nodes, split where the clock is to be read; nothing may be left out.
+
+    Returns:
+        Seconds of each segment: the median of several runs after a warm-up.
+    """
+    ends = {segment[-1]: index for index, segment in enumerate(segments)}
+    runs: list[list[float]] = []
+    with _evaluating(program) as inputs:
+        for repeat in range(_WARM_UP + _REPEATS):
+            clock = _Clock(program.module, ends)
+            clock.run(*inputs)
+            if repeat >= _WARM_UP:
+                runs.append(clock.seconds)
+    return [statistics.median(values) for values in zip(*runs, strict=True)]
+
+
+class _Clock(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, ends: Mapping[fx.Node, int]) -> None:
+        super().__init__(module)
+        self.ends = ends
+        self.seconds = [0.0] * len(ends)
+        self.start: float | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.start is None and n.op not in ("placeholder", "get_attr"):
+            self.start = _now()
+        value = super().run_node(n)
+        if (index := self.ends.get(n)) is not None and self.start is not None:
+            now = _now()
+            self.seconds[index] = now - self.start
+            self.start = now
+        return value
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def _evaluating(program: Program) -> Iterator[list[Any]]:
+    """Run in evaluation mode without gradients, on copies of the example inputs."""
+
+    def fresh(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+    inputs = [
+        torch.utils._pytree.tree_map(fresh, program.args[str(node.target)])
+        for node in program.inputs
+    ]
+    with preserved(program.module), torch.no_grad():
+        program.module.eval()
+        yield inputs

@@ -1,0 +1,155 @@
+"""Where to cut: the analysis as a problem of pure numbers, and the positions that solve it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from passes.analysis import Analysis
+from passes.coarse.choice import coarse_estimate, guess_estimate
+from passes.errors import PartitionError
+from passes.frontier import Position
+from passes.options import Options
+from passes.partition import CutProblem, CutSolution, solve
+from passes.program import provenance
+
+__all__ = ["Cut", "choose_cut"]
+
+_HEAD_SHARE = 0.1
+"""Largest share of all cost that the head may take."""
+_BOUNDARY = 0.002
+"""Share of a stage by which a cut inside a block must be cheaper to be taken."""
+_MOST_STAGES = 16
+_NEAR_BEST = 1.05
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The positions of the interfaces, the last of which leads into the head.
+
+    Attributes:
+        positions: One per stage.
+        gap: Relative distance from the proven optimum of the objective; 0 for given cuts.
+    """
+
+    positions: tuple[Position, ...]
+    gap: float
+
+
+def choose_cut(analysis: Analysis, options: Options) -> Cut:
+    """Choose the cuts that minimise the predicted time, or take those that the user names.
+
+    Raises:
+        PartitionError: The graph has too few legal cuts, or a named cut is not legal.
+    """
+    head = _head(analysis)
+    candidates = [p for p in analysis.frontiers.positions if p.index < head.index]
+    if options.cuts is not None:
+        return Cut((*_named(analysis, candidates, options.cuts), head), 0.0)
+    if options.stages == "auto":
+        most = min(_MOST_STAGES, len(candidates) + 1)
+        solutions = [_solve(analysis, options, candidates, head, n) for n in range(1, most + 1)]
+        best = min(solution.time for solution in solutions)
+        solution = next(s for s in solutions if s.time <= _NEAR_BEST * best)
+    else:
+        if options.stages - 1 > len(candidates):
+            raise PartitionError(_too_few(analysis, candidates, options.stages))
+        solution = _solve(analysis, options, candidates, head, options.stages)
+    return Cut(tuple([*candidates, head][index] for index in solution.cuts), solution.gap)
+
+
+def _head(analysis: Analysis) -> Position:
+    """The position that the head starts at: right behind the trunk, through the fewest tensors."""
+    positions = analysis.frontiers.positions
+    if not positions:
+        refused = ", ".join(f"{count} x {why}" for why, count in analysis.frontiers.refused.items())
+        raise PartitionError(
+            f"{analysis.program.name} has no legal cut at all ({refused}); "
+            "compile a submodule whose layers follow each other instead"
+        )
+    work = _work(analysis)
+    limit = work[-1] * (1 - _HEAD_SHARE)
+    end = analysis.trunk_end()
+    behind = [p for p in positions if p.index >= end and work[p.index] >= limit]
+    behind = behind or [p for p in positions if work[p.index] >= limit] or [positions[-1]]
+    return min(behind, key=lambda position: (len(position.state), position.index))
+
+
+def _work(analysis: Analysis) -> list[float]:
+    """Cost of the nodes before each position."""
+    work = [0.0]
+    for node in analysis.frontiers.order:
+        work.append(work[-1] + analysis.costs[node].weight)
+    return work
+
+
+def _solve(
+    analysis: Analysis, options: Options, candidates: list[Position], head: Position, stages: int
+) -> CutSolution:
+    work = _work(analysis)
+    ends = [*candidates, head]
+    preference = _BOUNDARY * work[-1] / stages
+    hops = [
+        coarse_estimate(analysis, options, p) * analysis.scale
+        # One FLOP per byte breaks ties in favour of the smaller state.
+        + p.bytes * analysis.scale
+        + (0.0 if p.boundary else preference)
+        for p in ends
+    ]
+    problem = CutProblem(
+        work=[work[p.index] for p in ends],
+        entry=[guess_estimate(analysis, options, p) * analysis.scale for p in ends],
+        hop=hops,
+        tail=[math.inf] * len(candidates) + [hops[-1] + work[-1] - work[head.index]],
+        stages=stages,
+    )
+    return solve(problem)
+
+
+def _named(
+    analysis: Analysis, candidates: list[Position], names: tuple[str, ...]
+) -> list[Position]:
+    """Find the position in front of each named node or module."""
+    order = analysis.frontiers.order
+    by_index = {position.index: position for position in candidates}
+    chosen: list[Position] = []
+    for name in names:
+        index = next(
+            (
+                i for i, node in enumerate(order)
+                if node.name == name or f"{provenance(node).path}.".startswith(f"{name}.")
+            ),
+            None,
+        )  # fmt: skip
+        if index is None:
+            raise PartitionError(f"no node or module is called {name!r} in {analysis.program.name}")
+        if index not in by_index:
+            near = min(candidates, key=lambda p: abs(p.index - index), default=None)
+            hint = (
+                f"; the nearest legal cut is in front of {_label(analysis, near)}" if near else ""
+            )
+            raise PartitionError(f"the graph cannot be cut in front of {name!r}{hint}")
+        if chosen and index <= chosen[-1].index:
+            raise PartitionError(
+                f"cuts must be in the order of the graph ({name!r} comes too late)"
+            )
+        chosen.append(by_index[index])
+    return chosen
+
+
+def _label(analysis: Analysis, position: Position) -> str:
+    node = analysis.frontiers.order[position.index]
+    return f"{provenance(node).path or node.name} (node {node.name})"
+
+
+def _too_few(analysis: Analysis, candidates: list[Position], stages: int) -> str:
+    places = [_label(analysis, position) for position in candidates[:_SHOWN]]
+    more = f" and {len(candidates) - _SHOWN} more" if len(candidates) > _SHOWN else ""
+    refused = ", ".join(f"{n} where {why}" for why, n in analysis.frontiers.refused.items())
+    return (
+        f"{analysis.program.name} has {len(candidates)} legal cuts, but {stages} stages need "
+        f"{stages - 1}: ask for at most {len(candidates) + 1} stages\n"
+        f"  legal in front of: {'; '.join(places)}{more}\n"
+        f"  not legal: {refused or 'none'}"
+    )

@@ -1,0 +1,324 @@
+"""Where the graph can be cut: positions, their frontiers, side values, repeated blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.cost import Cost
+from passes.observe import Fact
+from passes.plan import TensorSpec
+from passes.program import Program, provenance
+
+__all__ = [
+    "SIDE_SHARE",
+    "Block",
+    "Frontiers",
+    "Position",
+    "Source",
+    "analyze",
+    "preprocessing_sources",
+    "repeated_blocks",
+    "requirements",
+]
+
+SIDE_SHARE = 0.01
+"""Largest share of all FLOPs that may be spent to recompute one side value in a stage."""
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Position:
+    """A legal cut, between two nodes that follow each other.
+
+    Attributes:
+        index: Number of compute nodes before the cut.
+        state: The tensors that cross, in the order of their definition.
+        specs: Their types.
+        boundary: Whether the cut falls between two calls of the modules of a repeated structure.
+    """
+
+    index: int
+    state: tuple[fx.Node, ...]
+    specs: tuple[TensorSpec, ...]
+    boundary: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cross at the example inputs."""
+        return sum(spec.bytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Frontiers:
+    """What the analysis of a program found.
+
+    Attributes:
+        order: The compute nodes in topological order.
+        positions: The legal cuts, in order; the last one is the end of the graph.
+        cones: For every cheap, pure value that depends on the inputs alone: the nodes to
+            recompute it from them, itself included, in order.
+        refused: How many positions each reason made illegal.
+    """
+
+    order: tuple[fx.Node, ...]
+    positions: tuple[Position, ...]
+    cones: Mapping[fx.Node, tuple[fx.Node, ...]]
+    refused: Mapping[str, int]
+
+
+def analyze(
+    program: Program, facts: Mapping[fx.Node, Fact], costs: Mapping[fx.Node, Cost]
+) -> Frontiers:
+    """Find every legal cut of a program and the state that crosses it.
+
+    A cut is legal where every live value is a floating-point tensor that follows the batch, no
+    side value left aside, at least one such tensor is live, and no memory that is live, or shared
+    by both sides, is written behind the cut.
+    """
+    order = tuple(program.order)
+    number = {node: index for index, node in enumerate(order)}
+    cones = _cones(order, facts, costs)
+    last_use = {
+        node: max((number.get(user, len(order)) for user in node.users), default=number[node])
+        for node in order
+    }
+    barred = _barred(program, order, facts, cones)
+    positions: list[Position] = []
+    refused: dict[str, int] = {}
+    live: dict[fx.Node, None] = {}
+    for index in range(1, len(order) + 1):
+        node = order[index - 1]
+        if last_use[node] >= index and node not in cones:
+            live[node] = None
+        for gone in [n for n in live if last_use[n] < index]:
+            del live[gone]
+        reason = _illegal(live, facts) or barred[index]
+        if reason:
+            refused[reason] = refused.get(reason, 0) + 1
+            continue
+        specs = tuple(_require(facts[n].spec) for n in live)
+        positions.append(Position(index, tuple(live), specs, _is_boundary(order, index)))
+    return Frontiers(order, tuple(positions), cones, refused)
+
+
+def _require(spec: TensorSpec | None) -> TensorSpec:
+    assert spec is not None
+    return spec
+
+
+def _illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) -> str:
+    if not live:
+        return "nothing crosses"
+    for node in live:
+        spec = facts[node].spec
+        if spec is None or spec.dtype not in _FLOATS:
+            return "a value that is not a floating-point tensor crosses"
+        if spec.batch_axis is None:
+            return "a tensor without a batch axis crosses"
+    return ""
+
+
+def _cones(
+    order: Sequence[fx.Node], facts: Mapping[fx.Node, Fact], costs: Mapping[fx.Node, Cost]
+) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Cheap, pure values that can be recomputed from the inputs, with the nodes that it takes."""
+    limit = SIDE_SHARE * sum(cost.flops for cost in costs.values())
+    number = {node: index for index, node in enumerate(order)}
+    written = frozenset[int]().union(*(facts[node].writes for node in order))
+    cones: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in order:
+        sources = [n for n in node.all_input_nodes if n in number]
+        if not facts[node].pure or facts[node].storages & written:
+            continue
+        if any(source not in cones for source in sources):
+            continue
+        cone = frozenset[fx.Node]().union({node}, *(cones[source] for source in sources))
+        if sum(costs[member].flops for member in cone) <= limit:
+            cones[node] = cone
+    return {node: tuple(sorted(cone, key=number.__getitem__)) for node, cone in cones.items()}
+
+
+def _barred(
+    program: Program,
+    order: Sequence[fx.Node],
+    facts: Mapping[fx.Node, Fact],
+    cones: Mapping[fx.Node, tuple[fx.Node, ...]],
+) -> list[str]:
+    """For each position, why memory written on one side and touched on the other forbids it."""
+    touched: dict[int, list[int]] = {}
+    writes: dict[int, int] = {}
+    for index, node in enumerate(order):
+        memory = facts[node].storages | facts[node].writes
+        for source in node.all_input_nodes:
+            memory |= facts[source].storages
+        for storage in memory:
+            span = touched.setdefault(storage, [index, index])
+            span[1] = index
+        for storage in facts[node].writes:
+            writes[storage] = index
+    barred = [""] * (len(order) + 1)
+    kept = {s for n in (*program.inputs, *_attributes(program)) for s in facts[n].storages}
+    for storage, written in writes.items():
+        first, last = touched[storage]
+        # Before the write the memory may not be carried over; what owns memory for good (an
+        # input, a parameter, a buffer) may not be touched on another side at all.
+        stop = last if storage in kept else written
+        for index in range(first + 1, stop + 1):
+            barred[index] = "memory written on one side is used on the other"
+    return barred
+
+
+def _attributes(program: Program) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if node.op == "get_attr"]
+
+
+def _is_boundary(order: Sequence[fx.Node], index: int) -> bool:
+    """Whether a cut leaves no numbered module (`blocks.3`) open on both of its sides."""
+    if index >= len(order):
+        return True
+    before, behind = provenance(order[index - 1]).path, provenance(order[index]).path
+    shared = 0
+    a, b = before.split("."), behind.split(".")
+    while shared < min(len(a), len(b)) and a[shared] == b[shared]:
+        shared += 1
+    return not any(atom.isdigit() for atom in a[:shared])
+
+
+def requirements(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    cones: Mapping[fx.Node, tuple[fx.Node, ...]],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the placeholders that a run of nodes reads and the side values it recomputes."""
+    inside = set(nodes)
+    sides: set[fx.Node] = set()
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in inside and source in cones:
+                sides.update(cones[source])
+    sides -= inside
+    read = {s for node in (*nodes, *sides) for s in node.all_input_nodes if s.op == "placeholder"}
+    inputs = tuple(node.name for node in program.inputs if node in read)
+    return inputs, tuple(node.name for node in program.order if node in sides)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of nodes between two legal cuts through one tensor.
+
+    Attributes:
+        start: Index of the cut that it begins at.
+        stop: Index of the cut that it ends at.
+        entering: Type of the tensor that enters.
+        leaving: Type of the tensor that leaves.
+        signature: Digest of its operators, options and shapes; equal for isomorphic blocks.
+    """
+
+    start: Position
+    stop: Position
+    entering: TensorSpec
+    leaving: TensorSpec
+    signature: str
+
+
+def repeated_blocks(
+    program: Program, frontiers: Frontiers, facts: Mapping[fx.Node, Fact]
+) -> list[Block]:
+    """Find the blocks that the trunk repeats: equal neighbours between module boundaries.
+
+    Returns:
+        Every run between two neighbouring single-tensor module boundaries, in order.
+    """
+    single = [p for p in frontiers.positions if len(p.state) == 1 and p.boundary]
+    blocks = []
+    for start, stop in zip(single, single[1:], strict=False):
+        nodes = frontiers.order[start.index : stop.index]
+        blocks.append(
+            Block(start, stop, start.specs[0], stop.specs[0], _signature(program, nodes, facts))
+        )
+    return blocks
+
+
+def _signature(program: Program, nodes: Sequence[fx.Node], facts: Mapping[fx.Node, Fact]) -> str:
+    """Digest of a run of nodes that does not depend on names."""
+    number = {node: index for index, node in enumerate(nodes)}
+
+    def reference(node: fx.Node) -> str:
+        return f"%{number[node]}" if node in number else f"<{facts[node].spec}>"
+
+    lines = []
+    for node in nodes:
+        if node.op == "call_module":
+            operator = repr(program.module.get_submodule(str(node.target)))
+        else:
+            operator = f"{node.op} {node.target}"
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: reference(n))
+        lines.append(f"{operator} {arguments} {facts[node].spec}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A value that preprocessing operators read.
+
+    Attributes:
+        node: A floating-point input, or a learned value that follows from inputs at once (an
+            embedding).
+        spec: Its type.
+    """
+
+    node: fx.Node
+    spec: TensorSpec
+
+
+def preprocessing_sources(
+    program: Program, frontiers: Frontiers, facts: Mapping[fx.Node, Fact]
+) -> list[Source]:
+    """Find what the guesses of the interfaces are made from.
+
+    Every floating-point input that follows the batch; for other inputs (token ids) the learned
+    value that the trunk starts from, if recomputing it in every stage is cheap.
+    """
+    sources: list[Source] = []
+    for leaf in _leaves(program, facts):
+        spec = facts[leaf].spec
+        if spec is None or spec.batch_axis is None:
+            continue
+        if spec.dtype in _FLOATS:
+            sources.append(Source(leaf, spec))
+        else:
+            sources += _learned(leaf, program, frontiers, facts)
+    return list({source.node: source for source in sources}.values())
+
+
+def _leaves(program: Program, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
+    """Input tensors: placeholders, and elements of placeholders that hold several."""
+    leaves, pending = [], list(program.inputs)
+    while pending:
+        node = pending.pop(0)
+        if facts[node].spec is not None:
+            leaves.append(node)
+        else:
+            pending += node.users
+    return leaves
+
+
+def _learned(
+    leaf: fx.Node, program: Program, frontiers: Frontiers, facts: Mapping[fx.Node, Fact]
+) -> list[Source]:
+    found = []
+    for node, cone in frontiers.cones.items():
+        spec = facts[node].spec
+        if spec is None or spec.batch_axis is None or spec.dtype not in _FLOATS:
+            continue
+        reads = {source for member in cone for source in member.all_input_nodes}
+        learned = any(m.op == "call_module" for m in cone) or any(r.op == "get_attr" for r in reads)
+        leads_on = any(user not in frontiers.cones for user in node.users)
+        if learned and leads_on and (leaf in reads or leaf in cone):
+            found.append(Source(node, spec))
+    return found

@@ -1,0 +1,194 @@
+"""One run of the program that notes what static analysis cannot: shapes, aliases and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from passes.arguments import Arguments, bind
+from passes.plan import TensorSpec
+from passes.program import Program
+from passes.validate import preserved
+
+__all__ = ["Fact", "observe"]
+
+_CHANNELS_FIRST = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
+)  # fmt: skip
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
+_NEAR = 4
+"""How many nodes away a layer may be that tells which axis of a tensor holds the channels."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What was seen of one node.
+
+    Attributes:
+        spec: Type of its value if that is one tensor, else None.
+        storages: Identities of the memory that its value occupies.
+        writes: Identities of the memory that running it changed, in training mode.
+        random: Whether it drew random numbers, in training mode.
+        bytes: Bytes of the tensors in its value.
+    """
+
+    spec: TensorSpec | None
+    storages: frozenset[int]
+    writes: frozenset[int]
+    random: bool
+    bytes: int
+
+    @property
+    def pure(self) -> bool:
+        """Whether running it twice gives the same value and changes nothing."""
+        return not self.writes and not self.random
+
+
+class _Observer(fx.Interpreter):
+    """Interpreter that records one `Fact` per node and keeps every value alive meanwhile."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.facts: dict[fx.Node, Fact] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        operands = [t for source in n.all_input_nodes for t in _tensors(self.env[source])]
+        if n.op == "call_module":
+            owner = self.module.get_submodule(str(n.target))
+            operands += [*owner.parameters(), *owner.buffers()]
+        versions = [tensor._version for tensor in operands]
+        state = _random_state()
+        value = super().run_node(n)
+        written = frozenset(
+            _storage(tensor)
+            for tensor, version in zip(operands, versions, strict=True)
+            if tensor._version != version
+        )
+        found = _tensors(value)
+        self.values[n] = value
+        self.facts[n] = Fact(
+            spec=None,
+            storages=frozenset(map(_storage, found)),
+            writes=written,
+            random=not all(map(torch.equal, state, _random_state())),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in found),
+        )
+        return value
+
+
+def observe(program: Program) -> Mapping[fx.Node, Fact]:
+    """Run the program and return what was seen of every node.
+
+    It runs in training mode, where layers update statistics and draw random numbers (in
+    evaluation mode if it cannot train), and once more with another batch size where that is free,
+    to see which axes follow the batch.
+    """
+    arguments = bind(program.module, (), dict(program.args))
+    try:
+        first = _run(program, arguments, train=True)
+    except (RuntimeError, ValueError):
+        first = _run(program, arguments, train=False)
+    other = None
+    if program.dynamic_batch:
+        other = _run(program, arguments.varied(grow=True), train=False)
+    facts: dict[fx.Node, Fact] = {}
+    for node, fact in first.facts.items():
+        value = first.values[node]
+        spec = None
+        if isinstance(value, torch.Tensor):
+            grown = other.values[node].shape if other is not None else None
+            spec = _spec(program, node, value, grown, arguments.batch)
+        facts[node] = replace(fact, spec=spec)
+    return facts
+
+
+def _run(program: Program, arguments: Arguments, *, train: bool) -> _Observer:
+    observer = _Observer(program.module)
+    values = [tensor.detach().clone() for tensor in arguments.tensors()]
+    _, kwargs = arguments.with_leaves(values)
+    with preserved(program.module), torch.no_grad():
+        program.module.train(train)
+        observer.run(*(kwargs[str(node.target)] for node in program.inputs))
+    return observer
+
+
+def _random_state() -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        return leaf
+
+    map_aggregate(value, visit)
+    return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _spec(
+    program: Program,
+    node: fx.Node,
+    value: torch.Tensor,
+    grown: torch.Size | None,
+    batch: int | None,
+) -> TensorSpec:
+    axis: int | None = 0 if value.dim() and value.shape[0] == batch else None
+    if grown is not None:
+        changed = [i for i, (a, b) in enumerate(zip(value.shape, grown, strict=True)) if a != b]
+        axis = changed[0] if changed else None
+    return TensorSpec(
+        shape=tuple(value.shape),
+        dtype=str(value.dtype).removeprefix("torch."),
+        batch_axis=axis,
+        channel_axis=_channel_axis(program, node, value.dim()),
+    )
+
+
+def _channel_axis(program: Program, node: fx.Node, rank: int) -> int:
+    """Find the axis that layers mix, from the nearest layer that says it."""
+    if rank < 3:
+        return max(rank - 1, 0)
+    frontier, seen = [node], {node}
+    for _ in range(_NEAR):
+        for candidate in frontier:
+            if (axis := _mixes(program.module, candidate, rank)) is not None:
+                return axis
+        around = [
+            n for c in frontier for n in (*c.users, *c.all_input_nodes)
+            if n not in seen and n.op not in ("placeholder", "get_attr", "output")
+        ]  # fmt: skip
+        frontier = list(dict.fromkeys(around))
+        seen.update(frontier)
+    return 1 if rank >= 4 else rank - 1
+
+
+def _mixes(module: fx.GraphModule, node: fx.Node, rank: int) -> int | None:
+    if node.op == "call_module":
+        layer = module.get_submodule(str(node.target))
+        if isinstance(layer, _CHANNELS_FIRST):
+            return 1
+        if isinstance(layer, _CHANNELS_LAST):
+            return rank - 1
+    name = getattr(node.target, "__name__", str(node.target))
+    if "conv" in name or "batch_norm" in name:
+        return 1
+    if "linear" in name or "layer_norm" in name or "embedding" in name:
+        return rank - 1
+    return None

@@ -1,0 +1,83 @@
+"""What a user can ask of the compiler, checked as early as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from passes.errors import OptionError
+
+__all__ = ["CostSource", "Options"]
+
+CostSource = Literal["flops", "measured"] | Callable[[fx.Node, int], float]
+
+_COARSE = ("auto", "linear", "units", "exact", "zero")
+_GUESSES = ("auto", "convolution", "linear")
+_CORRECTIONS = ("residual", "difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of one compilation.
+
+    Attributes:
+        stages: Number N of stages, or "auto" for the smallest number whose predicted time is
+            within 5 % of the best.
+        cost: "flops", "measured" seconds on this machine, or a callable from a node and its
+            forward FLOPs to a weight.
+        cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
+        coarse: Family of the coarse propagators, or "auto".
+        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
+        units: N_c, the copies of the repeating block in a coarse network of family "units".
+        preprocess: Family of the preprocessing operators, or "auto".
+        correction: "residual" (the paper; for training) or "difference" (classical parareal).
+        iterations: Number K of parareal iterations.
+        seed: Seed of the initial weights of the coarse networks.
+
+    Raises:
+        OptionError: A value is not one of those known, or out of range.
+    """
+
+    stages: int | Literal["auto"] = "auto"
+    cost: CostSource = "flops"
+    cuts: tuple[str, ...] | None = None
+    coarse: str = "auto"
+    coarse_budget: float = 0.05
+    units: int = 1
+    preprocess: str = "auto"
+    correction: str = "residual"
+    iterations: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _among("coarse", self.coarse, _COARSE)
+        _among("preprocess", self.preprocess, _GUESSES)
+        _among("correction", self.correction, _CORRECTIONS)
+        if not callable(self.cost):
+            _among("cost", self.cost, ("flops", "measured"))
+        if self.stages != "auto":
+            _at_least("stages", self.stages, 1)
+        _at_least("iterations", self.iterations, 1)
+        _at_least("units", self.units, 1)
+        if not 0 < self.coarse_budget <= 1:
+            raise OptionError(
+                f"coarse_budget must be a share above 0 and at most 1 (got {self.coarse_budget})"
+            )
+        if self.cuts is not None and self.stages not in ("auto", len(self.cuts) + 1):
+            raise OptionError(
+                f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, but stages is "
+                f"{self.stages}: leave stages out or name {int(self.stages) - 1} cuts"
+            )
+
+
+def _among(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(known)}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name} must be a whole number of at least {least} (got {value!r})")

@@ -1,0 +1,297 @@
+"""`Plan`: every decision of the compiler as frozen, JSON-able data.
+
+Splitting, synthesis, emission, export and loading read the plan and decide nothing. Stages are
+numbered from 0 here and in generated code, from 1 in formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from passes.errors import ArtifactError
+
+__all__ = [
+    "SCHEMA",
+    "CoarseSpec",
+    "Forecast",
+    "Head",
+    "Interface",
+    "Plan",
+    "Stage",
+    "TensorSpec",
+    "Value",
+]
+
+SCHEMA = 1
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and type of a tensor.
+
+    Attributes:
+        shape: Sizes at the example inputs.
+        dtype: Name of the torch dtype, such as "float32".
+        batch_axis: Dimension that follows the batch size, or None.
+        channel_axis: Dimension that layers mix (1 in images, the last one in token sequences).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    batch_axis: int | None
+    channel_axis: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements at the example inputs."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes at the example inputs."""
+        return self.elements * _ITEM_BYTES.get(self.dtype, 4)
+
+    def __str__(self) -> str:
+        sizes = ["B" if axis == self.batch_axis else str(n) for axis, n in enumerate(self.shape)]
+        return f"[{', '.join(sizes)}] {self.dtype}"
+
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex64": 8}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor of an interface's state: a node of the program and its type."""
+
+    name: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The frontier at a cut.
+
+    Attributes:
+        after: Last node before the cut.
+        before: First node behind the cut.
+        module: Qualified name of the module that starts behind the cut, for the reader.
+        state: The tensors that cross, in the order of their definition.
+    """
+
+    after: str
+    before: str
+    module: str
+    state: tuple[Value, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cross at the example inputs."""
+        return sum(value.spec.bytes for value in self.state)
+
+
+@dataclass(frozen=True)
+class CoarseSpec:
+    """A cheap network and what it costs: a preprocessing operator or a coarse propagator.
+
+    Attributes:
+        family: Name of the family in `passes.coarse`.
+        options: What the family needs to build the same network again.
+        flops: Forward FLOPs of one call at the example inputs.
+        parameters: Number of parameters that it does not share with the fine stages.
+        linear: Whether it is a linear map of its state.
+        why: Why this family was chosen.
+    """
+
+    family: str
+    options: Mapping[str, Any]
+    flops: int
+    parameters: int
+    linear: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One fine stage with its preprocessing operator and coarse propagator.
+
+    Attributes:
+        first: First node of the stage.
+        last: Last node of the stage.
+        first_module: Qualified name of the module that the first node belongs to.
+        last_module: Qualified name of the module that the last node belongs to.
+        nodes: Number of nodes, replicated side values not counted.
+        inputs: Placeholders of the program that the stage reads.
+        sides: Side values that the stage recomputes.
+        consumes: Components of the entering state that the stage reads.
+        produces: Components of the leaving state that the stage computes.
+        flops: Forward FLOPs of the fine stage.
+        backward_flops: Backward FLOPs of the fine stage.
+        seconds: Measured seconds of the forward pass, or None.
+        parameters: Number of parameters.
+        parameter_bytes: Their bytes.
+        activation_bytes: Bytes of the tensors that the stage's nodes write.
+        preprocess: The operator that guesses the entering state; None for the first stage.
+        coarse: The propagator that imitates the stage in the sweep; None for the first stage.
+    """
+
+    first: str
+    last: str
+    first_module: str
+    last_module: str
+    nodes: int
+    inputs: tuple[str, ...]
+    sides: tuple[str, ...]
+    consumes: tuple[str, ...]
+    produces: tuple[str, ...]
+    flops: int
+    backward_flops: int
+    seconds: float | None
+    parameters: int
+    parameter_bytes: int
+    activation_bytes: int
+    preprocess: CoarseSpec | None = None
+    coarse: CoarseSpec | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The cheap suffix of the graph behind the last correction."""
+
+    first_module: str
+    nodes: int
+    inputs: tuple[str, ...]
+    sides: tuple[str, ...]
+    flops: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The step-time model, forward, in the unit of the costs that were asked for.
+
+    Attributes:
+        unit: "FLOPs" or "seconds", or "cost" for a callable of the user.
+        sequential: Cost of the original network.
+        makespan: Slowest stage, its preprocessing included.
+        serial: Coarse sweep and head.
+        time: `iterations` rounds of makespan and sweep, and the head.
+        speedup: `sequential / time`, links not counted.
+        bound: What the speed-up would be if guesses, corrections and head were free.
+        imbalance: Slowest fine stage over the mean.
+        serial_share: `serial / sequential`.
+        gap: Relative distance of the cut from the proven optimum of the objective.
+    """
+
+    unit: str
+    sequential: float
+    makespan: float
+    serial: float
+    time: float
+    speedup: float
+    bound: float
+    imbalance: float
+    serial_share: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for one model.
+
+    Attributes:
+        model: Class name of the model.
+        correction: "residual" (the paper) or "difference" (classical parareal).
+        iterations: Number K of parareal iterations.
+        stages: The fine stages, in order.
+        interfaces: One per stage: where it ends. The last one leads into the head.
+        head: What stays behind the last correction.
+        forecast: The step-time model.
+        cost: How nodes were weighed: "flops", "measured" or the name of a callable.
+        seed: Seed of the initial weights of the coarse networks.
+        fingerprint: Digest of the program's structure that the plan was made for.
+        ties: Parameters that more than one stage reads, each with those stages.
+        notes: What a user should know.
+        schema: Version of this format.
+    """
+
+    model: str
+    correction: str
+    iterations: int
+    stages: tuple[Stage, ...]
+    interfaces: tuple[Interface, ...]
+    head: Head
+    forecast: Forecast
+    cost: str
+    seed: int
+    fingerprint: str
+    ties: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Return the plan as readable, diffable JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back from `to_json` text.
+
+        Raises:
+            ArtifactError: The text is not JSON, of another schema, or lacks a field.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"the plan is not JSON ({error})") from error
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise ArtifactError(f"the plan has schema {found!r}, this version reads {SCHEMA}")
+        return _decode(cls, data, "plan")
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    """Rebuild a value of the annotated type `kind` from plain JSON data."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if dataclasses.is_dataclass(kind):
+        return _decode_record(kind, data, where)
+    if origin is types.UnionType:
+        if data is None and type(None) in arguments:
+            return None
+        return _decode(arguments[0], data, where)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is Mapping and isinstance(data, dict):
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and type(data) is kind:
+        return data
+    wanted = getattr(kind, "__name__", str(kind))
+    raise ArtifactError(f"{where} should be {wanted}, found {type(data).__name__}")
+
+
+def _decode_record(kind: type[_T] | Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} should be an object, found {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ArtifactError(f"{where} has unknown fields ({', '.join(unknown)})")
+    try:
+        values = {name: _decode(hints[name], data[name], f"{where}.{name}") for name in data}
+        return kind(**values)
+    except TypeError as error:
+        raise ArtifactError(f"{where} is incomplete ({error})") from error

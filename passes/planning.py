@@ -1,0 +1,195 @@
+"""Turn an analysis and its cuts into a `Plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from passes.analysis import Analysis
+from passes.coarse.choice import choose_coarse, choose_guess
+from passes.cost import parameters
+from passes.cutting import Cut
+from passes.frontier import Position, requirements
+from passes.options import Options
+from passes.plan import CoarseSpec, Forecast, Head, Interface, Plan, Stage, Value
+from passes.program import provenance
+
+__all__ = ["make_plan"]
+
+
+def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
+    """Describe every stage, choose its guess and its correction, and forecast the time.
+
+    Raises:
+        SynthesisError: A guess or a correction cannot be made.
+    """
+    positions = cut.positions
+    interfaces = tuple(_interface(analysis, position) for position in positions)
+    stages = [_stage(analysis, positions, number) for number in range(len(positions))]
+    budget = options.coarse_budget * analysis.flops / max(1, len(stages) - 1)
+    for number in range(1, len(stages)):
+        types = {value.name: value.spec for value in interfaces[number - 1].state}
+        entering = [types[name] for name in stages[number].consumes]
+        types = {value.name: value.spec for value in interfaces[number].state}
+        leaving = [types[name] for name in stages[number].produces]
+        span = positions[number - 1], positions[number]
+        stages[number] = dataclasses.replace(
+            stages[number],
+            preprocess=choose_guess(analysis, options, entering),
+            coarse=choose_coarse(analysis, options, span, entering, leaving, budget),
+        )
+    head = _head(analysis, positions[-1])
+    forecast = _forecast(analysis, stages, head, options, cut.gap)
+    return Plan(
+        model=analysis.program.name,
+        correction=options.correction,
+        iterations=options.iterations,
+        stages=tuple(stages),
+        interfaces=interfaces,
+        head=head,
+        forecast=forecast,
+        cost=options.cost if isinstance(options.cost, str) else _name(options.cost),
+        seed=options.seed,
+        fingerprint=analysis.program.fingerprint,
+        ties=_ties(analysis, positions),
+        notes=_notes(analysis, options, forecast),
+    )
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+def _interface(analysis: Analysis, position: Position) -> Interface:
+    order = analysis.frontiers.order
+    behind = order[position.index] if position.index < len(order) else analysis.program.output
+    values = zip(position.state, position.specs, strict=True)
+    return Interface(
+        after=order[position.index - 1].name,
+        before=behind.name,
+        module=provenance(behind).path,
+        state=tuple(Value(node.name, spec) for node, spec in values),
+    )
+
+
+def _stage(analysis: Analysis, positions: Sequence[Position], number: int) -> Stage:
+    start = positions[number - 1].index if number else 0
+    stop = positions[number].index
+    nodes = analysis.frontiers.order[start:stop]
+    cones = analysis.frontiers.cones
+    before = positions[number - 1].state if number else ()
+    read = {source for node in nodes for source in node.all_input_nodes}
+    inputs, sides = requirements(analysis.program, nodes, cones)
+    inside = set(nodes)
+    owned = _parameters(analysis, nodes)
+    costs = [analysis.costs[node] for node in nodes]
+    return Stage(
+        first=nodes[0].name,
+        last=nodes[-1].name,
+        first_module=provenance(nodes[0]).path,
+        last_module=provenance(nodes[-1]).path,
+        nodes=len(nodes),
+        inputs=inputs,
+        sides=sides,
+        consumes=tuple(node.name for node in before if node in read),
+        produces=tuple(node.name for node in positions[number].state if node in inside),
+        flops=sum(cost.flops for cost in costs),
+        backward_flops=sum(cost.backward_flops for cost in costs),
+        seconds=sum(c.weight for c in costs) if analysis.unit == "seconds" else None,
+        parameters=sum(parameter.numel() for parameter in owned),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in owned),
+        activation_bytes=sum(cost.activation_bytes for cost in costs),
+    )
+
+
+def _parameters(analysis: Analysis, nodes: Sequence[fx.Node]) -> list[torch.nn.Parameter]:
+    found = {id(p): p for node in nodes for p in parameters(analysis.program, node)}
+    return list(found.values())
+
+
+def _head(analysis: Analysis, position: Position) -> Head:
+    nodes = analysis.frontiers.order[position.index :]
+    cones = analysis.frontiers.cones
+    inputs, sides = requirements(analysis.program, [*nodes, analysis.program.output], cones)
+    costs = [analysis.costs[node] for node in nodes]
+    return Head(
+        first_module=provenance(nodes[0]).path if nodes else "",
+        nodes=len(nodes),
+        inputs=inputs,
+        sides=sides,
+        flops=sum(cost.flops for cost in costs),
+        seconds=sum(c.weight for c in costs) if analysis.unit == "seconds" else None,
+    )
+
+
+def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[int, ...]]:
+    """Parameters that several stages read; the head counts as one stage more."""
+    names = {id(p): name for name, p in analysis.program.module.named_parameters()}
+    readers: dict[str, list[int]] = {}
+    starts = [0, *(position.index for position in positions)]
+    stops = [*starts[1:], len(analysis.frontiers.order)]
+    for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        nodes = analysis.frontiers.order[start:stop]
+        _, sides = requirements(analysis.program, nodes, analysis.frontiers.cones)
+        replicated = [n for n in analysis.frontiers.order if n.name in sides]
+        for parameter in _parameters(analysis, [*nodes, *replicated]):
+            readers.setdefault(names[id(parameter)], []).append(number)
+    return {name: tuple(numbers) for name, numbers in readers.items() if len(numbers) > 1}
+
+
+def _forecast(
+    analysis: Analysis, stages: Sequence[Stage], head: Head, options: Options, gap: float
+) -> Forecast:
+    scale = analysis.scale
+    order = {node.name: i for i, node in enumerate(analysis.frontiers.order)}
+    fine = []
+    for stage in stages:
+        nodes = analysis.frontiers.order[order[stage.first] : order[stage.last] + 1]
+        fine.append(sum(analysis.costs[node].weight for node in nodes))
+
+    def price(spec: CoarseSpec | None) -> float:
+        return spec.flops * scale if spec is not None else 0.0
+
+    # In difference form a coarse network that is not linear is called twice, on one batch.
+    calls = [
+        2 if options.correction == "difference" and s.coarse and not s.coarse.linear else 1
+        for s in stages
+    ]
+    sweep = sum(price(s.coarse) * n for s, n in zip(stages, calls, strict=True))
+    tail = analysis.total - sum(fine)
+    rounds = min(options.iterations, len(stages))
+    makespan = max(f + price(s.preprocess) for f, s in zip(fine, stages, strict=True))
+    slowest = max(fine)
+    time = makespan + (rounds - 1) * slowest + rounds * sweep + tail
+    total = analysis.total
+    return Forecast(
+        unit=analysis.unit,
+        sequential=total,
+        makespan=makespan,
+        serial=rounds * sweep + tail,
+        time=time,
+        speedup=total / time if time else 1.0,
+        bound=total / (rounds * slowest) if slowest else 1.0,
+        imbalance=slowest * len(fine) / sum(fine) if sum(fine) else 1.0,
+        serial_share=(rounds * sweep + tail) / total if total else 0.0,
+        gap=gap,
+    )
+
+
+def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:
+    notes = [*analysis.program.capture.notes]
+    if forecast.serial_share > options.coarse_budget and options.coarse != "exact":
+        notes.append(
+            f"the serial part takes {forecast.serial_share:.1%} of the original's cost, more than "
+            f"the coarse budget of {options.coarse_budget:.1%}: fewer stages or a cheaper coarse "
+            "family would help"
+        )
+    if forecast.speedup < 1:
+        notes.append(
+            f"no gain: the parareal network needs {1 / forecast.speedup:.1f} times the original's "
+            "time even with one device per stage"
+        )
+    return tuple(notes)

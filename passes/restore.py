@@ -1,0 +1,194 @@
+"""Restore torch.nn modules in a captured graph, so that train() and eval() work on it again.
+
+Two passes: `outline` folds the operators of one module call back into the call, for modules that
+take one tensor and give one; `toggle` turns what is left of operators with a training flag into
+modules that follow the mode. The rules of `toggle` are data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.operator_schemas import normalize_function
+from torch.nn import functional as F
+
+from passes.program import Provenance, provenance, resolve, set_provenance
+from passes.tracing import is_leaf
+
+__all__ = ["CALL_KEY", "Attention", "attach", "outline", "toggle"]
+
+aten = torch.ops.aten
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention whose dropout is active in training mode only."""
+
+    def __init__(self, dropout_p: float, is_causal: bool = False) -> None:
+        super().__init__()
+        self.dropout_p = dropout_p
+        self.is_causal = is_causal
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Attend; shapes `[B, H, T, D]`."""
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask,
+            self.dropout_p if self.training else 0.0,
+            self.is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Return the options for the module's repr."""
+        return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Turns calls of `targets` into a call of the module that `build` makes.
+
+    `build` gets the call's arguments by name and returns the module, and the names of the
+    arguments that the module is called with; None where the call has nothing to toggle.
+    """
+
+    targets: tuple[Any, ...]
+    build: Callable[[Mapping[str, Any]], tuple[nn.Module, tuple[str, ...]] | None]
+
+
+def _dropout(kind: type[nn.Module]) -> Callable[[Mapping[str, Any]], Any]:
+    def build(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+        return kind(float(call["p"])), ("input",)
+
+    return build
+
+
+def _attention(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | None:
+    if not call.get("dropout_p"):
+        return None
+    module = Attention(float(call["dropout_p"]), bool(call.get("is_causal", False)))
+    return module, ("query", "key", "value", "attn_mask", "scale", "enable_gqa")
+
+
+RULES: tuple[Rule, ...] = (
+    # Dropout by function or by operator: the probability stays, the flag follows the mode.
+    Rule((F.dropout, torch.dropout, aten.dropout.default, aten.dropout_.default),
+         _dropout(nn.Dropout)),
+    Rule((F.alpha_dropout, aten.alpha_dropout.default), _dropout(nn.AlphaDropout)),
+    # Whole channels; the three functions differ only in the ranks that they accept.
+    Rule((F.dropout1d,), _dropout(nn.Dropout1d)),
+    Rule((F.dropout2d, aten.feature_dropout.default), _dropout(nn.Dropout2d)),
+    Rule((F.dropout3d,), _dropout(nn.Dropout3d)),
+    # Attention drops probabilities inside the kernel.
+    Rule((F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default), _attention),
+)  # fmt: skip
+
+
+def toggle(model: nn.Module, graph: fx.Graph) -> int:
+    """Replace operators that carry a training flag by modules that follow the mode.
+
+    The new modules are added to `model` under the path that the operator came from. A flag that
+    is already off in a graph captured in training mode never turns on, and stays.
+
+    Returns:
+        How many nodes were replaced.
+    """
+    rules = {target: rule for rule in RULES for target in rule.targets}
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in rules:
+            continue
+        normal = normalize_function(
+            node.target, node.args, dict(node.kwargs), normalize_to_only_use_kwargs=True
+        )
+        if normal is None or normal.kwargs.get("training", normal.kwargs.get("train")) is False:
+            continue
+        made = rules[node.target].build(normal.kwargs)
+        if made is None:
+            continue
+        module, names = made
+        path = f"{provenance(node).path}.{node.name}".lstrip(".")
+        attach(model, path, module)
+        values = {name: normal.kwargs[name] for name in names[1:]}
+        _replace_by_call(node, path, (normal.kwargs[names[0]],), values)
+        count += 1
+    return count
+
+
+def attach(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Register `module` under a qualified name, making the modules on the way as needed."""
+    *parents, name = path.split(".")
+    for atom in parents:
+        if atom not in dict(model.named_children()):
+            model.add_module(atom, nn.Module())
+        model = model.get_submodule(atom)
+    model.add_module(name, module)
+
+
+def outline(model: nn.Module, graph: fx.Graph) -> int:
+    """Fold the operators of each torch.nn module call back into one call of that module.
+
+    Operators belong together when they follow each other and were made by the same call of the
+    same module. Only modules that read one tensor of the graph and give one tensor are folded;
+    the operators of the others stay.
+
+    Returns:
+        How many module calls were restored.
+    """
+    groups: list[tuple[str, list[fx.Node]]] = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        call = node.meta.get(CALL_KEY, "")
+        if groups and groups[-1][0] == call:
+            groups[-1][1].append(node)
+        else:
+            groups.append((call, [node]))
+    return sum(_fold(model, nodes) for call, nodes in groups if call)
+
+
+CALL_KEY = "pnn_module_call"
+"""Key of node.meta under which a front end notes which call of which module made the node."""
+
+
+def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
+    path = provenance(nodes[0]).path
+    module = resolve(model, path) if path else model
+    if not path or not is_leaf(module):
+        return False
+    inside = set(nodes)
+    read = {
+        source
+        for node in nodes
+        for source in node.all_input_nodes
+        if source not in inside and source.op != "get_attr"
+    }
+    results = [node for node in nodes if any(user not in inside for user in node.users)]
+    if len(read) != 1 or len(results) != 1:
+        return False
+    (source,), (result,) = read, results
+    _replace_by_call(result, path, (source,), {})
+    for node in reversed(nodes):
+        if node is not result:
+            node.graph.erase_node(node)
+    return True
+
+
+def _replace_by_call(
+    node: fx.Node, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    graph = node.graph
+    with graph.inserting_after(node):
+        call = graph.create_node("call_module", path, args, kwargs)
+    set_provenance(call, Provenance(path, provenance(node).source))
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)

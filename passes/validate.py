@@ -1,0 +1,245 @@
+"""Validation of a captured graph against the model: outputs, gradients, buffers, both modes.
+
+A front end is believed only after this. Every run starts from the same random state and leaves
+the parameters, buffers and modes of the model as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.arguments import Arguments
+from passes.errors import CaptureError
+
+__all__ = ["TOLERANCE", "Reference", "Run", "compare", "preserved", "relative_error", "run"]
+
+TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 2e-2,
+}
+"""Largest difference over the largest magnitude that still counts as equal, by dtype."""
+
+Forward = Callable[[Arguments], Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass gave, and in training mode one backward pass too."""
+
+    outputs: list[Any]
+    gradients: Mapping[str, torch.Tensor | None]
+    buffers: Mapping[str, torch.Tensor]
+
+
+@contextmanager
+def preserved(*modules: nn.Module) -> Iterator[None]:
+    """Restore buffers, modes, gradients and the random state of modules on exit."""
+    with torch.random.fork_rng():
+        saved = [(tensor, tensor.detach().clone()) for m in modules for tensor in m.buffers()]
+        modes = [(child, child.training) for module in modules for child in module.modules()]
+        grads = [(p, p.grad) for module in modules for p in module.parameters()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in saved:
+                    tensor.copy_(value)
+            for child, mode in modes:
+                child.training = mode
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+
+def run(
+    module: nn.Module, forward: Forward, arguments: Arguments, *, train: bool, grad: bool
+) -> Run:
+    """Run one step on copies of the inputs and return what it gave.
+
+    Args:
+        module: Owner of the parameters and buffers to look at.
+        forward: Calls the network on the arguments.
+        arguments: Inputs of the call.
+        train: Whether to run in training mode.
+        grad: Whether to run backward from a fixed random projection of the outputs.
+    """
+    with preserved(module), torch.set_grad_enabled(grad):
+        torch.manual_seed(0)
+        module.train(train)
+        values = [_fresh(tensor, grad) for tensor in arguments.tensors()]
+        args, kwargs = arguments.with_leaves(values)
+        call = Arguments(args, kwargs, arguments.names, arguments.leaves)
+        outputs = pytree.tree_leaves(forward(call))
+        gradients: dict[str, torch.Tensor | None] = {}
+        if grad:
+            gradients = _gradients(module, outputs, values)
+        buffers = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+        detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
+        return Run(detached, gradients, buffers)
+
+
+def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    # A multiplication by one makes the input a non-leaf, so that in-place writes to it are legal.
+    return copy.requires_grad_() * 1 if grad and copy.is_floating_point() else copy
+
+
+def _gradients(
+    module: nn.Module, outputs: list[Any], inputs: list[torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    heads = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves |= {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
+    if not heads or not leaves:
+        return dict.fromkeys(leaves)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in heads]
+    cotangents = [w.to(o.device, o.dtype) for w, o in zip(weights, heads, strict=True)]
+    found = torch.autograd.grad(heads, list(leaves.values()), cotangents, allow_unused=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest difference over the largest magnitude of the reference."""
+    if value.numel() == 0:
+        return 0.0
+    if not reference.is_floating_point() and not reference.is_complex():
+        return 0.0 if torch.equal(value, reference) else float("inf")
+    a, b = value.detach().double(), reference.detach().double()
+    if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+        return float("inf")
+    finite = torch.isfinite(b)
+    a, b = a[finite], b[finite]
+    if a.numel() == 0:
+        return 0.0
+    scale = b.abs().max().item()
+    error = (a - b).abs().max().item()
+    return error / scale if scale > 0 else error
+
+
+def compare(candidate: Run, reference: Run, slack: float = 1.0) -> str:
+    """Return "" if two runs agree, else one line that says where and by how much they differ."""
+    if len(candidate.outputs) != len(reference.outputs):
+        return f"{len(candidate.outputs)} outputs instead of {len(reference.outputs)}"
+    for index, (value, wanted) in enumerate(zip(candidate.outputs, reference.outputs, strict=True)):
+        if reason := _differs(value, wanted, slack):
+            return f"output {index} differs: {reason}"
+    for name, wanted_grad in reference.gradients.items():
+        if name not in candidate.gradients:
+            return f"parameter {name} is missing"
+        if reason := _differs(candidate.gradients[name], wanted_grad, slack, absent_is_zero=True):
+            return f"gradient of {name} differs: {reason}"
+    for name, buffer in reference.buffers.items():
+        if name in candidate.buffers and (
+            reason := _differs(candidate.buffers[name], buffer, slack)
+        ):
+            return f"buffer {name} differs after the step: {reason}"
+    return ""
+
+
+def _differs(value: Any, wanted: Any, slack: float, absent_is_zero: bool = False) -> str:
+    if absent_is_zero:
+        if wanted is None and isinstance(value, torch.Tensor):
+            wanted = torch.zeros_like(value)
+        if value is None and isinstance(wanted, torch.Tensor):
+            value = torch.zeros_like(wanted)
+    if not isinstance(wanted, torch.Tensor) or not isinstance(value, torch.Tensor):
+        same = type(value) is type(wanted) and value == wanted
+        return "" if same else f"{value!r} instead of {wanted!r}"
+    if value.shape != wanted.shape or value.dtype != wanted.dtype:
+        return f"{list(value.shape)} {value.dtype} instead of {list(wanted.shape)} {wanted.dtype}"
+    limit = TOLERANCE.get(wanted.dtype, 0.0) * slack
+    error = relative_error(value, wanted)
+    return "" if error <= limit else f"relative error {error:.1e} (limit {limit:.0e})"
+
+
+class Reference:
+    """The runs of the original model that every candidate graph is held against.
+
+    Attributes:
+        dynamic_batch: Whether the model itself accepts one more sample.
+        notes: What could not be compared, and why.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments, *, dynamic_batch: bool) -> None:
+        self._arguments = arguments
+        self.notes: list[str] = []
+        self._runs: dict[tuple[bool, bool], Run] = {}
+        try:
+            self._runs[False, False] = run(model, _call(model), arguments, train=False, grad=False)
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} itself fails on the example inputs "
+                f"({_shapes(arguments)}): {_first_line(error)}"
+            ) from error
+        self.dynamic_batch = dynamic_batch and self._grows(model)
+        self._other = arguments.varied(grow=self.dynamic_batch)
+        if not self.dynamic_batch:
+            self._runs[False, True] = run(model, _call(model), self._other, train=False, grad=False)
+        try:
+            for other in (False, True):
+                self._runs[True, other] = run(
+                    model,
+                    _call(model),
+                    self._other if other else arguments,
+                    train=True,
+                    grad=not other,
+                )
+        except Exception as error:
+            self.notes.append(
+                f"training mode was not compared: the model fails in it ({_first_line(error)})"
+            )
+
+    def _grows(self, model: nn.Module) -> bool:
+        other = self._arguments.varied(grow=True)
+        try:
+            self._runs[False, True] = run(model, _call(model), other, train=False, grad=False)
+        except Exception as error:
+            self.notes.append(f"batch size fixed: the model refuses another ({_first_line(error)})")
+            return False
+        return True
+
+    def mismatch(self, candidate: nn.Module) -> str:
+        """Return "" if the candidate graph equals the model, else where it does not."""
+        for (train, other), wanted in self._runs.items():
+            arguments = self._other if other else self._arguments
+            where = f"in {'training' if train else 'evaluation'} mode"
+            where += " on a second input" if other else ""
+            try:
+                got = run(
+                    candidate,
+                    _call_by_name(candidate),
+                    arguments,
+                    train=train,
+                    grad=bool(wanted.gradients),
+                )
+            except Exception as error:
+                return f"the graph fails {where}: {_first_line(error)}"
+            if reason := compare(got, wanted):
+                return f"{where}, {reason}"
+        return ""
+
+
+def _call(model: nn.Module) -> Forward:
+    return lambda arguments: model(*arguments.args, **arguments.kwargs)
+
+
+def _call_by_name(module: nn.Module) -> Forward:
+    return lambda arguments: module(**arguments.tensor_arguments())
+
+
+def _shapes(arguments: Arguments) -> str:
+    return ", ".join(f"{leaf.argument} {list(leaf.value.shape)}" for leaf in arguments.leaves)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
