@@ -44,7 +44,7 @@ def assemble(program: Program, plan: Plan, stages: Stages, operators: Operators)
     root.add_module("head", stages.head)
     graph = _Writer(program, plan).write()
     # With several iterations the last stages are not needed in the first ones.
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return fx.GraphModule(root, graph, class_name=f"Parareal{program.name}")
 

@@ -50,11 +50,11 @@ class Cost:
     weight: float
 
 
-class _FlopMode(TorchDispatchMode):
+class _FlopMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """Counts the FLOPs of everything that runs inside it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = 0
         self.other = 0
 
@@ -75,7 +75,7 @@ def count_flops(function: Callable[[], Any]) -> int:
     """Run a function and return the forward FLOPs of what it called."""
     with torch.no_grad(), _FlopMode() as mode:
         function()
-    return mode.known + mode.other
+        return mode.known + mode.other
 
 
 class _Counter(fx.Interpreter):

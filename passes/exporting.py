@@ -91,7 +91,7 @@ def _convert(
 
 
 def _note_origin(copied: fx.Node, node: fx.Node) -> None:
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = node.meta.get("nn_module_stack", {})
     entries = [(key, path) for key, (path, _) in stack.items() if path.startswith("model")]
     path = ""
     if entries:

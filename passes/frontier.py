@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -236,7 +237,7 @@ def repeated_blocks(
     """
     single = [p for p in frontiers.positions if len(p.state) == 1 and p.boundary]
     blocks = []
-    for start, stop in zip(single, single[1:], strict=False):
+    for start, stop in itertools.pairwise(single):
         nodes = frontiers.order[start.index : stop.index]
         blocks.append(
             Block(start, stop, start.specs[0], stop.specs[0], _signature(program, nodes, facts))

@@ -121,7 +121,7 @@ def _run(program: Program, arguments: Arguments, *, train: bool) -> _Observer:
 
 def _random_state() -> list[torch.Tensor]:
     states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         states += torch.cuda.get_rng_state_all()
     return states
 
@@ -139,7 +139,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _spec(

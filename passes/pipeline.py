@@ -117,7 +117,8 @@ def _analyze(c: Compilation) -> Compilation:
 
 
 def _plan(c: Compilation) -> Compilation:
-    assert c.options is not None and c.analysis is not None
+    assert c.options is not None
+    assert c.analysis is not None
     cut = choose_cut(c.analysis, c.options)
     return replace(c, plan=make_plan(c.analysis, cut, c.options))
 
@@ -129,12 +130,15 @@ def _split(c: Compilation) -> Compilation:
 
 
 def _synthesize(c: Compilation) -> Compilation:
-    assert c.plan is not None and c.stages is not None
+    assert c.plan is not None
+    assert c.stages is not None
     return replace(c, operators=synthesize(c.program, c.plan, c.stages))
 
 
 def _assemble(c: Compilation) -> Compilation:
-    assert c.plan is not None and c.stages is not None and c.operators is not None
+    assert c.plan is not None
+    assert c.stages is not None
+    assert c.operators is not None
     return replace(c, module=assemble(c.program, c.plan, c.stages, c.operators))
 
 

@@ -257,7 +257,8 @@ class Plan:
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise ArtifactError(f"the plan has schema {found!r}, this version reads {SCHEMA}")
-        return _decode(cls, data, "plan")
+        plan: Plan = _decode(cls, data, "plan")
+        return plan
 
 
 def _decode(kind: Any, data: Any, where: str) -> Any:

@@ -103,7 +103,7 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The output node."""
-        return next(iter(reversed(self.graph.nodes)))
+        return self.graph.output_node()
 
 
 def provenance(node: fx.Node) -> Provenance:

@@ -1,4 +1,4 @@
-"""Cut the program where the plan says: fine stages and head as GraphModules over the same modules."""
+"""Cut the program where the plan says: fine stages and head over the same modules."""
 
 from __future__ import annotations
 
@@ -50,16 +50,21 @@ def split(program: Program, plan: Plan) -> Stages:
                 inputs=stage.inputs,
                 sides=stage.sides,
                 name=f"Fine{number}",
-            )  # fmt: skip
+            )
         )
     last = plan.interfaces[-1]
     order = program.order
     names = [node.name for node in order]
     rest = order[names.index(last.after) + 1 :]
     head = extract(
-        program, rest, [value.name for value in last.state], None,
-        inputs=plan.head.inputs, sides=plan.head.sides, name="Head",
-    )  # fmt: skip
+        program,
+        rest,
+        [value.name for value in last.state],
+        None,
+        inputs=plan.head.inputs,
+        sides=plan.head.sides,
+        name="Head",
+    )
     return Stages(tuple(fine), head)
 
 

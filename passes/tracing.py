@@ -67,7 +67,7 @@ class ModuleTracer(fx.Tracer):
         }
         leaves = []
         for leaf in self._arguments.leaves:
-            proxy = proxies[leaf.argument]
+            proxy: Any = proxies[leaf.argument]
             for key in leaf.path:
                 proxy = proxy[key]
             leaves.append(proxy)

@@ -96,7 +96,9 @@ def _gradients(
     module: nn.Module, outputs: list[Any], inputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
     heads = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
-    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves: dict[str, torch.Tensor] = {
+        name: p for name, p in module.named_parameters() if p.requires_grad
+    }
     leaves |= {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
     if not heads or not leaves:
         return dict.fromkeys(leaves)

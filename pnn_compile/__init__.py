@@ -1,0 +1,43 @@
+"""Compile PyTorch models into parareal neural networks."""
+
+from pathlib import Path
+
+import passes
+
+_expected = Path(__file__).resolve().parent.parent / "passes"
+if Path(passes.__file__ or "").resolve().parent != _expected:
+    raise ImportError(
+        f"pnn_compile needs its own package 'passes' ({_expected}), but {passes.__file__} shadows "
+        "it: rename that one, or take its directory off sys.path"
+    )
+
+from passes.errors import (  # noqa: E402  # after the check above
+    ArtifactError,
+    CaptureError,
+    ExportError,
+    OptionError,
+    PartitionError,
+    PnnError,
+    SourceError,
+    SynthesisError,
+    VerificationError,
+)
+from passes.plan import Plan  # noqa: E402
+from pnn_compile.api import Compiled, compile  # noqa: A004, E402  # torch names it so too
+from pnn_compile.artifact import load  # noqa: E402
+
+__all__ = [
+    "ArtifactError",
+    "CaptureError",
+    "Compiled",
+    "ExportError",
+    "OptionError",
+    "PartitionError",
+    "Plan",
+    "PnnError",
+    "SourceError",
+    "SynthesisError",
+    "VerificationError",
+    "compile",
+    "load",
+]

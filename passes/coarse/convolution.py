@@ -7,6 +7,7 @@ state's channels (Lee, Park, Lee 2022, section IV).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,8 @@ from passes.plan import TensorSpec
 
 __all__ = ["Convolution", "ConvolutionMap", "convolution_fits", "convolution_flops"]
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def convolution_fits(source: TensorSpec, target: TensorSpec) -> bool:

@@ -7,6 +7,7 @@ brought into it and back, so that a family of coarse networks is written once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +16,11 @@ from passes.plan import TensorSpec
 
 __all__ = ["Layout", "layouts", "resize"]
 
-_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_POOLS: dict[int, Callable[..., torch.Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 
 
 class Layout:
@@ -43,10 +48,14 @@ class Layout:
         if self.channel_axis == self.batch_axis:
             self.channel_axis = next(axis for axis in range(rank) if axis != self.batch_axis)
         rest = [a for a in range(rank) if a not in (self.batch_axis, self.channel_axis)]
-        self.order = [self.batch_axis, *([self.channel_axis] if rank > 1 else []), *rest]
+        self.order: list[int] = [self.batch_axis, *rest]
+        if self.channel_axis is not None:
+            self.order.insert(1, self.channel_axis)
         self.inverse = [self.order.index(axis) for axis in range(rank)]
         self.flat = channels is not None
-        self.channels = channels or (spec.shape[self.channel_axis] if rank > 1 else 1)
+        self.channels = 1 if self.channel_axis is None else spec.shape[self.channel_axis]
+        if channels is not None:
+            self.channels = channels
         self.tail = tuple(spec.shape[axis] for axis in rest)
         grouped = ((groups,) if groups > 1 else ()) + self.tail
         self.space = space if space is not None else grouped
@@ -62,9 +71,9 @@ class Layout:
             return x.unsqueeze(1)
         x = x.permute(self.order) if self.order != sorted(self.order) else x
         if self.flat:
-            return x.unflatten(1, (self.channels, *self.space))
+            return x.reshape(-1, self.channels, *self.space)
         if self.groups > 1:
-            x = x.unflatten(0, (-1, self.groups)).movedim(1, 2)
+            x = x.reshape(-1, self.groups, *x.shape[1:]).movedim(1, 2)
         return x
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ class LinearMap(nn.Module):
         x = torch.matmul(self.weight, x.flatten(2) if space else x.unsqueeze(2))
         if self.bias is not None:
             x = x + self.bias[:, None]
-        x = x.unflatten(2, space) if space else x.squeeze(2)
+        x = x.reshape(*x.shape[:2], *space)
         if not shrinks:
             x = resize(x, self._target.space)
         return self._target.leave(x)

@@ -1,0 +1,1 @@
+"""Coarse networks: one file a family, and the choice between them."""

@@ -1,0 +1,272 @@
+"""The public face: `compile`, and `Compiled`, which it returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx, nn
+
+from passes.analysis import Analysis, weigh
+from passes.capture import capture
+from passes.coarse.build import Operators
+from passes.errors import ArtifactError, OptionError
+from passes.observe import observe
+from passes.options import Options
+from passes.pipeline import COMPILE, REPLAY, Compilation, PassResult, run_passes
+from passes.plan import Plan
+from passes.program import Program
+from passes.split import Stages
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from pnn_compile.verify import VerifyReport
+
+__all__ = ["Compiled", "compile", "replay"]
+
+CostSource = Literal["flops", "measured"] | Callable[[fx.Node, int], float]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A parareal network with everything that it was made from.
+
+    Attributes:
+        program: The captured model.
+        plan: Every decision.
+        stages: The fine stages and the head.
+        operators: The preprocessing operators and coarse propagators.
+        sequential: The stages one after another; equal to the original network.
+        module: The parareal network; trainable, `train()` and `eval()` work.
+        passes: What each pass of the compiler took.
+    """
+
+    program: Program
+    plan: Plan
+    stages: Stages
+    operators: Operators
+    sequential: fx.GraphModule
+    module: fx.GraphModule
+    passes: tuple[PassResult, ...]
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Shapes, costs and legal cuts of the program, by FLOPs."""
+        return weigh(self.program, observe(self.program), "flops")
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[str]:
+        """The partition graph; see `pnn_compile.graph.partition_graph` for its attributes."""
+        from pnn_compile.graph import partition_graph
+
+        return partition_graph(self)
+
+    def report(self, width: int = 100) -> str:
+        """Return the terminal report as plain text of at most `width` columns."""
+        from pnn_compile.report.terminal import render
+
+        return render(self, width=width)
+
+    def verify(self, *, strict: bool = False) -> VerifyReport:
+        """Hold the network against the program that it was made from.
+
+        Args:
+            strict: Whether to raise if a check fails.
+
+        Raises:
+            VerificationError: A check failed, under `strict`.
+        """
+        from pnn_compile.verify import verify
+
+        return verify(self, strict=strict)
+
+    def original_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights of the fine stages and the head under the model's own keys."""
+        known = dict(self.program.unused)
+        for piece in (*self.stages.fine, self.stages.head):
+            known.update(piece.state_dict())
+        return known
+
+    def load_original_state_dict(
+        self, state: Mapping[str, torch.Tensor], *, strict: bool = True
+    ) -> None:
+        """Load a checkpoint of the original model into the fine stages and the head.
+
+        Args:
+            state: A state dict with the model's own keys.
+            strict: Whether every key must be there, and no other.
+
+        Raises:
+            OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
+                is loaded then.
+        """
+        own = self.original_state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unknown):
+            raise OptionError(
+                f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
+                f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
+                "pass strict=False to load what fits"
+            )
+        common = own.keys() & state.keys()
+        wrong = [key for key in common if own[key].shape != state[key].shape]
+        if wrong:
+            key = min(wrong)
+            raise OptionError(
+                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
+                f"{list(own[key].shape)} in {self.plan.model}"
+            )
+        with torch.no_grad():
+            for key in common:
+                own[key].copy_(state[key])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact directory `path`, atomically, replacing an older one.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ArtifactError: The directory cannot be written; an older artifact there is whole.
+        """
+        from pnn_compile.artifact import save
+
+        return save(self, path)
+
+    def export_onnx(self, path: str | Path) -> Path:
+        """Write the parareal network, in evaluation mode, as one ONNX file, and check it.
+
+        Raises:
+            ExportError: An operator has no ONNX form, a package is missing, or ONNX Runtime
+                disagrees with torch.
+        """
+        from pnn_compile.export.onnx import export_onnx
+
+        return export_onnx(self, path)
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    stages: int | Literal["auto"] = "auto",
+    cost: CostSource = "flops",
+    cuts: Iterable[str] | None = None,
+    coarse: str = "auto",
+    coarse_budget: float = 0.05,
+    units: int = 1,
+    preprocess: str = "auto",
+    correction: Literal["residual", "difference"] = "residual",
+    iterations: int = 1,
+    dynamic_batch: bool = True,
+    seed: int = 0,
+    plan: Plan | None = None,
+    debug: bool = False,
+) -> Compiled:
+    """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
+
+    Args:
+        model: Any module; it is copied, never changed.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        args: Positional arguments, instead of `example_inputs`.
+        kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
+        stages: Number N of stages, one a device, or "auto".
+        cost: How nodes are weighed: "flops", "measured", or a callable from (node, FLOPs) to a
+            number.
+        cuts: Names of the nodes or modules that start the second and later stages; overrides the
+            search.
+        coarse: Family of the coarse propagators: "auto", "linear", "units", "exact" or "zero".
+        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
+        units: Copies of the repeating block in a coarse network of family "units".
+        preprocess: Family of the preprocessing operators: "auto", "convolution" or "linear".
+        correction: "residual" (the paper's form, for training) or "difference" (classical).
+        iterations: Number K of parareal iterations; K = N reproduces the original.
+        dynamic_batch: Whether the batch size stays free where the model allows it.
+        seed: Seed of the initial weights of the coarse networks.
+        plan: Replay this plan instead of deciding anew; the options of the search are ignored.
+        debug: Whether to verify every graph between passes.
+
+    Raises:
+        OptionError: An option is unknown or out of range.
+        CaptureError: The model cannot be captured as a graph, or fails on the example inputs.
+        PartitionError: It cannot be cut into that many stages.
+        SynthesisError: No guess or correction can be made for an interface.
+        ArtifactError: `plan` was made for another model.
+    """
+    args, kwargs = _example(model, example_inputs, args, kwargs)
+    options = Options(
+        stages=stages,
+        cost=cost,
+        cuts=None if cuts is None else tuple(cuts),
+        coarse=coarse,
+        coarse_budget=coarse_budget,
+        units=units,
+        preprocess=preprocess,
+        correction=correction,
+        iterations=iterations,
+        seed=seed,
+    )
+    start = time.perf_counter()
+    program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
+    captured = PassResult("capture and validate", time.perf_counter() - start)
+    if plan is not None:
+        return replay(program, plan, captured, debug=debug)
+    compilation, results = run_passes(Compilation(program, options), COMPILE, check=debug)
+    return _compiled(compilation, (captured, *results))
+
+
+def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = False) -> Compiled:
+    """Build the network that a plan describes over a program.
+
+    Raises:
+        ArtifactError: The plan was made for another program.
+    """
+    if plan.fingerprint != program.fingerprint:
+        raise ArtifactError(
+            f"the plan was made for another {plan.model}: the structure of {program.name} differs "
+            "(layers, shapes or options); compile it again"
+        )
+    compilation, results = run_passes(Compilation(program, plan=plan), REPLAY, check=debug)
+    return _compiled(compilation, (*before, *results))
+
+
+def _compiled(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:
+    c = compilation
+    assert c.plan is not None
+    assert c.stages is not None
+    assert c.operators is not None
+    assert c.sequential is not None
+    assert c.module is not None
+    return Compiled(c.program, c.plan, c.stages, c.operators, c.sequential, c.module, results)
+
+
+def _example(
+    model: nn.Module,
+    example_inputs: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module (got {type(model).__name__})")
+    if example_inputs is None and not args and not kwargs:
+        raise OptionError(
+            f"{type(model).__name__} needs example inputs: "
+            "pnn.compile(model, torch.randn(2, 3, 32, 32)), or args=..., kwargs=..."
+        )
+    if example_inputs is None:
+        return tuple(args), dict(kwargs or {})
+    if args or kwargs:
+        raise OptionError("give either example_inputs or args and kwargs, not both")
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
