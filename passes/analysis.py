@@ -28,6 +28,10 @@ _SIGNIFICANT = 0.25
 """A block or operator belongs to the trunk if it costs this share of the mean of its kind."""
 
 
+_HEAD_SHARE = 0.25
+"""Largest share of all FLOPs behind the repeated blocks that still counts as a head."""
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Facts, costs and legal cuts of a program.
@@ -85,9 +89,12 @@ class Analysis:
 
     def trunk_end(self) -> int:
         """Number of nodes up to the end of the trunk; what follows is fit for a head."""
-        if blocks := self.trunk_blocks:
-            return blocks[-1].stop.index
         order = self.frontiers.order
+        if self.trunk_blocks:
+            end = self.trunk_blocks[-1].stop.index
+            behind = sum(self.costs[node].flops for node in order[end:])
+            if behind <= _HEAD_SHARE * self.flops:
+                return end
         flops = [self.costs[node].flops for node in order]
         matrix = [f for n, f in zip(order, flops, strict=True) if _is_matrix(self.costs[n])]
         if not matrix:

@@ -68,10 +68,15 @@ class Arguments:
         return {name: value for name, value in named.items() if name in holders}
 
     def constants(self) -> dict[str, Any]:
-        """The arguments without tensors: the captured graph fixes them at these values."""
+        """What is no tensor, by name (`batch['scale']`): the captured graph fixes these values."""
         named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
-        holders = {leaf.argument for leaf in self.leaves}
-        return {name: value for name, value in named.items() if name not in holders}
+        holders = self.tensor_arguments()
+        found = {name: value for name, value in named.items() if name not in holders}
+        for name, value in holders.items():
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                if not isinstance(leaf, torch.Tensor):
+                    found[f"{name}{pytree.keystr(path)}"] = leaf
+        return found
 
     @property
     def batch(self) -> int | None:

@@ -22,13 +22,23 @@ from passes.plan import Plan, Stage
 from passes.program import Program
 from passes.split import Stages, unpack
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "reads_guess"]
 
 _State = dict[str, fx.Node]
 
 
-def assemble(program: Program, plan: Plan, stages: Stages, operators: Operators) -> fx.GraphModule:
+def assemble(
+    program: Program, plan: Plan, stages: Stages, operators: Operators, *, reuse: bool = True
+) -> fx.GraphModule:
     """Build the parareal network of a plan.
+
+    Args:
+        program: The captured model.
+        plan: The decisions.
+        stages: The fine stages and the head.
+        operators: The guesses and corrections.
+        reuse: Whether iteration k takes the first k stages, which are exact by then, from the
+            iteration before; False computes every stage every time (the oracle of K = N).
 
     Returns:
         A GraphModule with children `fine_j`, `preprocess_j`, `coarse_j` (j from 0; the first
@@ -42,20 +52,27 @@ def assemble(program: Program, plan: Plan, stages: Stages, operators: Operators)
     for number, coarse in operators.coarse.items():
         root.add_module(f"coarse_{number}", coarse)
     root.add_module("head", stages.head)
-    graph = _Writer(program, plan).write()
+    graph = _Writer(program, plan, reuse).write()
     # With several iterations the last stages are not needed in the first ones.
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     return fx.GraphModule(root, graph, class_name=f"Parareal{program.name}")
 
 
+def reads_guess(plan: Plan, stage: Stage) -> bool:
+    """Whether the correction of a stage is called with the guess in front of the residual."""
+    nonlinear = stage.coarse is not None and not stage.coarse.linear
+    return plan.correction == "difference" and nonlinear
+
+
 class _Writer:
     """Writes the graph: guesses, then per iteration the fine stages and the sweep, then the head."""
 
-    def __init__(self, program: Program, plan: Plan) -> None:
+    def __init__(self, program: Program, plan: Plan, reuse: bool) -> None:
         self.plan = plan
+        self.reuse = reuse
         self.graph = fx.Graph()
-        self.inputs = {node.name: self.graph.placeholder(node.name) for node in program.inputs}
+        self.inputs = {n.name: self.graph.placeholder(str(n.target)) for n in program.inputs}
 
     def write(self) -> fx.Graph:
         plan = self.plan
@@ -68,7 +85,7 @@ class _Writer:
             fine = {
                 number: self._fine(number, stage, entering[number])
                 for number, stage in enumerate(plan.stages)
-                if number >= iteration
+                if number >= (iteration if self.reuse else 0)
             }
             corrected = self._sweep(iteration, entering, fine, corrected)
             entering = [_State(), *corrected[:-1]]
@@ -86,12 +103,12 @@ class _Writer:
         """Carry the corrections from stage to stage; stages before `iteration` are exact."""
         corrected: list[_State] = []
         for number, stage in enumerate(self.plan.stages):
-            if number < iteration:
+            if number < iteration and self.reuse:
                 corrected.append(previous[number])
                 continue
             state = dict(corrected[-1]) if corrected else {}
             own = dict(fine[number])
-            if number > iteration:
+            if number > (iteration if self.reuse else 0):
                 correction = self._correct(number, stage, entering[number], state)
                 for name in stage.produces:
                     own[name] = self._add(
@@ -121,7 +138,7 @@ class _Writer:
             for name in stage.consumes
         ]
         state = residual
-        if self.plan.correction == "difference" and not spec.linear:
+        if reads_guess(self.plan, stage):
             state = [*(guess[name] for name in stage.consumes), *residual]
         inputs = spec.options.get("inputs", ())
         result = self._call(f"coarse_{number}", state, inputs, f"c_{number}")

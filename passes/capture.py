@@ -6,7 +6,6 @@ import copy
 import logging
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import fx, nn
 from passes.arguments import Arguments, bind, placeholders
 from passes.errors import CaptureError
 from passes.exporting import export
-from passes.program import CaptureReport, Program, graph_module, verify_graph
+from passes.program import CaptureReport, Program, graph_module, is_user_code, verify_graph
 from passes.restore import attach, toggle
 from passes.tracing import trace
 from passes.validate import Reference, preserved
@@ -62,13 +61,10 @@ def capture(
             captured it; then the message names the module and the line that stood in the way.
     """
     arguments = bind(model, args, kwargs or {})
-    try:
-        own = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
-    reference = Reference(own, arguments, dynamic_batch=dynamic_batch)
+    reference = Reference(_copy(model), arguments, dynamic_batch=dynamic_batch)
     rejected: list[str] = []
     for rung, front_end in LADDER:
+        own = _copy(model)  # a front end that fails may leave its traces in the model
         try:
             module = _attempt(own, arguments, front_end, reference.dynamic_batch)
         except Exception as error:
@@ -94,6 +90,13 @@ def capture(
         f"{type(model).__name__} cannot be captured as a graph:{attempts}\n"
         "compile the submodule around that line instead, or move the control flow out of forward"
     )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
 def _attempt(
@@ -140,12 +143,11 @@ def explain(model: nn.Module, error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     names = {id(module): name for name, module in model.named_modules()}
-    hidden = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     where = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         filename = frame.f_code.co_filename
-        if id(owner) in names and not filename.startswith((*hidden, "<")):
+        if id(owner) in names and is_user_code(filename):
             path = names[id(owner)] or type(model).__name__
             where = f" in {path} ({type(owner).__name__}) at {filename}:{line}"
     return f"{message}{where}"

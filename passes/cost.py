@@ -75,7 +75,7 @@ def count_flops(function: Callable[[], Any]) -> int:
     """Run a function and return the forward FLOPs of what it called."""
     with torch.no_grad(), _FlopMode() as mode:
         function()
-        return mode.known + mode.other
+        return int(mode.known + mode.other)
 
 
 class _Counter(fx.Interpreter):

@@ -15,8 +15,6 @@ from passes.program import provenance
 
 __all__ = ["Cut", "choose_cut"]
 
-_HEAD_SHARE = 0.1
-"""Largest share of all cost that the head may take."""
 _BOUNDARY = 0.002
 """Share of a stage by which a cut inside a block must be cheaper to be taken."""
 _MOST_STAGES = 16
@@ -47,6 +45,8 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
     candidates = [p for p in analysis.frontiers.positions if p.index < head.index]
     if options.cuts is not None:
         return Cut((*_named(analysis, candidates, options.cuts), head), 0.0)
+    if options.coarse == "units":
+        candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.stages == "auto":
         most = min(_MOST_STAGES, len(candidates) + 1)
         solutions = [_solve(analysis, options, candidates, head, n) for n in range(1, most + 1)]
@@ -68,11 +68,8 @@ def _head(analysis: Analysis) -> Position:
             f"{analysis.program.name} has no legal cut at all ({refused}); "
             "compile a submodule whose layers follow each other instead"
         )
-    work = _work(analysis)
-    limit = work[-1] * (1 - _HEAD_SHARE)
     end = analysis.trunk_end()
-    behind = [p for p in positions if p.index >= end and work[p.index] >= limit]
-    behind = behind or [p for p in positions if work[p.index] >= limit] or [positions[-1]]
+    behind = [p for p in positions if p.index >= end] or [positions[-1]]
     return min(behind, key=lambda position: (len(position.state), position.index))
 
 
@@ -101,7 +98,7 @@ def _solve(
         work=[work[p.index] for p in ends],
         entry=[guess_estimate(analysis, options, p) * analysis.scale for p in ends],
         hop=hops,
-        tail=[math.inf] * len(candidates) + [hops[-1] + work[-1] - work[head.index]],
+        tail=[math.inf] * len(candidates) + [work[-1] - work[head.index]],
         stages=stages,
     )
     return solve(problem)

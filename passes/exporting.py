@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import fx, nn
@@ -13,11 +15,13 @@ from torch.utils import _pytree as pytree
 
 from passes.arguments import Arguments, placeholders
 from passes.errors import CaptureError
-from passes.program import Provenance, set_provenance
+from passes.program import Provenance, is_user_code, resolve, set_provenance
 from passes.restore import CALL_KEY, outline
 from passes.tracing import Entry, strip
 
 __all__ = ["export"]
+
+_log = logging.getLogger(__name__)
 
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn")
 """Operators that only assert what held at the example inputs; they read and change nothing."""
@@ -36,6 +40,8 @@ def export(
     """
     entry = Entry(model, arguments)
     dynamic = torch.export.Dim.AUTO if dynamic_batch else None
+    if dynamic_batch and arguments.batch == 1:
+        arguments = arguments.varied(grow=True)  # torch.export never keeps a size of 1 free
     shapes = tuple(
         {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == arguments.batch else None
         for leaf in arguments.leaves
@@ -46,15 +52,16 @@ def export(
         )
         module = exported.module(check_guards=False)
     spec = exported.call_spec.out_spec
-    if not isinstance(module, fx.GraphModule) or spec is None:
+    if spec is None:
         raise CaptureError("torch.export returned no graph")
-    graph, constants = _convert(module, arguments, spec)
+    graph, constants = _convert(model, module, arguments, spec)
     outline(model, graph)
+    graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     return graph, constants
 
 
 def _convert(
-    module: fx.GraphModule, arguments: Arguments, spec: pytree.TreeSpec
+    model: nn.Module, module: fx.GraphModule, arguments: Arguments, spec: pytree.TreeSpec
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Copy the exported graph, with the model's own arguments and output structure."""
     graph = fx.Graph()
@@ -66,6 +73,8 @@ def _convert(
         for key in leaf.path:
             value = graph.call_function(operator.getitem, (value, key))
         mapping[node] = value
+    owned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    owned |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     constants: dict[str, torch.Tensor] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -81,12 +90,11 @@ def _convert(
         copied.meta.clear()
         if node.op == "get_attr":
             name = str(node.target)
-            if name.startswith("model."):
+            if strip(name) in owned:
                 copied.target = strip(name)
             else:
-                constants[name] = getattr(module, name)
+                constants[name] = resolve(module, name)
         _note_origin(copied, node)
-    graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     return graph, constants
 
 
@@ -101,22 +109,26 @@ def _note_origin(copied: fx.Node, node: fx.Node) -> None:
 
 
 def _source(trace: str | None) -> str:
-    """Innermost `file:line` of a stack trace that is not torch's own."""
+    """Innermost `file:line` of a stack trace that is in the user's code."""
     for line in reversed((trace or "").splitlines()):
         text = line.strip()
-        if text.startswith('File "') and "/torch/" not in text:
-            filename, _, rest = text.removeprefix('File "').partition('", line ')
+        filename, _, rest = text.removeprefix('File "').partition('", line ')
+        if text.startswith('File "') and is_user_code(filename):
             return f"{filename}:{rest.split(',')[0]}"
     return ""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's own logging of errors that end in an exception anyway."""
+    """Silence what torch says of errors that end in an exception anyway, and of its own layers."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
+        # Recurrent layers put their own list of weights together again in forward; it is the same.
+        warnings.filterwarnings("ignore", r"The tensor attributes? self\.([\w.]+\.)?_flat_weights")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            _log.debug("torch.export: %s", said.getvalue())

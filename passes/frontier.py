@@ -89,6 +89,7 @@ def analyze(
         for node in order
     }
     barred = _barred(program, order, facts, cones)
+    units = _units(order)
     positions: list[Position] = []
     refused: dict[str, int] = {}
     live: dict[fx.Node, None] = {}
@@ -103,7 +104,7 @@ def analyze(
             refused[reason] = refused.get(reason, 0) + 1
             continue
         specs = tuple(_require(facts[n].spec) for n in live)
-        positions.append(Position(index, tuple(live), specs, _is_boundary(order, index)))
+        positions.append(Position(index, tuple(live), specs, _is_boundary(order, index, units)))
     return Frontiers(order, tuple(positions), cones, refused)
 
 
@@ -178,16 +179,40 @@ def _attributes(program: Program) -> list[fx.Node]:
     return [node for node in program.graph.nodes if node.op == "get_attr"]
 
 
-def _is_boundary(order: Sequence[fx.Node], index: int) -> bool:
-    """Whether a cut leaves no numbered module (`blocks.3`) open on both of its sides."""
+def _is_boundary(order: Sequence[fx.Node], index: int, units: frozenset[str]) -> bool:
+    """Whether a cut leaves no unit of a repeated structure open on both of its sides."""
     if index >= len(order):
         return True
-    before, behind = provenance(order[index - 1]).path, provenance(order[index]).path
-    shared = 0
-    a, b = before.split("."), behind.split(".")
-    while shared < min(len(a), len(b)) and a[shared] == b[shared]:
-        shared += 1
-    return not any(atom.isdigit() for atom in a[:shared])
+    before, behind = (_prefixes(order[i]) for i in (index - 1, index))
+    return not units.intersection(before).intersection(behind)
+
+
+def _units(order: Sequence[fx.Node]) -> frozenset[str]:
+    """Numbered modules (`blocks.3`) that repeat: a sibling has a part of the same name.
+
+    So a container is none, in a model that is a sequence of an embedding, a container and a head.
+    """
+    parts: dict[str, set[str]] = {}
+    for prefixes in map(_prefixes, order):
+        for outer, inner in itertools.pairwise([*prefixes, ""]):
+            parts.setdefault(outer, set()).add(inner.removeprefix(outer))
+    siblings: dict[str, list[str]] = {}
+    for path in parts:
+        container, _, name = path.rpartition(".")
+        if name.isdigit():
+            siblings.setdefault(container, []).append(path)
+    return frozenset(
+        path
+        for paths in siblings.values()
+        for path in paths
+        if any(other != path and parts[path] & parts[other] for other in paths)
+    )
+
+
+def _prefixes(node: fx.Node) -> list[str]:
+    """Qualified names of the modules that a node is in, from the outermost."""
+    atoms = provenance(node).path.split(".")
+    return [".".join(atoms[: depth + 1]) for depth in range(len(atoms))]
 
 
 def requirements(
@@ -282,8 +307,8 @@ def preprocessing_sources(
 ) -> list[Source]:
     """Find what the guesses of the interfaces are made from.
 
-    Every floating-point input that follows the batch; for other inputs (token ids) the learned
-    value that the trunk starts from, if recomputing it in every stage is cheap.
+    Every floating-point input that follows the batch; for other inputs (token ids) the first
+    learned value that the trunk reads, if recomputing it in every stage is cheap.
     """
     sources: list[Source] = []
     for leaf in _leaves(program, facts):
@@ -312,7 +337,7 @@ def _leaves(program: Program, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
 def _learned(
     leaf: fx.Node, program: Program, frontiers: Frontiers, facts: Mapping[fx.Node, Fact]
 ) -> list[Source]:
-    found = []
+    found: list[Source] = []
     for node, cone in frontiers.cones.items():
         spec = facts[node].spec
         if spec is None or spec.batch_axis is None or spec.dtype not in _FLOATS:
@@ -320,6 +345,7 @@ def _learned(
         reads = {source for member in cone for source in member.all_input_nodes}
         learned = any(m.op == "call_module" for m in cone) or any(r.op == "get_attr" for r in reads)
         leads_on = any(user not in frontiers.cones for user in node.users)
-        if learned and leads_on and (leaf in reads or leaf in cone):
+        known = any(source.node in cone for source in found)
+        if learned and leads_on and not known and (leaf in reads or leaf in cone):
             found.append(Source(node, spec))
     return found

@@ -14,8 +14,9 @@ __all__ = ["CostSource", "Options"]
 
 CostSource = Literal["flops", "measured"] | Callable[[fx.Node, int], float]
 
-_COARSE = ("auto", "linear", "units", "exact", "zero")
-_GUESSES = ("auto", "convolution", "linear")
+_COARSE = ("auto", "linear", "lowrank", "conv", "units", "exact", "zero")
+_COARSE_SUMS = ("linear", "lowrank", "conv")
+_GUESSES = ("auto", "convolution", "linear", "lowrank", "conv")
 _CORRECTIONS = ("residual", "difference")
 
 
@@ -29,10 +30,11 @@ class Options:
         cost: "flops", "measured" seconds on this machine, or a callable from a node and its
             forward FLOPs to a weight.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
-        coarse: Family of the coarse propagators, or "auto".
+        coarse: Family of the coarse propagators, "auto", or a sum such as "linear+lowrank".
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
         units: N_c, the copies of the repeating block in a coarse network of family "units".
-        preprocess: Family of the preprocessing operators, or "auto".
+        rank: Rank of family "lowrank".
+        preprocess: Family of the preprocessing operators, "auto", or a sum.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
         iterations: Number K of parareal iterations.
         seed: Seed of the initial weights of the coarse networks.
@@ -47,14 +49,16 @@ class Options:
     coarse: str = "auto"
     coarse_budget: float = 0.05
     units: int = 1
+    rank: int = 32
     preprocess: str = "auto"
     correction: str = "residual"
     iterations: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _among("coarse", self.coarse, _COARSE)
-        _among("preprocess", self.preprocess, _GUESSES)
+        _sum_among("coarse", self.coarse, _COARSE, _COARSE_SUMS)
+        _sum_among("preprocess", self.preprocess, _GUESSES, _GUESSES[1:])
+        _at_least("rank", self.rank, 1)
         _among("correction", self.correction, _CORRECTIONS)
         if not callable(self.cost):
             _among("cost", self.cost, ("flops", "measured"))
@@ -76,6 +80,16 @@ class Options:
 def _among(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(known)}")
+
+
+def _sum_among(name: str, value: str, known: tuple[str, ...], sums: tuple[str, ...]) -> None:
+    parts = str(value).split("+")
+    if len(parts) == 1:
+        _among(name, value, known)
+    elif len(set(parts)) < len(parts) or not set(parts) <= set(sums):
+        raise OptionError(
+            f"{name} can only sum different ones of: {', '.join(sums)} (got {value!r})"
+        )
 
 
 def _at_least(name: str, value: object, least: int) -> None:

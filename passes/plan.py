@@ -187,7 +187,7 @@ class Forecast:
         serial: Coarse sweep and head.
         time: `iterations` rounds of makespan and sweep, and the head.
         speedup: `sequential / time`, links not counted.
-        bound: What the speed-up would be if guesses, corrections and head were free.
+        bound: What the speed-up would be if guesses and corrections were free.
         imbalance: Slowest fine stage over the mean.
         serial_share: `serial / sequential`.
         gap: Relative distance of the cut from the proven optimum of the objective.

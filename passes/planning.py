@@ -9,13 +9,16 @@ import torch
 from torch import fx
 
 from passes.analysis import Analysis
+from passes.arguments import bind
 from passes.coarse.choice import choose_coarse, choose_guess
 from passes.cost import parameters
 from passes.cutting import Cut
+from passes.errors import OptionError
 from passes.frontier import Position, requirements
 from passes.options import Options
 from passes.plan import CoarseSpec, Forecast, Head, Interface, Plan, Stage, Value
-from passes.program import provenance
+from passes.program import Program, provenance
+from passes.validate import run
 
 __all__ = ["make_plan"]
 
@@ -24,8 +27,11 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     """Describe every stage, choose its guess and its correction, and forecast the time.
 
     Raises:
+        OptionError: Stages would be computed more than once, and the model does not allow it.
         SynthesisError: A guess or a correction cannot be made.
     """
+    if options.iterations > 1 or options.coarse == "exact":
+        _check_repeatable(analysis.program)
     positions = cut.positions
     interfaces = tuple(_interface(analysis, position) for position in positions)
     stages = [_stage(analysis, positions, number) for number in range(len(positions))]
@@ -57,6 +63,19 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         ties=_ties(analysis, positions),
         notes=_notes(analysis, options, forecast),
     )
+
+
+def _check_repeatable(program: Program) -> None:
+    """Refuse to compute stages again whose buffers are another after every call."""
+    arguments = bind(program.module, (), dict(program.args))
+    module = program.module
+    done = run(module, lambda c: module(**c.tensor_arguments()), arguments, train=False, grad=False)
+    if done.changed:
+        raise OptionError(
+            f"{program.name} changes {len(done.changed)} buffers at every call, in evaluation mode "
+            f"too ({', '.join(sorted(done.changed)[:3])}): its stages cannot be computed again as "
+            "iterations > 1 and coarse='exact' need; use iterations=1 and another coarse family"
+        )
 
 
 def _name(function: object) -> str:
@@ -172,7 +191,7 @@ def _forecast(
         serial=rounds * sweep + tail,
         time=time,
         speedup=total / time if time else 1.0,
-        bound=total / (rounds * slowest) if slowest else 1.0,
+        bound=total / (rounds * slowest + tail) if slowest else 1.0,
         imbalance=slowest * len(fine) / sum(fine) if sum(fine) else 1.0,
         serial_share=(rounds * sweep + tail) / total if total else 0.0,
         gap=gap,

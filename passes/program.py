@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ __all__ = [
     "Program",
     "Provenance",
     "graph_module",
+    "is_user_code",
     "provenance",
     "resolve",
     "set_provenance",
@@ -25,6 +28,8 @@ __all__ = [
 ]
 
 _KEY = "pnn_provenance"
+_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parent)
+_HIDDEN = ("<", "torch/", *(f"{folder}{os.sep}" for folder in _FOLDERS))
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,11 @@ def set_provenance(node: fx.Node, record: Provenance) -> None:
     node.meta[_KEY] = record
 
 
+def is_user_code(filename: str) -> bool:
+    """Whether a source file is neither torch's nor the compiler's nor made at run time."""
+    return not filename.startswith(_HIDDEN)
+
+
 def resolve(module: nn.Module, target: str) -> Any:
     """Return the submodule, parameter, buffer or constant that `target` names.
 
@@ -132,8 +142,8 @@ def resolve(module: nn.Module, target: str) -> Any:
 def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     """Build a GraphModule that shares modules, parameters and buffers with `root`.
 
-    Non-persistent buffers stay non-persistent, so that state-dict keys equal the root's; the
-    training mode is the root's.
+    Tensors that are not in the root's state dict stay out of it (buffers that are not persistent,
+    plain attributes), so that the keys are the root's; the training mode is the root's.
     """
     module = fx.GraphModule(root, graph, class_name=name)
     for node in graph.nodes:
@@ -141,7 +151,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
             continue
         parent, _, leaf = str(node.target).rpartition(".")
         owner = resolve(root, parent) if parent else root
-        if leaf in getattr(owner, "_non_persistent_buffers_set", ()):
+        saved = owner._buffers.keys() - owner._non_persistent_buffers_set | owner._parameters.keys()
+        if leaf not in saved:
             (resolve(module, parent) if parent else module)._non_persistent_buffers_set.add(leaf)
     module.training = root.training
     return module

@@ -7,6 +7,9 @@ modules that follow the mode. The rules of `toggle` are data.
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,23 +140,20 @@ def attach(model: nn.Module, path: str, module: nn.Module) -> None:
 def outline(model: nn.Module, graph: fx.Graph) -> int:
     """Fold the operators of each torch.nn module call back into one call of that module.
 
-    Operators belong together when they follow each other and were made by the same call of the
-    same module. Only modules that read one tensor of the graph and give one tensor are folded;
-    the operators of the others stay.
+    Operators belong together when they were made by the same call of the same module; they are
+    folded if they follow each other, and the module takes one tensor and gives one tensor. The
+    operators of other modules (recurrent ones, attention) stay.
 
     Returns:
         How many module calls were restored.
     """
-    groups: list[tuple[str, list[fx.Node]]] = []
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        call = node.meta.get(CALL_KEY, "")
-        if groups and groups[-1][0] == call:
-            groups[-1][1].append(node)
-        else:
-            groups.append((call, [node]))
-    return sum(_fold(model, nodes) for call, nodes in groups if call)
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    groups = [
+        (call, list(nodes))
+        for call, nodes in itertools.groupby(calls, lambda node: node.meta.get(CALL_KEY, ""))
+    ]
+    times = Counter(call for call, _ in groups)
+    return sum(_fold(model, nodes) for call, nodes in groups if call and times[call] == 1)
 
 
 CALL_KEY = "pnn_module_call"
@@ -162,8 +162,7 @@ CALL_KEY = "pnn_module_call"
 
 def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
     path = provenance(nodes[0]).path
-    module = resolve(model, path) if path else model
-    if not path or not is_leaf(module):
+    if not path or not _takes_and_gives_one(resolve(model, path)):
         return False
     inside = set(nodes)
     read = {
@@ -181,6 +180,12 @@ def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
         if node is not result:
             node.graph.erase_node(node)
     return True
+
+
+def _takes_and_gives_one(module: nn.Module) -> bool:
+    if not is_leaf(module) or getattr(module, "return_indices", False):
+        return False
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _replace_by_call(

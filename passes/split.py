@@ -140,7 +140,7 @@ def sequential(program: Program, plan: Plan, stages: Stages) -> fx.GraphModule:
         root.add_module(f"fine_{number}", stage)
     root.add_module("head", stages.head)
     graph = fx.Graph()
-    values = {node.name: graph.placeholder(node.name) for node in program.inputs}
+    values = {node.name: graph.placeholder(str(node.target)) for node in program.inputs}
     for number, stage_plan in enumerate(plan.stages):
         arguments = [values[name] for name in (*stage_plan.consumes, *stage_plan.inputs)]
         result = graph.create_node("call_module", f"fine_{number}", tuple(arguments), {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from passes.arguments import Arguments, placeholders
-from passes.program import Provenance, set_provenance
+from passes.program import Provenance, is_user_code, set_provenance
 
 __all__ = ["Entry", "is_leaf", "trace"]
 
@@ -24,7 +23,6 @@ _CONTAINERS = (
     nn.TransformerEncoder,
     nn.TransformerDecoder,
 )
-_HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -97,10 +95,10 @@ def strip(path: str) -> str:
 
 
 def _user_line(frame: FrameType | None) -> str:
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if not filename.startswith((*_HIDDEN, "<")):
-            return f"{filename}:{frame.f_lineno}"
+    """Innermost line of the model's own code; what called the compiler is not the model's."""
+    while frame is not None and frame.f_code is not trace.__code__:
+        if is_user_code(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
 

@@ -33,26 +33,39 @@ Forward = Callable[[Arguments], Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward pass gave, and in training mode one backward pass too."""
+    """What one forward pass gave, and in training mode one backward pass too.
+
+    Attributes:
+        outputs: The leaves of the output.
+        gradients: Gradients of parameters and inputs, by name; None where there is none.
+        changed: The buffers that the step changed.
+    """
 
     outputs: list[Any]
     gradients: Mapping[str, torch.Tensor | None]
-    buffers: Mapping[str, torch.Tensor]
+    changed: Mapping[str, torch.Tensor]
 
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
     """Restore buffers, modes, gradients and the random state of modules on exit."""
     with torch.random.fork_rng():
-        saved = [(tensor, tensor.detach().clone()) for m in modules for tensor in m.buffers()]
-        modes = [(child, child.training) for module in modules for child in module.modules()]
+        children = [child for module in modules for child in module.modules()]
+        # A forward may write to a buffer, or put another tensor in its place.
+        saved = [
+            (child, name, tensor, tensor.detach().clone())
+            for child in children
+            for name, tensor in child.named_buffers(recurse=False)
+        ]
+        modes = [(child, child.training) for child in children]
         grads = [(p, p.grad) for module in modules for p in module.parameters()]
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, value in saved:
+                for child, name, tensor, value in saved:
                     tensor.copy_(value)
+                    setattr(child, name, tensor)
             for child, mode in modes:
                 child.training = mode
             for parameter, grad in grads:
@@ -74,6 +87,7 @@ def run(
     with preserved(module), torch.set_grad_enabled(grad):
         torch.manual_seed(0)
         module.train(train)
+        before = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
         values = [_fresh(tensor, grad) for tensor in arguments.tensors()]
         args, kwargs = arguments.with_leaves(values)
         call = Arguments(args, kwargs, arguments.names, arguments.leaves)
@@ -81,9 +95,13 @@ def run(
         gradients: dict[str, torch.Tensor | None] = {}
         if grad:
             gradients = _gradients(module, outputs, values)
-        buffers = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+        changed = {
+            name: tensor.detach().clone()
+            for name, tensor in module.named_buffers()
+            if name not in before or not torch.equal(tensor, before[name])
+        }
         detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
-        return Run(detached, gradients, buffers)
+        return Run(detached, gradients, changed)
 
 
 def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
@@ -135,14 +153,14 @@ def compare(candidate: Run, reference: Run, slack: float = 1.0) -> str:
         if reason := _differs(value, wanted, slack):
             return f"output {index} differs: {reason}"
     for name, wanted_grad in reference.gradients.items():
-        if name not in candidate.gradients:
-            return f"parameter {name} is missing"
-        if reason := _differs(candidate.gradients[name], wanted_grad, slack, absent_is_zero=True):
+        found = candidate.gradients.get(name)
+        if reason := _differs(found, wanted_grad, slack, absent_is_zero=True):
             return f"gradient of {name} differs: {reason}"
-    for name, buffer in reference.buffers.items():
-        if name in candidate.buffers and (
-            reason := _differs(candidate.buffers[name], buffer, slack)
-        ):
+    for name in sorted({*reference.changed, *candidate.changed}):
+        if name not in reference.changed or name not in candidate.changed:
+            verb = "changes" if name in candidate.changed else "does not change"
+            return f"the step {verb} buffer {name}"
+        if reason := _differs(candidate.changed[name], reference.changed[name], slack):
             return f"buffer {name} differs after the step: {reason}"
     return ""
 

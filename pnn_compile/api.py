@@ -163,6 +163,7 @@ def compile(
     coarse: str = "auto",
     coarse_budget: float = 0.05,
     units: int = 1,
+    rank: int = 32,
     preprocess: str = "auto",
     correction: Literal["residual", "difference"] = "residual",
     iterations: int = 1,
@@ -183,10 +184,13 @@ def compile(
             number.
         cuts: Names of the nodes or modules that start the second and later stages; overrides the
             search.
-        coarse: Family of the coarse propagators: "auto", "linear", "units", "exact" or "zero".
+        coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
+            these three ("linear+lowrank"), "units", "exact" or "zero".
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
         units: Copies of the repeating block in a coarse network of family "units".
-        preprocess: Family of the preprocessing operators: "auto", "convolution" or "linear".
+        rank: Rank of family "lowrank".
+        preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
+            "lowrank", "conv" or a sum of them.
         correction: "residual" (the paper's form, for training) or "difference" (classical).
         iterations: Number K of parareal iterations; K = N reproduces the original.
         dynamic_batch: Whether the batch size stays free where the model allows it.
@@ -209,6 +213,7 @@ def compile(
         coarse=coarse,
         coarse_budget=coarse_budget,
         units=units,
+        rank=rank,
         preprocess=preprocess,
         correction=correction,
         iterations=iterations,

@@ -1,7 +1,8 @@
 """The topology zoo: small models, each with one shape of graph that a compiler can get wrong.
 
-`CASES` holds them all; `by_name` and `with_tag` select. Every case builds the same weights and the
-same inputs each time and leaves the global random state alone. Tags say what a case is good for:
+The models are in `topologies`, `sequences` and `traps`. `CASES` holds them all; `by_name` and
+`with_tag` select. Every case builds the same weights and the same inputs each time and leaves the
+global random state alone. Tags say what a case is good for:
 
 front end, exactly one of
     fx              `torch.fx.symbolic_trace` gives a faithful graph with positions to cut
@@ -38,11 +39,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-WIDTH = 16
-VOCABULARY = 32
-PADDING = 0
+from tests.sequences import (
+    LSTM,
+    PADDING,
+    VOCABULARY,
+    EncoderDecoder,
+    MaskedEncoder,
+    TiedLanguageModel,
+    VisionTransformer,
+    container_transformer,
+    mixer,
+)
+from tests.topologies import (
+    WIDTH,
+    DenseBlock,
+    DictOutput,
+    KeywordArguments,
+    ManyInputsOutputs,
+    ReusedModule,
+    SegNet,
+    UNet,
+    conv1d,
+    conv_inplace,
+    deep_batchnorm,
+    deep_linear,
+    dropout,
+    inception,
+    mlp,
+    resnet,
+    tied_linear,
+)
+from tests.traps import (
+    CustomGradient,
+    DataBranch,
+    RunningMean,
+    ShapeBranch,
+    SliceAssignment,
+    StepCounter,
+    UnrolledLSTM,
+    ViewWrite,
+    repeat,
+)
+
 GAIN = 2**0.5  # of the weights: a ReLU passes half of the variance
 
 
@@ -63,584 +102,6 @@ class Case:
     args: Callable[[int], tuple[Any, ...]]
     kwargs: Callable[[int], dict[str, Any]]
     tags: frozenset[str]
-
-
-# --- chains ---------------------------------------------------------------------------------------
-
-
-def mlp() -> nn.Module:
-    """Chain eight linear layers."""
-    hidden = [layer for _ in range(7) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())]
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, 4))
-
-
-def deep_linear() -> nn.Module:
-    """Chain eight linear layers without bias or activation."""
-    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(8)))
-
-
-def conv_inplace() -> nn.Module:
-    """Chain convolutions with in-place activations, as VGG does."""
-    return nn.Sequential(
-        *conv_relu(3, 8),
-        *conv_relu(8, 8),
-        nn.MaxPool2d(2),
-        *conv_relu(8, 16),
-        *conv_relu(16, 16),
-        nn.MaxPool2d(2),
-        *conv_relu(16, 16),
-        nn.Flatten(),
-        nn.Linear(16 * 2 * 2, 4),
-    )
-
-
-def conv_relu(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Module]:
-    """Return a 3x3 convolution and its in-place activation."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.ReLU(inplace=True)
-
-
-def conv1d() -> nn.Module:
-    """Chain dilated convolutions over sequences `[B, C, L]`."""
-    layers: list[nn.Module] = [nn.Conv1d(2, 8, 3, padding=1), nn.ReLU()]
-    for dilation in (1, 2, 4, 1, 2):
-        layers += [nn.Conv1d(8, 8, 3, padding=dilation, dilation=dilation), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 4))
-
-
-def deep_batchnorm() -> nn.Module:
-    """Chain eight convolutions, each with BatchNorm."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for _ in range(8):
-        layers += [nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
-        channels = 8
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-
-
-def dropout() -> nn.Module:
-    """Chain linear layers with strong dropout between them."""
-    layers: list[nn.Module] = []
-    for _ in range(6):
-        layers += [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Dropout(0.5)]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 4))
-
-
-# --- residual, skip and branch topologies ---------------------------------------------------------
-
-
-class BasicBlock(nn.Module):
-    """The post-activation residual block of He et al. (CVPR 2016)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1:
-            self.downsample = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        y += self.downsample(x)
-        return self.relu(y)
-
-
-def resnet() -> nn.Module:
-    """Chain six residual blocks of two resolutions."""
-    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-    shapes = ((8, 8, 1), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 16, 1), (16, 16, 1))
-    blocks = [BasicBlock(*shape) for shape in shapes]
-    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
-
-
-class UNet(nn.Module):
-    """A U-Net of three levels: three skips live across the middle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(conv_norm(*widths) for widths in ((1, 8), (8, 8), (8, 16)))
-        self.middle = conv_norm(16, 16)
-        self.up = nn.ModuleList(conv_norm(*widths) for widths in ((32, 8), (16, 8), (16, 8)))
-        self.head = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for down in self.down:
-            x = down(x)
-            skips.append(x)
-            x = F.max_pool2d(x, 2)
-        x = self.middle(x)
-        for up in self.up:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-            x = up(torch.cat((skips.pop(), x), dim=1))
-        return self.head(x)
-
-
-def conv_norm(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Return a 3x3 convolution with BatchNorm and activation."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
-
-
-class DenseBlock(nn.Module):
-    """Layers that each read all earlier outputs (Huang et al., CVPR 2017): the frontier grows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH + 4 * i, 4) for i in range(8))
-        self.head = nn.Linear(WIDTH + 4 * 8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in self.layers:
-            features.append(F.gelu(layer(torch.cat(features, dim=1))))
-        return self.head(torch.cat(features, dim=1))
-
-
-class InceptionBlock(nn.Module):
-    """Four parallel branches that are concatenated (Szegedy et al., CVPR 2015)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.point = nn.Sequential(nn.Conv2d(16, 4, 1), nn.ReLU())
-        self.small = nn.Sequential(nn.Conv2d(16, 4, 1), *conv_relu(4, 4))
-        self.large = nn.Sequential(nn.Conv2d(16, 4, 1), *conv_relu(4, 4), *conv_relu(4, 4))
-        self.pooled = nn.Sequential(nn.AvgPool2d(3, 1, padding=1), nn.Conv2d(16, 4, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.point(x), self.small(x), self.large(x), self.pooled(x)], dim=1)
-
-
-def inception() -> nn.Module:
-    """Chain four multi-branch blocks."""
-    blocks = [InceptionBlock() for _ in range(4)]
-    return nn.Sequential(
-        *conv_relu(3, 16), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
-    )
-
-
-class SegNet(nn.Module):
-    """An encoder and decoder that share the indices of a max pooling (int64), not activations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(*conv_relu(1, 8), *conv_relu(8, 8), *conv_relu(8, 8))
-        self.pool = nn.MaxPool2d(2, return_indices=True)
-        self.middle = nn.Sequential(*conv_relu(8, 8), *conv_relu(8, 8))
-        self.unpool = nn.MaxUnpool2d(2)
-        self.decoder = nn.Sequential(*conv_relu(8, 8), *conv_relu(8, 8), nn.Conv2d(8, 2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, indices = self.pool(self.encoder(x))
-        return self.decoder(self.unpool(self.middle(x), indices))
-
-
-# --- shared weights -------------------------------------------------------------------------------
-
-
-class TiedLanguageModel(nn.Module):
-    """A language model whose first and last layer share their weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.position = nn.Parameter(torch.randn(64, WIDTH))
-        self.blocks = nn.ModuleList(MixerMLP(WIDTH) for _ in range(4))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.position[: tokens.size(1)]
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
-def tied_linear() -> nn.Module:
-    """Chain linear layers; the second and the sixth are two modules with one weight."""
-    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(7)]
-    layers[5].weight = layers[1].weight
-    return nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh())))
-
-
-class ReusedModule(nn.Module):
-    """A network that calls one layer near its beginning and again near its end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.middle = mlp_block(4)
-        self.last = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.shared(self.first(x))
-        x = self.shared(self.middle(x))
-        return self.last(x)
-
-
-def mlp_block(layers: int) -> nn.Sequential:
-    """Chain linear layers of equal width, each with an activation."""
-    return nn.Sequential(
-        *(module for _ in range(layers) for module in (nn.Linear(WIDTH, WIDTH), nn.Tanh()))
-    )
-
-
-# --- inputs and outputs ---------------------------------------------------------------------------
-
-
-class ManyInputsOutputs(nn.Module):
-    """Three inputs, one of them needed late; three outputs, one of them computed early."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Linear(WIDTH, WIDTH)
-        self.right = nn.Linear(8, WIDTH)
-        self.trunk1 = mlp_block(3)
-        self.trunk2 = mlp_block(3)
-        self.auxiliary = nn.Linear(WIDTH, 2)
-        self.head = nn.Linear(WIDTH + 3, 4)
-
-    def forward(self, x: Tensor, y: Tensor, late: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.trunk1(self.left(x) * torch.sigmoid(self.right(y)))
-        features = self.trunk2(hidden)
-        logits = self.head(torch.cat((features, late), dim=1))
-        return logits, self.auxiliary(hidden), features.square().mean(dim=1)
-
-
-class DictOutput(nn.Module):
-    """A network that returns nested dicts and lists, with values of many depths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(mlp_block(2) for _ in range(4))
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        hidden = []
-        for block in self.blocks:
-            x = block(x)
-            hidden.append(x)
-        norms = {"first": hidden[0].norm(dim=1), "last": hidden[-1].norm(dim=1)}
-        return {"logits": self.head(x), "hidden": hidden[1:3], "statistics": {"norms": norms}}
-
-
-class KeywordArguments(nn.Module):
-    """A network whose second and third input are given by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encode = mlp_block(3)
-        self.decode = mlp_block(3)
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor, context: Tensor, *, gain: Tensor) -> Tensor:
-        x = self.encode(x) + context
-        return self.head(gain * self.decode(x))
-
-
-# --- sequences and attention ----------------------------------------------------------------------
-
-
-class LSTM(nn.Module):
-    """Three recurrent layers with linear layers between; each starts from the last one's state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inlet = nn.Linear(4, 8)
-        self.lstm1 = nn.LSTM(8, 8, batch_first=True)
-        self.linear1 = nn.Linear(8, 8)
-        self.lstm2 = nn.LSTM(8, 8, batch_first=True)
-        self.linear2 = nn.Linear(8, 8)
-        self.lstm3 = nn.LSTM(8, 8, batch_first=True)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, state = self.lstm1(self.inlet(x))
-        x, state = self.lstm2(torch.tanh(self.linear1(x)), state)
-        x, (_, cell) = self.lstm3(torch.tanh(self.linear2(x)), state)
-        summary = cell[-1].unsqueeze(1).expand_as(x)
-        return self.head(torch.cat((x, summary), dim=-1))
-
-
-class MixerMLP(nn.Sequential):
-    """LayerNorm and a two-layer perceptron over the last dimension."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-
-class MixerBlock(nn.Module):
-    """Mix tokens, then channels (Tolstikhin et al., NeurIPS 2021)."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = MixerMLP(tokens)
-        self.channels = MixerMLP(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
-        return x + self.channels(x)
-
-
-def mixer() -> nn.Module:
-    """Chain four mixer blocks over tokens `[B, 6, WIDTH]`."""
-    blocks = [MixerBlock(tokens=6) for _ in range(4)]
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *blocks, nn.LayerNorm(WIDTH))
-
-
-class Attention(nn.Module):
-    """Multi-head attention of a sequence to a memory, with an optional mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query = nn.Linear(WIDTH, WIDTH)
-        self.key = nn.Linear(WIDTH, WIDTH)
-        self.value = nn.Linear(WIDTH, WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        query, key, value = (
-            projected.unflatten(-1, (2, -1)).transpose(1, 2)
-            for projected in (self.query(x), self.key(memory), self.value(memory))
-        )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class AttentionBlock(nn.Module):
-    """A pre-norm transformer layer; with a memory it also attends to that."""
-
-    def __init__(self, *, cross: bool = False) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.cross = Attention() if cross else None
-        self.mlp = MixerMLP(WIDTH)
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None
-    ) -> Tensor:
-        y = self.norm(x)
-        x = x + self.attention(y, y, mask)
-        if self.cross is not None and memory is not None:
-            x = x + self.cross(x, memory)
-        return x + self.mlp(x)
-
-
-class MaskedEncoder(nn.Module):
-    """A transformer encoder whose layers all need the padding mask of its token ids."""
-
-    def __init__(self, mask_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.mask_dtype = mask_dtype
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(AttentionBlock() for _ in range(4))
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        mask = (tokens != PADDING)[:, None, None, :]
-        if self.mask_dtype.is_floating_point:
-            mask = (1.0 - mask.to(self.mask_dtype)) * -1e4
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(x.mean(dim=1))
-
-
-class EncoderDecoder(nn.Module):
-    """A translation model: every decoder layer reads the memory that the encoder left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.source_embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.target_embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.encoder = nn.ModuleList(AttentionBlock() for _ in range(3))
-        self.decoder = nn.ModuleList(AttentionBlock(cross=True) for _ in range(3))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        memory = self.source_embedding(source)
-        for block in self.encoder:
-            memory = block(memory)
-        x = self.target_embedding(target)
-        for block in self.decoder:
-            x = block(x, memory=memory)
-        return self.head(x)
-
-
-class VisionTransformer(nn.Module):
-    """Image patches with a class token; the batch size, an int, is read early and used late."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, WIDTH, 4, stride=4)
-        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
-        self.blocks = nn.ModuleList(AttentionBlock() for _ in range(4))
-        self.head = nn.Linear(5 * WIDTH, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        batch = images.shape[0]
-        x = self.patches(images).flatten(2).transpose(1, 2)
-        x = torch.cat((self.token.expand(batch, -1, -1), x), dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.reshape(batch, -1))
-
-
-def container_transformer() -> nn.Module:
-    """Stack six layers in a torch container, one leaf to plain tracing."""
-    layer = nn.TransformerEncoderLayer(
-        WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
-    )
-    encoder = nn.TransformerEncoder(layer, num_layers=6, enable_nested_tensor=False)
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), encoder, nn.Linear(WIDTH, 4))
-
-
-# --- writes ---------------------------------------------------------------------------------------
-
-
-class ViewWrite(nn.Module):
-    """A network that changes a hidden state through a view of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(torch.tanh(x))
-            x[:, 0].add_(1.0)
-        return x
-
-
-class SliceAssignment(nn.Module):
-    """The same with an assignment to a slice, which a tracing proxy does not support."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(torch.tanh(x))
-            x[:, :2] = 1.0
-        return x
-
-
-class RunningMean(nn.Module):
-    """A layer that subtracts a mean which it updates by hand at every call."""
-
-    mean: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("mean", torch.zeros(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        self.mean.lerp_(y.detach().mean(dim=0), 0.1)
-        return torch.tanh(y - self.mean)
-
-
-class StepCounter(nn.Module):
-    """A layer that counts its calls and uses the count; plain tracing freezes the number."""
-
-    steps: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.steps.add_(1)
-        return torch.tanh(self.linear(x) + 0.1 * self.steps)
-
-
-def repeat(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a builder of a chain of seven such layers."""
-    return lambda: nn.Sequential(*(layer() for _ in range(7)))
-
-
-# --- control flow and gradients of one's own ------------------------------------------------------
-
-
-class ShapeBranch(nn.Module):
-    """A network whose Python code asks for a shape, which a tracing proxy does not know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = mlp_block(6)
-        self.narrow = mlp_block(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.wide(x) if x.shape[-1] > 8 else self.narrow(x)
-
-
-class UnrolledLSTM(nn.Module):
-    """A recurrent cell in a Python loop over the sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTMCell(4, 8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = cell = x.new_zeros(x.shape[0], 8)
-        for step in range(x.shape[1]):
-            hidden, cell = self.cell(x[:, step], (hidden, cell))
-        return self.head(hidden)
-
-
-class DataBranch(nn.Module):
-    """A network that takes another way for other values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.positive = mlp_block(6)
-        self.negative = mlp_block(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.positive(x) if x.sum() > 0 else self.negative(x)
-
-
-class StraightThrough(torch.autograd.Function):
-    """Round to halves, and pass a clipped gradient as if nothing had been rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.round(2.0 * x) / 2.0
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradients[0] * (x.abs() < 1.0)
-
-
-class CustomGradient(nn.Module):
-    """A quantised layer (Bengio et al., 2013): its operators alone have a zero gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return StraightThrough.apply(self.linear(x))
-
-
-# --- the table ------------------------------------------------------------------------------------
 
 
 def enliven(model: nn.Module, gain: float) -> None:

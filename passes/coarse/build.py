@@ -7,10 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from passes.coarse.conv import Conv
 from passes.coarse.convolution import Convolution
 from passes.coarse.exact import Exact
 from passes.coarse.forms import Difference, Guess
 from passes.coarse.linear import Linear
+from passes.coarse.lowrank import LowRank
+from passes.coarse.sum import Sum
 from passes.coarse.units import build_units
 from passes.coarse.zero import Zero
 from passes.errors import SynthesisError
@@ -18,7 +21,7 @@ from passes.plan import CoarseSpec, Plan, TensorSpec
 from passes.program import Program
 from passes.split import Stages, extract
 
-__all__ = ["Operators", "build_coarse", "build_guess", "synthesize"]
+__all__ = ["FAMILIES", "GUESSES", "Operators", "build_coarse", "build_guess", "synthesize"]
 
 
 class Operators:
@@ -51,7 +54,7 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
             inner = build_coarse(program, stage.coarse, entering, leaving, stages.fine[number])
             if plan.correction == "difference" and not stage.coarse.linear:
                 own = stage.coarse.family == "exact"
-                plain = all(spec.batch_axis == 0 for spec in entering)
+                plain = all(spec.batch_axis == 0 for spec in (*entering, *leaving))
                 joint = plain and not own and not stage.coarse.options.get("inputs")
                 inner = Difference(inner, len(entering), joint=joint)
             coarse[number] = inner
@@ -71,14 +74,8 @@ def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> 
         SynthesisError: The family is unknown.
     """
     sources = [_decode(item) for item in spec.options["sources"]]
-    if spec.family == "convolution":
-        operator: nn.Module = Convolution(sources, state)
-    elif spec.family == "linear":
-        operator = Linear(sources, state, bias=True)
-    else:
-        raise SynthesisError(
-            f"unknown preprocessing family {spec.family!r}; known: convolution, linear"
-        )
+    parts = [_guess_part(name, spec, sources, state) for name in spec.family.split("+")]
+    operator = parts[0] if len(parts) == 1 else Sum(parts)
     names = [item["name"] for item in spec.options["sources"]]
     inputs = spec.options["inputs"]
     if names == inputs:
@@ -87,6 +84,20 @@ def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> 
         program, [], [], names, inputs=inputs, sides=spec.options["sides"], name="Prologue"
     )
     return Guess(operator, prologue)
+
+
+def _guess_part(
+    name: str, spec: CoarseSpec, sources: list[TensorSpec], state: list[TensorSpec]
+) -> nn.Module:
+    if name == "convolution":
+        return Convolution(sources, state)
+    if name == "linear":
+        return Linear(sources, state, bias=True)
+    if name == "lowrank":
+        return LowRank(sources, state, int(spec.options["rank"]), bias=True)
+    if name == "conv":
+        return Conv(sources, state)
+    raise SynthesisError(f"unknown preprocessing family {name!r}; known: {', '.join(GUESSES)}")
 
 
 def _decode(item: Mapping[str, object]) -> TensorSpec:
@@ -108,16 +119,39 @@ def build_coarse(
     Raises:
         SynthesisError: The family is unknown.
     """
-    if spec.family == "linear":
-        return Linear(entering, leaving)
-    if spec.family == "units":
+    parts = [
+        _coarse_part(name, program, spec, entering, leaving, fine)
+        for name in spec.family.split("+")
+    ]
+    return parts[0] if len(parts) == 1 else Sum(parts)
+
+
+def _coarse_part(
+    name: str,
+    program: Program,
+    spec: CoarseSpec,
+    entering: list[TensorSpec],
+    leaving: list[TensorSpec],
+    fine: nn.Module,
+) -> nn.Module:
+    bias = bool(spec.options.get("bias", False))
+    if name == "linear":
+        return Linear(entering, leaving, bias=bias)
+    if name == "lowrank":
+        return LowRank(entering, leaving, int(spec.options["rank"]), bias=bias)
+    if name == "conv":
+        return Conv(entering, leaving)
+    if name == "units":
         return build_units(program, spec.options)
-    if spec.family == "exact":
+    if name == "exact":
         return Exact(fine)
-    if spec.family == "zero":
+    if name == "zero":
         return Zero(entering, leaving)
-    raise SynthesisError(f"unknown coarse family {spec.family!r}; known: {', '.join(FAMILIES)}")
+    raise SynthesisError(f"unknown coarse family {name!r}; known: {', '.join(FAMILIES)}")
 
 
-FAMILIES = ("linear", "units", "exact", "zero")
-"""Names of the families of coarse propagators."""
+FAMILIES = ("linear", "lowrank", "conv", "units", "exact", "zero")
+"""Names of the families of coarse propagators; the first three combine: "linear+lowrank"."""
+
+GUESSES = ("convolution", "linear", "lowrank", "conv")
+"""Names of the families of preprocessing operators; all of them combine."""

@@ -23,6 +23,12 @@ from passes.plan import CoarseSpec, TensorSpec
 __all__ = ["choose_coarse", "choose_guess", "coarse_estimate", "guess_estimate"]
 
 
+_GUESS_REASONS = {
+    "convolution": "strided convolution from the input",
+    "linear": "channel map from the source",
+}
+
+
 def guess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
     """Estimate the FLOPs of guessing the state at a position."""
     sources = [source.spec for source in analysis.sources]
@@ -62,15 +68,19 @@ def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpe
     read = {s for node in (*sides, *nodes) for s in (node, *node.all_input_nodes)}
     inputs = [node.name for node in analysis.program.inputs if node in read]
     convolves = _convolves(analysis, options, state)
-    if options.preprocess == "convolution" and not convolves:
+    family = options.preprocess
+    if family == "auto":
+        family = "convolution" if convolves else "linear"
+    elif "convolution" in family.split("+") and not convolves:
         raise SynthesisError(
             "preprocess='convolution' needs one image-like input of no lower resolution than the "
             f"state ({', '.join(map(str, state))}); use preprocess='linear' or 'auto'"
         )
     described = [{"name": s.node.name, **dataclasses.asdict(s.spec)} for s in sources]
     draft = CoarseSpec(
-        family="convolution" if convolves else "linear",
+        family=family,
         options={
+            "rank": options.rank,
             "sources": [{**item, "shape": list(item["shape"])} for item in described],
             "inputs": [node.name for node in nodes] if placeholders else inputs,
             "sides": [node.name for node in analysis.program.order if node in sides],
@@ -78,9 +88,10 @@ def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpe
         flops=0,
         parameters=0,
         linear=False,
-        why="strided convolution from the input" if convolves else "channel map from the source",
+        why="asked for" if options.preprocess != "auto" else _GUESS_REASONS[family],
     )
-    module = build_guess(analysis.program, draft, list(state))
+    with torch.random.fork_rng():
+        module = build_guess(analysis.program, draft, list(state))
     assert isinstance(module.operator, nn.Module)
     flops = _run(module.operator, [source.spec for source in sources], [])
     count = sum(p.numel() for p in module.operator.parameters())
@@ -88,7 +99,8 @@ def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpe
 
 
 def _convolves(analysis: Analysis, options: Options, state: Sequence[TensorSpec]) -> bool:
-    if options.preprocess == "linear" or len(analysis.sources) != 1:
+    asked = options.preprocess
+    if (asked != "auto" and "convolution" not in asked.split("+")) or len(analysis.sources) != 1:
         return False
     return all(convolution_fits(analysis.sources[0].spec, spec) for spec in state)
 
@@ -116,10 +128,10 @@ def choose_coarse(
     """
     if options.coarse == "exact":
         return _exact(analysis, span)
-    linear = _measure(analysis, _draft("linear", linear=True), entering, leaving)
-    if options.coarse in ("linear", "zero"):
-        draft = _draft(options.coarse, linear=True, why="asked for")
+    if options.coarse not in ("auto", "units"):
+        draft = _draft(options, options.coarse, "asked for")
         return _measure(analysis, draft, entering, leaving)
+    linear = _measure(analysis, _draft(options, "linear"), entering, leaving)
     units, obstacle = _units(analysis, options, span, entering, leaving)
     if units is None:
         if options.coarse == "units":
@@ -164,8 +176,15 @@ def _units(
     return _measure(analysis, draft, entering, leaving), ""
 
 
-def _draft(family: str, *, linear: bool, why: str = "") -> CoarseSpec:
-    return CoarseSpec(family, {"inputs": []}, 0, 0, linear, why)
+def _draft(options: Options, family: str, why: str = "") -> CoarseSpec:
+    """A family without inputs of its own; low rank in residual form may fit a mean error too."""
+    parts = family.split("+")
+    bias = "lowrank" in parts and options.correction == "residual"
+    linear = not bias and "conv" not in parts
+    described: dict[str, Any] = {"inputs": []}
+    if "lowrank" in parts:
+        described |= {"rank": options.rank, "bias": bias}
+    return CoarseSpec(family, described, 0, 0, linear, why)
 
 
 def _measure(
@@ -177,7 +196,8 @@ def _measure(
     """Build the network once and note what one call costs."""
     with torch.random.fork_rng():
         module = build_coarse(analysis.program, draft, list(entering), list(leaving), nn.Identity())
-    inputs = [analysis.program.args[name] for name in draft.options.get("inputs", ())]
+    given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
+    inputs = [given[name] for name in draft.options.get("inputs", ())]
     return dataclasses.replace(
         draft,
         flops=_run(module, entering, inputs),

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from passes.coarse.layout import layouts, resize
+from passes.coarse.maps import MapMatrix
+from passes.coarse.regression import Solution
 from passes.plan import TensorSpec
 
 __all__ = ["Linear", "LinearMap", "linear_flops"]
@@ -60,13 +62,37 @@ class LinearMap(nn.Module):
             x = resize(x, self._target.space)
         return self._target.leave(x)
 
+    @property
+    def width(self) -> int:
+        """Number of features per row of the regression."""
+        return self._source.channels
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the regression that a source tensor gives: one per position of the target."""
+        return _rows(resize(self._source.enter(x), self._target.space))
+
+    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        """Rows of the regression that a target tensor gives."""
+        return _rows(self._target.enter(y))
+
+    def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
+        """Take over the fitted coefficients of these columns, and the bias if it is the first."""
+        with torch.no_grad():
+            self.weight.copy_(solution.weight[:, columns])
+            if first and self.bias is not None:
+                self.bias.copy_(solution.bias)
+
     def extra_repr(self) -> str:
         """Return the channel counts for the module's repr."""
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
-class Linear(nn.Module):
-    """The sum of one `LinearMap` per pair of an entering and a leaving tensor.
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2).movedim(1, 2).flatten(0, 1) if x.dim() > 2 else x
+
+
+class Linear(MapMatrix):
+    """One `LinearMap` per pair of an entering and a leaving tensor.
 
     Args:
         entering: Types of the tensors that it reads.
@@ -77,26 +103,16 @@ class Linear(nn.Module):
     def __init__(
         self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec], *, bias: bool = False
     ) -> None:
-        super().__init__()
         gain = len(entering) ** -0.5
-        self.maps = nn.ModuleList(
-            nn.ModuleList(
-                LinearMap(source, target, bias=bias and number == 0, gain=gain)
-                for number, source in enumerate(entering)
-            )
-            for target in leaving
+        super().__init__(
+            [
+                [
+                    LinearMap(source, target, bias=bias and number == 0, gain=gain)
+                    for number, source in enumerate(entering)
+                ]
+                for target in leaving
+            ]
         )
-
-    def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Map the entering tensors to the leaving ones (a tensor if there is one)."""
-        results = []
-        for row in self.maps:
-            assert isinstance(row, nn.ModuleList)
-            total = row[0](state[0])
-            for column, x in zip(list(row)[1:], state[1:], strict=True):
-                total = total + column(x)
-            results.append(total)
-        return results[0] if len(results) == 1 else tuple(results)
 
 
 def linear_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:

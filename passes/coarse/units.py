@@ -124,8 +124,10 @@ def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
             old = before[name]
-            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
             wanted = old.std().item() if old.numel() > 1 else 0.0
+            if parameter.dim() > 1 and torch.equal(parameter, old):
+                parameter.normal_()  # no module of its own that could draw it
+            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
             if spread > 0 and wanted > 0:
                 parameter.mul_(wanted / spread)
             else:

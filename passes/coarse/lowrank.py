@@ -1,0 +1,138 @@
+"""Family `lowrank`: a map of small rank between whole states, pooled to a grid that is affordable.
+
+An image is pooled until channels x positions fit a cap, flattened, mapped through `rank` numbers,
+and repeated to the next state's resolution. A token sequence is mapped position by position, so
+that no token sees another (a causal model stays causal). Fitted by reduced-rank regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from passes.coarse.layout import Layout, layouts, resize
+from passes.coarse.maps import MapMatrix
+from passes.coarse.regression import Solution
+from passes.plan import TensorSpec
+
+__all__ = ["CAP", "LowRank", "LowRankMap"]
+
+CAP = 2048
+"""Largest number of features or targets of one regression."""
+
+
+class LowRankMap(nn.Module):
+    """From one tensor to another through `rank` numbers per sample (per token in a sequence).
+
+    The initial map is zero, so that it adds nothing until it is trained or fitted.
+    """
+
+    def __init__(
+        self, source: TensorSpec, target: TensorSpec, rank: int, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self._source, self._target = layouts(source, target)
+        self._whole = _is_grid(source) and _is_grid(target)
+        self._grids = _capped(self._source), _capped(self._target)
+        features, targets = self._source.channels, self._target.channels
+        if self._whole:
+            features *= math.prod(self._grids[0])
+            targets *= math.prod(self._grids[1])
+        rank = min(rank, features, targets)
+        self.down = nn.Linear(features, rank, bias=False)
+        self.up = nn.Linear(rank, targets, bias=bias)
+        nn.init.orthogonal_(self.down.weight)
+        nn.init.zeros_(self.up.weight)
+        if bias:
+            nn.init.zeros_(self.up.bias)
+        self.to(getattr(torch, target.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map a source tensor to a tensor of the target's shape."""
+        rows = self.up(self.down(self.features(x)))
+        if self._whole:
+            grid = rows.reshape(len(rows), self._target.channels, *self._grids[1])
+        else:
+            grid = rows.reshape(-1, self._target.positions, self._target.channels).movedim(-1, 1)
+            grid = grid.reshape(*grid.shape[:2], *self._target.space)
+        return self._target.leave(resize(grid, self._target.space))
+
+    @property
+    def width(self) -> int:
+        """Number of features per row of the regression."""
+        return self.down.in_features
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the regression that a source tensor gives."""
+        return self._rows(self._source.enter(x), self._grids[0])
+
+    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        """Rows of the regression that a target tensor gives."""
+        return self._rows(self._target.enter(y), self._grids[1])
+
+    def _rows(self, x: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        if self._whole:
+            return resize(x, grid).flatten(1)
+        return resize(x, self._target.space).flatten(2).movedim(1, 2).flatten(0, 1)
+
+    def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
+        """Take over the fitted factors of these columns, and the bias if it is the first."""
+        weight = solution.weight[:, columns]
+        if solution.down is None or solution.up is None:
+            up, down = torch.eye(len(weight)).to(weight), weight
+            if weight.shape[1] < weight.shape[0]:
+                up, down = weight, torch.eye(weight.shape[1]).to(weight)
+        else:
+            up, down = solution.up, solution.down[:, columns]
+        with torch.no_grad():
+            self.down.weight.zero_()
+            self.up.weight.zero_()
+            self.down.weight[: len(down)] = down.to(self.down.weight.dtype)
+            self.up.weight[:, : len(down)] = up.to(self.up.weight.dtype)
+            if first and self.up.bias is not None:
+                self.up.bias.copy_(solution.bias)
+
+
+def _is_grid(spec: TensorSpec) -> bool:
+    """Whether a tensor may be mixed over its positions: an image or a flat state, no sequence."""
+    return len(spec.shape) < 3 or spec.channel_axis == 1
+
+
+def _capped(layout: Layout) -> tuple[int, ...]:
+    """The finest grid, by halves of the tensor's own, that keeps the features under the cap."""
+    space = layout.space
+    while space and layout.channels * math.prod(space) > CAP and max(space) > 1:
+        space = tuple(max(1, -(-size // 2)) for size in space)
+    return space
+
+
+class LowRank(MapMatrix):
+    """One `LowRankMap` per pair of an entering and a leaving tensor.
+
+    Args:
+        entering: Types of the tensors that it reads.
+        leaving: Types of the tensors that it gives.
+        rank: Numbers per sample that each map goes through.
+        bias: Whether the maps have a bias.
+    """
+
+    def __init__(
+        self,
+        entering: Sequence[TensorSpec],
+        leaving: Sequence[TensorSpec],
+        rank: int,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            [
+                [
+                    LowRankMap(source, target, rank, bias=bias and number == 0)
+                    for number, source in enumerate(entering)
+                ]
+                for target in leaving
+            ]
+        )

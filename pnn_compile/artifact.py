@@ -1,0 +1,340 @@
+"""Save a compiled network as a directory, and load it: nothing is unpickled, no code of it runs.
+
+- plan.json: every decision.
+- program.json: the captured program as a typed graph, and the modes of the network.
+- program.safetensors: its parameters, buffers and constants, and the example inputs.
+- weights.safetensors: the weights of the preprocessing operators and the coarse propagators.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from passes.capture import capture
+from passes.errors import ArtifactError, CaptureError, PnnError
+from passes.pipeline import PassResult
+from passes.plan import Plan
+from passes.program import Program, graph_module, resolve
+from pnn_compile import graphfile
+from pnn_compile.api import Compiled, replay
+
+__all__ = ["load", "save"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_PLAN, _PROGRAM = "plan.json", "program.json"
+_VALUES, _WEIGHTS = "program.safetensors", "weights.safetensors"
+_AGAIN = "restore the file, or save the artifact again"
+
+
+def save(compiled: Compiled, path: str | Path) -> Path:
+    """Write the artifact directory `path`, atomically, replacing an older one.
+
+    The directory is written beside its place and then renamed: whatever fails on the way leaves
+    an older artifact whole. Tensors are stored on the CPU. A program that holds something that
+    has no form as data is stored without its graph; the log says so, and `load` then needs the
+    model.
+
+    Returns:
+        The directory, as an absolute path.
+
+    Raises:
+        ArtifactError: The directory cannot be written, something else is in its place, or a
+            tensor cannot be stored.
+    """
+    target = Path(path).resolve()
+    with _writing(target):
+        _check_replaceable(target)
+    program = _current(compiled)
+    # The network may have been converted, by half() for example, since it was compiled.
+    plan = dataclasses.replace(compiled.plan, fingerprint=program.fingerprint)
+    data, values = graphfile.program_to_data(program)
+    writer = graphfile.TensorWriter()
+    for own in _operator_tensors(compiled):
+        writer.add(*own)
+    data["network"] = {"training": graphfile.modes(compiled.module), "tensors": writer.records}
+    with _writing(target), _replacing(target) as folder:
+        (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (folder / _PROGRAM).write_text(_to_json(data), encoding="utf-8")
+        for name, tensors in ((_VALUES, values), (_WEIGHTS, writer.values)):
+            save_file(tensors, folder / name)
+            shutil.copymode(folder / _PLAN, folder / name)  # it writes for the owner alone
+    if data["unknown"]:
+        _log.warning(
+            "%s is saved without its program (%s): load it with pnn.load(%r, model=...)",
+            program.name, "; ".join(data["unknown"]), str(path),
+        )  # fmt: skip
+    return target
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
+    """Load an artifact directory, on the CPU.
+
+    Args:
+        path: The directory.
+        model: Replay the plan over this model instead of the stored program; for a program that
+            could not be stored. It is copied, and the stored weights are loaded into the copy.
+
+    Raises:
+        ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
+            is not the one that the plan was made for.
+    """
+    start = time.perf_counter()
+    folder = Path(path)
+    _check_artifact(folder)
+    plan = _read(folder / _PLAN, _read_plan)
+    data = _read(folder / _PROGRAM, _read_json)
+    values = _read(folder / _VALUES, load_file)
+    weights = _read(folder / _WEIGHTS, load_file)
+    if model is not None:
+        program = _capture(folder, data, values, model)
+    else:
+        unknown = data.get("unknown")
+        if unknown:
+            raise ArtifactError(
+                f"{folder} holds no program, for it has what an artifact cannot hold "
+                f"({'; '.join(map(str, unknown))}): use pnn.load({str(folder)!r}, model=...)"
+            )
+        with _blaming(folder / _PROGRAM):
+            program = graphfile.program_from_data(data, values)
+    read = PassResult("load", time.perf_counter() - start)
+    if model is None:
+        with _blaming(folder / _PLAN):
+            compiled = replay(program, plan, read)
+    else:
+        compiled = _replay_over(folder, program, plan, read)
+        with _blaming(folder / _VALUES):
+            graphfile.restore_tensors(program, data, values)
+    with _blaming(folder / _WEIGHTS):
+        _restore_network(compiled, data["network"], weights)
+    return compiled
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ArtifactError(f"{target} is a file: an artifact is a directory, give another path")
+    if any(target.iterdir()) and not (target / _PLAN).is_file():
+        raise ArtifactError(
+            f"{target} is a directory that holds something else than an artifact (no {_PLAN}), and "
+            "is left as it is: give another path, or empty it first"
+        )
+
+
+def _check_artifact(folder: Path) -> None:
+    if not folder.exists():
+        raise ArtifactError(
+            f"{folder} does not exist: write it with compiled.save({str(folder)!r})"
+        )
+    if not (folder / _PLAN).is_file():
+        raise ArtifactError(
+            f"{folder} is no artifact ({_PLAN} is missing): give the directory that "
+            "compiled.save or pnn-compile -o wrote"
+        )
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"cannot write {target} ({error}): check permissions and free space of "
+            f"{target.parent}, or save to another directory"
+        ) from error
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give a new directory that takes the place of `target` if the block succeeds."""
+    mark = uuid.uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("new", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            os.rename(target, old)
+        os.rename(fresh, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _to_json(data: Mapping[str, Any]) -> str:
+    """Write one record a line, so that two artifacts can be compared."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def lines(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return dump(value)
+        return "[\n" + ",\n".join(map(dump, value)) + "\n]"
+
+    return "{\n" + ",\n".join(f"{dump(k)}: {lines(v)}" for k, v in data.items()) + "\n}\n"
+
+
+def _current(compiled: Compiled) -> Program:
+    """Return the program with the tensors that the stages hold now.
+
+    Conversions such as `compiled.module.to(...)` replace buffers in the stages, where the program
+    keeps the old ones.
+
+    Raises:
+        ArtifactError: A module of a stage was replaced after the compilation.
+    """
+    program = compiled.program
+    held: dict[str, torch.Tensor] = {}
+    for piece in (*compiled.stages.fine, compiled.stages.head):
+        held |= graphfile.named_tensors(piece)
+        for node in piece.graph.nodes:
+            target = str(node.target)
+            if node.op == "call_module" and piece.get_submodule(
+                target
+            ) is not program.module.get_submodule(target):
+                raise ArtifactError(
+                    f"module {target} was replaced after {program.name} was compiled: change the "
+                    "model and compile it again"
+                )
+    own = graphfile.named_tensors(program.module)
+    stale = [name for name, tensor in own if held.get(name, tensor) is not tensor]
+    if not stale:
+        return dataclasses.replace(program)
+    module = graph_module(program.module, program.graph, program.name)
+    for name in stale:
+        path, _, leaf = name.rpartition(".")
+        setattr(resolve(module, path) if path else module, leaf, held[name])
+    return dataclasses.replace(program, module=module)
+
+
+def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield name, kind and value of what the operators do not share with the stages."""
+    pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
+    shared = {id(t) for piece in pieces for t in (*piece.parameters(), *piece.buffers())}
+    for name, child in compiled.module.named_children():
+        if not name.startswith(("preprocess_", "coarse_")):
+            continue
+        for key, parameter in child.named_parameters():
+            if id(parameter) not in shared:
+                yield f"{name}.{key}", "parameter", parameter
+        for key, buffer in child.named_buffers():
+            if id(buffer) not in shared:
+                yield f"{name}.{key}", "buffer", buffer
+
+
+def _restore_network(
+    compiled: Compiled, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> None:
+    records = network["tensors"]
+    stored = {record["name"] for record in records}
+    missing = [name for name, _, _ in _operator_tensors(compiled) if name not in stored]
+    if missing:
+        raise ArtifactError(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
+    targets = dict(graphfile.named_tensors(compiled.module))
+    reader = graphfile.TensorReader(records, weights)
+    graphfile.assign(targets, records, reader, "the network of the plan")
+    graphfile.set_modes(compiled.module, network["training"])
+
+
+def _capture(
+    folder: Path, data: dict[str, Any], values: Mapping[str, torch.Tensor], model: nn.Module
+) -> Program:
+    """Capture the user's model on the example inputs of the artifact."""
+    with _blaming(folder / _PROGRAM):
+        inputs = graphfile.inputs_from_data(data, values)
+        dynamic, notes = bool(data["dynamic_batch"]), data["capture"]["notes"]
+    args, kwargs = _call(model, inputs)
+    try:
+        return capture(model, args, kwargs, dynamic_batch=dynamic)
+    except CaptureError as error:
+        said = "".join(f"\n  when it was compiled: {note}" for note in notes)
+        raise ArtifactError(
+            f"the model does not take the example inputs of {folder}: {error}{said}"
+        ) from error
+
+
+def _replay_over(folder: Path, program: Program, plan: Plan, read: PassResult) -> Compiled:
+    try:
+        return replay(program, plan, read)
+    except PnnError as error:
+        raise ArtifactError(f"{folder} does not fit the model that was given: {error}") from error
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn inputs by placeholder name into the arguments of a call of the model."""
+    remaining, args = dict(inputs), list[Any]()
+    parameters = inspect.signature(model.forward).parameters.values()
+    unpacks = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            for index in itertools.count():
+                if (name := f"{parameter.name}_{index}") not in remaining:
+                    break
+                args.append(remaining.pop(name))
+        elif parameter.name in remaining and (
+            parameter.kind is parameter.POSITIONAL_ONLY
+            or (unpacks and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+        ):
+            args.append(remaining.pop(parameter.name))
+    return tuple(args), remaining
+
+
+@contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with the contents of a file into an error that names it."""
+    try:
+        yield
+    except ArtifactError as error:
+        advice = "" if _AGAIN in str(error) else f"; {_AGAIN}"
+        raise ArtifactError(f"{file}: {error}{advice}") from error
+    except Exception as error:
+        raise ArtifactError(
+            f"{file} is damaged or does not fit ({type(error).__name__}: {error}): {_AGAIN}"
+        ) from error
+
+
+def _read(file: Path, read: Callable[[Path], _T]) -> _T:
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing: {_AGAIN}")
+    with _blaming(file):
+        return read(file)
+
+
+def _read_plan(file: Path) -> Plan:
+    plan = Plan.from_json(file.read_text(encoding="utf-8"))
+    dtypes = [value.spec.dtype for interface in plan.interfaces for value in interface.state]
+    for stage in plan.stages:
+        if stage.preprocess is not None:
+            dtypes += [source["dtype"] for source in stage.preprocess.options["sources"]]
+    unknown = [dtype for dtype in dtypes if dtype not in graphfile.DTYPES]
+    if unknown:
+        raise ArtifactError(f"{unknown[0]!r} is no dtype of torch")
+    return plan
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ArtifactError(f"should hold a JSON object, holds a {type(data).__name__}: {_AGAIN}")
+    return data

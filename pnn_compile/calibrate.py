@@ -1,0 +1,333 @@
+"""Calibration: fit guesses and corrections in closed form to a model that is trained already.
+
+The guesses are fitted first, each to the state that really enters its stage. Then, in the order of
+the sweep, each correction is fitted on the residuals that really reach it, to the error that is
+really left behind its stage. Batches are streamed; only sums of products are kept, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.coarse.fitting import MatrixFit, fitted_parts
+from passes.coarse.maps import MapMatrix
+from passes.errors import OptionError
+from passes.validate import preserved
+from pnn_compile.walk import State, Walker
+
+if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
+
+__all__ = ["CalibrationReport", "InterfaceError", "calibrate"]
+
+_HELD_OUT = 5
+"""Every fifth batch is held out: it judges, and is never fitted."""
+
+
+@dataclass(frozen=True)
+class InterfaceError:
+    """Relative errors, on held-out samples, of the state that leaves a stage.
+
+    Attributes:
+        stage: Number of the stage.
+        guess_before: Of the state that enters it, guessed, before calibration.
+        guess_after: The same after calibration.
+        uncorrected: Of the state that leaves it, without a correction.
+        corrected_before: With the correction, before calibration.
+        corrected_after: With the correction, after calibration.
+    """
+
+    stage: int
+    guess_before: float
+    guess_after: float
+    uncorrected: float
+    corrected_before: float
+    corrected_after: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration did, judged on samples that it did not fit.
+
+    Attributes:
+        interfaces: Errors by stage.
+        agreement_before: Share of held-out samples whose largest output is the original's.
+        agreement_after: The same after calibration.
+        output_error_before: Relative error of the outputs against the original's.
+        output_error_after: The same after calibration.
+        fitted: Samples that were fitted.
+        held_out: Samples that judged.
+    """
+
+    interfaces: tuple[InterfaceError, ...]
+    agreement_before: float
+    agreement_after: float
+    output_error_before: float
+    output_error_after: float
+    fitted: int
+    held_out: int
+
+
+def calibrate(compiled: Compiled, inputs: Iterable[Any]) -> CalibrationReport:
+    """Fit the guesses and corrections of a network to its own fine stages, in closed form.
+
+    Families "linear" and "lowrank" are fitted by ridge regression, sums of them one part after the
+    other; other families keep their weights (`pnn.fit` trains those). The fine stages are never
+    changed. Deterministic.
+
+    Args:
+        compiled: The network; its fine stages hold the trained weights.
+        inputs: Batches of inputs: a tensor, a tuple of positional arguments, or a dict of
+            arguments by name. Iterated several times, so give a list or a DataLoader that does
+            not shuffle. Every fifth batch judges and is not fitted.
+
+    Raises:
+        OptionError: There are fewer than two batches, or a batch does not fit the model.
+    """
+    batches = _Batches(compiled, inputs)
+    walker = Walker(compiled.plan, compiled.stages, compiled.operators)
+    with preserved(compiled.module), torch.no_grad():
+        compiled.module.eval()
+        before = _judge(walker, batches)
+        for number in range(1, len(compiled.plan.stages)):
+            _fit_guess(walker, batches, number)
+        for number in range(1, len(compiled.plan.stages)):
+            _fit_correction(walker, batches, number)
+        after = _judge(walker, batches)
+    interfaces = tuple(
+        InterfaceError(
+            stage=number,
+            guess_before=before.guess[number],
+            guess_after=after.guess[number],
+            uncorrected=after.uncorrected[number],
+            corrected_before=before.corrected[number],
+            corrected_after=after.corrected[number],
+        )
+        for number in sorted(after.corrected)
+    )
+    return CalibrationReport(
+        interfaces=interfaces,
+        agreement_before=before.agreement,
+        agreement_after=after.agreement,
+        output_error_before=before.output,
+        output_error_after=after.output,
+        fitted=batches.count(held_out=False),
+        held_out=batches.count(held_out=True),
+    )
+
+
+class _Batches:
+    """The calibration inputs, as dicts by placeholder name."""
+
+    def __init__(self, compiled: Compiled, inputs: Iterable[Any]) -> None:
+        self._names = [node.name for node in compiled.program.inputs]
+        self._inputs = inputs
+        counted = [_size(batch) for batch in self]
+        if len(counted) < 2:
+            raise OptionError(
+                f"calibration needs at least two batches, one to fit and one to judge "
+                f"(got {len(counted)}); give smaller batches, and a list instead of a generator"
+            )
+        self._counted = counted
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._inputs:
+            yield self._named(batch)
+
+    def _named(self, batch: Any) -> dict[str, Any]:
+        if isinstance(batch, Mapping):
+            named = dict(batch)
+        elif isinstance(batch, (tuple, list)):
+            named = dict(zip(self._names, batch, strict=False))
+        else:
+            named = {self._names[0]: batch}
+        missing = [name for name in self._names if name not in named]
+        if missing:
+            raise OptionError(
+                f"a calibration batch lacks {', '.join(missing)}: give "
+                f"({', '.join(self._names)}) or a dict of them"
+            )
+        return {name: named[name] for name in self._names}
+
+    def split(self) -> Iterator[tuple[bool, dict[str, Any]]]:
+        """Each batch, and whether it is held out."""
+        last = len(self._counted) - 1
+        for index, batch in enumerate(self):
+            held = index % _HELD_OUT == _HELD_OUT - 1 or (last < _HELD_OUT - 1 and index == last)
+            yield held, batch
+
+    def count(self, *, held_out: bool) -> int:
+        """Number of samples of either kind."""
+        flags = [held for held, _ in self.split()]
+        pairs = zip(flags, self._counted, strict=True)
+        return sum(size for held, size in pairs if held == held_out)
+
+
+def _size(batch: dict[str, Any]) -> int:
+    leaves = pytree.tree_leaves(batch)
+    return next(
+        (int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0
+    )
+
+
+def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
+    guess = walker.operators.preprocess[number]
+    operator = guess.operator
+    assert isinstance(operator, nn.Module)
+    stage = walker.plan.stages[number]
+    assert stage.preprocess is not None
+    names = stage.preprocess.options["inputs"]
+
+    def samples() -> Iterator[tuple[bool, list[torch.Tensor], list[torch.Tensor]]]:
+        for held, inputs in batches.split():
+            state: State = {}
+            for before in range(number):
+                state = walker.advance(before, state, walker.fine(before, state, inputs))
+            given = [inputs[name] for name in names]
+            prologue = guess.prologue
+            if isinstance(prologue, nn.Module):
+                found = prologue(*given)
+                given = list(found) if isinstance(found, tuple) else [found]
+            yield held, given, [state[name] for name in stage.consumes]
+
+    _fit(operator, samples)
+
+
+def _fit_correction(walker: Walker, batches: _Batches, number: int) -> None:
+    stage = walker.plan.stages[number]
+
+    def samples() -> Iterator[tuple[bool, list[torch.Tensor], list[torch.Tensor]]]:
+        for held, inputs in batches.split():
+            for step in _sweep(walker, inputs, number):
+                if step.number == number:
+                    residual = [step.entering[n] - step.guess[n] for n in stage.consumes]
+                    left = [step.true[n] - step.fine[n] for n in stage.produces]
+                    yield held, residual, left
+
+    _fit(walker.operators.coarse[number], samples)
+
+
+_Samples = Callable[[], Iterator[tuple[bool, list[torch.Tensor], list[torch.Tensor]]]]
+
+
+def _fit(network: nn.Module, samples: _Samples) -> None:
+    """Fit the linear parts of a network one after the other, each to what is left by the others."""
+    parts = fitted_parts(network)
+    for part in parts:
+        _silence(part)
+    for part in parts:
+        fit = MatrixFit(part)
+        for held, given, wanted in samples():
+            done = _tensors(network(*given)) if len(parts) > 1 else []
+            left = [w - d for w, d in zip(wanted, done, strict=True)] if done else wanted
+            fit.add(given, left, held_out=held)
+        fit.finish()
+
+
+def _silence(part: MapMatrix) -> None:
+    for parameter in part.parameters():
+        parameter.zero_()
+
+
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One stage of the sweep on one batch.
+
+    Attributes:
+        number: Number of the stage.
+        entering: Corrected state that enters it.
+        guess: Guessed state that enters it.
+        fine: What the fine stage made of the guess.
+        corrected: What the sweep made of that.
+        true: The true state that leaves it.
+    """
+
+    number: int
+    entering: State
+    guess: State
+    fine: State
+    corrected: State
+    true: State
+
+
+def _sweep(walker: Walker, inputs: Mapping[str, Any], last: int) -> Iterator[_Step]:
+    """Walk one batch through stages 1 to `last`, with the true states beside."""
+    true = walker.advance(0, {}, walker.fine(0, {}, inputs))
+    corrected = true
+    for number in range(1, last + 1):
+        guess = walker.guess(number, inputs)
+        fine = walker.fine(number, guess, inputs)
+        true = walker.advance(number, true, walker.fine(number, true, inputs))
+        correction = walker.correct(number, guess, corrected, inputs)
+        moved = {name: fine[name] + correction[name] for name in fine}
+        entering, corrected = corrected, walker.advance(number, corrected, moved)
+        yield _Step(number, entering, guess, fine, corrected, true)
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    guess: dict[int, float]
+    uncorrected: dict[int, float]
+    corrected: dict[int, float]
+    agreement: float
+    output: float
+
+
+def _judge(walker: Walker, batches: _Batches) -> _Judgement:
+    """Measure every error on the held-out batches."""
+    last = len(walker.plan.stages) - 1
+    errors: dict[str, dict[int, _Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
+    outputs, agreed, samples = _Energy(), 0.0, 0
+    for held, inputs in batches.split():
+        if not held:
+            continue
+        entering_true = walker.advance(0, {}, walker.fine(0, {}, inputs))
+        corrected = true = entering_true
+        for step in _sweep(walker, inputs, last):
+            produced = walker.plan.stages[step.number].produces
+            for kind, found, wanted, names in (
+                ("guess", step.guess, true, tuple(step.guess)),
+                ("uncorrected", step.fine, step.true, produced),
+                ("corrected", step.corrected, step.true, produced),
+            ):
+                energy = errors[kind].setdefault(step.number, _Energy())
+                for name in names:
+                    energy.add(found[name], wanted[name])
+            corrected, true = step.corrected, step.true
+        pairs = zip(
+            pytree.tree_leaves(walker.head(corrected, inputs)),
+            pytree.tree_leaves(walker.head(true, inputs)),
+            strict=True,
+        )
+        found, wanted = next((a, b) for a, b in pairs if torch.is_floating_point(b))
+        outputs.add(found, wanted)
+        agreed += (found.argmax(-1) == wanted.argmax(-1)).double().mean().item() * len(wanted)
+        samples += len(wanted)
+    shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}
+    return _Judgement(**shares, agreement=agreed / max(samples, 1), output=outputs.share)
+
+
+class _Energy:
+    """Root of the energy of an error over the energy of what was wanted."""
+
+    def __init__(self) -> None:
+        self._error = 0.0
+        self._wanted = 0.0
+
+    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        self._error += (found - wanted).double().square().sum().item()
+        self._wanted += wanted.double().square().sum().item()
+
+    @property
+    def share(self) -> float:
+        return (self._error / self._wanted) ** 0.5 if self._wanted else 0.0

@@ -1,0 +1,158 @@
+"""The partition graph: what runs where, as a networkx graph that users can query."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import networkx as nx
+from torch import fx
+
+from passes.program import provenance
+
+if TYPE_CHECKING:
+    from passes.plan import CoarseSpec, Stage
+    from pnn_compile.api import Compiled
+
+__all__ = ["partition_graph"]
+
+
+def partition_graph(compiled: Compiled) -> nx.DiGraph[str]:
+    """Build the graph of one parareal iteration.
+
+    Node attributes:
+        role: "input", "preprocess", "fine", "residual", "coarse", "correct", "head" or "output".
+        stage: Number of the stage from 0, or -1 for inputs, head and output.
+        op: What it computes: a module class or a function name.
+        path: Qualified name of the module that it came from.
+        source: `file:line` of the user's code.
+        flops, backward_flops, parameter_bytes, bytes: Costs at the example inputs.
+        seconds: Measured seconds, where the plan was made from them.
+
+    Edge attributes:
+        bytes: Bytes of the tensor that flows.
+        crosses: Whether it flows from one stage to another.
+
+    >>> # the most expensive layers of stage 2, in three lines
+    >>> # stage = [n for n, d in compiled.graph.nodes(data=True) if d["stage"] == 2]
+    >>> # cost = lambda n: compiled.graph.nodes[n]["flops"]
+    >>> # print(sorted(stage, key=cost)[-3:])
+    """
+    return _Builder(compiled).build()
+
+
+class _Builder:
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled = compiled
+        self.plan = compiled.plan
+        self.facts = compiled.analysis.facts
+        self.graph: nx.DiGraph[str] = nx.DiGraph(name=compiled.plan.model)
+        self.bytes = {node.name: fact.bytes for node, fact in self.facts.items()}
+
+    def build(self) -> nx.DiGraph[str]:
+        program = self.compiled.program
+        for node in program.inputs:
+            self._add(node.name, "input", -1, "input", bytes=self.bytes[node.name])
+        stage_of = self._stage_numbers()
+        for node in program.order:
+            self._add_program_node(node, stage_of[node])
+        for number, stage in enumerate(self.plan.stages):
+            if number:
+                self._add_correction(number, stage)
+        self._add("output", "output", -1, "output")
+        for node in program.order:
+            for source in node.all_input_nodes:
+                if source.op != "get_attr":
+                    self._connect(self._value(source, stage_of, stage_of[node]), node.name, source)
+        for source in program.output.all_input_nodes:
+            self._connect(self._value(source, stage_of, len(self.plan.stages)), "output", source)
+        return self.graph
+
+    def _stage_numbers(self) -> dict[fx.Node, int]:
+        """Number of the stage of every node; the head counts as one stage more."""
+        numbers: dict[fx.Node, int] = {}
+        number = 0
+        for node in self.compiled.program.order:
+            numbers[node] = number
+            if number < len(self.plan.stages) and node.name == self.plan.stages[number].last:
+                number += 1
+        return numbers
+
+    def _add(
+        self, name: str, role: str, stage: int, op: str, **attributes: str | float | None
+    ) -> None:
+        blank: dict[str, str | float | None] = {
+            "path": "", "source": "", "flops": 0, "backward_flops": 0,
+            "parameter_bytes": 0, "bytes": 0, "seconds": None,
+        }  # fmt: skip
+        self.graph.add_node(name, role=role, stage=stage, op=op, **(blank | attributes))
+
+    def _add_program_node(self, node: fx.Node, stage: int) -> None:
+        analysis = self.compiled.analysis
+        cost, origin = analysis.costs[node], provenance(node)
+        if node.op == "call_module":
+            op = type(self.compiled.program.module.get_submodule(str(node.target))).__name__
+        else:
+            op = getattr(node.target, "__name__", str(node.target))
+        inside = stage < len(self.plan.stages)
+        self._add(
+            node.name,
+            "fine" if inside else "head",
+            stage if inside else -1,
+            op,
+            path=origin.path,
+            source=origin.source,
+            flops=cost.flops,
+            backward_flops=cost.backward_flops,
+            parameter_bytes=cost.parameter_bytes,
+            bytes=cost.activation_bytes,
+            seconds=cost.weight if analysis.unit == "seconds" else None,
+        )
+
+    def _add_correction(self, number: int, stage: Stage) -> None:
+        """Add guess, residual, coarse propagator and correction of one stage, with their edges."""
+        assert stage.preprocess is not None
+        assert stage.coarse is not None
+        entering = sum(self.bytes[name] for name in stage.consumes)
+        leaving = sum(self.bytes[name] for name in stage.produces)
+        guess, residual = f"preprocess_{number}", f"residual_{number}"
+        coarse, correct = f"coarse_{number}", f"correct_{number}"
+        self._add_operator(guess, "preprocess", number, stage.preprocess, entering)
+        self._add(residual, "residual", number, "sub", bytes=entering)
+        self._add_operator(coarse, "coarse", number, stage.coarse, leaving)
+        self._add(correct, "correct", number, "add", bytes=leaving)
+        for name in stage.preprocess.options["inputs"]:
+            self._edge(name, guess, self.bytes[name], crosses=False)
+        self._edge(guess, residual, entering, crosses=False)
+        self._edge(residual, coarse, entering, crosses=False)
+        self._edge(coarse, correct, leaving, crosses=False)
+        for name in stage.produces:
+            self._edge(name, correct, self.bytes[name], crosses=False)
+        for name in stage.consumes:
+            producer = self._producer(name)
+            source = f"correct_{producer}" if producer else name
+            self._edge(source, residual, self.bytes[name], crosses=True)
+
+    def _add_operator(self, name: str, role: str, number: int, spec: CoarseSpec, size: int) -> None:
+        self._add(name, role, number, spec.family, flops=spec.flops, bytes=size)
+
+    def _producer(self, value: str) -> int:
+        return next(i for i, stage in enumerate(self.plan.stages) if value in stage.produces)
+
+    def _value(self, source: fx.Node, stage_of: dict[fx.Node, int], reader: int) -> str:
+        """Name of the graph node that gives a stage the value of a program node."""
+        if source not in stage_of or stage_of[source] == reader:
+            return source.name
+        if reader < len(self.plan.stages):
+            consumed = source.name in self.plan.stages[reader].consumes
+            return f"preprocess_{reader}" if consumed else source.name
+        carried = {value.name for value in self.plan.interfaces[-1].state}
+        producer = stage_of[source]
+        return f"correct_{producer}" if source.name in carried and producer else source.name
+
+    def _connect(self, source: str, target: str, value: fx.Node) -> None:
+        stages = [self.graph.nodes[name]["stage"] for name in (source, target)]
+        crosses = stages[0] != stages[1] and -1 not in stages
+        self._edge(source, target, self.bytes[value.name], crosses=crosses)
+
+    def _edge(self, source: str, target: str, size: int, *, crosses: bool) -> None:
+        self.graph.add_edge(source, target, bytes=size, crosses=crosses)

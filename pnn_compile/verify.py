@@ -1,0 +1,218 @@
+"""The oracles: what must hold of every compiled network, whatever its weights are.
+
+None of them says anything about accuracy with K = 1: they say that the compiler cut, wired and
+assembled the right network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx, nn
+
+from passes.arguments import bind
+from passes.assemble import assemble
+from passes.capture import capture
+from passes.coarse.build import synthesize
+from passes.errors import VerificationError
+from passes.options import Options
+from passes.pipeline import COMPILE, Compilation, run_passes
+from passes.plan import CoarseSpec, Plan
+from passes.validate import TOLERANCE, Run, compare, preserved, relative_error, run
+
+if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
+
+__all__ = ["Check", "VerifyReport", "verify"]
+
+_SLACK = 100.0
+"""Times the tolerance of `passes.validate` for checks that add and subtract whole states."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: What was compared with what.
+        error: Largest difference over the largest magnitude; None where nothing is measured.
+        limit: Largest error that counts as equal.
+        reason: Why it failed; "" if it passed.
+        seconds: Wall seconds that it took.
+    """
+
+    name: str
+    error: float | None
+    limit: float | None
+    reason: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check passed."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What the checks found."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
+    """Run every oracle on a compiled network.
+
+    The stages one after another must equal the program in training mode (outputs, gradients,
+    buffers after the step) and in evaluation mode; the network with the fine stages as coarse
+    propagators, and the network with K = N iterations, must equal it in evaluation mode; a linear
+    network cut into as many stages must satisfy the paper's consistency theorem; and the
+    checkpoint keys must map one to one.
+
+    Args:
+        compiled: The network.
+        strict: Whether to raise if a check fails.
+
+    Raises:
+        VerificationError: A check failed, under `strict`.
+    """
+    checks = tuple(_timed(compiled, check) for check in _CHECKS)
+    report = VerifyReport(checks)
+    if strict and not report.ok:
+        failed = [f"{check.name}: {check.reason}" for check in checks if not check.passed]
+        raise VerificationError(f"{compiled.plan.model} failed verification: {'; '.join(failed)}")
+    return report
+
+
+_Oracle = Callable[["Compiled"], Check]
+
+
+def _timed(compiled: Compiled, check: _Oracle) -> Check:
+    start = time.perf_counter()
+    result = check(compiled)
+    return dataclasses.replace(result, seconds=time.perf_counter() - start)
+
+
+def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> Run:
+    """Run a network that shares the program's parameters, on the example inputs."""
+    program = compiled.program
+    arguments = bind(program.module, (), dict(program.args))
+    return run(
+        program.module,
+        lambda call: network(**call.tensor_arguments()),
+        arguments,
+        train=train,
+        grad=grad,
+    )
+
+
+def _held_against(
+    compiled: Compiled, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
+) -> Check:
+    try:
+        wanted = _run(compiled, compiled.program.module, train=train, grad=grad)
+    except (RuntimeError, ValueError) as error:
+        if not train:
+            raise
+        # Capture has said already that the model cannot run in training mode on this example.
+        return Check(f"{name} (not run: {error})", None, None, "", 0.0)
+    with preserved(network):
+        network.train(train)
+        got = _run(compiled, network, train=train, grad=grad)
+    pairs = [
+        (a, b)
+        for a, b in zip(got.outputs, wanted.outputs, strict=True)
+        if isinstance(a, torch.Tensor)
+    ]
+    largest = max((relative_error(a, b) for a, b in pairs), default=0.0)
+    limit = max((TOLERANCE.get(b.dtype, 0.0) * slack for _, b in pairs), default=0.0)
+    return Check(name, largest, limit, compare(got, wanted, slack), 0.0)
+
+
+def _stages_train(compiled: Compiled) -> Check:
+    name = "stages in sequence = original, training (outputs, gradients, buffers)"
+    return _held_against(compiled, name, compiled.sequential, train=True, grad=True, slack=1.0)
+
+
+def _stages_eval(compiled: Compiled) -> Check:
+    name = "stages in sequence = original, evaluation"
+    return _held_against(compiled, name, compiled.sequential, train=False, grad=False, slack=1.0)
+
+
+def _exact_coarse(compiled: Compiled) -> Check:
+    plan = compiled.plan
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            coarse=CoarseSpec("exact", {"inputs": list(stage.inputs)}, 0, 0, linear=False),
+        )
+        if stage.coarse
+        else stage
+        for stage in plan.stages
+    )
+    oracle = dataclasses.replace(plan, stages=stages, correction="difference", iterations=1)
+    return _oracle(compiled, "coarse = fine, difference form = original, evaluation", oracle)
+
+
+def _all_iterations(compiled: Compiled) -> Check:
+    count = len(compiled.plan.stages)
+    oracle = dataclasses.replace(compiled.plan, correction="difference", iterations=count)
+    name = f"K = N = {count} iterations, every stage every time = original, evaluation"
+    return _oracle(compiled, name, oracle, reuse=False)
+
+
+def _oracle(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:
+    operators = synthesize(compiled.program, plan, compiled.stages)
+    network = assemble(compiled.program, plan, compiled.stages, operators, reuse=reuse)
+    return _held_against(compiled, name, network, train=False, grad=False, slack=_SLACK)
+
+
+def _consistency(compiled: Compiled) -> Check:
+    count = len(compiled.plan.stages)
+    name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(2 * count + 1)]
+        x = torch.randn(4, 8, dtype=torch.float64)
+    network = nn.Sequential(*layers)
+    program = capture(network, (x,))
+    made, _ = run_passes(
+        Compilation(program, Options(stages=count, coarse="exact", correction="residual")), COMPILE
+    )
+    assert isinstance(made.module, fx.GraphModule)
+    with torch.no_grad():
+        error = relative_error(made.module(x), network(x))
+    limit = TOLERANCE[torch.float64] * _SLACK
+    reason = "" if error <= limit else f"relative error {error:.1e} (limit {limit:.0e})"
+    return Check(name, error, limit, reason, 0.0)
+
+
+def _keys(compiled: Compiled) -> Check:
+    name = "checkpoint keys of the stages = keys of the original, one to one"
+    wanted = {*compiled.program.module.state_dict(), *compiled.program.unused}
+    found = set(compiled.original_state_dict())
+    prefixes = ("fine_", "preprocess_", "coarse_", "head.")
+    stray = [key for key in compiled.module.state_dict() if not key.startswith(prefixes)]
+    wrong = sorted(wanted ^ found) + stray
+    reason = f"{len(wrong)} keys differ ({', '.join(wrong[:3])})" if wrong else ""
+    return Check(name, None, None, reason, 0.0)
+
+
+_CHECKS: tuple[_Oracle, ...] = (
+    _stages_train,
+    _stages_eval,
+    _exact_coarse,
+    _all_iterations,
+    _consistency,
+    _keys,
+)

@@ -1,0 +1,78 @@
+"""Runs the pieces of a compiled network one by one: the true states, the guesses, the sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from passes.assemble import reads_guess
+from passes.coarse.build import Operators
+from passes.plan import Plan
+from passes.split import Stages
+
+__all__ = ["State", "Walker"]
+
+State = dict[str, torch.Tensor]
+
+
+class Walker:
+    """Calls fine stages, guesses and corrections by stage number on named states.
+
+    Args:
+        plan: The decisions.
+        stages: The fine stages and the head.
+        operators: The guesses and corrections.
+    """
+
+    def __init__(self, plan: Plan, stages: Stages, operators: Operators) -> None:
+        self.plan = plan
+        self.stages = stages
+        self.operators = operators
+
+    def fine(self, number: int, state: State, inputs: Mapping[str, Any]) -> State:
+        """Propagate a state through fine stage `number`; give what it produces."""
+        stage = self.plan.stages[number]
+        result = self.stages.fine[number](
+            *(state[name] for name in stage.consumes), *(inputs[name] for name in stage.inputs)
+        )
+        return _named(stage.produces, result)
+
+    def advance(self, number: int, state: State, produced: State) -> State:
+        """The state behind stage `number`: what crosses from before, and what it produced."""
+        crossing = [value.name for value in self.plan.interfaces[number].state]
+        both = {**state, **produced}
+        return {name: both[name] for name in crossing}
+
+    def guess(self, number: int, inputs: Mapping[str, Any]) -> State:
+        """Guess the state that enters stage `number`."""
+        stage = self.plan.stages[number]
+        assert stage.preprocess is not None
+        names = stage.preprocess.options["inputs"]
+        result = self.operators.preprocess[number](*(inputs[name] for name in names))
+        return _named(stage.consumes, result)
+
+    def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
+        """Estimate how the output of stage `number` moves from the guess to the true state."""
+        stage = self.plan.stages[number]
+        assert stage.coarse is not None
+        residual = [true[name] - guess[name] for name in stage.consumes]
+        given = [inputs[name] for name in stage.coarse.options.get("inputs", ())]
+        state = [guess[name] for name in stage.consumes]
+        leading = state if reads_guess(self.plan, stage) else []
+        result = self.operators.coarse[number](*leading, *residual, *given)
+        return _named(stage.produces, result)
+
+    def head(self, state: State, inputs: Mapping[str, Any]) -> Any:
+        """Run the head on the last state."""
+        names = [value.name for value in self.plan.interfaces[-1].state]
+        return self.stages.head(
+            *(state[name] for name in names), *(inputs[name] for name in self.plan.head.inputs)
+        )
+
+
+def _named(names: tuple[str, ...], result: Any) -> State:
+    if len(names) == 1:
+        return {names[0]: result}
+    return dict(zip(names, result, strict=True))

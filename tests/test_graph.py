@@ -1,0 +1,65 @@
+"""The partition graph and its drawings."""
+
+import networkx as nx
+import pydot
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import unet
+from pnn_compile.export.dot import to_dot
+
+
+@pytest.fixture(scope="module")
+def compiled() -> pnn.Compiled:
+    return pnn.compile(unet.build_model(), unet.example_inputs(), stages=3)
+
+
+def test_the_graph_is_acyclic_and_complete(compiled: pnn.Compiled) -> None:
+    graph = compiled.graph
+    assert nx.is_directed_acyclic_graph(graph)
+    assert {node.name for node in compiled.program.order} <= set(graph)
+    roles = {data["role"] for _, data in graph.nodes(data=True)}
+    assert roles == {
+        "input", "preprocess", "fine", "residual", "coarse", "correct", "head", "output",
+    }  # fmt: skip
+    assert all(nx.has_path(graph, "images", name) for name in graph if name != "images")
+
+
+def test_stage_flops_in_the_graph_are_those_of_the_plan(compiled: pnn.Compiled) -> None:
+    for number, stage in enumerate(compiled.plan.stages):
+        fine = [
+            data["flops"]
+            for _, data in compiled.graph.nodes(data=True)
+            if data["stage"] == number and data["role"] == "fine"
+        ]
+        assert sum(fine) == stage.flops
+
+
+def test_only_states_cross_between_stages(compiled: pnn.Compiled) -> None:
+    graph = compiled.graph
+    for source, target, data in graph.edges(data=True):
+        stages = graph.nodes[source]["stage"], graph.nodes[target]["stage"]
+        if data["crosses"]:
+            assert graph.nodes[target]["role"] == "residual"
+            assert stages[0] < stages[1]
+        else:
+            assert stages[0] == stages[1] or -1 in stages
+
+
+def test_dot_is_read_back_with_every_node_and_cluster(compiled: pnn.Compiled) -> None:
+    (drawing,) = pydot.graph_from_dot_data(to_dot(compiled)) or []
+    clusters = drawing.get_subgraphs()
+    assert len(clusters) == 3
+    nodes = len(drawing.get_nodes()) + sum(len(cluster.get_nodes()) for cluster in clusters)
+    assert nodes == len(compiled.graph)
+    assert len(drawing.get_edges()) == compiled.graph.number_of_edges()
+
+
+def test_names_with_quotes_do_not_break_the_drawing() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    compiled = pnn.compile(model, torch.randn(2, 4), stages=2)
+    graph = compiled.graph
+    next(data for _, data in graph.nodes(data=True))["path"] = 'say "hi" <b>\\n'
+    assert pydot.graph_from_dot_data(to_dot(compiled))

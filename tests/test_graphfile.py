@@ -1,0 +1,494 @@
+"""The graph file: programs as data, and what has no form there."""
+
+import copy
+import enum
+import json
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from passes.capture import capture
+from passes.errors import ArtifactError
+from passes.program import CaptureReport, Program, graph_module, provenance
+from passes.restore import Attention
+from pnn_compile.graphfile import program_from_data, program_to_data
+from pnn_compile.graphfile.errors import UnknownError
+from pnn_compile.graphfile.functions import check_method, function, function_name
+from pnn_compile.graphfile.modules import ModuleWriter, build
+from pnn_compile.graphfile.values import decode, encode
+
+MODULES: tuple[Callable[[], nn.Module], ...] = (
+    lambda: nn.Linear(3, 4, bias=False),
+    lambda: nn.Bilinear(3, 4, 5),
+    lambda: nn.Conv1d(2, 4, 3, padding="same", dilation=2),
+    lambda: nn.Conv2d(4, 8, (3, 1), stride=2, groups=2, bias=False, padding_mode="reflect"),
+    lambda: nn.ConvTranspose2d(4, 8, 3, stride=2, output_padding=1),
+    lambda: nn.BatchNorm2d(4, eps=1e-3, momentum=None),
+    lambda: nn.BatchNorm1d(4, affine=False),
+    lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    lambda: nn.GroupNorm(2, 4),
+    lambda: nn.LayerNorm((3, 4), bias=False),
+    lambda: nn.LayerNorm(4, elementwise_affine=False),
+    lambda: nn.RMSNorm(4),
+    lambda: nn.Embedding(10, 4, padding_idx=-1, max_norm=2.0),
+    lambda: nn.EmbeddingBag(10, 4, mode="max"),
+    lambda: nn.RNN(3, 4, nonlinearity="relu"),
+    lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2, dropout=0.1),
+    lambda: nn.GRU(3, 4, batch_first=True, bias=False),
+    lambda: nn.LSTMCell(3, 4, bias=False),
+    lambda: nn.RNNCell(3, 4, nonlinearity="relu"),
+    lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True, kdim=4, vdim=6),
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.2, "gelu", batch_first=True, bias=False),
+    lambda: nn.TransformerDecoderLayer(8, 2, 16, norm_first=True, layer_norm_eps=1e-3),
+    lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10], 2.0, head_bias=True),
+    lambda: nn.PReLU(3, init=0.1),
+    lambda: nn.ReLU(inplace=True),
+    lambda: nn.GELU("tanh"),
+    lambda: nn.Hardtanh(-2.0, 2.0),
+    lambda: nn.Threshold(0.1, 20.0),
+    lambda: nn.Softmax(dim=-1),
+    lambda: nn.Dropout2d(0.3),
+    lambda: nn.MaxPool2d(3, 2, ceil_mode=True, return_indices=True),
+    lambda: nn.AvgPool2d(2, count_include_pad=False, divisor_override=3),
+    lambda: nn.AdaptiveAvgPool2d((None, 5)),
+    lambda: nn.FractionalMaxPool2d(2, output_ratio=(0.5, 0.5)),
+    lambda: nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=True),
+    lambda: nn.UpsamplingNearest2d(size=4),
+    lambda: nn.ConstantPad1d((1, 2), 3.5),
+    lambda: nn.ReflectionPad2d(1),
+    lambda: nn.Flatten(0, 1),
+    lambda: nn.Unflatten(1, (2, 3)),
+    lambda: nn.PixelShuffle(2),
+    lambda: nn.Fold((4, 5), 2),
+    lambda: nn.CosineSimilarity(dim=0),
+    lambda: nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum"),
+    lambda: nn.Identity(),
+    lambda: Attention(0.5, is_causal=True),
+)
+
+
+@pytest.mark.parametrize("make", MODULES, ids=lambda make: repr(make())[:40])
+def test_modules_are_built_again_from_their_attributes(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    data = json.loads(json.dumps(ModuleWriter().write(module)))
+    again = build(data["class"], data["arguments"])
+    assert repr(again) == repr(module)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in module.parameters()]
+    assert all(p.is_meta for p in again.parameters())
+
+
+class Mine(nn.Linear):
+    pass
+
+
+def hooked() -> nn.Module:
+    module = nn.MultiheadAttention(8, 2)
+    module.out_proj.register_forward_hook(lambda *_: None)
+    return module
+
+
+def overridden() -> nn.Module:
+    module = nn.ReLU()
+    module.forward = torch.tanh  # type: ignore[method-assign]
+    return module
+
+
+def changed() -> nn.Module:
+    module = nn.Linear(3, 4)
+    module.weight = nn.Parameter(torch.zeros(4, 5))
+    return module
+
+
+def extended() -> nn.Module:
+    module = nn.Linear(3, 4)
+    module.scale = torch.ones(4)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Mine(3, 4), "Mine"),
+        (hooked, "a hook of out_proj"),
+        (overridden, "attribute 'forward' differs"),
+        (changed, "other parameters, buffers or shapes"),
+        (extended, "attribute 'scale' differs"),
+        (lambda: nn.Sequential(nn.ReLU()), "Sequential"),
+        (lambda: nn.CrossEntropyLoss(torch.ones(3)), "argument 'weight'"),
+        (lambda: nn.TransformerEncoderLayer(8, 2, activation=F.silu), "TransformerEncoderLayer"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "ParametrizedLinear"),
+        (lambda: nn.TripletMarginWithDistanceLoss(), "distance_function"),
+    ],
+)
+def test_modules_without_a_form_are_named(make: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(UnknownError, match=reason):
+        ModuleWriter().write(make())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("torch.nn.Linear", {"in_features": 3, "out_features": 4, "device": "cpu"}, "'device'"),
+        ("torch.nn.Linear", {"in_features": 3}, "cannot be built"),
+        ("torch.nn.Sequential", {}, "not among"),
+        ("torch.nn.LazyLinear", {"out_features": 3}, "not among"),
+        ("subprocess.Popen", {"args": "true"}, "not among"),
+    ],
+)
+def test_modules_outside_the_list_are_not_built(
+    name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        build(name, arguments)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        F.gelu, F.max_pool2d, F.scaled_dot_product_attention, F.interpolate, torch.cat, torch.relu,
+        torch.einsum, torch.split, torch.unique, torch.linalg.norm, torch.fft.rfft, torch.arange,
+        torch.zeros_like, torch.special.expit, torch._assert, operator.getitem, operator.iadd,
+        getattr, torch.ops.aten.add.Tensor, torch.ops.aten.sym_size.int, torch.ops.aten.relu.default,
+        torch.ops.aten.__and__.Tensor, torch.ops.aten._to_copy.default,
+    ],
+)  # fmt: skip
+def test_functions_are_found_again_by_name(target: Any) -> None:
+    assert function(function_name(target)) is target
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        print, eval, torch.load, torch.save, torch.compile, torch.from_file, operator.methodcaller,
+        torch.ops.aten.from_file.default, torch.ops.aten._print.default, torch.nn.init.normal_,
+        torch.ops.aten.record_stream.default, lambda x: x, torch.ops.aten.set_.source_Storage,
+    ],
+)  # fmt: skip
+def test_functions_outside_the_list_have_no_name(target: Any) -> None:
+    with pytest.raises(UnknownError):
+        function_name(target)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins.eval", "os.system", "torch.load", "torch.nn.functional.__builtins__", "torch",
+        "torch.ops.aten.save.default", "torch.ops.aten.from_file.default", "operator.attrgetter",
+        "torch.ops.aten.__class__.mro", "torch.ops.prim.Print.default", "torch.overrides", "",
+    ],
+)  # fmt: skip
+def test_names_outside_the_list_are_not_resolved(name: str) -> None:
+    with pytest.raises(ArtifactError, match="not among"):
+        function(name)
+
+
+@pytest.mark.parametrize("name", ["view", "add_", "to", "size", "unflatten", "expand_as"])
+def test_methods_of_tensors_may_be_called(name: str) -> None:
+    assert check_method(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["__class__", "apply_", "map_", "data_ptr", "numpy", "set_", "storage", "grad", "nope"]
+)
+def test_methods_outside_the_list_may_not_be_called(name: str) -> None:
+    with pytest.raises(UnknownError):
+        check_method(name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 3, -0.0, 1e300, float("inf"), "it's", 1 + 2j, complex(float("inf"), 1),
+        [1, (2, [3])], (), {"a": [1], 2: (None,)}, slice(None, -1, 2), Ellipsis, torch.float16,
+        torch.channels_last, torch.strided, torch.device("cuda", 1), torch.Size([2, 3]),
+        (slice(0, None), None, Ellipsis),
+    ],
+)  # fmt: skip
+def test_values_come_back_equal_and_of_the_same_type(value: Any) -> None:
+    again = decode(json.loads(json.dumps(encode(value), allow_nan=False)))
+    assert again == value
+    assert type(again) is type(value)
+
+
+@pytest.mark.parametrize("value", [object(), print, torch.ones(1), torch.Generator(), {1, 2}])
+def test_values_without_a_form_are_named(value: Any) -> None:
+    with pytest.raises(UnknownError, match=type(value).__name__):
+        encode(value)
+
+
+@pytest.mark.parametrize(
+    "data", [{"node": "x"}, {"dtype": "load"}, {"what": 1}, {}, {"float": "1e5"}, {"a": 1, "b": 2}]
+)
+def test_malformed_values_are_refused(data: Any) -> None:
+    with pytest.raises(ArtifactError):
+        decode(data, {}, {})
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+def round_trip(program: Program) -> Program:
+    data, tensors = program_to_data(program)
+    assert data["unknown"] == []
+    again = program_from_data(json.loads(json.dumps(data, allow_nan=False)), tensors)
+    assert again.fingerprint == program.fingerprint
+    assert list(again.module.state_dict()) == list(program.module.state_dict())
+    for old, new in zip(program.graph.nodes, again.graph.nodes, strict=True):
+        assert provenance(new) == provenance(old)
+    return again
+
+
+class Sharing(nn.Module):
+    """Ties two layers, registers one twice, and holds every kind of tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.first = nn.BatchNorm1d(4)
+        self.second = self.first
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.shift = nn.Parameter(torch.randn(4))
+        self.register_buffer("scale", torch.rand(1).expand(4))
+        self.register_buffer("table", torch.randn(6, 4), persistent=False)
+        self.register_buffer("rotation", torch.polar(torch.ones(4), torch.rand(4)))
+        self.turned = nn.Parameter(torch.randn(6, 4).t())
+        self.never = nn.Linear(2, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.second(self.first(self.embedding(tokens) + self.shift))
+        x = torch.tanh(self.frozen(x) * self.scale) @ (self.turned @ self.table)
+        return self.head(x * self.rotation.real)
+
+
+@pytest.fixture
+def sharing() -> Program:
+    torch.manual_seed(0)
+    model = Sharing()
+    model.first.eval()
+    return capture(model, (torch.tensor([0, 3, 4]),))
+
+
+def test_sharing_survives(sharing: Program) -> None:
+    module = round_trip(sharing).module
+    assert module.get_parameter("head.weight") is module.get_parameter("embedding.weight")
+    assert module.get_submodule("second") is module.get_submodule("first")
+
+
+def test_flags_survive(sharing: Program) -> None:
+    again = round_trip(sharing)
+    assert not again.module.get_parameter("frozen.weight").requires_grad
+    assert again.module.get_parameter("shift").requires_grad
+    modes = {name: m.training for name, m in sharing.module.named_modules()}
+    assert {name: m.training for name, m in again.module.named_modules()} == modes
+    assert not modes["first"]
+    buffers = dict(again.module.named_buffers())
+    assert "table" in buffers
+    assert "table" not in again.module.state_dict()
+
+
+def test_values_and_strides_survive(sharing: Program) -> None:
+    again = round_trip(sharing)
+    for name, value in sharing.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], value)
+    assert again.module.get_parameter("turned").stride() == (1, 4)
+    assert again.module.get_buffer("scale").is_contiguous()
+    assert set(again.unused) == {"never.weight", "never.bias"}
+    assert torch.equal(again.unused["never.bias"], sharing.unused["never.bias"])
+    assert torch.equal(again.args["tokens"], sharing.args["tokens"])
+
+
+def test_what_is_stored_is_stored_once(sharing: Program) -> None:
+    _, tensors = program_to_data(sharing)
+    assert ("embedding.weight" in tensors) != ("head.weight" in tensors)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    starts = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    assert len(set(starts)) == len(starts)
+
+
+def program_of(
+    *calls: Callable[[torch.fx.Graph, Any], Any], root: nn.Module | None = None
+) -> Program:
+    graph = torch.fx.Graph()
+    value: Any = graph.placeholder("x")
+    for call in calls:
+        value = call(graph, value)
+    graph.output(value)
+    module = graph_module(root or nn.Module(), graph, "Net")
+    return Program(module, {"x": torch.ones(2, 2)}, True, CaptureReport("test"), "Net")
+
+
+def test_two_parameters_over_one_storage_stay_two() -> None:
+    root = nn.Module()
+    root.a = nn.Parameter(torch.randn(2))
+    root.b = nn.Parameter(root.a.data)
+    program = program_of(
+        lambda g, x: g.call_function(torch.add, (x, g.get_attr("a"))),
+        lambda g, x: g.call_function(torch.add, (x, g.get_attr("b"))),
+        root=root,
+    )
+    module = round_trip(program).module
+    a, b = module.get_parameter("a"), module.get_parameter("b")
+    assert a is not b
+    assert a.data_ptr() == b.data_ptr()
+
+
+def test_meta_parameters_come_back_on_meta() -> None:
+    root = nn.Module()
+    root.layer = nn.Linear(2, 2, device="meta")
+    program = program_of(lambda g, x: g.call_module("layer", (x,)), root=root)
+    _, tensors = program_to_data(program)
+    assert list(tensors) == ["example_inputs/2"]
+    assert round_trip(program).module.get_parameter("layer.weight").is_meta
+
+
+def test_half_precision_survives() -> None:
+    root = nn.Module()
+    root.layer = nn.Linear(2, 2, dtype=torch.bfloat16)
+    program = program_of(lambda g, x: g.call_module("layer", (x,)), root=root)
+    assert round_trip(program).module.get_parameter("layer.weight").dtype == torch.bfloat16
+
+
+class Nested(nn.Module):
+    def forward(self, batch: dict[str, Any], pair: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        return {"sum": batch["x"] + batch["y"][0] + pair[1], "same": [pair[0] * 2]}
+
+
+def test_nested_example_inputs_and_outputs_survive() -> None:
+    x = torch.randn(3, 2)
+    inputs = ({"x": x, "y": [x + 1], "name": "n"}, (x + 2, x + 3))
+    again = round_trip(capture(Nested(), inputs))
+    assert again.args["batch"]["name"] == "n"
+    outputs = again.module(*copy.deepcopy(again.args).values())
+    assert torch.equal(outputs["sum"], 3 * x + 4)
+    assert torch.equal(outputs["same"][0], 2 * x + 4)
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Hidden(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (program_of(lambda g, x: g.call_function(torch.save, (x, "file"))), "torch.serialization"),
+        (program_of(lambda g, x: g.call_method("data_ptr", (x,))), "method 'data_ptr'"),
+        (program_of(lambda g, x: g.call_function(getattr, (x, "grad_fn"))), "getattr of 'grad_fn'"),
+        (program_of(lambda g, x: g.call_function(torch.mul, (x, Color.RED))), "Color"),
+    ],
+)
+def test_operators_without_a_form_are_named(program: Program, reason: str) -> None:
+    data, tensors = program_to_data(program)
+    assert reason in data["unknown"][0]
+    assert data["nodes"] is None
+    with pytest.raises(ArtifactError, match="which has no form"):
+        program_from_data(data, tensors)
+
+
+def test_opaque_modules_are_named_with_their_path() -> None:
+    root = nn.Module()
+    root.layer = Hidden()
+    program = program_of(lambda g, x: g.call_module("layer", (x,)), root=root)
+    data, _ = program_to_data(program)
+    assert data["unknown"] == ["layer: module tests.test_graphfile.Hidden"]
+
+
+def test_sparse_tensors_are_refused() -> None:
+    root = nn.Module()
+    root.register_buffer("a", torch.eye(2).to_sparse())
+    program = program_of(lambda g, x: g.call_function(torch.mm, (g.get_attr("a"), x)), root=root)
+    with pytest.raises(ArtifactError, match="a is a Tensor"):
+        program_to_data(program)
+
+
+CODE = "x if __import__('os').abort() else x"
+
+
+def tampered(change: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    root = nn.Module()
+    root.layer = nn.Linear(2, 2)
+    root.shift = nn.Parameter(torch.ones(2))
+    data, tensors = program_to_data(
+        program_of(
+            lambda g, x: g.call_module("layer", (x,)),
+            lambda g, x: g.call_function(torch.add, (x, g.get_attr("shift"))),
+            lambda g, x: g.call_function(torch.sum, (x,), {"dim": 0}),
+            lambda g, x: g.call_method("tanh", (x,)),
+            lambda g, x: g.call_function(getattr, (x, "T")),
+            root=root,
+        )
+    )
+    change(data)
+    return data, tensors
+
+
+def put(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """Set the item at a path, whose last part is the value."""
+    *keys, last, value = path
+
+    def change(data: Any) -> None:
+        for key in keys:
+            data = data[key]
+        data[last] = value
+
+    return change
+
+
+PLACEHOLDER, LAYER, SHIFT, ADD, SUM, TANH, TURN, OUTPUT = range(8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("schema", 99),
+        put("name", CODE),
+        put("nodes", PLACEHOLDER, "target", CODE),
+        put("nodes", PLACEHOLDER, "name", CODE),
+        put("nodes", PLACEHOLDER, "op", "call_code"),
+        put("nodes", PLACEHOLDER, "op", "root"),
+        put("nodes", LAYER, "target", f'layer"+{CODE}+"'),
+        put("nodes", LAYER, "target", "shift"),
+        put("nodes", LAYER, "target", "nothing"),
+        put("nodes", SHIFT, "target", f'shift"+{CODE}+"'),
+        put("nodes", SHIFT, "name", "self"),
+        put("nodes", SHIFT, "name", "torch"),
+        put("nodes", ADD, "target", "builtins.eval"),
+        put("nodes", ADD, "args", [{"node": "nothing"}]),
+        put("nodes", ADD, "name", "x"),
+        put("nodes", SUM, "kwargs", {CODE: 1}),
+        put("nodes", TANH, "target", "__reduce__"),
+        put("nodes", TURN, "args", [{"node": "tanh"}, "__class__"]),
+        put("nodes", OUTPUT, "name", "lambda"),
+        put("modules", 0, "path", f'layer"+{CODE}+"'),
+        put("modules", 0, "class", "torch.nn.ReLU"),
+        put("modules", 0, "arguments", "in_features", 3),
+        put("modules", []),
+        put("tensors", 0, "shape", [3]),
+        put("tensors", 0, "name", "elsewhere"),
+        put("tensors", 0, "key", "elsewhere"),
+        put("tensors", 0, "same_as", "elsewhere"),
+        put("tensors", 0, "stride", [0]),
+        put("tensors", 1, "name", "layer.extra"),
+        put("tensors", []),
+    ],
+)
+def test_tampered_data_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
+    data, tensors = tampered(change)
+    with pytest.raises((ArtifactError, ValueError, TypeError, KeyError, RuntimeError, SyntaxError)):
+        program_from_data(data, tensors)
+
+
+def test_untampered_data_is_accepted() -> None:
+    data, tensors = tampered(lambda data: None)
+    assert program_from_data(data, tensors).name == "Net"

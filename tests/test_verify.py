@@ -1,0 +1,81 @@
+"""The oracles pass on sound networks, and fail when something is broken on purpose."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import decoder, unet, vgg16
+
+
+def _compiled() -> pnn.Compiled:
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)]
+    return pnn.compile(nn.Sequential(*layers), torch.randn(3, 6), stages=3)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (vgg16.build_model(width=8), vgg16.example_inputs()),
+        (unet.build_model(), unet.example_inputs()),
+        (decoder.build_model(layers=6, width=32), decoder.example_inputs()),
+    ],
+    ids=["vgg16", "unet", "decoder"],
+)
+def test_every_oracle_holds_on_real_models(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> None:
+    compiled = pnn.compile(model, inputs, stages=3)
+    report = compiled.verify(strict=True)
+    assert all(check.passed for check in report.checks)
+
+
+@pytest.mark.parametrize("correction", ["residual", "difference"])
+def test_the_oracles_hold_for_both_forms(correction: str) -> None:
+    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)]
+    compiled = pnn.compile(
+        nn.Sequential(*layers),
+        torch.randn(3, 6),
+        stages=3,
+        correction=correction,  # type: ignore[arg-type]
+    )
+    assert compiled.verify().ok
+
+
+def test_a_stage_that_computes_something_else_is_caught() -> None:
+    compiled = _compiled()
+    graph = compiled.sequential.get_submodule("fine_1").graph  # type: ignore[attr-defined]
+    layer = next(node for node in graph.nodes if node.op == "call_module")
+    layer.replace_all_uses_with(layer.args[0])
+    graph.owning_module.recompile()
+    report = compiled.verify()
+    failed = {check.name.split(",")[0] for check in report.checks if not check.passed}
+    assert "stages in sequence = original" in failed
+    assert "coarse = fine" in failed
+    with pytest.raises(pnn.VerificationError, match="relative error"):
+        compiled.verify(strict=True)
+
+
+def test_lost_checkpoint_keys_are_caught() -> None:
+    compiled = _compiled()
+    program = dataclasses.replace(compiled.program, unused={"ghost": torch.zeros(1)})
+    broken = dataclasses.replace(compiled, program=program)
+    assert broken.verify().ok
+    head = broken.stages.head
+    head.register_parameter("stranger", nn.Parameter(torch.zeros(1)))
+    failed = [check for check in broken.verify().checks if not check.passed]
+    assert ["stranger" in check.reason for check in failed] == [True]
+
+
+def test_verify_leaves_modes_buffers_and_gradients_alone() -> None:
+    model = vgg16.build_model(width=8)
+    compiled = pnn.compile(model, vgg16.example_inputs(), stages=3)
+    compiled.module.train()
+    before = {key: value.clone() for key, value in compiled.module.state_dict().items()}
+    compiled.verify(strict=True)
+    assert all(module.training for module in compiled.module.modules())
+    assert all(parameter.grad is None for parameter in compiled.module.parameters())
+    for key, value in compiled.module.state_dict().items():
+        assert torch.equal(value, before[key]), key
