@@ -43,6 +43,9 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
     """
     head = _head(analysis)
     candidates = [p for p in analysis.frontiers.positions if p.index < head.index]
+    if options.coarse == "units":
+        # Only whole blocks can be copied.
+        candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.cuts is not None:
         return Cut((*_named(analysis, candidates, options.cuts), head), 0.0)
     if options.coarse == "units":

@@ -66,9 +66,11 @@ class Options:
             _at_least("stages", self.stages, 1)
         _at_least("iterations", self.iterations, 1)
         _at_least("units", self.units, 1)
-        if not 0 < self.coarse_budget <= 1:
+        _at_least("seed", self.seed, 0)
+        share = self.coarse_budget
+        if not isinstance(share, int | float) or not 0 < share <= 1:
             raise OptionError(
-                f"coarse_budget must be a share above 0 and at most 1 (got {self.coarse_budget})"
+                f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
             )
         if self.cuts is not None and self.stages not in ("auto", len(self.cuts) + 1):
             raise OptionError(

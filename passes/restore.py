@@ -68,9 +68,11 @@ class Rule:
     build: Callable[[Mapping[str, Any]], tuple[nn.Module, tuple[str, ...]] | None]
 
 
-def _dropout(kind: type[nn.Module]) -> Callable[[Mapping[str, Any]], Any]:
+def _dropout(
+    kind: type[nn.Module], *, inplace: bool = False
+) -> Callable[[Mapping[str, Any]], tuple[nn.Module, tuple[str, ...]]]:
     def build(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
-        return kind(float(call["p"])), ("input",)
+        return kind(float(call["p"]), bool(call.get("inplace", inplace))), ("input",)
 
     return build
 
@@ -84,8 +86,8 @@ def _attention(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | N
 
 RULES: tuple[Rule, ...] = (
     # Dropout by function or by operator: the probability stays, the flag follows the mode.
-    Rule((F.dropout, torch.dropout, aten.dropout.default, aten.dropout_.default),
-         _dropout(nn.Dropout)),
+    Rule((F.dropout, torch.dropout, aten.dropout.default), _dropout(nn.Dropout)),
+    Rule((torch.dropout_, aten.dropout_.default), _dropout(nn.Dropout, inplace=True)),
     Rule((F.alpha_dropout, aten.alpha_dropout.default), _dropout(nn.AlphaDropout)),
     # Whole channels; the three functions differ only in the ranks that they accept.
     Rule((F.dropout1d,), _dropout(nn.Dropout1d)),
@@ -93,7 +95,7 @@ RULES: tuple[Rule, ...] = (
     Rule((F.dropout3d,), _dropout(nn.Dropout3d)),
     # Attention drops probabilities inside the kernel.
     Rule((F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default), _attention),
-)  # fmt: skip
+)
 
 
 def toggle(model: nn.Module, graph: fx.Graph) -> int:

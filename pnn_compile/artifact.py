@@ -228,19 +228,25 @@ def _current(compiled: Compiled) -> Program:
     return dataclasses.replace(program, module=module)
 
 
+def _operators(compiled: Compiled) -> nn.ModuleDict:
+    """The operators under the names that they have in the network."""
+    operators = compiled.operators
+    guesses = {f"preprocess_{number}": guess for number, guess in operators.preprocess.items()}
+    corrections = {f"coarse_{number}": coarse for number, coarse in operators.coarse.items()}
+    return nn.ModuleDict(guesses | corrections)
+
+
 def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield name, kind and value of what the operators do not share with the stages."""
     pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
-    shared = {id(t) for piece in pieces for t in (*piece.parameters(), *piece.buffers())}
-    for name, child in compiled.module.named_children():
-        if not name.startswith(("preprocess_", "coarse_")):
-            continue
-        for key, parameter in child.named_parameters():
-            if id(parameter) not in shared:
-                yield f"{name}.{key}", "parameter", parameter
-        for key, buffer in child.named_buffers():
-            if id(buffer) not in shared:
-                yield f"{name}.{key}", "buffer", buffer
+    shared = {id(tensor) for piece in pieces for _, tensor in graphfile.named_tensors(piece)}
+    operators = _operators(compiled)
+    for name, parameter in operators.named_parameters():
+        if id(parameter) not in shared:
+            yield name, "parameter", parameter
+    for name, buffer in operators.named_buffers():
+        if id(buffer) not in shared:
+            yield name, "buffer", buffer
 
 
 def _restore_network(
@@ -251,7 +257,7 @@ def _restore_network(
     missing = [name for name, _, _ in _operator_tensors(compiled) if name not in stored]
     if missing:
         raise ArtifactError(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
-    targets = dict(graphfile.named_tensors(compiled.module))
+    targets = dict(graphfile.named_tensors(_operators(compiled)))
     reader = graphfile.TensorReader(records, weights)
     graphfile.assign(targets, records, reader, "the network of the plan")
     graphfile.set_modes(compiled.module, network["training"])

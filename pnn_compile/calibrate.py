@@ -19,6 +19,7 @@ from passes.coarse.fitting import MatrixFit, fitted_parts
 from passes.coarse.maps import MapMatrix
 from passes.errors import OptionError
 from passes.validate import preserved
+from pnn_compile.batches import named_batch
 from pnn_compile.walk import State, Walker
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class _Batches:
     """The calibration inputs, as dicts by placeholder name."""
 
     def __init__(self, compiled: Compiled, inputs: Iterable[Any]) -> None:
-        self._names = [node.name for node in compiled.program.inputs]
+        self._compiled = compiled
         self._inputs = inputs
         counted = [_size(batch) for batch in self]
         if len(counted) < 2:
@@ -138,22 +139,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._inputs:
-            yield self._named(batch)
-
-    def _named(self, batch: Any) -> dict[str, Any]:
-        if isinstance(batch, Mapping):
-            named = dict(batch)
-        elif isinstance(batch, (tuple, list)):
-            named = dict(zip(self._names, batch, strict=False))
-        else:
-            named = {self._names[0]: batch}
-        missing = [name for name in self._names if name not in named]
-        if missing:
-            raise OptionError(
-                f"a calibration batch lacks {', '.join(missing)}: give "
-                f"({', '.join(self._names)}) or a dict of them"
-            )
-        return {name: named[name] for name in self._names}
+            yield named_batch(self._compiled, batch)
 
     def split(self) -> Iterator[tuple[bool, dict[str, Any]]]:
         """Each batch, and whether it is held out."""
@@ -184,7 +170,7 @@ def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
     assert stage.preprocess is not None
     names = stage.preprocess.options["inputs"]
 
-    def samples() -> Iterator[tuple[bool, list[torch.Tensor], list[torch.Tensor]]]:
+    def samples() -> Iterator[_Sample]:
         for held, inputs in batches.split():
             state: State = {}
             for before in range(number):
@@ -194,7 +180,7 @@ def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
             if isinstance(prologue, nn.Module):
                 found = prologue(*given)
                 given = list(found) if isinstance(found, tuple) else [found]
-            yield held, given, [state[name] for name in stage.consumes]
+            yield _Sample(held, given, [state[name] for name in stage.consumes], given)
 
     _fit(operator, samples)
 
@@ -202,18 +188,36 @@ def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
 def _fit_correction(walker: Walker, batches: _Batches, number: int) -> None:
     stage = walker.plan.stages[number]
 
-    def samples() -> Iterator[tuple[bool, list[torch.Tensor], list[torch.Tensor]]]:
+    def samples() -> Iterator[_Sample]:
         for held, inputs in batches.split():
             for step in _sweep(walker, inputs, number):
                 if step.number == number:
                     residual = [step.entering[n] - step.guess[n] for n in stage.consumes]
                     left = [step.true[n] - step.fine[n] for n in stage.produces]
-                    yield held, residual, left
+                    call = walker.correction_arguments(number, step.guess, residual, inputs)
+                    yield _Sample(held, residual, left, call)
 
     _fit(walker.operators.coarse[number], samples)
 
 
-_Samples = Callable[[], Iterator[tuple[bool, list[torch.Tensor], list[torch.Tensor]]]]
+@dataclass(frozen=True)
+class _Sample:
+    """One batch of a regression.
+
+    Attributes:
+        held_out: Whether it judges instead of being fitted.
+        features: The tensors that the maps read.
+        wanted: What the network should give for them.
+        arguments: What the network is called with.
+    """
+
+    held_out: bool
+    features: list[torch.Tensor]
+    wanted: list[torch.Tensor]
+    arguments: list[Any]
+
+
+_Samples = Callable[[], Iterator[_Sample]]
 
 
 def _fit(network: nn.Module, samples: _Samples) -> None:
@@ -223,10 +227,10 @@ def _fit(network: nn.Module, samples: _Samples) -> None:
         _silence(part)
     for part in parts:
         fit = MatrixFit(part)
-        for held, given, wanted in samples():
-            done = _tensors(network(*given)) if len(parts) > 1 else []
-            left = [w - d for w, d in zip(wanted, done, strict=True)] if done else wanted
-            fit.add(given, left, held_out=held)
+        for sample in samples():
+            done = _tensors(network(*sample.arguments))
+            left = [w - d for w, d in zip(sample.wanted, done, strict=True)]
+            fit.add(sample.features, left, held_out=sample.held_out)
         fit.finish()
 
 

@@ -56,13 +56,19 @@ class Walker:
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
         """Estimate how the output of stage `number` moves from the guess to the true state."""
         stage = self.plan.stages[number]
-        assert stage.coarse is not None
         residual = [true[name] - guess[name] for name in stage.consumes]
+        arguments = self.correction_arguments(number, guess, residual, inputs)
+        return _named(stage.produces, self.operators.coarse[number](*arguments))
+
+    def correction_arguments(
+        self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]
+    ) -> list[Any]:
+        """What the correction of stage `number` is called with."""
+        stage = self.plan.stages[number]
+        assert stage.coarse is not None
         given = [inputs[name] for name in stage.coarse.options.get("inputs", ())]
-        state = [guess[name] for name in stage.consumes]
-        leading = state if reads_guess(self.plan, stage) else []
-        result = self.operators.coarse[number](*leading, *residual, *given)
-        return _named(stage.produces, result)
+        leading = [guess[name] for name in stage.consumes]
+        return [*(leading if reads_guess(self.plan, stage) else []), *residual, *given]
 
     def head(self, state: State, inputs: Mapping[str, Any]) -> Any:
         """Run the head on the last state."""

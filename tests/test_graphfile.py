@@ -153,8 +153,9 @@ def test_modules_outside_the_list_are_not_built(
         F.gelu, F.max_pool2d, F.scaled_dot_product_attention, F.interpolate, torch.cat, torch.relu,
         torch.einsum, torch.split, torch.unique, torch.linalg.norm, torch.fft.rfft, torch.arange,
         torch.zeros_like, torch.special.expit, torch._assert, operator.getitem, operator.iadd,
-        getattr, torch.ops.aten.add.Tensor, torch.ops.aten.sym_size.int, torch.ops.aten.relu.default,
-        torch.ops.aten.__and__.Tensor, torch.ops.aten._to_copy.default,
+        getattr, torch.ops.aten.add.Tensor, torch.ops.aten.sym_size.int,
+        torch.ops.aten.relu.default, torch.ops.aten.__and__.Tensor,
+        torch.ops.aten._to_copy.default,
     ],
 )  # fmt: skip
 def test_functions_are_found_again_by_name(target: Any) -> None:
@@ -244,7 +245,11 @@ def round_trip(program: Program) -> Program:
 
 
 class Sharing(nn.Module):
-    """Ties two layers, registers one twice, and holds every kind of tensor."""
+    """Ties two layers and holds every kind of tensor."""
+
+    scale: Tensor
+    table: Tensor
+    rotation: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,19 +257,18 @@ class Sharing(nn.Module):
         self.head = nn.Linear(4, 5, bias=False)
         self.head.weight = self.embedding.weight
         self.first = nn.BatchNorm1d(4)
-        self.second = self.first
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.shift = nn.Parameter(torch.randn(4))
-        self.register_buffer("scale", torch.rand(1).expand(4))
+        self.register_buffer("scale", torch.rand(4))
         self.register_buffer("table", torch.randn(6, 4), persistent=False)
         self.register_buffer("rotation", torch.polar(torch.ones(4), torch.rand(4)))
         self.turned = nn.Parameter(torch.randn(6, 4).t())
         self.never = nn.Linear(2, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.second(self.first(self.embedding(tokens) + self.shift))
+        x = self.first(self.embedding(tokens) + self.shift)
         x = torch.tanh(self.frozen(x) * self.scale) @ (self.turned @ self.table)
-        return self.head(x * self.rotation.real)
+        return self.head((x * self.rotation).real)
 
 
 @pytest.fixture
@@ -275,10 +279,9 @@ def sharing() -> Program:
     return capture(model, (torch.tensor([0, 3, 4]),))
 
 
-def test_sharing_survives(sharing: Program) -> None:
+def test_tied_parameters_stay_tied(sharing: Program) -> None:
     module = round_trip(sharing).module
     assert module.get_parameter("head.weight") is module.get_parameter("embedding.weight")
-    assert module.get_submodule("second") is module.get_submodule("first")
 
 
 def test_flags_survive(sharing: Program) -> None:
@@ -298,7 +301,6 @@ def test_values_and_strides_survive(sharing: Program) -> None:
     for name, value in sharing.module.state_dict().items():
         assert torch.equal(again.module.state_dict()[name], value)
     assert again.module.get_parameter("turned").stride() == (1, 4)
-    assert again.module.get_buffer("scale").is_contiguous()
     assert set(again.unused) == {"never.weight", "never.bias"}
     assert torch.equal(again.unused["never.bias"], sharing.unused["never.bias"])
     assert torch.equal(again.args["tokens"], sharing.args["tokens"])
@@ -312,9 +314,7 @@ def test_what_is_stored_is_stored_once(sharing: Program) -> None:
     assert len(set(starts)) == len(starts)
 
 
-def program_of(
-    *calls: Callable[[torch.fx.Graph, Any], Any], root: nn.Module | None = None
-) -> Program:
+def program_of(*calls: Callable[[Any, Any], Any], root: nn.Module | None = None) -> Program:
     graph = torch.fx.Graph()
     value: Any = graph.placeholder("x")
     for call in calls:
@@ -322,6 +322,19 @@ def program_of(
     graph.output(value)
     module = graph_module(root or nn.Module(), graph, "Net")
     return Program(module, {"x": torch.ones(2, 2)}, True, CaptureReport("test"), "Net")
+
+
+def test_one_module_at_two_paths_stays_one() -> None:
+    root, layer = nn.Module(), nn.Linear(2, 2)
+    root.a, root.b = nn.Module(), nn.Module()
+    root.a.layer = root.b.layer = layer
+    program = program_of(
+        lambda g, x: g.call_module("a.layer", (x,)),
+        lambda g, x: g.call_module("b.layer", (x,)),
+        root=root,
+    )
+    module = round_trip(program).module
+    assert module.get_submodule("a.layer") is module.get_submodule("b.layer")
 
 
 def test_two_parameters_over_one_storage_stay_two() -> None:
@@ -337,6 +350,15 @@ def test_two_parameters_over_one_storage_stay_two() -> None:
     a, b = module.get_parameter("a"), module.get_parameter("b")
     assert a is not b
     assert a.data_ptr() == b.data_ptr()
+
+
+def test_expanded_tensors_are_stored_contiguous() -> None:
+    root = nn.Module()
+    root.register_buffer("a", torch.rand(1).expand(2))
+    add = program_of(lambda g, x: g.call_function(torch.add, (x, g.get_attr("a"))), root=root)
+    again = round_trip(add).module.get_buffer("a")
+    assert again.is_contiguous()
+    assert torch.equal(again, add.module.get_buffer("a"))
 
 
 def test_meta_parameters_come_back_on_meta() -> None:
@@ -366,8 +388,8 @@ def test_nested_example_inputs_and_outputs_survive() -> None:
     again = round_trip(capture(Nested(), inputs))
     assert again.args["batch"]["name"] == "n"
     outputs = again.module(*copy.deepcopy(again.args).values())
-    assert torch.equal(outputs["sum"], 3 * x + 4)
-    assert torch.equal(outputs["same"][0], 2 * x + 4)
+    torch.testing.assert_close(outputs["sum"], 3 * x + 4)
+    torch.testing.assert_close(outputs["same"][0], 2 * x + 4)
 
 
 class Color(enum.Enum):
@@ -485,7 +507,7 @@ PLACEHOLDER, LAYER, SHIFT, ADD, SUM, TANH, TURN, OUTPUT = range(8)
 )
 def test_tampered_data_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
     data, tensors = tampered(change)
-    with pytest.raises((ArtifactError, ValueError, TypeError, KeyError, RuntimeError, SyntaxError)):
+    with pytest.raises(ArtifactError):
         program_from_data(data, tensors)
 
 

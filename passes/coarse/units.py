@@ -63,12 +63,10 @@ def choose_blocks(
     changing = [block for block in inside if block.entering.shape != block.leaving.shape]
     final = inside[-1].leaving.shape
     repeated = {block.signature for block in trunk}
-    keeping = [
-        b for b in inside
-        if b.signature in repeated and b.entering.shape == b.leaving.shape == final
-    ]  # fmt: skip
+    keeping = [b for b in inside if b.entering.shape == b.leaving.shape == final]
+    keeping = [b for b in keeping if b.signature in repeated] or keeping
     if not keeping:
-        return []
+        return changing
     common, _ = Counter(block.signature for block in keeping).most_common(1)[0]
     chosen = next(block for block in keeping if block.signature == common)
     return [*changing, *[chosen] * repeats]

@@ -80,6 +80,8 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
     if kind in (nn.RNN, nn.LSTM, nn.GRU):  # they pass on whatever they get
         own |= inspect.signature(nn.RNNBase).parameters
         del own["mode"]
+    if kind in (nn.RNN, nn.GRU):
+        del own["proj_size"]
     if kind is nn.RNN:
         own["nonlinearity"] = inspect.Parameter("nonlinearity", inspect.Parameter.KEYWORD_ONLY)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

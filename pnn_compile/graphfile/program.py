@@ -71,7 +71,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "training": modes(program.module),
     }
     unknown: list[str] = []
-    modules = list(_write_modules(program.module, unknown))
+    modules = list(_write_modules(program.module, "", {}, ModuleWriter(), unknown))
     nodes = [_write_node(node, unknown) for node in program.graph.nodes]
     data |= {"modules": modules, "tensors": writer.records, "nodes": nodes}
     if not unknown:
@@ -114,27 +114,25 @@ def _write_tensors(program: Program, writer: TensorWriter) -> None:
         writer.add(name, "unused", tensor)
 
 
-def _write_modules(root: nn.Module, unknown: list[str]) -> Iterator[Data]:
-    """Describe every module below the root; plain containers need no description."""
-    writer, seen = ModuleWriter(), {id(root): ""}
-    stack = [("", root)]
-    while stack:
-        path, module = stack.pop()
-        for name, child in module._modules.items():
-            where = f"{path}.{name}".lstrip(".")
-            if child is None:
-                continue
-            if id(child) in seen:
-                yield {"path": where, "same_as": seen[id(child)]}
-                continue
-            seen[id(child)] = where
-            if is_container(child):
-                stack.append((where, child))
-                continue
-            try:
-                yield {"path": check_path(where), **writer.write(child)}
-            except UnknownError as error:
-                unknown.append(f"{where}: {error}")
+def _write_modules(
+    module: nn.Module, path: str, seen: dict[int, str], writer: ModuleWriter, unknown: list[str]
+) -> Iterator[Data]:
+    """Describe every module below one; plain containers need no description."""
+    for name, child in module._modules.items():
+        where = f"{path}.{name}".lstrip(".")
+        if child is None:
+            continue
+        if id(child) in seen:
+            yield {"path": where, "same_as": seen[id(child)]}
+            continue
+        seen[id(child)] = where
+        if is_container(child):
+            yield from _write_modules(child, where, seen, writer, unknown)
+            continue
+        try:
+            yield {"path": check_path(where), **writer.write(child)}
+        except UnknownError as error:
+            unknown.append(f"{where}: {error}")
 
 
 def _write_node(node: fx.Node, unknown: list[str]) -> Data:
@@ -178,18 +176,29 @@ def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Progra
             has no form as data.
     """
     _check_schema(data)
-    if data["unknown"]:
+    if data.get("unknown"):
         raise ArtifactError(f"the program holds {_few(data['unknown'])}, which has no form here")
-    reader = TensorReader(data["tensors"], tensors)
     try:
-        root = _read_modules(data["modules"])
-        _set_tensors(root, data["tensors"], reader)
-        name = check_identifier(data["name"])
-        module = graph_module(root, _read_graph(data["nodes"]), name)
+        return _read_program(data, tensors)
     except UnknownError as error:
         raise ArtifactError(f"{error} is not among what an artifact may hold") from error
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"malformed program ({type(error).__name__}: {error})") from error
+
+
+def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
+    reader = TensorReader(data["tensors"], tensors)
+    root = _read_modules(data["modules"])
+    _set_tensors(root, data["tensors"], reader)
+    name = check_identifier(data["name"])
+    module = graph_module(root, _read_graph(data["nodes"]), name)
     set_modes(module, data["training"])
     verify_graph(module)
+    for node in module.graph.find_nodes(op="call_module"):
+        if is_container(module.get_submodule(str(node.target))):
+            raise ArtifactError(f"node {node.name!r} calls {node.target}, which is not described")
     capture = data["capture"]
     return Program(
         module=module,
