@@ -143,7 +143,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     """Build a GraphModule that shares modules, parameters and buffers with `root`.
 
     Tensors that are not in the root's state dict stay out of it (buffers that are not persistent,
-    plain attributes), so that the keys are the root's; the training mode is the root's.
+    plain attributes), so that the keys are the root's; every module has the mode that it has there.
     """
     module = fx.GraphModule(root, graph, class_name=name)
     for node in graph.nodes:
@@ -154,7 +154,9 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
         saved = owner._buffers.keys() - owner._non_persistent_buffers_set | owner._parameters.keys()
         if leaf not in saved:
             (resolve(module, parent) if parent else module)._non_persistent_buffers_set.add(leaf)
-    module.training = root.training
+    modes = {name: child.training for name, child in root.named_modules()}
+    for name, child in module.named_modules():
+        child.training = modes.get(name, root.training)
     return module
 
 

@@ -130,13 +130,16 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
 
 
 def attach(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` under a qualified name, making the modules on the way as needed."""
+    """Register `module` under a qualified name, making the modules on the way as needed.
+
+    What is new follows the mode of the module that it is put in.
+    """
     *parents, name = path.split(".")
     for atom in parents:
         if atom not in dict(model.named_children()):
-            model.add_module(atom, nn.Module())
+            model.add_module(atom, nn.Module().train(model.training))
         model = model.get_submodule(atom)
-    model.add_module(name, module)
+    model.add_module(name, module.train(model.training))
 
 
 def outline(model: nn.Module, graph: fx.Graph) -> int:

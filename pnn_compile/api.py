@@ -26,6 +26,7 @@ from passes.split import Stages
 if TYPE_CHECKING:
     import networkx as nx
 
+    from pnn_compile.calibrate import CalibrationReport
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["Compiled", "compile", "replay"]
@@ -85,6 +86,12 @@ class Compiled:
         from pnn_compile.verify import verify
 
         return verify(self, strict=strict)
+
+    def calibrate(self, inputs: Iterable[Any]) -> CalibrationReport:
+        """Fit guesses and corrections in closed form; see `pnn_compile.calibrate.calibrate`."""
+        from pnn_compile.calibrate import calibrate
+
+        return calibrate(self, inputs)
 
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights of the fine stages and the head under the model's own keys."""

@@ -20,11 +20,13 @@ from passes.errors import OptionError, PnnError, VerificationError
 
 if TYPE_CHECKING:
     from pnn_compile.api import Compiled
+    from pnn_compile.calibrate import CalibrationReport
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["main"]
 
 EMITTED = ("graph", "onnx")
+_CALIBRATION_BATCH = 128
 
 
 class _ModelFirst(click.Group):
@@ -118,6 +120,13 @@ _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph check
 @click.option("--cut-at", metavar="NAMES", help="Modules that start stages 1.., by comma.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan.")
 @click.option("--seed", default=0, type=int, help="Seed of the coarse networks.")
+@click.option(
+    "--calibrate",
+    "samples",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Fit guesses and corrections to the weights, on samples (.safetensors or .npz).",
+)
 @click.option("--verify/--no-verify", "check", default=True, help="Run the oracles (default).")
 @click.option("-q", "--quiet", is_flag=True, help="No report.")
 @_JSON
@@ -126,6 +135,7 @@ def compile_command(
     model: str,
     output: Path | None,
     emit: tuple[str, ...],
+    samples: Path | None,
     check: bool,
     quiet: bool,
     as_json: bool,
@@ -135,9 +145,15 @@ def compile_command(
     """Compile MODEL: file.py, file.py:name or package.module:name."""
     if output is None and "onnx" in emit:
         raise OptionError("--emit onnx needs a directory to write to: add -o DIR")
+    from pnn_compile.samples import read_batches
+
     progress = _Progress(quiet or as_json)
     with progress("compiling"):
         compiled = _compile(model, options, debug)
+    calibrated = None
+    if samples is not None:
+        with progress("calibrating"):
+            calibrated = compiled.calibrate(read_batches(samples, compiled, _CALIBRATION_BATCH))
     checked = None
     if check:
         with progress("verifying"):
@@ -148,7 +164,7 @@ def compile_command(
         if "onnx" in emit:
             with progress("exporting to ONNX"):
                 compiled.export_onnx(output / "model.onnx")
-    _show(compiled, checked, output, quiet, as_json)
+    _show(compiled, checked, calibrated, output, quiet, as_json)
     if checked is not None and not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
 
@@ -261,9 +277,57 @@ def verify(directory: Path, as_json: bool, debug: bool) -> None:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
 
 
+@cli.command(name="fit")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("samples", type=click.Path(path_type=Path))
+@click.option("--epochs", default=1, type=click.IntRange(min=1), help="Times through the samples.")
+@click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per step.")
+@click.option("--learning-rate", default=1.5e-3, type=float, help="Peak learning rate.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save to and resume.")
+@click.option("--seed", default=0, type=int, help="Seed of the order of the samples.")
+@_JSON
+@_DEBUG
+def fit_command(
+    directory: Path,
+    samples: Path,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    checkpoint: Path | None,
+    seed: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Train a saved artifact to the outputs of its original on SAMPLES, and save it again."""
+    from pnn_compile.artifact import load
+    from pnn_compile.fit import fit
+    from pnn_compile.samples import read_batches
+
+    compiled = load(directory)
+    batches = read_batches(samples, compiled, batch, shuffle_seed=seed)
+    with _Progress(as_json).bar("fitting") as advance:
+        report = fit(
+            compiled,
+            batches,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            checkpoint=checkpoint,
+            progress=advance,
+        )
+    compiled.save(directory)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+    else:
+        _console().print(
+            f"{report.steps} steps on {report.samples} samples: loss {report.first_loss:.4g} to "
+            f"{report.last_loss:.4g}; saved to {directory}"
+        )
+
+
 def _show(
     compiled: Compiled,
     checked: VerifyReport | None,
+    calibrated: CalibrationReport | None,
     output: Path | None,
     quiet: bool,
     as_json: bool,
@@ -274,16 +338,19 @@ def _show(
             "capture": asdict(compiled.program.capture),
             "passes": [asdict(result) for result in compiled.passes],
             "verify": _checks(checked) if checked else None,
+            "calibration": asdict(calibrated) if calibrated else None,
             "output": str(output) if output else None,
         }
         click.echo(json.dumps(document, indent=2))
         return
     if quiet:
         return
-    from pnn_compile.report.terminal import checks_table, report
+    from pnn_compile.report.terminal import calibration_table, checks_table, report
 
     console = _console()
     console.print(report(compiled, console.width))
+    if calibrated is not None:
+        console.print(calibration_table(calibrated))
     if checked is not None:
         console.print(checks_table(checked))
     if output is not None:
@@ -310,6 +377,20 @@ class _Progress:
     def __call__(self, what: str) -> Iterator[None]:
         with self._console.status(f"{what} ..."):
             yield
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
+        """A progress bar of steps with the loss beside it."""
+        from rich.progress import Progress, TextColumn
+
+        columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4g}"))
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(what, total=None, loss=float("nan"))
+
+            def advance(step: int, total: int, loss: float) -> None:
+                progress.update(task, completed=step, total=total, loss=loss)
+
+            yield advance
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,7 +111,7 @@ def one_run(**changes: object) -> Run:
         (one_run(outputs=[torch.ones(2, 1), 3]), r"output 0 differs: \[2, 1\] .* instead of \[2\]"),
         (one_run(outputs=[torch.ones(2).double(), 3]), "torch.float64 instead of"),
         (one_run(outputs=[torch.full((2,), 1.1), 3]), r"relative error 1.0e-01 \(limit 1e-05\)"),
-        (one_run(gradients={}), "gradient of w differs: None instead of tensor"),
+        (one_run(gradients={}), "gradient of w differs: relative error 1.0e"),
         (one_run(gradients={"w": torch.zeros(2)}), "gradient of w differs: relative error 1.0e"),
         (
             one_run(gradients={"w": torch.ones(2), "unused": torch.ones(2)}),
@@ -122,11 +124,9 @@ def one_run(**changes: object) -> Run:
 )
 def test_a_difference_is_named(candidate: Run, reason: str) -> None:
     found = compare(candidate, one_run())
-    if reason:
-        with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(found)
-    else:
-        assert found == ""
+
+    assert re.search(reason, found)
+    assert bool(found) == bool(reason)
 
 
 def reference(model: nn.Module, *args: Tensor, dynamic_batch: bool = True) -> Reference:

@@ -109,7 +109,7 @@ class Moments:
         scale = sums.xx.diagonal()[:-1].mean().item() or 1.0
         penalty = torch.full((size + 1,), ridge * scale, dtype=torch.float64)
         penalty[-1] = 1e-9 * max(sums.count, 1) if self._bias else 1e30
-        solution = torch.linalg.solve(sums.xx + torch.diag(penalty), sums.xy)
+        solution: torch.Tensor = torch.linalg.solve(sums.xx + torch.diag(penalty), sums.xy)
         if not self._bias:
             solution[-1] = 0
         return solution

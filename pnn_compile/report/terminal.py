@@ -17,9 +17,10 @@ from pnn_compile import units
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Interface, Plan, Stage
     from pnn_compile.api import Compiled
+    from pnn_compile.calibrate import CalibrationReport
     from pnn_compile.verify import VerifyReport
 
-__all__ = ["checks_table", "render", "report", "stage_tree", "to_text"]
+__all__ = ["calibration_table", "checks_table", "render", "report", "stage_tree", "to_text"]
 
 
 def render(compiled: Compiled, width: int = 100) -> str:
@@ -171,6 +172,30 @@ def checks_table(report: VerifyReport) -> Table:
             verdict,
         )
     return table
+
+
+def calibration_table(report: CalibrationReport) -> RenderableType:
+    """What calibration did per stage, and what that means for the outputs."""
+    table = Table(
+        title=f"calibration on {report.fitted} samples, judged on {report.held_out} others",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for name in ("stage", "guess", "fine alone", "corrected"):
+        table.add_column(name, justify="right")
+    for face in report.interfaces:
+        table.add_row(
+            str(face.stage),
+            f"{face.guess_before:.3f} -> {face.guess_after:.3f}",
+            f"{face.uncorrected:.3f}",
+            f"{face.corrected_before:.3f} -> {face.corrected_after:.3f}",
+        )
+    verdict = Text(
+        "relative errors of the states; agreement of the outputs with the original "
+        f"{report.agreement_before:.1%} -> {report.agreement_after:.1%}, their relative error "
+        f"{report.output_error_before:.3f} -> {report.output_error_after:.3f}"
+    )
+    return Group(table, verdict)
 
 
 def stage_tree(compiled: Compiled, depth: int = 2) -> Tree:

@@ -1,0 +1,70 @@
+"""Samples from a file, for calibration and fits on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from passes.errors import OptionError
+
+if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
+
+__all__ = ["read_batches"]
+
+
+def read_batches(
+    path: Path, compiled: Compiled, size: int, *, shuffle_seed: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Read a `.safetensors` or `.npz` file and cut it into batches.
+
+    Args:
+        path: File with one array per argument of the network, by name; a single array may have
+            any name. Dimension 0 counts the samples.
+        compiled: The network.
+        size: Samples per batch; a smaller rest is dropped where there is more than one batch.
+        shuffle_seed: Shuffles the samples if given.
+
+    Raises:
+        OptionError: The file cannot be read, an argument is missing, or the arrays differ in
+            their number of samples.
+    """
+    arrays = _read(path)
+    names = [node.name for node in compiled.program.inputs]
+    if len(arrays) == 1 and len(names) == 1:
+        arrays = {names[0]: next(iter(arrays.values()))}
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise OptionError(
+            f"{path} lacks {', '.join(missing)}: it holds {', '.join(arrays)}, the network takes "
+            f"{', '.join(names)}"
+        )
+    counts = {name: len(arrays[name]) for name in names}
+    if len(set(counts.values())) != 1:
+        raise OptionError(f"{path} has arrays of different lengths ({counts})")
+    count = next(iter(counts.values()))
+    order = torch.arange(count)
+    if shuffle_seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle_seed))
+    chunks = torch.split(order, size)
+    if len(chunks) > 1 and len(chunks[-1]) < size:
+        chunks = chunks[:-1]
+    return [{name: arrays[name][chunk] for name in names} for chunk in chunks]
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix not in (".safetensors", ".npz"):
+        raise OptionError(f"{path} must be a .safetensors or .npz file of samples")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except Exception as error:
+        raise OptionError(f"{path} cannot be read: {error}") from error
