@@ -1,4 +1,4 @@
-"""Example inputs of a model: bound to its signature, flattened to tensors, varied for validation."""
+"""Example inputs of a model: bound to its signature, flattened, and varied for validation."""
 
 from __future__ import annotations
 

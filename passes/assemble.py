@@ -66,7 +66,7 @@ def reads_guess(plan: Plan, stage: Stage) -> bool:
 
 
 class _Writer:
-    """Writes the graph: guesses, then per iteration the fine stages and the sweep, then the head."""
+    """Writes the graph: guesses, then fine stages and sweep per iteration, then the head."""
 
     def __init__(self, program: Program, plan: Plan, reuse: bool) -> None:
         self.plan = plan

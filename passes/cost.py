@@ -27,6 +27,8 @@ from passes.validate import preserved
 
 __all__ = ["Cost", "count_flops", "measure_costs", "measure_seconds"]
 
+_VIEWS = (torch.ops.aten._unsafe_view,)
+"""Operators that only make a view, which torch does not say of them."""
 _WARM_UP = 1
 _REPEATS = 3
 
@@ -66,7 +68,7 @@ class _FlopMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.known += int(formula(*args, **kwargs, out_val=result))
-        elif not func.is_view:
+        elif not func.is_view and func._overloadpacket not in _VIEWS:
             self.other += sum(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
         return result
 

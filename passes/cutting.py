@@ -48,8 +48,6 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.cuts is not None:
         return Cut((*_named(analysis, candidates, options.cuts), head), 0.0)
-    if options.coarse == "units":
-        candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.stages == "auto":
         most = min(_MOST_STAGES, len(candidates) + 1)
         solutions = [_solve(analysis, options, candidates, head, n) for n in range(1, most + 1)]

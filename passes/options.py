@@ -67,7 +67,7 @@ class Options:
         _at_least("iterations", self.iterations, 1)
         _at_least("units", self.units, 1)
         _at_least("seed", self.seed, 0)
-        share = self.coarse_budget
+        share: object = self.coarse_budget
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise OptionError(
                 f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"

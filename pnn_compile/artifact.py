@@ -49,7 +49,8 @@ def save(compiled: Compiled, path: str | Path) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then renamed: whatever fails on the way leaves
-    an older artifact whole. Tensors are stored on the CPU. A program that holds something that
+    an older artifact whole. All that an older artifact holds goes with it, models and reports that
+    were exported into it too. Tensors are stored on the CPU. A program that holds something that
     has no form as data is stored without its graph; the log says so, and `load` then needs the
     model.
 
@@ -80,7 +81,7 @@ def save(compiled: Compiled, path: str | Path) -> Path:
     if data["unknown"]:
         _log.warning(
             "%s is saved without its program (%s): load it with pnn.load(%r, model=...)",
-            program.name, "; ".join(data["unknown"]), str(path),
+            program.name, graphfile.few(data["unknown"]), str(path),
         )  # fmt: skip
     return target
 
@@ -108,10 +109,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
         program = _capture(folder, data, values, model)
     else:
         unknown = data.get("unknown")
-        if unknown:
+        if isinstance(unknown, list) and unknown:
             raise ArtifactError(
                 f"{folder} holds no program, for it has what an artifact cannot hold "
-                f"({'; '.join(map(str, unknown))}): use pnn.load({str(folder)!r}, model=...)"
+                f"({graphfile.few(list(map(str, unknown)))}): "
+                f"use pnn.load({str(folder)!r}, model=...)"
             )
         with _blaming(folder / _PROGRAM):
             program = graphfile.program_from_data(data, values)
@@ -123,8 +125,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
         compiled = _replay_over(folder, program, plan, read)
         with _blaming(folder / _VALUES):
             graphfile.restore_tensors(program, data, values)
+    with _blaming(folder / _PROGRAM):
+        network = data["network"]
     with _blaming(folder / _WEIGHTS):
-        _restore_network(compiled, data["network"], weights)
+        _restore_network(compiled, network, weights)
     return compiled
 
 
@@ -133,10 +137,11 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file: an artifact is a directory, give another path")
-    if any(target.iterdir()) and not (target / _PLAN).is_file():
+    missing = [name for name in (_PLAN, _PROGRAM) if not (target / name).is_file()]
+    if missing and any(target.iterdir()):
         raise ArtifactError(
-            f"{target} is a directory that holds something else than an artifact (no {_PLAN}), and "
-            "is left as it is: give another path, or empty it first"
+            f"{target} is a directory that holds something else than an artifact (no "
+            f"{missing[0]}), and is left as it is: give another path, or empty it first"
         )
 
 
@@ -185,7 +190,7 @@ def _to_json(data: Mapping[str, Any]) -> str:
     """Write one record a line, so that two artifacts can be compared."""
 
     def dump(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
 
     def lines(value: Any) -> str:
         if not isinstance(value, list) or not value:

@@ -111,6 +111,15 @@ def test_the_fine_weights_are_stored_once(folder: Path) -> None:
     assert all(name.startswith(("preprocess_", "coarse_")) for name in stored)
 
 
+def test_nothing_is_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load"):
+        monkeypatch.setattr(name, fail)
+    pnn.load(folder)
+
+
 def test_trained_weights_modes_and_frozen_parameters_come_back(tmp_path: Path) -> None:
     compiled = pnn.compile(vgg16.build_model(width=4), vgg16.example_inputs(), stages=2)
     with torch.no_grad():

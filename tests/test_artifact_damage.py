@@ -114,7 +114,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "network of program": (
         edit_json("program.json", lambda data: data.pop("network")),
-        r"weights\.safetensors is damaged.*'network'",
+        r"program\.json is damaged.*'network'",
     ),
     "missing value": (
         edit_tensors("program.safetensors", lambda tensors: tensors.pop("features.0.weight")),

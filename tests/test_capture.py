@@ -77,8 +77,7 @@ def test_the_users_model_is_left_as_it_was(name: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)
     assert all(parameter.grad is not None for parameter in model.parameters())
-    for before, after in zip(pytree.tree_leaves(inputs), pytree.tree_leaves((args, kwargs))):
-        assert torch.equal(before, after)
+    assert all(map(torch.equal, pytree.tree_leaves(inputs), pytree.tree_leaves((args, kwargs))))
     assert torch.equal(torch.get_rng_state(), random)
     shared = {id(p) for p in model.parameters()} & {id(p) for p in captured.module.parameters()}
     assert not shared

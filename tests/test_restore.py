@@ -58,10 +58,20 @@ def test_the_operators_of_a_layer_become_the_layer_again(
 
 
 def test_each_call_of_a_shared_layer_is_restored() -> None:
-    layer = nn.Linear(8, 8)
-    captured = capture(Exported(nn.Sequential(layer, nn.Tanh(), layer)), (VECTOR,))
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.alias = self.first
 
-    assert calls_of(captured.graph) == ["body.0", "body.1", "body.0"]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alias(torch.tanh(self.first(torch.tanh(self.first(x)))))
+
+    captured = capture(Exported(Again()), (VECTOR,))
+    layers = [captured.module.get_submodule(path) for path in calls_of(captured.graph)]
+
+    assert [type(layer) for layer in layers] == [nn.Linear] * 3
+    assert layers[0] is layers[1] is layers[2]
 
 
 class Picks(nn.Module):
@@ -199,7 +209,7 @@ def test_attention_drops_in_training_mode_only(operator: Any, masked: bool) -> N
     def build(p: float) -> tuple[nn.Module, fx.Graph]:
         root, graph = nn.Module(), fx.Graph()
         query, key, value, mask = (graph.placeholder(name) for name in "qkvm")
-        options = {"attn_mask": mask} if masked else {"is_causal": True}
+        options: dict[str, Any] = {"attn_mask": mask} if masked else {"is_causal": True}
         options |= {"dropout_p": p, "scale": 0.3}
         graph.output(graph.call_function(operator, (query, key, value), options))
         return root, graph
@@ -208,20 +218,20 @@ def test_attention_drops_in_training_mode_only(operator: Any, masked: bool) -> N
     root, graph = build(0.5)
     assert toggle(root, graph) == 1
     module = graph_module(root, graph, "Toggled")
-    qkv = [torch.randn(2, 2, 6, 4) for _ in range(3)]
+    q, k, v = (torch.randn(2, 2, 6, 4) for _ in range(3))
     mask = torch.randn(6, 6)
 
     def plain(p: float) -> Tensor:
         torch.manual_seed(0)
         return F.scaled_dot_product_attention(
-            *qkv, mask if masked else None, p, is_causal=not masked, scale=0.3
+            q, k, v, mask if masked else None, p, is_causal=not masked, scale=0.3
         )
 
     (path,) = calls_of(graph)
     assert isinstance(module.get_submodule(path), Attention)
     torch.manual_seed(0)
-    torch.testing.assert_close(module.train()(*qkv, mask), plain(0.5))
-    torch.testing.assert_close(module.eval()(*qkv, mask), plain(0.0))
+    torch.testing.assert_close(module.train()(q, k, v, mask), plain(0.5))
+    torch.testing.assert_close(module.eval()(q, k, v, mask), plain(0.0))
 
 
 @pytest.mark.parametrize("training", [True, False])

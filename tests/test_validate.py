@@ -31,11 +31,10 @@ class Counter(nn.Module):
 
 
 def test_everything_is_put_back() -> None:
-    model = nn.Sequential(Counter(), nn.Dropout())
-    model[1].eval()
-    counter = model.get_submodule("0")
+    counter, dropout = Counter(), nn.Dropout().eval()
+    model = nn.Sequential(counter, dropout)
     gradient = torch.ones(4)
-    model[0].linear.bias.grad = gradient
+    counter.linear.bias.grad = gradient
     replaced = counter.replaced
     random = torch.get_rng_state()
     with preserved(model):
@@ -45,9 +44,9 @@ def test_everything_is_put_back() -> None:
 
     assert counter.replaced is replaced
     assert counter.replaced.item() == counter.written.item() == 0
-    assert (model[0].training, model[1].training) == (True, False)
-    assert model[0].linear.bias.grad is gradient
-    assert model[0].linear.weight.grad is None
+    assert (counter.training, dropout.training) == (True, False)
+    assert counter.linear.bias.grad is gradient
+    assert counter.linear.weight.grad is None
     assert torch.equal(torch.get_rng_state(), random)
 
 

@@ -3,6 +3,7 @@
 from pnn_compile.graphfile.modules import named_tensors
 from pnn_compile.graphfile.program import (
     SCHEMA,
+    few,
     inputs_from_data,
     modes,
     program_from_data,
@@ -19,6 +20,7 @@ __all__ = [
     "TensorReader",
     "TensorWriter",
     "assign",
+    "few",
     "inputs_from_data",
     "modes",
     "named_tensors",

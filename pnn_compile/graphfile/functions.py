@@ -75,7 +75,8 @@ _EXCLUDED_METHODS = _words(
 _PRIVATE_ATEN = re.compile(
     "__(and|or|xor|lshift|rshift|iand|ior|ixor|ilshift|irshift)__"
     "|_adaptive_avg_pool[23]d|_assert_async|_conj|_convolution|_embedding_bag|_fft_.*"
-    "|_log_softmax|_native_batch_norm_legit.*|_prelu_kernel|_safe_softmax|_softmax|_to_copy"
+    "|_log_softmax|_native_batch_norm_legit.*|_pack_padded_sequence|_pad_packed_sequence"
+    "|_prelu_kernel|_safe_softmax|_softmax|_to_copy"
     "|_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?|_unsafe_(view|index)"
     "|_scaled_dot_product_attention_math|_upsample_.*|_weight_norm(_interface)?"
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from pnn_compile.graphfile.values import check_identifier, check_path, decode, e
 
 __all__ = [
     "SCHEMA",
+    "few",
     "inputs_from_data",
     "modes",
     "program_from_data",
@@ -177,7 +178,7 @@ def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Progra
     """
     _check_schema(data)
     if data.get("unknown"):
-        raise ArtifactError(f"the program holds {_few(data['unknown'])}, which has no form here")
+        raise ArtifactError(f"the program holds {few(data['unknown'])}, which has no form here")
     try:
         return _read_program(data, tensors)
     except UnknownError as error:
@@ -216,7 +217,8 @@ def _check_schema(data: Data) -> None:
         raise ArtifactError(f"the program has schema {found!r}, this version reads {SCHEMA}")
 
 
-def _few(items: list[str]) -> str:
+def few(items: Sequence[str]) -> str:
+    """Join the first items, and count the rest."""
     rest = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return f"{'; '.join(items[:3])}{rest}"
 
@@ -269,7 +271,7 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
         else:
             owner.register_buffer(leaf, value, persistent=record.get("persistent", True))
     if expected:
-        raise ArtifactError(f"no values are recorded for {_few(sorted(expected))}")
+        raise ArtifactError(f"no values are recorded for {few(sorted(expected))}")
     for module in root.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # its own list of the weights, which were replaced

@@ -69,8 +69,8 @@ class TensorWriter:
     def _describe(self, name: str, kind: str, tensor: torch.Tensor) -> Record:
         if type(tensor) not in _STORABLE or tensor.layout != torch.strided or tensor.is_quantized:
             raise ArtifactError(
-                f"{name} is a {type(tensor).__name__} ({tensor.layout}, {tensor.dtype}), which an "
-                "artifact cannot hold; convert it to a plain dense tensor first"
+                f"{name} is a {type(tensor).__name__} ({getattr(tensor, 'layout', 'no tensor')}), "
+                "which an artifact cannot hold; convert it to a plain dense tensor first"
             )
         dtype = str(tensor.dtype).removeprefix("torch.")
         record: Record = {"shape": list(tensor.shape), "dtype": dtype}
