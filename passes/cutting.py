@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import fx
+
 from passes.analysis import Analysis
-from passes.coarse.choice import coarse_estimate, guess_estimate
+from passes.coarse.choice import coarse_estimate, guess_estimate, stage_budget
 from passes.errors import PartitionError
 from passes.frontier import Position
 from passes.options import Options
@@ -39,7 +43,8 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
     """Choose the cuts that minimise the predicted time, or take those that the user names.
 
     Raises:
-        PartitionError: The graph has too few legal cuts, or a named cut is not legal.
+        PartitionError: The graph has too few legal cuts, a named cut is not legal, or a stage
+            would be no link of the chain.
     """
     head = _head(analysis)
     candidates = [p for p in analysis.frontiers.positions if p.index < head.index]
@@ -47,17 +52,56 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         # Only whole blocks can be copied.
         candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.cuts is not None:
-        return Cut((*_named(analysis, candidates, options.cuts), head), 0.0)
+        return _linked(analysis, Cut((*_named(analysis, candidates, options.cuts), head), 0.0))
+    candidates = _distinct(candidates, head)
     if options.stages == "auto":
         most = min(_MOST_STAGES, len(candidates) + 1)
         solutions = [_solve(analysis, options, candidates, head, n) for n in range(1, most + 1)]
+        solutions = [s for s in solutions if not _idle(analysis, _positions(candidates, head, s))]
         best = min(solution.time for solution in solutions)
         solution = next(s for s in solutions if s.time <= _NEAR_BEST * best)
     else:
         if options.stages - 1 > len(candidates):
             raise PartitionError(_too_few(analysis, candidates, options.stages))
         solution = _solve(analysis, options, candidates, head, options.stages)
-    return Cut(tuple([*candidates, head][index] for index in solution.cuts), solution.gap)
+    return _linked(analysis, Cut(_positions(candidates, head, solution), solution.gap))
+
+
+def _positions(
+    candidates: list[Position], head: Position, solution: CutSolution
+) -> tuple[Position, ...]:
+    return tuple([*candidates, head][index] for index in solution.cuts)
+
+
+def _distinct(candidates: list[Position], head: Position) -> list[Position]:
+    """One position per state, a boundary if there is one: between two of them nothing happens."""
+    chosen: dict[tuple[fx.Node, ...], Position] = {}
+    for position in candidates:
+        known = chosen.get(position.state)
+        if known is None or (position.boundary and not known.boundary):
+            chosen[position.state] = position
+    chosen.pop(head.state, None)
+    return sorted(chosen.values(), key=lambda position: position.index)
+
+
+def _linked(analysis: Analysis, cut: Cut) -> Cut:
+    if start := _idle(analysis, cut.positions):
+        raise PartitionError(
+            f"the stage that begins at {_label(analysis, start)} would read nothing of the state "
+            "before it, or add nothing to the state behind it: it is a branch of its own, no link "
+            "of a chain; name other cuts, or ask for another number of stages"
+        )
+    return cut
+
+
+def _idle(analysis: Analysis, positions: Sequence[Position]) -> Position | None:
+    """Where a stage begins that does not lead from its entering to its leaving state."""
+    for start, stop in itertools.pairwise(positions):
+        nodes = analysis.frontiers.order[start.index : stop.index]
+        read = {source for node in nodes for source in node.all_input_nodes}
+        if read.isdisjoint(start.state) or set(nodes).isdisjoint(stop.state):
+            return start
+    return None
 
 
 def _head(analysis: Analysis) -> Position:
@@ -88,8 +132,9 @@ def _solve(
     work = _work(analysis)
     ends = [*candidates, head]
     preference = _BOUNDARY * work[-1] / stages
+    budget = stage_budget(analysis, options, stages)
     hops = [
-        coarse_estimate(analysis, options, p) * analysis.scale
+        coarse_estimate(analysis, options, p, budget) * analysis.scale
         # One FLOP per byte breaks ties in favour of the smaller state.
         + p.bytes * analysis.scale
         + (0.0 if p.boundary else preference)

@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.analysis import Analysis
 from passes.arguments import bind
-from passes.coarse.choice import choose_coarse, choose_guess
+from passes.coarse.choice import choose_coarse, choose_guess, stage_budget
 from passes.cost import parameters
 from passes.cutting import Cut
 from passes.errors import OptionError
@@ -35,7 +35,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     positions = cut.positions
     interfaces = tuple(_interface(analysis, position) for position in positions)
     stages = [_stage(analysis, positions, number) for number in range(len(positions))]
-    budget = options.coarse_budget * analysis.flops / max(1, len(stages) - 1)
+    budget = stage_budget(analysis, options, len(stages))
     for number in range(1, len(stages)):
         types = {value.name: value.spec for value in interfaces[number - 1].state}
         entering = [types[name] for name in stages[number].consumes]

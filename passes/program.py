@@ -86,7 +86,11 @@ class Program:
     def fingerprint(self) -> str:
         """Digest of the structure: operators, options and shapes of weights, but no values."""
         lines = [f"{n.op} {_target(self.module, n)} {n.args} {n.kwargs}" for n in self.graph.nodes]
-        shapes = [f"{k} {tuple(v.shape)} {v.dtype}" for k, v in self.module.state_dict().items()]
+        shapes = [
+            f"{key} {tuple(value.shape)} {value.dtype}"
+            for key, value in self.module.state_dict().items()
+            if isinstance(value, torch.Tensor)
+        ]
         return hashlib.sha256("\n".join([*lines, *sorted(shapes)]).encode()).hexdigest()
 
     @property

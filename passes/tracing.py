@@ -47,6 +47,9 @@ class Entry(nn.Module):
 class ModuleTracer(fx.Tracer):
     """Records module calls as they are, and where in the user's code each node was made."""
 
+    # Else what is computed from a buffer alone would be frozen at its value of today.
+    proxy_buffer_attributes = True
+
     def __init__(self, arguments: Arguments) -> None:
         super().__init__()
         self._arguments = arguments

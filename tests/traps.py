@@ -56,7 +56,7 @@ class RunningMean(nn.Module):
 
 
 class StepCounter(nn.Module):
-    """A layer that counts its calls and uses the count; plain tracing freezes the number."""
+    """A layer that counts its calls and uses the count, which tracing must not freeze."""
 
     steps: Tensor
 

@@ -229,7 +229,7 @@ CASES: tuple[Case, ...] = (
     case("fx mutation view-write", "view_write", ViewWrite, VECTOR),
     case("export mutation view-write", "slice_assignment", SliceAssignment, VECTOR),
     case("fx mutation buffer-write", "running_mean", repeat(RunningMean), VECTOR),
-    case("export fx-wrong mutation buffer-write", "step_counter", repeat(StepCounter), VECTOR),
+    case("fx mutation buffer-write", "step_counter", repeat(StepCounter), VECTOR),
     case("export unused", "shape_branch", ShapeBranch, VECTOR),
     case("export recurrent", "unrolled_lstm", UnrolledLSTM, floats(6, 4)),
     case("uncapturable", "data_branch", DataBranch, VECTOR),

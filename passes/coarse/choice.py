@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,13 @@ from passes.frontier import Position, requirements
 from passes.options import Options
 from passes.plan import CoarseSpec, TensorSpec
 
-__all__ = ["choose_coarse", "choose_guess", "coarse_estimate", "guess_estimate"]
+__all__ = [
+    "choose_coarse",
+    "choose_guess",
+    "coarse_estimate",
+    "guess_estimate",
+    "stage_budget",
+]
 
 
 _GUESS_REASONS = {
@@ -37,16 +44,22 @@ def guess_estimate(analysis: Analysis, options: Options, position: Position) -> 
     return linear_flops(sources, position.specs)
 
 
-def coarse_estimate(analysis: Analysis, options: Options, position: Position) -> float:
-    """Estimate the FLOPs of correcting the state at a position."""
+def coarse_estimate(
+    analysis: Analysis, options: Options, position: Position, budget: float = math.inf
+) -> float:
+    """Estimate the FLOPs of correcting the state at a position, under the budget of a stage."""
     if options.coarse == "zero":
         return 0.0
-    linear = linear_flops(position.specs, position.specs)
-    blocks = analysis.trunk_blocks if options.coarse in ("auto", "units") else []
-    if not blocks:
-        return linear
-    mean = sum(analysis.block_flops(block) for block in blocks) / len(blocks)
-    return max(linear, options.units * mean)
+    if options.coarse in ("auto", "units") and (blocks := analysis.trunk_blocks):
+        mean = sum(analysis.block_flops(block) for block in blocks) / len(blocks)
+        if options.coarse == "units" or options.units * mean <= budget:
+            return options.units * mean
+    return linear_flops(position.specs, position.specs)
+
+
+def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
+    """FLOPs that one coarse propagator may take: an even share of the budget of the sweep."""
+    return options.coarse_budget * analysis.flops / max(1, stages - 1)
 
 
 def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpec]) -> CoarseSpec:

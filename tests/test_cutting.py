@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from examples import decoder, resnet1001
+from passes.analysis import Analysis
+from passes.cutting import Cut, choose_cut
+from passes.errors import PartitionError
+from passes.options import Options
+from passes.plan import Plan
+from passes.planning import make_plan
+from tests.programs import analysis, analyze_model
+
+
+def small_decoder() -> Analysis:
+    model = decoder.build_model(layers=8, width=32, heads=2, vocabulary=64, context=16)
+    return analyze_model(model, torch.randint(64, (2, 16)))
+
+
+def small_resnet() -> Analysis:
+    return analyze_model(resnet1001.build_model(4), torch.randn(2, 3, 16, 16))
+
+
+def chain(layers: int = 12, width: int = 64) -> Analysis:
+    return analyze_model(
+        nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))), torch.randn(4, width)
+    )
+
+
+def plan_of(found: Analysis, **options: object) -> Plan:
+    asked = Options(**options)  # type: ignore[arg-type]
+    return make_plan(found, choose_cut(found, asked), asked)
+
+
+def starts(plan: Plan) -> list[str]:
+    return [interface.before for interface in plan.interfaces]
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def test_a_decoder_is_cut_evenly_between_its_blocks() -> None:
+    found = small_decoder()
+    for stages, blocks in ((2, [4]), (4, [2, 4, 6])):
+        plan = plan_of(found, stages=stages)
+        cuts = [f"blocks_{block}_attention_norm" for block in blocks]
+        assert starts(plan) == [*cuts, "norm"]
+        assert plan.forecast.imbalance < 1.01
+
+
+def test_a_resnet_is_cut_between_its_units_through_one_tensor() -> None:
+    plan = plan_of(small_resnet(), stages=3)
+
+    assert all(start.endswith("norm1") for start in starts(plan)[:-1])
+    assert [len(interface.state) for interface in plan.interfaces] == [1, 1, 1]
+
+
+def objective(found: Analysis, plan: Plan) -> float:
+    """What the search minimises: the predicted time, and a FLOP per byte that crosses."""
+    crossing = sum(interface.bytes for interface in plan.interfaces[:-1])
+    return plan.forecast.time + crossing * found.scale
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_inplace", "conv1d", "segnet", "lstm", "dense_block"])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_no_other_cut_is_predicted_to_be_faster(name: str, stages: int) -> None:
+    found = analysis(name)
+    options = Options(stages=stages, coarse="linear")
+    chosen = choose_cut(found, options)
+    head = chosen.positions[-1]
+    candidates = [p for p in found.frontiers.positions if p.index < head.index]
+    least = min(
+        objective(found, make_plan(found, Cut((*cuts, head), 0.0), options))
+        for cuts in itertools.combinations(candidates, stages - 1)
+    )
+
+    # The search knows the operators by estimates; a cut inside a block must be a little cheaper.
+    assert objective(found, make_plan(found, chosen, options)) <= 1.05 * least
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_inplace", "unrolled_lstm", "dict_output"])
+def test_auto_takes_the_fewest_stages_that_are_nearly_best(name: str) -> None:
+    found = analysis(name)
+    chosen = len(plan_of(found, stages="auto", coarse="linear").stages)
+    most = min(16, sum(p.index < len(found.frontiers.order) for p in found.frontiers.positions))
+    times = {}
+    for stages in range(1, most):
+        plan = plan_of(found, stages=stages, coarse="linear")
+        times[stages] = objective(found, plan)
+    best = min(times.values())
+
+    assert times[chosen] <= 1.10 * best
+    assert all(times[fewer] > 1.02 * best for fewer in range(1, chosen))
+
+
+def test_auto_grows_with_the_depth_and_is_one_where_nothing_is_gained() -> None:
+    shallow, deep = (len(plan_of(chain(n), stages="auto").stages) for n in (4, 24))
+
+    assert 1 < shallow < deep
+    assert len(plan_of(analysis("dict_output"), stages="auto").stages) == 1
+
+
+def test_units_are_cut_at_the_ends_of_whole_blocks() -> None:
+    for name in ("mixer", "container_transformer", "float_mask_encoder"):
+        plan = plan_of(analysis(name), stages=3, coarse="units")
+        assert [stage.coarse.family for stage in plan.stages[1:] if stage.coarse] == ["units"] * 2
+
+
+def test_measured_seconds_may_be_balanced() -> None:
+    slow = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+    found = analyze_model(slow, torch.randn(64, 256))
+    by_flops = plan_of(found, stages=3)
+
+    assert by_flops.stages[0].seconds is None
+    assert [stage.nodes for stage in by_flops.stages] == [2, 2, 2]
+
+
+# --- the head -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("resnet", "_7"),  # pooling, flatten, classifier
+        ("deep_batchnorm", "_22"),
+        ("vision_transformer", "reshape"),
+        ("mlp", "_13"),  # the last activation and the small last layer
+        ("deep_linear", "output"),  # nothing is left
+    ],
+)
+def test_the_head_begins_where_the_trunk_ends(name: str, before: str) -> None:
+    assert starts(plan_of(analysis(name), stages=2))[-1] == before
+
+
+def test_the_head_of_a_decoder_is_its_norm_and_its_vocabulary() -> None:
+    plan = plan_of(small_decoder(), stages=2)
+
+    assert (plan.head.first_module, plan.head.nodes) == ("norm", 2)
+
+
+# --- cuts by name ---------------------------------------------------------------------------------
+
+
+def test_cuts_may_be_named_by_module_or_by_node() -> None:
+    found = analysis("resnet")
+
+    assert starts(plan_of(found, cuts=("3", "5"))) == ["_3_conv1", "_5_conv1", "_7"]
+    assert starts(plan_of(found, cuts=("_3_conv1",))) == ["_3_conv1", "_7"]
+    assert starts(plan_of(found, cuts=())) == ["_7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "message"),
+    [
+        ("resnet", ("layer9",), r"no node or module is called 'layer9' in Sequential"),
+        ("resnet", ("5", "3"), r"cuts must be in the order of the graph \('3' comes too late\)"),
+        ("resnet", ("3", "3"), r"cuts must be in the order of the graph \('3' comes too late\)"),
+        (
+            "resnet",
+            ("2.relu",),  # in place
+            r"cannot be cut in front of '2.relu'; the nearest legal cut is in front of 2\.\w+ \(node _2",
+        ),
+        ("resnet", ("9",), r"cannot be cut in front of '9'; the nearest .* in front of 6"),
+        ("mlp", ("0",), r"cannot be cut in front of '0'; the nearest .* in front of 1 \(node _1\)"),
+        ("segnet", ("middle",), r"cannot be cut in front of 'middle'; the nearest legal cut"),
+    ],
+)
+def test_a_cut_that_cannot_be_made_is_refused(
+    name: str, cuts: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(PartitionError, match=message):
+        choose_cut(analysis(name), Options(cuts=cuts))
+
+
+# --- too few cuts ---------------------------------------------------------------------------------
+
+
+def test_too_few_cuts_are_counted_and_named() -> None:
+    with pytest.raises(PartitionError) as caught:
+        choose_cut(analysis("lstm"), Options(stages=9))
+
+    assert str(caught.value) == (
+        "LSTM has 6 legal cuts, but 9 stages need 8: ask for at most 7 stages\n"
+        "  legal in front of: lstm1 (node lstm1); getitem_6 (node getitem_6)"
+    )
+
+
+def test_a_long_list_of_places_is_shortened() -> None:
+    with pytest.raises(PartitionError, match=r"; .* and 1 more\n  not legal: none"):
+        choose_cut(analysis("mlp"), Options(stages=40))
+
+
+def test_a_graph_without_any_cut_says_why() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).argmax(dim=1)
+
+    found = analyze_model(Whole(), torch.randn(2, 8))
+    assert choose_cut(found, Options(stages=1)).positions[-1].index == 1
+    with pytest.raises(
+        PartitionError, match=r"Counts has no legal cut at all \(2 x a value that is"
+    ):
+        choose_cut(analyze_model(Counts(), torch.randn(2, 8)), Options(stages=1))
+
+
+class Counts(nn.Module):
+    """Nothing but integers, computed by what is too dear to be computed twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argsort(dim=1).argsort(dim=1)
