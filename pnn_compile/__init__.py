@@ -23,8 +23,7 @@ from passes.errors import (  # noqa: E402  # after the check above
     VerificationError,
 )
 from passes.plan import Plan  # noqa: E402
-from pnn_compile.api import Compiled, compile  # noqa: E402  # torch names it so too
-from pnn_compile.artifact import load  # noqa: E402
+from pnn_compile.api import Compiled, compile, load  # noqa: E402  # torch names it so too
 from pnn_compile.calibrate import calibrate  # noqa: E402
 from pnn_compile.fit import fit  # noqa: E402
 

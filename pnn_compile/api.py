@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from passes.analysis import Analysis, weigh
 from passes.capture import capture
-from passes.coarse.build import Operators
-from passes.errors import ArtifactError, OptionError
-from passes.observe import observe
-from passes.options import Options
-from passes.pipeline import COMPILE, REPLAY, Compilation, PassResult, run_passes
+from passes.errors import OptionError
+from passes.options import CostSource, Options
+from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
 from passes.plan import Plan
-from passes.program import Program
-from passes.split import Stages
+from pnn_compile.network import Network, gather, replay
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -29,37 +24,17 @@ if TYPE_CHECKING:
     from pnn_compile.calibrate import CalibrationReport
     from pnn_compile.verify import VerifyReport
 
-__all__ = ["Compiled", "compile", "replay"]
-
-CostSource = Literal["flops", "measured"] | Callable[[fx.Node, int], float]
+__all__ = ["Compiled", "compile", "load"]
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A parareal network with everything that it was made from.
+class Compiled(Network):
+    """A compiled network: what `Network` holds, and what users do with it."""
 
-    Attributes:
-        program: The captured model.
-        plan: Every decision.
-        stages: The fine stages and the head.
-        operators: The preprocessing operators and coarse propagators.
-        sequential: The stages one after another; equal to the original network.
-        module: The parareal network; trainable, `train()` and `eval()` work.
-        passes: What each pass of the compiler took.
-    """
-
-    program: Program
-    plan: Plan
-    stages: Stages
-    operators: Operators
-    sequential: fx.GraphModule
-    module: fx.GraphModule
-    passes: tuple[PassResult, ...]
-
-    @cached_property
-    def analysis(self) -> Analysis:
-        """Shapes, costs and legal cuts of the program, by FLOPs."""
-        return weigh(self.program, observe(self.program), "flops")
+    @classmethod
+    def of(cls, network: Network) -> Compiled:
+        """Give a network the methods of this class; nothing is copied."""
+        parts = {field.name: getattr(network, field.name) for field in fields(network)}
+        return cls(**parts)
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:
@@ -92,46 +67,6 @@ class Compiled:
         from pnn_compile.calibrate import calibrate
 
         return calibrate(self, inputs)
-
-    def original_state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the weights of the fine stages and the head under the model's own keys."""
-        known = dict(self.program.unused)
-        for piece in (*self.stages.fine, self.stages.head):
-            known.update(piece.state_dict())
-        return known
-
-    def load_original_state_dict(
-        self, state: Mapping[str, torch.Tensor], *, strict: bool = True
-    ) -> None:
-        """Load a checkpoint of the original model into the fine stages and the head.
-
-        Args:
-            state: A state dict with the model's own keys.
-            strict: Whether every key must be there, and no other.
-
-        Raises:
-            OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
-                is loaded then.
-        """
-        own = self.original_state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if strict and (missing or unknown):
-            raise OptionError(
-                f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
-                f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
-                "pass strict=False to load what fits"
-            )
-        common = own.keys() & state.keys()
-        wrong = [key for key in common if own[key].shape != state[key].shape]
-        if wrong:
-            key = min(wrong)
-            raise OptionError(
-                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
-                f"{list(own[key].shape)} in {self.plan.model}"
-            )
-        with torch.no_grad():
-            for key in common:
-                own[key].copy_(state[key])
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact directory `path`, atomically, replacing an older one.
@@ -230,34 +165,9 @@ def compile(
     program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
     captured = PassResult("capture and validate", time.perf_counter() - start)
     if plan is not None:
-        return replay(program, plan, captured, debug=debug)
+        return Compiled.of(replay(program, plan, captured, debug=debug))
     compilation, results = run_passes(Compilation(program, options), COMPILE, check=debug)
-    return _compiled(compilation, (captured, *results))
-
-
-def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = False) -> Compiled:
-    """Build the network that a plan describes over a program.
-
-    Raises:
-        ArtifactError: The plan was made for another program.
-    """
-    if plan.fingerprint != program.fingerprint:
-        raise ArtifactError(
-            f"the plan was made for another {plan.model}: the structure of {program.name} differs "
-            "(layers, shapes or options); compile it again"
-        )
-    compilation, results = run_passes(Compilation(program, plan=plan), REPLAY, check=debug)
-    return _compiled(compilation, (*before, *results))
-
-
-def _compiled(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:
-    c = compilation
-    assert c.plan is not None
-    assert c.stages is not None
-    assert c.operators is not None
-    assert c.sequential is not None
-    assert c.module is not None
-    return Compiled(c.program, c.plan, c.stages, c.operators, c.sequential, c.module, results)
+    return Compiled.of(gather(compilation, (captured, *results)))
 
 
 def _example(
@@ -282,3 +192,20 @@ def _example(
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
+    """Load an artifact directory, on the CPU; nothing is unpickled and no code of it runs.
+
+    Args:
+        path: The directory.
+        model: Replay the plan over this model instead of the stored program; for a program that
+            could not be stored. It is copied, and the stored weights are loaded into the copy.
+
+    Raises:
+        ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
+            is not the one that the plan was made for.
+    """
+    from pnn_compile.artifact import load as load_network
+
+    return Compiled.of(load_network(path, model))

@@ -33,7 +33,7 @@ from passes.pipeline import PassResult
 from passes.plan import Plan
 from passes.program import Program, graph_module, resolve
 from pnn_compile import graphfile
-from pnn_compile.api import Compiled, replay
+from pnn_compile.network import Network, replay
 
 __all__ = ["load", "save"]
 
@@ -45,7 +45,7 @@ _VALUES, _WEIGHTS = "program.safetensors", "weights.safetensors"
 _AGAIN = "restore the file, or save the artifact again"
 
 
-def save(compiled: Compiled, path: str | Path) -> Path:
+def save(compiled: Network, path: str | Path) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then renamed: whatever fails on the way leaves
@@ -86,7 +86,7 @@ def save(compiled: Compiled, path: str | Path) -> Path:
     return target
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
+def load(path: str | Path, model: nn.Module | None = None) -> Network:
     """Load an artifact directory, on the CPU.
 
     Args:
@@ -200,7 +200,7 @@ def _to_json(data: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(f"{dump(k)}: {lines(v)}" for k, v in data.items()) + "\n}\n"
 
 
-def _current(compiled: Compiled) -> Program:
+def _current(compiled: Network) -> Program:
     """Return the program with the tensors that the stages hold now.
 
     Conversions such as `compiled.module.to(...)` replace buffers in the stages, where the program
@@ -233,7 +233,7 @@ def _current(compiled: Compiled) -> Program:
     return dataclasses.replace(program, module=module)
 
 
-def _operators(compiled: Compiled) -> nn.ModuleDict:
+def _operators(compiled: Network) -> nn.ModuleDict:
     """The operators under the names that they have in the network."""
     operators = compiled.operators
     guesses = {f"preprocess_{number}": guess for number, guess in operators.preprocess.items()}
@@ -241,7 +241,7 @@ def _operators(compiled: Compiled) -> nn.ModuleDict:
     return nn.ModuleDict(guesses | corrections)
 
 
-def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _operator_tensors(compiled: Network) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield name, kind and value of what the operators do not share with the stages."""
     pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
     shared = {id(tensor) for piece in pieces for _, tensor in graphfile.named_tensors(piece)}
@@ -255,7 +255,7 @@ def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tens
 
 
 def _restore_network(
-    compiled: Compiled, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+    compiled: Network, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> None:
     records = network["tensors"]
     stored = {record["name"] for record in records}
@@ -285,7 +285,7 @@ def _capture(
         ) from error
 
 
-def _replay_over(folder: Path, program: Program, plan: Plan, read: PassResult) -> Compiled:
+def _replay_over(folder: Path, program: Program, plan: Plan, read: PassResult) -> Network:
     try:
         return replay(program, plan, read)
     except PnnError as error:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from passes.errors import OptionError
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["named_batch"]
 
 
-def named_batch(compiled: Compiled, batch: Any) -> dict[str, Any]:
+def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
     """Name the arguments of one batch.
 
     Args:

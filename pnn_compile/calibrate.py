@@ -23,7 +23,7 @@ from pnn_compile.batches import named_batch
 from pnn_compile.walk import State, Walker
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["CalibrationReport", "InterfaceError", "calibrate"]
 
@@ -75,7 +75,7 @@ class CalibrationReport:
     held_out: int
 
 
-def calibrate(compiled: Compiled, inputs: Iterable[Any]) -> CalibrationReport:
+def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
     """Fit the guesses and corrections of a network to its own fine stages, in closed form.
 
     Families "linear" and "lowrank" are fitted by ridge regression, sums of them one part after the
@@ -126,7 +126,7 @@ def calibrate(compiled: Compiled, inputs: Iterable[Any]) -> CalibrationReport:
 class _Batches:
     """The calibration inputs, as dicts by placeholder name."""
 
-    def __init__(self, compiled: Compiled, inputs: Iterable[Any]) -> None:
+    def __init__(self, compiled: Network, inputs: Iterable[Any]) -> None:
         self._compiled = compiled
         self._inputs = inputs
         counted = [_size(batch) for batch in self]

@@ -220,7 +220,7 @@ def inspect(
     if dot is not None:
         from pnn_compile.export.dot import to_dot
 
-        _write(dot, to_dot(compiled))
+        _write(dot, to_dot(compiled.graph))
     if as_json:
         import networkx as nx
 
@@ -237,7 +237,7 @@ def _open(
     target: str, stages: int | Literal["auto"], inputs: tuple[str, ...], debug: bool
 ) -> Compiled:
     from pnn_compile.api import compile as compile_model
-    from pnn_compile.artifact import load
+    from pnn_compile.api import load
     from pnn_compile.sources import load_source
 
     if Path(target).is_dir():
@@ -262,7 +262,7 @@ def _write(path: Path, text: str) -> None:
 @_DEBUG
 def verify(directory: Path, as_json: bool, debug: bool) -> None:
     """Run the oracles on a saved artifact."""
-    from pnn_compile.artifact import load
+    from pnn_compile.api import load
 
     compiled = load(directory)
     with _Progress(as_json)("verifying"):
@@ -299,7 +299,7 @@ def fit_command(
     debug: bool,
 ) -> None:
     """Train a saved artifact to the outputs of its original on SAMPLES, and save it again."""
-    from pnn_compile.artifact import load
+    from pnn_compile.api import load
     from pnn_compile.fit import fit
     from pnn_compile.samples import read_batches
 

@@ -22,7 +22,7 @@ from passes.errors import OptionError
 from pnn_compile.batches import named_batch
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["FitReport", "Loss", "distillation", "fit"]
 
@@ -76,7 +76,7 @@ def distillation(outputs: Any, wanted: Any, batch: Any) -> torch.Tensor:
 
 
 def fit(
-    compiled: Compiled,
+    compiled: Network,
     loader: Iterable[Any],
     *,
     epochs: int = 1,
@@ -180,7 +180,7 @@ def _remaining(loader: Iterable[Any], epochs: int, done: int) -> Iterator[tuple[
 
 
 def _step(
-    compiled: Compiled,
+    compiled: Network,
     teacher: nn.Module,
     batch: Any,
     loss: Loss,

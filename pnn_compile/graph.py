@@ -11,12 +11,12 @@ from passes.program import provenance
 
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Stage
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["partition_graph"]
 
 
-def partition_graph(compiled: Compiled) -> nx.DiGraph[str]:
+def partition_graph(compiled: Network) -> nx.DiGraph[str]:
     """Build the graph of one parareal iteration.
 
     Node attributes:
@@ -41,7 +41,7 @@ def partition_graph(compiled: Compiled) -> nx.DiGraph[str]:
 
 
 class _Builder:
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: Network) -> None:
         self.compiled = compiled
         self.plan = compiled.plan
         self.facts = compiled.analysis.facts

@@ -10,13 +10,13 @@ import torch
 from passes.errors import OptionError
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["read_batches"]
 
 
 def read_batches(
-    path: Path, compiled: Compiled, size: int, *, shuffle_seed: int | None = None
+    path: Path, compiled: Network, size: int, *, shuffle_seed: int | None = None
 ) -> list[dict[str, torch.Tensor]]:
     """Read a `.safetensors` or `.npz` file and cut it into batches.
 

@@ -26,7 +26,7 @@ from passes.plan import CoarseSpec, Plan
 from passes.validate import TOLERANCE, Run, compare, preserved, relative_error, run
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["Check", "VerifyReport", "verify"]
 
@@ -70,7 +70,7 @@ class VerifyReport:
         return all(check.passed for check in self.checks)
 
 
-def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
+def verify(compiled: Network, *, strict: bool = False) -> VerifyReport:
     """Run every oracle on a compiled network.
 
     The stages one after another must equal the program in training mode (outputs, gradients,
@@ -94,16 +94,16 @@ def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
     return report
 
 
-_Oracle = Callable[["Compiled"], Check]
+_Oracle = Callable[["Network"], Check]
 
 
-def _timed(compiled: Compiled, check: _Oracle) -> Check:
+def _timed(compiled: Network, check: _Oracle) -> Check:
     start = time.perf_counter()
     result = check(compiled)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
-def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> Run:
+def _run(compiled: Network, network: nn.Module, *, train: bool, grad: bool) -> Run:
     """Run a network that shares the program's parameters, on the example inputs."""
     program = compiled.program
     arguments = bind(program.module, (), dict(program.args))
@@ -117,7 +117,7 @@ def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> 
 
 
 def _held_against(
-    compiled: Compiled, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
+    compiled: Network, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
 ) -> Check:
     try:
         wanted = _run(compiled, compiled.program.module, train=train, grad=grad)
@@ -139,17 +139,17 @@ def _held_against(
     return Check(name, largest, limit, compare(got, wanted, slack), 0.0)
 
 
-def _stages_train(compiled: Compiled) -> Check:
+def _stages_train(compiled: Network) -> Check:
     name = "stages in sequence = original, training (outputs, gradients, buffers)"
     return _held_against(compiled, name, compiled.sequential, train=True, grad=True, slack=1.0)
 
 
-def _stages_eval(compiled: Compiled) -> Check:
+def _stages_eval(compiled: Network) -> Check:
     name = "stages in sequence = original, evaluation"
     return _held_against(compiled, name, compiled.sequential, train=False, grad=False, slack=1.0)
 
 
-def _exact_coarse(compiled: Compiled) -> Check:
+def _exact_coarse(compiled: Network) -> Check:
     plan = compiled.plan
     stages = tuple(
         dataclasses.replace(
@@ -164,20 +164,20 @@ def _exact_coarse(compiled: Compiled) -> Check:
     return _oracle(compiled, "coarse = fine, difference form = original, evaluation", oracle)
 
 
-def _all_iterations(compiled: Compiled) -> Check:
+def _all_iterations(compiled: Network) -> Check:
     count = len(compiled.plan.stages)
     oracle = dataclasses.replace(compiled.plan, correction="difference", iterations=count)
     name = f"K = N = {count} iterations, every stage every time = original, evaluation"
     return _oracle(compiled, name, oracle, reuse=False)
 
 
-def _oracle(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:
+def _oracle(compiled: Network, name: str, plan: Plan, *, reuse: bool = True) -> Check:
     operators = synthesize(compiled.program, plan, compiled.stages)
     network = assemble(compiled.program, plan, compiled.stages, operators, reuse=reuse)
     return _held_against(compiled, name, network, train=False, grad=False, slack=_SLACK)
 
 
-def _consistency(compiled: Compiled) -> Check:
+def _consistency(compiled: Network) -> Check:
     count = len(compiled.plan.stages)
     name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
     with torch.random.fork_rng():
@@ -197,7 +197,7 @@ def _consistency(compiled: Compiled) -> Check:
     return Check(name, error, limit, reason, 0.0)
 
 
-def _keys(compiled: Compiled) -> Check:
+def _keys(compiled: Network) -> Check:
     name = "checkpoint keys of the stages = keys of the original, one to one"
     wanted = {*compiled.program.module.state_dict(), *compiled.program.unused}
     found = set(compiled.original_state_dict())

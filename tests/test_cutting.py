@@ -25,12 +25,6 @@ def small_resnet() -> Analysis:
     return analyze_model(resnet1001.build_model(4), torch.randn(2, 3, 16, 16))
 
 
-def chain(layers: int = 12, width: int = 64) -> Analysis:
-    return analyze_model(
-        nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))), torch.randn(4, width)
-    )
-
-
 def plan_of(found: Analysis, **options: object) -> Plan:
     asked = Options(**options)  # type: ignore[arg-type]
     return make_plan(found, choose_cut(found, asked), asked)
@@ -65,7 +59,7 @@ def objective(found: Analysis, plan: Plan) -> float:
     return plan.forecast.time + crossing * found.scale
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv_inplace", "conv1d", "segnet", "lstm", "dense_block"])
+@pytest.mark.parametrize("name", ["mlp", "conv_inplace", "conv1d", "deep_batchnorm", "segnet"])
 @pytest.mark.parametrize("stages", [2, 3])
 def test_no_other_cut_is_predicted_to_be_faster(name: str, stages: int) -> None:
     found = analysis(name)
@@ -86,10 +80,12 @@ def test_no_other_cut_is_predicted_to_be_faster(name: str, stages: int) -> None:
 def test_auto_takes_the_fewest_stages_that_are_nearly_best(name: str) -> None:
     found = analysis(name)
     chosen = len(plan_of(found, stages="auto", coarse="linear").stages)
-    most = min(16, sum(p.index < len(found.frontiers.order) for p in found.frontiers.positions))
     times = {}
-    for stages in range(1, most):
-        plan = plan_of(found, stages=stages, coarse="linear")
+    for stages in range(1, chosen + 4):
+        try:
+            plan = plan_of(found, stages=stages, coarse="linear")
+        except PartitionError:
+            break
         times[stages] = objective(found, plan)
     best = min(times.values())
 
@@ -98,7 +94,12 @@ def test_auto_takes_the_fewest_stages_that_are_nearly_best(name: str) -> None:
 
 
 def test_auto_grows_with_the_depth_and_is_one_where_nothing_is_gained() -> None:
-    shallow, deep = (len(plan_of(chain(n), stages="auto").stages) for n in (4, 24))
+    def trunk(blocks: int) -> Analysis:
+        layers = [(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 16)) for _ in range(blocks)]
+        chain = [layer for block in layers for layer in block]
+        return analyze_model(nn.Sequential(*chain), torch.randn(4, 16))
+
+    shallow, deep = (len(plan_of(trunk(blocks), stages="auto").stages) for blocks in (4, 16))
 
     assert 1 < shallow < deep
     assert len(plan_of(analysis("dict_output"), stages="auto").stages) == 1
@@ -176,6 +177,45 @@ def test_a_cut_that_cannot_be_made_is_refused(
         choose_cut(analysis(name), Options(cuts=cuts))
 
 
+class Branches(nn.Module):
+    """Two towers that meet late: the second reads nothing of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        self.right = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        self.joint = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joint(self.left(x) + self.right(x))
+
+
+class Counts(nn.Module):
+    """Makes integers that are too dear to be side values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argsort(dim=1).argsort(dim=1)
+
+
+def test_a_stage_that_is_no_link_of_the_chain_is_refused() -> None:
+    found = analyze_model(Branches(), torch.randn(2, 8))
+    with pytest.raises(
+        PartitionError, match=r"begins at right\.0 \(node right_0\) would read noth"
+    ):
+        choose_cut(found, Options(cuts=("right", "right.2")))
+    choose_cut(found, Options(cuts=("left.1", "joint")))
+
+
+def test_no_stage_is_put_where_nothing_happens() -> None:
+    found = analysis("unrolled_lstm")  # between its steps it only takes the next input
+    with pytest.raises(PartitionError, match=r"UnrolledLSTM has 5 legal cuts"):
+        choose_cut(found, Options(stages=16))
+    for stages in (2, 4, 6):
+        plan = plan_of(found, stages=stages)
+        assert all(stage.consumes for stage in plan.stages[1:])
+        assert all(stage.produces for stage in plan.stages)
+
+
 # --- too few cuts ---------------------------------------------------------------------------------
 
 
@@ -185,34 +225,20 @@ def test_too_few_cuts_are_counted_and_named() -> None:
 
     assert str(caught.value) == (
         "LSTM has 6 legal cuts, but 9 stages need 8: ask for at most 7 stages\n"
-        "  legal in front of: lstm1 (node lstm1); getitem_6 (node getitem_6)"
+        "  legal in front of: lstm1 (node lstm1); getitem_8 (node getitem_8); unsqueeze (node "
+        "unsqueeze); expand_as (node expand_as); cat (node cat); head (node head)\n"
+        "  not legal: 14 where a value that is not a floating-point tensor crosses"
     )
 
 
 def test_a_long_list_of_places_is_shortened() -> None:
-    with pytest.raises(PartitionError, match=r"; .* and 1 more\n  not legal: none"):
-        choose_cut(analysis("mlp"), Options(stages=40))
+    with pytest.raises(PartitionError, match=r"\) and \d+ more\n  not legal: none$"):
+        choose_cut(analysis("mixer"), Options(stages=99))
 
 
 def test_a_graph_without_any_cut_says_why() -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x).argmax(dim=1)
-
-    found = analyze_model(Whole(), torch.randn(2, 8))
-    assert choose_cut(found, Options(stages=1)).positions[-1].index == 1
+    found = analyze_model(Counts(), torch.randn(2, 8))
     with pytest.raises(
         PartitionError, match=r"Counts has no legal cut at all \(2 x a value that is"
     ):
-        choose_cut(analyze_model(Counts(), torch.randn(2, 8)), Options(stages=1))
-
-
-class Counts(nn.Module):
-    """Nothing but integers, computed by what is too dear to be computed twice."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.argsort(dim=1).argsort(dim=1)
+        choose_cut(found, Options(stages=1))

@@ -49,7 +49,7 @@ def test_only_states_cross_between_stages(compiled: pnn.Compiled) -> None:
 
 
 def test_dot_is_read_back_with_every_node_and_cluster(compiled: pnn.Compiled) -> None:
-    (drawing,) = pydot.graph_from_dot_data(to_dot(compiled)) or []
+    (drawing,) = pydot.graph_from_dot_data(to_dot(compiled.graph)) or []
     clusters = drawing.get_subgraphs()
     assert len(clusters) == 3
     nodes = len(drawing.get_nodes()) + sum(len(cluster.get_nodes()) for cluster in clusters)
@@ -62,4 +62,4 @@ def test_names_with_quotes_do_not_break_the_drawing() -> None:
     compiled = pnn.compile(model, torch.randn(2, 4), stages=2)
     graph = compiled.graph
     next(data for _, data in graph.nodes(data=True))["path"] = 'say "hi" <b>\\n'
-    assert pydot.graph_from_dot_data(to_dot(compiled))
+    assert pydot.graph_from_dot_data(to_dot(compiled.graph))

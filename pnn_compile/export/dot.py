@@ -9,7 +9,7 @@ from passes.errors import ExportError
 from pnn_compile.units import flops, size
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    import networkx as nx
 
 __all__ = ["to_dot"]
 
@@ -25,11 +25,11 @@ _COLOURS = {
 }
 
 
-def to_dot(compiled: Compiled) -> str:
+def to_dot(graph: nx.DiGraph[str]) -> str:
     """Return the partition graph in the DOT language.
 
     Args:
-        compiled: The network.
+        graph: A graph of `pnn_compile.graph.partition_graph`.
 
     Raises:
         ExportError: The package pydot is not installed.
@@ -40,13 +40,12 @@ def to_dot(compiled: Compiled) -> str:
         raise ExportError(
             "DOT needs the package pydot: pip install 'pnn-compile[report]'"
         ) from error
-    graph = compiled.graph
     drawing = pydot.Dot(
-        _quote(compiled.plan.model), graph_type="digraph", rankdir="TB", fontname="sans-serif"
+        _quote(graph.name), graph_type="digraph", rankdir="TB", fontname="sans-serif"
     )
     clusters = {
         number: pydot.Cluster(f"stage_{number}", label=f"stage {number}", style="rounded")
-        for number in range(len(compiled.plan.stages))
+        for number in sorted({data["stage"] for _, data in graph.nodes(data=True)} - {-1})
     }
     for name, data in graph.nodes(data=True):
         holder = clusters.get(data["stage"], drawing)

@@ -18,7 +18,7 @@ from passes.errors import ExportError
 from passes.validate import preserved, relative_error
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.network import Network
 
 __all__ = ["LIMIT", "export_onnx"]
 
@@ -26,7 +26,7 @@ LIMIT = 1e-3
 """Largest error over the largest magnitude that ONNX Runtime may differ from torch by, float32."""
 
 
-def export_onnx(compiled: Compiled, path: str | Path) -> Path:
+def export_onnx(compiled: Network, path: str | Path) -> Path:
     """Write the network in evaluation mode, with a dynamic batch where the program has one.
 
     Args:
@@ -65,7 +65,7 @@ def _require_packages() -> None:
         ) from error
 
 
-def _inputs(compiled: Compiled) -> dict[str, Any]:
+def _inputs(compiled: Network) -> dict[str, Any]:
     """Example inputs by name; copies, so that nothing that runs on them changes the program's."""
 
     def fresh(value: Any) -> Any:
@@ -75,7 +75,7 @@ def _inputs(compiled: Compiled) -> dict[str, Any]:
     return copied
 
 
-def _write(compiled: Compiled, path: Path) -> None:
+def _write(compiled: Network, path: Path) -> None:
     inputs = _inputs(compiled)
     shapes = None
     if compiled.program.dynamic_batch:
@@ -105,7 +105,7 @@ def _write(compiled: Compiled, path: Path) -> None:
         raise ExportError(f"{compiled.plan.model} has no ONNX form: {detail}") from error
 
 
-def _check(compiled: Compiled, path: Path) -> None:
+def _check(compiled: Network, path: Path) -> None:
     """Run the file in ONNX Runtime on the example inputs and compare every output."""
     import onnxruntime
 

@@ -13,17 +13,18 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pnn_compile import units
+from pnn_compile.graph import partition_graph
 
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Interface, Plan, Stage
-    from pnn_compile.api import Compiled
     from pnn_compile.calibrate import CalibrationReport
+    from pnn_compile.network import Network
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["calibration_table", "checks_table", "render", "report", "stage_tree", "to_text"]
 
 
-def render(compiled: Compiled, width: int = 100) -> str:
+def render(compiled: Network, width: int = 100) -> str:
     """Return the report as plain text of at most `width` columns."""
     return to_text(report(compiled, width), width)
 
@@ -36,7 +37,7 @@ def to_text(content: RenderableType, width: int = 100) -> str:
     return console.file.getvalue()
 
 
-def report(compiled: Compiled, width: int = 100) -> RenderableType:
+def report(compiled: Network, width: int = 100) -> RenderableType:
     """The stages as a table, then the forecast, the notes and the seconds per pass."""
     plan = compiled.plan
     parts: list[RenderableType] = [_stages(plan, width), _summary(compiled)]
@@ -122,7 +123,7 @@ def _brief_state(interface: Interface) -> str:
     return f"{'x'.join(sizes)}, {units.size(interface.bytes)}"
 
 
-def _summary(compiled: Compiled) -> Table:
+def _summary(compiled: Network) -> Table:
     plan, forecast = compiled.plan, compiled.plan.forecast
     table = Table.grid(padding=(0, 2))
     rows = [
@@ -198,7 +199,7 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
     return Group(table, verdict)
 
 
-def stage_tree(compiled: Compiled, depth: int = 2) -> Tree:
+def stage_tree(compiled: Network, depth: int = 2) -> Tree:
     """The stages as a tree of the modules inside them, with what each costs.
 
     Args:
@@ -242,10 +243,10 @@ def _add_modules(branch: Tree, costs: dict[str, int]) -> None:
             branch.add(f"[dim]... {len(items) - _MOST_MODULES} more[/dim]")
 
 
-def _costs_by_module(compiled: Compiled, depth: int) -> dict[int, dict[str, int]]:
+def _costs_by_module(compiled: Network, depth: int) -> dict[int, dict[str, int]]:
     """FLOPs by stage (-1 for the head) and by the first atoms of the module path."""
     found: dict[int, dict[str, int]] = {n: {} for n in range(-1, len(compiled.plan.stages))}
-    for _, data in compiled.graph.nodes(data=True):
+    for _, data in partition_graph(compiled).nodes(data=True):
         if data["role"] in ("fine", "head"):
             name = ".".join(data["path"].split(".")[:depth]) or "(model)"
             modules = found[data["stage"]]

@@ -1,0 +1,122 @@
+"""`Network`: a parareal network with everything that it was made from, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from passes.analysis import Analysis, weigh
+from passes.coarse.build import Operators
+from passes.errors import ArtifactError, OptionError
+from passes.observe import observe
+from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
+from passes.plan import Plan
+from passes.program import Program
+from passes.split import Stages
+
+__all__ = ["Network", "gather", "replay"]
+
+
+@dataclass(frozen=True, repr=False)
+class Network:
+    """A parareal network with everything that it was made from.
+
+    Attributes:
+        program: The captured model.
+        plan: Every decision.
+        stages: The fine stages and the head.
+        operators: The preprocessing operators and coarse propagators.
+        sequential: The stages one after another; equal to the original network.
+        module: The parareal network; trainable, `train()` and `eval()` work.
+        passes: What each pass of the compiler took.
+    """
+
+    program: Program
+    plan: Plan
+    stages: Stages
+    operators: Operators
+    sequential: fx.GraphModule
+    module: fx.GraphModule
+    passes: tuple[PassResult, ...]
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return (
+            f"<{type(self).__name__} {plan.model}: {len(plan.stages)} stages, {plan.correction} "
+            f"form, K = {plan.iterations}>"
+        )
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Shapes, costs and legal cuts of the program, by FLOPs."""
+        return weigh(self.program, observe(self.program), "flops")
+
+    def original_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights of the fine stages and the head under the model's own keys."""
+        known = dict(self.program.unused)
+        for piece in (*self.stages.fine, self.stages.head):
+            known.update(piece.state_dict())
+        return known
+
+    def load_original_state_dict(
+        self, state: Mapping[str, torch.Tensor], *, strict: bool = True
+    ) -> None:
+        """Load a checkpoint of the original model into the fine stages and the head.
+
+        Args:
+            state: A state dict with the model's own keys.
+            strict: Whether every key must be there, and no other.
+
+        Raises:
+            OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
+                is loaded then.
+        """
+        own = self.original_state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unknown):
+            raise OptionError(
+                f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
+                f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
+                "pass strict=False to load what fits"
+            )
+        common = own.keys() & state.keys()
+        wrong = [key for key in common if own[key].shape != state[key].shape]
+        if wrong:
+            key = min(wrong)
+            raise OptionError(
+                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
+                f"{list(own[key].shape)} in {self.plan.model}"
+            )
+        with torch.no_grad():
+            for key in common:
+                own[key].copy_(state[key])
+
+
+def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = False) -> Network:
+    """Build the network that a plan describes over a program.
+
+    Raises:
+        ArtifactError: The plan was made for another program.
+    """
+    if plan.fingerprint != program.fingerprint:
+        raise ArtifactError(
+            f"the plan was made for another {plan.model}: the structure of {program.name} differs "
+            "(layers, shapes or options); compile it again"
+        )
+    compilation, results = run_passes(Compilation(program, plan=plan), REPLAY, check=debug)
+    return gather(compilation, (*before, *results))
+
+
+def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Network:
+    """Collect what a finished compilation made."""
+    c = compilation
+    assert c.plan is not None
+    assert c.stages is not None
+    assert c.operators is not None
+    assert c.sequential is not None
+    assert c.module is not None
+    return Network(c.program, c.plan, c.stages, c.operators, c.sequential, c.module, results)
