@@ -4,16 +4,18 @@ With U_j the corrected state behind stage j, x_j the guess of its input and y_j 
 
     residual form     U_j = y_j + F_j(U_{j-1} - x_j)
     difference form   U_j = y_j + G_j(U_{j-1}) - G_j(x_j)
+    collapsed sweep   U_N = y_N + sum_j P_j(y_{j-1} - x_j)
 
-which is the paper's sweep over r~_j = U_j - x_{j+1} (Lee, Park, Lee 2022, eq. 9) and classical
-parareal (Lions, Maday, Turinici 2001). Iteration k repeats it with x_j = U^{k-1}_{j-1}; the first
-k stages are exact by then and are not computed again, so K = N iterations give the original.
+The first is the paper's sweep over r~_j = U_j - x_{j+1} (Lee, Park, Lee 2022, eq. 9), the second
+classical parareal (Lions, Maday, Turinici 2001), the third what the first becomes where every F_j
+is linear: its maps run at once. Iteration k repeats the first two with x_j = U^{k-1}_{j-1}; the
+first k stages are exact by then and are not computed again, so K = N gives the original.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
@@ -87,7 +89,10 @@ class _Writer:
                 for number, stage in enumerate(plan.stages)
                 if number >= (iteration if self.reuse else 0)
             }
-            corrected = self._sweep(iteration, entering, fine, corrected)
+            if plan.sweep == "collapsed":
+                corrected = self._collapsed(entering, fine)
+            else:
+                corrected = self._sweep(iteration, entering, fine, corrected)
             entering = [_State(), *corrected[:-1]]
         state = [corrected[-1][value.name] for value in plan.interfaces[-1].state]
         self.graph.output(self._call("head", state, plan.head.inputs))
@@ -119,6 +124,23 @@ class _Writer:
             corrected.append({name: state[name] for name in crossing})
         return corrected
 
+    def _collapsed(self, entering: Sequence[_State], fine: dict[int, _State]) -> list[_State]:
+        """Add every correction to the last state; the states between stay uncorrected."""
+        states: list[_State] = []
+        corrections: list[_State] = []
+        for number, stage in enumerate(self.plan.stages):
+            before = states[-1] if states else {}
+            if number:
+                corrections.append(self._correct(number, stage, entering[number], before))
+            crossing = [value.name for value in self.plan.interfaces[number].state]
+            both = {**before, **fine[number]}
+            states.append({name: both[name] for name in crossing})
+        last = states[-1]
+        for number, correction in enumerate(corrections, 1):
+            for name, value in correction.items():
+                last[name] = self._add(last[name], value, _label("u", number, name, last))
+        return states
+
     def _guess(self, number: int, stage: Stage) -> _State:
         assert stage.preprocess is not None
         inputs = stage.preprocess.options["inputs"]
@@ -142,7 +164,7 @@ class _Writer:
             state = [*(guess[name] for name in stage.consumes), *residual]
         inputs = spec.options.get("inputs", ())
         result = self._call(f"coarse_{number}", state, inputs, f"c_{number}")
-        return unpack(self.graph, result, stage.produces)
+        return unpack(self.graph, result, [value.name for value in self.plan.corrects(number)])
 
     def _call(
         self, target: str, state: Sequence[fx.Node], inputs: Sequence[str], name: str = "output"
@@ -157,5 +179,5 @@ class _Writer:
         return self.graph.create_node("call_function", operator.sub, (a, b), {}, name=name)
 
 
-def _label(symbol: str, number: int, name: str, among: Sequence[str]) -> str:
+def _label(symbol: str, number: int, name: str, among: Collection[str]) -> str:
     return f"{symbol}_{number}" if len(among) == 1 else f"{symbol}_{number}_{name}"

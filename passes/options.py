@@ -36,6 +36,8 @@ class Options:
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators, "auto", or a sum.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
+        sweep: "chain", from stage to stage, or "collapsed": every residual straight to the last
+            state through a map of its own, all of them at once.
         iterations: Number K of parareal iterations.
         seed: Seed of the initial weights of the coarse networks.
 
@@ -52,6 +54,7 @@ class Options:
     rank: int = 32
     preprocess: str = "auto"
     correction: str = "residual"
+    sweep: str = "chain"
     iterations: int = 1
     seed: int = 0
 
@@ -72,11 +75,24 @@ class Options:
             raise OptionError(
                 f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
             )
+        _among("sweep", self.sweep, ("chain", "collapsed"))
+        if self.sweep == "collapsed":
+            self._check_collapsed()
         if self.cuts is not None and self.stages not in ("auto", len(self.cuts) + 1):
             raise OptionError(
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, but stages is "
                 f"{self.stages}: leave stages out or name {int(self.stages) - 1} cuts"
             )
+
+    def _check_collapsed(self) -> None:
+        families = ("auto", "zero", *_COARSE_SUMS)
+        if not set(self.coarse.split("+")) <= set(families):
+            raise OptionError(
+                f"sweep='collapsed' needs maps of its own, of family {', '.join(families)} "
+                f"(got coarse={self.coarse!r})"
+            )
+        if self.correction != "residual" or self.iterations != 1:
+            raise OptionError("sweep='collapsed' exists in residual form with one iteration only")
 
 
 def _among(name: str, value: object, known: tuple[str, ...]) -> None:

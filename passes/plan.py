@@ -212,6 +212,7 @@ class Plan:
     Attributes:
         model: Class name of the model.
         correction: "residual" (the paper) or "difference" (classical parareal).
+        sweep: "chain", or "collapsed": each residual goes straight to the last state.
         iterations: Number K of parareal iterations.
         stages: The fine stages, in order.
         interfaces: One per stage: where it ends. The last one leads into the head.
@@ -227,6 +228,7 @@ class Plan:
 
     model: str
     correction: str
+    sweep: str
     iterations: int
     stages: tuple[Stage, ...]
     interfaces: tuple[Interface, ...]
@@ -238,6 +240,19 @@ class Plan:
     ties: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
+
+    def corrects(self, number: int) -> tuple[Value, ...]:
+        """The values that the correction of a stage is added to.
+
+        In a chain what the stage produces; in a collapsed sweep what crosses the last interface
+        and depends on the stage.
+        """
+        names = set(self.stages[number].produces)
+        face = self.interfaces[number]
+        if self.sweep == "collapsed":
+            names = {name for stage in self.stages[number:] for name in stage.produces}
+            face = self.interfaces[-1]
+        return tuple(value for value in face.state if value.name in names)
 
     def to_json(self) -> str:
         """Return the plan as readable, diffable JSON text."""

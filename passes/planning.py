@@ -39,8 +39,12 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     for number in range(1, len(stages)):
         types = {value.name: value.spec for value in interfaces[number - 1].state}
         entering = [types[name] for name in stages[number].consumes]
-        types = {value.name: value.spec for value in interfaces[number].state}
-        leaving = [types[name] for name in stages[number].produces]
+        produced = set(stages[number].produces)
+        last = number
+        if options.sweep == "collapsed":
+            produced = {name for stage in stages[number:] for name in stage.produces}
+            last = len(stages) - 1
+        leaving = [value.spec for value in interfaces[last].state if value.name in produced]
         span = positions[number - 1], positions[number]
         stages[number] = dataclasses.replace(
             stages[number],
@@ -52,6 +56,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     return Plan(
         model=analysis.program.name,
         correction=options.correction,
+        sweep=options.sweep,
         iterations=options.iterations,
         stages=tuple(stages),
         interfaces=interfaces,
@@ -177,7 +182,9 @@ def _forecast(
         2 if options.correction == "difference" and s.coarse and not s.coarse.linear else 1
         for s in stages
     ]
-    sweep = sum(price(s.coarse) * n for s, n in zip(stages, calls, strict=True))
+    hops = [price(s.coarse) * n for s, n in zip(stages, calls, strict=True)]
+    # A collapsed sweep is one sum of maps that all devices apply at once.
+    sweep = max(hops) if options.sweep == "collapsed" else sum(hops)
     tail = analysis.total - sum(fine)
     rounds = min(options.iterations, len(stages))
     makespan = max(f + price(s.preprocess) for f, s in zip(fine, stages, strict=True))

@@ -108,6 +108,7 @@ def compile(
     rank: int = 32,
     preprocess: str = "auto",
     correction: Literal["residual", "difference"] = "residual",
+    sweep: Literal["chain", "collapsed"] = "chain",
     iterations: int = 1,
     dynamic_batch: bool = True,
     seed: int = 0,
@@ -134,6 +135,8 @@ def compile(
         preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
             "lowrank", "conv" or a sum of them.
         correction: "residual" (the paper's form, for training) or "difference" (classical).
+        sweep: "chain", or "collapsed": every residual goes straight to the last state through a
+            linear or small map of its own, all of them at once.
         iterations: Number K of parareal iterations; K = N reproduces the original.
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.
@@ -158,6 +161,7 @@ def compile(
         rank=rank,
         preprocess=preprocess,
         correction=correction,
+        sweep=sweep,
         iterations=iterations,
         seed=seed,
     )

@@ -91,6 +91,11 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
     Raises:
         OptionError: There are fewer than two batches, or a batch does not fit the model.
     """
+    if compiled.plan.sweep == "collapsed":
+        raise OptionError(
+            "calibration fits the corrections of a chain: compile with sweep='chain', or train the "
+            "collapsed maps (pnn.fit)"
+        )
     batches = _Batches(compiled, inputs)
     walker = Walker(compiled.plan, compiled.stages, compiled.operators)
     with preserved(compiled.module), torch.no_grad():

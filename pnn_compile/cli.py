@@ -116,6 +116,7 @@ _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph check
     "--preprocess", default="auto", help="auto, convolution, linear, lowrank, conv, or a sum."
 )
 @click.option("--correction", default="residual", help="residual or difference.")
+@click.option("--sweep", default="chain", help="chain or collapsed.")
 @click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
 @click.option("--cut-at", metavar="NAMES", help="Modules that start stages 1.., by comma.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan.")

@@ -113,27 +113,39 @@ class _Builder:
         assert stage.preprocess is not None
         assert stage.coarse is not None
         entering = sum(self.bytes[name] for name in stage.consumes)
-        leaving = sum(self.bytes[name] for name in stage.produces)
+        corrected = [value.name for value in self.plan.corrects(number)]
+        leaving = sum(self.bytes[name] for name in corrected)
         guess, residual = f"preprocess_{number}", f"residual_{number}"
-        coarse, correct = f"coarse_{number}", f"correct_{number}"
+        coarse, correct = f"coarse_{number}", self._correction(number)
         self._add_operator(guess, "preprocess", number, stage.preprocess, entering)
         self._add(residual, "residual", number, "sub", bytes=entering)
         self._add_operator(coarse, "coarse", number, stage.coarse, leaving)
-        self._add(correct, "correct", number, "add", bytes=leaving)
+        if correct not in self.graph:
+            self._add(correct, "correct", int(correct.rpartition("_")[2]), "add", bytes=leaving)
         for name in stage.preprocess.options["inputs"]:
             self._edge(name, guess, self.bytes[name], crosses=False)
         self._edge(guess, residual, entering, crosses=False)
         self._edge(residual, coarse, entering, crosses=False)
-        self._edge(coarse, correct, leaving, crosses=False)
-        for name in stage.produces:
-            self._edge(name, correct, self.bytes[name], crosses=False)
+        self._edge(coarse, correct, leaving, crosses=self._stage(coarse) != self._stage(correct))
+        for name in corrected:
+            crosses = self._stage(name) != self._stage(correct)
+            self._edge(name, correct, self.bytes[name], crosses=crosses)
         for name in stage.consumes:
             producer = self._producer(name)
-            source = f"correct_{producer}" if producer else name
+            chained = producer and self.plan.sweep == "chain"
+            source = f"correct_{producer}" if chained else name
             self._edge(source, residual, self.bytes[name], crosses=True)
 
     def _add_operator(self, name: str, role: str, number: int, spec: CoarseSpec, size: int) -> None:
         self._add(name, role, number, spec.family, flops=spec.flops, bytes=size)
+
+    def _correction(self, number: int) -> str:
+        """Name of the node where the correction of a stage is added."""
+        collapsed = self.plan.sweep == "collapsed"
+        return f"correct_{len(self.plan.stages) - 1 if collapsed else number}"
+
+    def _stage(self, name: str) -> int:
+        return int(self.graph.nodes[name]["stage"])
 
     def _producer(self, value: str) -> int:
         return next(i for i, stage in enumerate(self.plan.stages) if value in stage.produces)
@@ -147,7 +159,9 @@ class _Builder:
             return f"preprocess_{reader}" if consumed else source.name
         carried = {value.name for value in self.plan.interfaces[-1].state}
         producer = stage_of[source]
-        return f"correct_{producer}" if source.name in carried and producer else source.name
+        if source.name not in carried or not (producer or self.plan.sweep == "collapsed"):
+            return source.name
+        return self._correction(producer)
 
     def _connect(self, source: str, target: str, value: fx.Node) -> None:
         stages = [self.graph.nodes[name]["stage"] for name in (source, target)]

@@ -160,13 +160,17 @@ def _exact_coarse(compiled: Network) -> Check:
         else stage
         for stage in plan.stages
     )
-    oracle = dataclasses.replace(plan, stages=stages, correction="difference", iterations=1)
+    oracle = dataclasses.replace(
+        plan, stages=stages, correction="difference", sweep="chain", iterations=1
+    )
     return _oracle(compiled, "coarse = fine, difference form = original, evaluation", oracle)
 
 
 def _all_iterations(compiled: Network) -> Check:
     count = len(compiled.plan.stages)
-    oracle = dataclasses.replace(compiled.plan, correction="difference", iterations=count)
+    oracle = dataclasses.replace(
+        compiled.plan, correction="difference", sweep="chain", iterations=count
+    )
     name = f"K = N = {count} iterations, every stage every time = original, evaluation"
     return _oracle(compiled, name, oracle, reuse=False)
 

@@ -133,7 +133,7 @@ class EarlyOutput(Net):
         (InPlace(), {2: "relu", 4: "relu_1", 5: "c"}, {MEMORY: 2}),
         (ViewWrite(), {4: "a b", 5: "add", 6: "c"}, {MEMORY: 3}),
         (InputWrite(), {4: "add", 5: "c"}, {NOTHING: 1, MEMORY: 2}),
-        (BufferUpdate(), {1: "a", 5: "add"}, {BATCH: 3}),
+        (BufferUpdate(), {1: "a", 5: "add"}, {MEMORY: 3}),
         (SharedNorm(), {1: "a", 4: "norm_1", 5: "c"}, {MEMORY: 2}),
         (BatchMean(), {1: "a", 4: "sub", 5: "c"}, {BATCH: 2}),
         (EarlyOutput(), {1: "a", 2: "a b", 3: "a c"}, {}),

@@ -63,3 +63,13 @@ def test_names_with_quotes_do_not_break_the_drawing() -> None:
     graph = compiled.graph
     next(data for _, data in graph.nodes(data=True))["path"] = 'say "hi" <b>\\n'
     assert pydot.graph_from_dot_data(to_dot(compiled.graph))
+
+
+def test_a_collapsed_sweep_has_one_place_of_correction() -> None:
+    compiled = pnn.compile(
+        unet.build_model(), unet.example_inputs(), stages=3, sweep="collapsed", coarse="linear"
+    )
+    graph = compiled.graph
+    assert nx.is_directed_acyclic_graph(graph)
+    assert [n for n, d in graph.nodes(data=True) if d["role"] == "correct"] == ["correct_2"]
+    assert {"coarse_1", "coarse_2"} <= set(graph.predecessors("correct_2"))

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -58,6 +59,12 @@ PRESETS = {
 }
 BATCH = 128
 STAGES = (3, 6)
+FORMS: tuple[tuple[str, Literal["chain", "collapsed"]], ...] = (
+    ("units", "chain"),
+    ("linear", "chain"),
+    ("linear", "collapsed"),
+)
+"""Coarse family and sweep of the networks trained from scratch."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +190,14 @@ def from_scratch(task: Task, preset: Preset, seed: int) -> Iterator[Row]:
         torch.manual_seed(seed)
         short = task.build(same_latency(task.units, stages))
         yield _trained("same latency", short, task, preset, seed, stages=stages)
-        for family in ("units", "linear"):
+        for family, sweep in FORMS:
             torch.manual_seed(seed)
             compiled = pnn.compile(
                 task.build(task.units), task.train.x[:2], stages=stages, coarse=family,
-                coarse_budget=1.0, seed=seed,
+                sweep=sweep, coarse_budget=1.0, seed=seed,
             )  # fmt: skip
             row = _trained(
-                f"parareal, {family}", compiled.module, task, preset, seed, stages=stages
+                f"parareal, {family}, {sweep}", compiled.module, task, preset, seed, stages=stages
             )
             bare = uncorrected(compiled)
             yield row | {
@@ -284,25 +291,32 @@ def _early_exit(
 ) -> nn.Module:
     """The first units of the original, a linear map to the trunk's end, and the head.
 
-    The map is the coarse network of a two-stage cut behind those units, fitted in closed form to
-    the true states: the output of stage 0 with nothing guessed and nothing corrected.
+    The map is of the same families as the parareal network's corrections, and fitted in the same
+    closed form to the true states: the output of stage 0 with nothing guessed or corrected.
     """
     from passes.coarse.fitting import MatrixFit
     from passes.coarse.linear import Linear
+    from passes.coarse.lowrank import LowRank
+    from passes.coarse.sum import Sum
 
     cut = f"trunk.{keep}" if hasattr(original, "trunk") else f"blocks.{keep}"
     compiled = pnn.compile(original, task.train.x[:2], cuts=[cut], coarse="linear")
     plan = compiled.plan
     entering = [value.spec for value in plan.interfaces[0].state]
     leaving = [value.spec for value in plan.interfaces[1].state]
-    bridge = Linear(entering, leaving, bias=True)
+    parts = [LowRank(entering, leaving, 32, bias=True), Linear(entering, leaving, bias=True)]
+    bridge = Sum(parts)
     first, second = compiled.stages.fine
-    fit = MatrixFit(bridge)
     with torch.no_grad():
-        for index, x in enumerate(calibration):
-            state = first.eval()(x)
-            fit.add([state], [second.eval()(state)], held_out=index % 5 == 4)
-        fit.finish()
+        for parameter in bridge.parameters():
+            parameter.zero_()
+        for part in parts:
+            fit = MatrixFit(part)
+            for index, x in enumerate(calibration):
+                state = first.eval()(x)
+                left = second.eval()(state) - bridge(state)
+                fit.add([state], [left], held_out=index % 5 == 4)
+            fit.finish()
     return copy.deepcopy(nn.Sequential(first, bridge, compiled.stages.head))
 
 

@@ -49,7 +49,7 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
             if stage.preprocess is None or stage.coarse is None:
                 continue
             entering = specs(plan, number - 1, stage.consumes)
-            leaving = specs(plan, number, stage.produces)
+            leaving = [value.spec for value in plan.corrects(number)]
             preprocess[number] = build_guess(program, stage.preprocess, entering)
             inner = build_coarse(program, stage.coarse, entering, leaving, stages.fine[number])
             if plan.correction == "difference" and not stage.coarse.linear:

@@ -145,6 +145,8 @@ def choose_coarse(
         draft = _draft(options, options.coarse, "asked for")
         return _measure(analysis, draft, entering, leaving)
     linear = _measure(analysis, _draft(options, "linear"), entering, leaving)
+    if options.sweep == "collapsed":
+        return dataclasses.replace(linear, why=_fit(linear, budget, "collapsed sweep"))
     units, obstacle = _units(analysis, options, span, entering, leaving)
     if units is None:
         if options.coarse == "units":

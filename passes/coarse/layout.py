@@ -99,7 +99,7 @@ def layouts(source: TensorSpec, target: TensorSpec) -> tuple[Layout, Layout]:
     groups = leaving // samples
     unrolled = Layout(target, groups)
     same = first.channels * first.positions == unrolled.channels
-    if first.space and not unrolled.space and same:
+    if first.space and not unrolled.space and same and unrolled.channel_axis is not None:
         return first, Layout(target, groups, first.channels, first.space)
     return first, unrolled
 

@@ -76,7 +76,8 @@ class LowRankMap(nn.Module):
     def _rows(self, x: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
         if self._whole:
             return resize(x, grid).flatten(1)
-        return resize(x, self._target.space).flatten(2).movedim(1, 2).flatten(0, 1)
+        x = resize(x, self._target.space)
+        return x.flatten(2).movedim(1, 2).flatten(0, 1) if x.dim() > 2 else x
 
     def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
         """Take over the fitted factors of these columns, and the bias if it is the first."""

@@ -51,7 +51,7 @@ def _stages(plan: Plan, width: int) -> Table:
     """One row a stage; a narrow terminal gets the columns that matter most."""
     table = Table(
         title=f"{plan.model}: {len(plan.stages)} stages, {plan.correction} form, "
-        f"K = {plan.iterations}",
+        f"{plan.sweep} sweep, K = {plan.iterations}",
         title_justify="left",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),

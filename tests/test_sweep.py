@@ -1,0 +1,57 @@
+"""The collapsed sweep: every residual straight to the last state."""
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import resnet110, unet
+
+
+def _linear_chain() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6, bias=False, dtype=torch.float64) for _ in range(6)]
+    return nn.Sequential(*layers)
+
+
+def test_products_of_the_stages_make_it_exact_on_a_linear_network() -> None:
+    model = _linear_chain()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    compiled = pnn.compile(model, x, stages=3, cuts=["2", "4"], sweep="collapsed", coarse="linear")
+    weights = [layer.weight for layer in model]  # type: ignore[attr-defined]
+    last = weights[5] @ weights[4]
+    products = {1: last @ weights[3] @ weights[2], 2: last}
+    if compiled.plan.head.nodes:
+        pytest.fail("the head should be empty: every layer belongs to a stage")
+    with torch.no_grad():
+        for number, product in products.items():
+            (weight,) = compiled.operators.coarse[number].parameters()
+            weight.copy_(product)
+    torch.testing.assert_close(compiled.module(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+def test_it_verifies_trains_and_costs_one_map(name: str) -> None:
+    model: nn.Module
+    if name == "resnet":
+        model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
+    else:
+        model, inputs = unet.build_model(depth=3, width=4), unet.example_inputs()
+    options = {"stages": 3, "coarse": "linear"}
+    chain = pnn.compile(model, inputs, **options)  # type: ignore[arg-type]
+    collapsed = pnn.compile(model, inputs, sweep="collapsed", **options)  # type: ignore[arg-type]
+    assert collapsed.verify().ok
+    assert collapsed.plan.forecast.serial_share < chain.plan.forecast.serial_share
+    collapsed.module.train()(*inputs).square().mean().backward()
+    missing = [n for n, p in collapsed.module.named_parameters() if p.grad is None]
+    assert not missing
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
+    for options in ({"coarse": "units"}, {"correction": "difference"}, {"iterations": 2}):
+        with pytest.raises(pnn.OptionError, match="collapsed"):
+            pnn.compile(model, inputs, stages=3, sweep="collapsed", **options)  # type: ignore[arg-type]
+    compiled = pnn.compile(model, inputs, stages=3, sweep="collapsed")
+    with pytest.raises(pnn.OptionError, match="chain"):
+        pnn.calibrate(compiled, [inputs[0], inputs[0]])
