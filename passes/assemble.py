@@ -58,7 +58,9 @@ def assemble(
     # With several iterations the last stages are not needed in the first ones.
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.lint()
-    return fx.GraphModule(root, graph, class_name=f"Parareal{program.name}")
+    network = fx.GraphModule(root, graph, class_name=f"Parareal{program.name}")
+    network.training = program.module.training
+    return network
 
 
 def reads_guess(plan: Plan, stage: Stage) -> bool:

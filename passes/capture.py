@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.arguments import Arguments, bind, placeholders
+from passes.arguments import Arguments, Leaf, bind, placeholders
 from passes.errors import CaptureError
 from passes.exporting import export
 from passes.program import CaptureReport, Program, graph_module, is_user_code, verify_graph
@@ -66,7 +66,7 @@ def capture(
     for rung, front_end in LADDER:
         own = _copy(model)  # a front end that fails may leave its traces in the model
         try:
-            module = _attempt(own, arguments, front_end, reference.dynamic_batch)
+            module = _attempt(own, arguments, front_end, reference)
         except Exception as error:
             _log.debug("%s failed", rung, exc_info=True)
             rejected.append(f"{rung}: {explain(own, error)}")
@@ -100,14 +100,16 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _attempt(
-    model: nn.Module, arguments: Arguments, front_end: _Rung, dynamic: bool
+    model: nn.Module, arguments: Arguments, front_end: _Rung, reference: Reference
 ) -> fx.GraphModule:
     """Run one front end in training mode, where everything random is in the graph."""
     with preserved(model):
         model.train()
-        graph, constants = front_end(model, arguments, dynamic)
+        graph, constants = front_end(model, arguments, reference.dynamic_batch)
     _adopt(model, graph, constants)
     toggle(model, graph)
+    for index in reference.written:
+        _protect(graph, arguments.leaves[index])
     module = graph_module(model, graph, type(model).__name__)
     verify_graph(module)
     unknown = [name for name in placeholders(arguments) if not _has_placeholder(graph, name)]
@@ -125,6 +127,19 @@ def _adopt(model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tens
             holder.register_buffer(leaf, value, persistent=False)
             node.target = f"{_CONSTANTS}.{leaf}"
     attach(model, _CONSTANTS, holder)
+
+
+def _protect(graph: fx.Graph, leaf: Leaf) -> None:
+    """Let the graph write into a copy of an input, which others read at the same time."""
+    node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == leaf.argument)
+    for key in leaf.path:
+        node = next(user for user in node.users if user.args == (node, key))
+    place = node
+    while place.next.op == "placeholder":
+        place = place.next
+    with graph.inserting_after(place):
+        own = graph.call_method("clone", (node,))
+    node.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
 
 
 def _has_placeholder(graph: fx.Graph, name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -73,9 +74,39 @@ class _FlopMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         return result
 
 
+_RECURRENT = ("lstm", "gru", "rnn")
+
+
+@contextmanager
+def _plain_kernels(recurrent: bool) -> Iterator[None]:
+    """Keep torch from fusing layers into one operator whose inside cannot be counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # Properties of these modules; their own context managers also set TF32, which warns on a CPU.
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    libraries = backends if recurrent else ()
+    enabled = [library.enabled for library in libraries]
+    torch.backends.mha.set_fastpath_enabled(False)
+    for library in libraries:
+        library.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for library, was in zip(libraries, enabled, strict=True):
+            library.enabled = was
+
+
+def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        inside = module.get_submodule(str(node.target)).modules()
+        return any(isinstance(child, torch.nn.RNNBase) for child in inside)
+    return any(name in str(node.target) for name in _RECURRENT)
+
+
 def count_flops(function: Callable[[], Any]) -> int:
     """Run a function and return the forward FLOPs of what it called."""
-    with torch.no_grad(), _FlopMode() as mode:
+    with torch.no_grad(), _plain_kernels(recurrent=True), _FlopMode() as mode:
         function()
         return int(mode.known + mode.other)
 
@@ -88,7 +119,8 @@ class _Counter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         known, other = self.mode.known, self.mode.other
-        value = super().run_node(n)
+        with _plain_kernels(_is_recurrent(self.module, n)):
+            value = super().run_node(n)
         self.found[n] = (self.mode.known - known, self.mode.other - other)
         return value
 

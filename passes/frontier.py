@@ -135,7 +135,8 @@ def _cones(
     cones: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in order:
         sources = [n for n in node.all_input_nodes if n in number]
-        if not facts[node].pure or facts[node].storages & written:
+        memory = facts[node].storages.union(*(facts[n].storages for n in node.all_input_nodes))
+        if not facts[node].pure or memory & written:
             continue
         if any(source not in cones for source in sources):
             continue

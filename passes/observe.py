@@ -11,8 +11,9 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from passes.arguments import Arguments, bind
+from passes.errors import CaptureError
 from passes.plan import TensorSpec
-from passes.program import Program
+from passes.program import Program, provenance
 from passes.validate import preserved
 
 __all__ = ["Fact", "observe"]
@@ -91,22 +92,31 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
     to see which axes follow the batch.
     """
     arguments = bind(program.module, (), dict(program.args))
-    try:
-        first = _run(program, arguments, train=True)
-    except (RuntimeError, ValueError):
-        first = _run(program, arguments, train=False)
+    first = _run(program, arguments, train=False)
     other = None
     if program.dynamic_batch:
         other = _run(program, arguments.varied(grow=True), train=False)
+    trained = _train(program, arguments) or first
     facts: dict[fx.Node, Fact] = {}
-    for node, fact in first.facts.items():
+    for node, fact in trained.facts.items():
         value = first.values[node]
+        fact = replace(fact, bytes=first.facts[node].bytes)
         spec = None
         if isinstance(value, torch.Tensor):
             grown = other.values[node].shape if other is not None else None
             spec = _spec(program, node, value, grown, arguments.batch)
         facts[node] = replace(fact, spec=spec)
     return facts
+
+
+def _train(program: Program, arguments: Arguments) -> _Observer | None:
+    """Run in training mode; a batch of one sample may be too small for it, so try one more."""
+    for attempt in (arguments, arguments.varied(grow=program.dynamic_batch)):
+        try:
+            return _run(program, attempt, train=True)
+        except (RuntimeError, ValueError):
+            continue
+    return None
 
 
 def _run(program: Program, arguments: Arguments, *, train: bool) -> _Observer:
@@ -150,6 +160,11 @@ def _spec(
     batch: int | None,
 ) -> TensorSpec:
     axis: int | None = 0 if value.dim() and value.shape[0] == batch else None
+    if grown is not None and len(grown) != value.dim():
+        raise CaptureError(
+            f"the rank of {node.name!r} ({provenance(node).source or 'no source'}) depends on the "
+            "batch size: give an example of at least two samples"
+        )
     if grown is not None:
         changed = [i for i, (a, b) in enumerate(zip(value.shape, grown, strict=True)) if a != b]
         axis = changed[0] if changed else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
 
@@ -92,6 +93,13 @@ class Program:
             if isinstance(value, torch.Tensor)
         ]
         return hashlib.sha256("\n".join([*lines, *sorted(shapes)]).encode()).hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are: the device of the first of them, or of the first input."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        leaves = [x for x in pytree.tree_leaves(dict(self.args)) if isinstance(x, torch.Tensor)]
+        return next(iter([*tensors, *leaves])).device
 
     @property
     def graph(self) -> fx.Graph:

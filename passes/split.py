@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -36,8 +36,9 @@ def split(program: Program, plan: Plan) -> Stages:
     program, so a parameter that two stages read stays one parameter.
 
     Raises:
-        PartitionError: The plan names nodes that the program does not have.
+        PartitionError: The plan names nodes that the program does not have, or does not chain.
     """
+    _check_chain(program, plan)
     fine = []
     for number, stage in enumerate(plan.stages):
         nodes = nodes_between(program, stage.first, stage.last)
@@ -52,20 +53,41 @@ def split(program: Program, plan: Plan) -> Stages:
                 name=f"Fine{number}",
             )
         )
-    last = plan.interfaces[-1]
     order = program.order
     names = [node.name for node in order]
-    rest = order[names.index(last.after) + 1 :]
+    rest = order[names.index(plan.stages[-1].last) + 1 :]
     head = extract(
         program,
         rest,
-        [value.name for value in last.state],
+        [value.name for value in plan.interfaces[-1].state],
         None,
         inputs=plan.head.inputs,
         sides=plan.head.sides,
         name="Head",
     )
     return Stages(tuple(fine), head)
+
+
+def _check_chain(program: Program, plan: Plan) -> None:
+    """Refuse a plan whose states do not follow from each other (one that was edited)."""
+
+    def refuse(reason: str) -> PartitionError:
+        return PartitionError(f"the plan does not fit the program {program.name}: {reason}")
+
+    if not plan.stages or len(plan.stages) != len(plan.interfaces):
+        raise refuse(f"{len(plan.stages)} stages, {len(plan.interfaces)} interfaces")
+    state: set[str] = set()
+    for number, (stage, face) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
+        if face.after != stage.last:
+            raise refuse(f"stage {number} ends at {stage.last!r}, its interface at {face.after!r}")
+        if strange := sorted(set(stage.consumes) - state):
+            raise refuse(f"stage {number} consumes {strange[0]!r}, which does not cross before it")
+        crossing = {value.name for value in face.state}
+        if strange := sorted(crossing.symmetric_difference(stage.produces) - state):
+            raise refuse(
+                f"{strange[0]!r} crosses behind stage {number} or is produced by it, not both"
+            )
+        state = crossing
 
 
 def nodes_between(program: Program, first: str, last: str) -> list[fx.Node]:
@@ -87,11 +109,11 @@ def nodes_between(program: Program, first: str, last: str) -> list[fx.Node]:
 def extract(
     program: Program,
     nodes: Sequence[fx.Node],
-    entering: Iterable[str],
+    entering: Sequence[str],
     leaving: Sequence[str] | None,
     *,
-    inputs: Iterable[str],
-    sides: Iterable[str],
+    inputs: Sequence[str],
+    sides: Sequence[str],
     name: str,
 ) -> fx.GraphModule:
     """Copy a run of nodes into a GraphModule of its own.
@@ -106,9 +128,12 @@ def extract(
         name: Class name of the result.
 
     Raises:
-        PartitionError: A node reads a value that is neither computed inside nor given.
+        PartitionError: A node reads a value that is neither computed inside nor given, or a name
+            is not in the program.
     """
     by_name = {node.name: node for node in program.graph.nodes}
+    if unknown := [n for n in (*entering, *inputs, *sides, *(leaving or ())) if n not in by_name]:
+        raise PartitionError(f"{name} names {unknown[0]!r}, which the program does not have")
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
 
@@ -149,7 +174,9 @@ def sequential(program: Program, plan: Plan, stages: Stages) -> fx.GraphModule:
     arguments = [*state, *(values[name] for name in plan.head.inputs)]
     graph.output(graph.create_node("call_module", "head", tuple(arguments), {}))
     graph.lint()
-    return fx.GraphModule(root, graph, class_name=f"Sequential{program.name}")
+    network = fx.GraphModule(root, graph, class_name=f"Sequential{program.name}")
+    network.training = program.module.training
+    return network
 
 
 def unpack(graph: fx.Graph, result: fx.Node, names: Sequence[str]) -> dict[str, fx.Node]:

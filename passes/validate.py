@@ -39,11 +39,13 @@ class Run:
         outputs: The leaves of the output.
         gradients: Gradients of parameters and inputs, by name; None where there is none.
         changed: The buffers that the step changed.
+        written: Numbers of the input tensors that the step wrote into.
     """
 
     outputs: list[Any]
     gradients: Mapping[str, torch.Tensor | None]
     changed: Mapping[str, torch.Tensor]
+    written: frozenset[int] = frozenset()
 
 
 @contextmanager
@@ -88,26 +90,29 @@ def run(
         torch.manual_seed(0)
         module.train(train)
         before = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
-        values = [_fresh(tensor, grad) for tensor in arguments.tensors()]
+        leaves = [_fresh(tensor, grad) for tensor in arguments.tensors()]
+        # A multiplication by one, so that writing into an input is legal and leaves the leaf alone.
+        values = [leaf * 1 if leaf.requires_grad else leaf for leaf in leaves]
+        versions = [value._version for value in values]
         args, kwargs = arguments.with_leaves(values)
         call = Arguments(args, kwargs, arguments.names, arguments.leaves)
         outputs = pytree.tree_leaves(forward(call))
         gradients: dict[str, torch.Tensor | None] = {}
         if grad:
-            gradients = _gradients(module, outputs, values)
+            gradients = _gradients(module, outputs, leaves)
         changed = {
             name: tensor.detach().clone()
             for name, tensor in module.named_buffers()
             if name not in before or not torch.equal(tensor, before[name])
         }
         detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
-        return Run(detached, gradients, changed)
+        written = [i for i, value in enumerate(values) if value._version != versions[i]]
+        return Run(detached, gradients, changed, frozenset(written))
 
 
 def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
     copy = tensor.detach().clone()
-    # A multiplication by one makes the input a non-leaf, so that in-place writes to it are legal.
-    return copy.requires_grad_() * 1 if grad and copy.is_floating_point() else copy
+    return copy.requires_grad_() if grad and copy.is_floating_point() else copy
 
 
 def _gradients(
@@ -146,27 +151,36 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return error / scale if scale > 0 else error
 
 
-def compare(candidate: Run, reference: Run, slack: float = 1.0) -> str:
-    """Return "" if two runs agree, else one line that says where and by how much they differ."""
+def compare(candidate: Run, reference: Run, slack: float = 1.0, least: float = 0.0) -> str:
+    """Return "" if two runs agree, else one line that says where and by how much they differ.
+
+    Args:
+        candidate: The run to judge.
+        reference: The run that it should equal.
+        slack: Times the tolerance of the dtype that counts as equal.
+        least: A limit that holds at least, where lower precision was used on the way.
+    """
     if len(candidate.outputs) != len(reference.outputs):
         return f"{len(candidate.outputs)} outputs instead of {len(reference.outputs)}"
     for index, (value, wanted) in enumerate(zip(candidate.outputs, reference.outputs, strict=True)):
-        if reason := _differs(value, wanted, slack):
+        if reason := _differs(value, wanted, slack, least):
             return f"output {index} differs: {reason}"
     for name, wanted_grad in reference.gradients.items():
         found = candidate.gradients.get(name)
-        if reason := _differs(found, wanted_grad, slack, absent_is_zero=True):
+        if reason := _differs(found, wanted_grad, slack, least, absent_is_zero=True):
             return f"gradient of {name} differs: {reason}"
     for name in sorted({*reference.changed, *candidate.changed}):
         if name not in reference.changed or name not in candidate.changed:
             verb = "changes" if name in candidate.changed else "does not change"
             return f"the step {verb} buffer {name}"
-        if reason := _differs(candidate.changed[name], reference.changed[name], slack):
+        if reason := _differs(candidate.changed[name], reference.changed[name], slack, least):
             return f"buffer {name} differs after the step: {reason}"
     return ""
 
 
-def _differs(value: Any, wanted: Any, slack: float, absent_is_zero: bool = False) -> str:
+def _differs(
+    value: Any, wanted: Any, slack: float, least: float, absent_is_zero: bool = False
+) -> str:
     if absent_is_zero:
         if wanted is None and isinstance(value, torch.Tensor):
             wanted = torch.zeros_like(value)
@@ -177,7 +191,7 @@ def _differs(value: Any, wanted: Any, slack: float, absent_is_zero: bool = False
         return "" if same else f"{value!r} instead of {wanted!r}"
     if value.shape != wanted.shape or value.dtype != wanted.dtype:
         return f"{list(value.shape)} {value.dtype} instead of {list(wanted.shape)} {wanted.dtype}"
-    limit = TOLERANCE.get(wanted.dtype, 0.0) * slack
+    limit = max(TOLERANCE.get(wanted.dtype, 0.0) * slack, least)
     error = relative_error(value, wanted)
     return "" if error <= limit else f"relative error {error:.1e} (limit {limit:.0e})"
 
@@ -205,19 +219,28 @@ class Reference:
         self._other = arguments.varied(grow=self.dynamic_batch)
         if not self.dynamic_batch:
             self._runs[False, True] = run(model, _call(model), self._other, train=False, grad=False)
-        try:
-            for other in (False, True):
-                self._runs[True, other] = run(
-                    model,
-                    _call(model),
-                    self._other if other else arguments,
-                    train=True,
-                    grad=not other,
-                )
-        except Exception as error:
+        self._train(model)
+
+    def _train(self, model: nn.Module) -> None:
+        """Run training steps; a batch of one sample may be too small for them, so try both."""
+        failures = []
+        for other in (False, True):
+            arguments = self._other if other else self._arguments
+            grad = not any(found.gradients for found in self._runs.values())
+            try:
+                self._runs[True, other] = run(model, _call(model), arguments, train=True, grad=grad)
+            except Exception as error:
+                failures.append(_first_line(error))
+        if len(failures) == 2:
             self.notes.append(
-                f"training mode was not compared: the model fails in it ({_first_line(error)})"
+                f"training mode was not compared: the model fails in it ({failures[0]}); give an "
+                "example that it can train on"
             )
+
+    @property
+    def written(self) -> frozenset[int]:
+        """Numbers of the input tensors that the model writes into."""
+        return frozenset[int]().union(*(found.written for found in self._runs.values()))
 
     def _grows(self, model: nn.Module) -> bool:
         other = self._arguments.varied(grow=True)

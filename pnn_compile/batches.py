@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["named_batch"]
+__all__ = ["argument_names", "batch_size", "device_of", "named_batch"]
+
+
+def argument_names(compiled: Network) -> list[str]:
+    """Names of the arguments of the network, as the model's forward calls them."""
+    return [str(node.target) for node in compiled.program.inputs]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer of a module; the CPU if it has none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
-    """Name the arguments of one batch.
+    """Name the arguments of one batch; its tensors are copied to the device of the network.
 
     Args:
         compiled: The network.
@@ -24,7 +40,7 @@ def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
     Raises:
         OptionError: An argument of the network is missing.
     """
-    names = [node.name for node in compiled.program.inputs]
+    names = argument_names(compiled)
     if isinstance(batch, Mapping):
         named = dict(batch)
     elif isinstance(batch, (tuple, list)):
@@ -36,4 +52,18 @@ def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
         raise OptionError(
             f"a batch lacks {', '.join(missing)}: give ({', '.join(names)}) or a dict of them"
         )
-    return {name: named[name] for name in names}
+    device = device_of(compiled.module)
+
+    def copied(leaf: Any) -> Any:
+        # A model may write into its inputs: those of the user stay as they are.
+        return leaf.detach().to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
+
+    return {name: pytree.tree_map(copied, named[name]) for name in names}
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Number of samples: size of dimension 0 of the first tensor that has dimensions."""
+    leaves = pytree.tree_leaves(dict(batch))
+    return next(
+        (int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0
+    )

@@ -19,7 +19,7 @@ from passes.coarse.fitting import MatrixFit, fitted_parts
 from passes.coarse.maps import MapMatrix
 from passes.errors import OptionError
 from passes.validate import preserved
-from pnn_compile.batches import named_batch
+from pnn_compile.batches import batch_size, named_batch
 from pnn_compile.walk import State, Walker
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class CalibrationReport:
 
     Attributes:
         interfaces: Errors by stage.
-        agreement_before: Share of held-out samples whose largest output is the original's.
+        agreement_before: Share of held-out samples whose largest output is the original's; of
+            outputs that are equal, where they are whole numbers.
         agreement_after: The same after calibration.
         output_error_before: Relative error of the outputs against the original's.
         output_error_after: The same after calibration.
@@ -89,7 +90,8 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
             not shuffle. Every fifth batch judges and is not fitted.
 
     Raises:
-        OptionError: There are fewer than two batches, or a batch does not fit the model.
+        OptionError: There are fewer than two batches, they come from a generator, or a batch does
+            not fit the model.
     """
     if compiled.plan.sweep == "collapsed":
         raise OptionError(
@@ -97,7 +99,7 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
             "collapsed maps (pnn.fit)"
         )
     batches = _Batches(compiled, inputs)
-    walker = Walker(compiled.plan, compiled.stages, compiled.operators)
+    walker = Walker(compiled)
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
         before = _judge(walker, batches)
@@ -129,16 +131,21 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
 
 
 class _Batches:
-    """The calibration inputs, as dicts by placeholder name."""
+    """The calibration inputs, as dicts by argument name."""
 
     def __init__(self, compiled: Network, inputs: Iterable[Any]) -> None:
         self._compiled = compiled
         self._inputs = inputs
-        counted = [_size(batch) for batch in self]
+        if isinstance(inputs, Iterator):
+            raise OptionError(
+                f"calibration goes through its batches several times (got a "
+                f"{type(inputs).__name__}, which ends after the first): give list(batches)"
+            )
+        counted = [batch_size(batch) for batch in self]
         if len(counted) < 2:
             raise OptionError(
                 f"calibration needs at least two batches, one to fit and one to judge "
-                f"(got {len(counted)}); give smaller batches, and a list instead of a generator"
+                f"(got {len(counted)}); give smaller batches"
             )
         self._counted = counted
 
@@ -160,13 +167,6 @@ class _Batches:
         return sum(size for held, size in pairs if held == held_out)
 
 
-def _size(batch: dict[str, Any]) -> int:
-    leaves = pytree.tree_leaves(batch)
-    return next(
-        (int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0
-    )
-
-
 def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
     guess = walker.operators.preprocess[number]
     operator = guess.operator
@@ -180,7 +180,7 @@ def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
             state: State = {}
             for before in range(number):
                 state = walker.advance(before, state, walker.fine(before, state, inputs))
-            given = [inputs[name] for name in names]
+            given = walker.given(names, inputs)
             prologue = guess.prologue
             if isinstance(prologue, nn.Module):
                 found = prologue(*given)
@@ -313,17 +313,23 @@ def _judge(walker: Walker, batches: _Batches) -> _Judgement:
                 for name in names:
                     energy.add(found[name], wanted[name])
             corrected, true = step.corrected, step.true
-        pairs = zip(
-            pytree.tree_leaves(walker.head(corrected, inputs)),
-            pytree.tree_leaves(walker.head(true, inputs)),
-            strict=True,
-        )
-        found, wanted = next((a, b) for a, b in pairs if torch.is_floating_point(b))
+        found, wanted = (_judged(walker.head(state, inputs)) for state in (corrected, true))
         outputs.add(found, wanted)
-        agreed += (found.argmax(-1) == wanted.argmax(-1)).double().mean().item() * len(wanted)
-        samples += len(wanted)
+        if wanted.is_floating_point():
+            found, wanted = found.argmax(-1), wanted.argmax(-1)
+        size = batch_size(inputs)
+        agreed += (found == wanted).double().mean().item() * size
+        samples += size
     shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}
     return _Judgement(**shares, agreement=agreed / max(samples, 1), output=outputs.share)
+
+
+def _judged(outputs: Any) -> torch.Tensor:
+    """The output that stands for all: the first of floating point, else the first."""
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise OptionError("the network has no tensor among its outputs to judge calibration by")
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
 
 
 class _Energy:
@@ -334,7 +340,7 @@ class _Energy:
         self._wanted = 0.0
 
     def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        self._error += (found - wanted).double().square().sum().item()
+        self._error += (found.double() - wanted.double()).square().sum().item()
         self._wanted += wanted.double().square().sum().item()
 
     @property

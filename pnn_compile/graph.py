@@ -19,6 +19,10 @@ __all__ = ["partition_graph"]
 def partition_graph(compiled: Network) -> nx.DiGraph[str]:
     """Build the graph of one parareal iteration.
 
+    Inputs, fine stages and head are the nodes of the program under their own names. What the
+    compiler added starts with a colon, which no name of the program can: `:preprocess_1`,
+    `:residual_1`, `:coarse_1`, `:correct_1`, `:output`.
+
     Node attributes:
         role: "input", "preprocess", "fine", "residual", "coarse", "correct", "head" or "output".
         stage: Number of the stage from 0, or -1 for inputs, head and output.
@@ -26,7 +30,6 @@ def partition_graph(compiled: Network) -> nx.DiGraph[str]:
         path: Qualified name of the module that it came from.
         source: `file:line` of the user's code.
         flops, backward_flops, parameter_bytes, bytes: Costs at the example inputs.
-        seconds: Measured seconds, where the plan was made from them.
 
     Edge attributes:
         bytes: Bytes of the tensor that flows.
@@ -58,13 +61,13 @@ class _Builder:
         for number, stage in enumerate(self.plan.stages):
             if number:
                 self._add_correction(number, stage)
-        self._add("output", "output", -1, "output")
+        self._add(":output", "output", -1, "output")
         for node in program.order:
             for source in node.all_input_nodes:
                 if source.op != "get_attr":
                     self._connect(self._value(source, stage_of, stage_of[node]), node.name, source)
         for source in program.output.all_input_nodes:
-            self._connect(self._value(source, stage_of, len(self.plan.stages)), "output", source)
+            self._connect(self._value(source, stage_of, len(self.plan.stages)), ":output", source)
         return self.graph
 
     def _stage_numbers(self) -> dict[fx.Node, int]:
@@ -77,12 +80,10 @@ class _Builder:
                 number += 1
         return numbers
 
-    def _add(
-        self, name: str, role: str, stage: int, op: str, **attributes: str | float | None
-    ) -> None:
-        blank: dict[str, str | float | None] = {
+    def _add(self, name: str, role: str, stage: int, op: str, **attributes: str | int) -> None:
+        blank: dict[str, str | int] = {
             "path": "", "source": "", "flops": 0, "backward_flops": 0,
-            "parameter_bytes": 0, "bytes": 0, "seconds": None,
+            "parameter_bytes": 0, "bytes": 0,
         }  # fmt: skip
         self.graph.add_node(name, role=role, stage=stage, op=op, **(blank | attributes))
 
@@ -105,7 +106,6 @@ class _Builder:
             backward_flops=cost.backward_flops,
             parameter_bytes=cost.parameter_bytes,
             bytes=cost.activation_bytes,
-            seconds=cost.weight if analysis.unit == "seconds" else None,
         )
 
     def _add_correction(self, number: int, stage: Stage) -> None:
@@ -115,8 +115,8 @@ class _Builder:
         entering = sum(self.bytes[name] for name in stage.consumes)
         corrected = [value.name for value in self.plan.corrects(number)]
         leaving = sum(self.bytes[name] for name in corrected)
-        guess, residual = f"preprocess_{number}", f"residual_{number}"
-        coarse, correct = f"coarse_{number}", self._correction(number)
+        guess, residual = f":preprocess_{number}", f":residual_{number}"
+        coarse, correct = f":coarse_{number}", self._correction(number)
         self._add_operator(guess, "preprocess", number, stage.preprocess, entering)
         self._add(residual, "residual", number, "sub", bytes=entering)
         self._add_operator(coarse, "coarse", number, stage.coarse, leaving)
@@ -133,7 +133,7 @@ class _Builder:
         for name in stage.consumes:
             producer = self._producer(name)
             chained = producer and self.plan.sweep == "chain"
-            source = f"correct_{producer}" if chained else name
+            source = f":correct_{producer}" if chained else name
             self._edge(source, residual, self.bytes[name], crosses=True)
 
     def _add_operator(self, name: str, role: str, number: int, spec: CoarseSpec, size: int) -> None:
@@ -142,7 +142,7 @@ class _Builder:
     def _correction(self, number: int) -> str:
         """Name of the node where the correction of a stage is added."""
         collapsed = self.plan.sweep == "collapsed"
-        return f"correct_{len(self.plan.stages) - 1 if collapsed else number}"
+        return f":correct_{len(self.plan.stages) - 1 if collapsed else number}"
 
     def _stage(self, name: str) -> int:
         return int(self.graph.nodes[name]["stage"])
@@ -156,7 +156,7 @@ class _Builder:
             return source.name
         if reader < len(self.plan.stages):
             consumed = source.name in self.plan.stages[reader].consumes
-            return f"preprocess_{reader}" if consumed else source.name
+            return f":preprocess_{reader}" if consumed else source.name
         carried = {value.name for value in self.plan.interfaces[-1].state}
         producer = stage_of[source]
         if source.name not in carried or not (producer or self.plan.sweep == "collapsed"):

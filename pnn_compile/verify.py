@@ -76,8 +76,9 @@ def verify(compiled: Network, *, strict: bool = False) -> VerifyReport:
     The stages one after another must equal the program in training mode (outputs, gradients,
     buffers after the step) and in evaluation mode; the network with the fine stages as coarse
     propagators, and the network with K = N iterations, must equal it in evaluation mode; a linear
-    network cut into as many stages must satisfy the paper's consistency theorem; and the
-    checkpoint keys must map one to one.
+    network cut into as many stages must satisfy the paper's consistency theorem; the network
+    itself must run both ways and give finite values of the original's shapes; and the checkpoint
+    keys must map one to one.
 
     Args:
         compiled: The network.
@@ -135,8 +136,11 @@ def _held_against(
         if isinstance(a, torch.Tensor)
     ]
     largest = max((relative_error(a, b) for a, b in pairs), default=0.0)
-    limit = max((TOLERANCE.get(b.dtype, 0.0) * slack for _, b in pairs), default=0.0)
-    return Check(name, largest, limit, compare(got, wanted, slack), 0.0)
+    types = {getattr(torch, v.spec.dtype) for i in compiled.plan.interfaces for v in i.state}
+    types |= {b.dtype for _, b in pairs}
+    loosest = max(TOLERANCE.get(dtype, 0.0) for dtype in types)
+    limit = loosest * slack
+    return Check(name, largest, limit, compare(got, wanted, slack, limit), 0.0)
 
 
 def _stages_train(compiled: Network) -> Check:
@@ -201,6 +205,41 @@ def _consistency(compiled: Network) -> Check:
     return Check(name, error, limit, reason, 0.0)
 
 
+def _network_runs(compiled: Network) -> Check:
+    """The network itself: whether it runs both ways and gives what the original does."""
+    name = "the network runs, forward and backward: shapes of the original, finite values"
+    reasons = []
+    for train in (False, True):
+        try:
+            wanted = _run(compiled, compiled.program.module, train=train, grad=False)
+        except (RuntimeError, ValueError):
+            continue  # the model cannot run in this mode on its example, as capture has said
+        with preserved(compiled.module):
+            compiled.module.train(train)
+            try:
+                got = _run(compiled, compiled.module, train=train, grad=train)
+            except Exception as error:
+                reasons.append(f"it fails: {error}")
+                continue
+        reasons += _implausible(got, wanted)
+    return Check(name, None, None, "; ".join(dict.fromkeys(reasons)), 0.0)
+
+
+def _implausible(got: Run, wanted: Run) -> list[str]:
+    reasons = []
+    for value, model in zip(got.outputs, wanted.outputs, strict=True):
+        if not isinstance(model, torch.Tensor):
+            continue
+        if value.shape != model.shape or value.dtype != model.dtype:
+            reasons.append(f"an output is {list(value.shape)}, the original's {list(model.shape)}")
+        elif bool(torch.isfinite(model).all()) and not bool(torch.isfinite(value).all()):
+            reasons.append("an output is not finite")
+    gradients = [g for g in got.gradients.values() if g is not None]
+    if any(not bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        reasons.append("a gradient is not finite")
+    return reasons
+
+
 def _keys(compiled: Network) -> Check:
     name = "checkpoint keys of the stages = keys of the original, one to one"
     wanted = {*compiled.program.module.state_dict(), *compiled.program.unused}
@@ -218,5 +257,6 @@ _CHECKS: tuple[_Oracle, ...] = (
     _exact_coarse,
     _all_iterations,
     _consistency,
+    _network_runs,
     _keys,
 )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from passes.assemble import reads_guess
-from passes.coarse.build import Operators
-from passes.plan import Plan
-from passes.split import Stages
+
+if TYPE_CHECKING:
+    from pnn_compile.network import Network
 
 __all__ = ["State", "Walker"]
 
@@ -20,22 +20,25 @@ State = dict[str, torch.Tensor]
 class Walker:
     """Calls fine stages, guesses and corrections by stage number on named states.
 
-    Args:
-        plan: The decisions.
-        stages: The fine stages and the head.
-        operators: The guesses and corrections.
+    Inputs go by the names of the arguments; the plan goes by the names of their nodes, which differ
+    where an argument is called like a builtin (`input`).
     """
 
-    def __init__(self, plan: Plan, stages: Stages, operators: Operators) -> None:
-        self.plan = plan
-        self.stages = stages
-        self.operators = operators
+    def __init__(self, compiled: Network) -> None:
+        self.plan = compiled.plan
+        self.stages = compiled.stages
+        self.operators = compiled.operators
+        self._argument = {node.name: str(node.target) for node in compiled.program.inputs}
+
+    def given(self, names: Iterable[str], inputs: Mapping[str, Any]) -> list[Any]:
+        """The inputs that the plan names."""
+        return [inputs[self._argument[name]] for name in names]
 
     def fine(self, number: int, state: State, inputs: Mapping[str, Any]) -> State:
         """Propagate a state through fine stage `number`; give what it produces."""
         stage = self.plan.stages[number]
         result = self.stages.fine[number](
-            *(state[name] for name in stage.consumes), *(inputs[name] for name in stage.inputs)
+            *(state[name] for name in stage.consumes), *self.given(stage.inputs, inputs)
         )
         return _named(stage.produces, result)
 
@@ -50,7 +53,7 @@ class Walker:
         stage = self.plan.stages[number]
         assert stage.preprocess is not None
         names = stage.preprocess.options["inputs"]
-        result = self.operators.preprocess[number](*(inputs[name] for name in names))
+        result = self.operators.preprocess[number](*self.given(names, inputs))
         return _named(stage.consumes, result)
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
@@ -66,7 +69,7 @@ class Walker:
         """What the correction of stage `number` is called with."""
         stage = self.plan.stages[number]
         assert stage.coarse is not None
-        given = [inputs[name] for name in stage.coarse.options.get("inputs", ())]
+        given = self.given(stage.coarse.options.get("inputs", ()), inputs)
         leading = [guess[name] for name in stage.consumes]
         return [*(leading if reads_guess(self.plan, stage) else []), *residual, *given]
 
@@ -74,7 +77,7 @@ class Walker:
         """Run the head on the last state."""
         names = [value.name for value in self.plan.interfaces[-1].state]
         return self.stages.head(
-            *(state[name] for name in names), *(inputs[name] for name in self.plan.head.inputs)
+            *(state[name] for name in names), *self.given(self.plan.head.inputs, inputs)
         )
 
 

@@ -51,7 +51,7 @@ def test_the_plain_use_prints_the_report(model: str, capsys: pytest.CaptureFixtu
     assert main([model, "-n", "3"]) == 0
     out = capsys.readouterr().out
     assert "3 stages" in out
-    assert out.count("passed") == 6
+    assert out.count("passed") == 7
     assert "hello" not in out
 
 

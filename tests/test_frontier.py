@@ -132,7 +132,7 @@ class EarlyOutput(Net):
         (Choice(), {1: "a", 5: "mul", 6: "c"}, {FLOAT: 3}),
         (InPlace(), {2: "relu", 4: "relu_1", 5: "c"}, {MEMORY: 2}),
         (ViewWrite(), {4: "a b", 5: "add", 6: "c"}, {MEMORY: 3}),
-        (InputWrite(), {4: "add", 5: "c"}, {NOTHING: 1, MEMORY: 2}),
+        (InputWrite(), {2: "clone", 3: "clone a", 4: "clone b", 5: "add", 6: "c"}, {MEMORY: 1}),
         (BufferUpdate(), {1: "a", 5: "add"}, {MEMORY: 3}),
         (SharedNorm(), {1: "a", 4: "norm_1", 5: "c"}, {MEMORY: 2}),
         (BatchMean(), {1: "a", 4: "sub", 5: "c"}, {BATCH: 2}),

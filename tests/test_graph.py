@@ -71,5 +71,5 @@ def test_a_collapsed_sweep_has_one_place_of_correction() -> None:
     )
     graph = compiled.graph
     assert nx.is_directed_acyclic_graph(graph)
-    assert [n for n, d in graph.nodes(data=True) if d["role"] == "correct"] == ["correct_2"]
-    assert {"coarse_1", "coarse_2"} <= set(graph.predecessors("correct_2"))
+    assert [n for n, d in graph.nodes(data=True) if d["role"] == "correct"] == [":correct_2"]
+    assert {":coarse_1", ":coarse_2"} <= set(graph.predecessors(":correct_2"))

@@ -138,9 +138,9 @@ def test_looking_changes_nothing() -> None:
     assert captured.module.training
 
 
-def test_a_model_that_cannot_train_on_the_example_is_observed_in_evaluation_mode() -> None:
+def test_a_model_that_cannot_train_on_one_sample_is_observed_on_two() -> None:
     found = facts(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(1, 4))
 
     assert found["_1"].spec is not None
     assert str(found["_1"].spec) == "[B, 4] float32"
-    assert not found["_1"].writes
+    assert found["_1"].writes

@@ -49,7 +49,7 @@ def test_the_tree_shows_each_stage_with_its_operators(compiled: pnn.Compiled) ->
 
 
 def test_the_table_of_checks_shows_failures(compiled: pnn.Compiled) -> None:
-    assert to_text(checks_table(compiled.verify())).count("passed") == 6
+    assert to_text(checks_table(compiled.verify())).count("passed") == 7
 
 
 @pytest.mark.parametrize(

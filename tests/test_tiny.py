@@ -44,7 +44,7 @@ def test_compile_cuts_a_model_into_balanced_stages(images: torch.Tensor) -> None
 
 def test_every_oracle_holds(images: torch.Tensor) -> None:
     report = pnn.compile(build_model(), images, stages=3).verify(strict=True)
-    assert len(report.checks) == 6
+    assert len(report.checks) == 7
 
 
 def test_the_generated_code_reads_like_the_algorithm(images: torch.Tensor) -> None:

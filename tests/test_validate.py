@@ -95,6 +95,7 @@ def one_run(**changes: object) -> Run:
         "outputs": [torch.ones(2), 3],
         "gradients": {"w": torch.ones(2), "unused": None},
         "changed": {"b": torch.ones(1)},
+        "written": frozenset(),
     }
     return Run(**(fields | changes))  # type: ignore[arg-type]
 
@@ -151,11 +152,13 @@ def test_a_candidate_is_held_against_both_modes_and_two_inputs() -> None:
 
 def test_a_model_that_cannot_train_on_the_example_is_noted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    found = reference(model, torch.rand(1, 4))
+    assert not reference(model, torch.rand(1, 4)).notes  # a second sample makes it train
+    found = reference(model, torch.rand(1, 4), dynamic_batch=False)
 
     assert found.notes == [
         "training mode was not compared: the model fails in it (ValueError: Expected more than 1 "
-        "value per channel when training, got input size torch.Size([1, 4]))"
+        "value per channel when training, got input size torch.Size([1, 4])); give an example that "
+        "it can train on"
     ]
 
 

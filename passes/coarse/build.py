@@ -19,6 +19,7 @@ from passes.coarse.zero import Zero
 from passes.errors import SynthesisError
 from passes.plan import CoarseSpec, Plan, TensorSpec
 from passes.program import Program
+from passes.restore import Attention
 from passes.split import Stages, extract
 
 __all__ = ["FAMILIES", "GUESSES", "Operators", "build_coarse", "build_guess", "synthesize"]
@@ -50,15 +51,27 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
                 continue
             entering = specs(plan, number - 1, stage.consumes)
             leaving = [value.spec for value in plan.corrects(number)]
-            preprocess[number] = build_guess(program, stage.preprocess, entering)
+            guess = build_guess(program, stage.preprocess, entering)
             inner = build_coarse(program, stage.coarse, entering, leaving, stages.fine[number])
             if plan.correction == "difference" and not stage.coarse.linear:
                 own = stage.coarse.family == "exact"
                 plain = all(spec.batch_axis == 0 for spec in (*entering, *leaving))
+                plain = plain and program.dynamic_batch and not _draws(inner)
                 joint = plain and not own and not stage.coarse.options.get("inputs")
                 inner = Difference(inner, len(entering), joint=joint)
-            coarse[number] = inner
+            preprocess[number], coarse[number] = guess, inner
+            for made in (guess,) if stage.coarse.family == "exact" else (guess, inner):
+                made.to(program.device).train(program.module.training)
     return Operators(preprocess, coarse)
+
+
+def _draws(network: nn.Module) -> bool:
+    """Whether a network draws random numbers in training mode."""
+    return any(
+        (isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0)
+        or isinstance(child, Attention)
+        for child in network.modules()
+    )
 
 
 def specs(plan: Plan, interface: int, names: tuple[str, ...]) -> list[TensorSpec]:

@@ -106,7 +106,7 @@ def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpe
     with torch.random.fork_rng():
         module = build_guess(analysis.program, draft, list(state))
     assert isinstance(module.operator, nn.Module)
-    flops = _run(module.operator, [source.spec for source in sources], [])
+    flops = _run(analysis, module.operator, [source.spec for source in sources], [])
     count = sum(p.numel() for p in module.operator.parameters())
     return dataclasses.replace(draft, flops=flops, parameters=count)
 
@@ -215,12 +215,18 @@ def _measure(
     inputs = [given[name] for name in draft.options.get("inputs", ())]
     return dataclasses.replace(
         draft,
-        flops=_run(module, entering, inputs),
+        flops=_run(analysis, module, entering, inputs),
         parameters=sum(p.numel() for p in module.parameters()),
     )
 
 
-def _run(module: nn.Module, state: Sequence[TensorSpec], inputs: Sequence[Any]) -> int:
-    values = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in state]
-    module.eval()
+def _run(
+    analysis: Analysis, module: nn.Module, state: Sequence[TensorSpec], inputs: Sequence[Any]
+) -> int:
+    """Count the FLOPs of one call on zeros."""
+    device = analysis.program.device
+    values = [
+        torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in state
+    ]
+    module.to(device).eval()
     return count_flops(lambda: module(*values, *inputs))

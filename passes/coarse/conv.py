@@ -44,11 +44,12 @@ class ConvMap(nn.Module):
         nn.init.zeros_(last.weight)
         assert last.bias is not None
         nn.init.zeros_(last.bias)
-        self.to(getattr(torch, target.dtype))
+        self.dtype = getattr(torch, target.dtype)
+        self.to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map a source tensor to a tensor of the target's shape."""
-        x = resize(self._source.enter(x), self._target.space)
+        x = resize(self._source.enter(x), self._target.space).to(self.dtype)
         if self._grid:
             x = self.last(self.activation(self.first(x)))
         else:

@@ -56,7 +56,7 @@ class ConvolutionMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, C, *S]` to the target's `[B, C', *S']`."""
-        x = resize(self.strided(x), self.space)
+        x = resize(self.strided(x.to(self.strided.weight.dtype)), self.space)
         result: torch.Tensor = self.mix(self.relu(self.norm(x)))
         return result
 

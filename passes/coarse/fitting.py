@@ -47,15 +47,18 @@ class MatrixFit:
             targets = _map(row[0]).targets(target)
             if number == len(self._moments):
                 bias = _bias(row[0]) is not None
-                self._moments.append(Moments(features.shape[1], targets.shape[1], bias=bias))
+                sizes = features.shape[1], targets.shape[1]
+                self._moments.append(Moments(*sizes, device=features.device, bias=bias))
             self._moments[number].add(features, targets, held_out=held_out)
 
     def finish(self) -> list[float]:
         """Solve, set the weights, and return the held-out relative error of every row."""
         errors = []
         for row, moments in zip(self._rows, self._moments, strict=True):
-            first = _map(row[0])
-            rank = first.down.out_features if isinstance(first, LowRankMap) else None
+            ranks = [
+                each.down.out_features for each in map(_map, row) if isinstance(each, LowRankMap)
+            ]
+            rank = min(ranks, default=None)
             solution = moments.solve(rank)
             start = 0
             for number, each in enumerate(map(_map, row)):

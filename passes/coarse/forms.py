@@ -35,7 +35,7 @@ class Difference(nn.Module):
         inputs = arguments[2 * width :]
         moved = tuple(x + r for x, r in zip(state, residual, strict=True))
         if not self._joint:
-            return _minus(self.coarse(*moved, *inputs), self.coarse(*state, *inputs))
+            return self._apart(moved, state, inputs)
         both = (torch.cat(pair) for pair in zip(moved, state, strict=True))
         result = self.coarse(*both, *inputs)
         if isinstance(result, torch.Tensor):
@@ -43,6 +43,14 @@ class Difference(nn.Module):
             return ahead - behind
         halves = [x.chunk(2) for x in result]
         return tuple(ahead - behind for ahead, behind in halves)
+
+    def _apart(self, moved: tuple[Any, ...], state: tuple[Any, ...], inputs: Any) -> Any:
+        """Evaluate both calls one after the other, on the same random numbers in training."""
+        if not self.training:
+            return _minus(self.coarse(*moved, *inputs), self.coarse(*state, *inputs))
+        with torch.random.fork_rng():
+            ahead = self.coarse(*moved, *inputs)
+        return _minus(ahead, self.coarse(*state, *inputs))
 
 
 def _minus(a: Any, b: Any) -> Any:

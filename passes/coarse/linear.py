@@ -49,7 +49,7 @@ class LinearMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map a source tensor to a tensor of the target's shape."""
-        x = self._source.enter(x)
+        x = self._source.enter(x).to(self.weight.dtype)
         shrinks = self._target.positions <= self._source.positions
         if shrinks:
             x = resize(x, self._target.space)

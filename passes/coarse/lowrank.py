@@ -41,7 +41,7 @@ class LowRankMap(nn.Module):
         if self._whole:
             features *= math.prod(self._grids[0])
             targets *= math.prod(self._grids[1])
-        rank = min(rank, features, targets)
+        rank = min(rank, targets)
         self.down = nn.Linear(features, rank, bias=False)
         self.up = nn.Linear(rank, targets, bias=bias)
         nn.init.orthogonal_(self.down.weight)
@@ -52,7 +52,7 @@ class LowRankMap(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map a source tensor to a tensor of the target's shape."""
-        rows = self.up(self.down(self.features(x)))
+        rows = self.up(self.down(self.features(x).to(self.down.weight.dtype)))
         if self._whole:
             grid = rows.reshape(len(rows), self._target.channels, *self._grids[1])
         else:

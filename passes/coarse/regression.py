@@ -39,9 +39,9 @@ class Solution:
 class _Sums:
     """Sums over rows of `[features, 1]` against itself and against the targets."""
 
-    def __init__(self, features: int, targets: int) -> None:
-        self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64)
-        self.xy = torch.zeros(features + 1, targets, dtype=torch.float64)
+    def __init__(self, features: int, targets: int, device: torch.device) -> None:
+        self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(features + 1, targets, dtype=torch.float64, device=device)
         self.yy = 0.0
         self.count = 0
 
@@ -65,12 +65,15 @@ class Moments:
     Args:
         features: Number of columns of the features.
         targets: Number of columns of the targets.
+        device: Where the samples are.
         bias: Whether the map may have a bias.
     """
 
-    def __init__(self, features: int, targets: int, *, bias: bool = True) -> None:
-        self._fit = _Sums(features, targets)
-        self._held = _Sums(features, targets)
+    def __init__(
+        self, features: int, targets: int, *, device: torch.device, bias: bool = True
+    ) -> None:
+        self._fit = _Sums(features, targets, device)
+        self._held = _Sums(features, targets, device)
         self._bias = bias
 
     def add(self, x: torch.Tensor, y: torch.Tensor, *, held_out: bool = False) -> None:
@@ -105,9 +108,8 @@ class Moments:
 
     def _ridge(self, ridge: float) -> torch.Tensor:
         sums = self._fit
-        size = sums.xx.shape[0] - 1
         scale = sums.xx.diagonal()[:-1].mean().item() or 1.0
-        penalty = torch.full((size + 1,), ridge * scale, dtype=torch.float64)
+        penalty = torch.full_like(sums.xx[0], ridge * scale)
         penalty[-1] = 1e-9 * max(sums.count, 1) if self._bias else 1e30
         solution: torch.Tensor = torch.linalg.solve(sums.xx + torch.diag(penalty), sums.xy)
         if not self._bias:
@@ -121,7 +123,7 @@ class Moments:
         covariance = self._fit.xx[:-1, :-1] - count * mean.T @ mean
         if not self._bias:
             covariance = self._fit.xx[:-1, :-1]
-        jitter = 1e-10 * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
+        jitter = 1e-10 * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
         factor = torch.linalg.cholesky(covariance + jitter)
         with torch.random.fork_rng():
             torch.manual_seed(0)

@@ -119,6 +119,7 @@ def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
+    unit.requires_grad_()  # also where the original is frozen
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
             old = before[name]
