@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,13 +132,27 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
             if isinstance(leaf, torch.Tensor):
+                _check_name(model, name)
                 leaves.append(Leaf(name, tuple(_key(entry) for entry in path), leaf))
+            elif isinstance(leaf, Mapping | Sequence) and not isinstance(leaf, str | bytes):
+                raise CaptureError(
+                    f"argument {name!r} holds a {type(leaf).__name__}, which torch cannot look "
+                    "into: give a plain dict, list or tuple of the same tensors"
+                )
     if not leaves:
         raise CaptureError(
             f"the example inputs of {type(model).__name__} hold no tensor: give at least one "
             "(example_inputs=(tensor, ...) or --input 1x3x32x32)"
         )
     return Arguments(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise CaptureError(
+            f"argument {name!r} of {type(model).__name__} cannot be the name of an argument in "
+            "Python: rename it, or wrap the model in a module that takes another name"
+        )
 
 
 def _key(entry: Any) -> Any:

@@ -52,7 +52,9 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         # Only whole blocks can be copied.
         candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.cuts is not None:
-        return _linked(analysis, Cut((*_named(analysis, candidates, options.cuts), head), 0.0))
+        return _linked(
+            analysis, Cut((*_named(analysis, candidates, head, options.cuts), head), 0.0)
+        )
     candidates = _distinct(candidates, head)
     if options.stages == "auto":
         most = min(_MOST_STAGES, len(candidates) + 1)
@@ -151,7 +153,7 @@ def _solve(
 
 
 def _named(
-    analysis: Analysis, candidates: list[Position], names: tuple[str, ...]
+    analysis: Analysis, candidates: list[Position], head: Position, names: tuple[str, ...]
 ) -> list[Position]:
     """Find the position in front of each named node or module."""
     order = analysis.frontiers.order
@@ -167,6 +169,11 @@ def _named(
         )  # fmt: skip
         if index is None:
             raise PartitionError(f"no node or module is called {name!r} in {analysis.program.name}")
+        if index >= head.index:
+            raise PartitionError(
+                f"{name!r} lies in the head, behind the last correction: the last stage ends in "
+                f"front of {_label(analysis, head)}"
+            )
         if index not in by_index:
             near = min(candidates, key=lambda p: abs(p.index - index), default=None)
             hint = (

@@ -78,6 +78,8 @@ class Options:
         _among("sweep", self.sweep, ("chain", "collapsed"))
         if self.sweep == "collapsed":
             self._check_collapsed()
+        if isinstance(self.cuts, str):
+            raise OptionError(f"cuts must be a list of names (got the text {self.cuts!r})")
         if self.cuts is not None and self.stages not in ("auto", len(self.cuts) + 1):
             raise OptionError(
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, but stages is "

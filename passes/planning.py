@@ -213,6 +213,12 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
             f"the coarse budget of {options.coarse_budget:.1%}: fewer stages or a cheaper coarse "
             "family would help"
         )
+    stateful = any(analysis.facts[node].writes for node in analysis.frontiers.order)
+    if options.iterations > 1 and stateful:
+        notes.append(
+            f"with K = {options.iterations} iterations, layers that keep statistics (BatchNorm) "
+            "update them more than once per training step, and some of it on guessed states"
+        )
     if forecast.speedup < 1:
         notes.append(
             f"no gain: the parareal network needs {1 / forecast.speedup:.1f} times the original's "

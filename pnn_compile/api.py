@@ -140,7 +140,7 @@ def compile(
         iterations: Number K of parareal iterations; K = N reproduces the original.
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.
-        plan: Replay this plan instead of deciding anew; the options of the search are ignored.
+        plan: Replay this plan instead of deciding anew; no option of the search may be given.
         debug: Whether to verify every graph between passes.
 
     Raises:
@@ -154,7 +154,7 @@ def compile(
     options = Options(
         stages=stages,
         cost=cost,
-        cuts=None if cuts is None else tuple(cuts),
+        cuts=cuts if cuts is None or isinstance(cuts, str) else tuple(cuts),  # type: ignore[arg-type]
         coarse=coarse,
         coarse_budget=coarse_budget,
         units=units,
@@ -165,6 +165,8 @@ def compile(
         iterations=iterations,
         seed=seed,
     )
+    if plan is not None and options != Options():
+        raise OptionError("a plan decides everything: leave out the options of the search")
     start = time.perf_counter()
     program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
     captured = PassResult("capture and validate", time.perf_counter() - start)

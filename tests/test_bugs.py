@@ -100,7 +100,7 @@ class WrongGradient(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return grad * 0.1
 
 
@@ -215,3 +215,31 @@ def test_low_rank_maps_of_different_widths_are_fitted_together() -> None:
     compiled = pnn.compile(Towers().eval(), x[:2], stages=2, coarse="lowrank", coarse_budget=1.0)
     report = pnn.calibrate(compiled, list(x.split(32)))
     assert report.output_error_after < report.output_error_before
+
+
+def test_tensors_in_a_container_that_torch_does_not_know_are_refused() -> None:
+    from collections import UserDict
+
+    class Net(nn.Module):
+        def forward(self, batch: UserDict[str, Tensor]) -> Tensor:
+            return batch["x"] * 2
+
+    with pytest.raises(pnn.CaptureError, match="UserDict"):
+        pnn.compile(Net(), (UserDict(x=torch.randn(2, 4)),), stages=1)
+
+
+def test_options_that_are_misread_are_refused() -> None:
+    model, x = nn.Sequential(*_blocks()), torch.randn(4, 16)
+    with pytest.raises(pnn.OptionError, match="list of names"):
+        pnn.compile(model, x, cuts="1")
+    plan = pnn.compile(model, x, stages=2).plan
+    with pytest.raises(pnn.OptionError, match="a plan decides everything"):
+        pnn.compile(model, x, plan=plan, correction="difference")
+    with pytest.raises(pnn.PartitionError, match="lies in the head"):
+        pnn.compile(nn.Sequential(*_blocks(), nn.Flatten()), x, cuts=["6"])
+
+
+def test_statistics_that_are_updated_more_than_once_are_noted() -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(6)]
+    plan = pnn.compile(nn.Sequential(*layers), torch.randn(4, 8), stages=3, iterations=2).plan
+    assert any("BatchNorm" in note for note in plan.notes)
