@@ -462,6 +462,8 @@ def test_a_recurrent_layer_is_exported_without_a_warning(dynamic: bool) -> None:
 class Table(nn.Module):
     """Adds a row of a buffer, so that a checkpoint with another table must change the output."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
@@ -477,5 +479,5 @@ def test_what_follows_from_a_buffer_is_not_a_frozen_table() -> None:
     assert not captured.unused
     x = torch.randn(2, 4)
     before = captured.module(x)
-    captured.module.table.zero_()
+    captured.module.get_buffer("table").zero_()
     assert not torch.equal(captured.module(x), before)

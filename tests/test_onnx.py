@@ -14,6 +14,7 @@ from examples import decoder, unet
 
 @pytest.mark.parametrize("name", ["unet", "decoder"])
 def test_onnx_runtime_agrees_with_torch_on_other_batch_sizes(name: str, tmp_path: Path) -> None:
+    model: nn.Module
     if name == "unet":
         model, inputs = unet.build_model(depth=2, width=4), unet.example_inputs()
     else:

@@ -1,5 +1,7 @@
 """The collapsed sweep: every residual straight to the last state."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,7 @@ def test_products_of_the_stages_make_it_exact_on_a_linear_network() -> None:
 @pytest.mark.parametrize("name", ["resnet", "unet"])
 def test_it_verifies_trains_and_costs_one_map(name: str) -> None:
     model: nn.Module
+    inputs: tuple[torch.Tensor, ...]
     if name == "resnet":
         model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
     else:
@@ -49,9 +52,12 @@ def test_it_verifies_trains_and_costs_one_map(name: str) -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
-    for options in ({"coarse": "units"}, {"correction": "difference"}, {"iterations": 2}):
+    refused: list[dict[str, Any]] = [
+        {"coarse": "units"}, {"correction": "difference"}, {"iterations": 2},
+    ]  # fmt: skip
+    for options in refused:
         with pytest.raises(pnn.OptionError, match="collapsed"):
-            pnn.compile(model, inputs, stages=3, sweep="collapsed", **options)  # type: ignore[arg-type]
+            pnn.compile(model, inputs, stages=3, sweep="collapsed", **options)
     compiled = pnn.compile(model, inputs, stages=3, sweep="collapsed")
     with pytest.raises(pnn.OptionError, match="chain"):
         pnn.calibrate(compiled, [inputs[0], inputs[0]])

@@ -46,10 +46,10 @@ def test_the_oracles_hold_for_both_forms(correction: str) -> None:
 
 def test_a_stage_that_computes_something_else_is_caught() -> None:
     compiled = _compiled()
-    graph = compiled.sequential.get_submodule("fine_1").graph  # type: ignore[attr-defined]
-    layer = next(node for node in graph.nodes if node.op == "call_module")
-    layer.replace_all_uses_with(layer.args[0])
-    graph.owning_module.recompile()
+    stage = compiled.stages.fine[1]
+    layer = next(node for node in stage.graph.nodes if node.op == "call_module")
+    layer.replace_all_uses_with(layer.all_input_nodes[0])
+    stage.recompile()
     report = compiled.verify()
     failed = {check.name.split(",")[0] for check in report.checks if not check.passed}
     assert "stages in sequence = original" in failed

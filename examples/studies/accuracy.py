@@ -58,13 +58,21 @@ PRESETS = {
     "gpu": Preset(samples=50_000, tests=10_000, epochs=60, units=18, width=16),
 }
 BATCH = 128
+_CALIBRATION = 125
 STAGES = (3, 6)
-FORMS: tuple[tuple[str, Literal["chain", "collapsed"]], ...] = (
+Correction = Literal["residual", "difference"]
+Sweep = Literal["chain", "collapsed"]
+FORMS: tuple[tuple[str, Sweep], ...] = (
     ("units", "chain"),
     ("linear", "chain"),
     ("linear", "collapsed"),
 )
 """Coarse family and sweep of the networks trained from scratch."""
+CONVERSIONS: tuple[tuple[Correction, str], ...] = (
+    ("residual", "lowrank+linear"),
+    ("difference", "lowrank+linear+conv"),
+)
+"""Correction and coarse family of the networks made from a trained original."""
 
 
 @dataclass(frozen=True)
@@ -181,30 +189,36 @@ def same_latency(units: int, stages: int) -> int:
 Row = dict[str, object]
 
 
-def from_scratch(task: Task, preset: Preset, seed: int) -> Iterator[Row]:
+def from_scratch(task: Task, preset: Preset, seed: int, only: str = "") -> Iterator[Row]:
     """Train the original, the shorter networks and the parareal networks on the same labels."""
-    torch.manual_seed(seed)
-    original = task.build(task.units)
-    yield _trained("original", original, task, preset, seed, stages=1)
-    for stages in STAGES:
+    if only in "original":
         torch.manual_seed(seed)
-        short = task.build(same_latency(task.units, stages))
-        yield _trained("same latency", short, task, preset, seed, stages=stages)
-        for family, sweep in FORMS:
+        yield _trained("original", task.build(task.units), task, preset, seed, stages=1)
+    for stages in STAGES:
+        if only in "same latency":
             torch.manual_seed(seed)
-            compiled = pnn.compile(
-                task.build(task.units), task.train.x[:2], stages=stages, coarse=family,
-                sweep=sweep, coarse_budget=1.0, seed=seed,
-            )  # fmt: skip
-            row = _trained(
-                f"parareal, {family}, {sweep}", compiled.module, task, preset, seed, stages=stages
-            )
-            bare = uncorrected(compiled)
-            yield row | {
-                "speedup": compiled.plan.forecast.speedup,
-                "serial": compiled.plan.forecast.serial_share,
-                "uncorrected": accuracy(bare, task.test),
-            }
+            short = task.build(same_latency(task.units, stages))
+            yield _trained("same latency", short, task, preset, seed, stages=stages)
+        for family, sweep in FORMS:
+            name = f"parareal, {family}, {sweep}"
+            if only in name:
+                yield _parareal(name, family, sweep, task, preset, seed, stages)
+
+
+def _parareal(
+    name: str, family: str, sweep: Sweep, task: Task, preset: Preset, seed: int, stages: int
+) -> Row:
+    torch.manual_seed(seed)
+    compiled = pnn.compile(
+        task.build(task.units), task.train.x[:2], stages=stages, coarse=family, sweep=sweep,
+        coarse_budget=1.0, seed=seed,
+    )  # fmt: skip
+    row = _trained(name, compiled.module, task, preset, seed, stages=stages)
+    return row | {
+        "speedup": compiled.plan.forecast.speedup,
+        "serial": compiled.plan.forecast.serial_share,
+        "uncorrected": accuracy(uncorrected(compiled), task.test),
+    }
 
 
 def _trained(
@@ -232,25 +246,25 @@ def _zeroed(value: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
     return tuple(v * 0 for v in value) if isinstance(value, tuple) else value * 0
 
 
-def conversion(task: Task, preset: Preset, seed: int) -> Iterator[Row]:
+def conversion(task: Task, preset: Preset, seed: int, only: str = "") -> Iterator[Row]:
     """Convert a trained original; the controls get the same fit of one epoch."""
     torch.manual_seed(seed)
     original = task.build(task.units)
     train(original, task, preset.epochs, seed)
     original.eval()
     yield _row("original", 1, seed, fitted=accuracy(original, task.test))
-    calibration = [task.train.x[batch] for batch in task.train.batches(250)[:32]]
+    calibration = [task.train.x[batch] for batch in task.train.batches(_CALIBRATION)[:64]]
     for stages in STAGES:
-        for correction, coarse in (
-            ("residual", "lowrank+linear"),
-            ("difference", "lowrank+linear+conv"),
-        ):
-            yield _converted(task, original, stages, correction, coarse, calibration, seed)
+        for correction, coarse in CONVERSIONS:
+            if only in f"parareal, {correction}, {coarse}":
+                yield _converted(task, original, stages, correction, coarse, calibration, seed)
         keep = same_latency(task.units, stages)
-        exit_after = _early_exit(original, task, keep, calibration)
-        yield _controlled("early exit", exit_after, task, original, stages, seed)
-        dropped = _dropped(original, task, keep)
-        yield _controlled("layers dropped", dropped, task, original, stages, seed)
+        if only in "early exit":
+            exit_after = _early_exit(original, task, keep, calibration)
+            yield _controlled("early exit", exit_after, task, original, stages, seed)
+        if only in "layers dropped":
+            dropped = _dropped(original, task, keep)
+            yield _controlled("layers dropped", dropped, task, original, stages, seed)
 
 
 def _row(name: str, stages: int, seed: int, **figures: float) -> Row:
@@ -258,7 +272,7 @@ def _row(name: str, stages: int, seed: int, **figures: float) -> Row:
 
 
 def _converted(
-    task: Task, original: nn.Module, stages: int, correction: str, coarse: str,
+    task: Task, original: nn.Module, stages: int, correction: Correction, coarse: str,
     calibration: list[torch.Tensor], seed: int,
 ) -> Row:  # fmt: skip
     compiled = pnn.compile(
@@ -330,8 +344,7 @@ def _dropped(original: nn.Module, task: Task, keep: int) -> nn.Module:
     count = keep - len(must)
     chosen = {free[int(k * len(free) / count)] for k in range(count)}
     kept = [unit for i, unit in enumerate(units) if i in chosen or i in must]
-    container = nn.Sequential if name == "trunk" else nn.ModuleList
-    setattr(network, name, container(*kept) if name == "trunk" else container(kept))
+    setattr(network, name, nn.Sequential(*kept) if name == "trunk" else nn.ModuleList(kept))
     return network
 
 
@@ -374,6 +387,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="networks whose name holds this text")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.action == "table":
@@ -385,7 +399,7 @@ def main() -> None:
     study = from_scratch if options.study == "scratch" else conversion
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
-        for row in study(task, preset, seed):
+        for row in study(task, preset, seed, options.only):
             line = json.dumps({"task": options.task, "preset": options.preset, **row})
             with options.results.open("a") as file:
                 file.write(line + "\n")

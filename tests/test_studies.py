@@ -1,0 +1,48 @@
+"""The studies run from end to end on a handful of random samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.studies import accuracy
+from examples.studies.data import Split, gated_pairs, standard_library
+
+PRESET = accuracy.PRESETS["smoke"]
+
+
+def _task() -> accuracy.Task:
+    generator = torch.Generator().manual_seed(0)
+    images = Split(
+        torch.randn(256, 2, 8, 8, generator=generator),
+        torch.randint(10, (256,), generator=generator),
+    )
+    return accuracy.Task(images, images, lambda n: accuracy._resnet(n, 4, 2), 12)
+
+
+@pytest.mark.parametrize("study", ["scratch", "conversion"])
+def test_every_network_and_control_is_trained_and_measured(study: str, tmp_path: Path) -> None:
+    run = accuracy.from_scratch if study == "scratch" else accuracy.conversion
+    rows = list(run(_task(), PRESET, seed=0))
+    names = {(row["network"], row["stages"]) for row in rows}
+    # the same-latency network and three forms, or two forms and two controls
+    per_stage = 4
+    assert len(rows) == len(names) == 1 + len(accuracy.STAGES) * per_stage
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
+    assert accuracy.table(file).count("\n") == len(rows) + 1
+
+
+def test_the_gate_depends_on_both_images() -> None:
+    images = Split(torch.arange(4.0).reshape(4, 1, 1, 1), torch.tensor([1, 2, 3, 4]))
+    pairs = gated_pairs(images, 64, torch.Generator().manual_seed(0))
+    for (a, b), label in zip(pairs.x.flatten(1).long().tolist(), pairs.y.tolist(), strict=True):
+        assert label == (images.y[a] + 5 * (images.y[b] % 2)) % 10
+
+
+def test_text_windows_predict_the_next_byte() -> None:
+    train, test = standard_library(context=16, count=64)
+    assert train.x.shape == (64, 16)
+    assert torch.equal(train.x[:, 1:], train.y[:, :-1])
+    assert len(test.y) == 8
