@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +58,12 @@ class _Checker:
                 f"has {len(plan.interfaces)} entries for {len(plan.stages)} stages: one per stage",
             )
         for number, face in enumerate(plan.interfaces):
-            yield from self._interface(f"plan.interfaces[{number}]", number, face)
+            yield from self._interface(f"plan.interfaces[{number}]", face)
         for number in range(len(plan.stages)):
             yield from self._stage(f"plan.stages[{number}]", number)
         yield from self._reads("plan.head", plan.head.inputs, plan.head.sides)
 
-    def _interface(self, place: str, number: int, face: Interface) -> _Problems:
-        after = self.plan.stages[number].last
-        yield from _among(f"{place}.after", face.after, (after,), f"stage {number} ends there")
+    def _interface(self, place: str, face: Interface) -> _Problems:
         for index, value in enumerate(face.state):
             here = f"{place}.state[{index}]"
             yield from _among(f"{here}.name", value.name, self.nodes)
@@ -76,8 +74,10 @@ class _Checker:
         start = 0
         if number:
             start = self.order.index(self.plan.stages[number - 1].last) + 1
-        yield from _among(f"{place}.last", stage.last, self.order[start:], "nodes of the program")
+        yield from _among(f"{place}.last", stage.last, self.order[start:])
         yield from _among(f"{place}.first", stage.first, self.order[start : start + 1])
+        after = self.plan.interfaces[number].after
+        yield from _among(f"plan.interfaces[{number}].after", after, (stage.last,))
         yield from self._reads(place, stage.inputs, stage.sides)
         state = _state(self.plan, number - 1) if number else []
         crossing = _state(self.plan, number)
@@ -163,7 +163,7 @@ def _tensor(place: str, spec: TensorSpec) -> _Problems:
     if not isinstance(getattr(torch, str(spec.dtype), None), torch.dtype):
         yield f"{place}.dtype", f"is {spec.dtype!r}, no dtype of torch: float32, for example"
     for index, size in enumerate(spec.shape):
-        if not isinstance(size, int) or size < 0:
+        if not _is_whole(size) or size < 0:
             yield f"{place}.shape[{index}]", f"is {size!r}, no size"
     axes = tuple(range(-len(spec.shape), len(spec.shape)))
     yield from _among(f"{place}.batch_axis", spec.batch_axis, (None, *axes))
@@ -171,19 +171,23 @@ def _tensor(place: str, spec: TensorSpec) -> _Problems:
         yield from _among(f"{place}.channel_axis", spec.channel_axis, axes)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _at_least_one(place: str, value: Any) -> _Problems:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        yield place, f"is {value!r}: a whole number of at least 1"
+    if not _is_whole(value) or value < 1:
+        yield place, f"is {value!r}: it should be a whole number of at least 1"
 
 
 def _list(place: str, value: Any) -> _Problems:
     if not isinstance(value, (list, tuple)):
-        yield place, f"is a {type(value).__name__}: a list"
+        yield place, f"is of type {type(value).__name__}: it should be a list"
 
 
 def _fields(place: str, record: Any, names: Sequence[str]) -> _Problems:
     if not isinstance(record, Mapping):
-        yield place, f"is a {type(record).__name__}: an object"
+        yield place, f"is of type {type(record).__name__}: it should be an object"
     for name in names:
         if name not in record:
             yield f"{place}.{name}", f"is missing: it needs {', '.join(names)}"
@@ -198,7 +202,7 @@ _FEW = 8
 
 
 def _among(place: str, value: Any, known: Collection[Any], why: str = "") -> _Problems:
-    if value in known:
+    if isinstance(value, Hashable) and value in known:
         return
     if isinstance(known, set):
         allowed = "a node of the program"

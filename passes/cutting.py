@@ -66,6 +66,11 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         if options.stages - 1 > len(candidates):
             raise PartitionError(_too_few(analysis, candidates, options.stages))
         solution = _solve(analysis, options, candidates, head, options.stages)
+        while len(candidates) >= options.stages and (
+            start := _idle(analysis, _positions(candidates, head, solution))
+        ):
+            candidates.remove(start)
+            solution = _solve(analysis, options, candidates, head, options.stages)
     return _linked(analysis, Cut(_positions(candidates, head, solution), solution.gap))
 
 

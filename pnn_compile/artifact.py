@@ -35,13 +35,16 @@ from passes.program import Program, graph_module, resolve
 from pnn_compile import graphfile
 from pnn_compile.network import Network, replay
 
-__all__ = ["load", "save"]
+__all__ = ["check_replaceable", "load", "save"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PLAN, _PROGRAM = "plan.json", "program.json"
 _VALUES, _WEIGHTS = "program.safetensors", "weights.safetensors"
+_OURS = frozenset({_PLAN, _PROGRAM, _VALUES, _WEIGHTS})
+_DERIVED = frozenset({"model.onnx"})
+"""What the command line exports into an artifact, and what is stale once it is replaced."""
 _AGAIN = "restore the file, or save the artifact again"
 
 
@@ -49,8 +52,8 @@ def save(compiled: Network, path: str | Path) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then renamed: whatever fails on the way leaves
-    an older artifact whole. All that an older artifact holds goes with it, models and reports that
-    were exported into it too. Tensors are stored on the CPU. A program that holds something that
+    an older artifact whole. Files of the user in an older artifact stay; a `model.onnx` goes, for
+    it shows the older network. Tensors are stored on the CPU. A program that holds something that
     has no form as data is stored without its graph; the log says so, and `load` then needs the
     model.
 
@@ -62,8 +65,7 @@ def save(compiled: Network, path: str | Path) -> Path:
             tensor cannot be stored.
     """
     target = Path(path).resolve()
-    with _writing(target):
-        _check_replaceable(target)
+    check_replaceable(target)
     program = _current(compiled)
     # The network may have been converted, by half() for example, since it was compiled.
     plan = dataclasses.replace(compiled.plan, fingerprint=program.fingerprint)
@@ -78,6 +80,8 @@ def save(compiled: Network, path: str | Path) -> Path:
         for name, tensors in ((_VALUES, values), (_WEIGHTS, writer.values)):
             save_file(tensors, folder / name)
             shutil.copymode(folder / _PLAN, folder / name)  # it writes for the owner alone
+        if target.exists():
+            _carry_over(target, folder)
     if data["unknown"]:
         _log.warning(
             "%s is saved without its program (%s): load it with pnn.load(%r, model=...)",
@@ -101,7 +105,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Network:
     start = time.perf_counter()
     folder = Path(path)
     _check_artifact(folder)
-    plan = _read(folder / _PLAN, _read_plan)
+    plan = _read(folder / _PLAN, lambda file: Plan.from_json(file.read_text(encoding="utf-8")))
     data = _read(folder / _PROGRAM, _read_json)
     values = _read(folder / _VALUES, load_file)
     weights = _read(folder / _WEIGHTS, load_file)
@@ -130,6 +134,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> Network:
     with _blaming(folder / _WEIGHTS):
         _restore_network(compiled, network, weights)
     return compiled
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Check that an artifact can take the place of what is at `path`.
+
+    Raises:
+        ArtifactError: A file is there, or a directory that holds something else.
+    """
+    target = Path(path).resolve()
+    with _writing(target):
+        _check_replaceable(target)
 
 
 def _check_replaceable(target: Path) -> None:
@@ -184,6 +199,25 @@ def _replacing(target: Path) -> Iterator[Path]:
             os.rename(old, target)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _carry_over(old: Path, fresh: Path) -> None:
+    """Give the new directory what the older one holds and the compiler did not write."""
+    for entry in old.iterdir():
+        if entry.name in _DERIVED:
+            _log.warning("%s is dropped with the older network: export it again", entry)
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)
+        elif entry.name not in _OURS:
+            _link(entry, fresh / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _to_json(data: Mapping[str, Any]) -> str:
@@ -330,18 +364,6 @@ def _read(file: Path, read: Callable[[Path], _T]) -> _T:
         raise ArtifactError(f"{file} is missing: {_AGAIN}")
     with _blaming(file):
         return read(file)
-
-
-def _read_plan(file: Path) -> Plan:
-    plan = Plan.from_json(file.read_text(encoding="utf-8"))
-    dtypes = [value.spec.dtype for interface in plan.interfaces for value in interface.state]
-    for stage in plan.stages:
-        if stage.preprocess is not None:
-            dtypes += [source["dtype"] for source in stage.preprocess.options["sources"]]
-    unknown = [dtype for dtype in dtypes if dtype not in graphfile.DTYPES]
-    if unknown:
-        raise ArtifactError(f"{unknown[0]!r} is no dtype of torch")
-    return plan
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -313,12 +313,11 @@ def _judge(walker: Walker, batches: _Batches) -> _Judgement:
                 for name in names:
                     energy.add(found[name], wanted[name])
             corrected, true = step.corrected, step.true
-        found, wanted = (_judged(walker.head(state, inputs)) for state in (corrected, true))
-        outputs.add(found, wanted)
-        if wanted.is_floating_point():
-            found, wanted = found.argmax(-1), wanted.argmax(-1)
+        given = _judged(walker.head(corrected, inputs))
+        right = _judged(walker.head(true, inputs))
+        outputs.add(given, right)
         size = batch_size(inputs)
-        agreed += (found == wanted).double().mean().item() * size
+        agreed += _agreement(given, right) * size
         samples += size
     shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}
     return _Judgement(**shares, agreement=agreed / max(samples, 1), output=outputs.share)
@@ -330,6 +329,12 @@ def _judged(outputs: Any) -> torch.Tensor:
     if not tensors:
         raise OptionError("the network has no tensor among its outputs to judge calibration by")
     return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
+
+
+def _agreement(given: torch.Tensor, right: torch.Tensor) -> float:
+    if right.is_floating_point():
+        given, right = given.argmax(-1), right.argmax(-1)
+    return (given == right).double().mean().item()
 
 
 class _Energy:

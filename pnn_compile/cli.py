@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -41,8 +42,12 @@ class _ModelFirst(click.Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Let options of `compile` stand in front of the model too."""
+        """Let options of `compile` stand in front of the model, and --debug before any command."""
         known = {"--help", "-h", "--version"}
+        flags = list(itertools.takewhile(lambda word: word in ("--debug", "--json"), args))
+        rest = args[len(flags) :]
+        if rest and rest[0] in self.commands:
+            args = [rest[0], *flags, *rest[1:]]
         if args and args[0].startswith("-") and args[0] not in known:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
@@ -146,8 +151,11 @@ def compile_command(
     """Compile MODEL: file.py, file.py:name or package.module:name."""
     if output is None and "onnx" in emit:
         raise OptionError("--emit onnx needs a directory to write to: add -o DIR")
+    from pnn_compile.artifact import check_replaceable
     from pnn_compile.samples import read_batches
 
+    if output is not None:
+        check_replaceable(output)
     progress = _Progress(quiet or as_json)
     with progress("compiling"):
         compiled = _compile(model, options, debug)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
-from pnn_compile.batches import named_batch
+from pnn_compile.batches import batch_size, device_of, named_batch
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -112,22 +114,29 @@ def fit(
         progress: Called with (step, steps, loss).
 
     Raises:
-        OptionError: The loader is empty or has no length, a batch does not fit, or the loss is
+        OptionError: The loader is empty or has no length, a batch does not fit, nothing trains,
+            a number is out of range, the folder of the checkpoint does not exist, or the loss is
             not finite.
     """
     network = compiled.module
-    teacher = copy.deepcopy(compiled.program.module).eval().requires_grad_(False)
+    _check_numbers(epochs, learning_rate, checkpoint_every)
+    file = _checkpoint_file(checkpoint)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if not parameters:
+        raise OptionError(
+            f"{compiled.plan.model} has no parameter that requires a gradient: there is nothing to "
+            "fit (compiled.module.requires_grad_() thaws a frozen one)"
+        )
+    teacher = copy.deepcopy(compiled.sequential).eval().requires_grad_(False)
     total = epochs * _length(loader)
     make = optimizer or (
         lambda params: torch.optim.AdamW(params, learning_rate, weight_decay=weight_decay)
     )
-    trained = make(p for p in network.parameters() if p.requires_grad)
+    trained = make(parameters)
     schedule = torch.optim.lr_scheduler.LambdaLR(trained, _warm_cosine(total))
-    state = _State(network, teacher, trained, schedule, checkpoint)
+    state = _State(network, teacher, trained, schedule, file)
     measure = loss or distillation
-    training = network.training
-    network.train()
-    try:
+    with _training(network), _random_state_of(state):
         for step, batch in _remaining(loader, epochs, state.step):
             value, size = _step(compiled, teacher, batch, measure, trained, autocast, clip_norm)
             schedule.step()
@@ -136,8 +145,6 @@ def fit(
                 progress(step + 1, total, value)
             if (step + 1) % checkpoint_every == 0 or step + 1 == total:
                 state.save()
-    finally:
-        network.train(training)
     tenth = max(1, len(state.losses) // 10)
     return FitReport(
         steps=state.step,
@@ -145,6 +152,51 @@ def fit(
         first_loss=sum(state.losses[:tenth]) / tenth,
         last_loss=sum(state.losses[-tenth:]) / tenth,
     )
+
+
+def _check_numbers(epochs: int, learning_rate: float, checkpoint_every: int) -> None:
+    if not 0 < learning_rate < math.inf:
+        raise OptionError(
+            f"the learning rate must be above 0 (got {learning_rate}); the default is 1.5e-3"
+        )
+    for name, number in (("epochs", epochs), ("checkpoint_every", checkpoint_every)):
+        if number < 1:
+            raise OptionError(f"{name} must be at least 1 (got {number})")
+
+
+def _checkpoint_file(checkpoint: str | Path | None) -> Path | None:
+    if checkpoint is None:
+        return None
+    file = Path(checkpoint)
+    if not file.parent.is_dir():
+        raise OptionError(
+            f"the fit cannot be saved to {file}: {file.parent} is no directory, make it first"
+        )
+    if file.is_dir():
+        raise OptionError(f"the fit cannot be saved to {file}, a directory: name a file in it")
+    return file
+
+
+@contextmanager
+def _training(network: nn.Module) -> Iterator[None]:
+    """Train every module; leave the modes as they were, and no gradients."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        network.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _random_state_of(state: _State) -> Iterator[None]:
+    """Go on with the random state of an interrupted fit, and put the caller's back behind it."""
+    with torch.random.fork_rng(devices=[], enabled=state.random is not None):
+        if state.random is not None:
+            torch.set_rng_state(state.random)
+        yield
 
 
 def _length(loader: Iterable[Any]) -> int:
@@ -190,12 +242,9 @@ def _step(
 ) -> tuple[float, int]:
     """Take one optimizer step; give the loss and the number of samples."""
     inputs = named_batch(compiled, batch)
-    device = next(compiled.module.parameters()).device
-    inputs = pytree.tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, inputs
-    )
+    size, device = batch_size(inputs), device_of(compiled.module)
     with torch.no_grad():
-        wanted = teacher(**inputs)
+        wanted = teacher(**named_batch(compiled, batch))  # copies of its own: it may change them
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         value = loss(compiled.module(**inputs), wanted, batch)
     if not torch.isfinite(value):
@@ -207,8 +256,7 @@ def _step(
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(compiled.module.parameters(), clip_norm)
     optimizer.step()
-    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    return value.item(), int(leaves[0].shape[0])
+    return value.item(), size
 
 
 class _State:
@@ -220,7 +268,7 @@ class _State:
         teacher: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LambdaLR,
-        file: str | Path | None,
+        file: Path | None,
     ) -> None:
         self._parts: Mapping[str, Any] = {
             "network": network,
@@ -228,10 +276,11 @@ class _State:
             "optimizer": optimizer,
             "schedule": schedule,
         }
-        self._file = Path(file) if file is not None else None
+        self._file = file
         self.step = 0
         self.samples = 0
         self.losses: list[float] = []
+        self.random: torch.Tensor | None = None
         if self._file is not None and self._file.exists():
             self._load(self._file)
 
@@ -254,7 +303,7 @@ class _State:
             found = torch.load(file, weights_only=True)
             for name, part in self._parts.items():
                 part.load_state_dict(found[name])
-            torch.set_rng_state(found["random"])
+            self.random = found["random"]
         except Exception as error:
             raise OptionError(
                 f"{file} does not continue this fit ({error}): delete it to start anew"

@@ -67,7 +67,9 @@ class _Builder:
                 if source.op != "get_attr":
                     self._connect(self._value(source, stage_of, stage_of[node]), node.name, source)
         for source in program.output.all_input_nodes:
-            self._connect(self._value(source, stage_of, len(self.plan.stages)), ":output", source)
+            if source.op != "get_attr":
+                value = self._value(source, stage_of, len(self.plan.stages))
+                self._connect(value, ":output", source)
         return self.graph
 
     def _stage_numbers(self) -> dict[fx.Node, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from passes.analysis import Analysis, weigh
+from passes.check import check_plan
 from passes.coarse.build import Operators
 from passes.errors import ArtifactError, OptionError
 from passes.observe import observe
@@ -100,13 +101,14 @@ def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = Fals
     """Build the network that a plan describes over a program.
 
     Raises:
-        ArtifactError: The plan was made for another program.
+        ArtifactError: The plan was made for another program, or was edited and makes no sense.
     """
     if plan.fingerprint != program.fingerprint:
         raise ArtifactError(
             f"the plan was made for another {plan.model}: the structure of {program.name} differs "
             "(layers, shapes or options); compile it again"
         )
+    check_plan(program, plan)
     compilation, results = run_passes(Compilation(program, plan=plan), REPLAY, check=debug)
     return gather(compilation, (*before, *results))
 

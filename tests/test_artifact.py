@@ -270,11 +270,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_older_artifact_is_replaced_whole(compiled: pnn.Compiled, folder: Path) -> None:
+def test_an_export_of_the_older_artifact_goes_with_it(
+    compiled: pnn.Compiled, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "model.onnx").write_text("of the older one")
     compiled.save(folder)
     assert sorted(contents(folder)) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
+    assert "model.onnx is dropped" in caplog.text
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_files_of_the_user_stay(
+    compiled: pnn.Compiled, folder: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    (folder / "my_results.csv").write_text("1,2")
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "fit.pt").write_text("weights")
+    (folder / "latest").symlink_to("runs/first")
+    compiled.save(folder)
+    assert (folder / "my_results.csv").read_text() == "1,2"
+    assert (folder / "latest" / "fit.pt").read_text() == "weights"
+    assert (folder / "latest").is_symlink()
+    assert pnn.load(folder).plan == compiled.plan
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
@@ -286,6 +309,7 @@ def test_a_failure_leaves_the_older_artifact_whole(
     error: BaseException,
     where: str,
 ) -> None:
+    (folder / "my_results.csv").write_text("1,2")
     before, calls = contents(folder), []
     original = os.rename if where == "os.rename" else save_file
 

@@ -160,23 +160,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "stage of plan": (
         edit_json("plan.json", set_item("stages", 0, "last", "nowhere")),
-        r"plan\.json is damaged or does not fit.*to 'nowhere'.*restore",
+        r"plan\.json: plan\.stages\[0\]\.last is 'nowhere'; possible here: .*restore",
     ),
     "interface of plan": (
         edit_json("plan.json", set_item("interfaces", -1, "after", "nowhere")),
-        r"plan\.json is damaged or does not fit.*'nowhere'.*restore",
+        r"plan\.json: plan\.interfaces\[2\]\.after is 'nowhere'; possible here: .*restore",
     ),
     "state of plan": (
         edit_json("plan.json", set_item("stages", 1, "consumes", ["nowhere"])),
-        r"plan\.json is damaged or does not fit.*'nowhere'.*restore",
+        r"plan\.json: plan\.stages\[1\]\.consumes\[0\] is 'nowhere'; possible here: .*restore",
     ),
     "dtype of plan": (
         edit_json("plan.json", set_item("interfaces", 0, "state", 0, "spec", "dtype", "load")),
-        r"plan\.json: 'load' is no dtype of torch; restore",
+        r"plan\.json: .*\.state\[0\]\.spec\.dtype is 'load', no dtype of torch.*restore",
     ),
     "family of plan": (
         edit_json("plan.json", set_item("stages", 1, "coarse", "family", "magic")),
-        r"plan\.json is damaged or does not fit.*unknown coarse family 'magic'",
+        r"plan\.json: plan\.stages\[1\]\.coarse\.family is 'magic'; possible here: linear,",
     ),
 }
 

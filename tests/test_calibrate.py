@@ -1,6 +1,7 @@
 """Calibration and fit on a small model that is trained first."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110
+from pnn_compile.batches import device_of, named_batch
 from pnn_compile.cli import main
 
 
@@ -90,6 +92,80 @@ def test_one_batch_is_too_few(samples: torch.Tensor) -> None:
         pnn.calibrate(_compiled(samples), [samples])
 
 
+def test_a_generator_is_too_short(samples: torch.Tensor) -> None:
+    with pytest.raises(pnn.OptionError, match=r"got a generator.*give list\(batches\)"):
+        pnn.calibrate(_compiled(samples), (batch for batch in samples.split(64)))
+
+
+def _plain(*first: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+    return nn.Sequential(*first, *blocks)
+
+
+def _rows(count: int = 4) -> list[torch.Tensor]:
+    return list(torch.randn(16 * count, 8, generator=torch.Generator().manual_seed(0)).split(16))
+
+
+def test_arguments_go_by_the_names_that_users_see() -> None:
+    compiled = pnn.compile(_plain(), torch.randn(2, 8), stages=2)
+    assert [node.name for node in compiled.program.inputs] != ["input"]  # fx renames it
+    rows = _rows()
+    assert pnn.calibrate(compiled, [{"input": x} for x in rows]).held_out == 16
+    assert pnn.fit(compiled, rows).samples == 64
+    assert pnn.fit(compiled, [{"input": x} for x in rows]).samples == 64
+    with pytest.raises(pnn.OptionError, match="a batch lacks input: give"):
+        pnn.calibrate(compiled, [{"input_1": x} for x in rows])
+
+
+class Shifts(nn.Module):
+    """Writes into its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sub_(0.5)
+
+
+@pytest.mark.parametrize("first", [Shifts(), nn.ReLU(inplace=True)])
+def test_batches_are_left_as_they_are(first: nn.Module) -> None:
+    compiled = pnn.compile(_plain(first), torch.randn(2, 8), stages=2, coarse="exact")
+    batches, wanted = _rows(), _rows()
+    pnn.calibrate(compiled, batches)
+    named_batch(compiled, batches[0])["input"].zero_()
+
+    def close(outputs: torch.Tensor, target: torch.Tensor, batch: object) -> torch.Tensor:
+        torch.testing.assert_close(target, compiled.sequential(batch).detach())
+        return (outputs - target).square().mean()
+
+    pnn.fit(compiled, batches[:1], loss=close)
+    for batch, before in zip(batches, wanted, strict=True):
+        assert torch.equal(batch, before)
+
+
+def test_batches_follow_the_network_to_its_device() -> None:
+    compiled = pnn.compile(_plain(), torch.randn(2, 8), stages=2)
+    compiled.module.to("meta")
+    assert named_batch(compiled, torch.randn(2, 8))["input"].device.type == "meta"
+    assert device_of(nn.Identity()).type == "cpu"
+
+
+class Classes(nn.Module):
+    """Gives whole numbers, and nothing where there might be something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _plain()
+
+    def forward(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, self.body(x).argmax(-1)
+
+
+def test_whole_outputs_agree_where_they_are_equal() -> None:
+    compiled = pnn.compile(Classes(), torch.randn(4, 8), stages=2, coarse="linear")
+    report = pnn.calibrate(compiled, _rows(10))
+    assert 0 <= report.agreement_before <= report.agreement_after <= 1
+    assert report.agreement_after > 0.5
+
+
 def test_a_fit_brings_the_outputs_closer(samples: torch.Tensor) -> None:
     compiled = _compiled(samples, coarse="linear")
     batches = list(samples.split(64))
@@ -136,6 +212,70 @@ def test_a_fit_takes_any_loss_and_refuses_nonsense(samples: torch.Tensor) -> Non
         pnn.fit(compiled, [])
     with pytest.raises(pnn.OptionError, match="nan"):
         pnn.fit(compiled, batches, loss=lambda *_: torch.tensor(float("nan")))
+
+
+def test_a_fit_leaves_modes_gradients_and_random_state(tmp_path: Path) -> None:
+    compiled = pnn.compile(_plain(nn.Dropout(0.5)), torch.randn(2, 8), stages=2)
+    modes = {name: "fine_0" in name for name, _ in compiled.module.named_modules()}
+    for name, module in compiled.module.named_modules():
+        module.training = modes[name]
+    file = tmp_path / "fit.pt"
+    pnn.fit(compiled, _rows(), checkpoint=file)
+    assert {n: m.training for n, m in compiled.module.named_modules()} == modes
+    assert all(parameter.grad is None for parameter in compiled.module.parameters())
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    pnn.fit(compiled, _rows(), epochs=2, checkpoint=file)  # goes on where the other stopped
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_fit_follows_a_network_that_was_converted() -> None:
+    class Mixes(nn.Module):
+        mixing: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _plain()
+            self.register_buffer("mixing", torch.eye(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x @ self.mixing)
+
+    compiled = pnn.compile(Mixes(), torch.randn(2, 8), stages=2)
+    compiled.module.double()
+    assert pnn.fit(compiled, [x.double() for x in _rows()]).steps == 4
+
+
+def test_a_fit_takes_a_scalar_for_its_first_input() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _plain()
+
+        def forward(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x) * scale
+
+    scale = torch.tensor(2.0)
+    compiled = pnn.compile(Scaled(), (scale, torch.randn(4, 8)), stages=2)
+    assert pnn.fit(compiled, [(scale, x) for x in _rows()]).samples == 64
+
+
+def test_a_fit_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    compiled = pnn.compile(_plain(), torch.randn(2, 8), stages=2)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"learning_rate": -1.0}, "learning rate must be above 0"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ({"checkpoint": tmp_path / "no" / "fit.pt"}, "no is no directory, make it first"),
+        ({"checkpoint": tmp_path}, "a directory: name a file in it"),
+    )
+    for options, message in cases:
+        with pytest.raises(pnn.OptionError, match=message):
+            pnn.fit(compiled, _rows(), **options)
+    compiled.module.requires_grad_(False)
+    with pytest.raises(pnn.OptionError, match="no parameter that requires a gradient"):
+        pnn.fit(compiled, _rows())
 
 
 def test_calibrate_and_fit_on_the_command_line(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,67 @@ def test_artifacts_are_saved_inspected_and_verified(
     assert main(["inspect", str(out), "--json"]) == 0
     nodes = json.loads(capsys.readouterr().out)["nodes"]
     assert {"fine", "coarse"} <= {node["role"] for node in nodes}
+
+
+def test_a_sequential_is_fitted_from_an_npz_of_float64(model: str, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "data.npz"
+    np.savez(data, input=np.random.default_rng(0).standard_normal((32, 8)))
+    words = [model, "-n", "2", "--coarse", "linear", "-o", str(out), "-q"]
+    assert main(words) == 0
+    (out / "notes.txt").write_text("mine")
+    checkpoint = out / "fit.pt"
+    assert main(["fit", str(out), str(data), "--batch", "8", "--checkpoint", str(checkpoint)]) == 0
+    assert checkpoint.exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    np.savez(data, np.zeros((256, 8), np.float16))
+    assert main([*words, "--calibrate", str(data)]) == 0
+
+
+BAD_SAMPLES: dict[str, tuple[object, list[str], str]] = {
+    "features": (np.zeros((32, 9)), [], "has shape [32, 9], the network takes [samples, 8]"),
+    "a number": (np.zeros(()), [], "has shape [], the network takes [samples, 8]"),
+    "no samples": (np.zeros((0, 8)), [], "holds no samples"),
+    "whole numbers": (np.zeros((32, 8), np.uint8), [], "holds torch.uint8, the network takes"),
+    "text": (np.array(["a"]), [], "cannot be read"),
+    "checkpoint": (np.zeros((32, 8)), ["--checkpoint", "nodir/x.pt"], "nodir is no directory"),
+    "learning rate": (np.zeros((32, 8)), ["--learning-rate", "-1"], "must be above 0 (got -1.0)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_samples_that_do_not_fit_get_one_clear_error(
+    case: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array, words, text = BAD_SAMPLES[case]
+    out, data = tmp_path / "out", tmp_path / "data.npz"
+    np.savez(data, input=np.asarray(array))
+    assert main([model, "-n", "2", "-o", str(out), "-q", "--no-verify"]) == 0
+    assert main(["fit", str(out), str(data), *words]) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_the_output_directory_is_checked_before_anything_is_compiled(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("pnn_compile.cli._compile", never)
+    assert main([model, "-o", str(tmp_path)]) == 2
+    assert "something else than an artifact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--debug"], ["--json"], ["--debug", "--json"]])
+def test_flags_may_stand_in_front_of_a_command(
+    flags: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["--debug", model, "-n", "2", "-o", out, "-q"]) == 0
+    capsys.readouterr()
+    assert main([*flags, "inspect", out]) == 0
+    assert ("{" in capsys.readouterr().out) == ("--json" in flags)
 
 
 def test_a_saved_plan_is_replayed(model: str, tmp_path: Path) -> None:

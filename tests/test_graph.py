@@ -57,6 +57,32 @@ def test_dot_is_read_back_with_every_node_and_cluster(compiled: pnn.Compiled) ->
     assert len(drawing.get_edges()) == compiled.graph.number_of_edges()
 
 
+class Names(nn.Module):
+    """Children called like what the compiler adds, and an output that no node computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preprocess_1, self.residual_1 = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.coarse_1, self.output = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.residual_1(self.preprocess_1(x))
+        return self.output(self.coarse_1(x)), self.output.bias
+
+
+def test_names_of_the_model_do_not_collide_with_those_of_the_compiler() -> None:
+    compiled = pnn.compile(Names(), torch.randn(2, 4), stages=2)
+    graph = compiled.graph
+    assert nx.is_directed_acyclic_graph(graph)
+    assert len(graph) == 1 + len(compiled.program.order) + 4 + 1
+    assert graph.nodes["coarse_1"]["op"] == "Linear"
+    assert graph.nodes[":coarse_1"]["role"] == "coarse"
+    (drawing,) = pydot.graph_from_dot_data(to_dot(graph)) or []
+    drawn = [*drawing.get_nodes(), *(n for c in drawing.get_subgraphs() for n in c.get_nodes())]
+    assert {node.get_name().strip('"') for node in drawn} == set(graph)
+    assert len(drawing.get_edges()) == graph.number_of_edges()
+
+
 def test_names_with_quotes_do_not_break_the_drawing() -> None:
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
     compiled = pnn.compile(model, torch.randn(2, 4), stages=2)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from passes.check import check_plan
 from passes.errors import ArtifactError
 from passes.plan import Plan, TensorSpec
-from tests.programs import CAPTURABLE, compiled
+from tests.programs import CAPTURABLE, compiled, program
 
 
 def plan_of(name: str, **options: Any) -> Plan:
@@ -90,3 +91,121 @@ def test_a_type_knows_its_size_and_names_its_batch() -> None:
     assert (spec.elements, spec.bytes, str(spec)) == (256, 512, "[B, 8, 4, 4] float16")
     assert str(TensorSpec((6, 2, 3), "float64", 1, 2)) == "[6, B, 3] float64"
     assert TensorSpec((), "float64", None, 0).bytes == 8
+
+
+# --- against the program --------------------------------------------------------------------------
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"correction": "difference", "iterations": 2, "coarse": "units"},
+    {"sweep": "collapsed", "coarse": "lowrank+conv", "preprocess": "lowrank+linear"},
+    {"coarse": "exact"},
+    {"coarse": "zero"},
+)
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_every_plan_of_the_zoo_fits_its_program(name: str) -> None:
+    check_plan(program(name), Plan.from_json(plan_of(name, stages=2).to_json()))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_plans_of_every_kind_fit_their_program(options: dict[str, Any]) -> None:
+    plan = plan_of("mlp", stages=3, **options)
+    check_plan(program("mlp"), plan)
+    check_plan(program("mlp"), Plan.from_json(plan.to_json()))
+
+
+def _put(*path: Any) -> Callable[[Any], None]:
+    *keys, last, value = path
+
+    def edit(data: Any) -> None:
+        for key in keys:
+            data = data[key]
+        data[last] = value
+
+    return edit
+
+
+def _drop(*path: Any) -> Callable[[Any], None]:
+    *keys, last = path
+
+    def edit(data: Any) -> None:
+        for key in keys:
+            data = data[key]
+        del data[last]
+
+    return edit
+
+
+_GUESS = ("stages", 1, "preprocess")
+_COARSE = ("stages", 1, "coarse")
+EDITS: tuple[tuple[Callable[[Any], None], str], ...] = (
+    (_put("correction", "tea"), r"plan\.correction is 'tea'; possible here: residual, difference"),
+    (_put("sweep", "tea"), r"plan\.sweep is 'tea'; possible here: chain, collapsed"),
+    (_put("iterations", 0), r"plan\.iterations is 0: it should be a whole number"),
+    (_put("sweep", "collapsed"), r"plan\.iterations is 2; possible here: 1 \(collapsed sweep\)"),
+    (lambda d: d.update(stages=[], interfaces=[]), r"plan\.stages is empty"),
+    (lambda d: d["interfaces"].pop(), r"plan\.interfaces has 2 entries for 3 stages"),
+    (_put("stages", 1, "first", "x"), r"plan\.stages\[1\]\.first is 'x'; possible here: \w+$"),
+    (_put("stages", 1, "last", "x"), r"plan\.stages\[1\]\.last is 'x'; possible here: \w+, "),
+    (_put("interfaces", 1, "after", "x"), r"plan\.interfaces\[1\]\.after is 'x'"),
+    (
+        _put("stages", 1, "inputs", ["y"]),
+        r"stages\[1\]\.inputs\[0\] is 'y'; possible here: input_1$",
+    ),
+    (_put("stages", 1, "sides", ["y"]), r"stages\[1\]\.sides\[0\] is 'y'; .*a node of the program"),
+    (_put("stages", 1, "consumes", ["y"]), r"plan\.stages\[1\]\.consumes\[0\] is 'y'; possible"),
+    (_put("stages", 1, "produces", ["y"]), r"plan\.stages\[1\]\.produces\[0\] is 'y'; possible"),
+    (_put("stages", 1, "produces", []), r"interfaces\[1\]\.state\[0\]\.name is .* neither in plan"),
+    (_put("head", "inputs", ["y"]), r"plan\.head\.inputs\[0\] is 'y'; possible here: input_1$"),
+    (_put("stages", 1, "coarse", None), r"plan\.stages\[1\]\.coarse is null"),
+    (_put("stages", 1, "preprocess", None), r"plan\.stages\[1\]\.preprocess is null"),
+    (
+        lambda d: d["stages"][0].update(coarse=d["stages"][1]["coarse"]),
+        r"plan\.stages\[0\]\.coarse must be null",
+    ),
+    (_put("interfaces", 0, "state", 0, "name", "y"), r"state\[0\]\.name is 'y'; possible"),
+    (_put("interfaces", 0, "state", 0, "spec", "dtype", "load"), r"dtype is 'load', no dtype"),
+    (_put("interfaces", 0, "state", 0, "spec", "batch_axis", 7), r"batch_axis is 7; possible here"),
+    (
+        _put(*_GUESS, "family", "units"),
+        r"preprocess\.family is 'units'; possible here: convolution",
+    ),
+    (_put(*_COARSE, "family", "tea"), r"coarse\.family is 'tea'; possible here: linear, "),
+    (_put(*_COARSE, "family", "linear+exact"), r"coarse\.family\[1\] is 'exact'; possible here"),
+    (_put(*_COARSE, "family", "units"), r"coarse\.options\.blocks is missing"),
+    (_drop(*_COARSE, "options", "rank"), r"coarse\.options\.rank is missing: it needs rank"),
+    (_put(*_COARSE, "options", "rank", 0), r"coarse\.options\.rank is 0: it should be a whole"),
+    (_put(*_COARSE, "options", "inputs", ["y"]), r"coarse\.options\.inputs\[0\] is 'y'; possible"),
+    (
+        _put(*_COARSE, "options", "inputs", 3),
+        r"coarse\.options\.inputs is of type int: it should be a list",
+    ),
+    (_drop(*_GUESS, "options", "sources"), r"preprocess\.options\.sources is missing"),
+    (_drop(*_GUESS, "options", "inputs"), r"preprocess\.options\.inputs is missing"),
+    (_put(*_GUESS, "options", "sources", []), r"preprocess\.options\.sources is empty"),
+    (_put(*_GUESS, "options", "sources", 0, "name", "y"), r"sources\[0\]\.name is 'y'; possible"),
+    (_put(*_GUESS, "options", "sources", 0, "name", ["x"]), r"sources\[0\]\.name is \['x'\]"),
+    (_put(*_GUESS, "options", "sources", 0, "shape", ["w"]), r"shape\[0\] is 'w', no size"),
+    (_drop(*_GUESS, "options", "sources", 0, "dtype"), r"sources\[0\]\.dtype is missing"),
+)
+
+
+@pytest.mark.parametrize(("edit", "message"), EDITS)
+def test_a_plan_that_means_nothing_is_refused_where_it_is_wrong(
+    edit: Callable[[Any], None], message: str
+) -> None:
+    plan = plan_of("mlp", stages=3, coarse="linear+lowrank", iterations=2)
+    data = copy.deepcopy(json.loads(plan.to_json()))
+    edit(data)
+    with pytest.raises(ArtifactError, match=message):
+        check_plan(program("mlp"), Plan.from_json(json.dumps(data)))
+
+
+def test_the_blocks_of_family_units_are_checked() -> None:
+    data = json.loads(plan_of("mlp", stages=3, coarse="units").to_json())
+    block = data["stages"][1]["coarse"]["options"]["blocks"][0]
+    block["leaving"] = "nowhere"
+    with pytest.raises(ArtifactError, match=r"blocks\[0\]\.leaving is 'nowhere'; possible here"):
+        check_plan(program("mlp"), Plan.from_json(json.dumps(data)))

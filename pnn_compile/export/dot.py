@@ -71,7 +71,8 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
 
 
 def _label(name: str, data: dict[str, Any]) -> str:
-    return "\\n".join(_present([data["path"] or name, data["op"], flops(data["flops"])]))
+    where = data["path"] or name.removeprefix(":")
+    return "\\n".join(_present([where, data["op"], flops(data["flops"])]))
 
 
 def _present(lines: Iterable[str]) -> list[str]:
