@@ -373,9 +373,10 @@ def _spread(values: list[object]) -> str:
     if not numbers:
         return ""
     mean = statistics.mean(numbers)
-    spread = statistics.stdev(numbers) if len(numbers) > 1 else float("nan")
     digits = 3 if abs(mean) < 1 else 2
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    if len(numbers) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
 def main() -> None:
