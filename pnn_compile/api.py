@@ -148,7 +148,7 @@ def compile(
         CaptureError: The model cannot be captured as a graph, or fails on the example inputs.
         PartitionError: It cannot be cut into that many stages.
         SynthesisError: No guess or correction can be made for an interface.
-        ArtifactError: `plan` was made for another model.
+        ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
     args, kwargs = _example(model, example_inputs, args, kwargs)
     options = Options(
@@ -165,8 +165,11 @@ def compile(
         iterations=iterations,
         seed=seed,
     )
-    if plan is not None and options != Options():
-        raise OptionError("a plan decides everything: leave out the options of the search")
+    given = [f.name for f in fields(Options) if getattr(options, f.name) != f.default]
+    if plan is not None and given:
+        raise OptionError(
+            f"a plan decides everything: leave out {', '.join(given)}, or leave out the plan"
+        )
     start = time.perf_counter()
     program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
     captured = PassResult("capture and validate", time.perf_counter() - start)
