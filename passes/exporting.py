@@ -86,8 +86,9 @@ def _convert(
             continue
         if any(check in str(node.target) for check in _CHECKS):
             continue
-        copied = mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        copied = graph.node_copy(node, lambda n: mapping[n])
         copied.meta.clear()
+        mapping[node] = _alias(copied)
         if node.op == "get_attr":
             name = str(node.target)
             if strip(name) in owned:
@@ -96,6 +97,19 @@ def _convert(
                 constants[name] = resolve(module, name)
         _note_origin(copied, node)
     return graph, constants
+
+
+def _alias(node: fx.Node) -> fx.Node:
+    """The buffer that a node writes in place and returns, else the node itself.
+
+    Calls of one layer that write one buffer would otherwise hang together by what they return.
+    """
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node) or written.op != "get_attr":
+        return node
+    target = node.target
+    in_place = isinstance(target, torch._ops.OpOverload) and target._schema.name.endswith("_")
+    return written if in_place else node
 
 
 def _note_origin(copied: fx.Node, node: fx.Node) -> None:

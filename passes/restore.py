@@ -177,9 +177,10 @@ def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
         if source not in inside and source.op != "get_attr"
     }
     results = [node for node in nodes if any(user not in inside for user in node.users)]
-    if len(read) != 1 or len(results) != 1:
+    if len(read) != 1 or len(results) > 1:
         return False
-    (source,), (result,) = read, results
+    (source,) = read
+    result = results[0] if results else nodes[-1]  # a result that nothing reads: statistics alone
     _replace_by_call(result, path, (source,), {})
     for node in reversed(nodes):
         if node is not result:
