@@ -129,7 +129,11 @@ def _summary(compiled: Network) -> Table:
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("batch size", "free" if compiled.program.dynamic_batch else "fixed"),
-        ("imbalance", f"{forecast.imbalance:.3f} (slowest stage over mean)"),
+        (
+            "imbalance",
+            f"{forecast.imbalance:.3f} (slowest stage over mean); "
+            f"the cut is within {forecast.gap:.2%} of the best",
+        ),
         (
             "serial share",
             f"{forecast.serial_share:.1%} of the original (coarse sweep and head)",
@@ -219,7 +223,8 @@ def stage_tree(compiled: Network, depth: int = 2) -> Tree:
         fine = branch.add(f"[blue]fine_{number}[/blue] {_escape(_span(stage))}")
         _add_modules(fine, costs[number])
         if stage.coarse:
-            branch.add(f"[green]coarse_{number}[/green] {_operator(stage.coarse)}")
+            why = f" [dim]{_escape(stage.coarse.why)}[/dim]" if stage.coarse.why else ""
+            branch.add(f"[green]coarse_{number}[/green] {_operator(stage.coarse)}{why}")
         branch.add(f"[dim]state out[/dim] {_escape(_state(interface))}")
     head = root.add(f"[magenta]head[/magenta]: {units.count(plan.head.flops)} FLOPs")
     _add_modules(head, costs[-1])
