@@ -19,7 +19,7 @@ from passes.program import provenance
 
 __all__ = ["Cut", "choose_cut"]
 
-_BOUNDARY = 0.002
+_BOUNDARY = 0.01
 """Share of a stage by which a cut inside a block must be cheaper to be taken."""
 _MOST_STAGES = 16
 _NEAR_BEST = 1.05
