@@ -23,6 +23,8 @@ _CHANNELS_FIRST = (
     nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
 )  # fmt: skip
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
+_MAYBE_VIEWS = ("contiguous", "flatten", "ravel", "reshape")
+"""Operators that copy or not as the strides of their operand are: those of a guess may differ."""
 _NEAR = 4
 """How many nodes away a layer may be that tells which axis of a tensor holds the channels."""
 
@@ -73,23 +75,30 @@ class _Observer(fx.Interpreter):
             if tensor._version != version
         )
         found = _tensors(value)
+        memory = [*found, *operands] if self._may_be_view(n) else found
         self.values[n] = value
         self.facts[n] = Fact(
             spec=None,
-            storages=frozenset(map(_storage, found)),
+            storages=frozenset(map(_storage, memory)),
             writes=written,
             random=not all(map(torch.equal, state, _random_state())),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in found),
         )
         return value
 
+    def _may_be_view(self, n: fx.Node) -> bool:
+        if n.op == "call_module":
+            return isinstance(self.module.get_submodule(str(n.target)), nn.Flatten)
+        name = getattr(n.target, "__name__", str(n.target))
+        return name.partition(".")[0] in _MAYBE_VIEWS
+
 
 def observe(program: Program) -> Mapping[fx.Node, Fact]:
     """Run the program and return what was seen of every node.
 
-    It runs in training mode, where layers update statistics and draw random numbers (in
-    evaluation mode if it cannot train), and once more with another batch size where that is free,
-    to see which axes follow the batch.
+    It runs in evaluation mode and, if it can, in training mode, where layers update statistics and
+    draw random numbers: memory is shared if it is in one of them. It runs once more with another
+    batch size where that is free, to see which axes follow the batch.
     """
     arguments = bind(program.module, (), dict(program.args))
     first = _run(program, arguments, train=False)
@@ -100,7 +109,13 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
     facts: dict[fx.Node, Fact] = {}
     for node, fact in trained.facts.items():
         value = first.values[node]
-        fact = replace(fact, bytes=first.facts[node].bytes)
+        still = first.facts[node]
+        fact = replace(
+            fact,
+            storages=fact.storages | still.storages,
+            writes=fact.writes | still.writes,
+            bytes=still.bytes,
+        )
         spec = None
         if isinstance(value, torch.Tensor):
             grown = other.values[node].shape if other is not None else None

@@ -53,20 +53,24 @@ class _ModelFirst(click.Group):
         return super().parse_args(ctx, args)
 
 
+_HELP = """Compile PyTorch models into parareal neural networks.
+
+\b
+pnn-compile model.py -n 4             compile build_model() of model.py into 4 stages
+pnn-compile model.py:Net --input 1x3x224x224
+pnn-compile package.module:attribute -n 8 -o out --emit graph,onnx
+"""  # \b keeps click from filling the lines that follow
+
+
 @click.group(
     cls=_ModelFirst,
     context_settings={"help_option_names": ["-h", "--help"]},
+    help=_HELP,
     subcommand_metavar="MODEL [OPTIONS] | COMMAND",
 )
 @click.version_option(package_name="pnn-compile")
 def cli() -> None:
-    r"""Compile PyTorch models into parareal neural networks.
-
-    \b
-    pnn-compile model.py -n 4             compile build_model() of model.py into 4 stages
-    pnn-compile model.py:Net --input 1x3x224x224
-    pnn-compile package.module:attribute -n 8 -o out --emit graph,onnx
-    """
+    """Compile, inspect, verify and fit parareal neural networks."""
 
 
 def _stages(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
