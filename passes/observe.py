@@ -35,7 +35,8 @@ class Fact:
 
     Attributes:
         spec: Type of its value if that is one tensor, else None.
-        storages: Identities of the memory that its value occupies.
+        storages: Identities of the memory that its value occupies, or may occupy where the strides
+            of its operands decide whether it is a view.
         writes: Identities of the memory that running it changed, in training mode.
         random: Whether it drew random numbers, in training mode.
         bytes: Bytes of the tensors in its value.
@@ -62,25 +63,33 @@ class _Observer(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        operands = [t for source in n.all_input_nodes for t in _tensors(self.env[source])]
+        # What is read, with the memory that it may share.
+        reads = [
+            (self.facts[source].storages, tensor)
+            for source in n.all_input_nodes
+            for tensor in _tensors(self.env[source])
+        ]
         if n.op == "call_module":
             owner = self.module.get_submodule(str(n.target))
-            operands += [*owner.parameters(), *owner.buffers()]
-        versions = [tensor._version for tensor in operands]
+            held = (*owner.parameters(), *owner.buffers())
+            reads += [(frozenset({_storage(tensor)}), tensor) for tensor in held]
+        versions = [tensor._version for _, tensor in reads]
         state = _random_state()
         value = super().run_node(n)
-        written = frozenset(
-            _storage(tensor)
-            for tensor, version in zip(operands, versions, strict=True)
+        written = [
+            memory
+            for (memory, tensor), version in zip(reads, versions, strict=True)
             if tensor._version != version
-        )
+        ]
         found = _tensors(value)
-        memory = [*found, *operands] if self._may_be_view(n) else found
+        storages = frozenset(map(_storage, found))
+        unsure = self._may_be_view(n)
+        shared = [memory for memory, _ in reads if unsure or memory & storages]
         self.values[n] = value
         self.facts[n] = Fact(
             spec=None,
-            storages=frozenset(map(_storage, memory)),
-            writes=written,
+            storages=storages.union(*shared),
+            writes=frozenset[int]().union(*written),
             random=not all(map(torch.equal, state, _random_state())),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in found),
         )

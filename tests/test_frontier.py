@@ -104,6 +104,24 @@ class SharedNorm(Net):
         return self.c(self.norm(self.b(self.norm(self.a(x)))))
 
 
+class DropoutWrite(Net):
+    """Writes to what dropout gives: a tensor of its own in training, else what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(F.dropout(self.a(x), 0.5, self.training).add_(1.0)))
+
+
+class FlattenWrite(Net):
+    """Writes to what flatten gives: a copy of these strides, but a view of other ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).view(-1, 4, WIDTH // 4)
+        y = x.transpose(1, 2).flatten(1)
+        first = y[:, 0]
+        first.add_(1.0)
+        return self.c(y)
+
+
 class BatchMean(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -135,6 +153,8 @@ class EarlyOutput(Net):
         (InputWrite(), {2: "clone", 3: "clone a", 4: "clone b", 5: "add", 6: "c"}, {MEMORY: 1}),
         (BufferUpdate(), {1: "a", 5: "add"}, {MEMORY: 3}),
         (SharedNorm(), {1: "a", 4: "norm_1", 5: "c"}, {MEMORY: 2}),
+        (DropoutWrite(), {3: "add_", 4: "b", 5: "c"}, {MEMORY: 2}),
+        (FlattenWrite(), {6: "flatten", 7: "c"}, {MEMORY: 5}),
         (BatchMean(), {1: "a", 4: "sub", 5: "c"}, {BATCH: 2}),
         (EarlyOutput(), {1: "a", 2: "a b", 3: "a c"}, {}),
     ],

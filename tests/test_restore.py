@@ -74,6 +74,22 @@ def test_each_call_of_a_shared_layer_is_restored() -> None:
     assert layers[0] is layers[1] is layers[2]
 
 
+def test_a_batchnorm_of_two_branches_is_restored_twice_and_a_dead_one_once() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.unread = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            self.unread(y)
+            return y + self.norm(2.0 * x.exp())
+
+    captured = capture(Exported(Siamese()), (VECTOR,))
+
+    assert calls_of(captured.graph) == ["body.norm", "body.unread", "body.norm"]
+
+
 class Picks(nn.Module):
     """Takes the first of the tensors that a layer gives."""
 
