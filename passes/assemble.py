@@ -20,7 +20,7 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from passes.coarse.build import Operators
-from passes.plan import Plan, Stage
+from passes.plan import CoarseSpec, Plan, Stage
 from passes.program import Program
 from passes.split import Stages, unpack
 
@@ -63,10 +63,9 @@ def assemble(
     return network
 
 
-def reads_guess(plan: Plan, stage: Stage) -> bool:
-    """Whether the correction of a stage is called with the guess in front of the residual."""
-    nonlinear = stage.coarse is not None and not stage.coarse.linear
-    return plan.correction == "difference" and nonlinear
+def reads_guess(plan: Plan, coarse: CoarseSpec) -> bool:
+    """Whether a correction is called with the guess in front of the residual."""
+    return plan.correction == "difference" and not coarse.linear
 
 
 class _Writer:
@@ -162,7 +161,7 @@ class _Writer:
             for name in stage.consumes
         ]
         state = residual
-        if reads_guess(self.plan, stage):
+        if reads_guess(self.plan, spec):
             state = [*(guess[name] for name in stage.consumes), *residual]
         inputs = spec.options.get("inputs", ())
         result = self._call(f"coarse_{number}", state, inputs, f"c_{number}")

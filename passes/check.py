@@ -125,6 +125,11 @@ class _Checker:
         for name in {"inputs", "sides", "sources", "blocks"} & options.keys():
             yield from _list(f"{here}.{name}", options[name])
         yield from self._reads(here, options.get("inputs", ()), options.get("sides", ()))
+        if guess and "copied" in options:
+            yield from _list(f"{here}.copied", options["copied"])
+            yield from _each_among(f"{here}.copied", options["copied"], self.nodes)
+            if len(options["copied"]) != 2:
+                yield f"{here}.copied", "should name two nodes, the first and the last"
         if guess:
             yield from self._sources(f"{here}.sources", options["sources"])
         if "units" in parts:

@@ -35,6 +35,8 @@ class Options:
         units: N_c, the copies of the repeating block in a coarse network of family "units".
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators, "auto", or a sum.
+        prologue: Largest share of the original's cost that a guess may spend on a copy of the
+            first layers, to read what they give instead of the input.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
         sweep: "chain", from stage to stage, or "collapsed": every residual straight to the last
             state through a map of its own, all of them at once.
@@ -53,6 +55,7 @@ class Options:
     units: int = 1
     rank: int = 32
     preprocess: str = "auto"
+    prologue: float = 0.0
     correction: str = "residual"
     sweep: str = "chain"
     iterations: int = 1
@@ -75,6 +78,9 @@ class Options:
             raise OptionError(
                 f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
             )
+        first: object = self.prologue
+        if not isinstance(first, int | float) or not 0 <= first < 1:
+            raise OptionError(f"prologue must be a share from 0 to below 1 (got {first!r})")
         _among("sweep", self.sweep, ("chain", "collapsed"))
         if self.sweep == "collapsed":
             self._check_collapsed()

@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Stage",
     "TensorSpec",
+    "Trial",
     "Value",
 ]
 
@@ -101,6 +102,21 @@ class Interface:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A network that calibration tried for one place of the plan.
+
+    Attributes:
+        name: Family, rank and what it reads.
+        flops: Forward FLOPs of one call at the example inputs.
+        error: Error that it leaves on held-out samples, relative to the state.
+    """
+
+    name: str
+    flops: int
+    error: float
+
+
+@dataclass(frozen=True)
 class CoarseSpec:
     """A cheap network and what it costs: a preprocessing operator or a coarse propagator.
 
@@ -111,6 +127,7 @@ class CoarseSpec:
         parameters: Number of parameters that it does not share with the fine stages.
         linear: Whether it is a linear map of its state.
         why: Why this family was chosen.
+        tried: What it was chosen from, where calibration chose it.
     """
 
     family: str
@@ -119,6 +136,7 @@ class CoarseSpec:
     parameters: int
     linear: bool
     why: str = ""
+    tried: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)

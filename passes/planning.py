@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ from passes.plan import CoarseSpec, Forecast, Head, Interface, Plan, Stage, Valu
 from passes.program import Program, provenance
 from passes.validate import run
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "with_operators"]
 
 
 def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
@@ -48,7 +48,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         span = positions[number - 1], positions[number]
         stages[number] = dataclasses.replace(
             stages[number],
-            preprocess=choose_guess(analysis, options, entering),
+            preprocess=choose_guess(analysis, options, span[0], entering),
             coarse=choose_coarse(analysis, options, span, entering, leaving, budget),
         )
     head = _head(analysis, positions[-1])
@@ -68,6 +68,23 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         ties=_ties(analysis, positions),
         notes=_notes(analysis, options, forecast),
     )
+
+
+def with_operators(
+    analysis: Analysis,
+    plan: Plan,
+    options: Options,
+    guesses: Mapping[int, CoarseSpec],
+    corrections: Mapping[int, CoarseSpec],
+) -> Plan:
+    """The plan with other guesses and corrections, by stage number, and the forecast for them."""
+    stages = [
+        dataclasses.replace(stage, preprocess=guesses.get(number), coarse=corrections.get(number))
+        for number, stage in enumerate(plan.stages)
+    ]
+    forecast = _forecast(analysis, stages, plan.head, options, plan.forecast.gap)
+    notes = _notes(analysis, options, forecast)
+    return dataclasses.replace(plan, stages=tuple(stages), forecast=forecast, notes=notes)
 
 
 def _check_repeatable(program: Program) -> None:

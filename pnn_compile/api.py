@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,12 +16,14 @@ from passes.errors import OptionError
 from passes.options import CostSource, Options
 from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
 from passes.plan import Plan
+from passes.program import Program
+from pnn_compile.calibrate import CalibrationReport, calibrate
+from pnn_compile.choose import choose
 from pnn_compile.network import Network, gather, replay
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from pnn_compile.calibrate import CalibrationReport
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["Compiled", "compile", "load"]
@@ -64,8 +66,6 @@ class Compiled(Network):
 
     def calibrate(self, inputs: Iterable[Any]) -> CalibrationReport:
         """Fit guesses and corrections in closed form; see `pnn_compile.calibrate.calibrate`."""
-        from pnn_compile.calibrate import calibrate
-
         return calibrate(self, inputs)
 
     def save(self, path: str | Path) -> Path:
@@ -107,12 +107,14 @@ def compile(
     units: int = 1,
     rank: int = 32,
     preprocess: str = "auto",
+    prologue: float = 0.0,
     correction: Literal["residual", "difference"] = "residual",
     sweep: Literal["chain", "collapsed"] = "chain",
     iterations: int = 1,
     dynamic_batch: bool = True,
     seed: int = 0,
     plan: Plan | None = None,
+    calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
     debug: bool = False,
 ) -> Compiled:
     """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
@@ -134,6 +136,8 @@ def compile(
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
             "lowrank", "conv" or a sum of them.
+        prologue: Largest share of the original's cost that every guess may spend on a copy of
+            the first layers, to read what they give instead of the input.
         correction: "residual" (the paper's form, for training) or "difference" (classical).
         sweep: "chain", or "collapsed": every residual goes straight to the last state through a
             linear or small map of its own, all of them at once.
@@ -141,6 +145,9 @@ def compile(
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.
         plan: Replay this plan instead of deciding anew; no option of the search may be given.
+        calibration: Batches of inputs, as in `calibrate`, or a function that makes them from the
+            captured program. Guesses and corrections are fitted to the model's weights, and
+            "auto" families are chosen by how well they fit within the budget.
         debug: Whether to verify every graph between passes.
 
     Raises:
@@ -160,6 +167,7 @@ def compile(
         units=units,
         rank=rank,
         preprocess=preprocess,
+        prologue=prologue,
         correction=correction,
         sweep=sweep,
         iterations=iterations,
@@ -174,9 +182,21 @@ def compile(
     program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
     captured = PassResult("capture and validate", time.perf_counter() - start)
     if plan is not None:
-        return Compiled.of(replay(program, plan, captured, debug=debug))
-    compilation, results = run_passes(Compilation(program, options), COMPILE, check=debug)
-    return Compiled.of(gather(compilation, (captured, *results)))
+        network = replay(program, plan, captured, debug=debug)
+    else:
+        compilation, results = run_passes(Compilation(program, options), COMPILE, check=debug)
+        network = gather(compilation, (captured, *results))
+    if calibration is not None:
+        batches = calibration(program) if callable(calibration) else calibration
+        start = time.perf_counter()
+        if plan is not None:
+            network = replace(network, calibration=calibrate(network, batches))
+        else:
+            assert compilation.analysis is not None
+            network = choose(network, compilation.analysis, options, batches)
+        spent = PassResult("calibrate", time.perf_counter() - start)
+        network = replace(network, passes=(*network.passes, spent))
+    return Compiled.of(network)
 
 
 def _example(

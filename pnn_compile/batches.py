@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
+from passes.program import Program
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["argument_names", "batch_size", "device_of", "named_batch"]
 
 
-def argument_names(compiled: Network) -> list[str]:
-    """Names of the arguments of the network, as the model's forward calls them."""
-    return [str(node.target) for node in compiled.program.inputs]
+def argument_names(program: Program) -> list[str]:
+    """Names of the arguments of a program, as the model's forward calls them."""
+    return [str(node.target) for node in program.inputs]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -40,7 +41,7 @@ def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
     Raises:
         OptionError: An argument of the network is missing.
     """
-    names = argument_names(compiled)
+    names = argument_names(compiled.program)
     if isinstance(batch, Mapping):
         named = dict(batch)
     elif isinstance(batch, (tuple, list)):

@@ -7,25 +7,24 @@ really left behind its stage. Batches are streamed; only sums of products are ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.coarse.fitting import MatrixFit, fitted_parts
-from passes.coarse.maps import MapMatrix
 from passes.errors import OptionError
 from passes.validate import preserved
 from pnn_compile.batches import batch_size, named_batch
-from pnn_compile.walk import State, Walker
+from pnn_compile.closed_form import Candidates, Given, fit_closed_form
+from pnn_compile.energy import Energy
+from pnn_compile.walk import State, Walker, plus
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["CalibrationReport", "InterfaceError", "calibrate"]
+__all__ = ["CalibrationReport", "InterfaceError", "calibrate", "calibrate_by_choice"]
 
 _HELD_OUT = 5
 """Every fifth batch is held out: it judges, and is never fitted."""
@@ -34,6 +33,8 @@ _HELD_OUT = 5
 @dataclass(frozen=True)
 class InterfaceError:
     """Relative errors, on held-out samples, of the state that leaves a stage.
+
+    In a collapsed sweep only the last state is corrected.
 
     Attributes:
         stage: Number of the stage.
@@ -93,20 +94,23 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
         OptionError: There are fewer than two batches, they come from a generator, or a batch does
             not fit the model.
     """
-    if compiled.plan.sweep == "collapsed":
-        raise OptionError(
-            "calibration fits the corrections of a chain: compile with sweep='chain', or train the "
-            "collapsed maps (pnn.fit)"
-        )
-    batches = _Batches(compiled, inputs)
     walker = Walker(compiled)
+    return calibrate_by_choice(compiled, inputs, walker, Given(walker))
+
+
+def calibrate_by_choice(
+    compiled: Network, inputs: Iterable[Any], walker: Walker, candidates: Candidates
+) -> CalibrationReport:
+    """Calibrate with the best of several networks for every place; the walker holds them then.
+
+    Raises:
+        OptionError: As in `calibrate`.
+    """
+    batches = _Batches(compiled, inputs)
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
         before = _judge(walker, batches)
-        for number in range(1, len(compiled.plan.stages)):
-            _fit_guess(walker, batches, number)
-        for number in range(1, len(compiled.plan.stages)):
-            _fit_correction(walker, batches, number)
+        fit_closed_form(walker, batches.split, candidates)
         after = _judge(walker, batches)
     interfaces = tuple(
         InterfaceError(
@@ -167,94 +171,12 @@ class _Batches:
         return sum(size for held, size in pairs if held == held_out)
 
 
-def _fit_guess(walker: Walker, batches: _Batches, number: int) -> None:
-    guess = walker.operators.preprocess[number]
-    operator = guess.operator
-    assert isinstance(operator, nn.Module)
-    stage = walker.plan.stages[number]
-    assert stage.preprocess is not None
-    names = stage.preprocess.options["inputs"]
-
-    def samples() -> Iterator[_Sample]:
-        for held, inputs in batches.split():
-            state: State = {}
-            for before in range(number):
-                state = walker.advance(before, state, walker.fine(before, state, inputs))
-            given = walker.given(names, inputs)
-            prologue = guess.prologue
-            if isinstance(prologue, nn.Module):
-                found = prologue(*given)
-                given = list(found) if isinstance(found, tuple) else [found]
-            yield _Sample(held, given, [state[name] for name in stage.consumes], given)
-
-    _fit(operator, samples)
-
-
-def _fit_correction(walker: Walker, batches: _Batches, number: int) -> None:
-    stage = walker.plan.stages[number]
-
-    def samples() -> Iterator[_Sample]:
-        for held, inputs in batches.split():
-            for step in _sweep(walker, inputs, number):
-                if step.number == number:
-                    residual = [step.entering[n] - step.guess[n] for n in stage.consumes]
-                    left = [step.true[n] - step.fine[n] for n in stage.produces]
-                    call = walker.correction_arguments(number, step.guess, residual, inputs)
-                    yield _Sample(held, residual, left, call)
-
-    _fit(walker.operators.coarse[number], samples)
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One batch of a regression.
-
-    Attributes:
-        held_out: Whether it judges instead of being fitted.
-        features: The tensors that the maps read.
-        wanted: What the network should give for them.
-        arguments: What the network is called with.
-    """
-
-    held_out: bool
-    features: list[torch.Tensor]
-    wanted: list[torch.Tensor]
-    arguments: list[Any]
-
-
-_Samples = Callable[[], Iterator[_Sample]]
-
-
-def _fit(network: nn.Module, samples: _Samples) -> None:
-    """Fit the linear parts of a network one after the other, each to what is left by the others."""
-    parts = fitted_parts(network)
-    for part in parts:
-        _silence(part)
-    for part in parts:
-        fit = MatrixFit(part)
-        for sample in samples():
-            done = _tensors(network(*sample.arguments))
-            left = [w - d for w, d in zip(sample.wanted, done, strict=True)]
-            fit.add(sample.features, left, held_out=sample.held_out)
-        fit.finish()
-
-
-def _silence(part: MapMatrix) -> None:
-    for parameter in part.parameters():
-        parameter.zero_()
-
-
-def _tensors(value: Any) -> Sequence[torch.Tensor]:
-    return value if isinstance(value, tuple) else (value,)
-
-
 @dataclass(frozen=True)
 class _Step:
     """One stage of the sweep on one batch.
 
     Attributes:
         number: Number of the stage.
-        entering: Corrected state that enters it.
         guess: Guessed state that enters it.
         fine: What the fine stage made of the guess.
         corrected: What the sweep made of that.
@@ -262,25 +184,31 @@ class _Step:
     """
 
     number: int
-    entering: State
     guess: State
     fine: State
     corrected: State
     true: State
 
 
-def _sweep(walker: Walker, inputs: Mapping[str, Any], last: int) -> Iterator[_Step]:
-    """Walk one batch through stages 1 to `last`, with the true states beside."""
+def _sweep(walker: Walker, inputs: Mapping[str, Any]) -> Iterator[_Step]:
+    """Walk one batch through stages 1 and later, with the true states beside."""
+    last = len(walker.plan.stages) - 1
     true = walker.advance(0, {}, walker.fine(0, {}, inputs))
     corrected = true
+    collapsed: list[State] = []
     for number in range(1, last + 1):
         guess = walker.guess(number, inputs)
         fine = walker.fine(number, guess, inputs)
         true = walker.advance(number, true, walker.fine(number, true, inputs))
         correction = walker.correct(number, guess, corrected, inputs)
-        moved = {name: fine[name] + correction[name] for name in fine}
-        entering, corrected = corrected, walker.advance(number, corrected, moved)
-        yield _Step(number, entering, guess, fine, corrected, true)
+        corrections = [correction]
+        if walker.plan.sweep == "collapsed":
+            collapsed.append(correction)
+            corrections = collapsed if number == last else []
+        corrected = walker.advance(number, corrected, fine)
+        for each in corrections:
+            corrected = plus(corrected, each)
+        yield _Step(number, guess, fine, corrected, true)
 
 
 @dataclass(frozen=True)
@@ -294,22 +222,21 @@ class _Judgement:
 
 def _judge(walker: Walker, batches: _Batches) -> _Judgement:
     """Measure every error on the held-out batches."""
-    last = len(walker.plan.stages) - 1
-    errors: dict[str, dict[int, _Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
-    outputs, agreed, samples = _Energy(), 0.0, 0
+    errors: dict[str, dict[int, Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
+    outputs, agreed, samples = Energy(), 0.0, 0
     for held, inputs in batches.split():
         if not held:
             continue
         entering_true = walker.advance(0, {}, walker.fine(0, {}, inputs))
         corrected = true = entering_true
-        for step in _sweep(walker, inputs, last):
+        for step in _sweep(walker, inputs):
             produced = walker.plan.stages[step.number].produces
             for kind, found, wanted, names in (
                 ("guess", step.guess, true, tuple(step.guess)),
                 ("uncorrected", step.fine, step.true, produced),
                 ("corrected", step.corrected, step.true, produced),
             ):
-                energy = errors[kind].setdefault(step.number, _Energy())
+                energy = errors[kind].setdefault(step.number, Energy())
                 for name in names:
                     energy.add(found[name], wanted[name])
             corrected, true = step.corrected, step.true
@@ -335,19 +262,3 @@ def _agreement(given: torch.Tensor, right: torch.Tensor) -> float:
     if right.is_floating_point():
         given, right = given.argmax(-1), right.argmax(-1)
     return (given == right).double().mean().item()
-
-
-class _Energy:
-    """Root of the energy of an error over the energy of what was wanted."""
-
-    def __init__(self) -> None:
-        self._error = 0.0
-        self._wanted = 0.0
-
-    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        self._error += (found.double() - wanted.double()).square().sum().item()
-        self._wanted += wanted.double().square().sum().item()
-
-    @property
-    def share(self) -> float:
-        return (self._error / self._wanted) ** 0.5 if self._wanted else 0.0

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,6 @@ from passes.errors import OptionError, PnnError, VerificationError
 
 if TYPE_CHECKING:
     from pnn_compile.api import Compiled
-    from pnn_compile.calibrate import CalibrationReport
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["main"]
@@ -124,6 +124,7 @@ _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph check
 @click.option(
     "--preprocess", default="auto", help="auto, convolution, linear, lowrank, conv, or a sum."
 )
+@click.option("--prologue", default=0.0, type=float, help="Share of first layers in a guess.")
 @click.option("--correction", default="residual", help="residual or difference.")
 @click.option("--sweep", default="chain", help="chain or collapsed.")
 @click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
@@ -161,12 +162,10 @@ def compile_command(
     if output is not None:
         check_replaceable(output)
     progress = _Progress(quiet or as_json)
-    with progress("compiling"):
-        compiled = _compile(model, options, debug)
-    calibrated = None
     if samples is not None:
-        with progress("calibrating"):
-            calibrated = compiled.calibrate(read_batches(samples, compiled, _CALIBRATION_BATCH))
+        options["calibration"] = partial(read_batches, samples, size=_CALIBRATION_BATCH)
+    with progress("compiling" if samples is None else "compiling and calibrating"):
+        compiled = _compile(model, options, debug)
     checked = None
     if check:
         with progress("verifying"):
@@ -177,7 +176,7 @@ def compile_command(
         if "onnx" in emit:
             with progress("exporting to ONNX"):
                 compiled.export_onnx(output / "model.onnx")
-    _show(compiled, checked, calibrated, output, quiet, as_json)
+    _show(compiled, checked, output, quiet, as_json)
     if checked is not None and not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
 
@@ -317,7 +316,7 @@ def fit_command(
     from pnn_compile.samples import read_batches
 
     compiled = load(directory)
-    batches = read_batches(samples, compiled, batch, shuffle_seed=seed)
+    batches = read_batches(samples, compiled.program, batch, shuffle_seed=seed)
     with _Progress(as_json).bar("fitting") as advance:
         report = fit(
             compiled,
@@ -340,7 +339,6 @@ def fit_command(
 def _show(
     compiled: Compiled,
     checked: VerifyReport | None,
-    calibrated: CalibrationReport | None,
     output: Path | None,
     quiet: bool,
     as_json: bool,
@@ -351,13 +349,14 @@ def _show(
             "capture": asdict(compiled.program.capture),
             "passes": [asdict(result) for result in compiled.passes],
             "verify": _checks(checked) if checked else None,
-            "calibration": asdict(calibrated) if calibrated else None,
+            "calibration": asdict(compiled.calibration) if compiled.calibration else None,
             "output": str(output) if output else None,
         }
         click.echo(json.dumps(document, indent=2))
         return
     if quiet:
         return
+    calibrated = compiled.calibration
     from pnn_compile.report.terminal import calibration_table, checks_table, report
 
     console = _console()

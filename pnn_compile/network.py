@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -18,6 +19,9 @@ from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
 from passes.plan import Plan
 from passes.program import Program
 from passes.split import Stages
+
+if TYPE_CHECKING:
+    from pnn_compile.calibrate import CalibrationReport
 
 __all__ = ["Network", "gather", "replay"]
 
@@ -34,6 +38,7 @@ class Network:
         sequential: The stages one after another; equal to the original network.
         module: The parareal network; trainable, `train()` and `eval()` work.
         passes: What each pass of the compiler took.
+        calibration: What calibration found, where samples were given to the compiler.
     """
 
     program: Program
@@ -43,6 +48,7 @@ class Network:
     sequential: fx.GraphModule
     module: fx.GraphModule
     passes: tuple[PassResult, ...]
+    calibration: CalibrationReport | None = None
 
     def __repr__(self) -> str:
         plan = self.plan

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from passes.errors import OptionError
+from passes.program import Program
 from pnn_compile.batches import argument_names
-
-if TYPE_CHECKING:
-    from pnn_compile.network import Network
 
 __all__ = ["read_batches"]
 
 
 def read_batches(
-    path: Path, compiled: Network, size: int, *, shuffle_seed: int | None = None
+    path: Path, program: Program, size: int, *, shuffle_seed: int | None = None
 ) -> list[dict[str, torch.Tensor]]:
     """Read a `.safetensors` or `.npz` file and cut it into batches.
 
     Args:
-        path: File with one array per argument of the network, by name; a single array may have
+        path: File with one array per argument of the program, by name; a single array may have
             any name. Dimension 0 counts the samples, the others are those of the example inputs.
             Numbers are brought to the precision of the example inputs.
-        compiled: The network.
+        program: What takes them.
         size: Samples per batch; a smaller rest is dropped where there is more than one batch.
         shuffle_seed: Shuffles the samples if given.
 
@@ -35,7 +33,7 @@ def read_batches(
             number of samples.
     """
     arrays = _read(path)
-    names = argument_names(compiled)
+    names = argument_names(program)
     if len(arrays) == 1 and len(names) == 1:
         arrays = {names[0]: next(iter(arrays.values()))}
     missing = [name for name in names if name not in arrays]
@@ -44,7 +42,7 @@ def read_batches(
             f"{path} lacks {', '.join(missing)}: it holds {', '.join(arrays)}, the network takes "
             f"{', '.join(names)}"
         )
-    arrays = {n: _fitted(path, n, arrays[n], compiled.program.args[n]) for n in names}
+    arrays = {n: _fitted(path, n, arrays[n], program.args[n]) for n in names}
     counts = {name: len(arrays[name]) for name in names}
     if len(set(counts.values())) != 1:
         raise OptionError(f"{path} has arrays of different lengths ({counts})")

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from passes.assemble import reads_guess
+from passes.plan import CoarseSpec
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["State", "Walker"]
+__all__ = ["Operator", "State", "Walker", "plus"]
 
 State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A guess or a correction: what the plan says of it, and the network."""
+
+    spec: CoarseSpec
+    network: nn.Module
 
 
 class Walker:
@@ -22,12 +33,24 @@ class Walker:
 
     Inputs go by the names of the arguments; the plan goes by the names of their nodes, which differ
     where an argument is called like a builtin (`input`).
+
+    Attributes:
+        plan: The plan.
+        stages: The fine stages and the head.
+        guesses: By stage number; may be replaced.
+        corrections: By stage number; may be replaced.
     """
 
     def __init__(self, compiled: Network) -> None:
         self.plan = compiled.plan
         self.stages = compiled.stages
-        self.operators = compiled.operators
+        self.guesses: dict[int, Operator] = {}
+        self.corrections: dict[int, Operator] = {}
+        for number, stage in enumerate(compiled.plan.stages):
+            if stage.preprocess is not None and stage.coarse is not None:
+                guess = compiled.operators.preprocess[number]
+                self.guesses[number] = Operator(stage.preprocess, guess)
+                self.corrections[number] = Operator(stage.coarse, compiled.operators.coarse[number])
         self._argument = {node.name: str(node.target) for node in compiled.program.inputs}
 
     def given(self, names: Iterable[str], inputs: Mapping[str, Any]) -> list[Any]:
@@ -50,28 +73,25 @@ class Walker:
 
     def guess(self, number: int, inputs: Mapping[str, Any]) -> State:
         """Guess the state that enters stage `number`."""
-        stage = self.plan.stages[number]
-        assert stage.preprocess is not None
-        names = stage.preprocess.options["inputs"]
-        result = self.operators.preprocess[number](*self.given(names, inputs))
-        return _named(stage.consumes, result)
+        guess = self.guesses[number]
+        result = guess.network(*self.given(guess.spec.options["inputs"], inputs))
+        return _named(self.plan.stages[number].consumes, result)
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
         """Estimate how the output of stage `number` moves from the guess to the true state."""
-        stage = self.plan.stages[number]
-        residual = [true[name] - guess[name] for name in stage.consumes]
+        residual = [true[name] - guess[name] for name in self.plan.stages[number].consumes]
         arguments = self.correction_arguments(number, guess, residual, inputs)
-        return _named(stage.produces, self.operators.coarse[number](*arguments))
+        names = tuple(value.name for value in self.plan.corrects(number))
+        return _named(names, self.corrections[number].network(*arguments))
 
     def correction_arguments(
         self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]
     ) -> list[Any]:
         """What the correction of stage `number` is called with."""
-        stage = self.plan.stages[number]
-        assert stage.coarse is not None
-        given = self.given(stage.coarse.options.get("inputs", ()), inputs)
-        leading = [guess[name] for name in stage.consumes]
-        return [*(leading if reads_guess(self.plan, stage) else []), *residual, *given]
+        spec = self.corrections[number].spec
+        given = self.given(spec.options.get("inputs", ()), inputs)
+        leading = [guess[name] for name in self.plan.stages[number].consumes]
+        return [*(leading if reads_guess(self.plan, spec) else []), *residual, *given]
 
     def head(self, state: State, inputs: Mapping[str, Any]) -> Any:
         """Run the head on the last state."""
@@ -79,6 +99,12 @@ class Walker:
         return self.stages.head(
             *(state[name] for name in names), *self.given(self.plan.head.inputs, inputs)
         )
+
+
+def plus(state: State, correction: State) -> State:
+    """Add a correction to the components that it names."""
+    moved = {name: state[name] + value for name, value in correction.items()}
+    return {**state, **moved}
 
 
 def _named(names: tuple[str, ...], result: Any) -> State:

@@ -54,6 +54,24 @@ def test_every_stage_gets_closer_to_the_original(
     assert compiled.verify().ok
 
 
+def test_a_collapsed_sweep_is_calibrated_too(samples: torch.Tensor) -> None:
+    compiled = _compiled(
+        samples, coarse="lowrank+linear", preprocess="lowrank+linear", sweep="collapsed", rank=16
+    )
+    report = pnn.calibrate(compiled, list(samples.split(64)))
+    *middle, last = report.interfaces
+    assert all(face.corrected_after == face.uncorrected for face in middle)
+    assert last.corrected_after < 0.9 * last.uncorrected
+    assert last.corrected_after < last.corrected_before
+    assert report.output_error_after < 0.5 * report.output_error_before
+    with torch.no_grad():
+        found = compiled.module.eval()(samples[-64:])
+        wanted = compiled.sequential.eval()(samples[-64:])
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    assert error == pytest.approx(report.output_error_after, rel=0.5)
+    assert compiled.verify().ok
+
+
 def test_the_fine_stages_and_modes_are_left_alone(samples: torch.Tensor) -> None:
     compiled = _compiled(samples, coarse="linear+lowrank")
     before = {key: value.clone() for key, value in compiled.original_state_dict().items()}

@@ -58,6 +58,3 @@ def test_what_it_cannot_do_is_refused() -> None:
     for options in refused:
         with pytest.raises(pnn.OptionError, match="collapsed"):
             pnn.compile(model, inputs, stages=3, sweep="collapsed", **options)
-    compiled = pnn.compile(model, inputs, stages=3, sweep="collapsed")
-    with pytest.raises(pnn.OptionError, match="chain"):
-        pnn.calibrate(compiled, [inputs[0], inputs[0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -20,9 +21,18 @@ from passes.errors import SynthesisError
 from passes.plan import CoarseSpec, Plan, TensorSpec
 from passes.program import Program
 from passes.restore import Attention
-from passes.split import Stages, extract
+from passes.split import Stages, extract, nodes_between
 
-__all__ = ["FAMILIES", "GUESSES", "Operators", "build_coarse", "build_guess", "synthesize"]
+__all__ = [
+    "FAMILIES",
+    "GUESSES",
+    "Operators",
+    "build_coarse",
+    "build_correction",
+    "build_guess",
+    "specs",
+    "synthesize",
+]
 
 
 class Operators:
@@ -50,19 +60,31 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
             if stage.preprocess is None or stage.coarse is None:
                 continue
             entering = specs(plan, number - 1, stage.consumes)
-            leaving = [value.spec for value in plan.corrects(number)]
             guess = build_guess(program, stage.preprocess, entering)
-            inner = build_coarse(program, stage.coarse, entering, leaving, stages.fine[number])
-            if plan.correction == "difference" and not stage.coarse.linear:
-                own = stage.coarse.family == "exact"
-                plain = all(spec.batch_axis == 0 for spec in (*entering, *leaving))
-                plain = plain and program.dynamic_batch and not _draws(inner)
-                joint = plain and not own and not stage.coarse.options.get("inputs")
-                inner = Difference(inner, len(entering), joint=joint)
-            preprocess[number], coarse[number] = guess, inner
-            for made in (guess,) if stage.coarse.family == "exact" else (guess, inner):
-                made.to(program.device).train(program.module.training)
+            preprocess[number] = guess.to(program.device).train(program.module.training)
+            fine = stages.fine[number]
+            coarse[number] = build_correction(program, plan, number, stage.coarse, fine)
     return Operators(preprocess, coarse)
+
+
+def build_correction(
+    program: Program, plan: Plan, number: int, spec: CoarseSpec, fine: nn.Module
+) -> nn.Module:
+    """Build the correction of a stage, in the form that the plan asks for.
+
+    Raises:
+        SynthesisError: The family is unknown.
+    """
+    entering = specs(plan, number - 1, plan.stages[number].consumes)
+    leaving = [value.spec for value in plan.corrects(number)]
+    network = build_coarse(program, spec, entering, leaving, fine)
+    own = spec.family == "exact"
+    if plan.correction == "difference" and not spec.linear:
+        plain = all(one.batch_axis == 0 for one in (*entering, *leaving))
+        plain = plain and program.dynamic_batch and not _draws(network)
+        joint = plain and not own and not spec.options.get("inputs")
+        network = Difference(network, len(entering), joint=joint)
+    return network if own else network.to(program.device).train(program.module.training)
 
 
 def _draws(network: nn.Module) -> bool:
@@ -93,10 +115,17 @@ def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> 
     inputs = spec.options["inputs"]
     if names == inputs:
         return Guess(operator, None)
+    ends = spec.options.get("copied")
     prologue = extract(
-        program, [], [], names, inputs=inputs, sides=spec.options["sides"], name="Prologue"
+        program,
+        nodes_between(program, *ends) if ends else [],
+        [],
+        names,
+        inputs=inputs,
+        sides=spec.options["sides"],
+        name="Prologue",
     )
-    return Guess(operator, prologue)
+    return Guess(operator, copy.deepcopy(prologue).requires_grad_() if ends else prologue)
 
 
 def _guess_part(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.analysis import Analysis
 from passes.coarse.build import build_coarse, build_guess
@@ -17,14 +18,16 @@ from passes.coarse.linear import linear_flops
 from passes.coarse.units import choose_blocks, unit_options
 from passes.cost import count_flops
 from passes.errors import SynthesisError
-from passes.frontier import Position, requirements
+from passes.frontier import Position, Source, requirements
 from passes.options import Options
 from passes.plan import CoarseSpec, TensorSpec
 
 __all__ = [
     "choose_coarse",
     "choose_guess",
+    "coarse_candidates",
     "coarse_estimate",
+    "guess_candidates",
     "guess_estimate",
     "stage_budget",
 ]
@@ -36,12 +39,50 @@ _GUESS_REASONS = {
 }
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a guess starts from.
+
+    Attributes:
+        sources: The values that the preprocessing operator reads.
+        nodes: The first layers, to be copied, that give them; empty if inputs give them.
+        flops: FLOPs of those.
+    """
+
+    sources: tuple[Source, ...]
+    nodes: tuple[fx.Node, ...] = ()
+    flops: int = 0
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Types of the sources."""
+        return [source.spec for source in self.sources]
+
+
+def _origin(analysis: Analysis, options: Options, behind: int) -> _Origin:
+    """What to guess the state at a cut from: the inputs, or what the first layers give."""
+    total = 0.0
+    limit = options.prologue * analysis.total
+    ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < behind}
+    best = None
+    for index, node in enumerate(analysis.frontiers.order, 1):
+        total += analysis.costs[node].weight
+        if total > limit:
+            break
+        best = ends.get(index, best)
+    if best is None:
+        return _Origin(analysis.sources)
+    nodes = analysis.frontiers.order[: best.index]
+    sources = tuple(Source(*pair) for pair in zip(best.state, best.specs, strict=True))
+    return _Origin(sources, nodes, sum(analysis.costs[node].flops for node in nodes))
+
+
 def guess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
     """Estimate the FLOPs of guessing the state at a position."""
-    sources = [source.spec for source in analysis.sources]
-    if _convolves(analysis, options, position.specs):
-        return convolution_flops(sources[0], position.specs)
-    return linear_flops(sources, position.specs)
+    origin = _origin(analysis, options, position.index)
+    if _convolves(origin, options, position.specs):
+        return origin.flops + convolution_flops(origin.specs[0], position.specs)
+    return origin.flops + linear_flops(origin.specs, position.specs)
 
 
 def coarse_estimate(
@@ -62,25 +103,27 @@ def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
     return options.coarse_budget * analysis.flops / max(1, stages - 1)
 
 
-def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpec]) -> CoarseSpec:
+def choose_guess(
+    analysis: Analysis, options: Options, cut: Position, state: Sequence[TensorSpec]
+) -> CoarseSpec:
     """Choose the preprocessing operator that guesses a state.
+
+    Args:
+        analysis: What is known of the program.
+        options: What was asked for.
+        cut: Where the stage begins.
+        state: Types of the components that it reads.
 
     Raises:
         SynthesisError: There is nothing to guess from, or the family asked for does not fit.
     """
-    sources = analysis.sources
-    if not sources:
+    origin = _origin(analysis, options, cut.index)
+    if not origin.sources:
         raise SynthesisError(
             f"{analysis.program.name} has no floating-point input that follows the batch, and no "
             "cheap embedding of its inputs: the interfaces cannot be guessed"
         )
-    nodes = [source.node for source in sources]
-    placeholders = all(node.op == "placeholder" for node in nodes)
-    cones = analysis.frontiers.cones
-    sides = {member for node in nodes if node in cones for member in cones[node]}
-    read = {s for node in (*sides, *nodes) for s in (node, *node.all_input_nodes)}
-    inputs = [node.name for node in analysis.program.inputs if node in read]
-    convolves = _convolves(analysis, options, state)
+    convolves = _convolves(origin, options, state)
     family = options.preprocess
     if family == "auto":
         family = "convolution" if convolves else "linear"
@@ -89,15 +132,9 @@ def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpe
             "preprocess='convolution' needs one image-like input of no lower resolution than the "
             f"state ({', '.join(map(str, state))}); use preprocess='linear' or 'auto'"
         )
-    described = [{"name": s.node.name, **dataclasses.asdict(s.spec)} for s in sources]
     draft = CoarseSpec(
         family=family,
-        options={
-            "rank": options.rank,
-            "sources": [{**item, "shape": list(item["shape"])} for item in described],
-            "inputs": [node.name for node in nodes] if placeholders else inputs,
-            "sides": [node.name for node in analysis.program.order if node in sides],
-        },
+        options={"rank": options.rank, **_described(analysis, origin)},
         flops=0,
         parameters=0,
         linear=False,
@@ -106,16 +143,93 @@ def choose_guess(analysis: Analysis, options: Options, state: Sequence[TensorSpe
     with torch.random.fork_rng():
         module = build_guess(analysis.program, draft, list(state))
     assert isinstance(module.operator, nn.Module)
-    flops = _run(analysis, module.operator, [source.spec for source in sources], [])
-    count = sum(p.numel() for p in module.operator.parameters())
+    flops = origin.flops + _run(analysis, module.operator, origin.specs, [])
+    owned = module if origin.nodes else module.operator
+    count = sum(p.numel() for p in owned.parameters())
     return dataclasses.replace(draft, flops=flops, parameters=count)
 
 
-def _convolves(analysis: Analysis, options: Options, state: Sequence[TensorSpec]) -> bool:
+def _described(analysis: Analysis, origin: _Origin) -> dict[str, Any]:
+    """What a guess reads, as plain data: its sources and how to compute them from the inputs."""
+    described = [{"name": s.node.name, **dataclasses.asdict(s.spec)} for s in origin.sources]
+    sources = [{**item, "shape": list(item["shape"])} for item in described]
+    cones = analysis.frontiers.cones
+    if origin.nodes:
+        inputs, sides = requirements(analysis.program, origin.nodes, cones)
+        ends = [origin.nodes[0].name, origin.nodes[-1].name]
+        return {"sources": sources, "inputs": list(inputs), "sides": list(sides), "copied": ends}
+    nodes = [source.node for source in origin.sources]
+    members = {member for node in nodes if node in cones for member in cones[node]}
+    read = {s for node in (*members, *nodes) for s in (node, *node.all_input_nodes)}
+    if all(node.op == "placeholder" for node in nodes):
+        read = set(nodes)
+    return {
+        "sources": sources,
+        "inputs": [node.name for node in analysis.program.inputs if node in read],
+        "sides": [node.name for node in analysis.program.order if node in members],
+    }
+
+
+def _convolves(origin: _Origin, options: Options, state: Sequence[TensorSpec]) -> bool:
     asked = options.preprocess
-    if (asked != "auto" and "convolution" not in asked.split("+")) or len(analysis.sources) != 1:
+    if (asked != "auto" and "convolution" not in asked.split("+")) or len(origin.sources) != 1:
         return False
-    return all(convolution_fits(analysis.sources[0].spec, spec) for spec in state)
+    return all(convolution_fits(origin.sources[0].spec, spec) for spec in state)
+
+
+_RANKS = (16, 32, 64, 128)
+"""Ranks that calibration tries."""
+
+
+def guess_candidates(
+    analysis: Analysis, options: Options, cut: Position, state: Sequence[TensorSpec]
+) -> list[CoarseSpec]:
+    """Guesses that a closed-form fit may choose from, within the coarse budget.
+
+    Every device makes its guess at the same time, so each may take the whole budget; where
+    `options.prologue` is 0 it is tried with half of the budget too.
+    """
+    shares = {options.prologue, options.prologue or options.coarse_budget / 2}
+    found = [
+        choose_guess(
+            analysis,
+            dataclasses.replace(options, preprocess=family, rank=rank, prologue=share),
+            cut,
+            state,
+        )
+        for share in sorted(shares)
+        for family, rank in _variants(options)
+    ]
+    limit = (options.coarse_budget + options.prologue) * analysis.flops
+    return _affordable(found, limit)
+
+
+def coarse_candidates(
+    analysis: Analysis,
+    options: Options,
+    stages: int,
+    entering: Sequence[TensorSpec],
+    leaving: Sequence[TensorSpec],
+) -> list[CoarseSpec]:
+    """Corrections that a closed-form fit may choose from, within the budget of one stage."""
+    found = [
+        _measure(
+            analysis, _draft(dataclasses.replace(options, rank=rank), family), entering, leaving
+        )
+        for family, rank in _variants(options)
+    ]
+    return _affordable(found, stage_budget(analysis, options, stages))
+
+
+def _variants(options: Options) -> list[tuple[str, int]]:
+    return [("linear", options.rank), *(("lowrank+linear", rank) for rank in _RANKS)]
+
+
+def _affordable(found: Sequence[CoarseSpec], limit: float) -> list[CoarseSpec]:
+    """Those within a number of FLOPs, each cost once; the cheapest one if none is."""
+    by_cost = {spec.flops: spec for spec in sorted(found, key=lambda spec: spec.flops)}
+    within = [spec for flops, spec in by_cost.items() if flops <= limit]
+    return within or [next(iter(by_cost.values()))]
 
 
 def choose_coarse(

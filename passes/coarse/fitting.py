@@ -51,10 +51,15 @@ class MatrixFit:
                 self._moments.append(Moments(*sizes, device=features.device, bias=bias))
             self._moments[number].add(features, targets, held_out=held_out)
 
-    def finish(self) -> list[float]:
-        """Solve, set the weights, and return the held-out relative error of every row."""
+    def finish(self, matrix: MapMatrix | None = None) -> list[float]:
+        """Solve, set the weights, and return the held-out relative error of every row.
+
+        Args:
+            matrix: One that differs by its rank alone, to fit to the same samples.
+        """
         errors = []
-        for row, moments in zip(self._rows, self._moments, strict=True):
+        rows = self._rows if matrix is None else matrix.rows()
+        for row, moments in zip(rows, self._moments, strict=True):
             ranks = [
                 each.down.out_features for each in map(_map, row) if isinstance(each, LowRankMap)
             ]

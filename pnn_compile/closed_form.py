@@ -1,0 +1,291 @@
+"""The sweep of calibration: fits guesses and corrections stage by stage, in closed form.
+
+Only the states around one stage are kept at a time, batch by batch in a temporary folder; of the
+regressions only sums of products. Where several networks are offered for one place, all of them
+are fitted to the same samples, and the cheapest of those that do best is taken.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from passes.coarse.fitting import MatrixFit, fitted_parts
+from passes.plan import CoarseSpec, Trial
+from pnn_compile.energy import Energy
+from pnn_compile.walk import Operator, State, Walker, plus
+
+__all__ = ["Batches", "Candidates", "Given", "fit_closed_form"]
+
+_NEARLY = 1.01
+"""A cheaper network is taken over the best one if its error is within this factor."""
+
+Batches = Callable[[], Iterable[tuple[bool, dict[str, Any]]]]
+"""Goes through the calibration batches: whether each is held out, and its inputs by name."""
+
+
+class Candidates(Protocol):
+    """What calibration may choose from."""
+
+    def guesses(self, number: int) -> Sequence[Operator]:
+        """Networks that guess the state in front of a stage."""
+
+    def corrections(self, number: int) -> Sequence[Operator]:
+        """Networks that correct what a stage gives."""
+
+
+class Given:
+    """The operators that a network has: one candidate for every place.
+
+    Args:
+        walker: Of the network.
+    """
+
+    def __init__(self, walker: Walker) -> None:
+        self._guesses = dict(walker.guesses)
+        self._corrections = dict(walker.corrections)
+
+    def guesses(self, number: int) -> Sequence[Operator]:
+        """The guess of the stage."""
+        return [self._guesses[number]]
+
+    def corrections(self, number: int) -> Sequence[Operator]:
+        """The correction of the stage."""
+        return [self._corrections[number]]
+
+
+def fit_closed_form(walker: Walker, batches: Batches, candidates: Candidates) -> None:
+    """Fit what `candidates` offers for every place, and leave the best ones in the walker.
+
+    Guesses are fitted to the state that really enters their stage. In a chain every correction is
+    fitted, in the order of the sweep, on the residuals that really reach it, to the error that is
+    really left behind its stage; in a collapsed sweep to what the corrections of all later stages
+    leave of the error of the last state. All networks must be in evaluation mode.
+    """
+    with tempfile.TemporaryDirectory(prefix="pnn-calibrate-") as folder:
+        _Sweep(walker, batches, _Memory(Path(folder))).run(candidates)
+
+
+class _Memory:
+    """Named states of the calibration batches, on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, kind: str, batch: int, state: State) -> None:
+        torch.save(state, self._folder / f"{kind}-{batch}.pt")
+
+    def get(self, kind: str, batch: int) -> State:
+        state: State = torch.load(self._folder / f"{kind}-{batch}.pt", weights_only=True)
+        return state
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One batch of a regression.
+
+    Attributes:
+        held_out: Whether it judges instead of being fitted.
+        features: The tensors that the maps read.
+        wanted: What the network should give for them.
+        arguments: What the network is called with.
+        scale: What errors are relative to.
+    """
+
+    held_out: bool
+    features: list[torch.Tensor]
+    wanted: list[torch.Tensor]
+    arguments: list[Any]
+    scale: list[torch.Tensor]
+
+
+_Samples = Callable[[], Iterator[_Sample]]
+
+
+class _Sweep:
+    """Walks all batches from stage to stage and fits what stands on the way."""
+
+    def __init__(self, walker: Walker, batches: Batches, memory: _Memory) -> None:
+        self.walker = walker
+        self.batches = batches
+        self.memory = memory
+        self.collapsed = walker.plan.sweep == "collapsed"
+
+    def run(self, candidates: Candidates) -> None:
+        walker, last = self.walker, len(self.walker.plan.stages)
+        for index, (_, inputs) in enumerate(self.batches()):
+            first = walker.advance(0, {}, walker.fine(0, {}, inputs))
+            self.memory.put("true", index, first)
+            self.memory.put("swept", index, first)
+        for number in range(1, last):
+            self._fit_guess(number, candidates.guesses(number))
+            self._propagate(number)
+            if not self.collapsed:
+                self._fit_correction(number, candidates.corrections(number))
+            self._advance(number)
+        if self.collapsed:
+            for number in reversed(range(1, last)):
+                self._fit_correction(number, candidates.corrections(number))
+                self._advance_collapsed(number)
+
+    def _fit_guess(self, number: int, offered: Sequence[Operator]) -> None:
+        names = self.walker.plan.stages[number].consumes
+
+        def samples(guess: Operator) -> Iterator[_Sample]:
+            for index, (held, inputs) in enumerate(self.batches()):
+                true = self.memory.get("true", index)
+                given = self._sources(guess, inputs)
+                state = [true[name] for name in names]
+                yield _Sample(held, given, state, given, state)
+
+        self.walker.guesses[number] = _best(offered, samples, lambda guess: guess.operator)
+
+    def _sources(self, guess: Operator, inputs: Mapping[str, Any]) -> list[Any]:
+        """What the operator of a guess reads."""
+        given = self.walker.given(guess.spec.options["inputs"], inputs)
+        prologue = guess.network.prologue
+        if not isinstance(prologue, nn.Module):
+            return given
+        found = prologue(*given)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def _propagate(self, number: int) -> None:
+        """Note what the fine stage makes of the guess and of the true state."""
+        walker, memory = self.walker, self.memory
+        for index, (_, inputs) in enumerate(self.batches()):
+            guess = walker.guess(number, inputs)
+            true = memory.get("true", index)
+            swept = memory.get("swept", index)
+            fine = walker.fine(number, guess, inputs)
+            produced = walker.fine(number, true, inputs)
+            memory.put(self._kind("guess", number), index, guess)
+            memory.put(self._kind("entering", number), index, {name: swept[name] for name in guess})
+            memory.put("fine", index, fine)
+            memory.put("true", index, walker.advance(number, true, produced))
+
+    def _kind(self, kind: str, number: int) -> str:
+        """A collapsed sweep needs what entered every stage to the end, a chain does not."""
+        return f"{kind}-{number}" if self.collapsed else kind
+
+    def _fit_correction(self, number: int, offered: Sequence[Operator]) -> None:
+        walker, memory = self.walker, self.memory
+        names = walker.plan.stages[number].consumes
+        wanted = [value.name for value in walker.plan.corrects(number)]
+        found = "swept" if self.collapsed else "fine"
+
+        def samples(correction: Operator) -> Iterator[_Sample]:
+            walker.corrections[number] = correction
+            for index, (held, inputs) in enumerate(self.batches()):
+                guess = memory.get(self._kind("guess", number), index)
+                entering = memory.get(self._kind("entering", number), index)
+                true, fine = memory.get("true", index), memory.get(found, index)
+                residual = [entering[name] - guess[name] for name in names]
+                arguments = walker.correction_arguments(number, guess, residual, inputs)
+                left = [true[name] - fine[name] for name in wanted]
+                yield _Sample(held, residual, left, arguments, [true[name] for name in wanted])
+
+        walker.corrections[number] = _best(offered, samples, lambda network: network)
+
+    def _advance(self, number: int) -> None:
+        """Carry the swept state behind a stage: corrected in a chain, else as the stage gave it."""
+        walker, memory = self.walker, self.memory
+        for index, (_, inputs) in enumerate(self.batches()):
+            swept, fine = memory.get("swept", index), memory.get("fine", index)
+            if not self.collapsed:
+                guess = memory.get(self._kind("guess", number), index)
+                fine = plus(fine, walker.correct(number, guess, swept, inputs))
+            memory.put("swept", index, walker.advance(number, swept, fine))
+
+    def _advance_collapsed(self, number: int) -> None:
+        """Add the correction of one stage to the last state."""
+        for index, (_, inputs) in enumerate(self.batches()):
+            guess = self.memory.get(self._kind("guess", number), index)
+            entering = self.memory.get(self._kind("entering", number), index)
+            correction = self.walker.correct(number, guess, entering, inputs)
+            swept = self.memory.get("swept", index)
+            self.memory.put("swept", index, plus(swept, correction))
+
+
+def _best(
+    offered: Sequence[Operator],
+    samples: Callable[[Operator], Iterator[_Sample]],
+    trained: Callable[[Any], nn.Module],
+) -> Operator:
+    """Fit all operators; give the cheapest of those that nearly reach the smallest error."""
+    for group in _by_rank(offered):
+        _fit([trained(each.network) for each in group], partial(samples, group[0]))
+    if len(offered) == 1:
+        return offered[0]
+    errors = [_error(trained(each.network), samples(each)) for each in offered]
+    tried = tuple(
+        Trial(_label(each.spec), each.spec.flops, error)
+        for each, error in zip(offered, errors, strict=True)
+    )
+    good = [
+        each for each, error in zip(offered, errors, strict=True) if error <= _NEARLY * min(errors)
+    ]
+    taken = min(good, key=lambda each: each.spec.flops)
+    error = errors[offered.index(taken)]
+    why = f"error {error:.3f} on held-out samples, best of {len(offered)} tried: {min(errors):.3f}"
+    return Operator(replace(taken.spec, why=why, tried=tried), taken.network)
+
+
+def _by_rank(offered: Sequence[Operator]) -> list[list[Operator]]:
+    """Operators in groups that differ by their rank alone; the largest rank first."""
+    groups: dict[str, list[Operator]] = {}
+    for each in offered:
+        rest = {key: value for key, value in each.spec.options.items() if key != "rank"}
+        groups.setdefault(f"{each.spec.family} {rest}", []).append(each)
+    return [
+        sorted(group, key=lambda each: -int(each.spec.options.get("rank", 0)))
+        for group in groups.values()
+    ]
+
+
+def _fit(networks: Sequence[nn.Module], samples: Callable[[], Iterator[_Sample]]) -> None:
+    """Fit the linear parts one after the other, each to what is left by the others.
+
+    The networks differ by their rank alone, so that the first part of all of them is solved from
+    the same sums.
+    """
+    columns = [fitted_parts(network) for network in networks]
+    for parameter in (p for parts in columns for part in parts for p in part.parameters()):
+        parameter.zero_()
+    for position in range(len(columns[0])):
+        fitted = columns[:1] if position == 0 else columns
+        fits = [MatrixFit(parts[position]) for parts in fitted]
+        for sample in samples():
+            for fit, network in zip(fits, networks, strict=False):
+                done = _tensors(network(*sample.arguments))
+                left = [w - d for w, d in zip(sample.wanted, done, strict=True)]
+                fit.add(sample.features, left, held_out=sample.held_out)
+        for number, parts in enumerate(columns):
+            fits[number % len(fits)].finish(parts[position])
+
+
+def _error(network: nn.Module, samples: Iterable[_Sample]) -> float:
+    """Error that a network leaves on held-out samples, relative to the state."""
+    energy = Energy()
+    for sample in samples:
+        if sample.held_out:
+            done = _tensors(network(*sample.arguments))
+            for found, wanted, scale in zip(done, sample.wanted, sample.scale, strict=True):
+                energy.add(scale + found - wanted, scale)
+    return energy.share
+
+
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _label(spec: CoarseSpec) -> str:
+    rank = f", rank {spec.options['rank']}" if "lowrank" in spec.family else ""
+    copied = spec.options.get("copied")
+    return spec.family + rank + (f", behind a copy of {copied[0]} to {copied[1]}" if copied else "")
