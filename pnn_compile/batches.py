@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,10 @@ from passes.program import Program
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["argument_names", "batch_size", "device_of", "named_batch"]
+__all__ = ["CalibrationBatches", "argument_names", "batch_size", "device_of", "named_batch"]
+
+_HELD_OUT = 5
+"""Every fifth batch is held out: it judges, and is never fitted."""
 
 
 def argument_names(program: Program) -> list[str]:
@@ -68,3 +71,49 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return next(
         (int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0
     )
+
+
+class CalibrationBatches:
+    """Calibration inputs as dicts by argument name; every fifth batch is held out to judge.
+
+    Args:
+        compiled: The network.
+        inputs: Batches, as `named_batch` takes them.
+
+    Raises:
+        OptionError: There are fewer than two batches, they come from a generator, or a batch does
+            not fit the model.
+    """
+
+    def __init__(self, compiled: Network, inputs: Iterable[Any]) -> None:
+        self._compiled = compiled
+        self._inputs = inputs
+        if isinstance(inputs, Iterator):
+            raise OptionError(
+                f"calibration goes through its batches several times (got a "
+                f"{type(inputs).__name__}, which ends after the first): give list(batches)"
+            )
+        counted = [batch_size(batch) for batch in self]
+        if len(counted) < 2:
+            raise OptionError(
+                f"calibration needs at least two batches, one to fit and one to judge "
+                f"(got {len(counted)}); give smaller batches"
+            )
+        self._counted = counted
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._inputs:
+            yield named_batch(self._compiled, batch)
+
+    def split(self) -> Iterator[tuple[bool, dict[str, Any]]]:
+        """Each batch, and whether it is held out."""
+        last = len(self._counted) - 1
+        for index, batch in enumerate(self):
+            held = index % _HELD_OUT == _HELD_OUT - 1 or (last < _HELD_OUT - 1 and index == last)
+            yield held, batch
+
+    def count(self, *, held_out: bool) -> int:
+        """Number of samples of either kind."""
+        flags = [held for held, _ in self.split()]
+        pairs = zip(flags, self._counted, strict=True)
+        return sum(size for held, size in pairs if held == held_out)

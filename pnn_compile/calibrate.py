@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from passes.validate import preserved
-from pnn_compile.batches import batch_size, named_batch
+from pnn_compile.batches import CalibrationBatches, batch_size
 from pnn_compile.closed_form import Candidates, Given, fit_closed_form
 from pnn_compile.energy import Energy
 from pnn_compile.walk import State, Walker, plus
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from pnn_compile.network import Network
 
 __all__ = ["CalibrationReport", "InterfaceError", "calibrate", "calibrate_by_choice"]
-
-_HELD_OUT = 5
-"""Every fifth batch is held out: it judges, and is never fitted."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def calibrate_by_choice(
     Raises:
         OptionError: As in `calibrate`.
     """
-    batches = _Batches(compiled, inputs)
+    batches = CalibrationBatches(compiled, inputs)
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
         before = _judge(walker, batches)
@@ -132,43 +129,6 @@ def calibrate_by_choice(
         fitted=batches.count(held_out=False),
         held_out=batches.count(held_out=True),
     )
-
-
-class _Batches:
-    """The calibration inputs, as dicts by argument name."""
-
-    def __init__(self, compiled: Network, inputs: Iterable[Any]) -> None:
-        self._compiled = compiled
-        self._inputs = inputs
-        if isinstance(inputs, Iterator):
-            raise OptionError(
-                f"calibration goes through its batches several times (got a "
-                f"{type(inputs).__name__}, which ends after the first): give list(batches)"
-            )
-        counted = [batch_size(batch) for batch in self]
-        if len(counted) < 2:
-            raise OptionError(
-                f"calibration needs at least two batches, one to fit and one to judge "
-                f"(got {len(counted)}); give smaller batches"
-            )
-        self._counted = counted
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._inputs:
-            yield named_batch(self._compiled, batch)
-
-    def split(self) -> Iterator[tuple[bool, dict[str, Any]]]:
-        """Each batch, and whether it is held out."""
-        last = len(self._counted) - 1
-        for index, batch in enumerate(self):
-            held = index % _HELD_OUT == _HELD_OUT - 1 or (last < _HELD_OUT - 1 and index == last)
-            yield held, batch
-
-    def count(self, *, held_out: bool) -> int:
-        """Number of samples of either kind."""
-        flags = [held for held, _ in self.split()]
-        pairs = zip(flags, self._counted, strict=True)
-        return sum(size for held, size in pairs if held == held_out)
 
 
 @dataclass(frozen=True)
@@ -220,7 +180,7 @@ class _Judgement:
     output: float
 
 
-def _judge(walker: Walker, batches: _Batches) -> _Judgement:
+def _judge(walker: Walker, batches: CalibrationBatches) -> _Judgement:
     """Measure every error on the held-out batches."""
     errors: dict[str, dict[int, Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
     outputs, agreed, samples = Energy(), 0.0, 0

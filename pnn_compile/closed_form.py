@@ -22,7 +22,7 @@ from passes.plan import CoarseSpec, Trial
 from pnn_compile.energy import Energy
 from pnn_compile.walk import Operator, State, Walker, plus
 
-__all__ = ["Batches", "Candidates", "Given", "fit_closed_form"]
+__all__ = ["Batches", "Candidates", "Given", "Sample", "fit_closed_form", "fit_networks"]
 
 _NEARLY = 1.01
 """A cheaper network is taken over the best one if its error is within this factor."""
@@ -88,7 +88,7 @@ class _Memory:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """One batch of a regression.
 
     Attributes:
@@ -106,7 +106,7 @@ class _Sample:
     scale: list[torch.Tensor]
 
 
-_Samples = Callable[[], Iterator[_Sample]]
+_Samples = Callable[[], Iterator[Sample]]
 
 
 class _Sweep:
@@ -138,12 +138,12 @@ class _Sweep:
     def _fit_guess(self, number: int, offered: Sequence[Operator]) -> None:
         names = self.walker.plan.stages[number].consumes
 
-        def samples(guess: Operator) -> Iterator[_Sample]:
+        def samples(guess: Operator) -> Iterator[Sample]:
             for index, (held, inputs) in enumerate(self.batches()):
                 true = self.memory.get("true", index)
                 given = self._sources(guess, inputs)
                 state = [true[name] for name in names]
-                yield _Sample(held, given, state, given, state)
+                yield Sample(held, given, state, given, state)
 
         self.walker.guesses[number] = _best(offered, samples, lambda guess: guess.operator)
 
@@ -180,7 +180,7 @@ class _Sweep:
         wanted = [value.name for value in walker.plan.corrects(number)]
         found = "swept" if self.collapsed else "fine"
 
-        def samples(correction: Operator) -> Iterator[_Sample]:
+        def samples(correction: Operator) -> Iterator[Sample]:
             walker.corrections[number] = correction
             for index, (held, inputs) in enumerate(self.batches()):
                 guess = memory.get(self._kind("guess", number), index)
@@ -189,7 +189,7 @@ class _Sweep:
                 residual = [entering[name] - guess[name] for name in names]
                 arguments = walker.correction_arguments(number, guess, residual, inputs)
                 left = [true[name] - fine[name] for name in wanted]
-                yield _Sample(held, residual, left, arguments, [true[name] for name in wanted])
+                yield Sample(held, residual, left, arguments, [true[name] for name in wanted])
 
         walker.corrections[number] = _best(offered, samples, lambda network: network)
 
@@ -215,12 +215,12 @@ class _Sweep:
 
 def _best(
     offered: Sequence[Operator],
-    samples: Callable[[Operator], Iterator[_Sample]],
+    samples: Callable[[Operator], Iterator[Sample]],
     trained: Callable[[Any], nn.Module],
 ) -> Operator:
     """Fit all operators; give the cheapest of those that nearly reach the smallest error."""
     for group in _by_rank(offered):
-        _fit([trained(each.network) for each in group], partial(samples, group[0]))
+        fit_networks([trained(each.network) for each in group], partial(samples, group[0]))
     if len(offered) == 1:
         return offered[0]
     errors = [_error(trained(each.network), samples(each)) for each in offered]
@@ -249,7 +249,7 @@ def _by_rank(offered: Sequence[Operator]) -> list[list[Operator]]:
     ]
 
 
-def _fit(networks: Sequence[nn.Module], samples: Callable[[], Iterator[_Sample]]) -> None:
+def fit_networks(networks: Sequence[nn.Module], samples: Callable[[], Iterator[Sample]]) -> None:
     """Fit the linear parts one after the other, each to what is left by the others.
 
     The networks differ by their rank alone, so that the first part of all of them is solved from
@@ -270,7 +270,7 @@ def _fit(networks: Sequence[nn.Module], samples: Callable[[], Iterator[_Sample]]
             fits[number % len(fits)].finish(parts[position])
 
 
-def _error(network: nn.Module, samples: Iterable[_Sample]) -> float:
+def _error(network: nn.Module, samples: Iterable[Sample]) -> float:
     """Error that a network leaves on held-out samples, relative to the state."""
     energy = Energy()
     for sample in samples:

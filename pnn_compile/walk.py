@@ -65,6 +65,13 @@ class Walker:
         )
         return _named(stage.produces, result)
 
+    def last_state(self, inputs: Mapping[str, Any]) -> State:
+        """The true state in front of the head."""
+        state: State = {}
+        for number in range(len(self.plan.stages)):
+            state = self.advance(number, state, self.fine(number, state, inputs))
+        return state
+
     def advance(self, number: int, state: State, produced: State) -> State:
         """The state behind stage `number`: what crosses from before, and what it produced."""
         crossing = [value.name for value in self.plan.interfaces[number].state]

@@ -28,7 +28,7 @@ def test_every_network_and_control_is_trained_and_measured(study: str, tmp_path:
     names = {(row["network"], row["stages"]) for row in rows}
     # the same-latency network and three forms, or two forms and two controls
     per_stage = 4
-    assert len(rows) == len(names) == 1 + len(accuracy.STAGES) * per_stage
+    assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
     assert accuracy.table(file).count("\n") == len(rows) + 1

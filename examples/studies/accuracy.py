@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,8 @@ from torch.nn import functional as F
 import pnn_compile as pnn
 from examples import decoder, resnet110
 from examples.studies.data import Split, fashion_mnist, gated_pairs, load_cifar10, standard_library
+from pnn_compile.batches import CalibrationBatches
+from pnn_compile.early_exit import fit_early_exit
 from pnn_compile.fit import distillation
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
@@ -41,8 +45,12 @@ class Preset:
         samples: Training samples.
         tests: Test samples.
         epochs: Epochs of training from scratch.
-        units: Residual units per group, or a third of the decoder's layers.
-        width: Channels of the first group, or of the decoder.
+        units: Residual units in all.
+        width: Channels of the first group of units.
+        stages: Numbers N of stages.
+        texts: Training samples of the text task, windows of 64 bytes.
+        layers: Layers of the decoder.
+        embedding: Width of the decoder.
     """
 
     samples: int
@@ -50,17 +58,23 @@ class Preset:
     epochs: int
     units: int
     width: int
+    stages: tuple[int, ...]
+    texts: int
+    layers: int
+    embedding: int
 
 
 PRESETS = {
-    "smoke": Preset(samples=512, tests=256, epochs=1, units=4, width=4),
-    "cpu": Preset(samples=20_000, tests=6_000, epochs=3, units=8, width=8),
-    "gpu": Preset(samples=50_000, tests=10_000, epochs=60, units=18, width=16),
-}
-BATCH = 128
+    "smoke": Preset(512, 256, 1, units=12, width=4, stages=(3,), texts=256, layers=4, embedding=16),
+    "cpu": Preset(
+        20_000, 6_000, 3, units=24, width=8, stages=(3, 6, 12), texts=6_000, layers=12, embedding=32
+    ),
+    "gpu": Preset(
+        50_000, 10_000, 60, units=54, width=16, stages=(3, 6, 12, 18),
+        texts=200_000, layers=36, embedding=256,
+    ),
+}  # fmt: skip
 _CALIBRATION = 125
-STAGES = (3, 6)
-Correction = Literal["residual", "difference"]
 Sweep = Literal["chain", "collapsed"]
 FORMS: tuple[tuple[str, Sweep], ...] = (
     ("units", "chain"),
@@ -68,11 +82,8 @@ FORMS: tuple[tuple[str, Sweep], ...] = (
     ("linear", "collapsed"),
 )
 """Coarse family and sweep of the networks trained from scratch."""
-CONVERSIONS: tuple[tuple[Correction, str], ...] = (
-    ("residual", "lowrank+linear"),
-    ("difference", "lowrank+linear+conv"),
-)
-"""Correction and coarse family of the networks made from a trained original."""
+PROLOGUES = (0.0, 0.07)
+"""Shares of the first layers in the guesses of the networks made from a trained original."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +95,26 @@ class Task:
         test: Test samples.
         build: Makes the network with so many units (or layers) in all.
         units: Units of the original.
+        batch: Samples per step of the training from scratch.
+        fit_batch: Samples per step of the fit of a converted network.
     """
 
     train: Split
     test: Split
     build: Callable[[int], nn.Module]
     units: int
+    batch: int = 128
+    fit_batch: int = 64
 
 
 def make_task(name: str, folder: Path | None, preset: Preset) -> Task:
     """Read the data of a task and say which networks learn it."""
     generator = torch.Generator().manual_seed(0)
-    units = 3 * preset.units
     if name == "text":
-        train, test = standard_library(64, preset.samples)
+        train, test = standard_library(64, preset.texts)
         test = Split(test.x[: preset.tests], test.y[: preset.tests])
-        width = 8 * preset.width
-        return Task(train, test, lambda n: _decoder(n, width), units)
+        build = partial(_decoder, width=preset.embedding)
+        return Task(train, test, build, preset.layers, batch=32, fit_batch=32)
     if folder is None:
         raise SystemExit(f"task {name} needs --data FOLDER; see examples/studies/data.py")
     if name == "gated":
@@ -114,7 +128,8 @@ def make_task(name: str, folder: Path | None, preset: Preset) -> Task:
         if preset.width < 16:
             train, test = _pooled(train), _pooled(test)
     channels = train.x.shape[1]
-    return Task(train, test, lambda n: _resnet(n, preset.width, channels), units)
+    build = partial(_resnet, width=preset.width, channels=channels)
+    return Task(train, test, build, preset.units)
 
 
 def _pooled(split: Split) -> Split:
@@ -156,16 +171,16 @@ def train(
     seed: int,
     *,
     teacher: nn.Module | None = None,
-    rate: float = 3e-3,
 ) -> None:
     """Train on labels, or to a teacher's outputs without labels; one-cycle AdamW."""
+    size, rate = (task.batch, 3e-3) if teacher is None else (task.fit_batch, 2e-3)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-2)
-    total = epochs * (len(task.train.y) // BATCH)
+    total = epochs * (len(task.train.y) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total)
     network.train()
     for _ in range(epochs):
-        for batch in task.train.batches(BATCH, generator):
+        for batch in task.train.batches(size, generator):
             x, y = task.train.x[batch], task.train.y[batch]
             found = network(x)
             if teacher is None:
@@ -181,9 +196,9 @@ def train(
             schedule.step()
 
 
-def same_latency(units: int, stages: int) -> int:
-    """Units of the sequential network as deep as one stage and the coarse chain."""
-    return units // stages + stages - 1
+def same_latency(units: int, compiled: pnn.Compiled) -> int:
+    """Units of a sequential network that takes at least the predicted time of a parareal one."""
+    return math.ceil(units / compiled.plan.forecast.speedup)
 
 
 Row = dict[str, object]
@@ -194,25 +209,30 @@ def from_scratch(task: Task, preset: Preset, seed: int, only: str = "") -> Itera
     if only in "original":
         torch.manual_seed(seed)
         yield _trained("original", task.build(task.units), task, preset, seed, stages=1)
-    for stages in STAGES:
+    for stages in preset.stages:
         if only in "same latency":
+            units = same_latency(task.units, _compiled("linear", "chain", task, seed, stages))
             torch.manual_seed(seed)
-            short = task.build(same_latency(task.units, stages))
-            yield _trained("same latency", short, task, preset, seed, stages=stages)
+            row = _trained("same latency", task.build(units), task, preset, seed, stages=stages)
+            yield row | {"units": units}
         for family, sweep in FORMS:
             name = f"parareal, {family}, {sweep}"
             if only in name:
-                yield _parareal(name, family, sweep, task, preset, seed, stages)
+                compiled = _compiled(family, sweep, task, seed, stages)
+                yield _parareal(name, compiled, task, preset, seed, stages)
 
 
-def _parareal(
-    name: str, family: str, sweep: Sweep, task: Task, preset: Preset, seed: int, stages: int
-) -> Row:
+def _compiled(family: str, sweep: Sweep, task: Task, seed: int, stages: int) -> pnn.Compiled:
     torch.manual_seed(seed)
-    compiled = pnn.compile(
+    return pnn.compile(
         task.build(task.units), task.train.x[:2], stages=stages, coarse=family, sweep=sweep,
         coarse_budget=1.0, seed=seed,
     )  # fmt: skip
+
+
+def _parareal(
+    name: str, compiled: pnn.Compiled, task: Task, preset: Preset, seed: int, stages: int
+) -> Row:
     row = _trained(name, compiled.module, task, preset, seed, stages=stages)
     return row | {
         "speedup": compiled.plan.forecast.speedup,
@@ -254,38 +274,48 @@ def conversion(task: Task, preset: Preset, seed: int, only: str = "") -> Iterato
     original.eval()
     yield _row("original", 1, seed, fitted=accuracy(original, task.test))
     calibration = [task.train.x[batch] for batch in task.train.batches(_CALIBRATION)[:64]]
-    for stages in STAGES:
-        for correction, coarse in CONVERSIONS:
-            if only in f"parareal, {correction}, {coarse}":
-                yield _converted(task, original, stages, correction, coarse, calibration, seed)
-        keep = same_latency(task.units, stages)
+    for stages in preset.stages:
+        for prologue in PROLOGUES:
+            name = f"parareal, {prologue:.0%} copied"
+            compiled = _conversion(task, original, stages, prologue, seed)
+            if only in name:
+                yield _converted(name, compiled, task, original, stages, calibration, seed)
         if only in "early exit":
-            exit_after = _early_exit(original, task, keep, calibration)
-            yield _controlled("early exit", exit_after, task, original, stages, seed)
+            batches = CalibrationBatches(compiled, calibration)
+            network = fit_early_exit(compiled, batches, 1 / compiled.plan.forecast.speedup)
+            if network is not None:
+                row = _controlled("early exit", network, task, original, stages, seed)
+                yield row | {"units": network.share * task.units}
+        keep = same_latency(task.units, compiled)
         if only in "layers dropped":
             dropped = _dropped(original, task, keep)
-            yield _controlled("layers dropped", dropped, task, original, stages, seed)
+            row = _controlled("layers dropped", dropped, task, original, stages, seed)
+            yield row | {"units": keep}
 
 
 def _row(name: str, stages: int, seed: int, **figures: float) -> Row:
     return {"study": "conversion", "network": name, "stages": stages, "seed": seed, **figures}
 
 
+def _conversion(
+    task: Task, original: nn.Module, stages: int, prologue: float, seed: int
+) -> pnn.Compiled:
+    return pnn.compile(
+        original, task.train.x[:2], stages=stages, coarse="lowrank+linear",
+        preprocess="lowrank+linear", rank=32, prologue=prologue, coarse_budget=1.0, seed=seed,
+    )  # fmt: skip
+
+
 def _converted(
-    task: Task, original: nn.Module, stages: int, correction: Correction, coarse: str,
+    name: str, compiled: pnn.Compiled, task: Task, original: nn.Module, stages: int,
     calibration: list[torch.Tensor], seed: int,
 ) -> Row:  # fmt: skip
-    compiled = pnn.compile(
-        original, task.train.x[:2], stages=stages, coarse=coarse, rank=32,
-        preprocess="lowrank+linear+conv" if task.train.x.is_floating_point() else "linear+conv",
-        correction=correction, coarse_budget=1.0, seed=seed,
-    )  # fmt: skip
     report = pnn.calibrate(compiled, calibration)
     calibrated = accuracy(compiled.module, task.test)
-    train(compiled.module, task, 1, seed, teacher=copy.deepcopy(original), rate=1.5e-3)
+    train(compiled.module, task, 1, seed, teacher=copy.deepcopy(original))
     forecast = compiled.plan.forecast
     return _row(
-        f"parareal, {correction}, {coarse}", stages, seed,
+        name, stages, seed,
         calibrated=calibrated, fitted=accuracy(compiled.module, task.test),
         agreement=100 * report.agreement_after,
         speedup=forecast.speedup, serial=forecast.serial_share,
@@ -296,42 +326,8 @@ def _controlled(
     name: str, network: nn.Module, task: Task, original: nn.Module, stages: int, seed: int
 ) -> Row:
     before = accuracy(network, task.test)
-    train(network, task, 1, seed, teacher=original, rate=1.5e-3)
+    train(network, task, 1, seed, teacher=original)
     return _row(name, stages, seed, calibrated=before, fitted=accuracy(network, task.test))
-
-
-def _early_exit(
-    original: nn.Module, task: Task, keep: int, calibration: list[torch.Tensor]
-) -> nn.Module:
-    """The first units of the original, a linear map to the trunk's end, and the head.
-
-    The map is of the same families as the parareal network's corrections, and fitted in the same
-    closed form to the true states: the output of stage 0 with nothing guessed or corrected.
-    """
-    from passes.coarse.fitting import MatrixFit
-    from passes.coarse.linear import Linear
-    from passes.coarse.lowrank import LowRank
-    from passes.coarse.sum import Sum
-
-    cut = f"trunk.{keep}" if hasattr(original, "trunk") else f"blocks.{keep}"
-    compiled = pnn.compile(original, task.train.x[:2], cuts=[cut], coarse="linear")
-    plan = compiled.plan
-    entering = [value.spec for value in plan.interfaces[0].state]
-    leaving = [value.spec for value in plan.interfaces[1].state]
-    parts = [LowRank(entering, leaving, 32, bias=True), Linear(entering, leaving, bias=True)]
-    bridge = Sum(parts)
-    first, second = compiled.stages.fine
-    with torch.no_grad():
-        for parameter in bridge.parameters():
-            parameter.zero_()
-        for part in parts:
-            fit = MatrixFit(part)
-            for index, x in enumerate(calibration):
-                state = first.eval()(x)
-                left = second.eval()(state) - bridge(state)
-                fit.add([state], [left], held_out=index % 5 == 4)
-            fit.finish()
-    return copy.deepcopy(nn.Sequential(first, bridge, compiled.stages.head))
 
 
 def _dropped(original: nn.Module, task: Task, keep: int) -> nn.Module:
