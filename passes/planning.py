@@ -18,6 +18,7 @@ from passes.frontier import Position, requirements
 from passes.options import Options
 from passes.plan import CoarseSpec, Forecast, Head, Interface, Plan, Stage, Value
 from passes.program import Program, provenance
+from passes.rounds import Work
 from passes.validate import run
 
 __all__ = ["make_plan", "with_operators"]
@@ -202,22 +203,17 @@ def _forecast(
     hops = [price(s.coarse) * n for s, n in zip(stages, calls, strict=True)]
     # A collapsed sweep is one sum of maps that all devices apply at once.
     sweep = max(hops) if options.sweep == "collapsed" else sum(hops)
-    tail = analysis.total - sum(fine)
-    rounds = min(options.iterations, len(stages))
-    makespan = max(f + price(s.preprocess) for f, s in zip(fine, stages, strict=True))
-    slowest = max(fine)
-    time = makespan + (rounds - 1) * slowest + rounds * sweep + tail
-    total = analysis.total
-    return Forecast(
+    work = Work(
+        total=analysis.total,
+        makespan=max(f + price(s.preprocess) for f, s in zip(fine, stages, strict=True)),
+        slowest=max(fine),
+        sweep=sweep,
+        tail=analysis.total - sum(fine),
+    )
+    return work.forecast(
+        min(options.iterations, len(stages)),
         unit=analysis.unit,
-        sequential=total,
-        makespan=makespan,
-        serial=rounds * sweep + tail,
-        time=time,
-        speedup=total / time if time else 1.0,
-        bound=total / (rounds * slowest + tail) if slowest else 1.0,
-        imbalance=slowest * len(fine) / sum(fine) if sum(fine) else 1.0,
-        serial_share=(rounds * sweep + tail) / total if total else 0.0,
+        imbalance=work.slowest * len(fine) / sum(fine) if sum(fine) else 1.0,
         gap=gap,
     )
 

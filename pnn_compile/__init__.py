@@ -26,6 +26,7 @@ from passes.plan import Plan  # noqa: E402
 from pnn_compile.api import Compiled, compile, load  # noqa: E402  # torch names it so too
 from pnn_compile.calibrate import calibrate  # noqa: E402
 from pnn_compile.fit import fit  # noqa: E402
+from pnn_compile.iterate import dial, iterate  # noqa: E402
 
 __all__ = [
     "ArtifactError",
@@ -41,6 +42,8 @@ __all__ = [
     "VerificationError",
     "calibrate",
     "compile",
+    "dial",
     "fit",
+    "iterate",
     "load",
 ]

@@ -24,6 +24,7 @@ from pnn_compile.network import Network, gather, replay
 if TYPE_CHECKING:
     import networkx as nx
 
+    from pnn_compile.iterate import DialRow, Iterates
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["Compiled", "compile", "load"]
@@ -67,6 +68,20 @@ class Compiled(Network):
     def calibrate(self, inputs: Iterable[Any]) -> CalibrationReport:
         """Fit guesses and corrections in closed form; see `pnn_compile.calibrate.calibrate`."""
         return calibrate(self, inputs)
+
+    def iterate(
+        self, inputs: Any, *, iterations: int | None = None, tolerance: float | None = None
+    ) -> Iterates:
+        """Run iterations until the error seems small; see `pnn_compile.iterate.iterate`."""
+        from pnn_compile.iterate import iterate
+
+        return iterate(self, inputs, iterations=iterations, tolerance=tolerance)
+
+    def dial(self, batches: Iterable[Any]) -> tuple[DialRow, ...]:
+        """Measure every number of iterations on samples; see `pnn_compile.iterate.dial`."""
+        from pnn_compile.iterate import dial
+
+        return dial(self, batches)
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact directory `path`, atomically, replacing an older one.

@@ -267,19 +267,11 @@ def _current(compiled: Network) -> Program:
     return dataclasses.replace(program, module=module)
 
 
-def _operators(compiled: Network) -> nn.ModuleDict:
-    """The operators under the names that they have in the network."""
-    operators = compiled.operators
-    guesses = {f"preprocess_{number}": guess for number, guess in operators.preprocess.items()}
-    corrections = {f"coarse_{number}": coarse for number, coarse in operators.coarse.items()}
-    return nn.ModuleDict(guesses | corrections)
-
-
 def _operator_tensors(compiled: Network) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield name, kind and value of what the operators do not share with the stages."""
     pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
     shared = {id(tensor) for piece in pieces for _, tensor in graphfile.named_tensors(piece)}
-    operators = _operators(compiled)
+    operators = compiled.operators.named()
     for name, parameter in operators.named_parameters():
         if id(parameter) not in shared:
             yield name, "parameter", parameter
@@ -296,7 +288,7 @@ def _restore_network(
     missing = [name for name, _, _ in _operator_tensors(compiled) if name not in stored]
     if missing:
         raise ArtifactError(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
-    targets = dict(graphfile.named_tensors(_operators(compiled)))
+    targets = dict(graphfile.named_tensors(compiled.operators.named()))
     reader = graphfile.TensorReader(records, weights)
     graphfile.assign(targets, records, reader, "the network of the plan")
     graphfile.set_modes(compiled.module, network["training"])

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError
 from passes.validate import preserved
+from pnn_compile.agreement import Energy, agreement, judged
 from pnn_compile.batches import CalibrationBatches, batch_size
 from pnn_compile.closed_form import Candidates, Given, fit_closed_form
-from pnn_compile.energy import Energy
 from pnn_compile.walk import State, Walker, plus
 
 if TYPE_CHECKING:
@@ -200,25 +198,11 @@ def _judge(walker: Walker, batches: CalibrationBatches) -> _Judgement:
                 for name in names:
                     energy.add(found[name], wanted[name])
             corrected, true = step.corrected, step.true
-        given = _judged(walker.head(corrected, inputs))
-        right = _judged(walker.head(true, inputs))
+        given = judged(walker.head(corrected, inputs))
+        right = judged(walker.head(true, inputs))
         outputs.add(given, right)
         size = batch_size(inputs)
-        agreed += _agreement(given, right) * size
+        agreed += agreement(given, right) * size
         samples += size
     shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}
     return _Judgement(**shares, agreement=agreed / max(samples, 1), output=outputs.share)
-
-
-def _judged(outputs: Any) -> torch.Tensor:
-    """The output that stands for all: the first of floating point, else the first."""
-    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-    if not tensors:
-        raise OptionError("the network has no tensor among its outputs to judge calibration by")
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
-
-
-def _agreement(given: torch.Tensor, right: torch.Tensor) -> float:
-    if right.is_floating_point():
-        given, right = given.argmax(-1), right.argmax(-1)
-    return (given == right).double().mean().item()

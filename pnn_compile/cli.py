@@ -1,4 +1,4 @@
-"""The command line: `pnn-compile MODEL`, `inspect`, `verify`."""
+"""The command line: `pnn-compile MODEL`, `inspect`, `verify`, `fit`, `dial`."""
 
 from __future__ import annotations
 
@@ -334,6 +334,29 @@ def fit_command(
             f"{report.steps} steps on {report.samples} samples: loss {report.first_loss:.4g} to "
             f"{report.last_loss:.4g}; saved to {directory}"
         )
+
+
+@cli.command(name="dial")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("samples", type=click.Path(path_type=Path))
+@click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per call.")
+@_JSON
+@_DEBUG
+def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debug: bool) -> None:
+    """Measure on SAMPLES what a saved artifact gives at every number of iterations."""
+    from pnn_compile.api import load
+    from pnn_compile.samples import read_batches
+
+    compiled = load(directory)
+    batches = read_batches(samples, compiled.program, batch)
+    with _Progress(as_json)("iterating"):
+        rows = compiled.dial(batches)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    from pnn_compile.report.dial import dial_table
+
+    _console().print(dial_table(compiled.plan.model, rows))
 
 
 def _show(

@@ -19,12 +19,12 @@ from torch import nn
 
 from passes.coarse.fitting import MatrixFit, fitted_parts
 from passes.plan import CoarseSpec, Trial
-from pnn_compile.energy import Energy
+from pnn_compile.agreement import Energy
 from pnn_compile.walk import Operator, State, Walker, plus
 
 __all__ = ["Batches", "Candidates", "Given", "Sample", "fit_closed_form", "fit_networks"]
 
-_NEARLY = 1.01
+_NEARLY = 1.05
 """A cheaper network is taken over the best one if its error is within this factor."""
 
 Batches = Callable[[], Iterable[tuple[bool, dict[str, Any]]]]

@@ -13,6 +13,7 @@ from passes.assemble import reads_guess
 from passes.plan import CoarseSpec
 
 if TYPE_CHECKING:
+    from passes.split import Stages
     from pnn_compile.network import Network
 
 __all__ = ["Operator", "State", "Walker", "plus"]
@@ -34,6 +35,10 @@ class Walker:
     Inputs go by the names of the arguments; the plan goes by the names of their nodes, which differ
     where an argument is called like a builtin (`input`).
 
+    Args:
+        compiled: The network.
+        stages: Copies of its fine stages and head to call in their place.
+
     Attributes:
         plan: The plan.
         stages: The fine stages and the head.
@@ -41,9 +46,9 @@ class Walker:
         corrections: By stage number; may be replaced.
     """
 
-    def __init__(self, compiled: Network) -> None:
+    def __init__(self, compiled: Network, stages: Stages | None = None) -> None:
         self.plan = compiled.plan
-        self.stages = compiled.stages
+        self.stages = stages or compiled.stages
         self.guesses: dict[int, Operator] = {}
         self.corrections: dict[int, Operator] = {}
         for number, stage in enumerate(compiled.plan.stages):
@@ -85,7 +90,10 @@ class Walker:
         return _named(self.plan.stages[number].consumes, result)
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
-        """Estimate how the output of stage `number` moves from the guess to the true state."""
+        """Estimate how the output of stage `number` moves from the guess to the true state.
+
+        In a collapsed sweep that is the output of the last stage.
+        """
         residual = [true[name] - guess[name] for name in self.plan.stages[number].consumes]
         arguments = self.correction_arguments(number, guess, residual, inputs)
         names = tuple(value.name for value in self.plan.corrects(number))

@@ -31,15 +31,15 @@ def test_the_plan_says_what_was_tried_and_why_it_was_taken(samples: list[torch.T
     assert compiled.calibration is not None
     total = compiled.plan.forecast.sequential
     for stage in compiled.plan.stages[1:]:
-        for spec, limit in ((stage.preprocess, budget), (stage.coarse, budget / 2)):
+        for spec, limit in ((stage.preprocess, 2 * budget), (stage.coarse, budget / 2)):
             assert spec is not None
             errors = {trial.flops: trial.error for trial in spec.tried}
             assert len(errors) > 1
             assert max(errors) <= limit * total
             cheaper = [error for flops, error in errors.items() if flops < spec.flops]
             best = min(errors.values())
-            assert errors[spec.flops] <= 1.01 * best
-            assert all(error > 1.01 * best for error in cheaper)
+            assert errors[spec.flops] <= 1.05 * best
+            assert all(error > 1.05 * best for error in cheaper)
             assert f"best of {len(errors)} tried" in spec.why
     assert compiled.plan.forecast.serial_share == pytest.approx(
         (sum(s.coarse.flops for s in compiled.plan.stages if s.coarse) + compiled.plan.head.flops)

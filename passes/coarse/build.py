@@ -49,6 +49,12 @@ class Operators:
         self.preprocess = preprocess
         self.coarse = coarse
 
+    def named(self) -> nn.ModuleDict:
+        """All of them under the names that they have in the network."""
+        guesses = {f"preprocess_{number}": guess for number, guess in self.preprocess.items()}
+        corrections = {f"coarse_{number}": coarse for number, coarse in self.coarse.items()}
+        return nn.ModuleDict(guesses | corrections)
+
 
 def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
     """Build every operator of a plan; the same plan and seed give the same initial weights."""

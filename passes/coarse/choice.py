@@ -177,6 +177,9 @@ def _convolves(origin: _Origin, options: Options, state: Sequence[TensorSpec]) -
     return all(convolution_fits(origin.sources[0].spec, spec) for spec in state)
 
 
+_MOST_COPIED = 0.25
+"""Largest share of first layers that calibration tries to copy into a guess by itself."""
+
 _RANKS = (16, 32, 64, 128)
 """Ranks that calibration tries."""
 
@@ -186,10 +189,11 @@ def guess_candidates(
 ) -> list[CoarseSpec]:
     """Guesses that a closed-form fit may choose from, within the coarse budget.
 
-    Every device makes its guess at the same time, so each may take the whole budget; where
-    `options.prologue` is 0 it is tried with half of the budget too.
+    Every device makes its guess at the same time, so each may take the whole budget, and as much
+    again for a copy of the first layers (or `options.prologue`, if the user gives it).
     """
-    shares = {options.prologue, options.prologue or options.coarse_budget / 2}
+    share = options.prologue or options.coarse_budget
+    shares = {options.prologue, min(share, _MOST_COPIED)}
     found = [
         choose_guess(
             analysis,
@@ -200,7 +204,7 @@ def guess_candidates(
         for share in sorted(shares)
         for family, rank in _variants(options)
     ]
-    limit = (options.coarse_budget + options.prologue) * analysis.flops
+    limit = (options.coarse_budget + share) * analysis.flops
     return _affordable(found, limit)
 
 

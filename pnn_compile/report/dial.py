@@ -1,0 +1,47 @@
+"""The error dial as a table: what every number of iterations gives, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pnn_compile.iterate import DialRow
+
+__all__ = ["dial_table"]
+
+_COLUMNS = ("K", "estimate", "95 %", "output error", "agreement", "speed-up", "serial share")
+
+
+def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
+    """One row per number of iterations."""
+    table = Table(
+        title=f"{model}: iterations against the original, on {rows[0].samples} samples",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.iterations),
+            f"{row.estimate_mean:.3g}",
+            f"{row.estimate_p95:.3g}",
+            f"{row.output_error:.3g}",
+            f"{row.agreement:.1%}",
+            f"{row.speedup:.2f}",
+            f"{row.serial_share:.1%}",
+        )
+    legend = Text(
+        "estimate: relative error of the last state, from the increments (mean, and 95th "
+        "percentile of the samples); output error: measured; speed-up: predicted, links not "
+        "counted",
+        style="dim",
+    )
+    return Group(table, legend)
