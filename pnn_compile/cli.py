@@ -293,6 +293,12 @@ def verify(directory: Path, as_json: bool, debug: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("samples", type=click.Path(path_type=Path))
 @click.option("--epochs", default=1, type=click.IntRange(min=1), help="Times through the samples.")
+@click.option(
+    "--interface-epochs",
+    default=0,
+    type=click.IntRange(min=0),
+    help="Times before that, for every guess and correction by itself.",
+)
 @click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per step.")
 @click.option("--learning-rate", default=1.5e-3, type=float, help="Peak learning rate.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save to and resume.")
@@ -303,6 +309,7 @@ def fit_command(
     directory: Path,
     samples: Path,
     epochs: int,
+    interface_epochs: int,
     batch: int,
     learning_rate: float,
     checkpoint: Path | None,
@@ -322,6 +329,7 @@ def fit_command(
             compiled,
             batches,
             epochs=epochs,
+            interface_epochs=interface_epochs,
             learning_rate=learning_rate,
             checkpoint=checkpoint,
             progress=advance,
@@ -329,11 +337,16 @@ def fit_command(
     compiled.save(directory)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
-    else:
-        _console().print(
-            f"{report.steps} steps on {report.samples} samples: loss {report.first_loss:.4g} to "
-            f"{report.last_loss:.4g}; saved to {directory}"
-        )
+        return
+    from pnn_compile.report.terminal import interfaces_table
+
+    console = _console()
+    if report.interfaces:
+        console.print(interfaces_table(report))
+    console.print(
+        f"{report.steps} steps on {report.samples} samples: loss {report.first_loss:.4g} to "
+        f"{report.last_loss:.4g}; saved to {directory}"
+    )
 
 
 @cli.command(name="dial")

@@ -1,15 +1,14 @@
 """Fit a compiled network to its original: interface by interface, then end to end.
 
-The original's outputs are the targets, so no labels are needed; a task loss may take their place.
+The original's states and outputs are the targets, so no labels are needed; a task loss may take
+the place of the outputs.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.checkpoint import FitState, checkpoint_file
+from pnn_compile.distill import Distiller, InterfaceLoss, Trainer
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
 __all__ = ["FitReport", "Loss", "distillation", "fit"]
 
-_log = logging.getLogger(__name__)
 _TEMPERATURE = 2.0
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
@@ -40,16 +41,20 @@ class FitReport:
     """What a fit did.
 
     Attributes:
-        steps: Optimizer steps taken, those of an interrupted fit included.
-        samples: Samples seen.
+        steps: Optimizer steps taken end to end, those of an interrupted fit included.
+        samples: Samples seen by them.
         first_loss: Mean loss over the first tenth of the steps.
         last_loss: Mean loss over the last tenth.
+        interface_steps: Steps taken at every interface before that.
+        interfaces: What those did, by stage; empty without `interface_epochs`.
     """
 
     steps: int
     samples: int
     first_loss: float
     last_loss: float
+    interface_steps: int = 0
+    interfaces: tuple[InterfaceLoss, ...] = ()
 
 
 def distillation(outputs: Any, wanted: Any, batch: Any) -> torch.Tensor:
@@ -82,6 +87,7 @@ def fit(
     loader: Iterable[Any],
     *,
     epochs: int = 1,
+    interface_epochs: int = 0,
     loss: Loss | None = None,
     learning_rate: float = 1.5e-3,
     weight_decay: float = 1e-2,
@@ -92,26 +98,31 @@ def fit(
     checkpoint_every: int = 100,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> FitReport:
-    """Train the whole network end to end against the original's outputs.
+    """Train a network to its original: every interface by itself if asked, then end to end.
 
     The original is the state of the fine stages when the fit starts; a copy of it stays fixed.
-    Every parameter trains. The learning rate warms up over a tenth of the steps and falls to zero
+    In `interface_epochs` passes each guess learns the true state that it stands for, and each
+    correction the error that is left behind its stage (see `pnn_compile.distill`); the fine stages
+    and their statistics stay as they are. Then every parameter trains against the original's
+    outputs. In either part the learning rate warms up over a tenth of the steps and falls to zero
     along a cosine.
 
     Args:
         compiled: The network; changed in place.
         loader: Batches, as in `calibrate`; a pair (inputs, labels) if `loss` reads labels. Must
             have a length.
-        epochs: Times to go through the loader.
+        epochs: Times to go through the loader end to end.
+        interface_epochs: Times to go through it before, for the interfaces.
         loss: From (outputs, original's outputs, batch) to a scalar; `distillation` if None.
         learning_rate: Peak learning rate.
         weight_decay: AdamW's weight decay.
-        optimizer: Makes another optimizer from the parameters.
+        optimizer: Makes another optimizer from the parameters; called once for each guess and
+            each correction with `interface_epochs`, and once for the whole.
         autocast: Lower precision to run the forward pass in.
         clip_norm: Largest norm of the gradient, or None.
         checkpoint: File to save the fit to, and to resume it from if it exists.
         checkpoint_every: Steps between saves.
-        progress: Called with (step, steps, loss).
+        progress: Called with (step, steps, loss); steps of both parts count.
 
     Raises:
         OptionError: The loader is empty or has no length, a batch does not fit, nothing trains,
@@ -119,8 +130,8 @@ def fit(
             not finite.
     """
     network = compiled.module
-    _check_numbers(epochs, learning_rate, checkpoint_every)
-    file = _checkpoint_file(checkpoint)
+    _check_numbers(epochs, interface_epochs, learning_rate, checkpoint_every)
+    file = checkpoint_file(checkpoint)
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not parameters:
         raise OptionError(
@@ -128,75 +139,91 @@ def fit(
             "fit (compiled.module.requires_grad_() thaws a frozen one)"
         )
     teacher = copy.deepcopy(compiled.sequential).eval().requires_grad_(False)
-    total = epochs * _length(loader)
-    make = optimizer or (
-        lambda params: torch.optim.AdamW(params, learning_rate, weight_decay=weight_decay)
+    length = _length(loader)
+    trainer = _trainer(
+        optimizer
+        or (lambda given: torch.optim.AdamW(given, learning_rate, weight_decay=weight_decay))
     )
-    trained = make(parameters)
-    schedule = torch.optim.lr_scheduler.LambdaLR(trained, _warm_cosine(total))
-    state = _State(network, teacher, trained, schedule, file)
+    total = epochs * length
+    trained, schedule = trainer(parameters, total)
+    parts: dict[str, Any] = {"teacher": teacher, "optimizer": trained, "schedule": schedule}
+    distiller = None
+    if interface_epochs:
+        steps = interface_epochs * length
+        distiller = Distiller(
+            compiled, teacher, trainer, steps, autocast=autocast, clip_norm=clip_norm
+        )
+        parts["interfaces"] = distiller
+    state = FitState(network, parts, file)
+    before = distiller.total if distiller else 0
     measure = loss or distillation
-    with _training(network), _random_state_of(state):
+
+    def done(step: int, last: int, value: float) -> None:
+        if progress is not None:
+            progress(step, before + total, value)
+        if step % checkpoint_every == 0 or step == last:
+            state.save()
+
+    with _training(network, compiled.operators.named()), state.random():
+        if distiller is not None and distiller.step < before:
+            distiller.train()
+            for step, batch in _remaining(loader, interface_epochs, distiller.step):
+                done(step + 1, before, distiller.take(batch))
+            network.train()
         for step, batch in _remaining(loader, epochs, state.step):
             value, size = _step(compiled, teacher, batch, measure, trained, autocast, clip_norm)
             schedule.step()
             state.record(step + 1, value, size)
-            if progress is not None:
-                progress(step + 1, total, value)
-            if (step + 1) % checkpoint_every == 0 or step + 1 == total:
-                state.save()
+            done(before + step + 1, before + total, value)
     tenth = max(1, len(state.losses) // 10)
     return FitReport(
         steps=state.step,
         samples=state.samples,
         first_loss=sum(state.losses[:tenth]) / tenth,
         last_loss=sum(state.losses[-tenth:]) / tenth,
+        interface_steps=before,
+        interfaces=distiller.report() if distiller else (),
     )
 
 
-def _check_numbers(epochs: int, learning_rate: float, checkpoint_every: int) -> None:
+def _check_numbers(
+    epochs: int, interface_epochs: int, learning_rate: float, checkpoint_every: int
+) -> None:
     if not 0 < learning_rate < math.inf:
         raise OptionError(
             f"the learning rate must be above 0 (got {learning_rate}); the default is 1.5e-3"
         )
-    for name, number in (("epochs", epochs), ("checkpoint_every", checkpoint_every)):
-        if number < 1:
-            raise OptionError(f"{name} must be at least 1 (got {number})")
+    for name, number, least in (
+        ("epochs", epochs, 1),
+        ("interface_epochs", interface_epochs, 0),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        if number < least:
+            raise OptionError(f"{name} must be at least {least} (got {number})")
 
 
-def _checkpoint_file(checkpoint: str | Path | None) -> Path | None:
-    if checkpoint is None:
-        return None
-    file = Path(checkpoint)
-    if not file.parent.is_dir():
-        raise OptionError(
-            f"the fit cannot be saved to {file}: {file.parent} is no directory, make it first"
-        )
-    if file.is_dir():
-        raise OptionError(f"the fit cannot be saved to {file}, a directory: name a file in it")
-    return file
+def _trainer(optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> Trainer:
+    def make(
+        parameters: Sequence[nn.Parameter], steps: int
+    ) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        made = optimizer(parameters)
+        return made, LambdaLR(made, _warm_cosine(steps))
+
+    return make
 
 
 @contextmanager
-def _training(network: nn.Module) -> Iterator[None]:
+def _training(network: nn.Module, operators: nn.Module) -> Iterator[None]:
     """Train every module; leave the modes as they were, and no gradients."""
-    modes = [(module, module.training) for module in network.modules()]
+    whole = nn.ModuleList([network, operators])
+    modes = [(module, module.training) for module in whole.modules()]
     network.train()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        network.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def _random_state_of(state: _State) -> Iterator[None]:
-    """Go on with the random state of an interrupted fit, and put the caller's back behind it."""
-    with torch.random.fork_rng(devices=[], enabled=state.random is not None):
-        if state.random is not None:
-            torch.set_rng_state(state.random)
-        yield
+        whole.zero_grad(set_to_none=True)
 
 
 def _length(loader: Iterable[Any]) -> int:
@@ -257,57 +284,3 @@ def _step(
         nn.utils.clip_grad_norm_(compiled.module.parameters(), clip_norm)
     optimizer.step()
     return value.item(), size
-
-
-class _State:
-    """What a fit needs to go on where it stopped: saved as tensors and numbers, no code."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        teacher: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LambdaLR,
-        file: Path | None,
-    ) -> None:
-        self._parts: Mapping[str, Any] = {
-            "network": network,
-            "teacher": teacher,
-            "optimizer": optimizer,
-            "schedule": schedule,
-        }
-        self._file = file
-        self.step = 0
-        self.samples = 0
-        self.losses: list[float] = []
-        self.random: torch.Tensor | None = None
-        if self._file is not None and self._file.exists():
-            self._load(self._file)
-
-    def record(self, step: int, loss: float, samples: int) -> None:
-        self.step = step
-        self.samples += samples
-        self.losses.append(loss)
-
-    def save(self) -> None:
-        if self._file is None:
-            return
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        numbers = {"step": self.step, "samples": self.samples, "losses": self.losses}
-        draft = self._file.with_name(self._file.name + ".part")
-        torch.save({**parts, **numbers, "random": torch.get_rng_state()}, draft)
-        os.replace(draft, self._file)
-
-    def _load(self, file: Path) -> None:
-        try:
-            found = torch.load(file, weights_only=True)
-            for name, part in self._parts.items():
-                part.load_state_dict(found[name])
-            self.random = found["random"]
-        except Exception as error:
-            raise OptionError(
-                f"{file} does not continue this fit ({error}): delete it to start anew"
-            ) from error
-        self.step, self.samples = found["step"], found["samples"]
-        self.losses = list(found["losses"])
-        _log.info("resuming at step %d from %s", self.step, file)

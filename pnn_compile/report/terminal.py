@@ -18,10 +18,14 @@ from pnn_compile.graph import partition_graph
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Interface, Plan, Stage
     from pnn_compile.calibrate import CalibrationReport
+    from pnn_compile.fit import FitReport
     from pnn_compile.network import Network
     from pnn_compile.verify import VerifyReport
 
-__all__ = ["calibration_table", "checks_table", "render", "report", "stage_tree", "to_text"]
+__all__ = [
+    "calibration_table", "checks_table", "interfaces_table", "render", "report", "stage_tree",
+    "to_text",
+]  # fmt: skip
 
 
 def render(compiled: Network, width: int = 100) -> str:
@@ -201,6 +205,24 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
         f"{report.output_error_before:.3f} -> {report.output_error_after:.3f}"
     )
     return Group(table, verdict)
+
+
+def interfaces_table(report: FitReport) -> Table:
+    """What the fit did at every interface before it went end to end."""
+    table = Table(
+        title=f"losses by interface, {report.interface_steps} steps (1: no better than zero)",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for name in ("stage", "guess", "correction"):
+        table.add_column(name, justify="right")
+    for face in report.interfaces:
+        table.add_row(
+            str(face.stage),
+            f"{face.guess_first:.3g} -> {face.guess_last:.3g}",
+            f"{face.correction_first:.3g} -> {face.correction_last:.3g}",
+        )
+    return table
 
 
 def stage_tree(compiled: Network, depth: int = 2) -> Tree:
