@@ -277,6 +277,10 @@ class DialRow:
 def dial(compiled: Network, batches: Iterable[Any]) -> tuple[DialRow, ...]:
     """Measure on samples what every number of iterations from 1 to N gives, in evaluation mode.
 
+    The original is the fine stages one after another, as they are now. Calibration leaves them
+    alone; training or an end-to-end fit at K = 1 moves them, and then more iterations lead to
+    another network than the one that was compiled.
+
     Args:
         compiled: The network, of any number of iterations.
         batches: Batches of inputs, as in `calibrate`; gone through once.

@@ -40,8 +40,8 @@ def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
         )
     legend = Text(
         "estimate: relative error of the last state, from the increments (mean, and 95th "
-        "percentile of the samples); output error: measured; speed-up: predicted, links not "
-        "counted",
+        "percentile of the samples); output error, agreement: measured against the stages one "
+        "after another, as they are now; speed-up: predicted, links not counted",
         style="dim",
     )
     return Group(table, legend)

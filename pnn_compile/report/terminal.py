@@ -210,7 +210,7 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
 def interfaces_table(report: FitReport) -> Table:
     """What the fit did at every interface before it went end to end."""
     table = Table(
-        title=f"losses by interface, {report.interface_steps} steps (1: no better than zero)",
+        title=f"losses by interface, {report.interface_steps} steps",
         title_justify="left",
         box=box.SIMPLE,
     )
