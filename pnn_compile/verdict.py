@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -131,8 +131,8 @@ def _rows(network: Network, batches: CalibrationBatches, iterations: int) -> lis
                 serial_share=dialled.serial_share,
                 agreement=dialled.agreement,
                 output_error=dialled.output_error,
-                exit_agreement=exit_ and _agreement(network, exit_, held),
-                exit_share=exit_ and exit_.share,
+                exit_agreement=None if exit_ is None else _agreement(network, exit_, held),
+                exit_share=None if exit_ is None else exit_.share,
             )
         )
     return rows
