@@ -9,6 +9,7 @@ import torch
 
 from passes.coarse.build import FAMILIES, GUESSES
 from passes.errors import ArtifactError
+from passes.options import BLOCK_FAMILIES
 from passes.plan import CoarseSpec, Interface, Plan, TensorSpec
 from passes.program import Program
 
@@ -17,7 +18,7 @@ __all__ = ["check_plan"]
 _Problems = Iterator[tuple[str, str]]
 """Where in the JSON text, and what is wrong there."""
 
-_ALONE = ("units", "exact", "zero")
+_ALONE = (*BLOCK_FAMILIES, "exact", "zero")
 _SOURCE_FIELDS = ("name", "shape", "dtype", "batch_axis", "channel_axis")
 _BLOCK_FIELDS = ("first", "last", "entering", "leaving", "inputs", "sides")
 
@@ -116,9 +117,9 @@ class _Checker:
             yield from _each_among(f"{place}.family", parts, sums)
         yield from _among(f"{place}.family", parts[0], known)
         options, here = spec.options, f"{place}.options"
-        guess = known is GUESSES
-        names = ["inputs"] * (guess or "units" in parts) + ["sides", "sources"] * guess
-        names += ["rank"] * ("lowrank" in parts) + ["blocks"] * ("units" in parts)
+        guess, copies = known is GUESSES, spec.family in BLOCK_FAMILIES
+        names = ["inputs"] * (guess or copies) + ["sides", "sources"] * guess
+        names += ["rank"] * ("lowrank" in parts) + ["blocks"] * copies
         yield from _fields(here, options, names)
         if "rank" in names:
             yield from _at_least_one(f"{here}.rank", options["rank"])
@@ -132,8 +133,8 @@ class _Checker:
                 yield f"{here}.copied", "should name two nodes, the first and the last"
         if guess:
             yield from self._sources(f"{here}.sources", options["sources"])
-        if "units" in parts:
-            yield from self._blocks(f"{here}.blocks", options["blocks"], options["inputs"])
+        if copies:
+            yield from self._blocks(here, spec.family, options["blocks"], options["inputs"])
 
     def _sources(self, place: str, sources: Sequence[Any]) -> _Problems:
         if not sources:
@@ -146,12 +147,17 @@ class _Checker:
             axes = {name: source[name] for name in ("dtype", "batch_axis", "channel_axis")}
             yield from _tensor(here, TensorSpec(shape=tuple(source["shape"]), **axes))
 
-    def _blocks(self, place: str, blocks: Sequence[Any], inputs: Sequence[str]) -> _Problems:
+    def _blocks(
+        self, place: str, family: str, blocks: Sequence[Any], inputs: Sequence[str]
+    ) -> _Problems:
+        thinned = family == "thinned"
         if not blocks:
-            yield place, "is empty: family units copies at least one block"
+            yield f"{place}.blocks", f"is empty: family {family} copies at least one block"
         for index, block in enumerate(blocks):
-            here = f"{place}[{index}]"
-            yield from _fields(here, block, _BLOCK_FIELDS)
+            here = f"{place}.blocks[{index}]"
+            yield from _fields(here, block, (*_BLOCK_FIELDS, *["step"] * thinned))
+            if thinned:
+                yield from _at_least_one(f"{here}.step", block["step"])
             for name in ("first", "last", "leaving"):
                 yield from _among(f"{here}.{name}", block[name], self.nodes)
             yield from _among(f"{here}.entering", block["entering"], self.every)

@@ -13,7 +13,7 @@ from passes.analysis import Analysis
 from passes.coarse.choice import coarse_estimate, guess_estimate, stage_budget
 from passes.errors import PartitionError
 from passes.frontier import Position
-from passes.options import Options
+from passes.options import BLOCK_FAMILIES, Options
 from passes.partition import CutProblem, CutSolution, solve
 from passes.program import provenance
 
@@ -48,7 +48,7 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
     """
     head = _head(analysis)
     candidates = [p for p in analysis.frontiers.positions if p.index < head.index]
-    if options.coarse == "units":
+    if options.coarse in BLOCK_FAMILIES:
         # Only whole blocks can be copied.
         candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.cuts is not None:

@@ -10,11 +10,13 @@ from torch import fx
 
 from passes.errors import OptionError
 
-__all__ = ["CostSource", "Options"]
+__all__ = ["BLOCK_FAMILIES", "CostSource", "Options"]
 
 CostSource = Literal["flops", "measured"] | Callable[[fx.Node, int], float]
 
-_COARSE = ("auto", "linear", "lowrank", "conv", "units", "exact", "zero")
+BLOCK_FAMILIES = ("units", "thinned")
+"""Families of coarse propagators that copy blocks of the trunk."""
+_COARSE = ("auto", "linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
 _COARSE_SUMS = ("linear", "lowrank", "conv")
 _GUESSES = ("auto", "convolution", "linear", "lowrank", "conv")
 _CORRECTIONS = ("residual", "difference")
@@ -32,7 +34,8 @@ class Options:
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
         coarse: Family of the coarse propagators, "auto", or a sum such as "linear+lowrank".
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
-        units: N_c, the copies of the repeating block in a coarse network of family "units".
+        units: N_c, the copies of the repeating block in a coarse network of family "units"; of
+            family "thinned" how many of a stage's repeated blocks are kept.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators, "auto", or a sum.
         prologue: Largest share of the original's cost that a guess may spend on a copy of the

@@ -145,9 +145,12 @@ def compile(
         cuts: Names of the nodes or modules that start the second and later stages; overrides the
             search.
         coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
-            these three ("linear+lowrank"), "units", "exact" or "zero".
+            these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
+            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact" or
+            "zero".
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
-        units: Copies of the repeating block in a coarse network of family "units".
+        units: Copies of the repeating block in a coarse network of family "units"; how many of a
+            stage's repeated blocks a network of family "thinned" keeps.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
             "lowrank", "conv" or a sum of them.

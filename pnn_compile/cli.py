@@ -116,10 +116,11 @@ _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph check
 @click.option(
     "--coarse",
     default="auto",
-    help="auto, linear, lowrank, conv, a sum of these (linear+lowrank), units, exact or zero.",
+    help="auto, linear, lowrank, conv, a sum of these (linear+lowrank), units, thinned (every m-th "
+    "trained block, its branch scaled by m), exact or zero.",
 )
 @click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
-@click.option("--units", default=1, type=int, help="Copies of the repeating block (N_c).")
+@click.option("--units", default=1, type=int, help="Repeating blocks to copy or keep (N_c).")
 @click.option("--rank", default=32, type=int, help="Rank of family lowrank.")
 @click.option(
     "--preprocess", default="auto", help="auto, convolution, linear, lowrank, conv, or a sum."

@@ -74,6 +74,9 @@ class Network:
     ) -> None:
         """Load a checkpoint of the original model into the fine stages and the head.
 
+        Guesses and corrections stay as they are. Those of family thinned hold copies of the
+        weights that the model had when it was compiled: load a checkpoint into it before.
+
         Args:
             state: A state dict with the model's own keys.
             strict: Whether every key must be there, and no other.

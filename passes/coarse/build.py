@@ -15,9 +15,11 @@ from passes.coarse.forms import Difference, Guess
 from passes.coarse.linear import Linear
 from passes.coarse.lowrank import LowRank
 from passes.coarse.sum import Sum
+from passes.coarse.thinned import build_thinned
 from passes.coarse.units import build_units
 from passes.coarse.zero import Zero
 from passes.errors import SynthesisError
+from passes.options import BLOCK_FAMILIES
 from passes.plan import CoarseSpec, Plan, TensorSpec
 from passes.program import Program
 from passes.restore import Attention
@@ -191,6 +193,8 @@ def _coarse_part(
         return Conv(entering, leaving)
     if name == "units":
         return build_units(program, spec.options)
+    if name == "thinned":
+        return build_thinned(program, spec.options)
     if name == "exact":
         return Exact(fine)
     if name == "zero":
@@ -198,7 +202,7 @@ def _coarse_part(
     raise SynthesisError(f"unknown coarse family {name!r}; known: {', '.join(FAMILIES)}")
 
 
-FAMILIES = ("linear", "lowrank", "conv", "units", "exact", "zero")
+FAMILIES = ("linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
 """Names of the families of coarse propagators; the first three combine: "linear+lowrank"."""
 
 GUESSES = ("convolution", "linear", "lowrank", "conv")

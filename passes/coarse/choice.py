@@ -15,11 +15,12 @@ from passes.analysis import Analysis
 from passes.coarse.build import build_coarse, build_guess
 from passes.coarse.convolution import convolution_fits, convolution_flops
 from passes.coarse.linear import linear_flops
+from passes.coarse.thinned import thin, thinned_options
 from passes.coarse.units import choose_blocks, unit_options
 from passes.cost import count_flops
 from passes.errors import SynthesisError
 from passes.frontier import Position, Source, requirements
-from passes.options import Options
+from passes.options import BLOCK_FAMILIES, Options
 from passes.plan import CoarseSpec, TensorSpec
 
 __all__ = [
@@ -91,9 +92,10 @@ def coarse_estimate(
     """Estimate the FLOPs of correcting the state at a position, under the budget of a stage."""
     if options.coarse == "zero":
         return 0.0
-    if options.coarse in ("auto", "units") and (blocks := analysis.trunk_blocks):
+    copies = options.coarse in BLOCK_FAMILIES
+    if (copies or options.coarse == "auto") and (blocks := analysis.trunk_blocks):
         mean = sum(analysis.block_flops(block) for block in blocks) / len(blocks)
-        if options.coarse == "units" or options.units * mean <= budget:
+        if copies or options.units * mean <= budget:
             return options.units * mean
     return linear_flops(position.specs, position.specs)
 
@@ -259,19 +261,23 @@ def choose_coarse(
     """
     if options.coarse == "exact":
         return _exact(analysis, span)
-    if options.coarse not in ("auto", "units"):
+    if options.coarse not in ("auto", *BLOCK_FAMILIES):
         draft = _draft(options, options.coarse, "asked for")
         return _measure(analysis, draft, entering, leaving)
     linear = _measure(analysis, _draft(options, "linear"), entering, leaving)
     if options.sweep == "collapsed":
         return dataclasses.replace(linear, why=_fit(linear, budget, "collapsed sweep"))
-    units, obstacle = _units(analysis, options, span, entering, leaving)
+    units, obstacle = _copied(analysis, options, span, entering, leaving)
     if units is None:
-        if options.coarse == "units":
-            raise SynthesisError(f"coarse='units' does not fit the stage: {obstacle}")
+        if options.coarse in BLOCK_FAMILIES:
+            raise SynthesisError(
+                f"coarse={options.coarse!r} does not fit the stage: {obstacle}; cut it from whole "
+                "blocks (cuts=... names the modules that stages begin with), ask for another "
+                "number of stages, or use coarse='linear' or 'auto'"
+            )
         return dataclasses.replace(linear, why=_fit(linear, budget, obstacle))
-    if options.coarse == "units":
-        return dataclasses.replace(units, why="asked for")
+    if options.coarse in BLOCK_FAMILIES:
+        return units
     if units.flops <= budget:
         return dataclasses.replace(units, why=_fit(units, budget, "repeating block found"))
     over = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
@@ -290,22 +296,30 @@ def _exact(analysis: Analysis, span: tuple[Position, Position]) -> CoarseSpec:
     return CoarseSpec("exact", {"inputs": list(inputs)}, flops, 0, False, "the oracle")
 
 
-def _units(
+def _copied(
     analysis: Analysis,
     options: Options,
     span: tuple[Position, Position],
     entering: Sequence[TensorSpec],
     leaving: Sequence[TensorSpec],
 ) -> tuple[CoarseSpec | None, str]:
+    """Copies of blocks, of family units unless thinned is asked for, or why there are none."""
     if len(entering) != 1 or len(leaving) != 1:
         return None, "the state has several components"
     start, stop = span
-    trunk = analysis.trunk_blocks
-    blocks = choose_blocks(analysis.blocks, trunk, start.index, stop.index, options.units)
-    if not blocks:
+    place = start.index, stop.index, options.units
+    program, cones, why = analysis.program, analysis.frontiers.cones, "asked for"
+    if options.coarse == "thinned":
+        steps = thin(analysis.blocks, *place)
+        described = thinned_options(program, steps, cones)
+        why += f"; steps of {', '.join(str(step) for _, step in steps)} blocks"
+    else:
+        blocks = choose_blocks(analysis.blocks, analysis.trunk_blocks, *place)
+        described = unit_options(program, blocks, cones)
+    if not described["blocks"]:
         return None, "the stage is not made of repeating blocks"
-    described = unit_options(analysis.program, blocks, analysis.frontiers.cones)
-    draft = CoarseSpec("units", described, 0, 0, False)
+    family = "thinned" if options.coarse == "thinned" else "units"
+    draft = CoarseSpec(family, described, 0, 0, False, why)
     return _measure(analysis, draft, entering, leaving), ""
 
 

@@ -19,15 +19,32 @@ from passes.frontier import Block, requirements
 from passes.program import Program
 from passes.split import extract, nodes_between
 
-__all__ = ["Units", "build_units", "choose_blocks", "unit_options"]
+__all__ = [
+    "Units",
+    "build_units",
+    "choose_blocks",
+    "copied_blocks",
+    "unit_options",
+    "whole_blocks",
+]
 
 
 class Units(nn.Module):
-    """Blocks one after another, each on the state and on the inputs that it needs."""
+    """Blocks one after another, each on the state and on the inputs that it needs.
 
-    def __init__(self, units: Sequence[fx.GraphModule], inputs: Sequence[str]) -> None:
+    Args:
+        units: The blocks.
+        inputs: Names of the inputs, in the order in which they are given.
+        steps: For every block B how many blocks it stands for: x + m (B(x) - x), that is, its
+            branch scaled by m. 1 leaves a block as it is, and is the default of all.
+    """
+
+    def __init__(
+        self, units: Sequence[fx.GraphModule], inputs: Sequence[str], steps: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.units = nn.ModuleList(units)
+        self.steps = tuple(steps) or (1,) * len(units)
         self._inputs = tuple(inputs)
         self._reads = [
             [n.name for n in unit.graph.nodes if n.op == "placeholder"][1:] for unit in units
@@ -36,9 +53,22 @@ class Units(nn.Module):
     def forward(self, x: torch.Tensor, *inputs: Any) -> torch.Tensor:
         """Propagate the state; `inputs` in the order given at construction."""
         given = dict(zip(self._inputs, inputs, strict=True))
-        for unit, reads in zip(self.units, self._reads, strict=True):
-            x = unit(x, *(given[name] for name in reads))
+        for unit, reads, step in zip(self.units, self._reads, self.steps, strict=True):
+            y = unit(x, *(given[name] for name in reads))
+            x = y if step == 1 else x + step * (y - x)
         return x
+
+    def extra_repr(self) -> str:
+        """Return the steps for the module's repr."""
+        return f"steps={self.steps}"
+
+
+def whole_blocks(blocks: Sequence[Block], start: int, stop: int) -> list[Block]:
+    """The blocks that make up the nodes between two cuts; empty if they do not, end to end."""
+    inside = [block for block in blocks if block.start.index >= start and block.stop.index <= stop]
+    if not inside or inside[0].start.index != start or inside[-1].stop.index != stop:
+        return []
+    return inside
 
 
 def choose_blocks(
@@ -57,8 +87,8 @@ def choose_blocks(
         The blocks in the order in which to chain them; empty if the stage is not made of whole
         blocks or none of them repeats at the shape that the stage leaves with.
     """
-    inside = [block for block in blocks if block.start.index >= start and block.stop.index <= stop]
-    if not inside or inside[0].start.index != start or inside[-1].stop.index != stop:
+    inside = whole_blocks(blocks, start, stop)
+    if not inside:
         return []
     changing = [block for block in inside if block.entering.shape != block.leaving.shape]
     final = inside[-1].leaving.shape
@@ -97,7 +127,12 @@ def unit_options(
 
 def build_units(program: Program, options: Mapping[str, Any]) -> Units:
     """Copy the blocks that the options name and draw fresh weights for them."""
-    units = []
+    return Units([_redraw(unit) for unit in copied_blocks(program, options)], options["inputs"])
+
+
+def copied_blocks(program: Program, options: Mapping[str, Any]) -> list[fx.GraphModule]:
+    """Deep copies of the blocks that the options name, trainable where the originals are frozen."""
+    copies = []
     for block in options["blocks"]:
         original = extract(
             program,
@@ -108,8 +143,8 @@ def build_units(program: Program, options: Mapping[str, Any]) -> Units:
             sides=block["sides"],
             name="Unit",
         )
-        units.append(_redraw(copy.deepcopy(original)))
-    return Units(units, options["inputs"])
+        copies.append(copy.deepcopy(original).requires_grad_())
+    return copies
 
 
 def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
@@ -119,7 +154,6 @@ def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-    unit.requires_grad_()  # also where the original is frozen
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
             old = before[name]
