@@ -8,10 +8,12 @@ really left behind its stage. Batches are streamed; only sums of products are ke
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from passes.validate import preserved
 from pnn_compile.agreement import Energy, agreement, judged
@@ -61,6 +63,8 @@ class CalibrationReport:
         output_error_after: The same after calibration.
         fitted: Samples that were fitted.
         held_out: Samples that judged.
+        recalibrated: Guesses and corrections whose BatchNorm statistics were measured anew,
+            because that lowered their error.
     """
 
     interfaces: tuple[InterfaceError, ...]
@@ -70,14 +74,16 @@ class CalibrationReport:
     output_error_after: float
     fitted: int
     held_out: int
+    recalibrated: tuple[str, ...] = ()
 
 
 def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
     """Fit the guesses and corrections of a network to its own fine stages, in closed form.
 
     Families "linear" and "lowrank" are fitted by ridge regression, sums of them one part after the
-    other; other families keep their weights (`pnn.fit` trains those). The fine stages are never
-    changed. Deterministic.
+    other; other families keep their weights (`pnn.fit` trains those), but their BatchNorm
+    statistics are measured anew where that lowers the error. The fine stages are never changed.
+    Deterministic.
 
     Args:
         compiled: The network; its fine stages hold the trained weights.
@@ -102,10 +108,10 @@ def calibrate_by_choice(
         OptionError: As in `calibrate`.
     """
     batches = CalibrationBatches(compiled, inputs)
-    with preserved(compiled.module), torch.no_grad():
-        compiled.module.eval()
+    fine = (*compiled.stages.fine, compiled.stages.head)
+    with preserved(*fine), _evaluating(compiled.module), torch.no_grad():
         before = _judge(walker, batches)
-        fit_closed_form(walker, batches.split, candidates)
+        recalibrated = fit_closed_form(walker, batches.split, candidates)
         after = _judge(walker, batches)
     interfaces = tuple(
         InterfaceError(
@@ -126,7 +132,20 @@ def calibrate_by_choice(
         output_error_after=after.output,
         fitted=batches.count(held_out=False),
         held_out=batches.count(held_out=True),
+        recalibrated=recalibrated,
     )
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for a while."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @dataclass(frozen=True)

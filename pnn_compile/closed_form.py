@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.coarse.fitting import MatrixFit, fitted_parts
+from passes.coarse.recalibrate import recalibrate
 from passes.plan import CoarseSpec, Trial
 from pnn_compile.agreement import Energy
 from pnn_compile.walk import Operator, State, Walker, plus
@@ -61,16 +63,22 @@ class Given:
         return [self._corrections[number]]
 
 
-def fit_closed_form(walker: Walker, batches: Batches, candidates: Candidates) -> None:
+def fit_closed_form(walker: Walker, batches: Batches, candidates: Candidates) -> tuple[str, ...]:
     """Fit what `candidates` offers for every place, and leave the best ones in the walker.
 
     Guesses are fitted to the state that really enters their stage. In a chain every correction is
     fitted, in the order of the sweep, on the residuals that really reach it, to the error that is
     really left behind its stage; in a collapsed sweep to what the corrections of all later stages
     leave of the error of the last state. All networks must be in evaluation mode.
+
+    Returns:
+        Names of the operators whose BatchNorm statistics were measured anew, which is done where
+        it lowers the error.
     """
     with tempfile.TemporaryDirectory(prefix="pnn-calibrate-") as folder:
-        _Sweep(walker, batches, _Memory(Path(folder))).run(candidates)
+        sweep = _Sweep(walker, batches, _Memory(Path(folder)))
+        sweep.run(candidates)
+    return tuple(sweep.recalibrated)
 
 
 class _Memory:
@@ -117,6 +125,7 @@ class _Sweep:
         self.batches = batches
         self.memory = memory
         self.collapsed = walker.plan.sweep == "collapsed"
+        self.recalibrated: list[str] = []
 
     def run(self, candidates: Candidates) -> None:
         walker, last = self.walker, len(self.walker.plan.stages)
@@ -145,7 +154,8 @@ class _Sweep:
                 state = [true[name] for name in names]
                 yield Sample(held, given, state, given, state)
 
-        self.walker.guesses[number] = _best(offered, samples, lambda guess: guess.operator)
+        fitted = [(each, each.network.operator) for each in offered]
+        self.walker.guesses[number] = self._take(f"preprocess_{number}", fitted, samples)
 
     def _sources(self, guess: Operator, inputs: Mapping[str, Any]) -> list[Any]:
         """What the operator of a guess reads."""
@@ -191,7 +201,37 @@ class _Sweep:
                 left = [true[name] - fine[name] for name in wanted]
                 yield Sample(held, residual, left, arguments, [true[name] for name in wanted])
 
-        walker.corrections[number] = _best(offered, samples, lambda network: network)
+        fitted = [(each, each.network) for each in offered]
+        walker.corrections[number] = self._take(f"coarse_{number}", fitted, samples)
+
+    def _take(
+        self,
+        name: str,
+        offered: Sequence[tuple[Operator, Any]],
+        samples: Callable[[Operator], Iterator[Sample]],
+    ) -> Operator:
+        """Fit all operators; give the cheapest of those that nearly reach the smallest error.
+
+        Args:
+            name: What the report calls the place.
+            offered: The operators, each with the network in it that is fitted.
+            samples: Gives the samples of an operator.
+        """
+        found: list[tuple[Operator, float]] = []
+        changed = set[Operator]()
+        for group in _by_rank(offered):
+            operators, networks = zip(*group, strict=True)
+            given = partial(samples, operators[0])
+            fit_networks(networks, given)
+            for operator, network in group:
+                if operator.spec.family != "exact" and _recalibrate(network, given):
+                    changed.add(operator)
+            if len(offered) > 1:
+                found += zip(operators, _errors(networks, given()), strict=True)
+        taken, why = _cheapest(found) if found else (offered[0][0], None)
+        if taken in changed:
+            self.recalibrated.append(name)
+        return replace(taken, spec=why) if why else taken
 
     def _advance(self, number: int) -> None:
         """Carry the swept state behind a stage: corrected in a chain, else as the stage gave it."""
@@ -213,38 +253,25 @@ class _Sweep:
             self.memory.put("swept", index, plus(swept, correction))
 
 
-def _best(
-    offered: Sequence[Operator],
-    samples: Callable[[Operator], Iterator[Sample]],
-    trained: Callable[[Any], nn.Module],
-) -> Operator:
-    """Fit all operators; give the cheapest of those that nearly reach the smallest error."""
-    for group in _by_rank(offered):
-        fit_networks([trained(each.network) for each in group], partial(samples, group[0]))
-    if len(offered) == 1:
-        return offered[0]
-    errors = [_error(trained(each.network), samples(each)) for each in offered]
-    tried = tuple(
-        Trial(_label(each.spec), each.spec.flops, error)
-        for each, error in zip(offered, errors, strict=True)
-    )
-    good = [
-        each for each, error in zip(offered, errors, strict=True) if error <= _NEARLY * min(errors)
-    ]
-    taken = min(good, key=lambda each: each.spec.flops)
-    error = errors[offered.index(taken)]
-    why = f"error {error:.3f} on held-out samples, best of {len(offered)} tried: {min(errors):.3f}"
-    return Operator(replace(taken.spec, why=why, tried=tried), taken.network)
+def _cheapest(found: Sequence[tuple[Operator, float]]) -> tuple[Operator, CoarseSpec]:
+    """The cheapest operator that nearly reaches the smallest error, and what its plan says then."""
+    found = sorted(found, key=lambda pair: pair[0].spec.flops)
+    least = min(error for _, error in found)
+    taken, error = next(pair for pair in found if pair[1] <= _NEARLY * least)
+    tried = tuple(Trial(_label(each.spec), each.spec.flops, error) for each, error in found)
+    why = f"error {error:.3f} on held-out samples, best of {len(found)} tried: {least:.3f}"
+    return taken, replace(taken.spec, why=why, tried=tried)
 
 
-def _by_rank(offered: Sequence[Operator]) -> list[list[Operator]]:
+def _by_rank(offered: Sequence[tuple[Operator, Any]]) -> list[list[tuple[Operator, Any]]]:
     """Operators in groups that differ by their rank alone; the largest rank first."""
-    groups: dict[str, list[Operator]] = {}
+    groups: dict[str, list[tuple[Operator, Any]]] = {}
     for each in offered:
-        rest = {key: value for key, value in each.spec.options.items() if key != "rank"}
-        groups.setdefault(f"{each.spec.family} {rest}", []).append(each)
+        spec = each[0].spec
+        rest = {key: value for key, value in spec.options.items() if key != "rank"}
+        groups.setdefault(f"{spec.family} {rest}", []).append(each)
     return [
-        sorted(group, key=lambda each: -int(each.spec.options.get("rank", 0)))
+        sorted(group, key=lambda each: -int(each[0].spec.options.get("rank", 0)))
         for group in groups.values()
     ]
 
@@ -270,15 +297,31 @@ def fit_networks(networks: Sequence[nn.Module], samples: Callable[[], Iterator[S
             fits[number % len(fits)].finish(parts[position])
 
 
-def _error(network: nn.Module, samples: Iterable[Sample]) -> float:
-    """Error that a network leaves on held-out samples, relative to the state."""
-    energy = Energy()
+def _recalibrate(network: nn.Module, samples: Callable[[], Iterator[Sample]]) -> bool:
+    """Measure BatchNorm statistics on what the network sees, and keep them if its error falls."""
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return False
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    [error] = _errors([network], samples())
+    recalibrate(network, (tuple(s.arguments) for s in samples() if not s.held_out))
+    if _errors([network], samples()) < [error]:
+        return True
+    for name, buffer in network.named_buffers():
+        buffer.copy_(before[name])
+    return False
+
+
+def _errors(networks: Sequence[nn.Module], samples: Iterable[Sample]) -> list[float]:
+    """Errors that networks leave on held-out samples, relative to the state."""
+    energies = [Energy() for _ in networks]
     for sample in samples:
-        if sample.held_out:
+        if not sample.held_out:
+            continue
+        for network, energy in zip(networks, energies, strict=True):
             done = _tensors(network(*sample.arguments))
             for found, wanted, scale in zip(done, sample.wanted, sample.scale, strict=True):
                 energy.add(scale + found - wanted, scale)
-    return energy.share
+    return [energy.share for energy in energies]
 
 
 def _tensors(value: Any) -> Sequence[torch.Tensor]:

@@ -21,7 +21,7 @@ __all__ = ["Operator", "State", "Walker", "plus"]
 State = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operator:
     """A guess or a correction: what the plan says of it, and the network."""
 

@@ -75,13 +75,19 @@ class Moments:
         self._fit = _Sums(features, targets, device)
         self._held = _Sums(features, targets, device)
         self._bias = bias
+        self._full: dict[float, torch.Tensor] = {}
+        self._bases: dict[float, torch.Tensor] = {}
 
     def add(self, x: torch.Tensor, y: torch.Tensor, *, held_out: bool = False) -> None:
         """Add rows `[n, features]` and `[n, targets]`."""
+        self._full.clear()
+        self._bases.clear()
         (self._held if held_out else self._fit).add(x, y)
 
     def solve(self, rank: int | None = None) -> Solution:
         """Solve with the ridge that does best on the held-out rows.
+
+        Further calls are quick where the rank is not larger than in the first one.
 
         Args:
             rank: Largest rank of the map; None for full rank.
@@ -92,7 +98,7 @@ class Moments:
             full = self._ridge(ridge)
             basis = None
             if rank is not None and rank < min(full.shape[0] - 1, full.shape[1]):
-                basis = self._directions(full, rank)
+                basis = self._directions(ridge, rank)
                 full = self._project(full, basis)
             error = judge.residual(full)
             if best is None or error < best[0]:
@@ -107,6 +113,8 @@ class Moments:
         return Solution(weight, bias, down, up, share)
 
     def _ridge(self, ridge: float) -> torch.Tensor:
+        if ridge in self._full:
+            return self._full[ridge]
         sums = self._fit
         scale = sums.xx.diagonal()[:-1].mean().item() or 1.0
         penalty = torch.full_like(sums.xx[0], ridge * scale)
@@ -114,10 +122,17 @@ class Moments:
         solution: torch.Tensor = torch.linalg.solve(sums.xx + torch.diag(penalty), sums.xy)
         if not self._bias:
             solution[-1] = 0
+        self._full[ridge] = solution
         return solution
 
-    def _directions(self, full: torch.Tensor, rank: int) -> torch.Tensor:
+    def _directions(self, ridge: float, rank: int) -> torch.Tensor:
         """Orthonormal directions `[targets, rank]` in which the centred predictions vary most."""
+        known = self._bases.get(ridge)
+        if known is None or known.shape[1] < rank:
+            known = self._bases[ridge] = self._principal(self._ridge(ridge), rank)
+        return known[:, :rank]
+
+    def _principal(self, full: torch.Tensor, rank: int) -> torch.Tensor:
         count = max(self._fit.count, 1)
         mean = self._fit.xx[-1:, :-1] / count
         covariance = self._fit.xx[:-1, :-1] - count * mean.T @ mean
