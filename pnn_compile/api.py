@@ -165,7 +165,8 @@ def compile(
         plan: Replay this plan instead of deciding anew; no option of the search may be given.
         calibration: Batches of inputs, as in `calibrate`, or a function that makes them from the
             captured program. Guesses and corrections are fitted to the model's weights, and
-            "auto" families are chosen by how well they fit within the budget.
+            "auto" families are chosen by how well they fit within the budget; a guess may copy
+            first layers worth as much again, unless `prologue` says otherwise.
         debug: Whether to verify every graph between passes.
 
     Raises:
@@ -176,6 +177,7 @@ def compile(
         ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
     args, kwargs = _example(model, example_inputs, args, kwargs)
+    measured = calibration is not None and plan is None and preprocess == "auto"
     options = Options(
         stages=stages,
         cost=cost,
@@ -185,7 +187,7 @@ def compile(
         units=units,
         rank=rank,
         preprocess=preprocess,
-        prologue=prologue,
+        prologue=prologue or (_copied(coarse_budget) if measured else 0.0),
         correction=correction,
         sweep=sweep,
         iterations=iterations,
@@ -215,6 +217,11 @@ def compile(
         spent = PassResult("calibrate", time.perf_counter() - start)
         network = replace(network, passes=(*network.passes, spent))
     return Compiled.of(network)
+
+
+def _copied(coarse_budget: float) -> float:
+    """Share of first layers that a calibrated guess may copy if the user does not say."""
+    return min(coarse_budget, 0.25)
 
 
 def _example(

@@ -179,9 +179,6 @@ def _convolves(origin: _Origin, options: Options, state: Sequence[TensorSpec]) -
     return all(convolution_fits(origin.sources[0].spec, spec) for spec in state)
 
 
-_MOST_COPIED = 0.25
-"""Largest share of first layers that calibration tries to copy into a guess by itself."""
-
 _RANKS = (16, 32, 64, 128)
 """Ranks that calibration tries."""
 
@@ -191,11 +188,9 @@ def guess_candidates(
 ) -> list[CoarseSpec]:
     """Guesses that a closed-form fit may choose from, within the coarse budget.
 
-    Every device makes its guess at the same time, so each may take the whole budget, and as much
-    again for a copy of the first layers (or `options.prologue`, if the user gives it).
+    Every device makes its guess at the same time, so each may take the whole budget, and
+    `options.prologue` for a copy of the first layers, which is tried with and without.
     """
-    share = options.prologue or options.coarse_budget
-    shares = {options.prologue, min(share, _MOST_COPIED)}
     found = [
         choose_guess(
             analysis,
@@ -203,10 +198,10 @@ def guess_candidates(
             cut,
             state,
         )
-        for share in sorted(shares)
+        for share in sorted({0.0, options.prologue})
         for family, rank in _variants(options)
     ]
-    limit = (options.coarse_budget + share) * analysis.flops
+    limit = (options.coarse_budget + options.prologue) * analysis.flops
     return _affordable(found, limit)
 
 
