@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from pnn_compile.iterate import DialRow, Iterates
+    from pnn_compile.verdict import Verdict
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["Compiled", "compile", "load"]
@@ -68,6 +69,19 @@ class Compiled(Network):
     def calibrate(self, inputs: Iterable[Any]) -> CalibrationReport:
         """Fit guesses and corrections in closed form; see `pnn_compile.calibrate.calibrate`."""
         return calibrate(self, inputs)
+
+    def assess(
+        self,
+        inputs: Iterable[Any],
+        *,
+        stages: Sequence[int] = (),
+        iterations: int = 2,
+        **options: Any,
+    ) -> Verdict:
+        """Tell what the network keeps, beside early exits; see `pnn_compile.verdict.assess`."""
+        from pnn_compile.verdict import assess
+
+        return assess(self, inputs, stages=stages, iterations=iterations, **options)
 
     def iterate(
         self, inputs: Any, *, iterations: int | None = None, tolerance: float | None = None

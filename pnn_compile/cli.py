@@ -22,6 +22,7 @@ from passes.errors import OptionError, PnnError, VerificationError
 
 if TYPE_CHECKING:
     from pnn_compile.api import Compiled
+    from pnn_compile.verdict import Verdict
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["main"]
@@ -177,7 +178,11 @@ def compile_command(
         if "onnx" in emit:
             with progress("exporting to ONNX"):
                 compiled.export_onnx(output / "model.onnx")
-    _show(compiled, checked, output, quiet, as_json)
+    verdict = None
+    if samples is not None:
+        with progress("judging"):
+            verdict = compiled.assess(read_batches(samples, compiled.program, _CALIBRATION_BATCH))
+    _show(compiled, checked, verdict, output, quiet, as_json)
     if checked is not None and not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
 
@@ -290,6 +295,60 @@ def verify(directory: Path, as_json: bool, debug: bool) -> None:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
 
 
+@cli.command()
+@click.argument("model")
+@click.argument("samples", type=click.Path(path_type=Path))
+@click.option("-n", "--stages", default="2,3,4", metavar="N,N,...", help="Numbers of stages.")
+@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="Example input.")
+@click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
+@click.option("--iterations", default=2, type=click.IntRange(min=1), help="Largest K to try.")
+@_JSON
+@_DEBUG
+def assess(
+    model: str,
+    samples: Path,
+    stages: str,
+    inputs: tuple[str, ...],
+    coarse_budget: float,
+    iterations: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Tell what MODEL, trained, keeps as a parareal network, on SAMPLES, without training it."""
+    from pnn_compile.api import compile as compile_model
+    from pnn_compile.report.verdict import verdict_table
+    from pnn_compile.samples import read_batches
+    from pnn_compile.sources import load_source
+
+    numbers = _numbers(stages)
+    read = partial(read_batches, samples, size=_CALIBRATION_BATCH)
+    with redirect_stdout(sys.stderr):
+        source = load_source(model, inputs)
+    with _Progress(as_json)("judging"):
+        compiled = compile_model(
+            source.model, args=source.args, kwargs=source.kwargs, stages=numbers[0],
+            coarse_budget=coarse_budget, calibration=read, debug=debug,
+        )  # fmt: skip
+        verdict = compiled.assess(
+            read(compiled.program),
+            stages=numbers[1:],
+            iterations=iterations,
+            coarse_budget=coarse_budget,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(verdict), indent=2))
+    else:
+        _console().print(verdict_table(verdict))
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers of stages, by comma."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise OptionError(f"-n must be numbers by comma, such as 2,3,6 (got {text!r})")
+    return [int(word) for word in words]
+
+
 @cli.command(name="fit")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("samples", type=click.Path(path_type=Path))
@@ -376,6 +435,7 @@ def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debu
 def _show(
     compiled: Compiled,
     checked: VerifyReport | None,
+    verdict: Verdict | None,
     output: Path | None,
     quiet: bool,
     as_json: bool,
@@ -387,6 +447,7 @@ def _show(
             "passes": [asdict(result) for result in compiled.passes],
             "verify": _checks(checked) if checked else None,
             "calibration": asdict(compiled.calibration) if compiled.calibration else None,
+            "verdict": asdict(verdict) if verdict else None,
             "output": str(output) if output else None,
         }
         click.echo(json.dumps(document, indent=2))
@@ -395,11 +456,14 @@ def _show(
         return
     calibrated = compiled.calibration
     from pnn_compile.report.terminal import calibration_table, checks_table, report
+    from pnn_compile.report.verdict import verdict_table
 
     console = _console()
     console.print(report(compiled, console.width))
     if calibrated is not None:
         console.print(calibration_table(calibrated))
+    if verdict is not None:
+        console.print(verdict_table(verdict))
     if checked is not None:
         console.print(checks_table(checked))
     if output is not None:

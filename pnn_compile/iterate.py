@@ -274,7 +274,9 @@ class DialRow:
     samples: int
 
 
-def dial(compiled: Network, batches: Iterable[Any]) -> tuple[DialRow, ...]:
+def dial(
+    compiled: Network, batches: Iterable[Any], *, most: int | None = None
+) -> tuple[DialRow, ...]:
     """Measure on samples what every number of iterations from 1 to N gives, in evaluation mode.
 
     The original is the fine stages one after another, as they are now. Calibration leaves them
@@ -284,15 +286,17 @@ def dial(compiled: Network, batches: Iterable[Any]) -> tuple[DialRow, ...]:
     Args:
         compiled: The network, of any number of iterations.
         batches: Batches of inputs, as in `calibrate`; gone through once.
+        most: Largest number of iterations to measure; N if None.
 
     Returns:
-        A row for every K from 1 to N; for K = 1 alone of a collapsed sweep.
+        A row for every K, from 1 on; for K = 1 alone of a collapsed sweep.
 
     Raises:
         OptionError: There are no batches, or one does not fit the model.
     """
     plan = compiled.plan
-    most = 1 if plan.sweep == "collapsed" else len(plan.stages)
+    count = 1 if plan.sweep == "collapsed" else len(plan.stages)
+    most = min(most or count, count)
     tallies = [_Tally() for _ in range(most)]
     with _evaluating(compiled):
         walker = Walker(compiled)

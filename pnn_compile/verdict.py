@@ -121,7 +121,7 @@ def _compiled(compiled: Network, inputs: Iterable[Any], options: Mapping[str, An
 def _rows(network: Network, batches: CalibrationBatches, iterations: int) -> list[VerdictRow]:
     held = [inputs for held_out, inputs in batches.split() if held_out]
     rows = []
-    for dialled in dial(network, held)[:iterations]:
+    for dialled in dial(network, held, most=iterations):
         exit_ = fit_early_exit(network, batches, 1 / dialled.speedup)
         rows.append(
             VerdictRow(

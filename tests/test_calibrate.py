@@ -1,7 +1,7 @@
 """Calibration and fit on a small model that is trained first."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ import pnn_compile as pnn
 from examples import decoder, resnet110
 from pnn_compile.batches import device_of, named_batch
 from pnn_compile.cli import main
+from pnn_compile.report.terminal import calibration_table, to_text
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +316,38 @@ def test_calibrate_and_fit_on_the_command_line(
     assert main(["fit", str(out), str(data)]) == 0
     assert "10 steps on 640 samples" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0
+
+
+@pytest.mark.parametrize("correction", ["residual", "difference"])
+def test_batchnorm_is_recalibrated_where_that_helps_and_the_report_says_so(
+    samples: torch.Tensor, correction: Literal["residual", "difference"]
+) -> None:
+    model = _network().train()
+    for _ in range(20):
+        model(samples[:256])  # statistics of its own
+    compiled = pnn.compile(
+        model.eval(), samples[:2], stages=3, coarse="thinned", preprocess="lowrank+linear",
+        correction=correction, coarse_budget=1.0,
+    )  # fmt: skip
+    shifted = [m for m in compiled.operators.coarse[2].modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in shifted:
+        assert layer.running_var is not None
+        layer.running_var.mul_(1e-3)
+    fine = [buffer.clone() for buffer in compiled.stages.fine[1].buffers()]
+    report = pnn.calibrate(compiled, list(samples.split(64)))
+    assert "coarse_2" in report.recalibrated
+    assert "measured anew: " in to_text(calibration_table(report), 500)
+    for before, after in zip(fine, compiled.stages.fine[1].buffers(), strict=True):
+        assert torch.equal(before, after)
+    again = pnn.calibrate(compiled, list(samples.split(64)))
+    assert "coarse_2" not in again.recalibrated
+    assert again.output_error_before == pytest.approx(report.output_error_after, rel=1e-3)
+
+
+def test_the_oracle_family_keeps_the_statistics_of_the_fine_stages(samples: torch.Tensor) -> None:
+    compiled = _compiled(samples, coarse="exact", correction="difference")
+    before = {key: value.clone() for key, value in compiled.original_state_dict().items()}
+    report = pnn.calibrate(compiled, list(samples.split(64)))
+    assert not any(name.startswith("coarse") for name in report.recalibrated)
+    for key, value in compiled.original_state_dict().items():
+        assert torch.equal(value, before[key]), key

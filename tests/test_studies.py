@@ -1,6 +1,7 @@
 """The studies run from end to end on a handful of random samples."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,17 @@ def _task() -> accuracy.Task:
     return accuracy.Task(images, images, lambda n: accuracy._resnet(n, 4, 2), 12)
 
 
+def _text() -> accuracy.Task:
+    return accuracy.make_task("text", None, PRESET)
+
+
+@pytest.mark.parametrize("make", [_task, _text])
 @pytest.mark.parametrize("study", ["scratch", "conversion"])
-def test_every_network_and_control_is_trained_and_measured(study: str, tmp_path: Path) -> None:
+def test_every_network_and_control_is_trained_and_measured(
+    study: str, make: Callable[[], accuracy.Task], tmp_path: Path
+) -> None:
     run = accuracy.from_scratch if study == "scratch" else accuracy.conversion
-    rows = list(run(_task(), PRESET, seed=0))
+    rows = list(run(make(), PRESET, seed=0))
     names = {(row["network"], row["stages"]) for row in rows}
     # the same-latency network and three forms, or two forms and two controls
     per_stage = 4

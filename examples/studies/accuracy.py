@@ -161,7 +161,7 @@ def accuracy(network: nn.Module, split: Split) -> float:
     network.eval()
     right = total = 0
     with torch.no_grad():
-        for batch in split.batches(250):
+        for batch in split.batches(min(250, len(split.y))):
             found = network(split.x[batch]).argmax(-1)
             right += int((found == split.y[batch]).sum())
             total += split.y[batch].numel()
@@ -338,7 +338,7 @@ def _dropped(original: nn.Module, task: Task, keep: int) -> nn.Module:
     count = keep - len(must)
     chosen = {free[int(k * len(free) / count)] for k in range(count)}
     kept = [unit for i, unit in enumerate(units) if i in chosen or i in must]
-    setattr(network, name, nn.Sequential(*kept) if name == "trunk" else nn.ModuleList(kept))
+    setattr(network, name, nn.Sequential(*kept))
     return network
 
 

@@ -199,12 +199,14 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
             f"{face.uncorrected:.3f}",
             f"{face.corrected_before:.3f} -> {face.corrected_after:.3f}",
         )
-    verdict = Text(
+    found = Text(
         "relative errors of the states; agreement of the outputs with the original "
         f"{report.agreement_before:.1%} -> {report.agreement_after:.1%}, their relative error "
         f"{report.output_error_before:.3f} -> {report.output_error_after:.3f}"
     )
-    return Group(table, verdict)
+    if report.recalibrated:
+        found.append(f"; BatchNorm statistics measured anew: {', '.join(report.recalibrated)}")
+    return Group(table, found)
 
 
 def interfaces_table(report: FitReport) -> Table:
