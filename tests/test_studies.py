@@ -9,6 +9,7 @@ import torch
 
 from examples.studies import accuracy
 from examples.studies.data import Split, gated_pairs, standard_library
+from examples.studies.networks import build_resnet, build_vgg, shortened
 
 PRESET = accuracy.PRESETS["smoke"]
 
@@ -19,14 +20,23 @@ def _task() -> accuracy.Task:
         torch.randn(256, 2, 8, 8, generator=generator),
         torch.randint(10, (256,), generator=generator),
     )
-    return accuracy.Task(images, images, lambda n: accuracy._resnet(n, 4, 2), 12)
+    return accuracy.Task(images, images, lambda n: build_resnet(n, 4, 2), 12)
+
+
+def _vgg() -> accuracy.Task:
+    generator = torch.Generator().manual_seed(0)
+    images = Split(
+        torch.randn(256, 3, 32, 32, generator=generator),
+        torch.randint(10, (256,), generator=generator),
+    )
+    return accuracy.Task(images, images, lambda n: build_vgg(n, 2), 13)
 
 
 def _text() -> accuracy.Task:
     return accuracy.make_task("text", None, PRESET)
 
 
-@pytest.mark.parametrize("make", [_task, _text])
+@pytest.mark.parametrize("make", [_task, _vgg, _text])
 @pytest.mark.parametrize("study", ["scratch", "conversion"])
 def test_every_network_and_control_is_trained_and_measured(
     study: str, make: Callable[[], accuracy.Task], tmp_path: Path
@@ -40,6 +50,18 @@ def test_every_network_and_control_is_trained_and_measured(
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
     assert accuracy.table(file).count("\n") == len(rows) + 1
+
+
+def test_networks_are_shortened_evenly_and_keep_what_changes_the_shape() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    for network, units, keep in ((build_resnet(9, 4, 3), 9, 5), (build_vgg(13, 2), 13, 7)):
+        short = shortened(network.eval(), keep)
+        convolutions = [
+            sum(isinstance(m, torch.nn.BatchNorm2d) for m in each.modules())
+            for each in (network, short)
+        ]
+        assert short(images).shape == (2, 10)
+        assert convolutions[1] / convolutions[0] == pytest.approx(keep / units, abs=0.1)
 
 
 def test_the_gate_depends_on_both_images() -> None:

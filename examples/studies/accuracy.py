@@ -28,8 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pnn_compile as pnn
-from examples import decoder, resnet110
 from examples.studies.data import Split, fashion_mnist, gated_pairs, load_cifar10, standard_library
+from examples.studies.networks import build_decoder, build_resnet, build_vgg, shortened
 from pnn_compile.batches import CalibrationBatches
 from pnn_compile.early_exit import fit_early_exit
 from pnn_compile.fit import distillation
@@ -117,7 +117,7 @@ def make_task(name: str, folder: Path | None, preset: Preset) -> Task:
     if name == "text":
         train, test = standard_library(64, preset.texts)
         test = Split(test.x[: preset.tests], test.y[: preset.tests])
-        build = partial(_decoder, width=preset.embedding)
+        build = partial(build_decoder, width=preset.embedding)
         return Task(train, test, build, preset.layers, batch=32, fit_batch=32)
     if folder is None:
         raise SystemExit(f"task {name} needs --data FOLDER; see examples/studies/data.py")
@@ -129,31 +129,17 @@ def make_task(name: str, folder: Path | None, preset: Preset) -> Task:
         train, test = load_cifar10(folder)
         train = Split(train.x[: preset.samples], train.y[: preset.samples])
         test = Split(test.x[: preset.tests], test.y[: preset.tests])
-        if preset.width < 16:
+        if name == "cifar10" and preset.width < 16:
             train, test = _pooled(train), _pooled(test)
+    if name == "vgg":
+        return Task(train, test, partial(build_vgg, width=preset.width), 13)
     channels = train.x.shape[1]
-    build = partial(_resnet, width=preset.width, channels=channels)
+    build = partial(build_resnet, width=preset.width, channels=channels)
     return Task(train, test, build, preset.units)
 
 
 def _pooled(split: Split) -> Split:
     return Split(F.avg_pool2d(split.x, 2), split.y)
-
-
-def _resnet(units: int, width: int, channels: int) -> nn.Module:
-    per_group = [units // 3 + (group < units % 3) for group in range(3)]
-    network = resnet110.build_model(max(per_group), width, channels)
-    kept = [
-        unit
-        for index, unit in enumerate(network.trunk)
-        if index % max(per_group) < per_group[index // max(per_group)]
-    ]
-    network.trunk = nn.Sequential(*kept)
-    return network
-
-
-def _decoder(layers: int, width: int) -> nn.Module:
-    return decoder.build_model(layers=layers, width=width, heads=4, context=64)
 
 
 def accuracy(network: nn.Module, split: Split) -> float:
@@ -296,7 +282,7 @@ def conversion(task: Task, preset: Preset, seed: int, only: str = "") -> Iterato
                 yield row | {"units": network.share * task.units}
         keep = same_latency(task.units, compiled)
         if only in "layers dropped":
-            dropped = _dropped(original, task, keep)
+            dropped = shortened(original, keep)
             row = _controlled("layers dropped", dropped, task, original, stages, seed)
             yield row | {"units": keep}
 
@@ -326,20 +312,6 @@ def _controlled(
     before = accuracy(network, task.test)
     train(network, task, 1, seed, teacher=original)
     return _row(name, stages, seed, calibrated=before, fitted=accuracy(network, task.test))
-
-
-def _dropped(original: nn.Module, task: Task, keep: int) -> nn.Module:
-    """The original with evenly spaced units left out; units that change the shape stay."""
-    network = copy.deepcopy(original)
-    name = "trunk" if hasattr(network, "trunk") else "blocks"
-    units = list(getattr(network, name))
-    must = [i for i, u in enumerate(units) if isinstance(getattr(u, "shortcut", None), nn.Conv2d)]
-    free = [i for i in range(len(units)) if i not in must]
-    count = keep - len(must)
-    chosen = {free[int(k * len(free) / count)] for k in range(count)}
-    kept = [unit for i, unit in enumerate(units) if i in chosen or i in must]
-    setattr(network, name, nn.Sequential(*kept))
-    return network
 
 
 def table(path: Path) -> str:
@@ -377,7 +349,7 @@ def main() -> None:
     """Run a study, or print the table of what was run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--task", choices=["gated", "cifar10", "text"], default="gated")
+    parser.add_argument("--task", choices=["gated", "cifar10", "vgg", "text"], default="gated")
     parser.add_argument("--study", choices=["scratch", "conversion"], default="scratch")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")

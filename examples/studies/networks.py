@@ -1,0 +1,73 @@
+"""Networks of the studies at any depth: trained shorter, or shortened when trained."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+from torch import nn
+
+from examples import decoder, resnet110, vgg16
+
+__all__ = ["build_decoder", "build_resnet", "build_vgg", "shortened"]
+
+
+def build_resnet(units: int, width: int, channels: int) -> nn.Module:
+    """A pre-activation ResNet of so many residual units in three groups."""
+    per_group = [units // 3 + (group < units % 3) for group in range(3)]
+    network = resnet110.build_model(max(per_group), width, channels)
+    kept = [
+        unit
+        for index, unit in enumerate(network.trunk)
+        if index % max(per_group) < per_group[index // max(per_group)]
+    ]
+    network.trunk = nn.Sequential(*kept)
+    return network
+
+
+def build_vgg(units: int, width: int) -> nn.Module:
+    """VGG-16 with so many convolutions of its thirteen."""
+    return shortened(vgg16.build_model(width=width), units)
+
+
+def build_decoder(layers: int, width: int) -> nn.Module:
+    """A decoder of so many layers for 64 bytes of context."""
+    return decoder.build_model(layers=layers, width=width, heads=4, context=64)
+
+
+def shortened(network: nn.Module, keep: int) -> nn.Module:
+    """A copy of a network with evenly spaced units left out; those that change the shape stay."""
+    network = copy.deepcopy(network)
+    name = next(n for n in ("trunk", "blocks", "features") if hasattr(network, n))
+    groups = _units(list(getattr(network, name)))
+    free = [i for i, group in enumerate(groups) if _keeps_shape(group)]
+    others = sum(_counts(group) for group in groups) - len(free)
+    count = max(0, min(keep - others, len(free)))
+    chosen = {free[int(k * len(free) / count)] for k in range(count)}
+    kept = [group for i, group in enumerate(groups) if i in chosen or i not in free]
+    setattr(network, name, nn.Sequential(*itertools.chain.from_iterable(kept)))
+    return network
+
+
+def _units(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """A unit is one residual block, or a convolution with what follows up to the next one."""
+    if not any(isinstance(layer, nn.Conv2d) for layer in layers):
+        return [[layer] for layer in layers]
+    groups: list[list[nn.Module]] = []
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            groups.append([])
+        groups[-1].append(layer)
+    return groups
+
+
+def _counts(group: Sequence[nn.Module]) -> bool:
+    return not isinstance(group[0], nn.MaxPool2d)
+
+
+def _keeps_shape(group: Sequence[nn.Module]) -> bool:
+    first = group[0]
+    if isinstance(first, nn.Conv2d):
+        return first.in_channels == first.out_channels
+    return _counts(group) and not isinstance(getattr(first, "shortcut", None), nn.Conv2d)
