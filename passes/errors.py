@@ -13,6 +13,7 @@ __all__ = [
     "OptionError",
     "PartitionError",
     "PnnError",
+    "RuntimeFault",
     "SourceError",
     "SynthesisError",
     "VerificationError",
@@ -49,6 +50,10 @@ class VerificationError(PnnError):
 
 class ArtifactError(PnnError):
     """A saved artifact cannot be written or read."""
+
+
+class RuntimeFault(PnnError):
+    """A network cannot be distributed, or a step of it failed on some rank."""
 
 
 class ExportError(PnnError):

@@ -18,11 +18,13 @@ from passes.errors import (  # noqa: E402  # after the check above
     OptionError,
     PartitionError,
     PnnError,
+    RuntimeFault,
     SourceError,
     SynthesisError,
     VerificationError,
 )
 from passes.plan import Plan  # noqa: E402
+from pnn_compile import runtime  # noqa: E402
 from pnn_compile.api import Compiled, compile, load  # noqa: E402  # torch names it so too
 from pnn_compile.calibrate import calibrate  # noqa: E402
 from pnn_compile.fit import fit  # noqa: E402
@@ -37,6 +39,7 @@ __all__ = [
     "PartitionError",
     "Plan",
     "PnnError",
+    "RuntimeFault",
     "SourceError",
     "SynthesisError",
     "VerificationError",
@@ -46,4 +49,5 @@ __all__ = [
     "fit",
     "iterate",
     "load",
+    "runtime",
 ]
