@@ -23,7 +23,7 @@ def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: An
         torch.multiprocessing.ProcessRaisedException: It raised on some rank; the message holds the
             traceback.
     """
-    spawn(_enter, (function, ranks, folder, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+    spawn(_enter, (function, ranks, folder, arguments), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
