@@ -20,7 +20,7 @@ from passes.rounds import Work
 from passes.validate import preserved
 from pnn_compile.agreement import Energy, agreement, judged
 from pnn_compile.batches import batch_size, device_of, named_batch
-from pnn_compile.walk import State, Walker
+from pnn_compile.walk import State, Walker, plus
 
 if TYPE_CHECKING:
     from passes.plan import Plan
@@ -206,7 +206,7 @@ def _sweep(
         before = corrected[-1] if corrected else {}
         if number > len(exact):
             correction = walker.correct(number, entering[number], before, inputs)
-            produced = {name: value + correction[name] for name, value in produced.items()}
+            produced = plus(produced, correction)
         corrected.append(walker.advance(number, before, produced))
     return corrected
 
@@ -219,11 +219,10 @@ def _collapsed(
 ) -> list[State]:
     """Add every correction to the last state; the states between stay uncorrected."""
     states = _uncorrected(walker, fine)
-    last = dict(states[-1])
+    last = states[-1]
     for number in range(1, len(states)):
         correction = walker.correct(number, entering[number], states[number - 1], inputs)
-        for name, value in correction.items():
-            last[name] = last[name] + value
+        last = plus(last, correction)
     return [*states[:-1], last]
 
 

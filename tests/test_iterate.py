@@ -123,7 +123,8 @@ def test_a_collapsed_sweep_is_run_once() -> None:
         assert torch.equal(found.outputs, compiled.module(x))
     assert found.iterations == 1
     assert (found.increments > 0).all()
-    for options in ({"iterations": 2}, {"tolerance": 0.1}):
+    refused: list[dict[str, Any]] = [{"iterations": 2}, {"tolerance": 0.1}]
+    for options in refused:
         with pytest.raises(pnn.OptionError, match=r"one iteration.*compile with sweep='chain'"):
             compiled.iterate(x, **options)
     assert [row.iterations for row in compiled.dial([x])] == [1]
