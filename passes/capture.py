@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import fx, nn
 from passes.arguments import Arguments, Leaf, bind, placeholders
 from passes.errors import CaptureError
 from passes.exporting import export
+from passes.modes import merge_modes
 from passes.program import CaptureReport, Program, graph_module, is_user_code, verify_graph
 from passes.restore import attach, toggle
 from passes.tracing import trace
@@ -66,22 +68,20 @@ def capture(
     for rung, front_end in LADDER:
         own = _copy(model)  # a front end that fails may leave its traces in the model
         try:
-            module = _attempt(own, arguments, front_end, reference)
+            module, notes = _Attempt(own, model, arguments, front_end, reference).run()
         except Exception as error:
             _log.debug("%s failed", rung, exc_info=True)
             rejected.append(f"{rung}: {explain(own, error)}")
             continue
-        if reason := reference.mismatch(module):
-            rejected.append(f"{rung}: {reason}")
-            continue
-        notes = [*reference.notes, *_fixed(arguments)]
         used = module.state_dict().keys()
         unused = {key: value for key, value in own.state_dict().items() if key not in used}
         return Program(
             module=module,
             args=arguments.tensor_arguments(),
             dynamic_batch=reference.dynamic_batch,
-            capture=CaptureReport(rung, tuple(rejected), tuple(notes)),
+            capture=CaptureReport(
+                rung, tuple(rejected), (*reference.notes, *_fixed(arguments), *notes)
+            ),
             name=type(model).__name__,
             unused=unused,
         )
@@ -99,34 +99,94 @@ def _copy(model: nn.Module) -> nn.Module:
         raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
-def _attempt(
-    model: nn.Module, arguments: Arguments, front_end: _Rung, reference: Reference
-) -> fx.GraphModule:
-    """Run one front end in training mode, where everything random is in the graph."""
-    with preserved(model):
-        model.train()
-        graph, constants = front_end(model, arguments, reference.dynamic_batch)
-    _adopt(model, graph, constants)
-    toggle(model, graph)
-    for index in reference.written:
-        _protect(graph, arguments.leaves[index])
-    module = graph_module(model, graph, type(model).__name__)
-    verify_graph(module)
-    unknown = [name for name in placeholders(arguments) if not _has_placeholder(graph, name)]
-    if unknown:
-        raise CaptureError(f"arguments lost ({', '.join(unknown)})")
-    return module
+class _MismatchError(Exception):
+    """The graph of a front end is not the model."""
 
 
-def _adopt(model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> None:
-    """Give the model the tensors that the graph holds as constants, as buffers not saved."""
-    holder = nn.Module()
+@dataclass(frozen=True)
+class _Attempt:
+    """One front end at work on a model of its own."""
+
+    model: nn.Module
+    original: nn.Module
+    arguments: Arguments
+    front_end: _Rung
+    reference: Reference
+
+    def run(self) -> tuple[fx.GraphModule, list[str]]:
+        """Return the graph that equals the model, with what there is to say of it.
+
+        The graph is made in training mode, where everything random is in it, and merged with that
+        of evaluation mode where flags alone do not make it follow the mode.
+        """
+        graph = self._trace(train=True)
+        toggle(self.model, graph)
+        module = self._finish(graph)
+        if reason := self.reference.mismatch(module, modes=(True,)):
+            raise _MismatchError(reason)
+        reason = self.reference.mismatch(module, modes=(False,))
+        if not reason:
+            return module, []
+        try:
+            paths = merge_modes(self.model, graph, self._trace(train=False))
+        except Exception as error:
+            raise _MismatchError(f"{reason}; {error}") from error
+        module = self._finish(graph)
+        if reason := self.reference.mismatch(module):
+            raise _MismatchError(reason)
+        return module, [
+            f"forward has a branch on self.training in {_few(paths)}: both branches are kept, and "
+            "the mode chooses"
+        ]
+
+    def _trace(self, *, train: bool) -> fx.Graph:
+        pristine = self.model if train else _copy(self.original)
+        with preserved(pristine):
+            pristine.train(train)
+            graph, constants = self.front_end(
+                pristine, self.arguments, self.reference.dynamic_batch
+            )
+        _adopt(self.model, graph, constants, "" if train else "evaluation_")
+        for index in self.reference.written:
+            _protect(graph, self.arguments.leaves[index])
+        return graph
+
+    def _finish(self, graph: fx.Graph) -> fx.GraphModule:
+        module = graph_module(self.model, graph, type(self.model).__name__)
+        verify_graph(module)
+        unknown = [n for n in placeholders(self.arguments) if not _has_placeholder(graph, n)]
+        if unknown:
+            raise CaptureError(f"arguments lost ({', '.join(unknown)})")
+        return module
+
+
+def _few(paths: Sequence[str]) -> str:
+    shown = ", ".join(path or "the model itself" for path in paths[:3])
+    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _adopt(
+    model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tensor], prefix: str
+) -> None:
+    """Give the model the tensors that the graph holds as constants, as buffers not saved.
+
+    A constant that is there already is not taken twice.
+    """
+    if _CONSTANTS not in dict(model.named_children()):
+        attach(model, _CONSTANTS, nn.Module())
+    holder = model.get_submodule(_CONSTANTS)
     for node in graph.nodes:
         if node.op == "get_attr" and (value := constants.get(str(node.target))) is not None:
             leaf = str(node.target).replace(".", "_").lstrip("_")
+            known = holder._buffers.get(leaf)
+            if known is not None and not _equal(known, value):
+                leaf = f"{prefix}{leaf}"
             holder.register_buffer(leaf, value, persistent=False)
             node.target = f"{_CONSTANTS}.{leaf}"
-    attach(model, _CONSTANTS, holder)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
 def _protect(graph: fx.Graph, leaf: Leaf) -> None:
@@ -156,6 +216,8 @@ def _fixed(arguments: Arguments) -> list[str]:
 def explain(model: nn.Module, error: BaseException) -> str:
     """Say in one line what went wrong, in which module, on which line of the user's code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, _MismatchError):
+        return lines[0]
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     names = {id(module): name for name, module in model.named_modules()}
     where = ""

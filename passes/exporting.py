@@ -1,4 +1,4 @@
-"""Second rung of the capture ladder: torch.export, with the torch.nn modules restored."""
+"""Second and third rung of the capture ladder: torch.export, with the torch.nn modules restored."""
 
 from __future__ import annotations
 
@@ -28,9 +28,15 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn")
 
 
 def export(
-    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool
+    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool, strict: bool = False
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Export a model in the mode that it is in and fold operators back into module calls.
+
+    Args:
+        model: The model.
+        arguments: Its example inputs.
+        dynamic_batch: Whether to leave the batch size free.
+        strict: Whether to read the model's bytecode (TorchDynamo) instead of running its Python.
 
     Returns:
         The graph, with targets relative to the model, and the tensors that it holds as constants.
@@ -48,7 +54,7 @@ def export(
     )
     with _quiet():
         exported = torch.export.export(
-            entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=False
+            entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=strict
         )
         module = exported.module(check_guards=False)
     spec = exported.call_spec.out_spec

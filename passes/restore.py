@@ -22,7 +22,16 @@ from torch.nn import functional as F
 from passes.program import Provenance, provenance, resolve, set_provenance
 from passes.tracing import is_leaf
 
-__all__ = ["CALL_KEY", "Attention", "attach", "outline", "toggle"]
+__all__ = [
+    "CALL_KEY",
+    "Attention",
+    "BatchNorm",
+    "attach",
+    "flagged_call",
+    "outline",
+    "rule_key",
+    "toggle",
+]
 
 aten = torch.ops.aten
 
@@ -56,6 +65,32 @@ class Attention(nn.Module):
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}"
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation over statistics that another module owns, by the mode that it is in."""
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Normalise `[B, C, ...]`; in training mode by the batch, updating the statistics."""
+        return F.batch_norm(
+            input, running_mean, running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options for the module's repr."""
+        return f"momentum={self.momentum}, eps={self.eps}"
+
+
 @dataclass(frozen=True)
 class Rule:
     """Turns calls of `targets` into a call of the module that `build` makes.
@@ -77,6 +112,12 @@ def _dropout(
     return build
 
 
+def _rrelu(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    lower, upper = float(call.get("lower", 1 / 8)), float(call.get("upper", 1 / 3))
+    module = nn.RReLU(lower, upper, bool(call.get("inplace", False)))
+    return module, ("input" if "input" in call else "self",)
+
+
 def _attention(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | None:
     if not call.get("dropout_p"):
         return None
@@ -84,18 +125,75 @@ def _attention(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | N
     return module, ("query", "key", "value", "attn_mask", "scale", "enable_gqa")
 
 
+def _batch_norm(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | None:
+    if call.get("running_mean") is None or call.get("running_var") is None:
+        return None  # without statistics the batch's own are used in either mode
+    module = BatchNorm(float(call.get("momentum", 0.1)), float(call.get("eps", 1e-5)))
+    return module, ("input", "running_mean", "running_var", "weight", "bias")
+
+
 RULES: tuple[Rule, ...] = (
     # Dropout by function or by operator: the probability stays, the flag follows the mode.
     Rule((F.dropout, torch.dropout, aten.dropout.default), _dropout(nn.Dropout)),
     Rule((torch.dropout_, aten.dropout_.default), _dropout(nn.Dropout, inplace=True)),
-    Rule((F.alpha_dropout, aten.alpha_dropout.default), _dropout(nn.AlphaDropout)),
+    Rule(
+        (F.alpha_dropout, torch.alpha_dropout, aten.alpha_dropout.default),
+        _dropout(nn.AlphaDropout),
+    ),
+    Rule(
+        (F.feature_alpha_dropout, torch.feature_alpha_dropout, aten.feature_alpha_dropout.default),
+        _dropout(nn.FeatureAlphaDropout),
+    ),
     # Whole channels; the three functions differ only in the ranks that they accept.
     Rule((F.dropout1d,), _dropout(nn.Dropout1d)),
-    Rule((F.dropout2d, aten.feature_dropout.default), _dropout(nn.Dropout2d)),
+    Rule(
+        (F.dropout2d, torch.feature_dropout, aten.feature_dropout.default), _dropout(nn.Dropout2d)
+    ),
     Rule((F.dropout3d,), _dropout(nn.Dropout3d)),
+    # Random slopes in training mode, their mean in evaluation mode.
+    Rule((F.rrelu, torch.rrelu, aten.rrelu.default), _rrelu),
     # Attention drops probabilities inside the kernel.
     Rule((F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default), _attention),
+    # Written with its own buffers, as layers that fuse norm and activation do.
+    Rule((F.batch_norm, torch.batch_norm, aten.batch_norm.default), _batch_norm),
 )
+
+_FLAGS = ("training", "train", "dropout_p", "cudnn_enabled")
+_RULE_KEY = "pnn_rule"
+
+
+def rule_key(node: fx.Node) -> tuple[Any, ...] | None:
+    """What a call has in common in both modes, if a rule covers it and its flag is off.
+
+    A module that `toggle` made has the key of the call that it replaced, for it is off in
+    evaluation mode.
+    """
+    if (key := node.meta.get(_RULE_KEY)) is not None:
+        return tuple(key)
+    call = flagged_call(node)
+    if call is None or call.get("training", call.get("train", call.get("dropout_p"))):
+        return None
+    return _key_of(node, call)
+
+
+def _key_of(node: fx.Node, call: Mapping[str, Any]) -> tuple[Any, ...]:
+    given = [f"{name}={_sign(value)}" for name, value in call.items() if name not in _FLAGS]
+    return provenance(node).path, node.target, *given
+
+
+def _sign(value: Any) -> str:
+    return "%" if isinstance(value, fx.Node) else repr(value)
+
+
+def flagged_call(node: fx.Node) -> Mapping[str, Any] | None:
+    """Return the arguments, in the order of the signature, of a call that a rule covers."""
+    target = node.target
+    if isinstance(target, str) or not any(target in rule.targets for rule in RULES):
+        return None
+    normal = normalize_function(
+        target, node.args, dict(node.kwargs), normalize_to_only_use_kwargs=True
+    )
+    return None if normal is None else normal.kwargs
 
 
 def toggle(model: nn.Module, graph: fx.Graph) -> int:
@@ -110,21 +208,18 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
     rules = {target: rule for rule in RULES for target in rule.targets}
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in rules:
+        call = flagged_call(node)
+        if call is None or call.get("training", call.get("train")) is False:
             continue
-        normal = normalize_function(
-            node.target, node.args, dict(node.kwargs), normalize_to_only_use_kwargs=True
-        )
-        if normal is None or normal.kwargs.get("training", normal.kwargs.get("train")) is False:
-            continue
-        made = rules[node.target].build(normal.kwargs)
+        made = rules[node.target].build(call)
         if made is None:
             continue
         module, names = made
         path = f"{provenance(node).path}.{node.name}".lstrip(".")
         attach(model, path, module)
-        values = {name: normal.kwargs[name] for name in names[1:]}
-        _replace_by_call(node, path, (normal.kwargs[names[0]],), values)
+        values = {name: value for name, value in call.items() if name in names[1:]}
+        key = _key_of(node, call)
+        _replace_by_call(node, path, (call[names[0]],), values).meta[_RULE_KEY] = key
         count += 1
     return count
 
@@ -196,10 +291,11 @@ def _takes_and_gives_one(module: nn.Module) -> bool:
 
 def _replace_by_call(
     node: fx.Node, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> fx.Node:
     graph = node.graph
     with graph.inserting_after(node):
         call = graph.create_node("call_module", path, args, kwargs)
     set_provenance(call, Provenance(path, provenance(node).source))
     node.replace_all_uses_with(call)
     graph.erase_node(node)
+    return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import FrameType
 from typing import Any
 
@@ -50,13 +50,14 @@ class ModuleTracer(fx.Tracer):
     # Else what is computed from a buffer alone would be frozen at its value of today.
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments, whole: Collection[type[nn.Module]]) -> None:
         super().__init__()
         self._arguments = arguments
+        self._whole = whole
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep torch.nn modules whole, except the traced model itself and containers."""
-        return module_qualified_name != "model" and is_leaf(m)
+        return module_qualified_name != "model" and (is_leaf(m) or type(m) in self._whole)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -106,8 +107,15 @@ def _user_line(frame: FrameType | None) -> str:
     return ""
 
 
-def trace(model: nn.Module, arguments: Arguments) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
+def trace(
+    model: nn.Module, arguments: Arguments, *, whole: Collection[type[nn.Module]] = ()
+) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Trace a model symbolically; torch.nn modules stay calls.
+
+    Args:
+        model: The model.
+        arguments: Its example inputs.
+        whole: Further classes of modules that stay calls.
 
     Returns:
         The graph, with targets relative to the model, and the tensors that it holds as constants.
@@ -116,7 +124,7 @@ def trace(model: nn.Module, arguments: Arguments) -> tuple[fx.Graph, Mapping[str
         Exception: Whatever the model's own code raises on symbolic values.
     """
     entry = Entry(model, arguments)
-    graph = ModuleTracer(arguments).trace(entry)
+    graph = ModuleTracer(arguments, whole).trace(entry)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and not str(node.target).startswith("model."):

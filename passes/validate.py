@@ -6,7 +6,7 @@ the parameters, buffers and modes of the model as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -251,9 +251,16 @@ class Reference:
             return False
         return True
 
-    def mismatch(self, candidate: nn.Module) -> str:
-        """Return "" if the candidate graph equals the model, else where it does not."""
+    def mismatch(self, candidate: nn.Module, *, modes: Collection[bool] = (False, True)) -> str:
+        """Return "" if the candidate graph equals the model, else where it does not.
+
+        Args:
+            candidate: The graph.
+            modes: Which modes to compare: True for training, False for evaluation.
+        """
         for (train, other), wanted in self._runs.items():
+            if train not in modes:
+                continue
             arguments = self._other if other else self._arguments
             where = f"in {'training' if train else 'evaluation'} mode"
             where += " on a second input" if other else ""

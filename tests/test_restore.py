@@ -154,9 +154,14 @@ CASES: tuple[tuple[Any, tuple[Any, ...], type[nn.Module], tuple[int, ...]], ...]
     (torch.dropout_, (0.5, True), nn.Dropout, (4, 8)),
     (aten.dropout_.default, (0.5, True), nn.Dropout, (4, 8)),
     (F.alpha_dropout, (0.5, True), nn.AlphaDropout, (4, 8)),
+    (torch.alpha_dropout, (0.5, True), nn.AlphaDropout, (4, 8)),
     (aten.alpha_dropout.default, (0.5, True), nn.AlphaDropout, (4, 8)),
+    (F.feature_alpha_dropout, (0.5, True), nn.FeatureAlphaDropout, (4, 8, 3)),
+    (torch.feature_alpha_dropout, (0.5, True), nn.FeatureAlphaDropout, (4, 8, 3)),
+    (aten.feature_alpha_dropout.default, (0.5, True), nn.FeatureAlphaDropout, (4, 8, 3)),
     (F.dropout1d, (0.5, True), nn.Dropout1d, (4, 8, 3)),
     (F.dropout2d, (0.5, True), nn.Dropout2d, (4, 8, 3, 3)),
+    (torch.feature_dropout, (0.5, True), nn.Dropout2d, (4, 8, 3, 3)),
     (aten.feature_dropout.default, (0.5, True), nn.Dropout2d, (4, 8, 3, 3)),
     (F.dropout3d, (0.5, True), nn.Dropout3d, (4, 8, 2, 2, 2)),
 )
@@ -165,7 +170,57 @@ CASES: tuple[tuple[Any, tuple[Any, ...], type[nn.Module], tuple[int, ...]], ...]
 def test_every_rule_is_tested() -> None:
     tested = {target for target, *_ in CASES}
     attention = {F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
-    assert {target for rule in RULES for target in rule.targets} == tested | attention
+    others = attention | {*SLOPES, *NORMS}
+    assert {target for rule in RULES for target in rule.targets} == tested | others
+
+
+SLOPES = (F.rrelu, torch.rrelu, aten.rrelu.default)
+NORMS = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
+
+
+@pytest.mark.parametrize("target", SLOPES)
+def test_random_slopes_become_a_module_that_follows_the_mode(target: Any) -> None:
+    root, graph = one_call(target, 0.1, 0.9, True)
+    assert toggle(root, graph) == 1
+    module = graph_module(root, graph, "Toggled")
+    x = torch.randn(4, 8)
+
+    for train in (True, False):
+        torch.manual_seed(0)
+        expected = F.rrelu(x, 0.1, 0.9, train)
+        torch.manual_seed(0)
+        assert torch.equal(module.train(train)(x), expected)
+
+
+@pytest.mark.parametrize("target", NORMS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_over_ones_own_statistics_follows_the_mode(target: Any, affine: bool) -> None:
+    graph = fx.Graph()
+    names = ("input", "mean", "var", *(("weight", "bias") if affine else ()))
+    x, mean, var, *scale = (graph.placeholder(name) for name in names)
+    weight, bias = scale or (None, None)
+    if target is F.batch_norm:
+        args: tuple[Any, ...] = (x, mean, var, weight, bias, True, 0.3, 1e-4)
+    else:
+        args = (x, weight, bias, mean, var, True, 0.3, 1e-4, True)
+    graph.output(graph.call_function(target, args))
+    root = nn.Module()
+    assert toggle(root, graph) == 1
+    module = graph_module(root, graph, "Toggled")
+    values = [torch.randn(6, 4), *(torch.rand(4) + 0.5 for _ in names[1:])]
+
+    for train in (True, False):
+        own, theirs = ([value.clone() for value in values] for _ in range(2))
+        x_, mean_, var_, *rest = theirs
+        weight_, bias_ = rest or (None, None)
+        expected = F.batch_norm(x_, mean_, var_, weight_, bias_, train, 0.3, 1e-4)
+        assert torch.equal(module.train(train)(*own), expected)
+        assert all(map(torch.equal, own, theirs))
+
+
+def test_a_norm_without_statistics_takes_those_of_the_batch_in_either_mode() -> None:
+    root, graph = one_call(F.batch_norm, None, None, training=True)
+    assert toggle(root, graph) == 0
 
 
 @pytest.mark.parametrize(("target", "args", "kind", "shape"), CASES)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from passes.errors import ArtifactError
-from passes.restore import Attention
+from passes.restore import Attention, BatchNorm
 from pnn_compile.graphfile.errors import UnknownError
 from pnn_compile.graphfile.values import decode, encode
 
@@ -58,7 +58,10 @@ _SPECIAL: Mapping[type[nn.Module], _Recover] = {
 @cache
 def _classes() -> Mapping[str, type[nn.Module]]:
     """The classes that a graph file may name."""
-    found: dict[str, type[nn.Module]] = {"passes.restore.Attention": Attention}
+    found: dict[str, type[nn.Module]] = {
+        "passes.restore.Attention": Attention,
+        "passes.restore.BatchNorm": BatchNorm,
+    }
     for name in torch.nn.modules.__all__:
         kind = getattr(torch.nn.modules, name)
         public = isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module

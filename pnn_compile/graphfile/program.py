@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from passes.errors import ArtifactError
+from passes.modes import ByMode
 from passes.program import (
     CaptureReport,
     Program,
@@ -127,6 +128,11 @@ def _write_modules(
             yield {"path": where, "same_as": seen[id(child)]}
             continue
         seen[id(child)] = where
+        if isinstance(child, ByMode):
+            yield _write_by_mode(child, where, unknown)
+            for part, graph in child.named_children():
+                yield from _write_modules(graph, f"{where}.{part}", seen, writer, unknown)
+            continue
         if is_container(child):
             yield from _write_modules(child, where, seen, writer, unknown)
             continue
@@ -134,6 +140,15 @@ def _write_modules(
             yield {"path": check_path(where), **writer.write(child)}
         except UnknownError as error:
             unknown.append(f"{where}: {error}")
+
+
+def _write_by_mode(module: ByMode, path: str, unknown: list[str]) -> Data:
+    parts = {"in_training": module.in_training, "in_evaluation": module.in_evaluation}
+    graphs = {
+        name: [_write_node(node, unknown) for node in part.graph.nodes]
+        for name, part in parts.items()
+    }
+    return {"path": check_path(path), "by_mode": graphs}
 
 
 def _write_node(node: fx.Node, unknown: list[str]) -> Data:
@@ -232,12 +247,30 @@ def _read_modules(records: list[Data]) -> nn.Module:
     root = nn.Module()
     for record in records:
         parent, _, name = check_path(record["path"]).rpartition(".")
+        if "by_mode" in record:
+            continue
         if "same_as" in record:
             module = root.get_submodule(check_path(record["same_as"]))
         else:
             module = build(record["class"], record["arguments"])
         _container(root, parent).add_module(name, module)
+    for record in records:
+        if "by_mode" in record:
+            _read_by_mode(root, record)
     return root
+
+
+def _read_by_mode(root: nn.Module, record: Data) -> None:
+    """Put the two graphs of a record around the modules that were built for them."""
+    path = record["path"]
+    graphs = []
+    for name in ("in_training", "in_evaluation"):
+        inside = _container(root, f"{path}.{name}")
+        graph = graph_module(inside, _read_graph(record["by_mode"][name]), "Branch")
+        verify_graph(graph)
+        graphs.append(graph)
+    parent, _, name = path.rpartition(".")
+    _container(root, parent).add_module(name, ByMode(*graphs))
 
 
 def _container(root: nn.Module, path: str) -> nn.Module:
