@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import logging
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from passes.arguments import Arguments, Leaf, bind, placeholders
+from passes.arguments import Arguments, bind
+from passes.attempt import Attempt, FrontEnd, copied, explain
 from passes.errors import CaptureError
 from passes.exporting import export
-from passes.modes import merge_modes
-from passes.program import CaptureReport, Program, graph_module, is_user_code, verify_graph
-from passes.restore import attach, toggle
+from passes.opaque import Whole, find_whole
+from passes.program import CaptureReport, Program
 from passes.tracing import trace
-from passes.validate import Reference, preserved
+from passes.validate import Reference
 
-__all__ = ["capture", "explain"]
+__all__ = ["capture"]
 
 _log = logging.getLogger(__name__)
-_Rung = Callable[[nn.Module, Arguments, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
 
-_CONSTANTS = "traced_constants"
 
-LADDER: tuple[tuple[str, _Rung], ...] = (
+def _trace(
+    model: nn.Module, arguments: Arguments, dynamic: bool
+) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
+    return trace(model, arguments)
+
+
+def _export(
+    model: nn.Module, arguments: Arguments, dynamic: bool, strict: bool = False
+) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
+    return export(model, arguments, dynamic_batch=dynamic, strict=strict)
+
+
+LADDER: tuple[tuple[str, FrontEnd], ...] = (
     # Keeps real modules and costs 0.3 ms a node; refuses control flow on tensors and shapes.
-    ("torch.fx trace", lambda model, arguments, dynamic: trace(model, arguments)),
+    ("torch.fx trace", _trace),
     # Takes nearly everything at some 10 ms a node; modules are folded back afterwards.
-    (
-        "torch.export",
-        lambda model, arguments, dynamic: export(model, arguments, dynamic_batch=dynamic),
-    ),
+    ("torch.export", _export),
+    # Reads bytecode, so that it takes NumPy and other things that fake tensors cannot enter.
+    ("torch.export, strict", functools.partial(_export, strict=True)),
 )
+"""The front ends that take a whole model, both modes in one graph."""
+
+_WHOLE = "torch.fx trace, modules kept whole"
 
 
 def capture(
@@ -50,7 +60,9 @@ def capture(
 
     The model is copied first and never changed. A front end is believed when outputs, gradients
     and buffers equal the model's on two inputs (the second with another batch size where the
-    model allows it), in training and in evaluation mode.
+    model allows it), in training and in evaluation mode. Where none takes the whole model, the
+    smallest modules that stand in the way are kept whole, each one call in the graph; where that
+    does not do either, the graph is that of the mode that the model is in, and a note says so.
 
     Args:
         model: The model.
@@ -62,148 +74,103 @@ def capture(
         CaptureError: The inputs do not fit, the model itself fails on them, or no front end
             captured it; then the message names the module and the line that stood in the way.
     """
-    arguments = bind(model, args, kwargs or {})
-    reference = Reference(_copy(model), arguments, dynamic_batch=dynamic_batch)
-    rejected: list[str] = []
-    for rung, front_end in LADDER:
-        own = _copy(model)  # a front end that fails may leave its traces in the model
+    return _Climb(model, bind(model, args, kwargs or {}), dynamic_batch).run()
+
+
+class _Climb:
+    """Climbs down the ladder, and remembers why each rung was left."""
+
+    def __init__(self, model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> None:
+        self.model = model
+        self.arguments = arguments
+        self.reference = Reference(copied(model), arguments, dynamic_batch=dynamic_batch)
+        self.rejected: list[str] = []
+
+    def run(self) -> Program:
+        for rung, front_end in LADDER:
+            if found := self._try(rung, front_end, Attempt.run):
+                return found
+        if found := self._keep_whole():
+            return found
+        if found := self._in_one_mode():
+            return found
+        attempts = "".join(f"\n  {line}" for line in self.rejected)
+        name = type(self.model).__name__
+        raise CaptureError(f"{name} cannot be captured as a graph:{attempts}\n{self._way_out()}")
+
+    def _in_one_mode(self) -> Program | None:
+        """Capture what the model does in the mode that it is in, and say so."""
+        modes = ("evaluation", "training")
+        own, other = modes[self.model.training], modes[not self.model.training]
+        note = (
+            f"captured for {own} mode alone, which the model is in: {other} mode has another graph "
+            f"({self.rejected[0]})"
+        )
+
+        def work(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
+            return attempt.run_in_one_mode(), [note]
+
+        self.reference.differentiate(copied(self.model), train=self.model.training)
+        tries = (self._try(f"{rung}, {own} mode alone", end, work) for rung, end in LADDER)
+        return next(filter(None, tries), None)
+
+    def _way_out(self) -> str:
+        if self.model.training:
+            climb = _Climb(copied(self.model).eval(), self.arguments, self.reference.dynamic_batch)
+            climb.rejected.append("")
+            if climb._in_one_mode():
+                return "it can be captured for evaluation mode alone: call model.eval() first"
+        return "compile the submodule around that line, or move the control flow out of forward"
+
+    def _try(
+        self,
+        rung: str,
+        front_end: FrontEnd,
+        work: Callable[[Attempt], tuple[fx.GraphModule, list[str]]],
+    ) -> Program | None:
+        own = copied(self.model)  # a front end that fails may leave its traces in the model
+        attempt = Attempt(own, self.model, self.arguments, front_end, self.reference)
         try:
-            module, notes = _Attempt(own, model, arguments, front_end, reference).run()
+            module, notes = work(attempt)
         except Exception as error:
             _log.debug("%s failed", rung, exc_info=True)
-            rejected.append(f"{rung}: {explain(own, error)}")
-            continue
+            reason = explain(own, error)
+            if not any(line.endswith(reason) for line in self.rejected):
+                self.rejected.append(f"{rung}: {reason}")
+            return None
         used = module.state_dict().keys()
         unused = {key: value for key, value in own.state_dict().items() if key not in used}
+        notes = [*self.reference.notes, *_fixed(self.arguments), *notes]
         return Program(
             module=module,
-            args=arguments.tensor_arguments(),
-            dynamic_batch=reference.dynamic_batch,
-            capture=CaptureReport(
-                rung, tuple(rejected), (*reference.notes, *_fixed(arguments), *notes)
-            ),
-            name=type(model).__name__,
+            args=self.arguments.tensor_arguments(),
+            dynamic_batch=self.reference.dynamic_batch,
+            capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
+            name=type(self.model).__name__,
             unused=unused,
         )
-    attempts = "".join(f"\n  {line}" for line in rejected)
-    raise CaptureError(
-        f"{type(model).__name__} cannot be captured as a graph:{attempts}\n"
-        "compile the submodule around that line instead, or move the control flow out of forward"
-    )
 
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
-
-
-class _MismatchError(Exception):
-    """The graph of a front end is not the model."""
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """One front end at work on a model of its own."""
-
-    model: nn.Module
-    original: nn.Module
-    arguments: Arguments
-    front_end: _Rung
-    reference: Reference
-
-    def run(self) -> tuple[fx.GraphModule, list[str]]:
-        """Return the graph that equals the model, with what there is to say of it.
-
-        The graph is made in training mode, where everything random is in it, and merged with that
-        of evaluation mode where flags alone do not make it follow the mode.
-        """
-        graph = self._trace(train=True)
-        toggle(self.model, graph)
-        module = self._finish(graph)
-        if reason := self.reference.mismatch(module, modes=(True,)):
-            raise _MismatchError(reason)
-        reason = self.reference.mismatch(module, modes=(False,))
-        if not reason:
-            return module, []
+    def _keep_whole(self) -> Program | None:
         try:
-            paths = merge_modes(self.model, graph, self._trace(train=False))
-        except Exception as error:
-            raise _MismatchError(f"{reason}; {error}") from error
-        module = self._finish(graph)
-        if reason := self.reference.mismatch(module):
-            raise _MismatchError(reason)
-        return module, [
-            f"forward has a branch on self.training in {_few(paths)}: both branches are kept, and "
-            "the mode chooses"
-        ]
+            whole = find_whole(self.model, self.arguments)
+        except CaptureError as error:
+            self.rejected.append(f"{_WHOLE}: {error}")
+            return None
 
-    def _trace(self, *, train: bool) -> fx.Graph:
-        pristine = self.model if train else _copy(self.original)
-        with preserved(pristine):
-            pristine.train(train)
-            graph, constants = self.front_end(
-                pristine, self.arguments, self.reference.dynamic_batch
-            )
-        _adopt(self.model, graph, constants, "" if train else "evaluation_")
-        for index in self.reference.written:
-            _protect(graph, self.arguments.leaves[index])
-        return graph
+        def front_end(
+            model: nn.Module, arguments: Arguments, dynamic: bool
+        ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
+            return trace(model, arguments, whole=[one.kind for one in whole])
 
-    def _finish(self, graph: fx.Graph) -> fx.GraphModule:
-        module = graph_module(self.model, graph, type(self.model).__name__)
-        verify_graph(module)
-        unknown = [n for n in placeholders(self.arguments) if not _has_placeholder(graph, n)]
-        if unknown:
-            raise CaptureError(f"arguments lost ({', '.join(unknown)})")
-        return module
+        def work(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
+            module, notes = attempt.run()
+            return module, [*notes, *map(_told, whole)]
+
+        return self._try(_WHOLE, front_end, work)
 
 
-def _few(paths: Sequence[str]) -> str:
-    shown = ", ".join(path or "the model itself" for path in paths[:3])
-    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _adopt(
-    model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tensor], prefix: str
-) -> None:
-    """Give the model the tensors that the graph holds as constants, as buffers not saved.
-
-    A constant that is there already is not taken twice.
-    """
-    if _CONSTANTS not in dict(model.named_children()):
-        attach(model, _CONSTANTS, nn.Module())
-    holder = model.get_submodule(_CONSTANTS)
-    for node in graph.nodes:
-        if node.op == "get_attr" and (value := constants.get(str(node.target))) is not None:
-            leaf = str(node.target).replace(".", "_").lstrip("_")
-            known = holder._buffers.get(leaf)
-            if known is not None and not _equal(known, value):
-                leaf = f"{prefix}{leaf}"
-            holder.register_buffer(leaf, value, persistent=False)
-            node.target = f"{_CONSTANTS}.{leaf}"
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-
-
-def _protect(graph: fx.Graph, leaf: Leaf) -> None:
-    """Let the graph write into a copy of an input, which others read at the same time."""
-    node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == leaf.argument)
-    for key in leaf.path:
-        node = next(user for user in node.users if user.args == (node, key))
-    place = node
-    while place.next.op == "placeholder":
-        place = place.next
-    with graph.inserting_after(place):
-        own = graph.call_method("clone", (node,))
-    node.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
-
-
-def _has_placeholder(graph: fx.Graph, name: str) -> bool:
-    return any(node.op == "placeholder" and node.target == name for node in graph.nodes)
+def _told(whole: Whole) -> str:
+    return f"{whole.label} is kept whole, as one call that no artifact can store: {whole.reason}"
 
 
 def _fixed(arguments: Arguments) -> list[str]:
@@ -211,20 +178,3 @@ def _fixed(arguments: Arguments) -> list[str]:
         f"argument {name!r} is fixed at {value!r} and no longer taken"
         for name, value in arguments.constants().items()
     ]
-
-
-def explain(model: nn.Module, error: BaseException) -> str:
-    """Say in one line what went wrong, in which module, on which line of the user's code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, _MismatchError):
-        return lines[0]
-    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    names = {id(module): name for name, module in model.named_modules()}
-    where = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        filename = frame.f_code.co_filename
-        if id(owner) in names and is_user_code(filename):
-            path = names[id(owner)] or type(model).__name__
-            where = f" in {path} ({type(owner).__name__}) at {filename}:{line}"
-    return f"{message}{where}"

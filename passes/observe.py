@@ -25,6 +25,7 @@ _CHANNELS_FIRST = (
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
 _MAYBE_VIEWS = ("contiguous", "flatten", "ravel", "reshape")
 """Operators that copy or not as the strides of their operand are: those of a guess may differ."""
+_KNOWN = ("torch.nn.", "passes.")
 _NEAR = 4
 """How many nodes away a layer may be that tells which axis of a tensor holds the channels."""
 
@@ -97,7 +98,9 @@ class _Observer(fx.Interpreter):
 
     def _may_be_view(self, n: fx.Node) -> bool:
         if n.op == "call_module":
-            return isinstance(self.module.get_submodule(str(n.target)), nn.Flatten)
+            layer = self.module.get_submodule(str(n.target))
+            # What a module that was kept whole returns may depend on its values.
+            return isinstance(layer, nn.Flatten) or not type(layer).__module__.startswith(_KNOWN)
         name = getattr(n.target, "__name__", str(n.target))
         return name.partition(".")[0] in _MAYBE_VIEWS
 

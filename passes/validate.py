@@ -237,6 +237,22 @@ class Reference:
                 "example that it can train on"
             )
 
+    def differentiate(self, model: nn.Module, *, train: bool) -> None:
+        """Have the gradients of a mode compared too, which otherwise are in training mode alone.
+
+        Args:
+            model: A copy of the model.
+            train: The mode.
+        """
+        if any(found.gradients for (mode, _), found in self._runs.items() if mode == train):
+            return
+        for mode, other in list(self._runs):
+            if mode == train:
+                arguments = self._other if other else self._arguments
+                self._runs[mode, other] = run(
+                    model, _call(model), arguments, train=train, grad=True
+                )
+
     @property
     def written(self) -> frozenset[int]:
         """Numbers of the input tensors that the model writes into."""
