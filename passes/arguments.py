@@ -68,12 +68,16 @@ class Arguments:
         holders = {leaf.argument for leaf in self.leaves}
         return {name: value for name, value in named.items() if name in holders}
 
+    def fixed_arguments(self) -> dict[str, Any]:
+        """The arguments that hold no tensor, by name: those that the captured graph has not."""
+        named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
+        holders = {leaf.argument for leaf in self.leaves}
+        return {name: value for name, value in named.items() if name not in holders}
+
     def constants(self) -> dict[str, Any]:
         """What is no tensor, by name (`batch['scale']`): the captured graph fixes these values."""
-        named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
-        holders = self.tensor_arguments()
-        found = {name: value for name, value in named.items() if name not in holders}
-        for name, value in holders.items():
+        found = self.fixed_arguments()
+        for name, value in self.tensor_arguments().items():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if not isinstance(leaf, torch.Tensor):
                     found[f"{name}{pytree.keystr(path)}"] = leaf

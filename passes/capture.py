@@ -148,6 +148,7 @@ class _Climb:
             capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
             name=type(self.model).__name__,
             unused=unused,
+            fixed=self.arguments.fixed_arguments(),
         )
 
     def _keep_whole(self) -> Program | None:

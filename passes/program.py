@@ -74,6 +74,8 @@ class Program:
         capture: How the graph was obtained.
         name: Class name of the model.
         unused: Entries of the model's state dict that the graph does not read.
+        fixed: Arguments of the model's forward that hold no tensor, by name: the graph has their
+            values in it and does not take them.
     """
 
     module: fx.GraphModule
@@ -82,6 +84,7 @@ class Program:
     capture: CaptureReport
     name: str
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -299,7 +299,7 @@ def _capture(
 ) -> Program:
     """Capture the user's model on the example inputs of the artifact."""
     with _blaming(folder / _PROGRAM):
-        inputs = graphfile.inputs_from_data(data, values)
+        inputs = graphfile.fixed_from_data(data) | graphfile.inputs_from_data(data, values)
         dynamic, notes = bool(data["dynamic_batch"]), data["capture"]["notes"]
     args, kwargs = _call(model, inputs)
     try:

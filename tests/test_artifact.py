@@ -253,15 +253,35 @@ def test_arguments_of_every_kind_find_their_way() -> None:
     assert kwargs.keys() == {"bias"}
 
 
-def test_a_fixed_argument_that_is_missing_is_named(tmp_path: Path) -> None:
-    x = torch.randn(2, 4)
-    compiled = pnn.compile(
-        Fixed(), args=(x, x), kwargs={"scale": 0.5, "bias": torch.randn(2, 4)}, stages=2
-    )
+def test_fixed_arguments_are_stored(tmp_path: Path) -> None:
+    x, bias = torch.randn(2, 4), torch.randn(2, 4)
+    compiled = pnn.compile(Fixed(), args=(x, x), kwargs={"scale": 0.5, "bias": bias}, stages=2)
+    folder = compiled.save(tmp_path / "out")
+    for loaded in (pnn.load(folder), pnn.load(folder, model=Fixed())):
+        assert_equal(loaded, compiled)
+        assert loaded.program.fixed == {"scale": 0.5}
+
+
+class Weird:
+    """A value that no artifact can hold."""
+
+    def __mul__(self, other: Tensor) -> Tensor:
+        return other * 0.5
+
+
+class NeedsWeird(Fixed):
+    def forward(self, first: Tensor, weird: Weird) -> Tensor:  # type: ignore[override]
+        for layer in self.layers:
+            first = torch.tanh(weird * layer(first))
+        return first
+
+
+def test_a_fixed_argument_that_no_artifact_holds_is_named(tmp_path: Path) -> None:
+    compiled = pnn.compile(NeedsWeird(), (torch.randn(2, 4), Weird()), stages=2)
     folder = compiled.save(tmp_path / "out")
     assert_equal(pnn.load(folder), compiled)
-    with pytest.raises(pnn.ArtifactError, match=r"'scale' is fixed at 0\.5"):
-        pnn.load(folder, model=Fixed())
+    with pytest.raises(pnn.ArtifactError, match=r"argument 'weird' is fixed at .*Weird"):
+        pnn.load(folder, model=NeedsWeird())
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from pnn_compile.graphfile.modules import named_tensors
 from pnn_compile.graphfile.program import (
     SCHEMA,
     few,
+    fixed_from_data,
     inputs_from_data,
     modes,
     program_from_data,
@@ -21,6 +22,7 @@ __all__ = [
     "TensorWriter",
     "assign",
     "few",
+    "fixed_from_data",
     "inputs_from_data",
     "modes",
     "named_tensors",

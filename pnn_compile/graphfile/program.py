@@ -33,6 +33,7 @@ from pnn_compile.graphfile.values import check_identifier, check_path, decode, e
 __all__ = [
     "SCHEMA",
     "few",
+    "fixed_from_data",
     "inputs_from_data",
     "modes",
     "program_from_data",
@@ -70,6 +71,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         },
         "unknown": [],
         "inputs": _write_inputs(program, writer),
+        "fixed": _write_fixed(program),
         "training": modes(program.module),
     }
     unknown: list[str] = []
@@ -104,6 +106,17 @@ def _write_inputs(program: Program, writer: TensorWriter) -> Data:
             f"the example inputs hold what an artifact cannot ({error}): compile with tensors, "
             "lists, tuples, dicts and plain values"
         ) from error
+
+
+def _write_fixed(program: Program) -> Data:
+    """Describe the arguments without a tensor; those without a form are left out."""
+    found = {}
+    for name, value in program.fixed.items():
+        try:
+            found[name] = encode(value)
+        except UnknownError:
+            continue
+    return found
 
 
 def _write_tensors(program: Program, writer: TensorWriter) -> None:
@@ -223,6 +236,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
         capture=CaptureReport(capture["rung"], tuple(capture["rejected"]), tuple(capture["notes"])),
         name=name,
         unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},
+        fixed=fixed_from_data(data),
     )
 
 
@@ -340,6 +354,11 @@ def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[st
     reader = TensorReader(data["tensors"], tensors)
     values = {r["name"]: reader.read(r["name"]) for r in _of_kind(data, "input")}
     return {name: decode(value, None, values) for name, value in data["inputs"].items()}
+
+
+def fixed_from_data(data: Data) -> dict[str, Any]:
+    """Return the arguments without a tensor by name; those that had no form are missing."""
+    return {name: decode(value) for name, value in data.get("fixed", {}).items()}
 
 
 def restore_tensors(program: Program, data: Data, tensors: Mapping[str, torch.Tensor]) -> None:
