@@ -31,7 +31,7 @@ from passes.capture import capture
 from passes.errors import ArtifactError, CaptureError, PnnError
 from passes.pipeline import PassResult
 from passes.plan import Plan
-from passes.program import Program, graph_module, resolve
+from passes.program import Program
 from pnn_compile import graphfile
 from pnn_compile.network import Network, replay
 
@@ -66,7 +66,8 @@ def save(compiled: Network, path: str | Path) -> Path:
     """
     target = Path(path).resolve()
     check_replaceable(target)
-    program = _current(compiled)
+    _check_modules(compiled)
+    program = compiled.current_program()
     # The network may have been converted, by half() for example, since it was compiled.
     plan = dataclasses.replace(compiled.plan, fingerprint=program.fingerprint)
     data, values = graphfile.program_to_data(program)
@@ -234,19 +235,10 @@ def _to_json(data: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(f"{dump(k)}: {lines(v)}" for k, v in data.items()) + "\n}\n"
 
 
-def _current(compiled: Network) -> Program:
-    """Return the program with the tensors that the stages hold now.
-
-    Conversions such as `compiled.module.to(...)` replace buffers in the stages, where the program
-    keeps the old ones.
-
-    Raises:
-        ArtifactError: A module of a stage was replaced after the compilation.
-    """
+def _check_modules(compiled: Network) -> None:
+    """Refuse a network in which a module was replaced after the compilation."""
     program = compiled.program
-    held: dict[str, torch.Tensor] = {}
     for piece in (*compiled.stages.fine, compiled.stages.head):
-        held |= graphfile.named_tensors(piece)
         for node in piece.graph.nodes:
             target = str(node.target)
             if node.op == "call_module" and piece.get_submodule(
@@ -256,15 +248,6 @@ def _current(compiled: Network) -> Program:
                     f"module {target} was replaced after {program.name} was compiled: change the "
                     "model and compile it again"
                 )
-    own = graphfile.named_tensors(program.module)
-    stale = [name for name, tensor in own if held.get(name, tensor) is not tensor]
-    if not stale:
-        return dataclasses.replace(program)
-    module = graph_module(program.module, program.graph, program.name)
-    for name in stale:
-        path, _, leaf = name.rpartition(".")
-        setattr(resolve(module, path) if path else module, leaf, held[name])
-    return dataclasses.replace(program, module=module)
 
 
 def _operator_tensors(compiled: Network) -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from passes.analysis import Analysis, weigh
 from passes.check import check_plan
@@ -17,7 +18,7 @@ from passes.errors import ArtifactError, OptionError
 from passes.observe import observe
 from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
 from passes.plan import Plan
-from passes.program import Program
+from passes.program import Program, graph_module, resolve
 from passes.split import Stages
 
 if TYPE_CHECKING:
@@ -61,6 +62,53 @@ class Network:
     def analysis(self) -> Analysis:
         """Shapes, costs and legal cuts of the program, by FLOPs."""
         return weigh(self.program, observe(self.program), "flops")
+
+    def current_program(self) -> Program:
+        """Return the program with the tensors that the stages hold now, and inputs to match.
+
+        Conversions such as `module.double()` or `module.to(...)` replace buffers in the stages,
+        where the program keeps the older ones.
+        """
+        program = self.program
+        held: dict[str, torch.Tensor] = {}
+        for piece in (*self.stages.fine, self.stages.head):
+            held.update(piece.named_parameters(remove_duplicate=False))
+            held.update(piece.named_buffers(remove_duplicate=False))
+        own = dict[str, torch.Tensor](program.module.named_parameters(remove_duplicate=False))
+        own.update(program.module.named_buffers(remove_duplicate=False))
+        stale = [name for name, tensor in own.items() if held.get(name, tensor) is not tensor]
+        module = program.module
+        if stale:
+            module = graph_module(program.module, program.graph, program.name)
+            for name in stale:
+                path, _, leaf = name.rpartition(".")
+                setattr(resolve(module, path) if path else module, leaf, held[name])
+        return replace(program, module=module, args=self._converted_inputs(module))
+
+    @property
+    def conversion(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """Precision of the states when it was compiled and of all weights now, if it changed."""
+        before = {value.spec.dtype for face in self.plan.interfaces for value in face.state}
+        weights = self.program.module.parameters()
+        now = {p.dtype for p in weights if p.is_floating_point()}
+        if len(before) != 1 or len(now) != 1:
+            return None
+        pair = getattr(torch, before.pop()), now.pop()
+        return None if pair[0] == pair[1] else pair
+
+    def _converted_inputs(self, module: fx.GraphModule) -> dict[str, Any]:
+        """The example inputs, in the precision and on the device that the weights have now."""
+        device = next((p.device for p in module.parameters()), None)
+        conversion = self.conversion
+
+        def convert(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if conversion is not None and leaf.dtype == conversion[0]:
+                leaf = leaf.to(conversion[1])
+            return leaf if device is None else leaf.to(device)
+
+        return {name: pytree.tree_map(convert, value) for name, value in self.program.args.items()}
 
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights of the fine stages and the head under the model's own keys."""

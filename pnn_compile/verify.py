@@ -87,6 +87,7 @@ def verify(compiled: Network, *, strict: bool = False) -> VerifyReport:
     Raises:
         VerificationError: A check failed, under `strict`.
     """
+    compiled = dataclasses.replace(compiled, program=compiled.current_program())
     checks = tuple(_timed(compiled, check) for check in _CHECKS)
     report = VerifyReport(checks)
     if strict and not report.ok:
@@ -181,6 +182,9 @@ def _all_iterations(compiled: Network) -> Check:
 
 def _oracle(compiled: Network, name: str, plan: Plan, *, reuse: bool = True) -> Check:
     operators = synthesize(compiled.program, plan, compiled.stages)
+    if compiled.conversion is not None:
+        for made in (*operators.preprocess.values(), *operators.coarse.values()):
+            made.to(compiled.conversion[1])
     network = assemble(compiled.program, plan, compiled.stages, operators, reuse=reuse)
     return _held_against(compiled, name, network, train=False, grad=False, slack=_SLACK)
 

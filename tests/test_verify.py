@@ -79,3 +79,29 @@ def test_verify_leaves_modes_buffers_and_gradients_alone() -> None:
     assert all(parameter.grad is None for parameter in compiled.module.parameters())
     for key, value in compiled.module.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+class Table(nn.Module):
+    """Reads a buffer of its own, beside layers that have some."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh()) for _ in range(6)]
+        self.layers = nn.Sequential(*layers)
+        self.register_buffer("table", torch.ones(3, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x + self.table[:1])
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_is_verified_in_the_precision_that_it_was_converted_to(
+    dtype: torch.dtype,
+) -> None:
+    compiled = pnn.compile(Table(), torch.randn(4, 16), stages=3)
+    compiled.module.to(dtype)
+    assert compiled.module(torch.randn(4, 16, dtype=dtype)).dtype == dtype
+    compiled.verify(strict=True)
