@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
 
-__all__ = ["Arguments", "Leaf", "bind", "placeholders"]
+__all__ = ["Arguments", "Field", "Leaf", "as_plain", "bind", "placeholders"]
+
+
+class Field(str):
+    """A key of a nested argument that is read as an attribute: a field of a dataclass."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,18 @@ def _key(entry: Any) -> Any:
         return entry.idx
     if isinstance(entry, pytree.MappingKey):
         return entry.key
-    return entry.name
+    return Field(entry.name)
+
+
+def as_plain(value: Any) -> Any:
+    """Return a container that torch does not know as a dict of its fields; others as they are."""
+    if type(value) in pytree.SUPPORTED_NODES:
+        return value
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return value
 
 
 def placeholders(arguments: Arguments) -> list[str]:

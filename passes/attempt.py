@@ -16,7 +16,7 @@ from passes.errors import CaptureError
 from passes.modes import merge_modes
 from passes.program import graph_module, is_user_code, verify_graph
 from passes.restore import attach, toggle
-from passes.validate import Reference, preserved
+from passes.validate import Reference, masks_kept, preserved
 
 __all__ = ["Attempt", "FrontEnd", "MismatchError", "copied", "explain", "few"]
 
@@ -109,9 +109,10 @@ class Attempt:
         with preserved(pristine):
             pristine.train(train)
             state = torch.get_rng_state(), random.getstate()
-            graph, constants = self.front_end(
-                pristine, self.arguments, self.reference.dynamic_batch
-            )
+            with masks_kept():
+                graph, constants = self.front_end(
+                    pristine, self.arguments, self.reference.dynamic_batch
+                )
             if not torch.equal(state[0], torch.get_rng_state()) or state[1] != random.getstate():
                 raise MismatchError(
                     "forward decides by random numbers that it draws outside of the graph"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ LADDER: tuple[tuple[str, FrontEnd], ...] = (
 )
 """The front ends that take a whole model, both modes in one graph."""
 
+_DICTS = (dict, OrderedDict)
 _WHOLE = "torch.fx trace, modules kept whole"
 
 
@@ -141,6 +143,9 @@ class _Climb:
         used = module.state_dict().keys()
         unused = {key: value for key, value in own.state_dict().items() if key not in used}
         notes = [*self.reference.notes, *_fixed(self.arguments), *notes]
+        kind = self.reference.output_kind
+        if isinstance(module.graph.output_node().args[0], dict) and kind not in _DICTS:
+            notes.append(f"the output, a {kind.__name__}, is given as a dict of its fields")
         return Program(
             module=module,
             args=self.arguments.tensor_arguments(),

@@ -8,12 +8,14 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.arguments import Arguments, placeholders
+from passes.arguments import Arguments, Field, placeholders
 from passes.errors import CaptureError
 from passes.program import Provenance, is_user_code, resolve, set_provenance
 from passes.restore import CALL_KEY, outline
@@ -25,6 +27,10 @@ _log = logging.getLogger(__name__)
 
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn")
 """Operators that only assert what held at the example inputs; they read and change nothing."""
+
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_REGIONS: Mapping[Any, int] = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, _AUTOCAST: 4}
+"""Calls of a nested graph, and how many arguments stand before it."""
 
 
 def export(
@@ -71,38 +77,124 @@ def _convert(
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Copy the exported graph, with the model's own arguments and output structure."""
     graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+    mapping: dict[fx.Node, Any] = {}
     old = [node for node in module.graph.nodes if node.op == "placeholder"]
     new = {name: graph.placeholder(name) for name in placeholders(arguments)}
     for node, leaf in zip(old, arguments.leaves, strict=True):
         value = new[leaf.argument]
         for key in leaf.path:
-            value = graph.call_function(operator.getitem, (value, key))
+            read = getattr if isinstance(key, Field) else operator.getitem
+            value = graph.call_function(read, (value, key))
         mapping[node] = value
-    owned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    owned |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    constants: dict[str, torch.Tensor] = {}
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "output":
-            leaves = pytree.tree_leaves(node.args[0])
-            result = pytree.tree_unflatten(leaves, spec)
-            graph.output(fx.node.map_arg(result, lambda n: mapping[n]))
-            continue
-        if any(check in str(node.target) for check in _CHECKS):
-            continue
-        copied = graph.node_copy(node, lambda n: mapping[n])
+    copier = _Copier(model, graph)
+    copier.copy(module, mapping)
+    leaves = pytree.tree_leaves(module.graph.output_node().args[0])
+    result = pytree.tree_unflatten(leaves, spec)
+    graph.output(fx.node.map_arg(_constructed(graph, result, mapping), lambda n: mapping.get(n, n)))
+    return graph, copier.constants
+
+
+def _constructed(graph: fx.Graph, value: Any, mapping: Mapping[fx.Node, Any]) -> Any:
+    """The output with a call of the class in the place of every dataclass."""
+
+    def inside(part: Any) -> Any:
+        return _constructed(graph, part, mapping)
+
+    if is_dataclass(value) and not isinstance(value, Mapping | type):
+        parts = {field.name: inside(getattr(value, field.name)) for field in fields(value)}
+        parts = fx.node.map_arg(parts, lambda n: mapping.get(n, n))
+        return graph.call_function(type(value), (), parts)
+    if type(value) in (list, tuple):
+        return type(value)(map(inside, value))
+    if isinstance(value, Mapping):
+        return {key: inside(part) for key, part in value.items()}
+    return value
+
+
+class _Copier:
+    """Copies exported graphs into one, those of nested regions in the place of their calls.
+
+    Attributes:
+        constants: The tensors that belong to the graph and not to the model, by name.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._owned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._owned |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self.constants: dict[str, torch.Tensor] = {}
+
+    def copy(self, module: fx.GraphModule, mapping: dict[fx.Node, Any], prefix: str = "") -> None:
+        """Copy the compute nodes of `module`; `mapping` has its placeholders, and gets the rest."""
+        for node in module.graph.nodes:
+            skipped = node.op in ("placeholder", "output")
+            if skipped or any(check in str(node.target) for check in _CHECKS):
+                continue
+            if node.op == "get_attr" and isinstance(resolve(module, str(node.target)), nn.Module):
+                mapping[node] = None  # the graph of a region, which its call copies
+            elif node.target in _REGIONS:
+                mapping[node] = self._region(module, node, mapping, prefix)
+            elif (found := _element(node, mapping)) is not None:
+                mapping[node] = found
+            else:
+                mapping[node] = self._node(module, node, mapping, prefix)
+
+    def _node(
+        self, module: fx.GraphModule, node: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
+    ) -> fx.Node:
+        copied = self._graph.node_copy(node, mapping.__getitem__)
         copied.meta.clear()
-        mapping[node] = _alias(copied)
         if node.op == "get_attr":
             name = str(node.target)
-            if strip(name) in owned:
+            if strip(name) in self._owned:
                 copied.target = strip(name)
             else:
-                constants[name] = resolve(module, name)
+                copied.target = f"{prefix}{name}"
+                self.constants[f"{prefix}{name}"] = resolve(module, name)
         _note_origin(copied, node)
-    return graph, constants
+        return _alias(copied)
+
+    def _region(
+        self, module: fx.GraphModule, call: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
+    ) -> tuple[Any, ...]:
+        """Copy the graph that a region runs; give its results.
+
+        What is computed without gradients is cut off behind the region instead of inside it.
+        """
+        given: Any = call.args
+        settings = _REGIONS[call.target]
+        options, (held, *values) = given[:settings], given[settings:]
+        if call.target is _AUTOCAST and options[2]:
+            raise CaptureError(
+                f"forward turns on torch.autocast ({options[0]}, {options[1]}): turn it on around "
+                "the call of the model instead"
+            )
+        name = str(held.target)
+        inside: fx.GraphModule = resolve(module, name)
+        starts = [node for node in inside.graph.nodes if node.op == "placeholder"]
+        inner = dict(zip(starts, (mapping[value] for value in values), strict=True))
+        self.copy(inside, inner, f"{prefix}{name}_")
+        ends: Any = inside.graph.output_node().args[0]
+        results = [inner[node] for node in ends]
+        if call.target is _AUTOCAST or options[0]:
+            return tuple(results)
+        return tuple(self._cut_off(result, call) for result in results)
+
+    def _cut_off(self, value: Any, call: fx.Node) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        detached = self._graph.call_function(torch.ops.aten.detach.default, (value,))
+        _note_origin(detached, call)
+        return detached
+
+
+def _element(node: fx.Node, mapping: Mapping[fx.Node, Any]) -> Any:
+    """The result of a region that a node takes, else None."""
+    if node.target is not operator.getitem:
+        return None
+    source, index = node.args[0], cast("int", node.args[1])
+    results = mapping[source] if isinstance(source, fx.Node) else None
+    return results[index] if isinstance(results, tuple) else None
 
 
 def _alias(node: fx.Node) -> fx.Node:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from passes.arguments import Arguments, placeholders
+from passes.arguments import Arguments, Field, as_plain, placeholders
 from passes.program import Provenance, is_user_code, set_provenance
 
 __all__ = ["Entry", "is_leaf", "trace"]
@@ -39,9 +40,17 @@ class Entry(nn.Module):
         self._arguments = arguments
 
     def forward(self, *leaves: Any) -> Any:
-        """Call the model with `leaves` in place of the tensors of its example inputs."""
+        """Call the model with `leaves` in place of the tensors of its example inputs.
+
+        Containers that torch does not know become dicts of their fields in the output.
+        """
         args, kwargs = self._arguments.with_leaves(leaves)
-        return self.model(*args, **kwargs)
+        return pytree.tree_map(_plain, self.model(*args, **kwargs))
+
+
+def _plain(value: Any) -> Any:
+    plain = as_plain(value)
+    return value if plain is value else pytree.tree_map(_plain, plain)
 
 
 class ModuleTracer(fx.Tracer):
@@ -71,7 +80,7 @@ class ModuleTracer(fx.Tracer):
         for leaf in self._arguments.leaves:
             proxy: Any = proxies[leaf.argument]
             for key in leaf.path:
-                proxy = proxy[key]
+                proxy = getattr(proxy, key) if isinstance(key, Field) else proxy[key]
             leaves.append(proxy)
         return root_fn, [self.root, *leaves]
 

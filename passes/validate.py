@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
-from passes.arguments import Arguments
+from passes.arguments import Arguments, as_plain
 from passes.errors import CaptureError
 
-__all__ = ["TOLERANCE", "Reference", "Run", "compare", "preserved", "relative_error", "run"]
+__all__ = [
+    "TOLERANCE",
+    "Reference",
+    "Run",
+    "compare",
+    "masks_kept",
+    "output_leaves",
+    "preserved",
+    "relative_error",
+    "run",
+]
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -40,12 +51,33 @@ class Run:
         gradients: Gradients of parameters and inputs, by name; None where there is none.
         changed: The buffers that the step changed.
         written: Numbers of the input tensors that the step wrote into.
+        kind: Class of the whole output.
+        names: All names of each parameter, by the first of them.
     """
 
     outputs: list[Any]
     gradients: Mapping[str, torch.Tensor | None]
     changed: Mapping[str, torch.Tensor]
     written: frozenset[int] = frozenset()
+    kind: type = tuple
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@contextmanager
+def masks_kept() -> Iterator[None]:
+    """Keep torch's transformers from looking whether a mask is causal, to drop it then."""
+    original = transformer._detect_is_causal_mask
+
+    def given(
+        mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None
+    ) -> bool:
+        return is_causal is True
+
+    transformer._detect_is_causal_mask = given
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = original
 
 
 @contextmanager
@@ -66,12 +98,29 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for child, name, tensor, value in saved:
-                    tensor.copy_(value)
+                    _put_back(tensor, value)
                     setattr(child, name, tensor)
             for child, mode in modes:
                 child.training = mode
             for parameter, grad in grads:
                 parameter.grad = grad
+
+
+def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor its values again; each element of an expanded one once."""
+    for axis, step in enumerate(tensor.stride()):
+        if step == 0 and tensor.shape[axis] > 1:
+            tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
+    tensor.copy_(value)
+
+
+def output_leaves(output: Any) -> list[Any]:
+    """Return the leaves of an output, those of containers that torch does not know included."""
+    leaves = []
+    for leaf in pytree.tree_leaves(output):
+        plain = as_plain(leaf)
+        leaves += [leaf] if plain is leaf else output_leaves(plain)
+    return leaves
 
 
 def run(
@@ -86,28 +135,44 @@ def run(
         train: Whether to run in training mode.
         grad: Whether to run backward from a fixed random projection of the outputs.
     """
-    with preserved(module), torch.set_grad_enabled(grad):
+    with preserved(module), masks_kept(), torch.set_grad_enabled(grad):
         torch.manual_seed(0)
         module.train(train)
         before = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+        numbers = {name: tensor._version for name, tensor in module.named_buffers()}
         leaves = [_fresh(tensor, grad) for tensor in arguments.tensors()]
         # A multiplication by one, so that writing into an input is legal and leaves the leaf alone.
         values = [leaf * 1 if leaf.requires_grad else leaf for leaf in leaves]
         versions = [value._version for value in values]
         args, kwargs = arguments.with_leaves(values)
         call = Arguments(args, kwargs, arguments.names, arguments.leaves)
-        outputs = pytree.tree_leaves(forward(call))
+        output = forward(call)
+        outputs = output_leaves(output)
         gradients: dict[str, torch.Tensor | None] = {}
         if grad:
             gradients = _gradients(module, outputs, leaves)
         changed = {
             name: tensor.detach().clone()
             for name, tensor in module.named_buffers()
-            if name not in before or not torch.equal(tensor, before[name])
+            if name not in before or _changed(tensor, before[name], numbers[name])
         }
         detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
         written = [i for i, value in enumerate(values) if value._version != versions[i]]
-        return Run(detached, gradients, changed, frozenset(written))
+        kind, names = type(output), _all_names(module)
+        return Run(detached, gradients, changed, frozenset(written), kind, names)
+
+
+def _all_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values()}
+
+
+def _changed(tensor: torch.Tensor, before: torch.Tensor, version: int) -> bool:
+    if tensor.is_meta:
+        return tensor._version != version
+    return not torch.equal(tensor, before)
 
 
 def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
@@ -134,7 +199,7 @@ def _gradients(
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the largest difference over the largest magnitude of the reference."""
-    if value.numel() == 0:
+    if value.numel() == 0 or value.is_meta:
         return 0.0
     if not reference.is_floating_point() and not reference.is_complex():
         return 0.0 if torch.equal(value, reference) else float("inf")
@@ -166,7 +231,10 @@ def compare(candidate: Run, reference: Run, slack: float = 1.0, least: float = 0
         if reason := _differs(value, wanted, slack, least):
             return f"output {index} differs: {reason}"
     for name, wanted_grad in reference.gradients.items():
-        found = candidate.gradients.get(name)
+        # A parameter of several names may be known by another one to the candidate.
+        known = [other for other in reference.names.get(name, (name,))
+                 if other in candidate.gradients]  # fmt: skip
+        found = candidate.gradients[known[0]] if known else None
         if reason := _differs(found, wanted_grad, slack, least, absent_is_zero=True):
             return f"gradient of {name} differs: {reason}"
     for name in sorted({*reference.changed, *candidate.changed}):
@@ -220,6 +288,12 @@ class Reference:
         if not self.dynamic_batch:
             self._runs[False, True] = run(model, _call(model), self._other, train=False, grad=False)
         self._train(model)
+        if any(
+            isinstance(o, torch.Tensor) and o.is_meta
+            for r in self._runs.values()
+            for o in r.outputs
+        ):
+            self.notes.append("on the meta device shapes were compared, and no values")
 
     def _train(self, model: nn.Module) -> None:
         """Run training steps; a batch of one sample may be too small for them, so try both."""
@@ -252,6 +326,11 @@ class Reference:
                 self._runs[mode, other] = run(
                     model, _call(model), arguments, train=train, grad=True
                 )
+
+    @property
+    def output_kind(self) -> type:
+        """Class of the model's output."""
+        return next(iter(self._runs.values())).kind
 
     @property
     def written(self) -> frozenset[int]:

@@ -156,6 +156,8 @@ def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
             reset()
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
+            if parameter.is_meta:
+                continue  # drawn when it is materialised
             old = before[name]
             wanted = old.std().item() if old.numel() > 1 else 0.0
             if parameter.dim() > 1 and torch.equal(parameter, old):
