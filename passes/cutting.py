@@ -206,5 +206,21 @@ def _too_few(analysis: Analysis, candidates: list[Position], stages: int) -> str
         f"{analysis.program.name} has {len(candidates)} legal cuts, but {stages} stages need "
         f"{stages - 1}: ask for at most {len(candidates) + 1} stages\n"
         f"  legal in front of: {'; '.join(places)}{more}\n"
-        f"  not legal: {refused or 'none'}"
+        f"  not legal: {refused or 'none'}\n"
+        f"  widest run without a legal cut: {_widest(analysis, candidates)}"
     )
+
+
+def _widest(analysis: Analysis, candidates: list[Position]) -> str:
+    """The run of nodes between two legal cuts that costs most, by module path."""
+    order = analysis.frontiers.order
+    ends = [0, *(position.index for position in candidates), len(order)]
+
+    def weight(span: tuple[int, int]) -> float:
+        return sum(analysis.costs[node].weight for node in order[slice(*span)])
+
+    start, stop = max(itertools.pairwise(ends), key=weight)
+    first, last = (provenance(node).path or node.name for node in (order[start], order[stop - 1]))
+    share = weight((start, stop)) / analysis.total if analysis.total else 1.0
+    names = first if first == last else f"{first} to {last}"
+    return f"{names} ({stop - start} nodes, {share:.0%} of the cost)"
