@@ -37,15 +37,14 @@ def _text() -> accuracy.Task:
 
 
 @pytest.mark.parametrize("make", [_task, _vgg, _text])
-@pytest.mark.parametrize("study", ["scratch", "conversion"])
+@pytest.mark.parametrize("study", list(accuracy.STUDIES))
 def test_every_network_and_control_is_trained_and_measured(
     study: str, make: Callable[[], accuracy.Task], tmp_path: Path
 ) -> None:
-    run = accuracy.from_scratch if study == "scratch" else accuracy.conversion
-    rows = list(run(make(), PRESET, seed=0))
+    rows = list(accuracy.STUDIES[study](make(), PRESET, seed=0))
     names = {(row["network"], row["stages"]) for row in rows}
-    # the same-latency network and three forms, or two forms and two controls
-    per_stage = 4
+    # the same-latency network and three forms, or two forms and two controls, or K = 1 to N = 3
+    per_stage = 3 if study == "iterations" else 4
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))

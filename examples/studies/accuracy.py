@@ -291,6 +291,43 @@ def _row(name: str, stages: int, seed: int, **figures: float) -> Row:
     return {"study": "conversion", "network": name, "stages": stages, "seed": seed, **figures}
 
 
+def iterations(task: Task, preset: Preset, seed: int, only: str = "") -> Iterator[Row]:
+    """Convert a trained original, closed form alone, and measure it at every K from 1 to N."""
+    torch.manual_seed(seed)
+    original = task.build(task.units)
+    train(original, task, preset.epochs, seed)
+    original.eval()
+    right = accuracy(original, task.test)
+    yield _row("original", 1, seed, accuracy=right) | {"study": "iterations"}
+    calibration = [task.train.x[batch] for batch in task.train.batches(_CALIBRATION)[:64]]
+    for stages in preset.stages:
+        compiled = pnn.compile(
+            original, task.train.x[:2], stages=stages, seed=seed, calibration=calibration,
+            **CONVERSIONS["parareal, auto"],
+        )  # fmt: skip
+        tests = [task.test.x[batch] for batch in task.test.batches(min(250, len(task.test.y)))]
+        for row in pnn.dial(compiled, tests):
+            if only in f"K = {row.iterations}":
+                network = _Iterated(compiled, row.iterations)
+                yield _row(
+                    f"K = {row.iterations}", stages, seed,
+                    accuracy=accuracy(network, task.test), agreement=100 * row.agreement,
+                    estimate=row.estimate_mean, error=row.output_error,
+                    speedup=row.speedup, serial=row.serial_share,
+                ) | {"study": "iterations"}  # fmt: skip
+
+
+class _Iterated(nn.Module):
+    def __init__(self, compiled: pnn.Compiled, count: int) -> None:
+        super().__init__()
+        self._compiled, self._count = compiled, count
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._compiled.module.eval()
+        outputs: torch.Tensor = self._compiled.iterate(x, iterations=self._count).outputs
+        return outputs
+
+
 def _converted(
     name: str, compiled: pnn.Compiled, task: Task, original: nn.Module, seed: int
 ) -> Row:
@@ -321,7 +358,9 @@ def table(path: Path) -> str:
     for row in rows:
         key = row["task"], row["study"], row["network"], row["stages"]
         groups.setdefault(key, []).append(row)
-    figures = ("accuracy", "uncorrected", "calibrated", "fitted", "speedup", "serial")
+    figures = (
+        "accuracy", "uncorrected", "calibrated", "fitted", "agreement", "speedup", "serial",
+    )  # fmt: skip
     lines = [
         f"| task | study | network | N | seeds | {' | '.join(figures)} |",
         f"|{'---|' * (5 + len(figures))}",
@@ -345,12 +384,16 @@ def _spread(values: list[object]) -> str:
     return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
+STUDIES = {"scratch": from_scratch, "conversion": conversion, "iterations": iterations}
+"""The studies by name."""
+
+
 def main() -> None:
     """Run a study, or print the table of what was run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--task", choices=["gated", "cifar10", "vgg", "text"], default="gated")
-    parser.add_argument("--study", choices=["scratch", "conversion"], default="scratch")
+    parser.add_argument("--study", choices=list(STUDIES), default="scratch")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--stages", type=int, nargs="+", help="instead of the preset's")
@@ -366,7 +409,7 @@ def main() -> None:
     if options.stages:
         preset = replace(preset, stages=tuple(options.stages))
     task = make_task(options.task, options.data, preset)
-    study = from_scratch if options.study == "scratch" else conversion
+    study = STUDIES[options.study]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for row in study(task, preset, seed, options.only):
