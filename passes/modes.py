@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from passes.errors import CaptureError
 from passes.program import Provenance, graph_module, provenance, resolve, set_provenance
-from passes.restore import attach, flagged_call, rule_key
+from passes.restore import attach, flagged_call, free_path, rule_key
 
 __all__ = ["ByMode", "graph_lines", "merge_modes"]
 
@@ -187,7 +187,7 @@ class _Merger:
         source = next((provenance(n).source for n in nodes if provenance(n).source), "")
         with self.graph.inserting_before(region.before):
             call = self.graph.create_node("call_module", "by_mode", (), {}, name="by_mode")
-            call.target = f"{path}.{call.name}".lstrip(".")
+            call.target = free_path(self.model, path, call.name)
             region.values = [call] if region.outputs else []
             if len(region.outputs) > 1:
                 region.values = [

@@ -28,6 +28,7 @@ __all__ = [
     "BatchNorm",
     "attach",
     "flagged_call",
+    "free_path",
     "outline",
     "rule_key",
     "toggle",
@@ -215,13 +216,24 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
         if made is None:
             continue
         module, names = made
-        path = f"{provenance(node).path}.{node.name}".lstrip(".")
+        path = free_path(model, provenance(node).path, node.name)
         attach(model, path, module)
         values = {name: value for name, value in call.items() if name in names[1:]}
         key = _key_of(node, call)
         _replace_by_call(node, path, (call[names[0]],), values).meta[_RULE_KEY] = key
         count += 1
     return count
+
+
+def free_path(model: nn.Module, parent: str, name: str) -> str:
+    """Return a qualified name below `parent` that no attribute has, much like `name`."""
+    try:
+        owner = resolve(model, parent) if parent else model
+    except AttributeError:
+        owner = None
+    while hasattr(owner, name):
+        name += "_"
+    return f"{parent}.{name}".lstrip(".")
 
 
 def attach(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -144,6 +144,25 @@ def test_buffers_may_be_expanded() -> None:
     pnn.compile(Expanded(), torch.randn(4, WIDTH), stages=2).verify(strict=True)
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_setting_may_be_called_like_the_layer_that_is_made_of_it(exported: bool) -> None:
+    class Setting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.dropout, self.by_mode = body(), 0.1, True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x) if not exported or x.shape[-1] < 100 else x
+            y = nn.functional.dropout(y, self.dropout, self.training)
+            return y + torch.rand_like(y) if self.training else y
+
+    model = Setting()
+    captured = capture(model, (torch.randn(4, WIDTH),))
+    x = torch.randn(5, WIDTH)
+    for train in (True, False):
+        assert_same_step(step(captured.module, (x,), train=train), step(model, (x,), train=train))
+
+
 # --- containers -----------------------------------------------------------------------------------
 
 
