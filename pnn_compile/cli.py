@@ -60,6 +60,7 @@ _HELP = """Compile PyTorch models into parareal neural networks.
 pnn-compile model.py -n 4             compile build_model() of model.py into 4 stages
 pnn-compile model.py:Net --input 1x3x224x224
 pnn-compile package.module:attribute -n 8 -o out --emit graph,onnx
+pnn-compile timm:resnet50 -n 4        also torchvision:vgg16, hf:llama, a folder or file .pt2
 """  # \b keeps click from filling the lines that follow
 
 
@@ -92,6 +93,13 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_ARG = click.option(
+    "--arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument of what builds the model, such as num_layers=24; repeatable.",
+)
 _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph checks between passes.")
 
 
@@ -105,6 +113,7 @@ _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph check
     metavar="SHAPE[:DTYPE]",
     help="Example input, such as 1x3x224x224 or mask=1x128:bool; repeatable.",
 )
+@_ARG
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to save to.")
 @click.option(
     "--emit",
@@ -155,7 +164,16 @@ def compile_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Compile MODEL: file.py, file.py:name or package.module:name."""
+    r"""Compile MODEL.
+
+    \b
+    MODEL is one of
+      file.py, file.py:name, package.module:name
+      timm:NAME, torchvision:NAME    random weights
+      hf:NAME                        a model type or class of transformers, small and random,
+                                     or a folder with a config.json
+      file.pt2                       written by torch.export.save, without pickled objects
+    """
     if output is None and "onnx" in emit:
         raise OptionError("--emit onnx needs a directory to write to: add -o DIR")
     from pnn_compile.artifact import check_replaceable
@@ -193,7 +211,7 @@ def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
 
     # What the user's own file prints belongs to stderr: stdout is the report's, or the JSON's.
     with redirect_stdout(sys.stderr):
-        source = load_source(model, options.pop("inputs"))
+        source = load_source(model, options.pop("inputs"), options.pop("arguments"))
     cuts = options.pop("cut_at")
     plan_file = options.pop("plan_file")
     return compile_model(
@@ -220,6 +238,7 @@ def _read_plan(path: Path) -> Any:
 @click.argument("target")
 @click.option("-n", "--stages", default="auto", callback=_stages, help="For a model: stages.")
 @click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
+@_ARG
 @click.option("--depth", default=2, type=int, help="Levels of the module path to show.")
 @click.option("--dot", type=click.Path(path_type=Path), help="Write the partition graph as DOT.")
 @_JSON
@@ -228,13 +247,14 @@ def inspect(
     target: str,
     stages: int | Literal["auto"],
     inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
     depth: int,
     dot: Path | None,
     as_json: bool,
     debug: bool,
 ) -> None:
     """Show the partition of a saved artifact, or of a model compiled on the spot."""
-    compiled = _open(target, stages, inputs, debug)
+    compiled = _open(target, stages, inputs, arguments, debug)
     if dot is not None:
         from pnn_compile.export.dot import to_dot
 
@@ -252,7 +272,11 @@ def inspect(
 
 
 def _open(
-    target: str, stages: int | Literal["auto"], inputs: tuple[str, ...], debug: bool
+    target: str,
+    stages: int | Literal["auto"],
+    inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
+    debug: bool,
 ) -> Compiled:
     from pnn_compile.api import compile as compile_model
     from pnn_compile.api import load
@@ -261,7 +285,7 @@ def _open(
     if Path(target).is_dir():
         return load(target)
     with redirect_stdout(sys.stderr):
-        source = load_source(target, inputs)
+        source = load_source(target, inputs, arguments)
     return compile_model(
         source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
     )

@@ -1,0 +1,102 @@
+"""`python -m examples.coverage run` fills the results; `table` prints them as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from examples.coverage.catalog import Specification, specifications
+from examples.coverage.table import table
+
+RESULTS = Path(__file__).parent / "results" / "rows.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.coverage", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="check the models that have no result yet")
+    run.add_argument("--only", default="", metavar="TEXT", help="models whose line holds TEXT")
+    run.add_argument("--again", action="store_true", help="forget the failures among them first")
+    run.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    run.add_argument("--limit", type=float, default=120.0, help="seconds per model")
+    run.add_argument("--results", type=Path, default=RESULTS)
+    show = commands.add_parser("table", help="print the results as Markdown")
+    show.add_argument("--results", type=Path, default=RESULTS)
+    one = commands.add_parser("one", help="check one model in this process")
+    one.add_argument("model")
+    words = parser.parse_args()
+    if words.command == "one":
+        _one(words.model)
+    elif words.command == "table":
+        print(table(_read(words.results)))
+    else:
+        _run(words)
+
+
+def _one(text: str) -> None:
+    from examples.coverage.check import check
+
+    specification = next(each for each in specifications() if each.text == text)
+    print(json.dumps(check(specification)))
+
+
+def _run(words: argparse.Namespace) -> None:
+    known = {each.text: number for number, each in enumerate(specifications())}
+    rows = [row for row in _read(words.results) if row["model"] in known]
+    if words.again:
+        rows = [row for row in rows if row["ok"] or words.only not in row["model"]]
+    done = {row["model"] for row in rows}
+    todo = [s for s in specifications() if words.only in s.text and s.text not in done]
+    with ThreadPoolExecutor(words.jobs) as pool:
+        running = [pool.submit(_apart, specification, words.limit) for specification in todo]
+        for number, future in enumerate(as_completed(running), 1):
+            row = future.result()
+            rows.append(row)
+            _write(words.results, sorted(rows, key=lambda r: known[r["model"]]))
+            verdict = "ok" if row["ok"] else f"{row.get('phase')}: {row['cause']}"
+            print(f"{number}/{len(todo)} {row['seconds']:5.1f} s  {row['model']}  {verdict}")
+
+
+def _apart(specification: Specification, limit: float) -> dict[str, Any]:
+    """Check a model in a process of its own, which may crash, hang or fill the memory."""
+    command = [sys.executable, "-W", "ignore", "-m", "examples.coverage", "one", specification.text]
+    row: dict[str, Any] = {"model": specification.text, "group": specification.group, "ok": False}
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, env=os.environ, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return row | {"phase": "time", "cause": f"more than {limit:.0f} s", "seconds": limit}
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    seconds = round(time.perf_counter() - start, 1)
+    return row | {"phase": "crash", "cause": f"exit {done.returncode}: {said}", "seconds": seconds}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    main()
