@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import pnn_compile as pnn
 from passes.cost import count_flops
+from tests.zoo import by_name
 
 
 class Residual(nn.Module):
@@ -243,3 +244,11 @@ def test_statistics_that_are_updated_more_than_once_are_noted() -> None:
     layers = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(6)]
     plan = pnn.compile(nn.Sequential(*layers), torch.randn(4, 8), stages=3, iterations=2).plan
     assert any("BatchNorm" in note for note in plan.notes)
+
+
+def test_a_model_that_changes_buffers_in_every_mode_is_not_computed_again_by_the_oracles() -> None:
+    """Fine stages that run twice would see other buffers the second time."""
+    case = by_name("running_mean")
+    report = pnn.compile(case.build(), case.args(4), stages=3).verify(strict=True)
+    skipped = [check.name for check in report.checks if "not run" in check.name]
+    assert len(skipped) == 2

@@ -495,3 +495,40 @@ def test_dataclasses_pickle_and_source_are_as_in_a_module(write: Write) -> None:
     assert module.__file__ == str(Path.cwd() / "my model.py")
     assert inspect.getsource(type(source.model)).startswith("class Net(nn.Linear)")
     assert pickle.loads(pickle.dumps(source.model)).in_features == 3
+
+
+# --- arguments of the factory ---------------------------------------------------------------------
+
+FACTORY = HEAD + "def build_model(width, depth=2, kind='x', *, flag=False):\n"
+FACTORY += "    model = nn.Linear(width, depth)\n    model.seen = (width, depth, kind, flag)\n"
+FACTORY += "    return model\n" + INPUTS
+
+
+@pytest.mark.parametrize("name", ["model.py", "model.py:build_model"])
+def test_arguments_are_literals_or_text(write: Write, name: str) -> None:
+    write("model.py", FACTORY)
+    source = load_source(name, (), ["width=3", "depth=4", "kind=small-1", "flag=True"])
+    assert source.model.seen == (3, 4, "small-1", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["depth=3"], "needs arguments (width, depth=2, kind='x', *, flag=False)"),
+        (["width=3", "dept=1"], "takes no argument 'dept'; did you mean depth?"),
+        (["width=3", "width=4"], "gives 'width' twice"),
+        (["width"], "type name=value"),
+        (["=3"], "type name=value"),
+    ],
+)
+def test_bad_arguments_are_refused(write: Write, arguments: list[str], said: str) -> None:
+    write("model.py", FACTORY)
+    with pytest.raises(SourceError) as caught:
+        load_source("model.py:build_model", (), arguments)
+    assert said in str(caught.value)
+
+
+def test_a_model_that_is_built_already_takes_no_arguments(write: Write) -> None:
+    write("model.py", NET + INPUTS + "model = Net()\n")
+    with pytest.raises(SourceError, match=r"takes no --arg \(width\)"):
+        load_source("model.py:model", (), ["width=3"])

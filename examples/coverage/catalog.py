@@ -239,7 +239,7 @@ CATALOG: dict[str, str] = {
         hf:fnet
         hf:squeezebert
         hf:roformer
-        hf:esm
+        hf:esm --arg vocab_size=64 --arg pad_token_id=1
         hf:xlm-roberta
         hf:nystromformer
         hf:longformer
@@ -255,7 +255,7 @@ CATALOG: dict[str, str] = {
     "decoder": """
         hf:gpt2
         hf:GPT2LMHeadModel
-        hf:gpt_neo
+        hf:gpt_neo --arg num_layers=4 --arg "attention_types=[[['global','local'],2]]"
         hf:gpt_neox
         hf:gptj
         hf:opt

@@ -128,6 +128,7 @@ def load(name: str, arguments: dict[str, Any], given: Inputs | None) -> Source:
         else:
             kind, maker = _look_up(transformers, name)
             config = _configure(kind, arguments, origin)
+            config.architectures = []  # None, the default, is more than AutoModel expects
         if hasattr(config, "use_cache"):
             config.use_cache = arguments.get("use_cache", False)  # a cache is no tensor
         build = getattr(maker, "_from_config", None) or maker.from_config
