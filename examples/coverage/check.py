@@ -137,7 +137,7 @@ def _oracles(source: Source, compiled: Compiled) -> Iterator[tuple[str, str]]:
             )
         word = "training" if mode else "evaluation"
         yield f"forward, {word}", _outputs_differ(got, wanted)
-        yield f"gradients, {word}", _gradients_differ(got, wanted)
+        yield f"gradients, {word}", _gradients_differ(got, wanted, source.model)
         yield f"buffers, {word}", _differ(got.buffers, wanted.buffers, _OUTPUTS)
     keys = set(source.model.state_dict()) ^ set(compiled.original_state_dict())
     yield "keys", f"{len(keys)} differ ({', '.join(sorted(keys)[:3])})" if keys else ""
@@ -175,9 +175,11 @@ def _outputs_differ(got: Step, wanted: Step) -> str:
     )
 
 
-def _gradients_differ(got: Step, wanted: Step) -> str:
+def _gradients_differ(got: Step, wanted: Step, model: nn.Module) -> str:
+    first: dict[Tensor, str] = {}  # a shared parameter may go by any of its names
+    names = {n: first.setdefault(p, n) for n, p in model.named_parameters(remove_duplicate=False)}
     mine, own = (
-        {name: g for name, g in each.gradients.items() if not name.startswith("input ")}
+        {names[name]: g for name, g in each.gradients.items() if not name.startswith("input ")}
         for each in (got, wanted)
     )
     largest = max((float(g.abs().max()) for g in own.values() if g.numel()), default=0.0)
