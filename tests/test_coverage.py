@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from examples.coverage import __main__ as command
+from examples.coverage.apart import check_apart
 from examples.coverage.catalog import Specification, specifications
 from examples.coverage.check import check
 from examples.coverage.operators import declare
@@ -99,7 +100,7 @@ def test_the_run_resumes_and_forgets_failures_on_demand(
         return row | {"ok": "unet" not in specification.text, "phase": "capture", "cause": "none"}
 
     results = tmp_path / "results" / "rows.jsonl"
-    monkeypatch.setattr(command, "_apart", apart)
+    monkeypatch.setattr(command, "check_apart", apart)
     for words in ("run --only zoo:", "run --only zoo:", "run --only zoo: --again"):
         monkeypatch.setattr(sys, "argv", ["coverage", *words.split(), "--results", str(results)])
         command.main()
@@ -111,5 +112,5 @@ def test_the_run_resumes_and_forgets_failures_on_demand(
 
 
 def test_a_model_that_takes_too_long_is_a_row_too() -> None:
-    row = command._apart(BY_TEXT["zoo:mlp"], 0.01)
+    row = check_apart(BY_TEXT["zoo:mlp"], 0.01)
     assert (row["ok"], row["phase"]) == (False, "time")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from examples.coverage.catalog import Specification, specifications
+from examples.coverage.apart import check_apart
+from examples.coverage.catalog import specifications
 from examples.coverage.table import table
 
 RESULTS = Path(__file__).parent / "results" / "rows.jsonl"
@@ -56,33 +53,16 @@ def _run(words: argparse.Namespace) -> None:
     done = {row["model"] for row in rows}
     todo = [s for s in specifications() if words.only in s.text and s.text not in done]
     with ThreadPoolExecutor(words.jobs) as pool:
-        running = [pool.submit(_apart, specification, words.limit) for specification in todo]
+        running = [pool.submit(check_apart, specification, words.limit) for specification in todo]
         for number, future in enumerate(as_completed(running), 1):
             row = future.result()
             rows.append(row)
             _write(words.results, sorted(rows, key=lambda r: known[r["model"]]))
             verdict = "ok" if row["ok"] else f"{row.get('phase')}: {row['cause']}"
-            print(f"{number}/{len(todo)} {row['seconds']:5.1f} s  {row['model']}  {verdict}")
-
-
-def _apart(specification: Specification, limit: float) -> dict[str, Any]:
-    """Check a model in a process of its own, which may crash, hang or fill the memory."""
-    command = [sys.executable, "-W", "ignore", "-m", "examples.coverage", "one", specification.text]
-    row: dict[str, Any] = {"model": specification.text, "group": specification.group, "ok": False}
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=os.environ, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return row | {"phase": "time", "cause": f"more than {limit:.0f} s", "seconds": limit}
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 and lines:
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
-    said = (done.stderr.strip().splitlines() or [""])[-1]
-    seconds = round(time.perf_counter() - start, 1)
-    return row | {"phase": "crash", "cause": f"exit {done.returncode}: {said}", "seconds": seconds}
+            print(
+                f"{number}/{len(todo)} {row['seconds']:5.1f} s  {row['model']}  {verdict}",
+                flush=True,
+            )
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,59 @@
+"""Check a model in a process of its own, which may crash, hang or fill the memory.
+
+The processes are forks of a server that has imported the libraries once, which takes as long as
+most checks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+from examples.coverage.catalog import Specification
+
+__all__ = ["check_apart"]
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["examples.coverage.preload"])
+
+
+def check_apart(specification: Specification, limit: float) -> dict[str, Any]:
+    """Run `check` with a time limit.
+
+    Args:
+        specification: The model.
+        limit: Wall seconds, of which the first check needs some to start the server.
+
+    Returns:
+        The row; `phase` is "time" or "crash" where there was none in time.
+    """
+    start = time.perf_counter()
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_check, args=(specification, sender), daemon=True)
+    process.start()
+    sender.close()
+    row: dict[str, Any] = {"model": specification.text, "group": specification.group, "ok": False}
+    try:
+        if receiver.poll(limit):
+            row = receiver.recv()
+        else:
+            process.kill()
+            row |= {"phase": "time", "cause": f"more than {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        row |= {"phase": "crash", "cause": f"the process ended with {process.exitcode}"}
+    process.join()
+    return {"seconds": round(time.perf_counter() - start, 1)} | row
+
+
+def _check(specification: Specification, sender: Connection) -> None:
+    from examples.coverage.check import check
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries speak of missing kernels
+    warnings.simplefilter("ignore")
+    sender.send(check(specification))
+    os._exit(0)  # some libraries leave threads behind that never end
