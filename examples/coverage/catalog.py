@@ -81,7 +81,7 @@ CATALOG: dict[str, str] = {
         timm:cait_xxs24_224 --arg img_size=64
         timm:coat_lite_tiny --arg img_size=64
         timm:convit_tiny --arg img_size=64
-        timm:convmixer_768_32 --arg dim=64 --arg depth=8 --input 2x3x64x64
+        timm:convmixer_768_32 --input 2x3x64x64
         timm:convnext_atto --input 2x3x64x64
         timm:convnextv2_atto --input 2x3x64x64
         timm:crossvit_9_240
@@ -304,8 +304,8 @@ CATALOG: dict[str, str] = {
         hf:deit
         hf:beit
         hf:dinov2
-        hf:swin
-        hf:swinv2
+        hf:swin --arg window_size=2
+        hf:swinv2 --arg window_size=2
         hf:convnext
         hf:convnextv2
         hf:resnet

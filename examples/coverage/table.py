@@ -43,7 +43,7 @@ def _failures(rows: Sequence[dict[str, Any]]) -> str:
 def _models(rows: Sequence[dict[str, Any]]) -> str:
     heads = ["model", "captured by", "nodes", "legal cuts"]
     heads += [f"imbalance, N = {stages}" for stages in STAGES]
-    heads += ["oracles", "seconds"]
+    heads += ["oracles", "CPU seconds"]
     return _markdown(heads, [_model(row) for row in rows])
 
 

@@ -27,6 +27,7 @@ SMALL: dict[str, int] = {
     "d_model": 64,
     "n_embd": 64,
     "emb_dim": 64,
+    "dim": 64,
     "embedding_size": 64,
     "rotary_dim": 8,
     # depth
@@ -56,6 +57,7 @@ SMALL: dict[str, int] = {
     "ffn_dim": 128,
     "d_ff": 128,
     "n_inner": 128,
+    "hidden_dim": 128,
     "num_local_experts": 4,
     "num_experts": 4,
     "n_routed_experts": 4,
