@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,9 @@ BLOCK_FAMILIES = ("units", "thinned")
 _COARSE = ("auto", "linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
 _COARSE_SUMS = ("linear", "lowrank", "conv")
 _GUESSES = ("auto", "convolution", "linear", "lowrank", "conv")
+_MOST_COPIED = 0.25
+"""Largest share of first layers that is copied into guesses without being asked for."""
+
 _CORRECTIONS = ("residual", "difference")
 
 
@@ -39,7 +43,8 @@ class Options:
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators, "auto", or a sum.
         prologue: Largest share of the original's cost that a guess may spend on a copy of the
-            first layers, to read what they give instead of the input.
+            first layers, to read what they give instead of the input. None is no copy, and with
+            calibration samples as much as the coarse budget where that fits better.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
         sweep: "chain", from stage to stage, or "collapsed": every residual straight to the last
             state through a map of its own, all of them at once.
@@ -58,7 +63,7 @@ class Options:
     units: int = 1
     rank: int = 32
     preprocess: str = "auto"
-    prologue: float = 0.0
+    prologue: float | None = None
     correction: str = "residual"
     sweep: str = "chain"
     iterations: int = 1
@@ -82,7 +87,7 @@ class Options:
                 f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
             )
         first: object = self.prologue
-        if not isinstance(first, int | float) or not 0 <= first < 1:
+        if first is not None and (not isinstance(first, int | float) or not 0 <= first < 1):
             raise OptionError(f"prologue must be a share from 0 to below 1 (got {first!r})")
         _among("sweep", self.sweep, ("chain", "collapsed"))
         if self.sweep == "collapsed":
@@ -94,6 +99,12 @@ class Options:
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, but stages is "
                 f"{self.stages}: leave stages out or name {int(self.stages) - 1} cuts"
             )
+
+    def calibrated(self) -> Options:
+        """The same options where samples are at hand: guesses may copy first layers."""
+        if self.prologue is not None or self.preprocess != "auto":
+            return self
+        return dataclasses.replace(self, prologue=min(self.coarse_budget, _MOST_COPIED))
 
     def _check_collapsed(self) -> None:
         families = ("auto", "zero", *_COARSE_SUMS)

@@ -136,7 +136,7 @@ def compile(
     units: int = 1,
     rank: int = 32,
     preprocess: str = "auto",
-    prologue: float = 0.0,
+    prologue: float | None = None,
     correction: Literal["residual", "difference"] = "residual",
     sweep: Literal["chain", "collapsed"] = "chain",
     iterations: int = 1,
@@ -191,7 +191,6 @@ def compile(
         ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
     args, kwargs = _example(model, example_inputs, args, kwargs)
-    measured = calibration is not None and plan is None and preprocess == "auto"
     options = Options(
         stages=stages,
         cost=cost,
@@ -201,7 +200,7 @@ def compile(
         units=units,
         rank=rank,
         preprocess=preprocess,
-        prologue=prologue or (_copied(coarse_budget) if measured else 0.0),
+        prologue=prologue,
         correction=correction,
         sweep=sweep,
         iterations=iterations,
@@ -212,6 +211,8 @@ def compile(
         raise OptionError(
             f"a plan decides everything: leave out {', '.join(given)}, or leave out the plan"
         )
+    if calibration is not None and plan is None:
+        options = options.calibrated()
     start = time.perf_counter()
     program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
     captured = PassResult("capture and validate", time.perf_counter() - start)
@@ -231,11 +232,6 @@ def compile(
         spent = PassResult("calibrate", time.perf_counter() - start)
         network = replace(network, passes=(*network.passes, spent))
     return Compiled.of(network)
-
-
-def _copied(coarse_budget: float) -> float:
-    """Share of first layers that a calibrated guess may copy if the user does not say."""
-    return min(coarse_budget, 0.25)
 
 
 def _example(

@@ -93,6 +93,7 @@ class CalibrationBatches:
                 f"calibration goes through its batches several times (got a "
                 f"{type(inputs).__name__}, which ends after the first): give list(batches)"
             )
+        self._marks: list[float] = []
         counted = [batch_size(batch) for batch in self]
         if len(counted) < 2:
             raise OptionError(
@@ -102,8 +103,17 @@ class CalibrationBatches:
         self._counted = counted
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._inputs:
-            yield named_batch(self._compiled, batch)
+        for index, batch in enumerate(self._inputs):
+            named = named_batch(self._compiled, batch)
+            mark = _mark(named)
+            if index == len(self._marks):
+                self._marks.append(mark)
+            elif mark != self._marks[index] and mark == mark:
+                raise OptionError(
+                    "calibration goes through its batches several times, and they differ from "
+                    "pass to pass: give a DataLoader that does not shuffle, or list(batches)"
+                )
+            yield named
 
     def split(self) -> Iterator[tuple[bool, dict[str, Any]]]:
         """Each batch, and whether it is held out."""
@@ -117,3 +127,9 @@ class CalibrationBatches:
         flags = [held for held, _ in self.split()]
         pairs = zip(flags, self._counted, strict=True)
         return sum(size for held, size in pairs if held == held_out)
+
+
+def _mark(batch: Mapping[str, Any]) -> float:
+    """A number that tells batches apart."""
+    leaves = [x for x in pytree.tree_leaves(dict(batch)) if isinstance(x, torch.Tensor)]
+    return sum(leaf.double().sum().item() for leaf in leaves if not leaf.is_complex())

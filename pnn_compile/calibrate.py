@@ -8,17 +8,14 @@ really left behind its stage. Batches are streamed; only sums of products are ke
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from passes.validate import preserved
-from pnn_compile.agreement import Energy, agreement, judged
+from pnn_compile.agreement import Agreement, Energy, judged
 from pnn_compile.batches import CalibrationBatches, batch_size
 from pnn_compile.closed_form import Candidates, Given, fit_closed_form
+from pnn_compile.iterate import last_states
+from pnn_compile.measuring import evaluating
 from pnn_compile.walk import State, Walker, plus
 
 if TYPE_CHECKING:
@@ -54,10 +51,13 @@ class InterfaceError:
 class CalibrationReport:
     """What calibration did, judged on samples that it did not fit.
 
+    Ridge, rank and family are chosen on these samples too, so that the figures are of the best of
+    a few candidates; a network that is fitted further wants samples of its own to be judged.
+
     Attributes:
         interfaces: Errors by stage.
         agreement_before: Share of held-out samples whose largest output is the original's; of
-            outputs that are equal, where they are whole numbers.
+            outputs that are equal, where they are whole numbers; None where there is no largest.
         agreement_after: The same after calibration.
         output_error_before: Relative error of the outputs against the original's.
         output_error_after: The same after calibration.
@@ -68,8 +68,8 @@ class CalibrationReport:
     """
 
     interfaces: tuple[InterfaceError, ...]
-    agreement_before: float
-    agreement_after: float
+    agreement_before: float | None
+    agreement_after: float | None
     output_error_before: float
     output_error_after: float
     fitted: int
@@ -108,8 +108,7 @@ def calibrate_by_choice(
         OptionError: As in `calibrate`.
     """
     batches = CalibrationBatches(compiled, inputs)
-    fine = (*compiled.stages.fine, compiled.stages.head)
-    with preserved(*fine), _evaluating(compiled.module), torch.no_grad():
+    with evaluating(compiled):
         before = _judge(walker, batches)
         recalibrated = fit_closed_form(walker, batches.split, candidates)
         after = _judge(walker, batches)
@@ -134,18 +133,6 @@ def calibrate_by_choice(
         held_out=batches.count(held_out=True),
         recalibrated=recalibrated,
     )
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode for a while."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True)
@@ -193,19 +180,19 @@ class _Judgement:
     guess: dict[int, float]
     uncorrected: dict[int, float]
     corrected: dict[int, float]
-    agreement: float
+    agreement: float | None
     output: float
 
 
 def _judge(walker: Walker, batches: CalibrationBatches) -> _Judgement:
-    """Measure every error on the held-out batches."""
+    """Measure on held-out batches: states at K = 1, outputs at the K of the plan."""
+    plan = walker.plan
     errors: dict[str, dict[int, Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
-    outputs, agreed, samples = Energy(), 0.0, 0
+    outputs, agreed = Energy(), Agreement()
     for held, inputs in batches.split():
         if not held:
             continue
-        entering_true = walker.advance(0, {}, walker.fine(0, {}, inputs))
-        corrected = true = entering_true
+        true = walker.advance(0, {}, walker.fine(0, {}, inputs))
         for step in _sweep(walker, inputs):
             produced = walker.plan.stages[step.number].produces
             for kind, found, wanted, names in (
@@ -216,12 +203,11 @@ def _judge(walker: Walker, batches: CalibrationBatches) -> _Judgement:
                 energy = errors[kind].setdefault(step.number, Energy())
                 for name in names:
                     energy.add(found[name], wanted[name])
-            corrected, true = step.corrected, step.true
-        given = judged(walker.head(corrected, inputs))
+            true = step.true
+        *_, last = last_states(walker, inputs, min(plan.iterations, len(plan.stages)))
+        given = judged(walker.head(last, inputs))
         right = judged(walker.head(true, inputs))
         outputs.add(given, right)
-        size = batch_size(inputs)
-        agreed += agreement(given, right) * size
-        samples += size
+        agreed.add(given, right, batch_size(inputs))
     shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}
-    return _Judgement(**shares, agreement=agreed / max(samples, 1), output=outputs.share)
+    return _Judgement(**shares, agreement=agreed.share, output=outputs.share)

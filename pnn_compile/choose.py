@@ -85,7 +85,7 @@ class _Offered:
         program, plan = self._network.program, self._network.plan
         entering = specs(plan, number - 1, plan.stages[number].consumes)
         cut = self._cuts[number - 1]
-        found = guess_candidates(self._analysis, self._options, cut, entering)
+        found = guess_candidates(self._analysis, self._options, len(plan.stages), cut, entering)
         return self._built(found, lambda spec: build_guess(program, spec, entering))
 
     def corrections(self, number: int) -> Sequence[Operator]:
@@ -96,8 +96,9 @@ class _Offered:
         entering = specs(plan, number - 1, plan.stages[number].consumes)
         leaving = [value.spec for value in plan.corrects(number)]
         fine = network.stages.fine[number]
+        span = self._cuts[number - 1], self._cuts[number]
         found = coarse_candidates(
-            self._analysis, self._options, len(plan.stages), entering, leaving
+            self._analysis, self._options, len(plan.stages), span, entering, leaving
         )
         return self._built(
             found, lambda spec: build_correction(network.program, plan, number, spec, fine)

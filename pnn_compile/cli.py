@@ -135,7 +135,7 @@ _DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph check
 @click.option(
     "--preprocess", default="auto", help="auto, convolution, linear, lowrank, conv, or a sum."
 )
-@click.option("--prologue", default=0.0, type=float, help="Share of first layers in a guess.")
+@click.option("--prologue", default=None, type=float, help="Share of first layers in a guess.")
 @click.option("--correction", default="residual", help="residual or difference.")
 @click.option("--sweep", default="chain", help="chain or collapsed.")
 @click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
@@ -183,7 +183,7 @@ def compile_command(
         check_replaceable(output)
     progress = _Progress(quiet or as_json)
     if samples is not None:
-        options["calibration"] = partial(read_batches, samples, size=_CALIBRATION_BATCH)
+        options["calibration"] = partial(read_batches, samples, size=_CALIBRATION_BATCH, least=5)
     with progress("compiling" if samples is None else "compiling and calibrating"):
         compiled = _compile(model, options, debug)
     checked = None
@@ -199,7 +199,7 @@ def compile_command(
     verdict = None
     if samples is not None:
         with progress("judging"):
-            verdict = compiled.assess(read_batches(samples, compiled.program, _CALIBRATION_BATCH))
+            verdict = compiled.assess(options["calibration"](compiled.program))
     _show(compiled, checked, verdict, output, quiet, as_json)
     if checked is not None and not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
@@ -345,7 +345,7 @@ def assess(
     from pnn_compile.sources import load_source
 
     numbers = _numbers(stages)
-    read = partial(read_batches, samples, size=_CALIBRATION_BATCH)
+    read = partial(read_batches, samples, size=_CALIBRATION_BATCH, least=5)
     with redirect_stdout(sys.stderr):
         source = load_source(model, inputs)
     with _Progress(as_json)("judging"):

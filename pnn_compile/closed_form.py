@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.coarse.fitting import MatrixFit, fitted_parts
 from passes.coarse.recalibrate import recalibrate
+from passes.errors import OptionError
 from passes.plan import CoarseSpec, Trial
 from pnn_compile.agreement import Energy
 from pnn_compile.walk import Operator, State, Walker, plus
@@ -289,12 +290,21 @@ def fit_networks(networks: Sequence[nn.Module], samples: Callable[[], Iterator[S
         fitted = columns[:1] if position == 0 else columns
         fits = [MatrixFit(parts[position]) for parts in fitted]
         for sample in samples():
+            _check_finite((*sample.features, *sample.wanted))
             for fit, network in zip(fits, networks, strict=False):
                 done = _tensors(network(*sample.arguments))
-                left = [w - d for w, d in zip(sample.wanted, done, strict=True)]
+                left = [w.double() - d for w, d in zip(sample.wanted, done, strict=True)]
                 fit.add(sample.features, left, held_out=sample.held_out)
         for number, parts in enumerate(columns):
             fits[number % len(fits)].finish(parts[position])
+
+
+def _check_finite(tensors: Iterable[torch.Tensor]) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise OptionError(
+            "calibration met values that are not finite: check the samples, and whether the model "
+            "gives finite outputs on them"
+        )
 
 
 def _recalibrate(network: nn.Module, samples: Callable[[], Iterator[Sample]]) -> bool:
@@ -302,9 +312,14 @@ def _recalibrate(network: nn.Module, samples: Callable[[], Iterator[Sample]]) ->
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return False
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    [error] = _errors([network], samples())
-    recalibrate(network, (tuple(s.arguments) for s in samples() if not s.held_out))
-    if _errors([network], samples()) < [error]:
+    [known] = _errors([network], samples())
+    try:
+        recalibrate(network, (tuple(s.arguments) for s in samples() if not s.held_out))
+    except ValueError as error:
+        raise OptionError(
+            f"BatchNorm statistics cannot be measured on these batches ({error}): give larger ones"
+        ) from error
+    if _errors([network], samples()) < [known]:
         return True
     for name, buffer in network.named_buffers():
         buffer.copy_(before[name])
@@ -320,7 +335,7 @@ def _errors(networks: Sequence[nn.Module], samples: Iterable[Sample]) -> list[fl
         for network, energy in zip(networks, energies, strict=True):
             done = _tensors(network(*sample.arguments))
             for found, wanted, scale in zip(done, sample.wanted, sample.scale, strict=True):
-                energy.add(scale + found - wanted, scale)
+                energy.add(scale.double() + found - wanted, scale)
     return [energy.share for energy in energies]
 
 

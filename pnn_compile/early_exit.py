@@ -8,19 +8,21 @@ head. It takes one device where the parareal network takes N.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from passes.coarse.linear import Linear, linear_flops
-from passes.coarse.lowrank import LowRank
+from passes.coarse.lowrank import LowRank, lowrank_flops
 from passes.coarse.sum import Sum
 from passes.frontier import Position, requirements
+from passes.plan import TensorSpec
 from passes.split import extract
 from pnn_compile.batches import CalibrationBatches, argument_names
 from pnn_compile.closed_form import Sample, fit_networks
+from pnn_compile.measuring import evaluating
 from pnn_compile.walk import Walker
 
 if TYPE_CHECKING:
@@ -81,11 +83,11 @@ def fit_early_exit(
     Args:
         compiled: The network.
         batches: What to fit the bridge to; the outputs of the original are the targets.
-        share: Largest share of the original's cost, head and bridge included.
+        share: Largest share of the original's FLOPs, head and bridge included.
 
     Returns:
-        The early exit with the most layers, in evaluation mode; None where even the shortest one
-        takes more, or where the whole trunk fits.
+        The early exit with the most layers in front of the end of the trunk, in evaluation mode;
+        None where even the shortest one takes more.
     """
     cut = _cut(compiled, share)
     if cut is None:
@@ -103,7 +105,7 @@ def fit_early_exit(
             wanted = [true[name] for name in names]
             yield Sample(held, state, wanted, state, wanted)
 
-    with torch.no_grad():
+    with evaluating(compiled):
         fit_networks([exit_.bridge], samples)
     return exit_
 
@@ -120,6 +122,10 @@ def _cut(compiled: Network, share: float) -> Position | None:
     for index, node in enumerate(order[: end - 1], 1):
         spent += analysis.costs[node].flops
         position = ends.get(index)
-        if position and spent + linear_flops(position.specs, leaving) <= left:
+        if position and spent + _bridge_flops(position.specs, leaving) <= left:
             best = position
     return best
+
+
+def _bridge_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:
+    return linear_flops(entering, leaving) + lowrank_flops(entering, leaving, _RANK)

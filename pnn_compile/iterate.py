@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,16 @@ import torch
 
 from passes.errors import OptionError
 from passes.rounds import Work
-from passes.validate import preserved
-from pnn_compile.agreement import Energy, agreement, judged
-from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.agreement import Agreement, Energy, judged
+from pnn_compile.batches import batch_size, named_batch
+from pnn_compile.measuring import evaluating, measuring
 from pnn_compile.walk import State, Walker, plus
 
 if TYPE_CHECKING:
     from passes.plan import Plan
     from pnn_compile.network import Network
 
-__all__ = ["DialRow", "Iterates", "dial", "estimated_errors", "iterate"]
+__all__ = ["DialRow", "Iterates", "dial", "estimated_errors", "iterate", "last_states"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ def iterate(
     """
     plan = compiled.plan
     most = _most(plan, iterations, tolerance)
-    with _measuring(compiled):
+    with measuring(compiled):
         walker, given = Walker(compiled), named_batch(compiled, inputs)
-        states = _states(walker, given, most)
+        states = last_states(walker, given, most)
         state, changed = next(states), []
         for following in states:
             changed.append(_increment(plan, following, state, batch_size(given)))
@@ -149,24 +148,7 @@ def _most(plan: Plan, iterations: int | None, tolerance: float | None) -> int:
     return most
 
 
-@contextmanager
-def _measuring(compiled: Network) -> Iterator[None]:
-    """Run pieces without gradients and leave no trace.
-
-    A network of several iterations does not hold the operators whose results it does not need
-    (the guess of its last stage): they follow its mode and device.
-    """
-    operators = compiled.operators.named()
-    with preserved(compiled.module, operators), torch.no_grad():
-        held = set(compiled.module.modules())
-        for operator in operators.children():
-            operator.to(device_of(compiled.module))
-            for module in set(operator.modules()) - held:
-                module.training = compiled.module.training
-        yield
-
-
-def _states(walker: Walker, inputs: Mapping[str, Any], most: int) -> Iterator[State]:
+def last_states(walker: Walker, inputs: Mapping[str, Any], most: int) -> Iterator[State]:
     """Yield the last state without any correction, then behind iterations 1 to `most`.
 
     Calls the pieces in the order of the assembled network (`passes.assemble`).
@@ -257,7 +239,7 @@ class DialRow:
         estimate_p95: The same, 95th percentile.
         output_error: Relative error of the outputs against the original's.
         agreement: Share of samples whose largest output is the original's; of outputs that are
-            equal, where they are whole numbers.
+            equal, where they are whole numbers; None where they have no largest one.
         speedup: Predicted speed-up over the original, links not counted.
         serial_share: Coarse sweeps and head over the original's cost.
         samples: Number of samples.
@@ -267,7 +249,7 @@ class DialRow:
     estimate_mean: float
     estimate_p95: float
     output_error: float
-    agreement: float
+    agreement: float | None
     speedup: float
     serial_share: float
     samples: int
@@ -297,7 +279,7 @@ def dial(
     count = 1 if plan.sweep == "collapsed" else len(plan.stages)
     most = min(most or count, count)
     tallies = [_Tally() for _ in range(most)]
-    with _evaluating(compiled):
+    with evaluating(compiled):
         walker = Walker(compiled)
         for batch in batches:
             wanted = judged(compiled.sequential(**named_batch(compiled, batch)))
@@ -313,7 +295,7 @@ def dial(
             estimate_mean=torch.cat(tally.estimates).mean().item(),
             estimate_p95=torch.cat(tally.estimates).quantile(0.95).item(),
             output_error=tally.output.share,
-            agreement=tally.agreed / tally.samples,
+            agreement=tally.agreed.share,
             speedup=forecast.speedup,
             serial_share=forecast.serial_share,
             samples=tally.samples,
@@ -328,16 +310,8 @@ class _Tally:
     def __init__(self) -> None:
         self.estimates: list[torch.Tensor] = []
         self.output = Energy()
-        self.agreed = 0.0
+        self.agreed = Agreement()
         self.samples = 0
-
-
-@contextmanager
-def _evaluating(compiled: Network) -> Iterator[None]:
-    with preserved(compiled.module):
-        compiled.module.eval()
-        with _measuring(compiled):
-            yield
 
 
 def _tally(
@@ -345,7 +319,7 @@ def _tally(
 ) -> None:
     """Count one batch at every number of iterations."""
     plan, size = walker.plan, batch_size(inputs)
-    states = _states(walker, inputs, len(tallies))
+    states = last_states(walker, inputs, len(tallies))
     before, changed = next(states), []
     for tally, state in zip(tallies, states, strict=True):
         changed.append(_increment(plan, state, before, size))
@@ -354,5 +328,5 @@ def _tally(
         # The head may write into what it is given, and the next iteration reads on.
         found = judged(walker.head({n: v.clone() for n, v in state.items()}, inputs))
         tally.output.add(found, wanted)
-        tally.agreed += agreement(found, wanted) * size
+        tally.agreed.add(found, wanted, size)
         tally.samples += size

@@ -15,7 +15,12 @@ __all__ = ["read_batches"]
 
 
 def read_batches(
-    path: Path, program: Program, size: int, *, shuffle_seed: int | None = None
+    path: Path,
+    program: Program,
+    size: int,
+    *,
+    shuffle_seed: int | None = None,
+    least: int = 1,
 ) -> list[dict[str, torch.Tensor]]:
     """Read a `.safetensors` or `.npz` file and cut it into batches.
 
@@ -26,6 +31,7 @@ def read_batches(
         program: What takes them.
         size: Samples per batch; a smaller rest is dropped where there is more than one batch.
         shuffle_seed: Shuffles the samples if given.
+        least: Smallest number of batches; they are smaller where the samples are few.
 
     Raises:
         OptionError: The file cannot be read, an argument is missing, an array has other sizes
@@ -52,6 +58,7 @@ def read_batches(
     order = torch.arange(count)
     if shuffle_seed is not None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle_seed))
+    size = min(size, max(1, count // least))
     chunks = torch.split(order, size)
     if len(chunks) > 1 and len(chunks[-1]) < size:
         chunks = chunks[:-1]

@@ -11,22 +11,55 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from passes.errors import OptionError
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
-from pnn_compile.agreement import agreement, judged
+from pnn_compile.agreement import Agreement, Energy, judged
 from pnn_compile.batches import CalibrationBatches, batch_size
 from pnn_compile.choose import choose
 from pnn_compile.early_exit import EarlyExit, fit_early_exit
 from pnn_compile.iterate import dial
+from pnn_compile.measuring import evaluating
 from pnn_compile.network import Network, gather
 
-__all__ = ["Verdict", "VerdictRow", "assess"]
+__all__ = ["Fidelity", "Verdict", "VerdictRow", "assess"]
 
 _KEPT = 0.99
 """Agreement from which on a network counts as equal to its original in practice."""
+
+_CLOSE = 0.01
+"""The same for the relative error of outputs that have no largest score."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close outputs are to the original's, on held-out samples.
+
+    Attributes:
+        agreement: Share of samples whose largest output is the original's; None where there is no
+            largest one.
+        error: Relative error of the outputs.
+    """
+
+    agreement: float | None
+    error: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether nothing seems to be lost."""
+        return self.error <= _CLOSE if self.agreement is None else self.agreement >= _KEPT
+
+    def beats(self, other: Fidelity, samples: int = 0) -> bool:
+        """Whether it is closer, by more than twice the standard error if samples are given."""
+        if self.agreement is None or other.agreement is None:
+            return self.error < other.error
+        spread = (self.agreement * (1 - self.agreement) / samples) ** 0.5 if samples else 0.0
+        return self.agreement > other.agreement + 2 * spread
+
+    def __str__(self) -> str:
+        if self.agreement is None:
+            return f"within {self.error:.2%} of the original's outputs"
+        return f"{self.agreement:.1%} agreement with the original"
 
 
 @dataclass(frozen=True)
@@ -38,10 +71,9 @@ class VerdictRow:
         iterations: K.
         speedup: Predicted speed-up over the original, links not counted.
         serial_share: Coarse sweeps and head over the original's cost.
-        agreement: Share of held-out samples whose largest output is the original's.
-        output_error: Relative error of the outputs against the original's.
-        exit_agreement: The same share of an early exit fitted in the same closed form; None where
-            no early exit is that quick.
+        fidelity: What the network keeps.
+        exit: What an early exit keeps that is fitted in the same closed form; None where no early
+            exit is that quick.
         exit_share: Cost of the layers that the early exit keeps over the original's.
     """
 
@@ -49,9 +81,8 @@ class VerdictRow:
     iterations: int
     speedup: float
     serial_share: float
-    agreement: float
-    output_error: float
-    exit_agreement: float | None
+    fidelity: Fidelity
+    exit: Fidelity | None
     exit_share: float | None
 
 
@@ -83,14 +114,16 @@ def assess(
     """Compare parareal networks of several sizes with early exits of the same latency.
 
     Nothing is trained: guesses, corrections and exits are fitted in closed form to the same
-    samples, and judged on every fifth batch, which is not fitted.
+    samples, and judged on every fifth batch, which is not fitted (give other samples than those of
+    `fit`, where the network was trained on).
 
     Args:
         compiled: A calibrated network; it is judged as it stands.
         inputs: Batches, as in `calibrate`.
         stages: Other numbers N of stages to try; they are compiled and calibrated anew.
         iterations: Largest number K of iterations to show.
-        **options: Options of `compile` for the other numbers of stages.
+        **options: Options of `compile` for the other numbers of stages; correction, sweep and seed
+            are those of the plan if not given.
 
     Raises:
         OptionError: As in `calibrate`; an option is unknown.
@@ -109,8 +142,10 @@ def assess(
 
 
 def _compiled(compiled: Network, inputs: Iterable[Any], options: Mapping[str, Any]) -> Network:
+    plan = compiled.plan
+    known = {"correction": plan.correction, "sweep": plan.sweep, "seed": plan.seed}
     try:
-        wanted = Options(**options)
+        wanted = Options(**{**known, **options}).calibrated()
     except TypeError as error:
         raise OptionError(f"assess takes the options of compile ({error})") from error
     compilation, results = run_passes(Compilation(compiled.program, wanted), COMPILE)
@@ -129,78 +164,72 @@ def _rows(network: Network, batches: CalibrationBatches, iterations: int) -> lis
                 iterations=dialled.iterations,
                 speedup=dialled.speedup,
                 serial_share=dialled.serial_share,
-                agreement=dialled.agreement,
-                output_error=dialled.output_error,
-                exit_agreement=None if exit_ is None else _agreement(network, exit_, held),
+                fidelity=Fidelity(dialled.agreement, dialled.output_error),
+                exit=None if exit_ is None else _fidelity(network, exit_, held),
                 exit_share=None if exit_ is None else exit_.share,
             )
         )
     return rows
 
 
-def _agreement(network: Network, exit_: EarlyExit, held: Iterable[Mapping[str, Any]]) -> float:
-    agreed, samples = 0.0, 0
-    original = network.sequential.eval()
-    with torch.no_grad():
+def _fidelity(network: Network, exit_: EarlyExit, held: Iterable[Mapping[str, Any]]) -> Fidelity:
+    agreed, error = Agreement(), Energy()
+    with evaluating(network):
         for inputs in held:
-            size = batch_size(inputs)
-            found, wanted = judged(exit_(**inputs)), judged(original(**inputs))
-            agreed += agreement(found, wanted) * size
-            samples += size
-    return agreed / max(samples, 1)
+            found, wanted = judged(exit_(**inputs)), judged(network.sequential(**inputs))
+            agreed.add(found, wanted, batch_size(inputs))
+            error.add(found, wanted)
+    return Fidelity(agreed.share, error.share)
 
 
 def _sentence(rows: Sequence[VerdictRow], samples: int) -> str:
     """Say in one sentence what the row of one iteration and most stages shows."""
-    row = max((r for r in rows if r.iterations == 1), key=lambda r: r.stages)
+    row = _largest(rows)
     found = (
-        f"N = {row.stages} agrees with the original on {row.agreement:.1%} of {samples} held-out "
-        f"samples at {row.speedup:.1f} times its speed"
+        f"N = {row.stages}: {row.fidelity} on {samples} held-out samples at "
+        f"{row.speedup:.1f} times its speed"
     )
-    spread = (row.agreement * (1 - row.agreement) / max(samples, 1)) ** 0.5
-    if row.exit_agreement is None:
+    if row.speedup <= 1:
+        return f"{found}: no gain in time, with fewer stages or a larger model there may be one."
+    if row.exit is None:
         return f"{found}; no early exit is that quick."
-    control = f"an early exit of the same latency on {row.exit_agreement:.1%}"
-    if row.agreement >= _KEPT:
-        return f"{found}, {control}: this depth can be run in parallel as it is."
-    if row.agreement > row.exit_agreement + 2 * spread:
+    beside = f"{found}; an early exit of the same latency: {row.exit}"
+    if row.exit.kept:
+        return f"{beside}. This model does not use its depth: a shorter one does the same."
+    if row.fidelity.kept:
+        return f"{beside}. This depth can be run in parallel as it is."
+    if row.fidelity.beats(row.exit, samples):
         return (
-            f"{found}, {control}: the layers behind the exit matter, and running them in parallel "
-            "keeps more of them than leaving them out."
+            f"{beside}. The layers behind the exit matter, and running them in parallel keeps more "
+            "of them than leaving them out."
         )
-    return (
-        f"{found}, {control}: parallel depth gains nothing here that a shorter network would not "
-        "give."
-    )
+    return f"{beside}. Parallel depth gains nothing here that a shorter network would not give."
+
+
+def _largest(rows: Sequence[VerdictRow]) -> VerdictRow:
+    return max((row for row in rows if row.iterations == 1), key=lambda row: row.stages)
 
 
 def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Network]) -> tuple[str, ...]:
-    advice = []
-    first = [row for row in rows if row.iterations == 1]
-    row = max(first, key=lambda r: r.stages)
-    if row.agreement >= _KEPT:
-        return ("nothing needs to be done; more stages may pay (assess tries them)",)
-    if row.exit_agreement is not None and row.exit_agreement >= row.agreement:
+    row, advice = _largest(rows), []
+    if row.exit is not None and row.exit_share is not None and not row.fidelity.beats(row.exit):
         advice.append(
             f"try the shorter network first: {row.exit_share:.0%} of the layers and a linear map "
-            "answer as often like the original"
+            "are as close to the original"
         )
-    advice.append("fit it: one epoch of pnn.fit (no labels needed) recovers most of such losses")
-    better = [r for r in first if r.stages < row.stages and r.agreement > row.agreement]
-    if better:
-        best = max(better, key=lambda r: r.agreement)
-        advice.append(
-            f"take fewer stages: N = {best.stages} agrees on {best.agreement:.1%} at "
-            f"{best.speedup:.1f} times the speed"
-        )
+    if row.fidelity.kept:
+        return (*advice, "more stages may pay: assess tries them")
+    advice.append("fit it: pnn.fit trains the whole to the original's outputs, without labels")
+    fewer = [r for r in rows if r.iterations == 1 and r.stages < row.stages and r.speedup > 1]
     more = [r for r in rows if r.stages == row.stages and r.iterations > 1 and r.speedup > 1]
-    gains = [r for r in more if r.agreement > row.agreement]
-    if gains:
-        best = max(gains, key=lambda r: r.agreement)
-        advice.append(
-            f"iterate: K = {best.iterations} agrees on {best.agreement:.1%} at {best.speedup:.1f} "
-            "times the speed"
-        )
+    for found, words in ((fewer, "take fewer stages"), (more, "iterate")):
+        better = [r for r in found if r.fidelity.beats(row.fidelity)]
+        if better:
+            best = min(better, key=lambda r: r.fidelity.error)
+            advice.append(
+                f"{words}: N = {best.stages}, K = {best.iterations}: {best.fidelity} at "
+                f"{best.speedup:.1f} times its speed"
+            )
     if _at_the_limit(networks[row.stages]):
         advice.append("raise coarse_budget: the best family tried was the dearest one allowed")
     return tuple(advice)

@@ -6,9 +6,12 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import pnn_compile as pnn
 from examples import decoder, resnet110
+from passes.coarse.regression import Moments
+from pnn_compile.agreement import agreement
 from pnn_compile.batches import device_of, named_batch
 from pnn_compile.cli import main
 from pnn_compile.report.terminal import calibration_table, to_text
@@ -181,6 +184,8 @@ class Classes(nn.Module):
 def test_whole_outputs_agree_where_they_are_equal() -> None:
     compiled = pnn.compile(Classes(), torch.randn(4, 8), stages=2, coarse="linear")
     report = pnn.calibrate(compiled, _rows(10))
+    assert report.agreement_before is not None
+    assert report.agreement_after is not None
     assert 0 <= report.agreement_before <= report.agreement_after <= 1
     assert report.agreement_after > 0.5
 
@@ -351,3 +356,53 @@ def test_the_oracle_family_keeps_the_statistics_of_the_fine_stages(samples: torc
     assert not any(name.startswith("coarse") for name in report.recalibrated)
     for key, value in compiled.original_state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def test_a_loader_that_shuffles_is_refused(samples: torch.Tensor) -> None:
+    loader = DataLoader(list(samples), batch_size=64, shuffle=True)  # type: ignore[arg-type,var-annotated]
+    with pytest.raises(pnn.OptionError, match="does not shuffle"):
+        pnn.calibrate(_compiled(samples, coarse="linear"), loader)
+
+
+def test_samples_that_are_not_finite_are_named() -> None:
+    rows = _rows()
+    rows[0][0, 0] = torch.nan
+    with pytest.raises(pnn.OptionError, match="not finite"):
+        pnn.compile(_plain(), rows[1][:2], stages=2, coarse_budget=1.0, calibration=rows)
+
+
+def test_several_iterations_are_judged_as_they_run(samples: torch.Tensor) -> None:
+    batches = list(samples.split(64))
+    for stages, iterations in ((3, 2), (2, 2)):
+        compiled = pnn.compile(
+            _network(), samples[:2], stages=stages, coarse="linear", preprocess="lowrank",
+            coarse_budget=1.0, iterations=iterations,
+        )  # fmt: skip
+        report = pnn.calibrate(compiled, batches)
+        with torch.no_grad():
+            found = torch.cat([compiled.module.eval()(x) for x in batches[4::5]])
+            wanted = torch.cat([compiled.sequential.eval()(x) for x in batches[4::5]])
+        error = ((found - wanted).norm() / wanted.norm()).item()
+        assert report.output_error_after == pytest.approx(error, rel=1e-3, abs=1e-6)
+
+
+def test_features_without_variance_are_fitted() -> None:
+    moments = Moments(4, 3, device=torch.device("cpu"))
+    x, y = torch.ones(32, 4), torch.randn(32, 3)
+    moments.add(x, y)
+    solution = moments.solve(2)
+    torch.testing.assert_close(
+        solution.weight @ x[0].double() + solution.bias, y.double().mean(0), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,), (6, 5), (6, 4, 3), (6, 3, 2, 2)])
+def test_agreement_looks_along_the_classes(shape: tuple[int, ...]) -> None:
+    right = torch.randn(shape)
+    found = agreement(-right, right)
+    if shape in ((6, 1), (6,)):
+        assert found is None
+        return
+    assert agreement(right, right) == 1
+    axis = 1 if len(shape) > 3 else -1
+    assert found == (right.argmax(axis) == right.argmin(axis)).double().mean().item()

@@ -311,7 +311,7 @@ def iterations(task: Task, preset: Preset, seed: int, only: str = "") -> Iterato
                 network = _Iterated(compiled, row.iterations)
                 yield _row(
                     f"K = {row.iterations}", stages, seed,
-                    accuracy=accuracy(network, task.test), agreement=100 * row.agreement,
+                    accuracy=accuracy(network, task.test), agreement=100 * (row.agreement or 0.0),
                     estimate=row.estimate_mean, error=row.output_error,
                     speedup=row.speedup, serial=row.serial_share,
                 ) | {"study": "iterations"}  # fmt: skip
@@ -332,13 +332,13 @@ def _converted(
     name: str, compiled: pnn.Compiled, task: Task, original: nn.Module, seed: int
 ) -> Row:
     assert compiled.calibration is not None
-    calibrated = accuracy(compiled.module, task.test)
+    calibrated, without = accuracy(compiled.module, task.test), uncorrected(compiled)
     train(compiled.module, task, 1, seed, teacher=copy.deepcopy(original))
     forecast = compiled.plan.forecast
     return _row(
-        name, len(compiled.plan.stages), seed,
+        name, len(compiled.plan.stages), seed, uncorrected=accuracy(without, task.test),
         calibrated=calibrated, fitted=accuracy(compiled.module, task.test),
-        agreement=100 * compiled.calibration.agreement_after,
+        agreement=100 * (compiled.calibration.agreement_after or 0.0),
         speedup=forecast.speedup, serial=forecast.serial_share,
     )  # fmt: skip
 
@@ -354,22 +354,21 @@ def _controlled(
 def table(path: Path) -> str:
     """Mean and standard deviation over seeds, as Markdown."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    groups: dict[tuple[str, str, str, int], list[Row]] = {}
-    for row in rows:
-        key = row["task"], row["study"], row["network"], row["stages"]
-        groups.setdefault(key, []).append(row)
+    keys = ("preset", "task", "study", "network", "stages")
+    latest = {tuple(row.get(key) for key in (*keys, "seed")): row for row in rows}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in latest.values():  # of a network that was run again the later row counts
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
     figures = (
         "accuracy", "uncorrected", "calibrated", "fitted", "agreement", "speedup", "serial",
     )  # fmt: skip
     lines = [
-        f"| task | study | network | N | seeds | {' | '.join(figures)} |",
-        f"|{'---|' * (5 + len(figures))}",
+        f"| preset | task | study | network | N | seeds | {' | '.join(figures)} |",
+        f"|{'---|' * (6 + len(figures))}",
     ]
-    for (task, study, network, stages), found in groups.items():
+    for key, found in groups.items():
         cells = [_spread([r[f] for r in found if f in r]) for f in figures]
-        lines.append(
-            f"| {task} | {study} | {network} | {stages} | {len(found)} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {' | '.join(map(str, key))} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

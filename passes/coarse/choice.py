@@ -63,7 +63,7 @@ class _Origin:
 def _origin(analysis: Analysis, options: Options, behind: int) -> _Origin:
     """What to guess the state at a cut from: the inputs, or what the first layers give."""
     total = 0.0
-    limit = options.prologue * analysis.total
+    limit = (options.prologue or 0.0) * analysis.total
     ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < behind}
     best = None
     for index, node in enumerate(analysis.frontiers.order, 1):
@@ -184,13 +184,18 @@ _RANKS = (16, 32, 64, 128)
 
 
 def guess_candidates(
-    analysis: Analysis, options: Options, cut: Position, state: Sequence[TensorSpec]
+    analysis: Analysis,
+    options: Options,
+    stages: int,
+    cut: Position,
+    state: Sequence[TensorSpec],
 ) -> list[CoarseSpec]:
     """Guesses that a closed-form fit may choose from, within the coarse budget.
 
     Every device makes its guess at the same time, so each may take the whole budget, and
     `options.prologue` for a copy of the first layers, which is tried with and without.
     """
+    share = options.prologue or 0.0
     found = [
         choose_guess(
             analysis,
@@ -198,17 +203,19 @@ def guess_candidates(
             cut,
             state,
         )
-        for share in sorted({0.0, options.prologue})
+        for share in sorted({0.0, share})
         for family, rank in _variants(options)
     ]
-    limit = (options.coarse_budget + options.prologue) * analysis.flops
-    return _affordable(found, limit)
+    # A guess that takes longer than half a stage would eat the speed-up.
+    most = min(options.coarse_budget + share, max(share, 0.5 / stages))
+    return _affordable(found, most * analysis.flops)
 
 
 def coarse_candidates(
     analysis: Analysis,
     options: Options,
     stages: int,
+    span: tuple[Position, Position],
     entering: Sequence[TensorSpec],
     leaving: Sequence[TensorSpec],
 ) -> list[CoarseSpec]:
@@ -219,6 +226,10 @@ def coarse_candidates(
         )
         for family, rank in _variants(options)
     ]
+    if options.correction == "difference":
+        # In its natural form it needs no fit.
+        thinned = dataclasses.replace(options, coarse="thinned")
+        found += filter(None, [_copied(analysis, thinned, span, entering, leaving)[0]])
     return _affordable(found, stage_budget(analysis, options, stages))
 
 
@@ -228,8 +239,8 @@ def _variants(options: Options) -> list[tuple[str, int]]:
 
 def _affordable(found: Sequence[CoarseSpec], limit: float) -> list[CoarseSpec]:
     """Those within a number of FLOPs, each cost once; the cheapest one if none is."""
-    by_cost = {spec.flops: spec for spec in sorted(found, key=lambda spec: spec.flops)}
-    within = [spec for flops, spec in by_cost.items() if flops <= limit]
+    by_cost = {(s.flops, s.family): s for s in sorted(found, key=lambda s: s.flops)}
+    within = [spec for spec in by_cost.values() if spec.flops <= limit]
     return within or [next(iter(by_cost.values()))]
 
 

@@ -18,7 +18,7 @@ from passes.coarse.maps import MapMatrix
 from passes.coarse.regression import Solution
 from passes.plan import TensorSpec
 
-__all__ = ["CAP", "LowRank", "LowRankMap"]
+__all__ = ["CAP", "LowRank", "LowRankMap", "lowrank_flops"]
 
 CAP = 2048
 """Largest number of features or targets of one regression."""
@@ -59,6 +59,16 @@ class LowRankMap(nn.Module):
             grid = rows.reshape(-1, self._target.positions, self._target.channels).movedim(-1, 1)
             grid = grid.reshape(*grid.shape[:2], *self._target.space)
         return self._target.leave(resize(grid, self._target.space))
+
+    @property
+    def groups(self) -> int:
+        """Size of the target's batch axis over the number of samples."""
+        return self._target.groups
+
+    @property
+    def rows(self) -> int:
+        """Times that a sample goes through the map: once, or once for every token."""
+        return 1 if self._whole else self._target.positions
 
     @property
     def width(self) -> int:
@@ -137,3 +147,18 @@ class LowRank(MapMatrix):
                 for target in leaving
             ]
         )
+
+
+def lowrank_flops(
+    entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec], rank: int
+) -> float:
+    """Estimate the FLOPs of one call without building the weights."""
+    total = 0.0
+    for target in leaving:
+        for source in entering:
+            with torch.device("meta"):
+                single = LowRankMap(source, target, rank)
+            count = single.down.weight.numel() + single.up.weight.numel()
+            samples = target.shape[target.batch_axis or 0] / single.groups
+            total += 2.0 * count * samples * single.rows
+    return total

@@ -138,8 +138,8 @@ class Moments:
         covariance = self._fit.xx[:-1, :-1] - count * mean.T @ mean
         if not self._bias:
             covariance = self._fit.xx[:-1, :-1]
-        jitter = 1e-10 * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
-        factor = torch.linalg.cholesky(covariance + jitter)
+        values, vectors = torch.linalg.eigh(covariance)
+        factor = vectors * values.clamp_min(0.0).sqrt()  # factor @ factor.T is the covariance
         with torch.random.fork_rng():
             torch.manual_seed(0)
             over = min(rank + 8, *full[:-1].shape)

@@ -34,7 +34,7 @@ def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
             f"{row.estimate_mean:.3g}",
             f"{row.estimate_p95:.3g}",
             f"{row.output_error:.3g}",
-            f"{row.agreement:.1%}",
+            "-" if row.agreement is None else f"{row.agreement:.1%}",
             f"{row.speedup:.2f}",
             f"{row.serial_share:.1%}",
         )

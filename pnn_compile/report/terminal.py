@@ -200,8 +200,9 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
             f"{face.corrected_before:.3f} -> {face.corrected_after:.3f}",
         )
     found = Text(
-        "relative errors of the states; agreement of the outputs with the original "
-        f"{report.agreement_before:.1%} -> {report.agreement_after:.1%}, their relative error "
+        "relative errors of the states; "
+        + _agreed(report.agreement_before, report.agreement_after)
+        + "relative error of the outputs "
         f"{report.output_error_before:.3f} -> {report.output_error_after:.3f}"
     )
     if report.recalibrated:
@@ -225,6 +226,12 @@ def interfaces_table(report: FitReport) -> Table:
             f"{face.correction_first:.3g} -> {face.correction_last:.3g}",
         )
     return table
+
+
+def _agreed(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
+    return f"agreement of the outputs with the original {before:.1%} -> {after:.1%}; "
 
 
 def stage_tree(compiled: Network, depth: int = 2) -> Tree:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from pnn_compile.verdict import Verdict
+    from pnn_compile.verdict import Fidelity, Verdict
 
 __all__ = ["verdict_table"]
 
@@ -27,16 +27,22 @@ def verdict_table(verdict: Verdict) -> RenderableType:
         table.add_column(name, justify="right")
     for row in verdict.rows:
         control = "none so quick"
-        if row.exit_agreement is not None and row.exit_share is not None:
-            control = f"{row.exit_agreement:.1%} ({row.exit_share:.0%} of the layers)"
+        if row.exit is not None and row.exit_share is not None:
+            control = f"{_share(row.exit)} ({row.exit_share:.0%} of the layers)"
         table.add_row(
             str(row.stages),
             str(row.iterations),
             f"{row.speedup:.2f}",
             f"{row.serial_share:.1%}",
-            f"{row.agreement:.1%}",
-            f"{row.output_error:.3f}",
+            _share(row.fidelity),
+            f"{row.fidelity.error:.3f}",
             control,
         )
     lines = [Text(verdict.sentence), *(Text(f"- {line}") for line in verdict.advice)]
     return Group(table, *lines)
+
+
+def _share(fidelity: Fidelity) -> str:
+    if fidelity.agreement is None:
+        return f"error {fidelity.error:.3f}"
+    return f"{fidelity.agreement:.1%}"
