@@ -17,7 +17,8 @@ from passes.options import CostSource, Options
 from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
 from passes.plan import Plan
 from passes.program import Program
-from pnn_compile.calibrate import CalibrationReport, calibrate
+from pnn_compile.calibrate import calibrate
+from pnn_compile.calibration import CalibrationReport
 from pnn_compile.choose import choose
 from pnn_compile.network import Network, gather, replay
 

@@ -22,7 +22,7 @@ from passes.program import Program, graph_module, resolve
 from passes.split import Stages
 
 if TYPE_CHECKING:
-    from pnn_compile.calibrate import CalibrationReport
+    from pnn_compile.calibration import CalibrationReport
 
 __all__ = ["Network", "gather", "replay"]
 

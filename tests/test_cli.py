@@ -132,7 +132,7 @@ def test_the_output_directory_is_checked_before_anything_is_compiled(
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("pnn_compile.cli._compile", never)
+    monkeypatch.setattr("pnn_compile.cli.compiling._compile", never)
     assert main([model, "-o", str(tmp_path)]) == 2
     assert "something else than an artifact" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from pnn_compile.graph import partition_graph
 
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Interface, Plan, Stage
-    from pnn_compile.calibrate import CalibrationReport
+    from pnn_compile.calibration import CalibrationReport
     from pnn_compile.fit import FitReport
     from pnn_compile.network import Network
     from pnn_compile.verify import VerifyReport

@@ -1,0 +1,106 @@
+"""The command line: `pnn-compile MODEL`, `inspect`, `verify`, `assess`, `fit`, `dial`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from passes.errors import PnnError, VerificationError
+from pnn_compile.cli.artifacts import inspect, verify
+from pnn_compile.cli.compiling import compile_command
+from pnn_compile.cli.trained import assess, dial_command, fit_command
+
+__all__ = ["main"]
+
+
+class _ModelFirst(click.Group):
+    """A group whose first word is a model unless it names a command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Insert the command `compile` in front of a model."""
+        if args and args[0] not in self.commands:
+            args = ["compile", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Let options of `compile` stand in front of the model, and --debug before any command."""
+        known = {"--help", "-h", "--version"}
+        flags = list(itertools.takewhile(lambda word: word in ("--debug", "--json"), args))
+        rest = args[len(flags) :]
+        if rest and rest[0] in self.commands:
+            args = [rest[0], *flags, *rest[1:]]
+        if args and args[0].startswith("-") and args[0] not in known:
+            args = ["compile", *args]
+        return super().parse_args(ctx, args)
+
+
+_HELP = """Compile PyTorch models into parareal neural networks.
+
+\b
+pnn-compile model.py -n 4             compile build_model() of model.py into 4 stages
+pnn-compile model.py:Net --input 1x3x224x224
+pnn-compile package.module:attribute -n 8 -o out --emit graph,onnx
+pnn-compile timm:resnet50 -n 4        also torchvision:vgg16, hf:llama, a folder or file .pt2
+"""  # \b keeps click from filling the lines that follow
+
+
+@click.group(
+    cls=_ModelFirst,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=_HELP,
+    subcommand_metavar="MODEL [OPTIONS] | COMMAND",
+)
+@click.version_option(package_name="pnn-compile")
+def cli() -> None:
+    """Compile, inspect, verify and fit parareal neural networks."""
+
+
+for _command in (compile_command, inspect, verify, assess, fit_command, dial_command):
+    cli.add_command(_command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    0 done, 1 a bug of this program, 2 a mistake in the input, 3 verification failed.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    code = _guarded(lambda: cli.main(words, "pnn-compile", standalone_mode=False), debug)
+    if arguments is None:
+        sys.exit(code)
+    return code
+
+
+def _guarded(action: Callable[[], Any], debug: bool) -> int:
+    try:
+        result = action()
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except PnnError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"error: {error}", err=True)
+        return 3 if isinstance(error, VerificationError) else 2
+    except Exception as error:
+        traceback.print_exc()
+        click.echo(
+            f"this is a bug in pnn-compile ({type(error).__name__}); please report it with the "
+            "traceback above",
+            err=True,
+        )
+        return 1
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,90 @@
+"""What the commands share: options, the console, progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+from rich.console import Console
+
+from passes.errors import OptionError
+
+if TYPE_CHECKING:
+    from pnn_compile.verify import VerifyReport
+
+__all__ = [
+    "ARG",
+    "CALIBRATION_BATCH",
+    "DEBUG",
+    "JSON",
+    "Progress",
+    "checks",
+    "console",
+    "stages_option",
+]
+
+CALIBRATION_BATCH = 128
+"""Samples of one batch of calibration."""
+
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+ARG = click.option(
+    "--arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument of what builds the model, such as num_layers=24; repeatable.",
+)
+DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph checks between passes.")
+
+
+def stages_option(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
+    """Read a number of stages, or auto."""
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise OptionError(f"-n must be a number or 'auto' (got {value!r})") from error
+
+
+def checks(report: VerifyReport) -> list[dict[str, Any]]:
+    """The checks of a verification as plain data."""
+    return [asdict(check) | {"passed": check.passed} for check in report.checks]
+
+
+def console() -> Console:
+    """The terminal's own width; 100 columns where the output is no terminal."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(highlight=False, width=width)
+
+
+class Progress:
+    """A spinner on stderr, for a terminal only."""
+
+    def __init__(self, silent: bool) -> None:
+        self._console = Console(stderr=True, quiet=silent or not sys.stderr.isatty())
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Spin while something is done."""
+        with self._console.status(f"{what} ..."):
+            yield
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
+        """A progress bar of steps with the loss beside it."""
+        from rich.progress import Progress, TextColumn
+
+        columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4g}"))
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(what, total=None, loss=float("nan"))
+
+            def advance(step: int, total: int, loss: float) -> None:
+                progress.update(task, completed=step, total=total, loss=loss)
+
+            yield advance

@@ -1,0 +1,214 @@
+"""`pnn-compile MODEL`: compile, calibrate, verify, save."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from passes.errors import OptionError, VerificationError
+from pnn_compile.cli.common import (
+    ARG,
+    CALIBRATION_BATCH,
+    DEBUG,
+    JSON,
+    Progress,
+    checks,
+    console,
+    stages_option,
+)
+
+if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
+    from pnn_compile.verdict import Verdict
+    from pnn_compile.verify import VerifyReport
+
+__all__ = ["EMITTED", "compile_command"]
+
+EMITTED = ("graph", "onnx")
+"""What can be written into the directory."""
+
+
+def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    wanted = tuple(part.strip() for part in value.split(",") if part.strip())
+    unknown = [part for part in wanted if part not in EMITTED]
+    if unknown:
+        raise OptionError(f"--emit knows {', '.join(EMITTED)} (got {', '.join(unknown)})")
+    return wanted
+
+
+@click.command(name="compile")
+@click.argument("model")
+@click.option(
+    "-n", "--stages", default="auto", callback=stages_option, help="Number of stages, or auto."
+)
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SHAPE[:DTYPE]",
+    help="Example input, such as 1x3x224x224 or mask=1x128:bool; repeatable.",
+)
+@ARG
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to save to.")
+@click.option(
+    "--emit",
+    default="graph",
+    callback=_emitted,
+    metavar="graph,onnx",
+    help="What to write into the directory.",
+)
+@click.option("--cost", default="flops", help="flops or measured.")
+@click.option(
+    "--coarse",
+    default="auto",
+    help="auto, linear, lowrank, conv, a sum of these (linear+lowrank), units, thinned (every m-th "
+    "trained block, its branch scaled by m), exact or zero.",
+)
+@click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
+@click.option("--units", default=1, type=int, help="Repeating blocks to copy or keep (N_c).")
+@click.option("--rank", default=32, type=int, help="Rank of family lowrank.")
+@click.option(
+    "--preprocess", default="auto", help="auto, convolution, linear, lowrank, conv, or a sum."
+)
+@click.option("--prologue", default=None, type=float, help="Share of first layers in a guess.")
+@click.option("--correction", default="residual", help="residual or difference.")
+@click.option("--sweep", default="chain", help="chain or collapsed.")
+@click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
+@click.option("--cut-at", metavar="NAMES", help="Modules that start stages 1.., by comma.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan.")
+@click.option("--seed", default=0, type=int, help="Seed of the coarse networks.")
+@click.option(
+    "--calibrate",
+    "samples",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Fit guesses and corrections to the weights, on samples (.safetensors or .npz).",
+)
+@click.option("--verify/--no-verify", "check", default=True, help="Run the oracles (default).")
+@click.option("-q", "--quiet", is_flag=True, help="No report.")
+@JSON
+@DEBUG
+def compile_command(
+    model: str,
+    output: Path | None,
+    emit: tuple[str, ...],
+    samples: Path | None,
+    check: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    r"""Compile MODEL.
+
+    \b
+    MODEL is one of
+      file.py, file.py:name, package.module:name
+      timm:NAME, torchvision:NAME    random weights
+      hf:NAME                        a model type or class of transformers, small and random,
+                                     or a folder with a config.json
+      file.pt2                       written by torch.export.save, without pickled objects
+    """
+    if output is None and "onnx" in emit:
+        raise OptionError("--emit onnx needs a directory to write to: add -o DIR")
+    from pnn_compile.artifact import check_replaceable
+    from pnn_compile.samples import read_batches
+
+    if output is not None:
+        check_replaceable(output)
+    progress = Progress(quiet or as_json)
+    if samples is not None:
+        options["calibration"] = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
+    with progress("compiling" if samples is None else "compiling and calibrating"):
+        compiled = _compile(model, options, debug)
+    checked = None
+    if check:
+        with progress("verifying"):
+            checked = compiled.verify()
+    if output is not None:
+        with progress("saving"):
+            compiled.save(output)
+        if "onnx" in emit:
+            with progress("exporting to ONNX"):
+                compiled.export_onnx(output / "model.onnx")
+    verdict = None
+    if samples is not None:
+        with progress("judging"):
+            verdict = compiled.assess(options["calibration"](compiled.program))
+    _show(compiled, checked, verdict, output, quiet, as_json)
+    if checked is not None and not checked.ok:
+        raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
+
+
+def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
+    from pnn_compile.api import compile as compile_model
+    from pnn_compile.sources import load_source
+
+    # What the user's own file prints belongs to stderr: stdout is the report's, or the JSON's.
+    with redirect_stdout(sys.stderr):
+        source = load_source(model, options.pop("inputs"), options.pop("arguments"))
+    cuts = options.pop("cut_at")
+    plan_file = options.pop("plan_file")
+    return compile_model(
+        source.model,
+        args=source.args,
+        kwargs=source.kwargs,
+        cuts=[name.strip() for name in cuts.split(",")] if cuts else None,
+        plan=_read_plan(plan_file) if plan_file else None,
+        debug=debug,
+        **options,
+    )
+
+
+def _read_plan(path: Path) -> Any:
+    from passes.plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"the plan {path} cannot be read: {error.strerror}") from error
+
+
+def _show(
+    compiled: Compiled,
+    checked: VerifyReport | None,
+    verdict: Verdict | None,
+    output: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    if as_json:
+        document = {
+            "plan": json.loads(compiled.plan.to_json()),
+            "capture": asdict(compiled.program.capture),
+            "passes": [asdict(result) for result in compiled.passes],
+            "verify": checks(checked) if checked else None,
+            "calibration": asdict(compiled.calibration) if compiled.calibration else None,
+            "verdict": asdict(verdict) if verdict else None,
+            "output": str(output) if output else None,
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    if quiet:
+        return
+    calibrated = compiled.calibration
+    from pnn_compile.report.terminal import calibration_table, checks_table, report
+    from pnn_compile.report.verdict import verdict_table
+
+    screen = console()
+    screen.print(report(compiled, screen.width))
+    if calibrated is not None:
+        screen.print(calibration_table(calibrated))
+    if verdict is not None:
+        screen.print(verdict_table(verdict))
+    if checked is not None:
+        screen.print(checks_table(checked))
+    if output is not None:
+        screen.print(f"saved to {output}", highlight=False)
