@@ -198,14 +198,25 @@ def test_a_mistake_gets_one_clear_error(
     assert captured.out == ""
 
 
+def test_a_module_that_cannot_be_captured_is_kept_whole_and_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gate.py"
+    file.write_text(UNCAPTURABLE)
+    assert main([f"{file}:Net", "--input", "2x8", "-n", "2"]) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "layers.1 (Gate) is kept whole" in out
+    assert f"{file}:7" in out
+
+
 def test_a_model_that_cannot_be_captured_names_module_and_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "gate.py"
     file.write_text(UNCAPTURABLE)
-    assert main([f"{file}:Net", "--input", "2x8", "-n", "2"]) == 2
+    assert main([f"{file}:Gate", "--input", "2x8", "-n", "2"]) == 2
     err = capsys.readouterr().err
-    assert "layers.1 (Gate)" in err
+    assert "Gate" in err
     assert f"{file}:7" in err
 
 
