@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from passes.cones import find_cones
 from passes.cost import Cost
 from passes.observe import Fact
 from passes.plan import TensorSpec
@@ -83,12 +84,13 @@ def analyze(
     """
     order = tuple(program.order)
     number = {node: index for index, node in enumerate(order)}
-    cones = _cones(order, facts, costs)
+    kept = _kept(program, facts)
+    cones = find_cones(order, facts, costs, kept, SIDE_SHARE)
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order
     }
-    barred = _barred(program, order, facts, cones)
+    barred = _barred(order, facts, kept)
     units = _units(order)
     positions: list[Position] = []
     refused: dict[str, int] = {}
@@ -125,32 +127,14 @@ def _illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) -> str
     return ""
 
 
-def _cones(
-    order: Sequence[fx.Node], facts: Mapping[fx.Node, Fact], costs: Mapping[fx.Node, Cost]
-) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Cheap, pure values that can be recomputed from the inputs, with the nodes that it takes."""
-    limit = SIDE_SHARE * sum(cost.flops for cost in costs.values())
-    number = {node: index for index, node in enumerate(order)}
-    written = frozenset[int]().union(*(facts[node].writes for node in order))
-    cones: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in order:
-        sources = [n for n in node.all_input_nodes if n in number]
-        memory = facts[node].storages.union(*(facts[n].storages for n in node.all_input_nodes))
-        if not facts[node].pure or memory & written:
-            continue
-        if any(source not in cones for source in sources):
-            continue
-        cone = frozenset[fx.Node]().union({node}, *(cones[source] for source in sources))
-        if sum(costs[member].flops for member in cone) <= limit:
-            cones[node] = cone
-    return {node: tuple(sorted(cone, key=number.__getitem__)) for node, cone in cones.items()}
+def _kept(program: Program, facts: Mapping[fx.Node, Fact]) -> frozenset[int]:
+    """Memory that outlives the run: of inputs, parameters and buffers."""
+    owners = (*program.inputs, *_attributes(program))
+    return frozenset(storage for node in owners for storage in facts[node].storages)
 
 
 def _barred(
-    program: Program,
-    order: Sequence[fx.Node],
-    facts: Mapping[fx.Node, Fact],
-    cones: Mapping[fx.Node, tuple[fx.Node, ...]],
+    order: Sequence[fx.Node], facts: Mapping[fx.Node, Fact], kept: frozenset[int]
 ) -> list[str]:
     """For each position, why memory written on one side and touched on the other forbids it."""
     touched: dict[int, list[int]] = {}
@@ -165,7 +149,6 @@ def _barred(
         for storage in facts[node].writes:
             writes[storage] = index
     barred = [""] * (len(order) + 1)
-    kept = {s for n in (*program.inputs, *_attributes(program)) for s in facts[n].storages}
     for storage, written in writes.items():
         first, last = touched[storage]
         # Before the write the memory may not be carried over; what owns memory for good (an

@@ -252,3 +252,30 @@ def test_a_model_that_changes_buffers_in_every_mode_is_not_computed_again_by_the
     report = pnn.compile(case.build(), case.args(4), stages=3).verify(strict=True)
     skipped = [check.name for check in report.checks if "not run" in check.name]
     assert len(skipped) == 2
+
+
+class ScalesItsEmbedding(nn.Module):
+    """Multiplies the embedding in place, and fills a mask in place, before anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.blocks = _blocks()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        h *= 4
+        mask = torch.zeros_like(ids, dtype=torch.float32)
+        early = mask + 1
+        mask.masked_fill_(ids == 0, -1.0)
+        h = h + early.unsqueeze(-1)
+        for block in self.blocks:
+            h = block(h) + mask.unsqueeze(-1)
+        return h
+
+
+def test_values_written_in_place_are_recomputed_with_every_write() -> None:
+    """The guesses had no source, and the mask counted as a state."""
+    compiled = pnn.compile(ScalesItsEmbedding(), torch.randint(50, (4, 7)), stages=3)
+    assert all(len(interface.state) == 1 for interface in compiled.plan.interfaces)
+    assert compiled.verify(strict=True).ok
