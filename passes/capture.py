@@ -16,7 +16,7 @@ from passes.attempt import Attempt, FrontEnd, copied, explain
 from passes.errors import CaptureError
 from passes.exporting import export
 from passes.opaque import Whole, find_whole
-from passes.program import CaptureReport, Program
+from passes.program import CaptureReport, Program, graph_module
 from passes.tracing import trace
 from passes.validate import Reference
 
@@ -140,6 +140,7 @@ class _Climb:
             if not any(line.endswith(reason) for line in self.rejected):
                 self.rejected.append(f"{rung}: {reason}")
             return None
+        module = _without_dead_reads(module)
         used = module.state_dict().keys()
         unused = {key: value for key, value in own.state_dict().items() if key not in used}
         notes = [*self.reference.notes, *_fixed(self.arguments), *notes]
@@ -184,3 +185,13 @@ def _fixed(arguments: Arguments) -> list[str]:
         f"argument {name!r} is fixed at {value!r} and no longer taken"
         for name, value in arguments.constants().items()
     ]
+
+
+def _without_dead_reads(module: fx.GraphModule) -> fx.GraphModule:
+    """Leave out parameters and buffers that no node uses: no stage would hold them."""
+    dead = [node for node in module.graph.nodes if node.op == "get_attr" and not node.users]
+    if not dead:
+        return module
+    for node in dead:
+        module.graph.erase_node(node)
+    return graph_module(module, module.graph, type(module).__name__)

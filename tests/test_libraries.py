@@ -225,10 +225,14 @@ def test_a_saved_program_trains_and_evaluates(tmp_path: Path) -> None:
     assert source.model.state_dict().keys() == model.state_dict().keys()
 
 
-def test_a_program_that_cannot_be_switched_is_refused(tmp_path: Path) -> None:
-    path = save(Dropped(norm=True), tmp_path / "model.pt2")
-    assert "cannot be switched to evaluation" in refusal(str(path))
-    load_source(str(save(Dropped(norm=True).eval(), path)))
+def test_a_saved_program_switches_its_batchnorm_too(tmp_path: Path) -> None:
+    model = Dropped(norm=True)
+    x = torch.randn(4, 6)
+    for mode in (True, False):
+        source = load_source(str(save(model.train(mode), tmp_path / f"{mode}.pt2")))
+        torch.testing.assert_close(source.model.eval()(x), model.eval()(x))
+        compiled = pnn.compile(source.model, (x,), stages=2)
+        assert compiled.verify().ok
 
 
 def test_a_program_takes_no_arguments(tmp_path: Path) -> None:

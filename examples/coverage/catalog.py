@@ -42,6 +42,7 @@ CATALOG: dict[str, str] = {
         zoo:conv_inplace
         zoo:conv1d
         zoo:deep_batchnorm
+        zoo:custom_gradient
         zoo:dropout
         zoo:resnet
         zoo:unet
