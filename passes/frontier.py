@@ -326,10 +326,19 @@ def _learned(
         spec = facts[node].spec
         if spec is None or spec.batch_axis is None or spec.dtype not in _FLOATS:
             continue
-        reads = {source for member in cone for source in member.all_input_nodes}
-        learned = any(m.op == "call_module" for m in cone) or any(r.op == "get_attr" for r in reads)
+        learned = any(_looks_up(leaf, member, frontiers) for member in cone)
         leads_on = any(user not in frontiers.cones for user in node.users)
         known = any(source.node in cone for source in found)
-        if learned and leads_on and not known and (leaf in reads or leaf in cone):
+        if learned and leads_on and not known:
             found.append(Source(node, spec))
     return found
+
+
+def _looks_up(leaf: fx.Node, member: fx.Node, frontiers: Frontiers) -> bool:
+    """Whether a node reads parameters and the values of a leaf, as an embedding does.
+
+    A table of positions that only meets a mask of the leaf says nothing of what the leaf holds.
+    """
+    if member.op != "call_module" and all(n.op != "get_attr" for n in member.all_input_nodes):
+        return False
+    return any(leaf in each.all_input_nodes for each in frontiers.cones.get(member, (member,)))

@@ -353,3 +353,27 @@ def test_without_a_cheap_learned_value_there_is_no_source() -> None:
             return self.c(self.b(self.table(F.one_hot(ids, 4).float())))
 
     assert analyze_model(Dear(), torch.tensor([0, 1, 3])).sources == ()
+
+
+class PositionBias(nn.Module):
+    """Adds a learned table of positions, masked where the tokens are padded, to every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 8)
+        self.embedding = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.register_buffer("positions", torch.arange(7))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        padded = torch.finfo(torch.float32).min * (ids == 0)
+        bias = self.table(self.positions) + padded.unsqueeze(-1)
+        h = self.embedding(ids)
+        for block in self.blocks:
+            h = torch.tanh(block(h)) + bias.clamp(min=-1)
+        return h
+
+
+def test_a_masked_table_of_positions_is_no_source_of_guesses() -> None:
+    found = analyze_model(PositionBias(), torch.randint(1, 20, (2, 7)))
+    assert [source.node.name for source in found.sources] == ["embedding"]

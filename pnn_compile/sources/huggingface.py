@@ -82,13 +82,13 @@ def _tokens(config: Any) -> torch.Tensor:
 def _images(config: Any) -> torch.Tensor:
     side = _size(config, "image_size", 64)
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    return _floats(_BATCH, _size(config, "num_channels", 3), height, width)
+    frames = [count] if (count := _size(config, "num_frames", 0)) else []  # of a video
+    return _floats(_BATCH, *frames, _size(config, "num_channels", 3), height, width)
 
 
-def _video(config: Any) -> torch.Tensor:
-    images = _images(config)
-    frames = _size(config, "num_frames", _size(config, "frames_per_clip", 4))
-    return images[:, None].repeat(1, frames, 1, 1, 1)
+def _sound(config: Any) -> torch.Tensor:
+    channels = [count] if (count := _size(config, "audio_channels", 0)) else []
+    return _floats(_BATCH, *channels, _SAMPLES)
 
 
 def _spectrogram(config: Any) -> torch.Tensor:
@@ -104,8 +104,7 @@ INPUTS: dict[str, Callable[[Any], torch.Tensor]] = {
     "decoder_input_ids": _tokens,
     "attention_mask": lambda config: torch.ones(_BATCH, _TOKENS, dtype=torch.int64),
     "pixel_values": _images,
-    "pixel_values_videos": _video,
-    "input_values": lambda config: _floats(_BATCH, _SAMPLES),
+    "input_values": _sound,
     "input_features": _spectrogram,
     "bbox": lambda config: torch.zeros(_BATCH, _TOKENS, 4, dtype=torch.int64),
 }
