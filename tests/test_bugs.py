@@ -279,3 +279,24 @@ def test_values_written_in_place_are_recomputed_with_every_write() -> None:
     compiled = pnn.compile(ScalesItsEmbedding(), torch.randint(50, (4, 7)), stages=3)
     assert all(len(interface.state) == 1 for interface in compiled.plan.interfaces)
     assert compiled.verify(strict=True).ok
+
+
+class Flattens(nn.Module):
+    """Every block takes a view of all tokens at once, as a mixture of experts does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.blocks = _blocks()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        for block in self.blocks:
+            h = block(h.view(-1, 16)).view(h.shape)
+        return h
+
+
+def test_a_guess_has_the_layout_that_a_stage_takes_views_of() -> None:
+    """Guesses came with channels in front, transposed; the view of the first block failed."""
+    compiled = pnn.compile(Flattens(), torch.randint(50, (4, 7)), stages=3)
+    assert compiled.verify(strict=True).ok

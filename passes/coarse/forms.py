@@ -73,8 +73,9 @@ class Guess(nn.Module):
         self.operator = operator
 
     def forward(self, *inputs: Any) -> Any:
-        """Guess the state that enters the stage."""
-        if self.prologue is None:
-            return self.operator(*inputs)
-        sources = self.prologue(*inputs)
-        return self.operator(*(sources if isinstance(sources, tuple) else (sources,)))
+        """Guess the state that enters the stage; contiguous, as a stage may take views of it."""
+        sources = inputs if self.prologue is None else self.prologue(*inputs)
+        state = self.operator(*(sources if isinstance(sources, tuple) else (sources,)))
+        if isinstance(state, torch.Tensor):
+            return state.contiguous()
+        return tuple(value.contiguous() for value in state)
