@@ -33,7 +33,8 @@ def main() -> None:
     if words.command == "one":
         _one(words.model)
     elif words.command == "table":
-        print(table(_read(words.results)))
+        rows = _read(words.results)
+        print(f"{len(rows)} of {len(specifications())} models checked.\n\n{table(rows)}")
     else:
         _run(words)
 

@@ -18,6 +18,7 @@ from examples.coverage.catalog import Specification
 __all__ = ["check_apart"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_GRACE = 5.0  # seconds
 _CONTEXT.set_forkserver_preload(["examples.coverage.preload"])
 
 
@@ -46,7 +47,8 @@ def check_apart(specification: Specification, limit: float) -> dict[str, Any]:
     except EOFError:
         process.join()
         row |= {"phase": "crash", "cause": f"the process ended with {process.exitcode}"}
-    process.join()
+    process.join(_GRACE)
+    process.kill()  # a library may have left a thread behind that never ends
     return {"seconds": round(time.perf_counter() - start, 1)} | row
 
 
@@ -56,4 +58,3 @@ def _check(specification: Specification, sender: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries speak of missing kernels
     warnings.simplefilter("ignore")
     sender.send(check(specification))
-    os._exit(0)  # some libraries leave threads behind that never end

@@ -221,7 +221,6 @@ CATALOG: dict[str, str] = {
         torchvision:r2plus1d_18 --input 2x3x8x32x32
         torchvision:mc3_18 --input 2x3x8x32x32
         torchvision:s3d --input 2x3x16x64x64
-        torchvision:mvit_v1_b
         torchvision:swin3d_t --input 2x3x8x32x32
         torchvision:raft_small --input 1x3x128x128 --input 1x3x128x128
     """,
@@ -281,7 +280,7 @@ CATALOG: dict[str, str] = {
         hf:granite
         hf:biogpt
         hf:xglm
-        hf:xlnet
+        hf:xlnet --arg use_mems_eval=False --arg use_mems_train=False
         hf:openai-gpt
     """,
     "encoder-decoder": """

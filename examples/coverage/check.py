@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -206,11 +207,18 @@ def _first_line(error: BaseException) -> str:
     """The message in one line; of a refused capture, what the last front end says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     rungs = [line for line in lines if line.startswith("torch.")]
-    return (rungs or lines or [type(error).__name__])[-1 if rungs else 0][:400]
+    return _portable((rungs or lines or [type(error).__name__])[-1 if rungs else 0])[:400]
 
 
 def _essence(error: BaseException) -> str:
     """The whole message and the last frames that led to it."""
     frames = traceback.extract_tb(error.__traceback__)[-6:]
     places = "\n".join(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(error).__name__}: {error}\n{places}"[:4000]
+    return _portable(f"{type(error).__name__}: {error}\n{places}")[:4000]
+
+
+def _portable(text: str) -> str:
+    """Files as Python's path finds them: what stands before differs from machine to machine."""
+    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
+        text = text.replace(f"{folder}/", "")
+    return text

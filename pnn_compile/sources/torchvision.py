@@ -17,6 +17,7 @@ __all__ = ["load"]
 
 SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
     # videos `[B, C, T, H, W]`
+    ("torchvision.models.video.mvit", (2, 3, 16, 224, 224)),
     ("torchvision.models.video.", (2, 3, 16, 112, 112)),
     # the smallest images that all classifiers but the next one take at their default strides
     ("torchvision.models.inception", (2, 3, 299, 299)),
