@@ -1,4 +1,4 @@
-"""The command line: `pnn-compile MODEL`, `inspect`, `verify`, `assess`, `fit`, `dial`."""
+"""The command line: `pnn-compile MODEL`, `inspect`, `verify`, `assess`, `fit`, `dial`, `bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from passes.errors import PnnError, VerificationError
 from pnn_compile.cli.artifacts import inspect, verify
+from pnn_compile.cli.benching import bench_command
 from pnn_compile.cli.compiling import compile_command
 from pnn_compile.cli.trained import assess, dial_command, fit_command
 
@@ -63,7 +64,9 @@ def cli() -> None:
     """Compile, inspect, verify and fit parareal neural networks."""
 
 
-for _command in (compile_command, inspect, verify, assess, fit_command, dial_command):
+for _command in (
+    compile_command, inspect, verify, assess, fit_command, dial_command, bench_command,
+):  # fmt: skip
     cli.add_command(_command)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
@@ -18,11 +16,9 @@ from pnn_compile.cli.common import (
     Progress,
     checks,
     console,
+    open_target,
     stages_option,
 )
-
-if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
 
 __all__ = ["inspect", "verify"]
 
@@ -47,7 +43,7 @@ def inspect(
     debug: bool,
 ) -> None:
     """Show the partition of a saved artifact, or of a model compiled on the spot."""
-    compiled = _open(target, stages, inputs, arguments, debug)
+    compiled = open_target(target, stages, inputs, arguments, debug)
     if dot is not None:
         from pnn_compile.export.dot import to_dot
 
@@ -62,26 +58,6 @@ def inspect(
     screen = console()
     screen.print(stage_tree(compiled, depth))
     screen.print(report(compiled, screen.width))
-
-
-def _open(
-    target: str,
-    stages: int | Literal["auto"],
-    inputs: tuple[str, ...],
-    arguments: tuple[str, ...],
-    debug: bool,
-) -> Compiled:
-    from pnn_compile.api import compile as compile_model
-    from pnn_compile.api import load
-    from pnn_compile.sources import load_source
-
-    if Path(target).is_dir():
-        return load(target)
-    with redirect_stdout(sys.stderr):
-        source = load_source(target, inputs, arguments)
-    return compile_model(
-        source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
-    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -15,6 +16,7 @@ from rich.console import Console
 from passes.errors import OptionError
 
 if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
     from pnn_compile.verify import VerifyReport
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "Progress",
     "checks",
     "console",
+    "numbers",
+    "open_target",
     "stages_option",
 ]
 
@@ -52,6 +56,14 @@ def stages_option(_: click.Context, __: click.Parameter, value: str) -> int | Li
         raise OptionError(f"-n must be a number or 'auto' (got {value!r})") from error
 
 
+def numbers(text: str, option: str) -> list[int]:
+    """Read positive numbers by comma."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise OptionError(f"{option} must be numbers by comma, such as 2,3,6 (got {text!r})")
+    return [int(word) for word in words]
+
+
 def checks(report: VerifyReport) -> list[dict[str, Any]]:
     """The checks of a verification as plain data."""
     return [asdict(check) | {"passed": check.passed} for check in report.checks]
@@ -61,6 +73,27 @@ def console() -> Console:
     """The terminal's own width; 100 columns where the output is no terminal."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
     return Console(highlight=False, width=width)
+
+
+def open_target(
+    target: str,
+    stages: int | Literal["auto"],
+    inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
+    debug: bool,
+) -> Compiled:
+    """Load a saved artifact, or compile a model on the spot."""
+    from pnn_compile.api import compile as compile_model
+    from pnn_compile.api import load
+    from pnn_compile.sources import load_source
+
+    if Path(target).is_dir():
+        return load(target)
+    with redirect_stdout(sys.stderr):
+        source = load_source(target, inputs, arguments)
+    return compile_model(
+        source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
+    )
 
 
 class Progress:

@@ -8,21 +8,17 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from passes.errors import OptionError
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
     DEBUG,
     JSON,
     Progress,
     console,
+    numbers,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["assess", "dial_command", "fit_command"]
 
@@ -52,18 +48,18 @@ def assess(
     from pnn_compile.samples import read_batches
     from pnn_compile.sources import load_source
 
-    numbers = _numbers(stages)
+    sizes = numbers(stages, "-n")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     with redirect_stdout(sys.stderr):
         source = load_source(model, inputs)
     with Progress(as_json)("judging"):
         compiled = compile_model(
-            source.model, args=source.args, kwargs=source.kwargs, stages=numbers[0],
+            source.model, args=source.args, kwargs=source.kwargs, stages=sizes[0],
             coarse_budget=coarse_budget, calibration=read, debug=debug,
         )  # fmt: skip
         verdict = compiled.assess(
             read(compiled.program),
-            stages=numbers[1:],
+            stages=sizes[1:],
             iterations=iterations,
             coarse_budget=coarse_budget,
         )
@@ -71,14 +67,6 @@ def assess(
         click.echo(json.dumps(asdict(verdict), indent=2))
     else:
         console().print(verdict_table(verdict))
-
-
-def _numbers(text: str) -> list[int]:
-    """Numbers of stages, by comma."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise OptionError(f"-n must be numbers by comma, such as 2,3,6 (got {text!r})")
-    return [int(word) for word in words]
 
 
 @click.command(name="fit")

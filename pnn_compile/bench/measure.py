@@ -1,0 +1,241 @@
+"""Starts the ranks and measures the contenders in turns."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from passes.errors import OptionError, RuntimeFault
+from pnn_compile.bench.contenders import Setting, Unfit, contender
+from pnn_compile.bench.parts import PartsTimer, median_parts
+from pnn_compile.bench.result import SEQUENTIAL, Bench, Parts, Timing
+from pnn_compile.runtime import place
+
+if TYPE_CHECKING:
+    from pnn_compile.network import Network
+
+__all__ = ["bench"]
+
+_TIMEOUT = datetime.timedelta(minutes=10)
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the ranks are told to measure."""
+
+    artifact: Path
+    results: Path
+    ranks: int
+    batches: tuple[int, ...]
+    contenders: tuple[str, ...]
+    training: bool
+    rounds: int
+    threads: int
+
+
+def bench(
+    compiled: Network,
+    *,
+    ranks: int | None = None,
+    batches: Iterable[int] = (1,),
+    against: Iterable[str] = ("threads", "ddp", "gpipe"),
+    training: bool = True,
+    rounds: int = 7,
+    threads: int = 1,
+) -> Bench:
+    """Measure a step of the parareal network beside others on the same processes.
+
+    All contenders run in one set of processes, in turns, round after round, so that what else
+    happens on the machine meets all of them. A step is forward, backward and an optimizer step.
+
+    Args:
+        compiled: The network; it must be of a kind that can be saved.
+        ranks: Number of processes; one a stage if None.
+        batches: Sizes of a batch.
+        against: What to measure beside the sequential and the parareal network: "threads", "ddp",
+            "gpipe" or "gpipe:4" (micro-batches).
+        training: Measure training steps; else the forward pass without gradients.
+        rounds: Steps of each contender.
+        threads: Threads of each process.
+
+    Raises:
+        OptionError: There is no such contender, or a number is too small.
+        RuntimeFault: A rank failed.
+        ArtifactError: The network cannot be saved.
+    """
+    from pnn_compile.artifact import save
+
+    ranks = ranks or len(compiled.plan.stages)
+    place(len(compiled.plan.stages), ranks)
+    contenders = tuple(dict.fromkeys((SEQUENTIAL, "parareal", *against)))
+    for name in contenders:
+        contender(name)
+    sizes = tuple(batches)
+    _check(compiled, sizes, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = save(compiled, Path(folder) / "artifact")
+        results = Path(folder) / "results.json"
+        order = _Order(artifact, results, ranks, sizes, contenders, training, rounds, threads)
+        _start(order)
+        found = json.loads(results.read_text())
+    return Bench(
+        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, found["device"],
+        tuple(Timing(**each | {"seconds": tuple(each["seconds"])}) for each in found["timings"]),
+        tuple(
+            Parts(
+                each["batch"], tuple(each["parallel"]), each["serial"], tuple(each["optimizer"])
+            )
+            for each in found["parts"]
+        ),
+    )  # fmt: skip
+
+
+def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
+    if rounds < 1 or not batches or min(batches) < 1:
+        raise OptionError("bench needs at least one round and batches of at least one sample")
+    example = _example_size(compiled)
+    if not compiled.program.dynamic_batch and set(batches) != {example}:
+        raise OptionError(
+            f"{compiled.plan.model} was compiled for batches of {example} only: bench that size, "
+            "or compile with dynamic_batch=True"
+        )
+
+
+def _start(order: _Order) -> None:
+    from torch.multiprocessing.spawn import ProcessException, spawn
+
+    try:
+        spawn(_enter, (order,), nprocs=order.ranks)  # type: ignore[no-untyped-call]
+    except ProcessException as error:
+        raise RuntimeFault(f"a rank of the benchmark failed: {error}") from error
+
+
+def _enter(rank: int, order: _Order) -> None:
+    torch.set_num_threads(order.threads)
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.device_count() >= order.ranks:
+        device, backend = torch.device("cuda", rank), "nccl"
+        torch.cuda.set_device(device)
+    store = f"file://{order.results.with_name('store')}"
+    dist.init_process_group(backend, store, _TIMEOUT, order.ranks, rank)
+    try:
+        found = _measure(order, device)
+        if rank == 0:
+            order.results.write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(order: _Order, device: torch.device) -> dict[str, Any]:
+    from pnn_compile.artifact import load
+
+    compiled = load(order.artifact)
+    compiled.module.to(device)
+    timings: list[Timing] = []
+    parts: list[Parts] = []
+    for batch in order.batches:
+        inputs = resized(compiled, batch, device)
+        found, seen = _turns(order, compiled, inputs, batch, device)
+        timings += found
+        parts += seen
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "device": kind, "timings": [asdict(t) for t in timings], "parts": [asdict(p) for p in parts]
+    }  # fmt: skip
+
+
+def _turns(
+    order: _Order, compiled: Network, inputs: dict[str, Any], batch: int, device: torch.device
+) -> tuple[list[Timing], list[Parts]]:
+    """Let the contenders take turns at one batch size; rank 0 times the parts in between."""
+    ready: dict[str, Step] = {}
+    problems: dict[str, str] = {}
+    for name in order.contenders:
+        group = dist.new_group(timeout=_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        setting = Setting(compiled, inputs, batch, order.training, group, device)
+        step, problem = _prepared(name, setting)
+        if problem:
+            problems[name] = problem
+        else:
+            assert step is not None
+            ready[name] = step
+    timer = None
+    if dist.get_rank() == 0:
+        placement = place(len(compiled.plan.stages), order.ranks)
+        timer = PartsTimer(compiled, inputs, placement, order.training)
+        timer()
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    parts: list[Parts] = []
+    names = [*ready]
+    for turn in range(order.rounds):
+        shift = turn % len(names)
+        for name in (*names[shift:], *names[:shift]):
+            seconds[name].append(_timed(ready[name], device))
+        dist.barrier()
+        if timer is not None:
+            parts.append(timer())
+    timings = [
+        Timing(name, batch, tuple(seconds.get(name, ())), problems.get(name, ""))
+        for name in order.contenders
+    ]
+    return timings, [median_parts(parts)] if parts else []
+
+
+def _prepared(name: str, setting: Setting) -> tuple[Step | None, str]:
+    """Make a contender and warm it up; else tell what the first rank to fail says."""
+    step, problem = None, ""
+    try:
+        step = contender(name)(setting)
+        step()
+        step()
+    except Unfit as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return step, next((each for each in found if each), "")
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    """Seconds of a step on the slowest rank."""
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def resized(compiled: Network, batch: int, device: torch.device) -> dict[str, Any]:
+    """The example inputs with so many samples, repeated or cut."""
+    size = _example_size(compiled)
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.dim() and leaf.shape[0] == size:
+            leaf = leaf[torch.arange(batch) % size]
+        return leaf.to(device)
+
+    return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}
+
+
+def _example_size(compiled: Network) -> int:
+    from pnn_compile.batches import batch_size
+
+    return batch_size(compiled.program.args)

@@ -1,0 +1,108 @@
+"""Times the parts of a step in one process, to know what the ranks could reach at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pnn_compile.batches import batch_size
+from pnn_compile.bench.contenders import mean_square, optimizer_of
+from pnn_compile.bench.result import Parts
+from pnn_compile.runtime.distributed import crossing
+from pnn_compile.runtime.local import LocalNetwork, run_together
+from pnn_compile.runtime.rank import RankNetwork, Step
+from pnn_compile.runtime.schedule import Instruction, Kind, schedule
+
+if TYPE_CHECKING:
+    from pnn_compile.network import Network
+
+__all__ = ["PartsTimer", "median_parts"]
+
+_PARALLEL = (Kind.GUESS, Kind.FINE, Kind.FINE_BACKWARD)
+_SERIAL = (Kind.CORRECT, Kind.HEAD, Kind.HEAD_BACKWARD, Kind.COARSE_BACKWARD)
+
+
+class PartsTimer:
+    """Runs the lists of all ranks in turns in this process, and times their instructions.
+
+    Args:
+        compiled: The network.
+        inputs: One batch, by argument name.
+        placement: Rank of every stage.
+        training: Whether a step trains.
+    """
+
+    def __init__(
+        self, compiled: Network, inputs: dict[str, Any], placement: Sequence[int], training: bool
+    ) -> None:
+        self._inputs = [inputs]
+        self._training = training
+        self._networks = [
+            RankNetwork(compiled, placement, rank).train(training)
+            for rank in range(max(placement) + 1)
+        ]
+        self._optimizers = [optimizer_of(network) for network in self._networks]
+        self._programs = schedule(placement, backward=training)
+        self._like = crossing(compiled, self._inputs)
+
+    def __call__(self) -> Parts:
+        """Run one step and give its seconds."""
+        link = LocalNetwork()
+        loss = _loss if self._training else None
+        steps = [
+            _TimedStep(network, self._inputs, link.link(rank), loss, self._like)
+            for rank, network in enumerate(self._networks)
+        ]
+        with torch.set_grad_enabled(self._training):
+            run_together(link, steps, self._programs)
+        parts = Parts(
+            batch_size(self._inputs[0]),
+            tuple(sum(step.seconds[kind] for kind in _PARALLEL) for step in steps),
+            sum(step.seconds[kind] for step in steps for kind in _SERIAL),
+            tuple(self._stepped(optimizer) for optimizer in self._optimizers),
+        )
+        for network in self._networks:
+            network.zero_grad(set_to_none=True)
+        return parts
+
+    def _stepped(self, optimizer: torch.optim.Optimizer | None) -> float:
+        if optimizer is None or not self._training:
+            return 0.0
+        start = time.perf_counter()
+        optimizer.step()
+        return time.perf_counter() - start
+
+
+class _TimedStep(Step):
+    """A step that keeps the seconds of its instructions, by kind."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seconds: dict[Kind, float] = defaultdict(float)
+
+    def run(self, instruction: Instruction) -> None:
+        start = time.perf_counter()
+        super().run(instruction)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[instruction.kind] += time.perf_counter() - start
+
+
+def median_parts(found: Sequence[Parts]) -> Parts:
+    """The median of every part over several steps."""
+    middle = statistics.median
+    return Parts(
+        found[0].batch,
+        tuple(middle(each) for each in zip(*(parts.parallel for parts in found), strict=True)),
+        middle(parts.serial for parts in found),
+        tuple(middle(each) for each in zip(*(parts.optimizer for parts in found), strict=True)),
+    )
+
+
+def _loss(outputs: Any, _: int) -> torch.Tensor:
+    return mean_square(outputs)

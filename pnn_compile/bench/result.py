@@ -1,0 +1,100 @@
+"""What a benchmark found, as plain data."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+__all__ = ["SEQUENTIAL", "Bench", "Parts", "Timing"]
+
+SEQUENTIAL = "sequential"
+"""Name of the baseline: the original network on one rank."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The steps of one contender at one batch size.
+
+    Attributes:
+        contender: Its name.
+        batch: Samples of a step.
+        seconds: Of every round, on the slowest rank; empty where it could not run.
+        problem: Why it could not run, or nothing.
+    """
+
+    contender: str
+    batch: int
+    seconds: tuple[float, ...]
+    problem: str = ""
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of the parts of one step, run one after another in one process.
+
+    Attributes:
+        batch: Samples of the step.
+        parallel: What every rank does while the others do theirs: guesses, fine stages, forward and
+            backward.
+        serial: What no two ranks do at once: corrections and the head, forward and backward.
+        optimizer: Of every rank.
+    """
+
+    batch: int
+    parallel: tuple[float, ...]
+    serial: float
+    optimizer: tuple[float, ...]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step whose ranks disturb each other in no way and whose links are free."""
+        busy = [a + b for a, b in zip(self.parallel, self.optimizer, strict=True)]
+        return max(busy) + self.serial
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark.
+
+    Attributes:
+        model: Name of the model.
+        training: Whether a step is a training step: forward, backward and optimizer.
+        ranks: Number of processes.
+        stages: Number of stages of the parareal network.
+        threads: Threads of each process.
+        device: What it ran on, in words.
+        timings: One per contender and batch size.
+        parts: One per batch size.
+    """
+
+    model: str
+    training: bool
+    ranks: int
+    stages: int
+    threads: int
+    device: str
+    timings: tuple[Timing, ...]
+    parts: tuple[Parts, ...]
+
+    def ratios(self, timing: Timing) -> tuple[float, ...]:
+        """How many times as fast as the sequential network, round by round."""
+        baseline = self._baseline(timing.batch)
+        if not timing.seconds or not baseline:
+            return ()
+        return tuple(a / b for a, b in zip(baseline, timing.seconds, strict=True))
+
+    def bound(self, batch: int) -> float | None:
+        """Speed-up that the measured parts allow; None where they were not measured."""
+        baseline = self._baseline(batch)
+        step = next((parts.step for parts in self.parts if parts.batch == batch), None)
+        return statistics.median(baseline) / step if baseline and step else None
+
+    def _baseline(self, batch: int) -> tuple[float, ...]:
+        return next(
+            (t.seconds for t in self.timings if (t.contender, t.batch) == (SEQUENTIAL, batch)), ()
+        )

@@ -1,0 +1,79 @@
+"""`pnn-compile bench`: a parareal network beside what else N processes could do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, Literal
+
+import click
+
+from passes.errors import OptionError
+from pnn_compile.cli.common import (
+    ARG,
+    DEBUG,
+    JSON,
+    Progress,
+    console,
+    numbers,
+    open_target,
+    stages_option,
+)
+
+__all__ = ["bench_command"]
+
+
+@click.command(name="bench")
+@click.argument("target")
+@click.option("-n", "--stages", default="2", callback=stages_option, help="For a model: stages.")
+@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
+@ARG
+@click.option("--ranks", type=click.IntRange(min=1), help="Processes; one a stage by default.")
+@click.option("--batch", "batches", default="1", metavar="B,B,...", help="Samples of a step.")
+@click.option(
+    "--against",
+    default="threads,ddp,gpipe",
+    metavar="NAME,...",
+    help="threads, ddp, gpipe, gpipe:M (M micro-batches); the original is always measured.",
+)
+@click.option("--inference", is_flag=True, help="Forward alone, instead of training steps.")
+@click.option("--rounds", default=7, type=click.IntRange(min=1), help="Steps of each.")
+@click.option("--threads", default=1, type=click.IntRange(min=1), help="Threads of a process.")
+@JSON
+@DEBUG
+def bench_command(
+    target: str,
+    stages: int | Literal["auto"],
+    inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
+    ranks: int | None,
+    batches: str,
+    against: str,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Measure a step of TARGET, an artifact or a model, on local processes, side by side."""
+    from pnn_compile.bench import bench
+    from pnn_compile.report.bench import bench_table
+
+    sizes = numbers(batches, "--batch")
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    with Progress(as_json)("compiling"):
+        compiled = open_target(target, stages, inputs, arguments, debug)
+    with Progress(as_json)("measuring"):
+        found = bench(
+            compiled,
+            ranks=ranks,
+            batches=sizes,
+            against=names,
+            training=not options["inference"],
+            rounds=options["rounds"],
+            threads=options["threads"],
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+    else:
+        console().print(bench_table(found))
+    if any(timing.contender == "parareal" and timing.problem for timing in found.timings):
+        raise OptionError("the parareal network could not run; see the table")

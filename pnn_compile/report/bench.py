@@ -1,0 +1,76 @@
+"""A benchmark as a table."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pnn_compile.bench import Bench, Timing
+
+__all__ = ["bench_table"]
+
+
+def bench_table(found: Bench) -> RenderableType:
+    """One row per contender and batch size, then what the measured parts allow."""
+    step = "training step" if found.training else "forward pass"
+    table = Table(
+        title=f"{found.model}: {step} on {found.ranks} processes with {_threads(found.threads)}, "
+        f"{found.device}",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("batch", "contender", "median", "from .. to", "times as fast", "from .. to"):
+        table.add_column(name, justify="left" if name == "contender" else "right")
+    for timing in found.timings:
+        if not timing.problem:
+            table.add_row(str(timing.batch), timing.contender, *_cells(found, timing))
+    lines = [line for line in (_bound(found, parts.batch) for parts in found.parts) if line]
+    lines += [
+        Text(f"batch {timing.batch}: {timing.contender} could not run: {timing.problem}")
+        for timing in found.timings
+        if timing.problem
+    ]
+    rounds = max((len(timing.seconds) for timing in found.timings), default=0)
+    legend = Text(
+        f"{rounds} rounds, all contenders in turns; times as fast: as the original on one process "
+        "in the same round (median); gpipe: torch.distributed.pipelining over the same cuts",
+        style="dim",
+    )
+    return Group(table, *lines, legend)
+
+
+def _threads(count: int) -> str:
+    return "one thread each" if count == 1 else f"{count} threads each"
+
+
+def _cells(found: Bench, timing: Timing) -> tuple[str, ...]:
+    ratios = found.ratios(timing)
+    return (
+        _milliseconds(timing.median),
+        f"{_milliseconds(min(timing.seconds))} .. {_milliseconds(max(timing.seconds))}",
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} .. {max(ratios):.2f}",
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _bound(found: Bench, batch: int) -> Text | None:
+    bound = found.bound(batch)
+    timing = next((t for t in found.timings if (t.contender, t.batch) == ("parareal", batch)), None)
+    if bound is None or timing is None or timing.problem:
+        return None
+    reached = statistics.median(found.ratios(timing))
+    return Text(
+        f"batch {batch}: the parts, timed one by one in one process, allow {bound:.2f}; "
+        f"{reached / bound:.0%} of it is reached"
+    )

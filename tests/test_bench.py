@@ -1,0 +1,134 @@
+"""The benchmark: what it measures, what it says where a contender cannot run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from pnn_compile.bench import Bench, Parts, Timing, bench
+from pnn_compile.bench.measure import resized
+from pnn_compile.bench.parts import PartsTimer
+from pnn_compile.cli import main
+from pnn_compile.report.bench import bench_table
+from pnn_compile.report.terminal import to_text
+from pnn_compile.runtime import Kind
+
+CPU = torch.device("cpu")
+
+
+def _compiled() -> pnn.Compiled:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)]
+    return pnn.compile(nn.Sequential(*blocks), torch.randn(3, 8), stages=2, coarse_budget=1.0)
+
+
+def test_contenders_take_turns_on_the_same_ranks() -> None:
+    found = bench(_compiled(), batches=(3, 4), against=("threads", "ddp", "gpipe:2"), rounds=3)
+    by_name = {(each.contender, each.batch): each for each in found.timings}
+    assert set(by_name) == {
+        (name, batch)
+        for name in ("sequential", "parareal", "threads", "ddp", "gpipe:2")
+        for batch in (3, 4)
+    }
+    for name, batch in by_name:
+        timing = by_name[name, batch]
+        if batch == 3 and name in ("ddp", "gpipe:2"):
+            assert timing.problem.endswith("of a batch of 3")
+            assert not timing.seconds
+        else:
+            assert not timing.problem
+            assert len(timing.seconds) == 3
+            assert min(timing.seconds) > 0
+    assert [parts.batch for parts in found.parts] == [3, 4]
+    assert all(len(parts.parallel) == 2 for parts in found.parts)
+
+
+def test_the_forward_pass_alone() -> None:
+    found = bench(_compiled(), batches=(2,), against=("ddp", "gpipe"), training=False, rounds=2)
+    assert not any(timing.problem for timing in found.timings)
+    assert found.parts[0].optimizer == (0.0, 0.0)
+
+
+def test_a_skip_over_two_cuts_runs_in_every_contender() -> None:
+    torch.manual_seed(0)
+    compiled = pnn.compile(_skip(), torch.randn(2, 8), stages=3, coarse_budget=1.0)
+    found = bench(compiled, ranks=2, batches=(2,), against=("gpipe", "ddp"), rounds=1)
+    assert [timing.problem for timing in found.timings] == [""] * 4
+
+
+def _skip() -> nn.Module:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = y = self.layers[0](x).relu()
+            for layer in self.layers[1:]:
+                y = layer(y).relu()
+            return y + first
+
+    return Skip()
+
+
+def test_parts_hold_every_instruction_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    compiled = _compiled()
+    parts = PartsTimer(compiled, dict(compiled.program.args), (0, 1), True)()
+    # Every instruction takes one tick: rank 0 runs fine stage 0 both ways, rank 1 a guess too.
+    assert parts.parallel == (2.0, 3.0)
+    serial = (Kind.CORRECT, Kind.CORRECT, Kind.HEAD, Kind.HEAD_BACKWARD, Kind.COARSE_BACKWARD)
+    assert parts.serial == len(serial)
+
+
+def test_figures_are_medians_of_ratios_of_a_round() -> None:
+    found = Bench(
+        "Net", True, 2, 2, 1, "CPU",
+        (
+            Timing("sequential", 1, (4.0, 8.0, 6.0)),
+            Timing("parareal", 1, (2.0, 8.0, 2.0)),
+            Timing("ddp", 1, (), "no 2 equal shares of a batch of 1"),
+        ),
+        (Parts(1, (2.0, 1.5), 0.5, (0.5, 0.25)),),
+    )  # fmt: skip
+    assert found.ratios(found.timings[1]) == (2.0, 1.0, 3.0)
+    assert found.bound(1) == 6.0 / 3.0
+    text = to_text(bench_table(found))
+    assert "batch 1: ddp could not run: no 2 equal shares of a batch of 1" in text
+    assert "allow 2.00; 100% of it is reached" in text
+
+
+def test_inputs_are_repeated_or_cut_to_the_batch() -> None:
+    compiled = _compiled()
+    (example,) = compiled.program.args.values()
+    (found,) = resized(compiled, 5, CPU).values()
+    assert torch.equal(found, example[[0, 1, 2, 0, 1]])
+    (found,) = resized(compiled, 2, CPU).values()
+    assert torch.equal(found, example[:2])
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(pnn.OptionError, match=r"no contender 'zero'.*gpipe:4"):
+        bench(_compiled(), against=("zero",))
+    with pytest.raises(pnn.OptionError, match="at least one round"):
+        bench(_compiled(), rounds=0)
+    with pytest.raises(pnn.RuntimeFault, match="3 ranks for 2 stages"):
+        bench(_compiled(), ranks=3)
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "artifact")
+    _compiled().save(folder)
+    arguments = ["bench", folder, "--batch", "2,3", "--against", "gpipe", "--rounds", "1"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "training step on 2 processes with one thread each, CPU" in out
+    assert main([*arguments, "--inference", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"] is False
+    assert main([*arguments, "--batch", "0"]) == 2
