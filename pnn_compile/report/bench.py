@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
     from pnn_compile.bench import Bench, Timing
@@ -19,15 +19,12 @@ __all__ = ["bench_table"]
 def bench_table(found: Bench) -> RenderableType:
     """One row per contender and batch size, then what the measured parts allow."""
     step = "training step" if found.training else "forward pass"
-    table = Table(
-        title=f"{found.model}: {step} on {found.ranks} processes with {_threads(found.threads)}, "
+    table = figures_table(
+        f"{found.model}: {step} on {found.ranks} processes with {_threads(found.threads)}, "
         f"{found.device}",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+        ("batch", "contender", "median", "from .. to", "times as fast", "from .. to"),
+        names=("contender",),
     )
-    for name in ("batch", "contender", "median", "from .. to", "times as fast", "from .. to"):
-        table.add_column(name, justify="left" if name == "contender" else "right")
     for timing in found.timings:
         if not timing.problem:
             table.add_row(str(timing.batch), timing.contender, *_cells(found, timing))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
     from pnn_compile.iterate import DialRow
@@ -20,14 +20,9 @@ _COLUMNS = ("K", "estimate", "95 %", "output error", "agreement", "speed-up", "s
 
 def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
     """One row per number of iterations."""
-    table = Table(
-        title=f"{model}: iterations against the original, on {rows[0].samples} samples",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+    table = figures_table(
+        f"{model}: iterations against the original, on {rows[0].samples} samples", _COLUMNS
     )
-    for name in _COLUMNS:
-        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             str(row.iterations),

@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from pnn_compile import units
 from pnn_compile.graph import partition_graph
+from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Interface, Plan, Stage
@@ -185,13 +186,10 @@ def checks_table(report: VerifyReport) -> Table:
 
 def calibration_table(report: CalibrationReport) -> RenderableType:
     """What calibration did per stage, and what that means for the outputs."""
-    table = Table(
-        title=f"calibration on {report.fitted} samples, judged on {report.held_out} others",
-        title_justify="left",
-        box=box.SIMPLE,
+    table = figures_table(
+        f"calibration on {report.fitted} samples, judged on {report.held_out} others",
+        ("stage", "guess", "fine alone", "corrected"),
     )
-    for name in ("stage", "guess", "fine alone", "corrected"):
-        table.add_column(name, justify="right")
     for face in report.interfaces:
         table.add_row(
             str(face.stage),
@@ -212,13 +210,9 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
 
 def interfaces_table(report: FitReport) -> Table:
     """What the fit did at every interface before it went end to end."""
-    table = Table(
-        title=f"losses by interface, {report.interface_steps} steps",
-        title_justify="left",
-        box=box.SIMPLE,
+    table = figures_table(
+        f"losses by interface, {report.interface_steps} steps", ("stage", "guess", "correction")
     )
-    for name in ("stage", "guess", "correction"):
-        table.add_column(name, justify="right")
     for face in report.interfaces:
         table.add_row(
             str(face.stage),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
     from pnn_compile.verdict import Fidelity, Verdict
@@ -17,14 +17,10 @@ __all__ = ["verdict_table"]
 
 def verdict_table(verdict: Verdict) -> RenderableType:
     """One row per number of stages and iterations, the early exit beside."""
-    table = Table(
-        title=f"verdict on {verdict.held_out} held-out samples, without training",
-        title_justify="left",
-        box=box.SIMPLE,
+    table = figures_table(
+        f"verdict on {verdict.held_out} held-out samples, without training",
+        ("N", "K", "speed-up", "serial", "agreement", "output error", "early exit"),
     )
-    columns = ("N", "K", "speed-up", "serial", "agreement", "output error", "early exit")
-    for name in columns:
-        table.add_column(name, justify="right")
     for row in verdict.rows:
         control = "none so quick"
         if row.exit is not None and row.exit_share is not None:
