@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import fx
 
-from passes.cost import Cost, measure_costs, measure_seconds
+from passes.cost import Cost, measure_costs
 from passes.frontier import (
     Block,
     Frontiers,
@@ -19,8 +19,9 @@ from passes.frontier import (
     repeated_blocks,
 )
 from passes.observe import Fact
-from passes.options import CostSource
+from passes.options import MEASURED, CostSource
 from passes.program import Program
+from passes.timing import measure_seconds
 
 __all__ = ["Analysis", "weigh"]
 
@@ -114,9 +115,9 @@ def weigh(program: Program, facts: Mapping[fx.Node, Fact], source: CostSource) -
     unit = "FLOPs"
     if callable(source):
         unit = "cost"
-    elif source == "measured":
+    elif source in MEASURED:
         unit = "seconds"
-        costs = _measured(program, frontiers, costs)
+        costs = _measured(program, frontiers, costs, backward=MEASURED[source])
     return Analysis(
         program=program,
         facts=facts,
@@ -129,7 +130,7 @@ def weigh(program: Program, facts: Mapping[fx.Node, Fact], source: CostSource) -
 
 
 def _measured(
-    program: Program, frontiers: Frontiers, costs: Mapping[fx.Node, Cost]
+    program: Program, frontiers: Frontiers, costs: Mapping[fx.Node, Cost], *, backward: bool
 ) -> dict[fx.Node, Cost]:
     """Replace weights by measured seconds, shared out inside a segment by FLOPs."""
     order = frontiers.order
@@ -137,7 +138,8 @@ def _measured(
     starts = [0, *ends[:-1]]
     segments = [order[a:b] for a, b in zip(starts, ends, strict=True)]
     weighed: dict[fx.Node, Cost] = {}
-    for segment, seconds in zip(segments, measure_seconds(program, segments), strict=True):
+    measured = measure_seconds(program, segments, backward=backward)
+    for segment, seconds in zip(segments, measured, strict=True):
         flops = sum(costs[node].flops for node in segment)
         for node in segment:
             share = costs[node].flops / flops if flops else 1 / len(segment)

@@ -1,4 +1,4 @@
-"""What every node costs: FLOPs, bytes, and seconds measured on this machine.
+"""What every node costs: FLOPs and bytes.
 
 FLOPs come from torch's own registry of operators. The rule for an operator that the registry does
 not know: one FLOP per element that it writes, none if it only makes a view. Backward FLOPs: twice
@@ -7,9 +7,7 @@ the forward ones for operators of the registry (a gradient for either operand), 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +24,10 @@ from passes.observe import Fact
 from passes.program import Program
 from passes.validate import preserved
 
-__all__ = ["Cost", "count_flops", "measure_costs", "measure_seconds"]
+__all__ = ["Cost", "count_flops", "measure_costs"]
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
 """Operators that only make a view, which torch does not say of them."""
-_WARM_UP = 1
-_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -177,62 +173,10 @@ def parameters(program: Program, node: fx.Node) -> list[torch.nn.Parameter]:
     return list({id(parameter): parameter for parameter in found}.values())
 
 
-def measure_seconds(program: Program, segments: Sequence[Sequence[fx.Node]]) -> list[float]:
-    """Time each segment of the program on this machine, forward, in evaluation mode.
-
-    Args:
-        program: The program.
-        segments: Its compute nodes, split where the clock is to be read; nothing may be left out.
-
-    Returns:
-        Seconds of each segment: the median of several runs after a warm-up.
-    """
-    ends = {segment[-1]: index for index, segment in enumerate(segments)}
-    runs: list[list[float]] = []
-    with _evaluating(program) as inputs:
-        for repeat in range(_WARM_UP + _REPEATS):
-            clock = _Clock(program.module, ends)
-            clock.run(*inputs)
-            if repeat >= _WARM_UP:
-                runs.append(clock.seconds)
-    return [statistics.median(values) for values in zip(*runs, strict=True)]
-
-
-class _Clock(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, ends: Mapping[fx.Node, int]) -> None:
-        super().__init__(module)
-        self.ends = ends
-        self.seconds = [0.0] * len(ends)
-        self.start: float | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        if self.start is None and n.op not in ("placeholder", "get_attr"):
-            self.start = _now()
-        value = super().run_node(n)
-        if (index := self.ends.get(n)) is not None and self.start is not None:
-            now = _now()
-            self.seconds[index] = now - self.start
-            self.start = now
-        return value
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @contextmanager
 def _evaluating(program: Program) -> Iterator[list[Any]]:
     """Run in evaluation mode without gradients, on copies of the example inputs."""
-
-    def fresh(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-    inputs = [
-        torch.utils._pytree.tree_map(fresh, program.args[str(node.target)])
-        for node in program.inputs
-    ]
+    inputs = program.fresh_inputs()
     with preserved(program.module), torch.no_grad():
         program.module.eval()
         yield inputs

@@ -11,9 +11,11 @@ from torch import fx
 
 from passes.errors import OptionError
 
-__all__ = ["BLOCK_FAMILIES", "CostSource", "Options"]
+__all__ = ["BLOCK_FAMILIES", "MEASURED", "CostSource", "Options"]
 
-CostSource = Literal["flops", "measured"] | Callable[[fx.Node, int], float]
+CostSource = Literal["flops", "measured", "measured-forward"] | Callable[[fx.Node, int], float]
+MEASURED = {"measured": True, "measured-forward": False}
+"""Costs in measured seconds, and whether backward is measured too."""
 
 BLOCK_FAMILIES = ("units", "thinned")
 """Families of coarse propagators that copy blocks of the trunk."""
@@ -33,8 +35,9 @@ class Options:
     Attributes:
         stages: Number N of stages, or "auto" for the smallest number whose predicted time is
             within 5 % of the best.
-        cost: "flops", "measured" seconds on this machine, or a callable from a node and its
-            forward FLOPs to a weight.
+        cost: "flops"; seconds on this machine, "measured" of a training step or
+            "measured-forward" of the forward pass alone; or a callable from a node and its forward
+            FLOPs to a weight.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
         coarse: Family of the coarse propagators, "auto", or a sum such as "linear+lowrank".
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
@@ -75,7 +78,7 @@ class Options:
         _at_least("rank", self.rank, 1)
         _among("correction", self.correction, _CORRECTIONS)
         if not callable(self.cost):
-            _among("cost", self.cost, ("flops", "measured"))
+            _among("cost", self.cost, ("flops", *MEASURED))
         if self.stages != "auto":
             _at_least("stages", self.stages, 1)
         _at_least("iterations", self.iterations, 1)

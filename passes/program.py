@@ -125,6 +125,14 @@ class Program:
         """The output node."""
         return self.graph.output_node()
 
+    def fresh_inputs(self) -> list[Any]:
+        """Copies of the example inputs, by position: the program may write into them."""
+
+        def fresh(value: Any) -> Any:
+            return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+        return [pytree.tree_map(fresh, self.args[str(node.target)]) for node in self.inputs]
+
 
 def provenance(node: fx.Node) -> Provenance:
     """Return where a node came from; an empty record for nodes that the compiler made."""

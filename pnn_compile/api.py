@@ -155,8 +155,8 @@ def compile(
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         stages: Number N of stages, one a device, or "auto".
-        cost: How nodes are weighed: "flops", "measured", or a callable from (node, FLOPs) to a
-            number.
+        cost: How nodes are weighed: "flops"; seconds on this machine, "measured" of a training step
+            or "measured-forward" of the forward pass; or a callable from (node, FLOPs) to a number.
         cuts: Names of the nodes or modules that start the second and later stages; overrides the
             search.
         coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of

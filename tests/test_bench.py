@@ -32,7 +32,7 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
     by_name = {(each.contender, each.batch): each for each in found.timings}
     assert set(by_name) == {
         (name, batch)
-        for name in ("sequential", "parareal", "threads", "ddp", "gpipe:2")
+        for name in ("sequential", "parareal", "threads", "ddp", "gpipe:2", "copies")
         for batch in (3, 4)
     }
     for name, batch in by_name:
@@ -58,7 +58,7 @@ def test_a_skip_over_two_cuts_runs_in_every_contender() -> None:
     torch.manual_seed(0)
     compiled = pnn.compile(_skip(), torch.randn(2, 8), stages=3, coarse_budget=1.0)
     found = bench(compiled, ranks=2, batches=(2,), against=("gpipe", "ddp"), rounds=1)
-    assert [timing.problem for timing in found.timings] == [""] * 4
+    assert [timing.problem for timing in found.timings] == [""] * 5
 
 
 def _skip() -> nn.Module:
@@ -93,15 +93,17 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
         (
             Timing("sequential", 1, (4.0, 8.0, 6.0)),
             Timing("parareal", 1, (2.0, 8.0, 2.0)),
+            Timing("copies", 1, (5.0, 10.0, 6.0)),
             Timing("ddp", 1, (), "no 2 equal shares of a batch of 1"),
         ),
         (Parts(1, (2.0, 1.5), 0.5, (0.5, 0.25)),),
     )  # fmt: skip
     assert found.ratios(found.timings[1]) == (2.0, 1.0, 3.0)
     assert found.bound(1) == 6.0 / 3.0
-    text = to_text(bench_table(found))
+    text = " ".join(to_text(bench_table(found)).split())
     assert "batch 1: ddp could not run: no 2 equal shares of a batch of 1" in text
-    assert "allow 2.00; 100% of it is reached" in text
+    assert found.machine(1) == 1.6
+    assert "allow 2.00; 100% of it is reached; 2 independent copies at once do" in text
 
 
 def test_inputs_are_repeated_or_cut_to_the_batch() -> None:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,11 @@ from passes.cost import (
     _plain_kernels,
     count_flops,
     measure_costs,
-    measure_seconds,
     parameters,
 )
 from passes.errors import OptionError
 from passes.observe import observe
+from passes.timing import measure_seconds
 from tests.programs import CAPTURABLE, analysis, analyze_model, node, program
 
 
@@ -173,3 +176,72 @@ def test_a_slow_segment_takes_longer() -> None:
     whole, rest = measure_seconds(captured, [captured.order[:2], captured.order[2:]])
     assert whole > first / 3
     assert rest > 0
+
+
+class Sleeps(torch.autograd.Function):
+    """Takes its time on the way back."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, seconds: float) -> Tensor:
+        context.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        time.sleep(context.seconds)
+        return gradients[0], None
+
+
+class SlowBackward(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Sleeps.apply(x, self.seconds)
+
+
+def test_a_training_step_is_timed_on_the_way_back_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), SlowBackward(0.05), nn.Linear(4, 4), SlowBackward(0.2))
+    module = fx.GraphModule(model, _sequence(model))
+    captured = replace(program("mlp"), module=module, args={"x": torch.randn(2, 4)})
+    segments = [[n] for n in captured.order]
+
+    first, slow, third, slower = measure_seconds(captured, segments, backward=True)
+
+    assert 0 < first < slow < slower
+    assert 0 < third < slow
+    assert slow > 0.05
+    assert slower > 0.2
+    assert sum(measure_seconds(captured, segments)) < slow
+    segments = [segments[0] + segments[1], segments[2] + segments[3]]
+    together = measure_seconds(captured, segments, backward=True)
+    assert together[0] > 0.05
+    assert together[1] > 0.2
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def _sequence(model: nn.Sequential) -> fx.Graph:
+    graph = fx.Graph()
+    value = graph.placeholder("x")
+    for index in range(len(model)):
+        value = graph.call_module(str(index), (value,))
+    graph.output(value)
+    return graph
+
+
+def test_segments_without_a_gradient_share_the_time_of_their_neighbours() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            positive = y > 0
+            return self.last(y) * positive
+
+    captured = capture(Gated(), (torch.randn(2, 4),))
+    found = measure_seconds(captured, [[n] for n in captured.order], backward=True)
+    assert len(found) == 4
+    assert min(found) > 0

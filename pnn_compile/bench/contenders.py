@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
-from pnn_compile.bench.result import SEQUENTIAL
+from pnn_compile.bench.result import COPIES, SEQUENTIAL
 from pnn_compile.runtime import distribute, place
 from pnn_compile.walk import Walker
 
@@ -103,11 +103,7 @@ def _evaluated(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
 
 def sequential(setting: Setting) -> Step:
     """The original network on rank 0; the other ranks rest."""
-    if setting.rank:
-        return lambda: None
-    module = copy.deepcopy(setting.compiled.program.module)
-    make = _trained if setting.training else _evaluated
-    return make(module, setting.inputs)
+    return (lambda: None) if setting.rank else copies(setting)
 
 
 def threads(setting: Setting) -> Step:
@@ -126,6 +122,12 @@ def threads(setting: Setting) -> Step:
             torch.set_num_threads(count)
 
     return with_threads
+
+
+def copies(setting: Setting) -> Step:
+    """The original network on every rank, whole and independent: what the machine has to give."""
+    make = _trained if setting.training else _evaluated
+    return make(copy.deepcopy(setting.compiled.program.module), setting.inputs)
 
 
 def parareal(setting: Setting) -> Step:
@@ -234,6 +236,7 @@ def pipeline(setting: Setting, micro_batches: int) -> Step:
 CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     SEQUENTIAL: sequential,
     "parareal": parareal,
+    COPIES: copies,
     "threads": threads,
     "ddp": data_parallel,
     "gpipe": _pipeline(1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import OptionError, RuntimeFault
 from pnn_compile.bench.contenders import Setting, Unfit, contender
 from pnn_compile.bench.parts import PartsTimer, median_parts
-from pnn_compile.bench.result import SEQUENTIAL, Bench, Parts, Timing
+from pnn_compile.bench.result import COPIES, SEQUENTIAL, Bench, Parts, Timing
 from pnn_compile.runtime import place
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+"""Environment in which glibc keeps freed memory for the next step.
+
+Otherwise every activation of a training step is mapped, zeroed and unmapped by the kernel, which
+slows one process down, and several at once much more.
+"""
 _TIMEOUT = datetime.timedelta(minutes=10)
 Step = Callable[[], object]
 
@@ -58,6 +69,7 @@ def bench(
 
     All contenders run in one set of processes, in turns, round after round, so that what else
     happens on the machine meets all of them. A step is forward, backward and an optimizer step.
+    On Linux all of them keep freed memory (see `KEEP_MEMORY`).
 
     Args:
         compiled: The network; it must be of a kind that can be saved.
@@ -78,7 +90,7 @@ def bench(
 
     ranks = ranks or len(compiled.plan.stages)
     place(len(compiled.plan.stages), ranks)
-    contenders = tuple(dict.fromkeys((SEQUENTIAL, "parareal", *against)))
+    contenders = tuple(dict.fromkeys((SEQUENTIAL, "parareal", *against, COPIES)))
     for name in contenders:
         contender(name)
     sizes = tuple(batches)
@@ -115,10 +127,15 @@ def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
 def _start(order: _Order) -> None:
     from torch.multiprocessing.spawn import ProcessException, spawn
 
+    set_here = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
+    os.environ.update(set_here)
     try:
         spawn(_enter, (order,), nprocs=order.ranks)  # type: ignore[no-untyped-call]
     except ProcessException as error:
         raise RuntimeFault(f"a rank of the benchmark failed: {error}") from error
+    finally:
+        for name in set_here:
+            del os.environ[name]
 
 
 def _enter(rank: int, order: _Order) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-__all__ = ["SEQUENTIAL", "Bench", "Parts", "Timing"]
+__all__ = ["COPIES", "SEQUENTIAL", "Bench", "Parts", "Timing"]
 
 SEQUENTIAL = "sequential"
 """Name of the baseline: the original network on one rank."""
+COPIES = "copies"
+"""The original network on every rank at once, each with the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ class Bench:
         baseline = self._baseline(batch)
         step = next((parts.step for parts in self.parts if parts.batch == batch), None)
         return statistics.median(baseline) / step if baseline and step else None
+
+    def machine(self, batch: int) -> float | None:
+        """Work that the machine does at once, in ranks: less than `ranks` if they share memory."""
+        timing = next((t for t in self.timings if (t.contender, t.batch) == (COPIES, batch)), None)
+        ratios = self.ratios(timing) if timing else ()
+        return self.ranks * statistics.median(ratios) if ratios else None
 
     def _baseline(self, batch: int) -> tuple[float, ...]:
         return next(

@@ -64,7 +64,7 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     metavar="graph,onnx",
     help="What to write into the directory.",
 )
-@click.option("--cost", default="flops", help="flops or measured.")
+@click.option("--cost", default="flops", help="flops, measured or measured-forward.")
 @click.option(
     "--coarse",
     default="auto",

@@ -37,7 +37,8 @@ def bench_table(found: Bench) -> RenderableType:
     rounds = max((len(timing.seconds) for timing in found.timings), default=0)
     legend = Text(
         f"{rounds} rounds, all contenders in turns; times as fast: as the original on one process "
-        "in the same round (median); gpipe: torch.distributed.pipelining over the same cuts",
+        "in the same round (median); gpipe: torch.distributed.pipelining over the same cuts; copies: "
+        "the original on every process at once, what the machine has to give",
         style="dim",
     )
     return Group(table, *lines, legend)
@@ -67,7 +68,11 @@ def _bound(found: Bench, batch: int) -> Text | None:
     if bound is None or timing is None or timing.problem:
         return None
     reached = statistics.median(found.ratios(timing))
-    return Text(
+    line = (
         f"batch {batch}: the parts, timed one by one in one process, allow {bound:.2f}; "
         f"{reached / bound:.0%} of it is reached"
     )
+    machine = found.machine(batch)
+    if machine is not None:
+        line += f"; {found.ranks} independent copies at once do the work of {machine:.2f}"
+    return Text(line)
