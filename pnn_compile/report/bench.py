@@ -37,8 +37,8 @@ def bench_table(found: Bench) -> RenderableType:
     rounds = max((len(timing.seconds) for timing in found.timings), default=0)
     legend = Text(
         f"{rounds} rounds, all contenders in turns; times as fast: as the original on one process "
-        "in the same round (median); gpipe: torch.distributed.pipelining over the same cuts; copies: "
-        "the original on every process at once, what the machine has to give",
+        "in the same round (median); gpipe: torch.distributed.pipelining over the same cuts; "
+        "copies: the original on every process at once, what the machine has to give",
         style="dim",
     )
     return Group(table, *lines, legend)
