@@ -45,7 +45,7 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
             assert len(timing.seconds) == 3
             assert min(timing.seconds) > 0
     assert [parts.batch for parts in found.parts] == [3, 4]
-    assert all(len(parts.parallel) == 2 for parts in found.parts)
+    assert all(len(parts.forward) == len(parts.backward) == 2 for parts in found.parts)
 
 
 def test_the_forward_pass_alone() -> None:
@@ -82,7 +82,8 @@ def test_parts_hold_every_instruction_once(monkeypatch: pytest.MonkeyPatch) -> N
     compiled = _compiled()
     parts = PartsTimer(compiled, dict(compiled.program.args), (0, 1), True)()
     # Every instruction takes one tick: rank 0 runs fine stage 0 both ways, rank 1 a guess too.
-    assert parts.parallel == (2.0, 3.0)
+    assert parts.forward == (1.0, 2.0)
+    assert parts.backward == (1.0, 1.0)
     serial = (Kind.CORRECT, Kind.CORRECT, Kind.HEAD, Kind.HEAD_BACKWARD, Kind.COARSE_BACKWARD)
     assert parts.serial == len(serial)
 
@@ -96,10 +97,10 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
             Timing("copies", 1, (5.0, 10.0, 6.0)),
             Timing("ddp", 1, (), "no 2 equal shares of a batch of 1"),
         ),
-        (Parts(1, (2.0, 1.5), 0.5, (0.5, 0.25)),),
+        (Parts(1, (1.0, 0.5), 0.25, (0.5, 1.25), (1.0, 0.5)),),
     )  # fmt: skip
     assert found.ratios(found.timings[1]) == (2.0, 1.0, 3.0)
-    assert found.bound(1) == 6.0 / 3.0
+    assert found.bound(1) == 6.0 / (1.0 + 0.25 + 1.75)
     text = " ".join(to_text(bench_table(found)).split())
     assert "batch 1: ddp could not run: no 2 equal shares of a batch of 1" in text
     assert found.machine(1) == 1.6

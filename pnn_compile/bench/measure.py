@@ -103,14 +103,13 @@ def bench(
         found = json.loads(results.read_text())
     return Bench(
         compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, found["device"],
-        tuple(Timing(**each | {"seconds": tuple(each["seconds"])}) for each in found["timings"]),
-        tuple(
-            Parts(
-                each["batch"], tuple(each["parallel"]), each["serial"], tuple(each["optimizer"])
-            )
-            for each in found["parts"]
-        ),
+        tuple(Timing(**_with_tuples(each)) for each in found["timings"]),
+        tuple(Parts(**_with_tuples(each)) for each in found["parts"]),
     )  # fmt: skip
+
+
+def _with_tuples(read: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in read.items()}
 
 
 def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PartsTimer", "median_parts"]
 
-_PARALLEL = (Kind.GUESS, Kind.FINE, Kind.FINE_BACKWARD)
+_FORWARD = (Kind.GUESS, Kind.FINE)
 _SERIAL = (Kind.CORRECT, Kind.HEAD, Kind.HEAD_BACKWARD, Kind.COARSE_BACKWARD)
 
 
@@ -62,8 +62,9 @@ class PartsTimer:
             run_together(link, steps, self._programs)
         parts = Parts(
             batch_size(self._inputs[0]),
-            tuple(sum(step.seconds[kind] for kind in _PARALLEL) for step in steps),
+            tuple(sum(step.seconds[kind] for kind in _FORWARD) for step in steps),
             sum(step.seconds[kind] for step in steps for kind in _SERIAL),
+            tuple(step.seconds[Kind.FINE_BACKWARD] for step in steps),
             tuple(self._stepped(optimizer) for optimizer in self._optimizers),
         )
         for network in self._networks:
@@ -95,13 +96,17 @@ class _TimedStep(Step):
 
 def median_parts(found: Sequence[Parts]) -> Parts:
     """The median of every part over several steps."""
-    middle = statistics.median
     return Parts(
         found[0].batch,
-        tuple(middle(each) for each in zip(*(parts.parallel for parts in found), strict=True)),
-        middle(parts.serial for parts in found),
-        tuple(middle(each) for each in zip(*(parts.optimizer for parts in found), strict=True)),
+        _medians([parts.forward for parts in found]),
+        statistics.median(parts.serial for parts in found),
+        _medians([parts.backward for parts in found]),
+        _medians([parts.optimizer for parts in found]),
     )
+
+
+def _medians(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(statistics.median(each) for each in zip(*rows, strict=True))
 
 
 def _loss(outputs: Any, _: int) -> torch.Tensor:

@@ -41,22 +41,26 @@ class Parts:
 
     Attributes:
         batch: Samples of the step.
-        parallel: What every rank does while the others do theirs: guesses, fine stages, forward and
-            backward.
+        forward: Guesses and fine stages of every rank, which all ranks run at once.
         serial: What no two ranks do at once: corrections and the head, forward and backward.
+        backward: Fine stages and guesses of every rank, backward, all ranks at once.
         optimizer: Of every rank.
     """
 
     batch: int
-    parallel: tuple[float, ...]
+    forward: tuple[float, ...]
     serial: float
+    backward: tuple[float, ...]
     optimizer: tuple[float, ...]
 
     @property
     def step(self) -> float:
-        """Seconds of a step whose ranks disturb each other in no way and whose links are free."""
-        busy = [a + b for a, b in zip(self.parallel, self.optimizer, strict=True)]
-        return max(busy) + self.serial
+        """Seconds of a step whose ranks disturb each other in no way and whose links are free.
+
+        No rank runs its stage backward before the slowest has run forward: the head needs them all.
+        """
+        after = [a + b for a, b in zip(self.backward, self.optimizer, strict=True)]
+        return max(self.forward) + self.serial + max(after)
 
 
 @dataclass(frozen=True)
