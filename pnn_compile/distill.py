@@ -16,7 +16,7 @@ the batch and the true states, so they could run on as many devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,16 +26,13 @@ from torch import fx, nn
 from passes.errors import OptionError
 from passes.split import Stages
 from pnn_compile.batches import device_of, named_batch
+from pnn_compile.learner import Learner, Trainer
 from pnn_compile.walk import State, Walker
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["Distiller", "InterfaceLoss", "Trainer"]
-
-Schedule = torch.optim.lr_scheduler.LambdaLR
-Trainer = Callable[[Sequence[nn.Parameter], int], tuple[torch.optim.Optimizer, Schedule]]
-"""From parameters and a number of steps to an optimizer with its schedule."""
+__all__ = ["Distiller", "InterfaceLoss"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,12 @@ class Distiller:
         self._fine = list(held.modules())
         frozen = set(held.parameters())
         self._learners = {
-            name: _Learner(
+            name: Learner(
                 [p for p in operator.parameters() if p.requires_grad and p not in frozen],
                 trainer,
                 total,
+                autocast=autocast,
+                clip_norm=clip_norm,
             )
             for name, operator in self._operators.items()
         }
@@ -104,7 +103,6 @@ class Distiller:
                 "leave interface_epochs out, or compile with another coarse family"
             )
         self._autocast = autocast
-        self._clip_norm = clip_norm
         self.total = total
         self.step = 0
         self._losses: list[dict[str, float]] = []
@@ -168,7 +166,7 @@ class Distiller:
             raise OptionError(
                 f"the loss of {name} is {loss.item()}: lower the learning rate, or check the inputs"
             )
-        self._learners[name].learn(loss, self._clip_norm)
+        self._learners[name].learn(loss)
         return loss.item()
 
     def report(self) -> tuple[InterfaceLoss, ...]:
@@ -213,35 +211,6 @@ class Distiller:
             learner.load_state_dict(state["learners"][name])
         self.step = state["step"]
         self._losses = list(state["losses"])
-
-
-class _Learner:
-    """The parameters of one guess or correction, with an optimizer of their own."""
-
-    def __init__(self, parameters: list[nn.Parameter], trainer: Trainer, total: int) -> None:
-        self.parameters = parameters
-        self._trained = trainer(parameters, total) if parameters else None
-
-    def learn(self, loss: torch.Tensor, clip_norm: float | None) -> None:
-        """Take one step; nothing but the parameters gets a gradient."""
-        if self._trained is None:
-            return
-        optimizer, schedule = self._trained
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=self.parameters)  # type: ignore[no-untyped-call]
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, clip_norm)
-        optimizer.step()
-        schedule.step()
-
-    def state_dict(self) -> list[Any]:
-        return [part.state_dict() for part in self._trained or ()]
-
-    def load_state_dict(self, state: Sequence[Any]) -> None:
-        if self._trained is not None:
-            optimizer, schedule = self._trained
-            optimizer.load_state_dict(state[0])
-            schedule.load_state_dict(state[1])
 
 
 def _stages_of(sequential: nn.Module, count: int) -> Stages:

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 from passes.errors import OptionError
 from pnn_compile.batches import batch_size, device_of, named_batch
 from pnn_compile.checkpoint import FitState, checkpoint_file
-from pnn_compile.distill import Distiller, InterfaceLoss, Trainer
+from pnn_compile.distill import Distiller, InterfaceLoss
+from pnn_compile.learner import Learner, Trainer
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -118,7 +119,7 @@ def fit(
         weight_decay: AdamW's weight decay.
         optimizer: Makes another optimizer from the parameters; called once for each guess and
             each correction with `interface_epochs`, and once for the whole.
-        autocast: Lower precision to run the forward pass in.
+        autocast: Lower precision to run the forward pass in; the loss is scaled for float16.
         clip_norm: Largest norm of the gradient, or None.
         checkpoint: File to save the fit to, and to resume it from if it exists.
         checkpoint_every: Steps between saves.
@@ -145,8 +146,8 @@ def fit(
         or (lambda given: torch.optim.AdamW(given, learning_rate, weight_decay=weight_decay))
     )
     total = epochs * length
-    trained, schedule = trainer(parameters, total)
-    parts: dict[str, Any] = {"teacher": teacher, "optimizer": trained, "schedule": schedule}
+    learner = Learner(parameters, trainer, total, autocast=autocast, clip_norm=clip_norm)
+    parts: dict[str, Any] = {"teacher": teacher, "learner": learner}
     distiller = None
     if interface_epochs:
         steps = interface_epochs * length
@@ -171,8 +172,7 @@ def fit(
                 done(step + 1, before, distiller.take(batch))
             network.train()
         for step, batch in _remaining(loader, epochs, state.step):
-            value, size = _step(compiled, teacher, batch, measure, trained, autocast, clip_norm)
-            schedule.step()
+            value, size = _step(compiled, teacher, batch, measure, learner, autocast)
             state.record(step + 1, value, size)
             done(before + step + 1, before + total, value)
     tenth = max(1, len(state.losses) // 10)
@@ -263,9 +263,8 @@ def _step(
     teacher: nn.Module,
     batch: Any,
     loss: Loss,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     autocast: torch.dtype | None,
-    clip_norm: float | None,
 ) -> tuple[float, int]:
     """Take one optimizer step; give the loss and the number of samples."""
     inputs = named_batch(compiled, batch)
@@ -278,9 +277,5 @@ def _step(
         raise OptionError(
             f"the loss is {value.item()}: lower the learning rate, or check the inputs"
         )
-    optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]  # torch is untyped here
-    if clip_norm is not None:
-        nn.utils.clip_grad_norm_(compiled.module.parameters(), clip_norm)
-    optimizer.step()
+    learner.learn(value)
     return value.item(), size
