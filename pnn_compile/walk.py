@@ -95,6 +95,12 @@ class Walker:
         In a collapsed sweep that is the output of the last stage.
         """
         residual = [true[name] - guess[name] for name in self.plan.stages[number].consumes]
+        return self.correction(number, guess, residual, inputs)
+
+    def correction(
+        self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]
+    ) -> State:
+        """Call the correction of stage `number` on a residual."""
         arguments = self.correction_arguments(number, guess, residual, inputs)
         names = tuple(value.name for value in self.plan.corrects(number))
         return _named(names, self.corrections[number].network(*arguments))

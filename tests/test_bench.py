@@ -83,7 +83,7 @@ def test_parts_hold_every_instruction_once(monkeypatch: pytest.MonkeyPatch) -> N
     parts = PartsTimer(compiled, dict(compiled.program.args), (0, 1), True)()
     # Every instruction takes one tick: rank 0 runs fine stage 0 both ways, rank 1 a guess too.
     assert parts.forward == (1.0, 2.0)
-    assert parts.backward == (1.0, 1.0)
+    assert parts.backward == (1.0, 2.0)
     serial = (Kind.CORRECT, Kind.CORRECT, Kind.HEAD, Kind.HEAD_BACKWARD, Kind.COARSE_BACKWARD)
     assert parts.serial == len(serial)
 

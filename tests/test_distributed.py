@@ -15,14 +15,16 @@ from examples import decoder, resnet110
 from pnn_compile.batches import named_batch
 from pnn_compile.runtime.distributed import crossing
 from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.rank import RankNetwork, Step
-from pnn_compile.runtime.schedule import schedule
+from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.step import Step
 from tests.ranks import start
 
 STEPS, SEED, RATE = 3, 7, 0.05
 
 
-def _compiled(name: str, stages: int) -> tuple[pnn.Compiled, list[Tensor]]:
+def _compiled(
+    name: str, stages: int, options: dict[str, Any] | None = None
+) -> tuple[pnn.Compiled, list[Tensor]]:
     torch.manual_seed(0)
     if name == "decoder":
         model: torch.nn.Module = decoder.build_model(layers=6, width=16, context=16)
@@ -30,15 +32,18 @@ def _compiled(name: str, stages: int) -> tuple[pnn.Compiled, list[Tensor]]:
     else:
         model = resnet110.build_model(units_per_group=3, width=4)
         batches = [torch.randn(4, 3, 16, 16) for _ in range(STEPS)]
-    return pnn.compile(model, batches[0], stages=stages, coarse_budget=1.0), batches
+    compiled = pnn.compile(model, batches[0], stages=stages, coarse_budget=1.0, **(options or {}))
+    return compiled, batches
 
 
 def _loss(outputs: Tensor, batch: Any) -> Tensor:
     return F.mse_loss(outputs, torch.ones_like(outputs))
 
 
-def _train(rank: int, name: str, stages: int, micro: int) -> dict[str, Any]:
-    compiled, batches = _compiled(name, stages)
+def _train(
+    rank: int, name: str, stages: int, micro: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    compiled, batches = _compiled(name, stages, options)
     torch.manual_seed(SEED)
     module = pnn.runtime.distribute(compiled, batches=micro).train()
     optimizer = torch.optim.SGD(module.parameters(), RATE)
@@ -47,27 +52,30 @@ def _train(rank: int, name: str, stages: int, micro: int) -> dict[str, Any]:
     return {"losses": losses, "state": module.state_dict(), "outputs": outputs}
 
 
-def _train_in_one_process(name: str, stages: int, micro: int) -> dict[str, Any]:
-    compiled, batches = _compiled(name, stages)
+def _train_in_one_process(
+    name: str, stages: int, micro: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    compiled, batches = _compiled(name, stages, options)
     module = compiled.module.train()
     optimizer = torch.optim.SGD(module.parameters(), RATE)
     placement, losses = tuple(range(stages)), []
     for number, batch in enumerate(batches):
         named = [named_batch(compiled, piece) for piece in batch.chunk(micro)]
         network = LocalNetwork()
+        ranks = [RankNetwork(compiled, placement, rank).train() for rank in placement]
         steps = [
             Step(
-                RankNetwork(compiled, placement, rank).train(),
+                rank,
                 named,
-                network.link(rank),
+                network.link(rank.rank),
                 lambda outputs, _: _loss(outputs, None) / micro,
                 crossing(compiled, named),
                 SEED + number,
             )
-            for rank in range(stages)
+            for rank in ranks
         ]
         optimizer.zero_grad()
-        run_together(network, steps, schedule(placement, batches=micro))
+        run_together(network, steps, ranks[0].programs(batches=micro))
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
         losses.append(sum(loss.item() for loss in steps[-1].losses.values()))
@@ -78,13 +86,20 @@ def _train_in_one_process(name: str, stages: int, micro: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "micro"), [("decoder", 2, 2), ("decoder", 3, 1), ("resnet", 2, 1)]
+    ("name", "stages", "micro", "options"),
+    [
+        ("decoder", 2, 2, {}),
+        ("decoder", 3, 1, {}),
+        ("resnet", 2, 1, {}),
+        ("decoder", 3, 2, {"sweep": "collapsed"}),
+        ("decoder", 3, 1, {"iterations": 2}),
+    ],
 )
 def test_training_on_ranks_equals_training_in_one_process(
-    name: str, stages: int, micro: int, tmp_path: Path
+    name: str, stages: int, micro: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = start(_train, stages, tmp_path, name, stages, micro)
-    wanted = _train_in_one_process(name, stages, micro)
+    found = start(_train, stages, tmp_path, name, stages, micro, options)
+    wanted = _train_in_one_process(name, stages, micro, options)
     for rank, each in enumerate(found):
         assert each["losses"] == pytest.approx(wanted["losses"], rel=1e-4), rank
         for key, value in each["state"].items():

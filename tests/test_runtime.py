@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,26 +20,83 @@ import pnn_compile as pnn
 from examples import decoder, resnet110, unet
 from pnn_compile.batches import named_batch
 from pnn_compile.runtime.distributed import crossing
+from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.rank import RankNetwork, Step
-from pnn_compile.runtime.schedule import Instruction, Kind, check, schedule
+from pnn_compile.runtime.order import check, in_order
+from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.schedule import Sweep, schedule
+from pnn_compile.runtime.step import Step
 
-
-@given(
-    st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
-        lambda ranks: [sorted(set(ranks)).index(rank) for rank in ranks]
-    ),
-    st.integers(1, 5),
-    st.booleans(),
+_PLACEMENTS = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
+    lambda ranks: [sorted(set(ranks)).index(rank) for rank in ranks]
 )
-def test_every_schedule_is_free_of_deadlock(
-    placement: list[int], batches: int, backward: bool
+
+
+@given(_PLACEMENTS, st.integers(1, 5), st.booleans(), st.integers(1, 12))
+def test_every_chain_is_free_of_deadlock(
+    placement: list[int], batches: int, backward: bool, rounds: int
 ) -> None:
-    programs = schedule(placement, batches=batches, backward=backward)
-    borders = sum(a != b for a, b in itertools.pairwise(placement))
-    assert check(programs) == borders * batches * (2 if backward else 1)
-    fine = [i.stage for program in programs for i in program if i.kind is Kind.FINE]
-    assert sorted(fine) == sorted(list(range(len(placement))) * batches)
+    stages = len(placement)
+    rounds = min(rounds, stages)
+    programs = schedule(
+        placement, Sweep(iterations=rounds), batches=batches, backward=backward
+    )  # fmt: skip
+    band = range(stages - rounds + 1)  # stages that one iteration computes, from its own number on
+    borders = [a != b for a, b in itertools.pairwise(placement)]
+    crossing = sum(sum(borders[k : k + len(band)]) for k in range(rounds))
+    assert check(programs) == crossing * batches * (2 if backward else 1)
+    done = Counter((i.kind, i.stage) for program in programs for i in program)
+    for stage in range(stages):
+        times = sum(stage - k in band for k in range(rounds))
+        assert done[Kind.FINE, stage] == times * batches
+        assert done[Kind.FINE_BACKWARD, stage] == times * batches * backward
+        assert done[Kind.GUESS, stage] == (stage in band and stage > 0) * batches
+
+
+@st.composite
+def _sources(draw: st.DrawFn) -> tuple[list[int], Sweep]:
+    """A placement, and stages that read what any stages before them compute."""
+    placement = draw(_PLACEMENTS)
+    read = [
+        tuple(sorted(draw(st.sets(st.integers(0, stage - 1), max_size=3)))) if stage else ()
+        for stage in range(len(placement))
+    ]
+    return placement, Sweep("collapsed", sources=tuple(read))
+
+
+@given(_sources(), st.integers(1, 5), st.booleans())
+def test_every_collapsed_sweep_is_free_of_deadlock(
+    drawn: tuple[list[int], Sweep], batches: int, backward: bool
+) -> None:
+    placement, sweep = drawn
+    programs = schedule(placement, sweep, batches=batches, backward=backward)
+    check(programs)
+    done = Counter(i.kind for program in programs for i in program)
+    assert done[Kind.SEND_SUM] == (max(placement) * batches)
+    assert done[Kind.CORRECT] == (len(placement) - 1) * batches
+    for forward in (Kind.SEND_GUESS, Kind.SEND_OUTPUT, Kind.SEND_SUM):
+        assert done[Kind[forward.name + "_ADJOINT"]] == done[forward] * backward
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8, 13, 64, 100])
+def test_the_sum_is_a_tree_of_logarithmic_depth(ranks: int) -> None:
+    programs = schedule(range(ranks), Sweep("collapsed"))
+    depth: dict[int | None, int] = {}
+    for rank, it in in_order(programs):  # the longest line of sums that this rank's is made of
+        if it.kind is Kind.RECEIVE_SUM:
+            depth[rank] = max(depth.get(rank, 0), depth.get(it.peer, 0)) + 1
+    assert depth.get(ranks - 1, 0) == math.ceil(math.log2(ranks))
+
+
+def test_the_guess_crosses_before_the_fine_stage_begins() -> None:
+    """Neither direction of a collapsed sweep waits for a residual to cross."""
+    for program in schedule((0, 1, 2), Sweep("collapsed")):
+        kinds = [i.kind for i in program]
+        assert Kind.SEND_OUTPUT not in kinds
+        if Kind.SEND_GUESS in kinds:
+            assert kinds.index(Kind.SEND_GUESS) < kinds.index(Kind.FINE)
+            late = kinds.index(Kind.RECEIVE_GUESS_ADJOINT)
+            assert kinds.index(Kind.FINE_BACKWARD) < late
 
 
 def test_fine_stages_wait_for_nobody_and_the_adjoints_travel_first() -> None:
@@ -139,7 +198,7 @@ def _run(
              crossing(compiled, named))
         for rank in ranks
     ]  # fmt: skip
-    programs = schedule(placement, batches=len(inputs), backward=train)
+    programs = ranks[0].programs(batches=len(inputs), backward=train)
     check(programs)
     run_together(network, steps, programs)
     last = steps[placement[-1]]
@@ -147,14 +206,30 @@ def _run(
 
 
 @pytest.mark.parametrize("placement", [(0, 0, 0), (0, 1, 2), (0, 0, 1), (0, 1, 0)])
-@pytest.mark.parametrize("options", [{}, {"correction": "difference", "coarse": "conv"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"correction": "difference", "coarse": "conv"},
+        {"sweep": "collapsed"},
+        {"iterations": 2},
+        {"correction": "difference", "coarse": "conv", "iterations": 2},
+        {"iterations": 3},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())) or "plain",
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ranks_equal_one_process(
     name: str, options: dict[str, Any], placement: tuple[int, ...]
 ) -> None:
+    _compare(name, placement, options)
+
+
+def _compare(name: str, placement: tuple[int, ...], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, example = NETWORKS[name]()
-    compiled = pnn.compile(model, example, stages=3, coarse_budget=1.0, **options)
+    stages = len(placement)
+    compiled = pnn.compile(model, example, stages=stages, coarse_budget=1.0, **options)
     for parameter in compiled.module.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))  # no zeros that hide a gradient
     reference = copy.deepcopy(compiled.module).train()
@@ -175,10 +250,22 @@ def test_ranks_equal_one_process(
         torch.testing.assert_close(buffer, dict(reference.named_buffers())[key])
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
+@pytest.mark.parametrize(
+    "options", [{"sweep": "collapsed"}, {"iterations": 3}], ids=["collapsed", "three rounds"]
+)
+@pytest.mark.parametrize("placement", [range(8), (0, 0, 1, 1, 2, 2, 3, 3)], ids=["8", "4"])
+@pytest.mark.parametrize("name", ["masked", "decoder"])
+def test_many_ranks_equal_one_process(
+    name: str, placement: Sequence[int], options: dict[str, Any]
+) -> None:
+    _compare(name, tuple(placement), options)
+
+
+@pytest.mark.parametrize("options", [{}, {"sweep": "collapsed"}, {"iterations": 2}], ids=str)
+def test_micro_batches_add_up_to_the_batch(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, (tokens,) = _decoder()
-    compiled = pnn.compile(model, tokens, stages=3, coarse_budget=1.0)
+    compiled = pnn.compile(model, tokens, stages=3, coarse_budget=1.0, **options)
     reference = copy.deepcopy(compiled.module).train()
     _loss(reference(tokens)).backward()
     compiled.module.train()
@@ -208,12 +295,26 @@ def test_a_rank_owns_its_stages_and_nothing_else() -> None:
     assert names[1] == {"fine_2", "preprocess_2", "coarse_2", "head"}
 
 
-def test_what_does_not_run_on_ranks_is_refused() -> None:
+def test_the_map_of_a_collapsed_sweep_lives_where_its_residual_is_computed() -> None:
     model, example = _resnet()
-    for options in ({"sweep": "collapsed", "coarse": "linear"}, {"iterations": 2}):
-        compiled = pnn.compile(model, example, stages=3, **options)
-        with pytest.raises(pnn.RuntimeFault, match="chain sweep with one iteration"):
-            RankNetwork(compiled, (0, 1, 2), 0)
+    compiled = pnn.compile(model, example, stages=3, sweep="collapsed")
+    ranks = [RankNetwork(compiled, (0, 1, 2), rank) for rank in range(3)]
+    names = [{name for name, _ in rank.named_children()} for rank in ranks]
+    assert names[0] == {"fine_0", "coarse_1"}
+    assert names[1] == {"fine_1", "preprocess_1", "coarse_2"}
+    assert names[2] == {"fine_2", "preprocess_2", "head"}
+
+
+def test_what_crosses_several_stages_is_sent_to_the_corrections_that_read_it() -> None:
+    model, example = _unet()
+    compiled = pnn.compile(model, example, stages=3, sweep="collapsed")
+    program = RankNetwork(compiled, (0, 1, 2), 0).programs()[0]
+    sent = [i for i in program if i.kind is Kind.SEND_OUTPUT]
+    assert [(i.stage, i.peer) for i in sent] == [(0, 1)]
+
+
+def test_placements_that_do_not_fit_are_refused() -> None:
+    model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3)
     with pytest.raises(pnn.RuntimeFault, match="3 stages, but 2 were placed"):
         RankNetwork(compiled, (0, 1), 0)

@@ -14,17 +14,19 @@ from pnn_compile.batches import batch_size
 from pnn_compile.bench.contenders import mean_square, optimizer_of
 from pnn_compile.bench.result import Parts
 from pnn_compile.runtime.distributed import crossing
+from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.rank import RankNetwork, Step
-from pnn_compile.runtime.schedule import Instruction, Kind, schedule
+from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.step import Step
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
 __all__ = ["PartsTimer", "median_parts"]
 
-_FORWARD = (Kind.GUESS, Kind.FINE)
-_SERIAL = (Kind.CORRECT, Kind.HEAD, Kind.HEAD_BACKWARD, Kind.COARSE_BACKWARD)
+_FORWARD: tuple[Kind, ...] = (Kind.GUESS, Kind.FINE)
+_SERIAL: tuple[Kind, ...] = (Kind.HEAD, Kind.HEAD_BACKWARD)
+_BACKWARD: tuple[Kind, ...] = (Kind.FINE_BACKWARD, Kind.GUESS_BACKWARD)
 
 
 class PartsTimer:
@@ -47,7 +49,13 @@ class PartsTimer:
             for rank in range(max(placement) + 1)
         ]
         self._optimizers = [optimizer_of(network) for network in self._networks]
-        self._programs = schedule(placement, backward=training)
+        self._programs = self._networks[0].programs(backward=training)
+        self._forward, self._serial, self._backward = _FORWARD, _SERIAL, _BACKWARD
+        if compiled.plan.sweep == "collapsed":  # all at once; in a chain one after another
+            self._forward += (Kind.CORRECT,)
+            self._backward += (Kind.COARSE_BACKWARD,)
+        else:
+            self._serial += (Kind.CORRECT, Kind.COARSE_BACKWARD)
         self._like = crossing(compiled, self._inputs)
 
     def __call__(self) -> Parts:
@@ -62,9 +70,9 @@ class PartsTimer:
             run_together(link, steps, self._programs)
         parts = Parts(
             batch_size(self._inputs[0]),
-            tuple(sum(step.seconds[kind] for kind in _FORWARD) for step in steps),
-            sum(step.seconds[kind] for step in steps for kind in _SERIAL),
-            tuple(step.seconds[Kind.FINE_BACKWARD] for step in steps),
+            tuple(sum(step.seconds[kind] for kind in self._forward) for step in steps),
+            sum(step.seconds[kind] for step in steps for kind in self._serial),
+            tuple(sum(step.seconds[kind] for kind in self._backward) for step in steps),
             tuple(self._stepped(optimizer) for optimizer in self._optimizers),
         )
         for network in self._networks:

@@ -13,8 +13,10 @@ from torch import nn
 
 from passes.errors import RuntimeFault
 from pnn_compile.batches import batch_size, device_of, named_batch
-from pnn_compile.runtime.rank import RankNetwork, Step
-from pnn_compile.runtime.schedule import Instruction, check, schedule
+from pnn_compile.runtime.instruction import Instruction
+from pnn_compile.runtime.order import check
+from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.step import Step
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -53,7 +55,7 @@ def distribute(
 
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
-            the network is of a kind that does not run on several ranks yet.
+            the placement does not fit.
     """
     if not dist.is_initialized():
         raise RuntimeFault(
@@ -96,7 +98,7 @@ class RankModule(nn.Module):
         self._group = group
         self._batches = batches
         self._programs = {
-            backward: schedule(placement, batches=batches, backward=backward)
+            backward: self.network.programs(batches=batches, backward=backward)
             for backward in (True, False)
         }
         for programs in self._programs.values():
@@ -126,7 +128,7 @@ class RankModule(nn.Module):
         """
         inputs = named_batch(self._compiled[0], {**_named(self._compiled[0], args), **kwargs})
         with torch.no_grad():
-            step = self._run([inputs], None, schedule(self.network.placement, backward=False))
+            step = self._run([inputs], None, self.network.programs(backward=False))
         return step.outputs.get(0)
 
     def forward_backward(

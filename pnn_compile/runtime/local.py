@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.rank import Link, Step
-from pnn_compile.runtime.schedule import Instruction, Kind
+from pnn_compile.runtime.instruction import Instruction
+from pnn_compile.runtime.order import in_order
+from pnn_compile.runtime.step import Link, Step
 
 __all__ = ["LocalNetwork", "run_together"]
 
@@ -53,13 +54,5 @@ def run_together(
     network: LocalNetwork, steps: Sequence[Step], programs: Sequence[Sequence[Instruction]]
 ) -> None:
     """Run the programs of all ranks, each as far as its messages allow, until all are done."""
-    ahead = [deque(program) for program in programs]
-    waits = (Kind.RECEIVE, Kind.RECEIVE_ADJOINT)
-    while any(ahead):
-        for rank, left in enumerate(ahead):
-            while left:
-                first = left[0]
-                peer = first.peer if first.kind in waits else None
-                if peer is not None and not network.queue(peer, rank):
-                    break
-                steps[rank].run(left.popleft())
+    for rank, instruction in in_order(programs):
+        steps[rank].run(instruction)

@@ -1,70 +1,92 @@
 """What every rank does in one step, as static lists of instructions, proven before they run.
 
-A stage j lives on one rank. Forward: all ranks guess and run their fine stages at once; then the
-corrected states travel from stage to stage. Backward mirrors it: the adjoints travel back through
-the coarse networks alone, and each fine stage runs backward as soon as its own adjoint is there.
+A stage lives on one rank. Forward: all ranks guess and run their fine stages at once; then a sweep
+corrects the last state. Backward mirrors it: the adjoints travel back through the coarse networks
+alone, and each fine stage runs backward as soon as its own adjoint is there.
+
+A **chain** passes the corrected state from stage to stage. Four ranks, one stage each; g guess,
+f fine, c correct, h head, * message; capitals are backward:
+
+    rank 0    f f f f c *                                           * F F F F
+    rank 1  g f f f f   * c *                                   * C * F F F F G
+    rank 2  g f f f f       * c *                           * C *     F F F F G
+    rank 3  g f f f f           * c h H C *  F F F F G
+
+With K iterations, iteration k (from 0) computes the stages k to N - K + k: those before are exact
+by then, those behind reach no result any more. A state that arrived in one iteration is what the
+stage reads in the next, so each state and each adjoint is one message.
+
+A **collapsed** sweep sends every residual through a map P_j of its own to the last state, and adds
+these up along a binary tree whose root holds the last stage: ceil(log2 R) messages deep for R
+ranks. The residual y_{j-1} - x_j needs what stage j - 1 computed and what was guessed for stage j,
+which live on two ranks. The *guess* crosses, to the rank of stage j - 1, where P_j lives too: it is
+there before the fine stage is done, and backward its adjoint has the time of a whole fine stage.
+(Were y_{j-1} to cross, of the same size, a link more would lie on the path each way.)
+
+    rank 0  f f f f *   c *                           * C *   F F F F
+    rank 1  g * f f f f * c * *                   * * C * F F F F * G
+    rank 2  g * f f f f * c *                     * C *   F F F F * G
+    rank 3  g * f f f f         * * h H * *   F F F F * G
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from typing import Protocol
 
-from passes.errors import RuntimeFault
+from passes.plan import Plan
+from pnn_compile.runtime.instruction import Instruction, Kind
 
-__all__ = ["Instruction", "Kind", "Message", "check", "schedule"]
-
-
-class Kind(Enum):
-    """What an instruction does."""
-
-    GUESS = "guess"
-    FINE = "fine"
-    RECEIVE = "receive state"
-    CORRECT = "correct"
-    SEND = "send state"
-    HEAD = "head"
-    HEAD_BACKWARD = "head backward"
-    RECEIVE_ADJOINT = "receive adjoint"
-    COARSE_BACKWARD = "coarse backward"
-    SEND_ADJOINT = "send adjoint"
-    FINE_BACKWARD = "fine backward"
-
-
-SENDS = {Kind.SEND: Kind.RECEIVE, Kind.SEND_ADJOINT: Kind.RECEIVE_ADJOINT}
-"""Every kind that sends, and the kind that takes it."""
+__all__ = ["CHAIN", "Sweep", "schedule"]
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """One operation of a rank.
+class Sweep:
+    """What the lists depend on, beside the placement.
 
     Attributes:
-        kind: What it does.
-        stage: Number of the stage; of the head the last one. A message carries the state behind
-            this stage, or its adjoint.
-        batch: Number of the micro-batch.
-        peer: The other rank of a message.
+        kind: "chain" or "collapsed".
+        iterations: Number K of parareal iterations.
+        sources: By stage, the stages that compute what it reads; the one before where there is no
+            entry. In a chain states carry everything, and it does not matter.
     """
 
-    kind: Kind
-    stage: int
-    batch: int
-    peer: int | None = None
+    kind: str = "chain"
+    iterations: int = 1
+    sources: tuple[tuple[int, ...], ...] = ()
 
-    def __str__(self) -> str:
-        where = f", rank {self.peer}" if self.peer is not None else ""
-        return f"{self.kind.value} (stage {self.stage}, micro-batch {self.batch}{where})"
+    @classmethod
+    def of(cls, plan: Plan) -> Sweep:
+        """The sweep of a plan."""
+        makers = {name: i for i, stage in enumerate(plan.stages) for name in stage.produces}
+        sources = (sorted({makers[name] for name in s.consumes}) for s in plan.stages)
+        rounds = min(plan.iterations, len(plan.stages))
+        return cls(plan.sweep, rounds, tuple(map(tuple, sources)))
+
+    def reads(self, stage: int) -> tuple[int, ...]:
+        """The stages that compute what a stage reads."""
+        return self.sources[stage] if self.sources else (stage - 1,)
+
+    def computed(self, stages: int, iteration: int) -> range:
+        """The stages, of so many, that an iteration computes."""
+        return range(iteration, stages - self.iterations + iteration + 1)
+
+    def corrected(self, stages: int, iteration: int) -> range:
+        """The stages, of so many, that an iteration corrects; its first one is exact."""
+        return self.computed(stages, iteration)[1:]
+
+    def corrector(self, stage: int) -> int:
+        """The stage on whose rank the correction of a stage lives."""
+        return stage - 1 if self.kind == "collapsed" else stage
 
 
-Message = tuple[Kind, int, int]
-"""Kind that takes it, stage and micro-batch."""
+CHAIN = Sweep()
+"""The paper's sweep: a chain, once."""
 
 
 def schedule(
-    placement: Sequence[int], *, batches: int = 1, backward: bool = True
+    placement: Sequence[int], sweep: Sweep = CHAIN, *, batches: int = 1, backward: bool = True
 ) -> tuple[tuple[Instruction, ...], ...]:
     """List what every rank does in one step.
 
@@ -72,121 +94,227 @@ def schedule(
 
     Args:
         placement: Rank of every stage; several stages may share one.
+        sweep: How the corrections travel.
         batches: Number of micro-batches.
         backward: Whether to run backward too.
 
     Returns:
         The instructions, by rank.
     """
-    ranks = max(placement) + 1
-    return tuple(_rank(tuple(placement), rank, batches, backward) for rank in range(ranks))
+    own: list[list[int]] = [[] for _ in range(max(placement) + 1)]
+    for stage, rank in enumerate(placement):
+        own[rank].append(stage)
+    lists = (_Collapsed if sweep.kind == "collapsed" else _Chain)(tuple(placement), sweep, own)
+    return tuple(_rank(lists, rank, batches, backward) for rank in range(len(own)))
 
 
-def _rank(
-    placement: tuple[int, ...], rank: int, batches: int, backward: bool
-) -> tuple[Instruction, ...]:
-    own = [stage for stage, place in enumerate(placement) if place == rank]
-    done = _start(own, 0)
+def _rank(lists: _Lists, rank: int, batches: int, backward: bool) -> tuple[Instruction, ...]:
+    done = lists.start(rank, 0)
     for batch in range(batches):
         if batch + 1 < batches:
-            done += _start(own, batch + 1)
-        done += _sweep(placement, own, batch)
+            done += lists.start(rank, batch + 1)
+        done += lists.sweep(rank, batch)
     if backward:
         for batch in range(batches):
-            done += _sweep_back(placement, own, batch)
-            done += [Instruction(Kind.FINE_BACKWARD, stage, batch) for stage in reversed(own)]
+            done += lists.backward(rank, batch)
     return tuple(done)
 
 
-def _start(own: Sequence[int], batch: int) -> list[Instruction]:
-    found = []
-    for stage in own:
-        if stage:
-            found.append(Instruction(Kind.GUESS, stage, batch))
-        found.append(Instruction(Kind.FINE, stage, batch))
-    return found
+class _Lists(Protocol):
+    """The parts of a rank's list, for one micro-batch."""
+
+    def start(self, rank: int, batch: int) -> list[Instruction]:
+        """Everything that waits for no sweep."""
+
+    def sweep(self, rank: int, batch: int) -> list[Instruction]:
+        """The rest of forward."""
+
+    def backward(self, rank: int, batch: int) -> list[Instruction]:
+        """All of backward."""
 
 
-def _sweep(placement: Sequence[int], own: Sequence[int], batch: int) -> list[Instruction]:
-    found, last = [], len(placement) - 1
-    for stage in own:
-        if stage and placement[stage - 1] != placement[stage]:
-            found.append(Instruction(Kind.RECEIVE, stage - 1, batch, placement[stage - 1]))
-        found.append(Instruction(Kind.CORRECT, stage, batch))
-        if stage == last:
-            found.append(Instruction(Kind.HEAD, stage, batch))
-        elif placement[stage + 1] != placement[stage]:
-            found.append(Instruction(Kind.SEND, stage, batch, placement[stage + 1]))
-    return found
+class _Chain:
+    """From stage to stage, K times."""
+
+    def __init__(
+        self, placement: tuple[int, ...], sweep: Sweep, own: Sequence[Sequence[int]]
+    ) -> None:
+        self._placement = placement
+        self._own = own
+        self._last = len(placement) - 1
+        self._bands = [sweep.computed(len(placement), k) for k in range(sweep.iterations)]
+
+    def start(self, rank: int, batch: int) -> list[Instruction]:
+        found = []
+        for stage in self._computed(rank, 0):
+            if stage:
+                found.append(Instruction(Kind.GUESS, stage, batch))
+            found.append(Instruction(Kind.FINE, stage, batch))
+        return found
+
+    def sweep(self, rank: int, batch: int) -> list[Instruction]:
+        found = []
+        for k in range(len(self._bands)):
+            if k:
+                found += [_fine(stage, batch, k) for stage in self._computed(rank, k)]
+            found += self._sweep(rank, batch, k)
+        return found
+
+    def backward(self, rank: int, batch: int) -> list[Instruction]:
+        found = []
+        for k in reversed(range(len(self._bands))):
+            found += self._sweep_back(rank, batch, k)
+            for stage in reversed(self._computed(rank, k)):
+                found.append(Instruction(Kind.FINE_BACKWARD, stage, batch, None, k))
+                if stage and not k:
+                    found.append(Instruction(Kind.GUESS_BACKWARD, stage, batch))
+        return found
+
+    def _sweep(self, rank: int, batch: int, k: int) -> list[Instruction]:
+        found = []
+        for stage in self._own[rank]:
+            if (
+                stage
+                and stage - 1 in self._bands[k]
+                and (peer := self._other(stage, -1)) is not None
+            ):
+                found.append(Instruction(Kind.RECEIVE, stage - 1, batch, peer, k))
+            if stage not in self._bands[k]:
+                continue
+            found.append(Instruction(Kind.CORRECT, stage, batch, None, k))
+            if stage == self._last:
+                found.append(Instruction(Kind.HEAD, stage, batch, None, k))
+            elif (peer := self._other(stage, +1)) is not None:
+                found.append(Instruction(Kind.SEND, stage, batch, peer, k))
+        return found
+
+    def _sweep_back(self, rank: int, batch: int, k: int) -> list[Instruction]:
+        found = []
+        for stage in reversed(self._own[rank]):
+            if stage in self._bands[k]:
+                if stage == self._last:
+                    found.append(Instruction(Kind.HEAD_BACKWARD, stage, batch, None, k))
+                elif (peer := self._other(stage, +1)) is not None:
+                    found.append(Instruction(Kind.RECEIVE_ADJOINT, stage, batch, peer, k))
+                if stage > k:  # stage k is exact
+                    found.append(Instruction(Kind.COARSE_BACKWARD, stage, batch, None, k))
+            if (
+                stage
+                and stage - 1 in self._bands[k]
+                and (peer := self._other(stage, -1)) is not None
+            ):
+                found.append(Instruction(Kind.SEND_ADJOINT, stage - 1, batch, peer, k))
+        return found
+
+    def _computed(self, rank: int, k: int) -> list[int]:
+        return [stage for stage in self._own[rank] if stage in self._bands[k]]
+
+    def _other(self, stage: int, side: int) -> int | None:
+        """The rank of a neighbouring stage, if it is another one."""
+        found = self._placement[stage + side]
+        return found if found != self._placement[stage] else None
 
 
-def _sweep_back(placement: Sequence[int], own: Sequence[int], batch: int) -> list[Instruction]:
-    found, last = [], len(placement) - 1
-    for stage in reversed(own):
-        if stage == last:
-            found.append(Instruction(Kind.HEAD_BACKWARD, stage, batch))
-        elif placement[stage + 1] != placement[stage]:
-            found.append(Instruction(Kind.RECEIVE_ADJOINT, stage, batch, placement[stage + 1]))
-        if stage:
-            found.append(Instruction(Kind.COARSE_BACKWARD, stage, batch))
-            if placement[stage - 1] != placement[stage]:
-                found.append(Instruction(Kind.SEND_ADJOINT, stage - 1, batch, placement[stage - 1]))
-    return found
+def _fine(stage: int, batch: int, k: int) -> Instruction:
+    return Instruction(Kind.FINE, stage, batch, None, k)
 
 
-def check(programs: Sequence[Sequence[Instruction]]) -> int:
-    """Prove that every message meets its receiver in order and that nothing waits for ever.
+class _Collapsed:
+    """Every residual through a map of its own, and one sum over the ranks."""
 
-    Sends never wait; a receive waits for its message. Messages of two ranks arrive in the order in
-    which they were sent, so that they need no tags.
+    def __init__(
+        self, placement: tuple[int, ...], sweep: Sweep, own: Sequence[Sequence[int]]
+    ) -> None:
+        self._placement = placement
+        self._corrector = sweep.corrector
+        self._own = own
+        self._last = len(placement) - 1
+        corrected: list[list[int]] = [[] for _ in own]
+        readers: list[set[int]] = [set() for _ in placement]
+        for stage in range(1, len(placement)):
+            rank = placement[self._corrector(stage)]
+            corrected[rank].append(stage)
+            for source in sweep.reads(stage):
+                readers[source].add(rank)
+        # By rank, the stages whose corrections it applies, and the outputs that these need.
+        self._corrected = corrected
+        self._readers = [sorted(found - {placement[i]}) for i, found in enumerate(readers)]
+        self._read: list[list[int]] = [[] for _ in own]
+        for stage, ranks in enumerate(self._readers):
+            for rank in ranks:
+                self._read[rank].append(stage)
 
-    Returns:
-        The number of messages.
+    def start(self, rank: int, batch: int) -> list[Instruction]:
+        found, corrected = [], self._corrected[rank]
+        for stage in self._own[rank]:
+            if stage:
+                found.append(Instruction(Kind.GUESS, stage, batch))
+                if (home := self._guess_goes(stage)) is not None:
+                    found.append(Instruction(Kind.SEND_GUESS, stage, batch, home))
+        for stage in self._own[rank]:
+            found.append(Instruction(Kind.FINE, stage, batch))
+            for peer in self._readers[stage]:
+                found.append(Instruction(Kind.SEND_OUTPUT, stage, batch, peer))
+        for stage in corrected:
+            if self._guess_goes(stage) is not None:
+                owner = self._placement[stage]
+                found.append(Instruction(Kind.RECEIVE_GUESS, stage, batch, owner))
+        for stage in self._read[rank]:
+            owner = self._placement[stage]
+            found.append(Instruction(Kind.RECEIVE_OUTPUT, stage, batch, owner))
+        return found + [Instruction(Kind.CORRECT, stage, batch) for stage in corrected]
 
-    Raises:
-        RuntimeFault: Ranks wait for each other, or a message is left over, or is not the one that
-            the receiver takes next.
-    """
-    channels: dict[tuple[int, int], deque[Message]] = {}
-    ahead = [deque(program) for program in programs]
-    count, moved = 0, True
-    while moved:
-        moved = False
-        for rank, left in enumerate(ahead):
-            while left and _ready(channels, rank, left[0]):
-                count += _run(channels, rank, left.popleft())
-                moved = True
-    stuck = [f"rank {rank} at {left[0]}" for rank, left in enumerate(ahead) if left]
-    if stuck:
-        raise RuntimeFault(f"ranks wait for messages that never come: {'; '.join(stuck)}")
-    lost = Counter({f"rank {a} to {b}": len(queue) for (a, b), queue in channels.items() if queue})
-    if lost:
-        raise RuntimeFault(f"messages that nobody takes: {dict(lost)}")
-    return count
+    def sweep(self, rank: int, batch: int) -> list[Instruction]:
+        below, above = self._tree(rank)
+        found = [Instruction(Kind.RECEIVE_SUM, self._last, batch, peer) for peer in below]
+        if above is None:
+            return [*found, Instruction(Kind.HEAD, self._last, batch)]
+        return [*found, Instruction(Kind.SEND_SUM, self._last, batch, above)]
 
+    def backward(self, rank: int, batch: int) -> list[Instruction]:
+        below, above = self._tree(rank)
+        found = [Instruction(Kind.HEAD_BACKWARD, self._last, batch)]
+        if above is not None:
+            found = [Instruction(Kind.RECEIVE_SUM_ADJOINT, self._last, batch, above)]
+        for peer in reversed(below):  # the deepest branch first
+            found.append(Instruction(Kind.SEND_SUM_ADJOINT, self._last, batch, peer))
+        found += [Instruction(Kind.COARSE_BACKWARD, s, batch) for s in self._corrected[rank]]
+        for stage in self._read[rank]:
+            owner = self._placement[stage]
+            found.append(Instruction(Kind.SEND_OUTPUT_ADJOINT, stage, batch, owner))
+        for stage in self._corrected[rank]:
+            if self._guess_goes(stage) is not None:
+                owner = self._placement[stage]
+                found.append(Instruction(Kind.SEND_GUESS_ADJOINT, stage, batch, owner))
+        for stage in self._own[rank]:
+            for peer in self._readers[stage]:
+                found.append(Instruction(Kind.RECEIVE_OUTPUT_ADJOINT, stage, batch, peer))
+        found += [Instruction(Kind.FINE_BACKWARD, stage, batch) for stage in self._own[rank]]
+        for stage in self._own[rank]:
+            if stage:
+                if (home := self._guess_goes(stage)) is not None:
+                    found.append(Instruction(Kind.RECEIVE_GUESS_ADJOINT, stage, batch, home))
+                found.append(Instruction(Kind.GUESS_BACKWARD, stage, batch))
+        return found
 
-def _ready(
-    channels: dict[tuple[int, int], deque[Message]], rank: int, instruction: Instruction
-) -> bool:
-    if instruction.kind not in SENDS.values():
-        return True
-    assert instruction.peer is not None
-    return bool(channels.get((instruction.peer, rank)))
+    def _guess_goes(self, stage: int) -> int | None:
+        """The rank that the guess of a stage is sent to, if it is another one."""
+        found = self._placement[self._corrector(stage)]
+        return found if found != self._placement[stage] else None
 
+    def _tree(self, rank: int) -> tuple[list[int], int | None]:
+        """The ranks whose partial sums a rank takes, in order, and the one that takes its own.
 
-def _run(
-    channels: dict[tuple[int, int], deque[Message]], rank: int, instruction: Instruction
-) -> int:
-    """Send or take a message; give 1 for one that was sent."""
-    kind, peer = instruction.kind, instruction.peer
-    if kind in SENDS:
-        assert peer is not None
-        message = (SENDS[kind], instruction.stage, instruction.batch)
-        channels.setdefault((rank, peer), deque()).append(message)
-        return 1
-    if kind in SENDS.values():
-        assert peer is not None
-        found = channels[(peer, rank)].popleft()
-        if found != (kind, instruction.stage, instruction.batch):
-            raise RuntimeFault(f"rank {rank} takes {instruction}, but {found} comes first")
-    return 0
+        A binomial tree: at step d the ranks at a distance from the root of an odd multiple of 2^d
+        give theirs to the one 2^d nearer.
+        """
+        ranks, root = len(self._own), self._placement[-1]
+        distance, step = (root - rank) % ranks, 1
+        below: list[int] = []
+        while step < ranks:
+            if distance & step:
+                return below, (rank + step) % ranks
+            if distance + step < ranks:
+                below.append((rank - step) % ranks)
+            step *= 2
+        return below, None
