@@ -3,6 +3,21 @@
 from pnn_compile.runtime.distributed import RankModule, distribute, place
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.order import check
-from pnn_compile.runtime.schedule import schedule
+from pnn_compile.runtime.schedule import Sweep, schedule
+from pnn_compile.runtime.simulator import Timeline, Times, simulate
+from pnn_compile.runtime.trace import chrome_trace
 
-__all__ = ["Instruction", "Kind", "RankModule", "check", "distribute", "place", "schedule"]
+__all__ = [
+    "Instruction",
+    "Kind",
+    "RankModule",
+    "Sweep",
+    "Timeline",
+    "Times",
+    "check",
+    "chrome_trace",
+    "distribute",
+    "place",
+    "schedule",
+    "simulate",
+]
