@@ -49,8 +49,9 @@ class Options:
             first layers, to read what they give instead of the input. None is no copy, and with
             calibration samples as much as the coarse budget where that fits better.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
-        sweep: "chain", from stage to stage, or "collapsed": every residual straight to the last
-            state through a map of its own, all of them at once.
+        sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
+            through a map of its own, all of them at once; or "auto", the faster one by the
+            step-time model where the corrections of the chain are linear.
         iterations: Number K of parareal iterations.
         seed: Seed of the initial weights of the coarse networks.
 
@@ -92,7 +93,7 @@ class Options:
         first: object = self.prologue
         if first is not None and (not isinstance(first, int | float) or not 0 <= first < 1):
             raise OptionError(f"prologue must be a share from 0 to below 1 (got {first!r})")
-        _among("sweep", self.sweep, ("chain", "collapsed"))
+        _among("sweep", self.sweep, ("chain", "collapsed", "auto"))
         if self.sweep == "collapsed":
             self._check_collapsed()
         if isinstance(self.cuts, str):

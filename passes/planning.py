@@ -31,6 +31,8 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         OptionError: Stages would be computed more than once, and the model does not allow it.
         SynthesisError: A guess or a correction cannot be made.
     """
+    if options.sweep == "auto":
+        return _faster_sweep(analysis, cut, options)
     if options.iterations > 1 or options.coarse == "exact":
         _check_repeatable(analysis.program)
     positions = cut.positions
@@ -71,6 +73,23 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     )
 
 
+def _faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
+    """The collapsed sweep where it is the faster one of two that linear maps can do, else a chain.
+
+    Only linear maps collapse: their chain is a sum of products. One of low rank may have a bias.
+    """
+    chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
+    families = {f for s in chain.stages if s.coarse for f in s.coarse.family.split("+")}
+    once = chain.correction == "residual" and chain.iterations == 1
+    if not once or not families <= _COLLAPSE:
+        return chain
+    collapsed = make_plan(analysis, cut, dataclasses.replace(options, sweep="collapsed"))
+    return collapsed if collapsed.forecast.time < chain.forecast.time else chain
+
+
+_COLLAPSE = {"linear", "lowrank"}
+
+
 def with_operators(
     analysis: Analysis,
     plan: Plan,
@@ -79,6 +98,7 @@ def with_operators(
     corrections: Mapping[int, CoarseSpec],
 ) -> Plan:
     """The plan with other guesses and corrections, by stage number, and the forecast for them."""
+    options = dataclasses.replace(options, sweep=plan.sweep)
     stages = [
         dataclasses.replace(stage, preprocess=guesses.get(number), coarse=corrections.get(number))
         for number, stage in enumerate(plan.stages)

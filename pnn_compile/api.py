@@ -139,7 +139,7 @@ def compile(
     preprocess: str = "auto",
     prologue: float | None = None,
     correction: Literal["residual", "difference"] = "residual",
-    sweep: Literal["chain", "collapsed"] = "chain",
+    sweep: Literal["chain", "collapsed", "auto"] = "chain",
     iterations: int = 1,
     dynamic_batch: bool = True,
     seed: int = 0,
@@ -173,7 +173,8 @@ def compile(
             the first layers, to read what they give instead of the input.
         correction: "residual" (the paper's form, for training) or "difference" (classical).
         sweep: "chain", or "collapsed": every residual goes straight to the last state through a
-            linear or small map of its own, all of them at once.
+            linear or small map of its own, all of them at once; or "auto", the faster one by the
+            step-time model where the corrections are linear.
         iterations: Number K of parareal iterations; K = N reproduces the original.
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.

@@ -27,6 +27,7 @@ def test_the_defaults_and_the_extremes_are_legal() -> None:
         ({"coarse": "quadratic"}, r"unknown coarse \('quadratic'\); choose one of: auto, linear"),
         ({"preprocess": "units"}, r"unknown preprocess \('units'\); choose one of: auto"),
         ({"correction": "sum"}, r"unknown correction \('sum'\); choose one of: residual, diff"),
+        ({"sweep": "tree"}, r"unknown sweep \('tree'\); choose one of: chain, collapsed, auto"),
         ({"cost": "time"}, r"unknown cost \('time'\); choose one of: flops, measured"),
         ({"coarse_budget": 0.0}, r"coarse_budget .*\(got 0.0\)"),
         ({"coarse_budget": 1.5}, r"coarse_budget .*\(got 1.5\)"),

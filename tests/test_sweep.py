@@ -58,3 +58,39 @@ def test_what_it_cannot_do_is_refused() -> None:
     for options in refused:
         with pytest.raises(pnn.OptionError, match="collapsed"):
             pnn.compile(model, inputs, stages=3, sweep="collapsed", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sweep"),
+    [
+        ({"stages": 4, "coarse": "linear"}, "collapsed"),
+        ({"stages": 4, "coarse": "lowrank", "rank": 2}, "collapsed"),
+        ({"stages": 2, "coarse": "linear"}, "chain"),  # one map either way
+        ({"stages": 4, "coarse": "zero"}, "chain"),
+        ({"stages": 4, "coarse": "units"}, "chain"),
+        ({"stages": 4, "coarse": "conv"}, "chain"),  # not linear
+        ({"stages": 4, "coarse": "linear", "correction": "difference"}, "chain"),
+        ({"stages": 4, "coarse": "linear", "iterations": 2}, "chain"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_faster_sweep_that_linear_maps_can_do(
+    options: dict[str, Any], sweep: str
+) -> None:
+    model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
+    found = pnn.compile(model, inputs, sweep="auto", **options)
+    assert found.plan.sweep == sweep
+    same = pnn.compile(model, inputs, sweep=sweep, **options)  # type: ignore[arg-type]
+    assert found.plan.to_json() == same.plan.to_json()
+
+
+def test_auto_stays_what_the_plan_says_through_calibration() -> None:
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.Tanh())))
+    samples = [torch.randn(32, 16) for _ in range(4)]
+    compiled = pnn.compile(
+        model, samples[0], stages=4, coarse="linear", sweep="auto", calibration=samples
+    )
+    plan = compiled.plan
+    assert plan.sweep == "collapsed"
+    hops = [stage.coarse.flops for stage in plan.stages if stage.coarse is not None]
+    assert plan.forecast.serial == pytest.approx(max(hops) + plan.head.flops)

@@ -79,7 +79,7 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 )
 @click.option("--prologue", default=None, type=float, help="Share of first layers in a guess.")
 @click.option("--correction", default="residual", help="residual or difference.")
-@click.option("--sweep", default="chain", help="chain or collapsed.")
+@click.option("--sweep", default="chain", help="chain, collapsed or auto.")
 @click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
 @click.option("--cut-at", metavar="NAMES", help="Modules that start stages 1.., by comma.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan.")
