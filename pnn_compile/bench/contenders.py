@@ -75,7 +75,10 @@ def mean_square(outputs: Any, _: object = None) -> torch.Tensor:
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer | None:
     """SGD with momentum at rate 0, so that a thousand steps leave the weights as they are."""
     parameters = [*module.parameters()]
-    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9) if parameters else None
+    if not parameters:
+        return None
+    fused = all(parameter.is_floating_point() for parameter in parameters)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, fused=fused)
 
 
 def _trained(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
