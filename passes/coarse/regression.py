@@ -53,10 +53,61 @@ class _Sums:
         self.yy += wanted.square().sum().item()
         self.count += len(rows)
 
-    def residual(self, solution: torch.Tensor) -> float:
-        """Sum of squared errors of `[features + 1, targets]` coefficients."""
-        explained = 2 * (solution * self.xy).sum() - (solution * (self.xx @ solution)).sum()
+    def residual(self, affine: _Affine) -> float:
+        """Sum of squared errors of a map."""
+        left, basis, bias = affine.left, affine.basis, affine.bias
+        cross = self.xy[:-1] if basis is None else self.xy[:-1] @ basis
+        inside = bias if basis is None else bias @ basis
+        explained = 2 * ((left * cross).sum() + bias @ self.xy[-1])
+        explained -= (left * (self.xx[:-1, :-1] @ left)).sum()
+        explained -= 2 * (self.xx[-1, :-1] @ left) @ inside + self.count * bias @ bias
         return max(self.yy - explained.item(), 0.0)
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """The map `y = basis @ left.T @ x + bias`, in float64.
+
+    Attributes:
+        left: `[features, rank]`, or `[features, targets]` without a basis.
+        basis: Orthonormal columns `[targets, rank]`, or None.
+        bias: `[targets]`.
+    """
+
+    left: torch.Tensor
+    basis: torch.Tensor | None
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Decomposition:
+    """The principal axes of the features, from which the solution of every ridge follows.
+
+    Attributes:
+        mean_x: Mean of the features `[features]`; zero where a map may have no bias.
+        mean_y: Mean of the targets `[targets]`; zero likewise.
+        variances: Sum of squares of the centred features along every axis `[features]`.
+        vectors: The axes, as columns `[features, features]`.
+        cross: Products of the centred features along the axes with the targets
+            `[features, targets]`.
+    """
+
+    mean_x: torch.Tensor
+    mean_y: torch.Tensor
+    variances: torch.Tensor
+    vectors: torch.Tensor
+    cross: torch.Tensor
+
+    @classmethod
+    def of(cls, sums: _Sums, *, centred: bool) -> _Decomposition:
+        count = max(sums.count, 1) if centred else float("inf")
+        mean_x, mean_y = sums.xx[-1, :-1] / count, sums.xy[-1] / count
+        covariance, cross = sums.xx[:-1, :-1], sums.xy[:-1]
+        if centred:
+            covariance = covariance - count * torch.outer(mean_x, mean_x)
+            cross = cross - count * torch.outer(mean_x, mean_y)
+        variances, vectors = torch.linalg.eigh(covariance)
+        return cls(mean_x, mean_y, variances.clamp_min(0.0), vectors, vectors.T @ cross)
 
 
 class Moments:
@@ -77,11 +128,13 @@ class Moments:
         self._bias = bias
         self._full: dict[float, torch.Tensor] = {}
         self._bases: dict[float, torch.Tensor] = {}
+        self._axes: _Decomposition | None = None
 
     def add(self, x: torch.Tensor, y: torch.Tensor, *, held_out: bool = False) -> None:
         """Add rows `[n, features]` and `[n, targets]`."""
         self._full.clear()
         self._bases.clear()
+        self._axes = None
         (self._held if held_out else self._fit).add(x, y)
 
     def solve(self, rank: int | None = None) -> Solution:
@@ -93,65 +146,55 @@ class Moments:
             rank: Largest rank of the map; None for full rank.
         """
         judge = self._held if self._held.count else self._fit
-        best: tuple[float, torch.Tensor, torch.Tensor | None] | None = None
-        for ridge in RIDGES:
-            full = self._ridge(ridge)
-            basis = None
-            if rank is not None and rank < min(full.shape[0] - 1, full.shape[1]):
-                basis = self._directions(ridge, rank)
-                full = self._project(full, basis)
-            error = judge.residual(full)
-            if best is None or error < best[0]:
-                best = error, full, basis
-        assert best is not None
-        error, full, basis = best
-        weight, bias = full[:-1].T.contiguous(), full[-1].clone()
-        down = up = None
-        if basis is not None:
-            down, up = basis.T @ weight, basis
+        found = [self._affine(ridge, rank) for ridge in RIDGES]
+        errors = [judge.residual(affine) for affine in found]
+        error, best = min(zip(errors, found, strict=True), key=lambda pair: pair[0])
         share = (error / judge.yy) ** 0.5 if judge.yy else 0.0
-        return Solution(weight, bias, down, up, share)
+        if best.basis is None:
+            return Solution(best.left.T.contiguous(), best.bias, None, None, share)
+        weight = best.basis @ best.left.T
+        return Solution(weight, best.bias, best.left.T.contiguous(), best.basis, share)
 
-    def _ridge(self, ridge: float) -> torch.Tensor:
-        if ridge in self._full:
-            return self._full[ridge]
-        sums = self._fit
-        scale = sums.xx.diagonal()[:-1].mean().item() or 1.0
-        penalty = torch.full_like(sums.xx[0], ridge * scale)
-        penalty[-1] = 1e-9 * max(sums.count, 1) if self._bias else 1e30
-        solution: torch.Tensor = torch.linalg.solve(sums.xx + torch.diag(penalty), sums.xy)
-        if not self._bias:
-            solution[-1] = 0
-        self._full[ridge] = solution
-        return solution
+    def _affine(self, ridge: float, rank: int | None) -> _Affine:
+        """The solution with a ridge, projected to a rank where it is larger."""
+        known, weight = self._decomposed(), self._weight(ridge)
+        if rank is None or rank >= min(weight.shape):
+            return _Affine(weight, None, known.mean_y - known.mean_x @ weight)
+        basis = self._directions(ridge, rank)
+        left = weight @ basis
+        return _Affine(left, basis, known.mean_y - known.mean_x @ left @ basis.T)
+
+    def _weight(self, ridge: float) -> torch.Tensor:
+        """Coefficients `[features, targets]` at full rank."""
+        if ridge not in self._full:
+            known = self._decomposed()
+            self._full[ridge] = known.vectors @ (known.cross / self._damped(ridge))
+        return self._full[ridge]
+
+    def _damped(self, ridge: float) -> torch.Tensor:
+        """Variances along the principal axes of the features and the ridge, `[features, 1]`."""
+        scale = self._fit.xx.diagonal()[:-1].mean().item() or 1.0
+        return self._decomposed().variances[:, None] + ridge * scale
+
+    def _decomposed(self) -> _Decomposition:
+        if self._axes is None:
+            self._axes = _Decomposition.of(self._fit, centred=self._bias)
+        return self._axes
 
     def _directions(self, ridge: float, rank: int) -> torch.Tensor:
         """Orthonormal directions `[targets, rank]` in which the centred predictions vary most."""
         known = self._bases.get(ridge)
         if known is None or known.shape[1] < rank:
-            known = self._bases[ridge] = self._principal(self._ridge(ridge), rank)
+            known = self._bases[ridge] = self._principal(ridge, rank)
         return known[:, :rank]
 
-    def _principal(self, full: torch.Tensor, rank: int) -> torch.Tensor:
-        count = max(self._fit.count, 1)
-        mean = self._fit.xx[-1:, :-1] / count
-        covariance = self._fit.xx[:-1, :-1] - count * mean.T @ mean
-        if not self._bias:
-            covariance = self._fit.xx[:-1, :-1]
-        values, vectors = torch.linalg.eigh(covariance)
-        factor = vectors * values.clamp_min(0.0).sqrt()  # factor @ factor.T is the covariance
+    def _principal(self, ridge: float, rank: int) -> torch.Tensor:
+        known = self._decomposed()
+        # Rows whose products with each other are those of the predictions.
+        predictions = known.variances.sqrt()[:, None] * known.cross / self._damped(ridge)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            over = min(rank + 8, *full[:-1].shape)
-            _, _, directions = torch.svd_lowrank(factor.T @ full[:-1], over, niter=4)
+            over = min(rank + 8, *predictions.shape)
+            _, _, directions = torch.svd_lowrank(predictions, over, niter=4)
         found: torch.Tensor = directions[:, :rank]
         return found
-
-    def _project(self, full: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-        """Keep the part of the weights along the basis, and the predictions' mean."""
-        weight = full[:-1] @ basis @ basis.T
-        if not self._bias:
-            return torch.cat([weight, full[-1:]])
-        mean = self._fit.xx[-1:, :-1] / max(self._fit.count, 1)
-        bias = full[-1:] + mean @ (full[:-1] - weight)
-        return torch.cat([weight, bias])
