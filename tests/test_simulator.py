@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -212,15 +213,15 @@ def test_a_trace_has_every_instruction_and_an_arrow_per_message() -> None:
 # Ranks that really run, on stages that sleep: they need no core while they do.
 
 SLEEPS = {
-    Kind.FINE: 0.10, Kind.FINE_BACKWARD: 0.15, Kind.CORRECT: 0.02, Kind.COARSE_BACKWARD: 0.02,
+    Kind.FINE: 0.2, Kind.FINE_BACKWARD: 0.3, Kind.CORRECT: 0.04, Kind.COARSE_BACKWARD: 0.04,
 }  # fmt: skip
-STEPS = 8
+CLOSE, STEPS = 1.08, 20
 OPTIONS: list[tuple[dict[str, Any], int, float]] = [
-    ({}, 1, 0.10 + 3 * 0.02 + 3 * 0.02 + 0.15),
-    ({"sweep": "collapsed"}, 1, 0.10 + 0.02 + 0.02 + 0.15),
-    # Fine stages until 0.20, both sweeps until 0.28; then the adjoints of one micro-batch travel
+    ({}, 1, 0.2 + 3 * 0.04 + 3 * 0.04 + 0.3),
+    ({"sweep": "collapsed"}, 1, 0.2 + 0.04 + 0.04 + 0.3),
+    # Fine stages until 0.4, both sweeps until 0.56; then the adjoints of one micro-batch travel
     # back, and those of the other one behind it, each rank running its stage in between.
-    ({}, 2, 2 * 0.10 + 4 * 0.02 + 4 * 0.02 + 2 * 0.15),
+    ({}, 2, 2 * 0.2 + 4 * 0.04 + 4 * 0.04 + 2 * 0.3),
 ]
 """Options, micro-batches, and the seconds of a step by hand."""
 
@@ -246,23 +247,28 @@ def _measured(rank: int) -> list[tuple[float, float]]:
         for coarse in compiled.operators.coarse.values():
             _sleep(coarse, Kind.CORRECT, Kind.COARSE_BACKWARD)
         module = pnn.runtime.distribute(compiled, batches=batches)
-        best = min(_step(module, example) for _ in range(STEPS))
         compute = {
             (kind, stage): seconds
             for kind, seconds in SLEEPS.items()
             for stage in range(kind in (Kind.CORRECT, Kind.COARSE_BACKWARD), 4)
         }
         programs = module.network.programs(batches=batches)
-        found.append((simulate(programs, Times(compute)).time, best))
+        simulated = simulate(programs, Times(compute)).time
+        best, steps = math.inf, 0
+        while best > CLOSE * simulated and steps < STEPS:  # others may have the cores for a while
+            best, steps = min(best, _step(module, example)), steps + 1
+        found.append((simulated, best))
     return found
 
 
 def _step(module: pnn.runtime.RankModule, example: Tensor) -> float:
+    """Take a step; give the seconds until the last rank was done, alike on all ranks."""
     dist.barrier()
     began = time.perf_counter()
     module.forward_backward(example, _mean)
-    dist.barrier()
-    return time.perf_counter() - began
+    seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item()
 
 
 def _mean(outputs: Tensor, batch: Any) -> Tensor:
@@ -270,7 +276,7 @@ def _mean(outputs: Tensor, batch: Any) -> Tensor:
 
 
 def test_ranks_overlap_as_the_simulator_says(tmp_path: Path) -> None:
-    """Four processes; were their fine stages to run one after another, a step took over 1 s."""
+    """Four processes; were their fine stages to run one after another, a step took over 2 s."""
     measured = start(_measured, 4, tmp_path)[0]
     for (options, batches, by_hand), (simulated, found) in zip(OPTIONS, measured, strict=True):
         assert simulated == pytest.approx(by_hand), (options, batches)
