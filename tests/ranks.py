@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-__all__ = ["start"]
+__all__ = ["begin", "start"]
 
 TIMEOUT = datetime.timedelta(seconds=60)
+
+_NUMBERS = itertools.count()
+
+# The server imports torch once and has no threads: ranks forked from it start in no time.
+multiprocessing.set_forkserver_preload(["pnn_compile", "torch.distributed", "tests.ranks"])
 
 
 def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -23,18 +30,37 @@ def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: An
         torch.multiprocessing.ProcessRaisedException: It raised on some rank; the message holds the
             traceback.
     """
-    spawn(_enter, (function, ranks, folder, arguments), nprocs=ranks)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    context, results = begin(function, ranks, folder, *arguments)
+    while not context.join():
+        pass
+    return [torch.load(results / f"{rank}.pt") for rank in range(ranks)]
+
+
+def begin(
+    function: Callable[..., Any], ranks: int, folder: Path, *arguments: Any
+) -> tuple[ProcessContext, Path]:
+    """Start it, and give the processes and the folder that their results go to."""
+    results = folder / f"ranks-{next(_NUMBERS)}"
+    results.mkdir()
+    context = start_processes(
+        _enter,
+        (function, ranks, results, arguments),
+        nprocs=ranks,
+        join=False,
+        start_method="forkserver",
+    )
+    assert context is not None
+    return context, results
 
 
 def _enter(
-    rank: int, function: Callable[..., Any], ranks: int, folder: Path, arguments: Any
+    rank: int, function: Callable[..., Any], ranks: int, results: Path, arguments: Any
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder / 'store'}", TIMEOUT, world_size=ranks, rank=rank
+        "gloo", f"file://{results / 'store'}", TIMEOUT, world_size=ranks, rank=rank
     )
     try:
-        torch.save(function(rank, *arguments), folder / f"{rank}.pt")
+        torch.save(function(rank, *arguments), results / f"{rank}.pt")
     finally:
         dist.destroy_process_group()

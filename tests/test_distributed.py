@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import pnn_compile as pnn
 from examples import decoder, resnet110
 from pnn_compile.batches import named_batch
-from pnn_compile.runtime.distributed import crossing
 from pnn_compile.runtime.local import LocalNetwork, run_together
+from pnn_compile.runtime.microbatches import crossing, divide
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.step import Step
 from tests.ranks import start
@@ -156,11 +156,9 @@ def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    from pnn_compile.runtime.distributed import _divide
-
-    assert [len(piece) for piece in _divide(torch.randn(5, 2), 2)] == [3, 2]
-    pieces = _divide((torch.randn(4, 2), torch.arange(4), "flag"), 2)
+    assert [len(piece) for piece in divide(torch.randn(5, 2), 2)] == [3, 2]
+    pieces = divide((torch.randn(4, 2), torch.arange(4), "flag"), 2)
     assert [piece[2] for piece in pieces] == ["flag", "flag"]
     assert pieces[1][1].tolist() == [2, 3]
     with pytest.raises(pnn.RuntimeFault, match="a batch of 2 does not divide into 3"):
-        _divide({"x": torch.randn(2, 2)}, 3)
+        divide({"x": torch.randn(2, 2)}, 3)

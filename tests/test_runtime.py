@@ -19,9 +19,9 @@ from torch.nn import functional as F
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
 from pnn_compile.batches import named_batch
-from pnn_compile.runtime.distributed import crossing
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
+from pnn_compile.runtime.microbatches import crossing
 from pnn_compile.runtime.order import check, in_order
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.schedule import Sweep, schedule

@@ -13,9 +13,9 @@ import torch
 from pnn_compile.batches import batch_size
 from pnn_compile.bench.contenders import mean_square, optimizer_of
 from pnn_compile.bench.result import Parts
-from pnn_compile.runtime.distributed import crossing
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
+from pnn_compile.runtime.microbatches import crossing
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.step import Step
 

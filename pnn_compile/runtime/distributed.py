@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,12 @@ from torch import nn
 from passes.errors import RuntimeFault
 from pnn_compile.batches import batch_size, device_of, named_batch
 from pnn_compile.runtime.instruction import Instruction
+from pnn_compile.runtime.link import DistributedLink
+from pnn_compile.runtime.microbatches import crossing, divide
 from pnn_compile.runtime.order import check
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.ties import Ties
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -104,7 +106,7 @@ class RankModule(nn.Module):
         for programs in self._programs.values():
             check(programs)
         _compare(compiled, group)
-        self._ties = _Ties(compiled, placement, group)
+        self._ties = Ties(compiled, placement, group)
         self._seed = _common_seed(group)
         self._steps = 0
 
@@ -147,7 +149,7 @@ class RankModule(nn.Module):
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
-        pieces = _divide(batch, self._batches)
+        pieces = divide(batch, self._batches)
         inputs = [named_batch(self._compiled[0], piece) for piece in pieces]
         shares = [batch_size(each) for each in inputs]
         weights = [share / max(1, sum(shares)) for share in shares]
@@ -210,7 +212,7 @@ class RankModule(nn.Module):
         loss: Callable[[Any, int], torch.Tensor] | None,
         programs: Sequence[Sequence[Instruction]],
     ) -> Step:
-        link = _DistributedLink(self._group, device_of(self.network))
+        link = DistributedLink(self._group, device_of(self.network))
         compiled = self._compiled[0]
         seed = self._seed + self._steps
         step = Step(self.network, inputs, link, loss, crossing(compiled, inputs), seed)
@@ -224,27 +226,6 @@ class RankModule(nn.Module):
                 raise _fault(compiled, self.rank, instruction, inputs, error) from error
         link.wait()
         return step
-
-
-def crossing(
-    compiled: Network, inputs: Sequence[Mapping[str, Any]]
-) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """Give tensors on the meta device like those that cross behind a stage in a micro-batch."""
-    example = batch_size(compiled.program.args)
-
-    def like(stage: int, batch: int) -> dict[str, torch.Tensor]:
-        samples = batch_size(inputs[batch])
-        found = {}
-        for value in compiled.plan.interfaces[stage].state:
-            shape = list(value.spec.shape)
-            axis = value.spec.batch_axis
-            if axis is not None and example:
-                shape[axis] = shape[axis] * samples // example
-            dtype = getattr(torch, value.spec.dtype)
-            found[value.name] = torch.empty(shape, dtype=dtype, device="meta")
-        return found
-
-    return like
 
 
 def _fault(
@@ -264,71 +245,6 @@ def _fault(
         f"rank {rank} failed at {instruction}, modules {stage.first_module} to "
         f"{stage.last_module}, inputs {shapes}: {type(error).__name__}: {error}"
     )
-
-
-class _DistributedLink:
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group = group
-        self._device = device
-        self._sent: list[tuple[dist.Work | None, torch.Tensor]] = []
-
-    def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
-        for tensor in tensors:
-            ready = tensor.detach().contiguous()
-            work = dist.isend(ready, group=self._group, group_dst=peer)
-            self._sent.append((work, ready))  # alive until it is sent
-
-    def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        found = [torch.empty_like(each, device=self._device) for each in like]
-        for tensor in found:
-            work = dist.irecv(tensor, group=self._group, group_src=peer)
-            if work is not None:
-                work.wait()
-        return found
-
-    def wait(self) -> None:
-        for work, _ in self._sent:
-            if work is not None:
-                work.wait()
-        self._sent.clear()
-
-
-class _Ties:
-    """Parameters that several ranks hold."""
-
-    def __init__(
-        self, compiled: Network, placement: Sequence[int], group: dist.ProcessGroup
-    ) -> None:
-        owners: dict[nn.Parameter, list[int]] = {}
-        for rank in range(max(placement) + 1):
-            for parameter in RankNetwork(compiled, placement, rank).parameters():
-                owners.setdefault(parameter, []).append(rank)
-        rank = dist.get_rank(group)
-        self._counted = {p for p, ranks in owners.items() if ranks[0] == rank}
-        self._shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
-        groups: dict[tuple[int, ...], Any] = {}
-        for parameter, ranks in owners.items():
-            key = tuple(ranks)
-            if len(key) < 2:
-                continue
-            if key not in groups:  # all processes make all groups, in the same order
-                groups[key] = dist.new_group([dist.get_global_rank(group, r) for r in key])
-            if rank in key:
-                self._shared.append((parameter, groups[key]))
-        with torch.no_grad():
-            for parameter, among in self._shared:
-                dist.broadcast(parameter, dist.get_global_rank(among, 0), among)
-
-    def counts(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the one that counts a parameter where all are counted once."""
-        return parameter in self._counted
-
-    def sum_gradients(self) -> None:
-        """Add up the gradients of every shared parameter over the ranks that hold it."""
-        for parameter, group in self._shared:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
 
 
 def _common_seed(group: dist.ProcessGroup) -> int:
@@ -355,29 +271,3 @@ def _compare(compiled: Network, group: dist.ProcessGroup) -> None:
 def _named(compiled: Network, args: Sequence[Any]) -> dict[str, Any]:
     names = [str(node.target) for node in compiled.program.inputs]
     return dict(zip(names, args, strict=False))
-
-
-def _divide(batch: Any, count: int) -> list[Any]:
-    """Cut a batch into micro-batches along dimension 0 of its tensors."""
-    if count == 1:
-        return [batch]
-    if isinstance(batch, torch.Tensor):
-        return _chunks(batch, count)
-    if isinstance(batch, Mapping):
-        columns = {name: _chunks(value, count) for name, value in batch.items()}
-        return [{name: pieces[i] for name, pieces in columns.items()} for i in range(count)]
-    rows = [_chunks(value, count) for value in batch]
-    return [tuple(pieces[i] for pieces in rows) for i in range(count)]
-
-
-def _chunks(value: Any, count: int) -> list[Any]:
-    if not isinstance(value, torch.Tensor) or not value.dim():
-        return [value] * count
-    size = math.ceil(len(value) / count)
-    pieces = list(torch.split(value, size))
-    if len(pieces) != count:
-        raise RuntimeFault(
-            f"a batch of {len(value)} does not divide into {count} micro-batches: give at least "
-            f"{count} samples, best a multiple"
-        )
-    return pieces

@@ -1,0 +1,68 @@
+"""Micro-batches: how a batch is divided, and what crosses between stages for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from passes.errors import RuntimeFault
+from pnn_compile.batches import batch_size
+
+if TYPE_CHECKING:
+    from pnn_compile.network import Network
+
+__all__ = ["crossing", "divide"]
+
+
+def divide(batch: Any, count: int) -> list[Any]:
+    """Cut a batch into micro-batches along dimension 0 of its tensors.
+
+    Raises:
+        RuntimeFault: It has too few samples.
+    """
+    if count == 1:
+        return [batch]
+    if isinstance(batch, torch.Tensor):
+        return _chunks(batch, count)
+    if isinstance(batch, Mapping):
+        columns = {name: _chunks(value, count) for name, value in batch.items()}
+        return [{name: pieces[i] for name, pieces in columns.items()} for i in range(count)]
+    rows = [_chunks(value, count) for value in batch]
+    return [tuple(pieces[i] for pieces in rows) for i in range(count)]
+
+
+def _chunks(value: Any, count: int) -> list[Any]:
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return [value] * count
+    size = math.ceil(len(value) / count)
+    pieces = list(torch.split(value, size))
+    if len(pieces) != count:
+        raise RuntimeFault(
+            f"a batch of {len(value)} does not divide into {count} micro-batches: give at least "
+            f"{count} samples, best a multiple"
+        )
+    return pieces
+
+
+def crossing(
+    compiled: Network, inputs: Sequence[Mapping[str, Any]]
+) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """Give tensors on the meta device like those that cross behind a stage in a micro-batch."""
+    example = batch_size(compiled.program.args)
+
+    def like(stage: int, batch: int) -> dict[str, torch.Tensor]:
+        samples = batch_size(inputs[batch])
+        found = {}
+        for value in compiled.plan.interfaces[stage].state:
+            shape = list(value.spec.shape)
+            axis = value.spec.batch_axis
+            if axis is not None and example:
+                shape[axis] = shape[axis] * samples // example
+            dtype = getattr(torch, value.spec.dtype)
+            found[value.name] = torch.empty(shape, dtype=dtype, device="meta")
+        return found
+
+    return like
