@@ -20,7 +20,9 @@ TIMEOUT = datetime.timedelta(seconds=60)
 _NUMBERS = itertools.count()
 
 # The server imports torch once and has no threads: ranks forked from it start in no time.
-multiprocessing.set_forkserver_preload(["pnn_compile", "torch.distributed", "tests.ranks"])
+multiprocessing.set_forkserver_preload(
+    ["pnn_compile.runtime.storage", "torch.testing", "tests.ranks"]
+)
 
 
 def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> list[Any]:

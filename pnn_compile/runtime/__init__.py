@@ -1,5 +1,6 @@
 """Runs a parareal network on several ranks at once, forward and backward."""
 
+from pnn_compile.runtime.checkpoint import Checkpoints
 from pnn_compile.runtime.distributed import RankModule, distribute, place
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.order import check
@@ -8,6 +9,7 @@ from pnn_compile.runtime.simulator import Timeline, Times, simulate
 from pnn_compile.runtime.trace import chrome_trace
 
 __all__ = [
+    "Checkpoints",
     "Instruction",
     "Kind",
     "RankModule",

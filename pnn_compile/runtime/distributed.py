@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +12,20 @@ from torch import nn
 
 from passes.errors import RuntimeFault
 from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.link import DistributedLink
 from pnn_compile.runtime.microbatches import crossing, divide
 from pnn_compile.runtime.order import check
 from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.replicas import Replicas
+from pnn_compile.runtime.saved import Saved
 from pnn_compile.runtime.step import Step
 from pnn_compile.runtime.ties import Ties
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from pnn_compile.network import Network
 
 __all__ = ["RankModule", "distribute", "place"]
@@ -44,14 +49,23 @@ def distribute(
     compiled: Network,
     *,
     group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
     placement: Sequence[int] | None = None,
     batches: int = 1,
 ) -> RankModule:
-    """Take this rank's part of a network, on every rank of a process group.
+    """Take this rank's part of a network, on every rank of a process group or mesh.
+
+    A mesh of dimensions ("data", "stage") holds several replicas of the network, each on the ranks
+    along "stage" and each with batches of its own. Along "data" it is DistributedDataParallel:
+    gradients are averaged over the replicas, which is the gradient of the mean loss over all their
+    samples where their batches are equally large; BatchNorm normalises by the batch of its replica,
+    and all replicas go on with the running statistics of the first one.
 
     Args:
         compiled: The whole network, made alike on every rank.
         group: Process group with one process a rank; the default one if None.
+        mesh: In place of a group, what `init_device_mesh("cpu", (replicas, ranks),
+            mesh_dim_names=("data", "stage"))` gives.
         placement: Rank of every stage; neighbours together, evenly, if None.
         batches: Number of micro-batches of a step.
 
@@ -59,31 +73,25 @@ def distribute(
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
             the placement does not fit.
     """
-    if not dist.is_initialized():
-        raise RuntimeFault(
-            "torch.distributed is not initialised: call dist.init_process_group() first, in a "
-            "script that torchrun starts"
-        )
-    group = group or dist.group.WORLD
-    assert group is not None
-    ranks = dist.get_world_size(group)
+    groups = Groups.of(group, mesh)
+    ranks = dist.get_world_size(groups.stages)
     if placement is None:
         placement = place(len(compiled.plan.stages), ranks)
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
-    return RankModule(compiled, placement, group, batches)
+    return RankModule(compiled, placement, groups, batches)
 
 
 class RankModule(nn.Module):
     """This rank's guesses, fine stages, corrections and head, and the steps that it takes part in.
 
     Its parameters are those of its own pieces: give them to any optimizer. A parameter that several
-    ranks hold (a tied embedding) has the same gradient on all of them after `backward_step`.
+    ranks hold (a tied embedding) has the same gradient on all of them after `forward_backward`.
 
     Args:
         compiled: The whole network.
         placement: Rank of every stage.
-        group: Process group with one process a rank.
+        groups: The processes of the run.
         batches: Number of micro-batches of a step.
     """
 
@@ -91,13 +99,14 @@ class RankModule(nn.Module):
         self,
         compiled: Network,
         placement: Sequence[int],
-        group: dist.ProcessGroup,
+        groups: Groups,
         batches: int = 1,
     ) -> None:
         super().__init__()
-        self.network = RankNetwork(compiled, placement, dist.get_rank(group))
+        self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages))
         self._compiled = [compiled]  # a list hides it from nn.Module
-        self._group = group
+        self.groups = groups
+        self._group = groups.stages
         self._batches = batches
         self._programs = {
             backward: self.network.programs(batches=batches, backward=backward)
@@ -105,10 +114,10 @@ class RankModule(nn.Module):
         }
         for programs in self._programs.values():
             check(programs)
-        _compare(compiled, group)
-        self._ties = Ties(compiled, placement, group)
-        self._seed = _common_seed(group)
-        self._steps = 0
+        groups.compare(compiled)
+        self._ties = Ties(compiled, placement, groups.stages)
+        self._replicas = Replicas(self.network, groups.replicas)
+        self.saved = Saved(compiled, self.network, groups)
 
     @property
     def rank(self) -> int:
@@ -129,6 +138,7 @@ class RankModule(nn.Module):
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
         inputs = named_batch(self._compiled[0], {**_named(self._compiled[0], args), **kwargs})
+        self._replicas.share_buffers()
         with torch.no_grad():
             step = self._run([inputs], None, self.network.programs(backward=False))
         return step.outputs.get(0)
@@ -157,14 +167,19 @@ class RankModule(nn.Module):
         def weighed(outputs: Any, number: int) -> torch.Tensor:
             return loss(outputs, pieces[number]) * weights[number]
 
+        with self._exchanging("buffers of replicas"):
+            self._replicas.share_buffers()
         step = self._run(inputs, weighed, self._programs[True])
-        self._ties.sum_gradients()
+        with self._exchanging("gradients"):
+            self._ties.sum_gradients()
+            self._replicas.average_gradients()
         total = torch.zeros((), device=device_of(self.network))
         if self.holds_output:
             total += torch.stack([*step.losses.values()]).sum()
-        source = dist.get_global_rank(self._group, self.network.placement[-1])
-        dist.broadcast(total, source, self._group)
-        return total
+        with self._exchanging("the loss"):
+            source = dist.get_global_rank(self._group, self.network.placement[-1])
+            dist.broadcast(total, source, self._group)
+            return self._replicas.mean(total)
 
     def train_step(
         self,
@@ -198,13 +213,47 @@ class RankModule(nn.Module):
         squares = [p.grad.detach().double().square().sum() for p in own if p.grad is not None]
         total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
         total = total.to(device_of(self.network))
-        dist.all_reduce(total, group=self._group)
+        with self._exchanging("the norm of the gradient"):
+            dist.all_reduce(total, group=self._group)
         norm = total.sqrt()
         scale = (most / (norm + 1e-6)).clamp(max=1.0)
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
         return norm
+
+    @contextmanager
+    def _exchanging(self, what: str) -> Iterator[None]:
+        """Name rank and stages where an exchange fails because another rank is gone."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeFault(
+                f"rank {self.rank} (stages {self.network.own}) failed to exchange {what}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def original_state_dict(self) -> dict[str, torch.Tensor]:
+        """Collect the weights of the fine stages and the head under the model's own keys.
+
+        Every rank calls it; rank 0 of the network gets all of them, on the CPU, the others none.
+        """
+        with self._exchanging("weights"):
+            return self.saved.original_state_dict()
+
+    def load_original_state_dict(
+        self, state: Mapping[str, torch.Tensor], *, strict: bool = True
+    ) -> None:
+        """Load this rank's part of a checkpoint of the original model; every rank calls it.
+
+        Args:
+            state: A state dict with the model's own keys, on every rank.
+            strict: Whether every key must be there, and no other.
+
+        Raises:
+            OptionError: As `Network.load_original_state_dict`.
+        """
+        self._compiled[0].load_original_state_dict(state, strict=strict)
 
     def _run(
         self,
@@ -214,9 +263,9 @@ class RankModule(nn.Module):
     ) -> Step:
         link = DistributedLink(self._group, device_of(self.network))
         compiled = self._compiled[0]
-        seed = self._seed + self._steps
+        seed = self.saved.step_seed()
         step = Step(self.network, inputs, link, loss, crossing(compiled, inputs), seed)
-        self._steps += loss is not None
+        self.saved.steps += loss is not None
         for instruction in programs[self.rank]:
             try:
                 step.run(instruction)
@@ -245,27 +294,6 @@ def _fault(
         f"rank {rank} failed at {instruction}, modules {stage.first_module} to "
         f"{stage.last_module}, inputs {shapes}: {type(error).__name__}: {error}"
     )
-
-
-def _common_seed(group: dist.ProcessGroup) -> int:
-    """The seed of rank 0, for all ranks."""
-    found = [torch.initial_seed() % 2**48]
-    dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group)
-    return found[0]
-
-
-def _compare(compiled: Network, group: dist.ProcessGroup) -> None:
-    """Refuse ranks that hold different networks."""
-    text = compiled.plan.to_json()
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, digest, group=group)
-    if len(set(found)) > 1:
-        different = [rank for rank, each in enumerate(found) if each != found[0]]
-        raise RuntimeFault(
-            f"ranks {different} hold another plan than rank 0: compile with the same model, "
-            "options and seed on all of them, or load one artifact"
-        )
 
 
 def _named(compiled: Network, args: Sequence[Any]) -> dict[str, Any]:
