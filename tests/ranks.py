@@ -15,8 +15,6 @@ from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 __all__ = ["begin", "start"]
 
-TIMEOUT = datetime.timedelta(seconds=60)
-
 _NUMBERS = itertools.count()
 
 # The server imports torch once and has no threads: ranks forked from it start in no time.
@@ -39,14 +37,22 @@ def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: An
 
 
 def begin(
-    function: Callable[..., Any], ranks: int, folder: Path, *arguments: Any
+    function: Callable[..., Any], ranks: int, folder: Path, *arguments: Any, limit: float = 60
 ) -> tuple[ProcessContext, Path]:
-    """Start it, and give the processes and the folder that their results go to."""
+    """Start it, and give the processes and the folder that their results go to.
+
+    Args:
+        function: What to run.
+        ranks: Number of processes.
+        folder: Where files may be written.
+        arguments: Of the function.
+        limit: Seconds that a rank waits for another.
+    """
     results = folder / f"ranks-{next(_NUMBERS)}"
     results.mkdir()
     context = start_processes(
         _enter,
-        (function, ranks, results, arguments),
+        (function, ranks, results, limit, arguments),
         nprocs=ranks,
         join=False,
         start_method="forkserver",
@@ -56,12 +62,16 @@ def begin(
 
 
 def _enter(
-    rank: int, function: Callable[..., Any], ranks: int, results: Path, arguments: Any
+    rank: int,
+    function: Callable[..., Any],
+    ranks: int,
+    results: Path,
+    limit: float,
+    arguments: Any,
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{results / 'store'}", TIMEOUT, world_size=ranks, rank=rank
-    )
+    store, timeout = f"file://{results / 'store'}", datetime.timedelta(seconds=limit)
+    dist.init_process_group("gloo", store, timeout, world_size=ranks, rank=rank)
     try:
         torch.save(function(rank, *arguments), results / f"{rank}.pt")
     finally:
