@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from passes.errors import RuntimeFault
 from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.runtime.computing import Computing
 from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.link import DistributedLink
@@ -52,6 +54,9 @@ def distribute(
     mesh: DeviceMesh | None = None,
     placement: Sequence[int] | None = None,
     batches: int = 1,
+    autocast: torch.dtype | None = None,
+    recompute: bool = False,
+    compile_backend: str | Callable[..., Any] | None = None,
 ) -> RankModule:
     """Take this rank's part of a network, on every rank of a process group or mesh.
 
@@ -68,6 +73,11 @@ def distribute(
             mesh_dim_names=("data", "stage"))` gives.
         placement: Rank of every stage; neighbours together, evenly, if None.
         batches: Number of micro-batches of a step.
+        autocast: Precision of torch.autocast around every piece, and of the states that cross
+            between ranks: torch.bfloat16, or torch.float16 with `RankModule.grad_scaler`.
+        recompute: Whether fine stages keep their inputs alone and run again in the backward pass
+            (activation checkpointing).
+        compile_backend: Backend of torch.compile, which every piece goes through by itself.
 
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
@@ -79,7 +89,8 @@ def distribute(
         placement = place(len(compiled.plan.stages), ranks)
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
-    return RankModule(compiled, placement, groups, batches)
+    computing = Computing(autocast, recompute, compile_backend)
+    return RankModule(compiled, placement, groups, batches, computing)
 
 
 class RankModule(nn.Module):
@@ -93,6 +104,7 @@ class RankModule(nn.Module):
         placement: Rank of every stage.
         groups: The processes of the run.
         batches: Number of micro-batches of a step.
+        computing: How the pieces run.
     """
 
     def __init__(
@@ -101,6 +113,7 @@ class RankModule(nn.Module):
         placement: Sequence[int],
         groups: Groups,
         batches: int = 1,
+        computing: Computing | None = None,
     ) -> None:
         super().__init__()
         self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages))
@@ -108,6 +121,8 @@ class RankModule(nn.Module):
         self.groups = groups
         self._group = groups.stages
         self._batches = batches
+        self._computing = computing or Computing()
+        self._computing.prepare(self.network)
         self._programs = {
             backward: self.network.programs(batches=batches, backward=backward)
             for backward in (True, False)
@@ -144,13 +159,17 @@ class RankModule(nn.Module):
         return step.outputs.get(0)
 
     def forward_backward(
-        self, batch: Any, loss: Callable[[Any, Any], torch.Tensor]
+        self,
+        batch: Any,
+        loss: Callable[[Any, Any], torch.Tensor],
+        scaler: GradScaler | None = None,
     ) -> torch.Tensor:
         """Run forward and backward over micro-batches; gradients add up as usual.
 
         Args:
             batch: Inputs, alike on every rank: a tensor, a tuple (labels may follow), or a dict.
             loss: From outputs and the micro-batch to a mean over samples.
+            scaler: Scales the loss, and with it the gradients; not the loss that is returned.
 
         Returns:
             The mean loss over the micro-batches, on every rank.
@@ -164,8 +183,10 @@ class RankModule(nn.Module):
         shares = [batch_size(each) for each in inputs]
         weights = [share / max(1, sum(shares)) for share in shares]
 
+        scale = self._scale(scaler)
+
         def weighed(outputs: Any, number: int) -> torch.Tensor:
-            return loss(outputs, pieces[number]) * weights[number]
+            return loss(outputs, pieces[number]) * (weights[number] * scale)
 
         with self._exchanging("buffers of replicas"):
             self._replicas.share_buffers()
@@ -175,7 +196,7 @@ class RankModule(nn.Module):
             self._replicas.average_gradients()
         total = torch.zeros((), device=device_of(self.network))
         if self.holds_output:
-            total += torch.stack([*step.losses.values()]).sum()
+            total += torch.stack([*step.losses.values()]).sum() / scale
         with self._exchanging("the loss"):
             source = dist.get_global_rank(self._group, self.network.placement[-1])
             dist.broadcast(total, source, self._group)
@@ -188,6 +209,7 @@ class RankModule(nn.Module):
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float | None = None,
+        scaler: GradScaler | None = None,
     ) -> torch.Tensor:
         """Take one optimizer step; give the loss, on every rank.
 
@@ -196,16 +218,43 @@ class RankModule(nn.Module):
             loss: As in `forward_backward`.
             optimizer: Of this rank's parameters.
             clip_norm: Largest norm of the gradient of the whole network, or None.
+            scaler: What `grad_scaler` gave, for float16: where a gradient overflows on one rank,
+                no rank takes the step.
 
         Raises:
             RuntimeFault: As in `forward_backward`.
         """
         optimizer.zero_grad(set_to_none=True)
-        value = self.forward_backward(batch, loss)
+        value = self.forward_backward(batch, loss, scaler)
+        if scaler is not None:
+            with self._exchanging("overflows"):
+                scaler.unscale_(optimizer)
         if clip_norm is not None:
             self.clip_gradients(clip_norm)
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         return value
+
+    def grad_scaler(self, **options: Any) -> GradScaler:
+        """Make a gradient scaler that all ranks agree with; options as of torch.amp.GradScaler."""
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        device = device_of(self.network).type
+        return ShardedGradScaler(device, process_group=self.groups.everyone, **options)
+
+    def _scale(self, scaler: GradScaler | None) -> float:
+        if scaler is None:
+            return 1.0
+        if not hasattr(scaler, "process_group"):
+            raise RuntimeFault(
+                f"a {type(scaler).__name__} of this rank alone does not know of overflows on the "
+                "others: make it with module.grad_scaler()"
+            )
+        scaler.scale(torch.zeros((), device=device_of(self.network)))  # makes its scale
+        return scaler.get_scale()
 
     def clip_gradients(self, most: float) -> torch.Tensor:
         """Scale all gradients to a norm over all ranks of at most `most`; give their norm."""
@@ -261,14 +310,17 @@ class RankModule(nn.Module):
         loss: Callable[[Any, int], torch.Tensor] | None,
         programs: Sequence[Sequence[Instruction]],
     ) -> Step:
-        link = DistributedLink(self._group, device_of(self.network))
+        device = device_of(self.network)
+        link = DistributedLink(self._group, device)
         compiled = self._compiled[0]
+        like = crossing(compiled, inputs, self._computing.autocast)
         seed = self.saved.step_seed()
-        step = Step(self.network, inputs, link, loss, crossing(compiled, inputs), seed)
+        step = Step(self.network, inputs, link, loss, like, seed)
         self.saved.steps += loss is not None
         for instruction in programs[self.rank]:
             try:
-                step.run(instruction)
+                with self._computing.around(instruction.kind, device):
+                    step.run(instruction)
             except RuntimeFault:
                 raise
             except Exception as error:

@@ -48,10 +48,23 @@ def _chunks(value: Any, count: int) -> list[Any]:
 
 
 def crossing(
-    compiled: Network, inputs: Sequence[Mapping[str, Any]]
+    compiled: Network, inputs: Sequence[Mapping[str, Any]], precision: torch.dtype | None = None
 ) -> Callable[[int, int], dict[str, torch.Tensor]]:
-    """Give tensors on the meta device like those that cross behind a stage in a micro-batch."""
+    """Give tensors on the meta device like those that cross behind a stage in a micro-batch.
+
+    Args:
+        compiled: The network.
+        inputs: Inputs of every micro-batch, by argument name.
+        precision: In which they are sent; None for that of the weights.
+    """
     example = batch_size(compiled.program.args)
+    conversion = compiled.conversion
+
+    def type_of(name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, name)
+        if conversion is not None and dtype == conversion[0]:
+            dtype = conversion[1]
+        return dtype if precision is None else precision
 
     def like(stage: int, batch: int) -> dict[str, torch.Tensor]:
         samples = batch_size(inputs[batch])
@@ -61,7 +74,7 @@ def crossing(
             axis = value.spec.batch_axis
             if axis is not None and example:
                 shape[axis] = shape[axis] * samples // example
-            dtype = getattr(torch, value.spec.dtype)
+            dtype = type_of(value.spec.dtype)
             found[value.name] = torch.empty(shape, dtype=dtype, device="meta")
         return found
 
