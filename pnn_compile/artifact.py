@@ -34,8 +34,9 @@ from passes.plan import Plan
 from passes.program import Program
 from pnn_compile import graphfile
 from pnn_compile.network import Network, replay
+from pnn_compile.tensor_file import TensorFile
 
-__all__ = ["check_replaceable", "load", "save"]
+__all__ = ["check_replaceable", "load", "save", "tensor_readers"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -91,13 +92,17 @@ def save(compiled: Network, path: str | Path) -> Path:
     return target
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> Network:
+def load(
+    path: str | Path, model: nn.Module | None = None, *, without_data: bool = False
+) -> Network:
     """Load an artifact directory, on the CPU.
 
     Args:
         path: The directory.
         model: Replay the plan over this model instead of the stored program; for a program that
             could not be stored. It is copied, and the stored weights are loaded into the copy.
+        without_data: Make a stored program with all weights on the meta device; see
+            `tensor_readers`.
 
     Raises:
         ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
@@ -108,8 +113,12 @@ def load(path: str | Path, model: nn.Module | None = None) -> Network:
     _check_artifact(folder)
     plan = _read(folder / _PLAN, lambda file: Plan.from_json(file.read_text(encoding="utf-8")))
     data = _read(folder / _PROGRAM, _read_json)
-    values = _read(folder / _VALUES, load_file)
-    weights = _read(folder / _WEIGHTS, load_file)
+    read_tensors = TensorFile if without_data else load_file
+    values: Mapping[str, torch.Tensor] = _read(folder / _VALUES, read_tensors)
+    weights: Mapping[str, torch.Tensor] = _read(folder / _WEIGHTS, read_tensors)
+    if without_data:
+        with _blaming(folder / _PROGRAM):
+            _drop_data(data)
     if model is not None:
         program = _capture(folder, data, values, model)
     else:
@@ -135,6 +144,30 @@ def load(path: str | Path, model: nn.Module | None = None) -> Network:
     with _blaming(folder / _WEIGHTS):
         _restore_network(compiled, network, weights)
     return compiled
+
+
+def tensor_readers(path: str | Path) -> tuple[graphfile.TensorReader, graphfile.TensorReader]:
+    """Open the tensors of the program and those of the operators, to read one by one.
+
+    Raises:
+        ArtifactError: The directory is no artifact, or a file is missing or damaged.
+    """
+    folder = Path(path)
+    _check_artifact(folder)
+    data = _read(folder / _PROGRAM, _read_json)
+    values, weights = _read(folder / _VALUES, TensorFile), _read(folder / _WEIGHTS, TensorFile)
+    with _blaming(folder / _PROGRAM):
+        return (
+            graphfile.TensorReader(data["tensors"], values),
+            graphfile.TensorReader(data["network"]["tensors"], weights),
+        )
+
+
+def _drop_data(data: dict[str, Any]) -> None:
+    """Leave weights without data; example inputs keep theirs."""
+    for record in (*data["tensors"], *data["network"]["tensors"]):
+        if record["kind"] != "input":
+            record["meta"] = True
 
 
 def check_replaceable(path: str | Path) -> None:

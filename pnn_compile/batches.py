@@ -33,13 +33,16 @@ def device_of(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
-    """Name the arguments of one batch; its tensors are copied to the device of the network.
+def named_batch(
+    compiled: Network, batch: Any, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Name the arguments of one batch; its tensors are copied to a device.
 
     Args:
         compiled: The network.
         batch: A tensor, a tuple of positional arguments (labels may follow; they are dropped), or
             a dict of arguments by name.
+        device: Where they are copied to; that of the network if None.
 
     Raises:
         OptionError: An argument of the network is missing.
@@ -56,11 +59,11 @@ def named_batch(compiled: Network, batch: Any) -> dict[str, Any]:
         raise OptionError(
             f"a batch lacks {', '.join(missing)}: give ({', '.join(names)}) or a dict of them"
         )
-    device = device_of(compiled.module)
+    target = device_of(compiled.module) if device is None else device
 
     def copied(leaf: Any) -> Any:
         # A model may write into its inputs: those of the user stay as they are.
-        return leaf.detach().to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
+        return leaf.detach().to(target, copy=True) if isinstance(leaf, torch.Tensor) else leaf
 
     return {name: pytree.tree_map(copied, named[name]) for name in names}
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.errors import RuntimeFault
+from pnn_compile.runtime.instruction import Kind
 from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.schedule import Kind
 
 __all__ = ["Computing"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,7 @@ def place(stages: int, ranks: int) -> tuple[int, ...]:
 
 
 def distribute(
-    compiled: Network,
+    compiled: Network | str | Path,
     *,
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | None = None,
@@ -67,7 +68,8 @@ def distribute(
     and all replicas go on with the running statistics of the first one.
 
     Args:
-        compiled: The whole network, made alike on every rank.
+        compiled: The whole network, made alike on every rank; or the directory of an artifact, of
+            which a rank reads and holds the weights of its own stages alone.
         group: Process group with one process a rank; the default one if None.
         mesh: In place of a group, what `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))` gives.
@@ -82,13 +84,24 @@ def distribute(
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
             the placement does not fit.
+        ArtifactError: As `pnn.load`.
     """
     groups = Groups.of(group, mesh)
+    folder = None
+    if isinstance(compiled, (str, Path)):
+        from pnn_compile.artifact import load
+
+        folder = Path(compiled)
+        compiled = load(folder, without_data=True)
     ranks = dist.get_world_size(groups.stages)
     if placement is None:
         placement = place(len(compiled.plan.stages), ranks)
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
+    if folder is not None:
+        from pnn_compile.runtime.holding import hold
+
+        compiled = hold(compiled, placement, dist.get_rank(groups.stages), folder)
     computing = Computing(autocast, recompute, compile_backend)
     return RankModule(compiled, placement, groups, batches, computing)
 
@@ -140,6 +153,11 @@ class RankModule(nn.Module):
         return self.network.rank
 
     @property
+    def whole(self) -> Network:
+        """The network that this rank has a part of."""
+        return self._compiled[0]
+
+    @property
     def holds_output(self) -> bool:
         """Whether this rank holds the last stage, and so outputs and loss."""
         return self.network.last in self.network.own
@@ -152,7 +170,7 @@ class RankModule(nn.Module):
         Raises:
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
-        inputs = named_batch(self._compiled[0], {**_named(self._compiled[0], args), **kwargs})
+        inputs = self._inputs({**_named(self.whole, args), **kwargs})
         self._replicas.share_buffers()
         with torch.no_grad():
             step = self._run([inputs], None, self.network.programs(backward=False))
@@ -179,7 +197,7 @@ class RankModule(nn.Module):
                 that it waits for.
         """
         pieces = divide(batch, self._batches)
-        inputs = [named_batch(self._compiled[0], piece) for piece in pieces]
+        inputs = [self._inputs(piece) for piece in pieces]
         shares = [batch_size(each) for each in inputs]
         weights = [share / max(1, sum(shares)) for share in shares]
 
@@ -271,6 +289,10 @@ class RankModule(nn.Module):
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
         return norm
 
+    def _inputs(self, batch: Any) -> dict[str, Any]:
+        # Of the whole network the first weights may be those of another rank, without data.
+        return named_batch(self.whole, batch, device_of(self.network))
+
     @contextmanager
     def _exchanging(self, what: str) -> Iterator[None]:
         """Name rank and stages where an exchange fails because another rank is gone."""
@@ -302,7 +324,7 @@ class RankModule(nn.Module):
         Raises:
             OptionError: As `Network.load_original_state_dict`.
         """
-        self._compiled[0].load_original_state_dict(state, strict=strict)
+        self.whole.load_original_state_dict(state, strict=strict)
 
     def _run(
         self,
@@ -312,7 +334,7 @@ class RankModule(nn.Module):
     ) -> Step:
         device = device_of(self.network)
         link = DistributedLink(self._group, device)
-        compiled = self._compiled[0]
+        compiled = self.whole
         like = crossing(compiled, inputs, self._computing.autocast)
         seed = self.saved.step_seed()
         step = Step(self.network, inputs, link, loss, like, seed)

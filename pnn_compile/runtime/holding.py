@@ -1,0 +1,69 @@
+"""Loads an artifact on a rank so that it holds the tensors of its own pieces alone.
+
+The network is first made without data, on the meta device; then the tensors that the rank's pieces
+have take their values from the file. What other ranks hold is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pnn_compile.artifact import tensor_readers
+from pnn_compile.graphfile import named_tensors
+from pnn_compile.network import Network
+from pnn_compile.runtime.rank import RankNetwork
+
+__all__ = ["hold"]
+
+
+def hold(compiled: Network, placement: Sequence[int], rank: int, folder: Path) -> Network:
+    """Give the tensors of a rank's pieces their values, wherever the network has them.
+
+    The network is changed.
+
+    Args:
+        compiled: What `artifact.load(folder, without_data=True)` gave.
+        placement: Rank of every stage.
+        rank: This rank.
+        folder: The artifact.
+
+    Returns:
+        The network.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        RuntimeFault: The placement does not fit the network.
+    """
+    of_program, of_operators = tensor_readers(folder)
+    stages = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
+    operators = compiled.operators.named()
+    in_program = {id(tensor): name for piece in stages for name, tensor in named_tensors(piece)}
+    in_operators = {id(tensor): name for name, tensor in named_tensors(operators)}
+    values: dict[int, torch.Tensor] = {}
+    for _, tensor in named_tensors(RankNetwork(compiled, placement, rank)):
+        if not tensor.is_meta or id(tensor) in values:
+            continue
+        if id(tensor) in in_program:
+            values[id(tensor)] = of_program.read(in_program[id(tensor)])
+        else:
+            values[id(tensor)] = of_operators.read(in_operators[id(tensor)])
+    _replace((*stages, operators), values)
+    if rank or not compiled.program.unused:
+        return compiled
+    # Weights of the model that no stage reads are with the first rank.
+    unused = {name: of_program.read(name) for name in compiled.program.unused}
+    return replace(compiled, program=replace(compiled.program, unused=unused))
+
+
+def _replace(roots: Iterable[nn.Module], values: Mapping[int, torch.Tensor]) -> None:
+    """Put tensors in place of others, by identity, so that what is shared stays so."""
+    for module in {module for root in roots for module in root.modules()}:
+        for held in (module._parameters, module._buffers):
+            for name, tensor in list(held.items()):
+                if tensor is not None and id(tensor) in values:
+                    setattr(module, name, values[id(tensor)])  # modules may keep lists of them
