@@ -143,11 +143,11 @@ class Checkpoints:
     def _load(self, target: Path) -> None:
         from pnn_compile.runtime.storage import read
 
-        run = read(target, {"run": None}, lambda keys: (), self._group)["run"]
+        run = read(target, {"run": None}, self._group)["run"]
         self._saved.load_counters(run)
         wanted: dict[str, Any] = dict(self._saved.tensors())  # they are read in place
         wanted |= {f"parts.{name}": None for name in self._parts}
-        found = read(target, wanted, self._optimizer.keys_in, self._group)
+        found = read(target, wanted, self._group, self._optimizer.keys_in, self._optimizer.empty)
         self._optimizer.load({key: found[key] for key in found.keys() - wanted.keys()})
         for name, part in self._parts.items():
             part.load_state_dict(found[f"parts.{name}"])

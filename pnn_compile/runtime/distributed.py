@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from passes.errors import RuntimeFault
 from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.runtime import sharding
 from pnn_compile.runtime.computing import Computing
 from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.instruction import Instruction
@@ -23,6 +24,7 @@ from pnn_compile.runtime.order import check
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.replicas import Replicas
 from pnn_compile.runtime.saved import Saved
+from pnn_compile.runtime.sharding import local
 from pnn_compile.runtime.step import Step
 from pnn_compile.runtime.ties import Ties
 
@@ -58,6 +60,7 @@ def distribute(
     autocast: torch.dtype | None = None,
     recompute: bool = False,
     compile_backend: str | Callable[..., Any] | None = None,
+    shard: bool = False,
 ) -> RankModule:
     """Take this rank's part of a network, on every rank of a process group or mesh.
 
@@ -80,6 +83,7 @@ def distribute(
         recompute: Whether fine stages keep their inputs alone and run again in the backward pass
             (activation checkpointing).
         compile_backend: Backend of torch.compile, which every piece goes through by itself.
+        shard: Whether replicas hold a share of the weights each (FSDP2, every piece one unit).
 
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
@@ -103,7 +107,7 @@ def distribute(
 
         compiled = hold(compiled, placement, dist.get_rank(groups.stages), folder)
     computing = Computing(autocast, recompute, compile_backend)
-    return RankModule(compiled, placement, groups, batches, computing)
+    return RankModule(compiled, placement, groups, batches, computing, shard=shard)
 
 
 class RankModule(nn.Module):
@@ -118,6 +122,7 @@ class RankModule(nn.Module):
         groups: The processes of the run.
         batches: Number of micro-batches of a step.
         computing: How the pieces run.
+        shard: Whether replicas hold a share of the weights each.
     """
 
     def __init__(
@@ -127,6 +132,8 @@ class RankModule(nn.Module):
         groups: Groups,
         batches: int = 1,
         computing: Computing | None = None,
+        *,
+        shard: bool = False,
     ) -> None:
         super().__init__()
         self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages))
@@ -144,8 +151,11 @@ class RankModule(nn.Module):
             check(programs)
         groups.compare(compiled)
         self._ties = Ties(compiled, placement, groups.stages)
-        self._replicas = Replicas(self.network, groups.replicas)
+        self._replicas = Replicas(self.network, groups.replicas, sharded=shard)
         self.saved = Saved(compiled, self.network, groups)
+        self._sharded = shard
+        if shard:
+            sharding.shard(compiled, self.network, groups.data)
 
     @property
     def rank(self) -> int:
@@ -276,18 +286,21 @@ class RankModule(nn.Module):
 
     def clip_gradients(self, most: float) -> torch.Tensor:
         """Scale all gradients to a norm over all ranks of at most `most`; give their norm."""
-        own = [p for p in self.parameters() if p.grad is not None and self._ties.counts(p)]
-        squares = [p.grad.detach().double().square().sum() for p in own if p.grad is not None]
+        gradients = {p: local(p.grad) for p in self.parameters() if p.grad is not None}
+        squares = [g.double().square().sum() for p, g in gradients.items() if self._counts(p)]
         total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
         total = total.to(device_of(self.network))
         with self._exchanging("the norm of the gradient"):
-            dist.all_reduce(total, group=self._group)
+            dist.all_reduce(total, group=self.groups.everyone if self._sharded else self._group)
         norm = total.sqrt()
         scale = (most / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        for gradient in gradients.values():
+            gradient.mul_(scale.to(gradient.dtype))
         return norm
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter counts here; no sharded one is tied."""
+        return self._sharded or self._ties.counts(parameter)
 
     def _inputs(self, batch: Any) -> dict[str, Any]:
         # Of the whole network the first weights may be those of another rank, without data.
@@ -323,7 +336,12 @@ class RankModule(nn.Module):
 
         Raises:
             OptionError: As `Network.load_original_state_dict`.
+            RuntimeFault: The weights are sharded.
         """
+        if self._sharded:
+            raise RuntimeFault(
+                "sharded weights take no state dict: load it into the network before distribute()"
+            )
         self.whole.load_original_state_dict(state, strict=strict)
 
     def _run(

@@ -30,11 +30,13 @@ class Groups:
         stages: Its network: one process a rank of the placement.
         replicas: Those that hold the same stages and see other data; None where there are none.
         everyone: All processes of the run.
+        data: The dimension of the replicas; None where there are none.
     """
 
     stages: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
     everyone: dist.ProcessGroup
+    data: DeviceMesh | None = None
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Groups:
@@ -64,10 +66,9 @@ class Groups:
         everyone = world
         if len(members) < dist.get_world_size():
             everyone = dist.new_group(members, use_local_synchronization=True)
-        replicas = mesh[DATA].get_group() if DATA in names else None
-        if replicas is not None and dist.get_world_size(replicas) == 1:
-            replicas = None
-        return cls(mesh[STAGE].get_group(), replicas, everyone)
+        data = mesh[DATA] if DATA in names and mesh[DATA].size() > 1 else None
+        replicas = None if data is None else data.get_group()
+        return cls(mesh[STAGE].get_group(), replicas, everyone, data)
 
     @property
     def replica(self) -> int:

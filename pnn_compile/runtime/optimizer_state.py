@@ -36,6 +36,7 @@ class OptimizerState:
                 f"first of shape {list(strange[0].shape)}: make it of module.parameters()"
             )
         self._keys = keys
+        self._parameters = {key: parameter for parameter, key in keys.items()}
 
     def values(self) -> dict[str, Any]:
         """State and options of every parameter."""
@@ -59,6 +60,13 @@ class OptimizerState:
             return key.startswith(_STATE) and key.removeprefix(_STATE).rpartition(".")[0] in own
 
         return [key for key in stored if belongs(key)]
+
+    def empty(self, key: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Make a tensor to read a state into, sharded as its parameter where it has its shape."""
+        parameter = self._parameters[key.removeprefix(_STATE).rpartition(".")[0]]
+        if parameter.shape == size:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(size, dtype=dtype)
 
     def load(self, values: Mapping[str, Any]) -> None:
         """Take up what `values` gave, on this or another rank.

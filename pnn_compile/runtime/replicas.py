@@ -24,11 +24,15 @@ class Replicas:
     Args:
         module: The pieces of this rank.
         group: The processes that hold the same pieces; None for this one alone.
+        sharded: Whether the weights will be sharded, and their gradients come averaged.
     """
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, module: nn.Module, group: dist.ProcessGroup | None, *, sharded: bool = False
+    ) -> None:
         self._module = module
         self._group = group
+        self._sharded = sharded
         if group is not None:
             with torch.no_grad():
                 self._share(module.parameters())
@@ -41,7 +45,7 @@ class Replicas:
 
     def average_gradients(self) -> None:
         """Average the gradients; all replicas hold the same ones behind it."""
-        if self._group is None:
+        if self._group is None or self._sharded:
             return
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         device = next((p.device for p in parameters), torch.device("cpu"))

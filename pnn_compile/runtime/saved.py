@@ -11,6 +11,7 @@ from torch import nn
 from passes.errors import RuntimeFault
 from pnn_compile.runtime.groups import Groups, plan_digest
 from pnn_compile.runtime.names import MODEL, Names, key_of
+from pnn_compile.runtime.sharding import full
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -39,7 +40,7 @@ class Saved:
         self.steps = 0
         self._seed = groups.common_seed()
         self._network = network
-        self._names = Names(compiled)
+        self._keys = Names(compiled)
         self._plan = plan_digest(compiled)
         # Weights of the model that no stage reads stay with the first rank.
         self._unused = dict(compiled.program.unused) if network.rank == 0 else {}
@@ -50,7 +51,7 @@ class Saved:
 
     def parameter_keys(self) -> dict[nn.Parameter, str]:
         """Key of every parameter of this rank."""
-        return self._names.parameters(self._network)
+        return self._keys.parameters(self._network)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of this rank by key; they share its memory."""
@@ -77,7 +78,7 @@ class Saved:
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights of all stages and the head by the model's own keys, on rank 0."""
         own = {
-            key.removeprefix(MODEL): tensor.detach().cpu()
+            key.removeprefix(MODEL): full(tensor.detach()).cpu()
             for key, tensor in self.tensors().items()
             if key.startswith(MODEL)
         }

@@ -23,6 +23,9 @@ __all__ = ["read", "write"]
 
 Selection = Callable[[Iterable[str]], Iterable[str]]
 
+Empty = Callable[[str, torch.Size, torch.dtype], torch.Tensor]
+"""From key, shape and type to a tensor to read into."""
+
 
 def write(folder: Path, values: dict[str, Any], group: dist.ProcessGroup) -> None:
     """Write the values of all ranks of a group."""
@@ -31,15 +34,20 @@ def write(folder: Path, values: dict[str, Any], group: dist.ProcessGroup) -> Non
 
 
 def read(
-    folder: Path, values: dict[str, Any], select: Selection, group: dist.ProcessGroup
+    folder: Path,
+    values: dict[str, Any],
+    group: dist.ProcessGroup,
+    select: Selection = lambda _: (),
+    empty: Empty = lambda _, size, dtype: torch.empty(size, dtype=dtype),
 ) -> dict[str, Any]:
     """Read values into the tensors that are given, in place, and what is selected besides.
 
     Args:
         folder: The checkpoint.
         values: Tensors to read into, and None for values that are no tensors.
-        select: From all keys of the checkpoint to further ones to read.
         group: All its ranks call this alike.
+        select: From all keys of the checkpoint to further ones to read.
+        empty: Makes what a further tensor is read into.
 
     Raises:
         RuntimeFault: A key is missing.
@@ -56,7 +64,7 @@ def read(
         described = stored[key]
         wanted[key] = None
         if isinstance(described, TensorStorageMetadata):
-            wanted[key] = torch.empty(described.size, dtype=described.properties.dtype)
+            wanted[key] = empty(key, described.size, described.properties.dtype)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     load(wanted, checkpoint_id=folder, planner=planner, process_group=group)
     return wanted
