@@ -1,10 +1,9 @@
-"""One rank a process, over torch.distributed."""
+"""`RankModule`: one rank a process, over torch.distributed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,85 +28,9 @@ from pnn_compile.runtime.step import Step
 from pnn_compile.runtime.ties import Ties
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from pnn_compile.network import Network
 
-__all__ = ["RankModule", "distribute", "place"]
-
-
-def place(stages: int, ranks: int) -> tuple[int, ...]:
-    """Rank of every stage: neighbours together, as evenly as can be.
-
-    Raises:
-        RuntimeFault: There are more ranks than stages.
-    """
-    if ranks > stages:
-        raise RuntimeFault(
-            f"{ranks} ranks for {stages} stages: compile with stages={ranks}, or start {stages} "
-            "ranks"
-        )
-    return tuple(stage * ranks // stages for stage in range(stages))
-
-
-def distribute(
-    compiled: Network | str | Path,
-    *,
-    group: dist.ProcessGroup | None = None,
-    mesh: DeviceMesh | None = None,
-    placement: Sequence[int] | None = None,
-    batches: int = 1,
-    autocast: torch.dtype | None = None,
-    recompute: bool = False,
-    compile_backend: str | Callable[..., Any] | None = None,
-    shard: bool = False,
-) -> RankModule:
-    """Take this rank's part of a network, on every rank of a process group or mesh.
-
-    A mesh of dimensions ("data", "stage") holds several replicas of the network, each on the ranks
-    along "stage" and each with batches of its own. Along "data" it is DistributedDataParallel:
-    gradients are averaged over the replicas, which is the gradient of the mean loss over all their
-    samples where their batches are equally large; BatchNorm normalises by the batch of its replica,
-    and all replicas go on with the running statistics of the first one.
-
-    Args:
-        compiled: The whole network, made alike on every rank; or the directory of an artifact, of
-            which a rank reads and holds the weights of its own stages alone.
-        group: Process group with one process a rank; the default one if None.
-        mesh: In place of a group, what `init_device_mesh("cpu", (replicas, ranks),
-            mesh_dim_names=("data", "stage"))` gives.
-        placement: Rank of every stage; neighbours together, evenly, if None.
-        batches: Number of micro-batches of a step.
-        autocast: Precision of torch.autocast around every piece, and of the states that cross
-            between ranks: torch.bfloat16, or torch.float16 with `RankModule.grad_scaler`.
-        recompute: Whether fine stages keep their inputs alone and run again in the backward pass
-            (activation checkpointing).
-        compile_backend: Backend of torch.compile, which every piece goes through by itself.
-        shard: Whether replicas hold a share of the weights each (FSDP2, every piece one unit).
-
-    Raises:
-        RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
-            the placement does not fit.
-        ArtifactError: As `pnn.load`.
-    """
-    groups = Groups.of(group, mesh)
-    folder = None
-    if isinstance(compiled, (str, Path)):
-        from pnn_compile.artifact import load
-
-        folder = Path(compiled)
-        compiled = load(folder, without_data=True)
-    ranks = dist.get_world_size(groups.stages)
-    if placement is None:
-        placement = place(len(compiled.plan.stages), ranks)
-    if max(placement) + 1 != ranks:
-        raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
-    if folder is not None:
-        from pnn_compile.runtime.holding import hold
-
-        compiled = hold(compiled, placement, dist.get_rank(groups.stages), folder)
-    computing = Computing(autocast, recompute, compile_backend)
-    return RankModule(compiled, placement, groups, batches, computing, shard=shard)
+__all__ = ["RankModule"]
 
 
 class RankModule(nn.Module):
@@ -181,7 +104,8 @@ class RankModule(nn.Module):
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
         inputs = self._inputs({**_named(self.whole, args), **kwargs})
-        self._replicas.share_buffers()
+        with self._exchanging("buffers of replicas"):
+            self._replicas.share_buffers()
         with torch.no_grad():
             step = self._run([inputs], None, self.network.programs(backward=False))
         return step.outputs.get(0)
