@@ -33,26 +33,17 @@ class Ties:
         for rank in range(max(placement) + 1):
             for parameter in RankNetwork(compiled, placement, rank).parameters():
                 owners.setdefault(parameter, []).append(rank)
-        rank = dist.get_rank(group)
-        self._counted = {p for p, ranks in owners.items() if ranks[0] == rank}
-        self._shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
-        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for parameter, ranks in owners.items():
-            key = tuple(ranks)
-            if len(key) < 2 or rank not in key:
-                continue
-            if key not in groups:
-                members = [dist.get_global_rank(group, each) for each in key]
-                # Ranks of other replicas, and those that share nothing, do not take part.
-                groups[key] = dist.new_group(members, use_local_synchronization=True)
-            self._shared.append((parameter, groups[key]))
-        self.share_values()
-
-    def share_values(self) -> None:
-        """Give every shared parameter the value of the first rank that holds it."""
-        with torch.no_grad():
-            for parameter, among in self._shared:
-                dist.broadcast(parameter, dist.get_global_rank(among, 0), among)
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._counted = {p for p, ranks in owners.items() if ranks[0] == self._rank}
+        # In the same order on all ranks, so that messages meet.
+        self._shared = [
+            (parameter, ranks)
+            for parameter, ranks in owners.items()
+            if len(ranks) > 1 and self._rank in ranks
+        ]
+        for parameter, ranks in self._shared:
+            self._give(parameter.detach(), ranks)
 
     def counts(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the one that counts a parameter where all are counted once."""
@@ -60,7 +51,32 @@ class Ties:
 
     def sum_gradients(self) -> None:
         """Add up the gradients of every shared parameter over the ranks that hold it."""
-        for parameter, group in self._shared:
+        for parameter, ranks in self._shared:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
+            self._sum(parameter.grad, ranks)
+
+    def _sum(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
+        """Add tensors up on the first of the ranks, in their order, and give all the sum.
+
+        Messages need no process group for every set of ranks, whose creation all processes of the
+        run would have to take part in.
+        """
+        if self._rank == ranks[0]:
+            for peer in ranks[1:]:
+                other = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                dist.recv(other, group=self._group, group_src=peer)
+                tensor += other
+        else:
+            dist.send(tensor.contiguous(), group=self._group, group_dst=ranks[0])
+        self._give(tensor, ranks)
+
+    def _give(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
+        """Give all ranks the tensor of the first one."""
+        if self._rank == ranks[0]:
+            for peer in ranks[1:]:
+                dist.send(tensor.contiguous(), group=self._group, group_dst=peer)
+            return
+        found = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        dist.recv(found, group=self._group, group_src=ranks[0])
+        tensor.copy_(found)
