@@ -62,8 +62,10 @@ def named_batch(
     target = device_of(compiled.module) if device is None else device
 
     def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.is_meta:
+            return leaf
         # A model may write into its inputs: those of the user stay as they are.
-        return leaf.detach().to(target, copy=True) if isinstance(leaf, torch.Tensor) else leaf
+        return leaf.detach().to(target, copy=True)
 
     return {name: pytree.tree_map(copied, named[name]) for name in names}
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from passes.errors import RuntimeFault
-from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.batches import argument_names, batch_size, device_of, named_batch
 from pnn_compile.runtime import sharding
 from pnn_compile.runtime.computing import Computing
+from pnn_compile.runtime.feed import Feed
 from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.link import DistributedLink
@@ -46,6 +47,7 @@ class RankModule(nn.Module):
         batches: Number of micro-batches of a step.
         computing: How the pieces run.
         shard: Whether replicas hold a share of the weights each.
+        feed: Whether rank 0 hands the batches out.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RankModule(nn.Module):
         computing: Computing | None = None,
         *,
         shard: bool = False,
+        feed: bool = False,
     ) -> None:
         super().__init__()
         self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages))
@@ -76,6 +79,10 @@ class RankModule(nn.Module):
         self._ties = Ties(compiled, placement, groups.stages)
         self._replicas = Replicas(self.network, groups.replicas, sharded=shard)
         self.saved = Saved(compiled, self.network, groups)
+        self._feed = None
+        if feed:
+            names = argument_names(compiled.program)
+            self._feed = Feed(self.network, names, groups.stages, device_of(self.network))
         self._sharded = shard
         if shard:
             sharding.shard(compiled, self.network, groups.data)
@@ -98,12 +105,13 @@ class RankModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward on what the model takes; outputs on the rank of the last stage, else None.
 
-        Every rank gives the same inputs. Without gradients; `forward_backward` trains.
+        Every rank gives the same inputs, or rank 0 alone where it feeds the others. Without
+        gradients; `forward_backward` trains.
 
         Raises:
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
-        inputs = self._inputs({**_named(self.whole, args), **kwargs})
+        inputs = self._inputs(self._fed({**_named(self.whole, args), **kwargs}))
         with self._exchanging("buffers of replicas"):
             self._replicas.share_buffers()
         with torch.no_grad():
@@ -120,6 +128,7 @@ class RankModule(nn.Module):
 
         Args:
             batch: Inputs, alike on every rank: a tensor, a tuple (labels may follow), or a dict.
+                Where rank 0 feeds the others, theirs is not looked at.
             loss: From outputs and the micro-batch to a mean over samples.
             scaler: Scales the loss, and with it the gradients; not the loss that is returned.
 
@@ -130,7 +139,7 @@ class RankModule(nn.Module):
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
-        pieces = divide(batch, self._batches)
+        pieces = divide(self._fed(batch), self._batches)
         inputs = [self._inputs(piece) for piece in pieces]
         shares = [batch_size(each) for each in inputs]
         weights = [share / max(1, sum(shares)) for share in shares]
@@ -225,6 +234,12 @@ class RankModule(nn.Module):
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter counts here; no sharded one is tied."""
         return self._sharded or self._ties.counts(parameter)
+
+    def _fed(self, batch: Any) -> Any:
+        if self._feed is None:
+            return batch
+        with self._exchanging("the batch"):
+            return self._feed(batch)
 
     def _inputs(self, batch: Any) -> dict[str, Any]:
         # Of the whole network the first weights may be those of another rank, without data.

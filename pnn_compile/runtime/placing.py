@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ def distribute(
     recompute: bool = False,
     compile_backend: str | Callable[..., Any] | None = None,
     shard: bool = False,
+    inputs: Literal["every rank", "rank 0"] = "every rank",
 ) -> RankModule:
     """Take this rank's part of a network, on every rank of a process group or mesh.
 
@@ -70,6 +71,8 @@ def distribute(
             (activation checkpointing).
         compile_backend: Backend of torch.compile, which every piece goes through by itself.
         shard: Whether replicas hold a share of the weights each (FSDP2, every piece one unit).
+        inputs: Who has the batches: every rank the same one, or rank 0 of a network alone, which
+            hands out to every rank what its stages read.
 
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
@@ -92,5 +95,8 @@ def distribute(
         from pnn_compile.runtime.holding import hold
 
         compiled = hold(compiled, placement, dist.get_rank(groups.stages), folder)
+    if inputs not in ("every rank", "rank 0"):
+        raise RuntimeFault(f"inputs are with 'every rank' or 'rank 0' (got {inputs!r})")
     computing = Computing(autocast, recompute, compile_backend)
-    return RankModule(compiled, placement, groups, batches, computing, shard=shard)
+    feed = inputs == "rank 0"
+    return RankModule(compiled, placement, groups, batches, computing, shard=shard, feed=feed)

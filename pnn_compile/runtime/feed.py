@@ -1,0 +1,128 @@
+"""`Feed`: one rank has the batches, and gives every other rank what its pieces read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from pnn_compile.runtime.rank import RankNetwork
+
+__all__ = ["Feed", "reads"]
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """A tensor of a batch without its data."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Feed:
+    """Hands the batches of rank 0 out; what a rank does not read comes without data.
+
+    The rank of the last stage gets everything, for the loss may read it.
+
+    Args:
+        network: What this rank owns.
+        arguments: Names of the arguments of the model.
+        group: Process group with one process a rank.
+        device: Where tensors are received.
+    """
+
+    def __init__(
+        self,
+        network: RankNetwork,
+        arguments: list[str],
+        group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        self._arguments = arguments
+        self._group = group
+        self._device = device
+        own = None if network.last in network.own else reads(network, arguments)
+        self._needs: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(self._needs, own, group=group)
+
+    def __call__(self, batch: Any) -> Any:
+        """Give this rank its batch; all ranks call it, and that of rank 0 counts."""
+        rank, source = dist.get_rank(self._group), dist.get_global_rank(self._group, 0)
+        outline = [pytree.tree_map(_blank, batch) if rank == 0 else None]
+        dist.broadcast_object_list(outline, source, self._group)
+        if rank == 0:
+            self._send(batch)
+            return batch
+        found = self._map(outline[0], self._needs[rank], self._empty)
+        for tensor in _tensors(found):
+            dist.recv(tensor, group=self._group, group_src=0)
+        return found
+
+    def _send(self, batch: Any) -> None:
+        sent = []
+        for rank in range(1, len(self._needs)):
+            for tensor in _tensors(self._map(batch, self._needs[rank], self._ready)):
+                work = dist.isend(tensor, group=self._group, group_dst=rank)
+                sent.append((work, tensor))  # alive until it is sent
+        for work, _ in sent:
+            if work is not None:
+                work.wait()
+
+    def _map(self, batch: Any, needed: set[str] | None, make: Callable[..., Any]) -> Any:
+        """Make every leaf of a batch, knowing whether it is needed."""
+
+        def column(name: str | None, value: Any) -> Any:
+            wanted = needed is None or name in needed
+            return pytree.tree_map(lambda leaf: make(leaf, wanted), value)
+
+        names = self._arguments
+        if isinstance(batch, Mapping):
+            return {name: column(name, value) for name, value in batch.items()}
+        if isinstance(batch, (tuple, list)):
+            padded = [*names, *[None] * len(batch)]
+            return tuple(column(n, v) for n, v in zip(padded, batch, strict=False))
+        return column(names[0], batch)
+
+    def _empty(self, leaf: Any, wanted: bool) -> Any:
+        if not isinstance(leaf, _Blank):
+            return leaf
+        device = self._device if wanted else "meta"
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+
+    def _ready(self, leaf: Any, wanted: bool) -> Any:
+        if not wanted or not isinstance(leaf, torch.Tensor):
+            return None
+        return leaf.detach().to(self._device).contiguous()
+
+
+def reads(network: RankNetwork, arguments: list[str]) -> set[str]:
+    """Names of the arguments of the model that the pieces of a rank read."""
+    walker, found = network.walker, set[str]()
+    same = {name: name for name in arguments}
+    for piece, _ in network.named_children():
+        kind, _, number = piece.rpartition("_")
+        if kind == "fine":
+            inputs = network.plan.stages[int(number)].inputs
+        elif kind == "preprocess":
+            inputs = walker.guesses[int(number)].spec.options["inputs"]
+        elif kind == "coarse":
+            inputs = walker.corrections[int(number)].spec.options.get("inputs", ())
+        else:
+            inputs = network.plan.head.inputs
+        found.update(walker.given(inputs, same))
+    return found
+
+
+def _blank(leaf: Any) -> Any:
+    return _Blank(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    """The tensors with data, in an order that is the same on both sides."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+            yield leaf
