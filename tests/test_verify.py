@@ -105,3 +105,43 @@ def test_a_network_is_verified_in_the_precision_that_it_was_converted_to(
     compiled.module.to(dtype)
     assert compiled.module(torch.randn(4, 16, dtype=dtype)).dtype == dtype
     compiled.verify(strict=True)
+
+
+class Vanishing(nn.Module):
+    """States of magnitude 1e-12 behind a first one of 1, with a precision asked for on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()) for _ in range(6)]
+        self.layers = nn.Sequential(*layers)
+        with torch.no_grad():
+            for layer in layers:
+                layer.get_parameter("0.weight").mul_(1e-2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x)
+        return y.float() * torch.ones(6, dtype=torch.float32)
+
+
+def _vanishing() -> pnn.Compiled:
+    torch.manual_seed(0)
+    return pnn.compile(Vanishing(), torch.randn(3, 6), stages=3)
+
+
+def test_rounding_where_a_guess_is_far_larger_than_its_state_is_no_error() -> None:
+    compiled = _vanishing()
+    check = compiled.verify(strict=True).checks[2]
+    assert "in float64" in check.name
+    assert check.limit is not None
+    assert check.limit < 1e-7
+
+
+def test_wrong_wiring_among_states_that_vanish_is_caught() -> None:
+    compiled = _vanishing()
+    stage = compiled.stages.fine[1]
+    layer = next(node for node in stage.graph.nodes if node.op == "call_module")
+    layer.replace_all_uses_with(layer.all_input_nodes[0])
+    stage.recompile()
+    check = compiled.verify().checks[2]
+    assert check.name.startswith("coarse = fine")
+    assert "in float64" in check.reason

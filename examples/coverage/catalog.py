@@ -115,7 +115,7 @@ CATALOG: dict[str, str] = {
         timm:repvgg_a0 --input 2x3x64x64
         timm:ghostnet_050 --input 2x3x64x64
         timm:ghostnetv2_100 --input 2x3x64x64
-        timm:halonet26t --input 2x3x128x128
+        timm:halonet26t --input 2x3x256x256
         timm:botnet26t_256 --arg img_size=128 --input 2x3x128x128
         timm:lambda_resnet26t --input 2x3x128x128
         timm:hardcorenas_a --input 2x3x64x64
