@@ -211,3 +211,32 @@ def test_graphs_without_a_difference_are_left_alone() -> None:
     assert merge_modes(model, graph, graph_of(model, train=False)) == ()
     assert str(graph) == before
     assert not any(isinstance(module, ByMode) for module in model.modules())
+
+
+class ZeroBranch(nn.Module):
+    """A residual block whose branch begins at zero, so that no output shows what drops it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drops = nn.Linear(WIDTH, WIDTH), Drops()
+        self.scale = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.drops(self.scale * torch.tanh(self.linear(x)))
+        return y
+
+
+def test_what_drops_a_branch_that_begins_at_zero_is_off_in_evaluation_mode() -> None:
+    model = nn.Sequential(*(ZeroBranch() for _ in range(4)))
+    x = torch.randn(8, WIDTH)
+    program = capture(model, (x,))
+    with torch.no_grad():
+        for net in (model, program.module):
+            for name, parameter in net.named_parameters():
+                if name.endswith("scale"):
+                    parameter.fill_(1.0)
+
+    assert "both branches are kept" in program.capture.notes[0]
+    for train in (True, False):
+        expected = step(model, (x,), train=train)
+        assert_same_step(step(program.module, (x,), train=train), expected)
