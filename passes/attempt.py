@@ -18,7 +18,16 @@ from passes.program import graph_module, is_user_code, verify_graph
 from passes.restore import attach, toggle
 from passes.validate import Reference, masks_kept, preserved
 
-__all__ = ["Attempt", "FrontEnd", "MismatchError", "copied", "explain", "few"]
+__all__ = [
+    "Attempt",
+    "FrontEnd",
+    "MismatchError",
+    "Place",
+    "copied",
+    "explain",
+    "few",
+    "locate",
+]
 
 FrontEnd = Callable[[nn.Module, Arguments, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
 """From a model, its inputs and whether the batch size is free to a graph and its constants."""
@@ -184,16 +193,36 @@ def explain(model: nn.Module, error: BaseException) -> str:
     if isinstance(error, MismatchError):
         return lines[0]
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if (place := locate(model, error)) is None:
+        return f"{message}{_told_place(lines)}"
+    kind = type(model.get_submodule(place.path)).__name__
+    return f"{message} in {place.path or kind} ({kind}) at {place.source}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a model an error came from.
+
+    Attributes:
+        path: Qualified name of the innermost module whose code was running.
+        source: `file:line` of the user's code.
+    """
+
+    path: str
+    source: str
+
+
+def locate(model: nn.Module, error: BaseException) -> Place | None:
+    """Find the innermost module whose forward an error came out of; None if it does not say."""
     names = {id(module): name for name, module in model.named_modules()}
-    where = ""
+    found = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         names_of = frame.f_code.co_varnames
         owner = frame.f_locals.get(names_of[0]) if names_of else None
         filename = frame.f_code.co_filename
         if id(owner) in names and is_user_code(filename):
-            path = names[id(owner)] or type(model).__name__
-            where = f" in {path} ({type(owner).__name__}) at {filename}:{line}"
-    return f"{message}{where or _told_place(lines)}"
+            found = Place(names[id(owner)], f"{filename}:{line}")
+    return found
 
 
 def _told_place(lines: list[str]) -> str:

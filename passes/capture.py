@@ -15,7 +15,7 @@ from passes.arguments import Arguments, bind
 from passes.attempt import Attempt, FrontEnd, copied, explain
 from passes.errors import CaptureError
 from passes.exporting import export
-from passes.opaque import Whole, find_whole
+from passes.opaque import Whole, find_sealed, find_whole
 from passes.program import CaptureReport, Program, graph_module
 from passes.tracing import trace
 from passes.validate import Reference
@@ -25,16 +25,27 @@ __all__ = ["capture"]
 _log = logging.getLogger(__name__)
 
 
-def _trace(
-    model: nn.Module, arguments: Arguments, dynamic: bool
-) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
+_Traced = tuple[fx.Graph, Mapping[str, torch.Tensor]]
+
+
+def _trace(model: nn.Module, arguments: Arguments, dynamic: bool) -> _Traced:
     return trace(model, arguments)
 
 
-def _export(
-    model: nn.Module, arguments: Arguments, dynamic: bool, strict: bool = False
-) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
+def _export(model: nn.Module, arguments: Arguments, dynamic: bool, strict: bool = False) -> _Traced:
     return export(model, arguments, dynamic_batch=dynamic, strict=strict)
+
+
+def _trace_around(
+    model: nn.Module, arguments: Arguments, dynamic: bool, whole: list[type[nn.Module]]
+) -> _Traced:
+    return trace(model, arguments, whole=whole)
+
+
+def _export_around(
+    model: nn.Module, arguments: Arguments, dynamic: bool, whole: list[type[nn.Module]]
+) -> _Traced:
+    return export(model, arguments, dynamic_batch=dynamic, whole=whole)
 
 
 LADDER: tuple[tuple[str, FrontEnd], ...] = (
@@ -48,7 +59,7 @@ LADDER: tuple[tuple[str, FrontEnd], ...] = (
 """The front ends that take a whole model, both modes in one graph."""
 
 _DICTS = (dict, OrderedDict)
-_WHOLE = "torch.fx trace, modules kept whole"
+_WHOLE = "modules kept whole"
 
 
 def capture(
@@ -158,22 +169,32 @@ class _Climb:
         )
 
     def _keep_whole(self) -> Program | None:
-        try:
-            whole = find_whole(self.model, self.arguments)
-        except CaptureError as error:
-            self.rejected.append(f"{_WHOLE}: {error}")
-            return None
+        """Keep what stands in the way whole: for a trace, and then for an export."""
+        for rung, find, enter in (
+            (f"{LADDER[0][0]}, {_WHOLE}", self._find_whole, _trace_around),
+            (f"{LADDER[1][0]}, {_WHOLE}", self._find_sealed, _export_around),
+        ):
+            try:
+                whole = find()
+            except CaptureError as error:
+                self.rejected.append(f"{rung}: {error}")
+                continue
+            front_end = functools.partial(enter, whole=[one.kind for one in whole])
+            if found := self._try(rung, front_end, functools.partial(_with_notes, whole)):
+                return found
+        return None
 
-        def front_end(
-            model: nn.Module, arguments: Arguments, dynamic: bool
-        ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
-            return trace(model, arguments, whole=[one.kind for one in whole])
+    def _find_whole(self) -> tuple[Whole, ...]:
+        return find_whole(self.model, self.arguments)
 
-        def work(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
-            module, notes = attempt.run()
-            return module, [*notes, *map(_told, whole)]
+    def _find_sealed(self) -> tuple[Whole, ...]:
+        dynamic = self.reference.dynamic_batch
+        return find_sealed(self.model, self.arguments, dynamic_batch=dynamic)
 
-        return self._try(_WHOLE, front_end, work)
+
+def _with_notes(whole: tuple[Whole, ...], attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
+    module, notes = attempt.run()
+    return module, [*notes, *map(_told, whole)]
 
 
 def _told(whole: Whole) -> str:

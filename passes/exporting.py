@@ -6,7 +6,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
@@ -19,6 +19,7 @@ from passes.arguments import Arguments, Field, placeholders
 from passes.errors import CaptureError
 from passes.program import Provenance, is_user_code, resolve, set_provenance
 from passes.restore import CALL_KEY, outline
+from passes.sealed import OPERATOR, Seals, seal
 from passes.tracing import Entry, strip
 
 __all__ = ["export"]
@@ -34,7 +35,12 @@ _REGIONS: Mapping[Any, int] = {torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
 def export(
-    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool, strict: bool = False
+    model: nn.Module,
+    arguments: Arguments,
+    *,
+    dynamic_batch: bool,
+    strict: bool = False,
+    whole: Collection[type[nn.Module]] = (),
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Export a model in the mode that it is in and fold operators back into module calls.
 
@@ -43,6 +49,7 @@ def export(
         arguments: Its example inputs.
         dynamic_batch: Whether to leave the batch size free.
         strict: Whether to read the model's bytecode (TorchDynamo) instead of running its Python.
+        whole: Classes of modules that stay calls, and are not looked into.
 
     Returns:
         The graph, with targets relative to the model, and the tensors that it holds as constants.
@@ -58,7 +65,7 @@ def export(
         {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == arguments.batch else None
         for leaf in arguments.leaves
     )
-    with _quiet():
+    with _quiet(), seal(model, arguments, whole) as seals:
         exported = torch.export.export(
             entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=strict
         )
@@ -66,17 +73,17 @@ def export(
     spec = exported.call_spec.out_spec
     if spec is None:
         raise CaptureError("torch.export returned no graph")
-    graph, constants = _convert(model, module, arguments, spec)
+    graph, constants = _convert(_Copier(model, fx.Graph(), seals), module, arguments, spec)
     outline(model, graph)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     return graph, constants
 
 
 def _convert(
-    model: nn.Module, module: fx.GraphModule, arguments: Arguments, spec: pytree.TreeSpec
+    copier: _Copier, module: fx.GraphModule, arguments: Arguments, spec: pytree.TreeSpec
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Copy the exported graph, with the model's own arguments and output structure."""
-    graph = fx.Graph()
+    graph = copier.graph
     mapping: dict[fx.Node, Any] = {}
     old = [node for node in module.graph.nodes if node.op == "placeholder"]
     new = {name: graph.placeholder(name) for name in placeholders(arguments)}
@@ -86,7 +93,6 @@ def _convert(
             read = getattr if isinstance(key, Field) else operator.getitem
             value = graph.call_function(read, (value, key))
         mapping[node] = value
-    copier = _Copier(model, graph)
     copier.copy(module, mapping)
     leaves = pytree.tree_leaves(module.graph.output_node().args[0])
     result = pytree.tree_unflatten(leaves, spec)
@@ -115,11 +121,13 @@ class _Copier:
     """Copies exported graphs into one, those of nested regions in the place of their calls.
 
     Attributes:
+        graph: The graph that grows.
         constants: The tensors that belong to the graph and not to the model, by name.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self._graph = graph
+    def __init__(self, model: nn.Module, graph: fx.Graph, seals: Seals) -> None:
+        self.graph = graph
+        self._seals = seals
         self._owned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._owned |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.constants: dict[str, torch.Tensor] = {}
@@ -134,6 +142,8 @@ class _Copier:
                 mapping[node] = None  # the graph of a region, which its call copies
             elif node.target in _REGIONS:
                 mapping[node] = self._region(module, node, mapping, prefix)
+            elif node.target is OPERATOR:
+                mapping[node] = self._seals.read(self.graph, node, mapping)
             elif (found := _element(node, mapping)) is not None:
                 mapping[node] = found
             else:
@@ -142,7 +152,7 @@ class _Copier:
     def _node(
         self, module: fx.GraphModule, node: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
     ) -> fx.Node:
-        copied = self._graph.node_copy(node, mapping.__getitem__)
+        copied = self.graph.node_copy(node, mapping.__getitem__)
         copied.meta.clear()
         if node.op == "get_attr":
             name = str(node.target)
@@ -183,13 +193,13 @@ class _Copier:
     def _cut_off(self, value: Any, call: fx.Node) -> Any:
         if not isinstance(value, fx.Node):
             return value
-        detached = self._graph.call_function(torch.ops.aten.detach.default, (value,))
+        detached = self.graph.call_function(torch.ops.aten.detach.default, (value,))
         _note_origin(detached, call)
         return detached
 
 
 def _element(node: fx.Node, mapping: Mapping[fx.Node, Any]) -> Any:
-    """The result of a region that a node takes, else None."""
+    """The result of a region, or of a whole module, that a node takes, else None."""
     if node.target is not operator.getitem:
         return None
     source, index = node.args[0], cast("int", node.args[1])

@@ -1,4 +1,4 @@
-"""Find the smallest modules that no trace can enter: they stay whole, one call each."""
+"""Find the smallest modules that no front end can enter: they stay whole, one call each."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.arguments import Arguments, bind
-from passes.attempt import Attempt, copied, explain, few
+from passes.attempt import Attempt, copied, explain, few, locate
 from passes.errors import CaptureError
+from passes.exporting import export
 from passes.tracing import is_leaf, trace
-from passes.validate import Reference, preserved
+from passes.validate import Reference, masks_kept, preserved
 
-__all__ = ["Whole", "find_whole"]
+__all__ = ["Whole", "find_sealed", "find_whole"]
 
 _LARGEST = 0.5
 """Share of the parameters in one module above which keeping it whole leaves too little to cut."""
+
+_MOST = 4
+"""Classes of modules that stay whole in an exported graph at most: every one is another export."""
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,7 +71,55 @@ def find_whole(model: nn.Module, arguments: Arguments) -> tuple[Whole, ...]:
             found[kind] = Whole(kind, paths, reason)
     if not found:
         raise CaptureError("no submodule alone stands in the way")
-    for one in found.values():
+    return _small_enough(model, tuple(found.values()))
+
+
+def find_sealed(
+    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool
+) -> tuple[Whole, ...]:
+    """Find the modules that torch.export must not look into.
+
+    The model is exported in both modes; where that stops, the innermost module whose code was
+    running stays whole from then on, with the others of its class, until it goes through.
+
+    Args:
+        model: The model.
+        arguments: Its example inputs.
+        dynamic_batch: Whether to leave the batch size free.
+
+    Raises:
+        CaptureError: The model's own forward stands in the way, or too much would stay whole.
+    """
+    found: dict[type[nn.Module], Whole] = {}
+    while True:
+        own = copied(model)
+        try:
+            with preserved(own), masks_kept():
+                for train in (True, False):
+                    export(own.train(train), arguments, dynamic_batch=dynamic_batch, whole=found)
+        except Exception as error:
+            place = locate(own, error)
+            reason = explain(own, error)
+            if place is None or not place.path or len(found) == _MOST:
+                raise CaptureError(reason) from error
+            kind = type(own.get_submodule(place.path))
+            paths = tuple(p for p, m in model.named_modules() if type(m) is kind)
+            if kind in found:
+                raise CaptureError(reason) from error
+            inside = tuple(f"{path}." for path in paths)
+            found = {
+                k: w for k, w in found.items() if not all(p.startswith(inside) for p in w.paths)
+            }
+            found[kind] = Whole(kind, paths, reason)
+            continue
+        if not found:
+            raise CaptureError("no submodule alone stands in the way")
+        return _small_enough(model, tuple(found.values()))
+
+
+def _small_enough(model: nn.Module, found: tuple[Whole, ...]) -> tuple[Whole, ...]:
+    """Give them back, if enough is left to cut."""
+    for one in found:
         sizes = [_size(model.get_submodule(path)) for path in one.paths]
         share = max(sizes) / max(_size(model), 1)
         if share > _LARGEST:
@@ -75,7 +127,7 @@ def find_whole(model: nn.Module, arguments: Arguments) -> tuple[Whole, ...]:
                 f"one module with {share:.0%} of the parameters would stay whole, "
                 f"{one.label}: {one.reason}"
             )
-    return tuple(found.values())
+    return found
 
 
 def _size(module: nn.Module) -> int:

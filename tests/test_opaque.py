@@ -213,3 +213,54 @@ def test_training_mode_alone_keeps_both_outputs() -> None:
 def test_a_model_that_only_evaluation_mode_lets_in_is_told_how() -> None:
     with pytest.raises(CaptureError, match=r"evaluation mode alone: call model\.eval\(\) first$"):
         capture(LayerDrop(), (X[:, 0],))
+
+
+class Behind(nn.Module):
+    """What no trace can enter, given what follows from values; it gives a nested output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, scale: float, *, positive: bool) -> dict[str, Any]:
+        y = self.linear(x) * scale
+        if bool(y.sum() > 0):
+            y = y - 1.0
+        return {"state": y if positive else -y, "parts": (y.mean(1), None)}
+
+
+class Asking(nn.Module):
+    """Asks for a value itself and hands it on, so that no trace can enter it either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.gates = body(), nn.ModuleList(Behind() for _ in range(2))
+        self.behind, self.drop = body(), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *_ = x.unbind(1)  # not for a symbolic trace
+        positive = first.sum().item() > 0
+        y = self.drop(self.before(x[:, 0]))
+        for gate in self.gates:
+            given = gate(y, 0.5, positive=positive)
+            y = given["state"] + given["parts"][0][:, None]
+        return self.behind(y)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_exported_graph_keeps_modules_whole_with_what_they_are_given(sign: float) -> None:
+    model, x = Asking(), sign * X.abs()
+    compiled = pnn.compile(model, (x,), stages=3)
+
+    report = compiled.program.capture
+    assert report.rung == "torch.export, modules kept whole"
+    assert "gates.0, gates.1 (Behind) is kept whole" in report.notes[0]
+    assert "test_opaque.py:" in report.notes[0]
+    compiled.verify(strict=True)
+    for other in (x[:3], -x):  # neither the size nor what was asked for is fixed
+        for train in (True, False):
+            expected = step(model, (other,), train=train)
+            assert_same_step(step(compiled.program.module, (other,), train=train), expected)
+            actual = step(compiled.program.module, (other,), train=train,
+                          forward=compiled.sequential.train(train))  # fmt: skip
+            assert_same_step(actual, expected)

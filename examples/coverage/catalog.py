@@ -194,7 +194,7 @@ CATALOG: dict[str, str] = {
         torchvision:densenet121 --input 2x3x64x64
         torchvision:efficientnet_b0 --input 2x3x64x64
         torchvision:efficientnet_v2_s --input 2x3x64x64
-        torchvision:googlenet --input 2x3x64x64 --arg init_weights=False
+        torchvision:googlenet --input 2x3x64x64 --arg init_weights=False --arg aux_logits=False
         torchvision:inception_v3 --input 2x3x128x128 --arg init_weights=False --arg aux_logits=False
         torchvision:maxvit_t
         torchvision:mnasnet0_5 --input 2x3x64x64
