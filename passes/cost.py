@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from passes.errors import OptionError
+from passes.interpreting import Interpreter
 from passes.observe import Fact
 from passes.program import Program
 from passes.validate import preserved
@@ -107,7 +108,7 @@ def count_flops(function: Callable[[], Any]) -> int:
         return int(mode.known + mode.other)
 
 
-class _Counter(fx.Interpreter):
+class _Counter(Interpreter):
     def __init__(self, module: fx.GraphModule, mode: _FlopMode) -> None:
         super().__init__(module)
         self.mode = mode

@@ -11,7 +11,7 @@ from torch import fx
 
 from passes.cones import find_cones
 from passes.cost import Cost
-from passes.observe import Fact
+from passes.observe import Fact, memory_of
 from passes.plan import TensorSpec
 from passes.program import Program, provenance
 
@@ -128,9 +128,16 @@ def _illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) -> str
 
 
 def _kept(program: Program, facts: Mapping[fx.Node, Fact]) -> frozenset[int]:
-    """Memory that outlives the run: of inputs, parameters and buffers."""
+    """Memory that outlives the run: of inputs, parameters and buffers, of called modules too."""
     owners = (*program.inputs, *_attributes(program))
-    return frozenset(storage for node in owners for storage in facts[node].storages)
+    given = frozenset(memory for node in owners for memory in facts[node].storages)
+    layers = [
+        program.module.get_submodule(str(node.target))
+        for node in program.order
+        if node.op == "call_module"
+    ]
+    held = (tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+    return given.union(map(memory_of, held))
 
 
 def _barred(

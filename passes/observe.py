@@ -12,11 +12,12 @@ from torch.fx.node import map_aggregate
 
 from passes.arguments import Arguments, bind
 from passes.errors import CaptureError
+from passes.interpreting import Interpreter
 from passes.plan import TensorSpec
 from passes.program import Program, provenance
 from passes.validate import preserved
 
-__all__ = ["Fact", "observe"]
+__all__ = ["Fact", "memory_of", "observe"]
 
 _CHANNELS_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -55,7 +56,7 @@ class Fact:
         return not self.writes and not self.random
 
 
-class _Observer(fx.Interpreter):
+class _Observer(Interpreter):
     """Interpreter that records one `Fact` per node and keeps every value alive meanwhile."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -73,7 +74,7 @@ class _Observer(fx.Interpreter):
         if n.op == "call_module":
             owner = self.module.get_submodule(str(n.target))
             held = (*owner.parameters(), *owner.buffers())
-            reads += [(frozenset({_storage(tensor)}), tensor) for tensor in held]
+            reads += [(frozenset({memory_of(tensor)}), tensor) for tensor in held]
         versions = [tensor._version for _, tensor in reads]
         state = _random_state()
         value = super().run_node(n)
@@ -83,7 +84,7 @@ class _Observer(fx.Interpreter):
             if tensor._version != version
         ]
         found = _tensors(value)
-        storages = frozenset(map(_storage, found))
+        storages = frozenset(map(memory_of, found))
         unsure = self._may_be_view(n)
         shared = [memory for memory, _ in reads if unsure or memory & storages]
         self.values[n] = value
@@ -175,7 +176,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return found
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def memory_of(tensor: torch.Tensor) -> int:
+    """Identity of the memory of a tensor."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from passes.interpreting import Interpreter
 from passes.program import Program
 from passes.validate import preserved
 
@@ -56,7 +57,7 @@ def _trains(program: Program) -> bool:
     return True
 
 
-class _Clock(fx.Interpreter):
+class _Clock(Interpreter):
     """Reads the clock at the end of every segment, on the way forward and on the way back.
 
     On the way back a segment begins when the gradient of its last value is complete, and ends where

@@ -53,6 +53,7 @@ class Run:
         written: Numbers of the input tensors that the step wrote into.
         kind: Class of the whole output.
         names: All names of each parameter, by the first of them.
+        through: Whether gradients were asked for through the inputs too.
     """
 
     outputs: list[Any]
@@ -61,6 +62,7 @@ class Run:
     written: frozenset[int] = frozenset()
     kind: type = tuple
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    through: bool = True
 
 
 @contextmanager
@@ -124,7 +126,13 @@ def output_leaves(output: Any) -> list[Any]:
 
 
 def run(
-    module: nn.Module, forward: Forward, arguments: Arguments, *, train: bool, grad: bool
+    module: nn.Module,
+    forward: Forward,
+    arguments: Arguments,
+    *,
+    train: bool,
+    grad: bool,
+    through: bool = True,
 ) -> Run:
     """Run one step on copies of the inputs and return what it gave.
 
@@ -134,13 +142,14 @@ def run(
         arguments: Inputs of the call.
         train: Whether to run in training mode.
         grad: Whether to run backward from a fixed random projection of the outputs.
+        through: Whether to run it through the inputs too.
     """
     with preserved(module), masks_kept(), torch.set_grad_enabled(grad):
         torch.manual_seed(0)
         module.train(train)
         before = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
         numbers = {name: tensor._version for name, tensor in module.named_buffers()}
-        leaves = [_fresh(tensor, grad) for tensor in arguments.tensors()]
+        leaves = [_fresh(tensor, grad and through) for tensor in arguments.tensors()]
         # A multiplication by one, so that writing into an input is legal and leaves the leaf alone.
         values = [leaf * 1 if leaf.requires_grad else leaf for leaf in leaves]
         versions = [value._version for value in values]
@@ -159,7 +168,7 @@ def run(
         detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
         written = [i for i, value in enumerate(values) if value._version != versions[i]]
         kind, names = type(output), _all_names(module)
-        return Run(detached, gradients, changed, frozenset(written), kind, names)
+        return Run(detached, gradients, changed, frozenset(written), kind, names, through)
 
 
 def _all_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -302,7 +311,7 @@ class Reference:
             arguments = self._other if other else self._arguments
             grad = not any(found.gradients for (mode, _), found in self._runs.items() if mode)
             try:
-                self._runs[True, other] = run(model, _call(model), arguments, train=True, grad=grad)
+                self._runs[True, other] = _trained(model, arguments, grad)
             except Exception as error:
                 failures.append(_first_line(error))
         if len(failures) == 2:
@@ -366,6 +375,7 @@ class Reference:
                     arguments,
                     train=train,
                     grad=bool(wanted.gradients),
+                    through=wanted.through,
                 )
             except Exception as error:
                 return f"the graph fails {where}: {_first_line(error)}"
@@ -383,6 +393,16 @@ def _evaluated(model: nn.Module, arguments: Arguments) -> Run:
         return run(model, _call(model), arguments, train=False, grad=True)
     except Exception:
         return run(model, _call(model), arguments, train=False, grad=False)
+
+
+def _trained(model: nn.Module, arguments: Arguments, grad: bool) -> Run:
+    """Run in training mode; some models refuse inputs that gradients shall go through."""
+    try:
+        return run(model, _call(model), arguments, train=True, grad=grad)
+    except Exception:
+        if not grad:
+            raise
+        return run(model, _call(model), arguments, train=True, grad=grad, through=False)
 
 
 def _call(model: nn.Module) -> Forward:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.coarse.build import Operators
+from passes.interpreting import Interpreter
 from passes.plan import Plan
 from passes.program import Program
 from passes.split import Stages
@@ -83,7 +84,7 @@ def _magnitude(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
 
 
-class _Magnitudes(fx.Interpreter):
+class _Magnitudes(Interpreter):
     """Runs a program and notes the largest magnitude of every floating point value."""
 
     def __init__(self, module: fx.GraphModule) -> None:

@@ -23,6 +23,7 @@ from passes.errors import VerificationError
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan import CoarseSpec, Plan
+from passes.program import Program
 from passes.validate import TOLERANCE, Run, compare, preserved, relative_error, run
 from pnn_compile.rounding import even_operators, in_double
 
@@ -183,9 +184,11 @@ def _all_iterations(compiled: Network) -> Check:
 
 def _oracle(compiled: Network, name: str, plan: Plan, *, reuse: bool = True) -> Check:
     once = _run(compiled, compiled.program.module, train=False, grad=False)
+    # These networks compute stages again, which such models do not allow; see make_plan.
     if once.changed:
-        # These networks compute stages again, which such a model does not allow; see make_plan.
         return Check(f"{name} (not run: every call changes buffers)", None, None, "", 0.0)
+    if _draws(compiled.program):
+        return Check(f"{name} (not run: every call draws random numbers)", None, None, "", 0.0)
     operators = synthesize(compiled.program, plan, compiled.stages)
     if compiled.conversion is not None:
         for made in (*operators.preprocess.values(), *operators.coarse.values()):
@@ -193,6 +196,14 @@ def _oracle(compiled: Network, name: str, plan: Plan, *, reuse: bool = True) -> 
     network = assemble(compiled.program, plan, compiled.stages, operators, reuse=reuse)
     check = _held_against(compiled, name, network, train=False, grad=False, slack=_SLACK)
     return check if check.passed else _without_rounding(compiled, check, plan, reuse)
+
+
+def _draws(program: Program) -> bool:
+    """Whether a program draws random numbers in evaluation mode."""
+    with preserved(program.module), torch.no_grad():
+        state = torch.get_rng_state()
+        program.module.eval()(*program.fresh_inputs())
+        return not torch.equal(state, torch.get_rng_state())
 
 
 def _without_rounding(compiled: Network, failed: Check, plan: Plan, reuse: bool) -> Check:

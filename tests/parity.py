@@ -36,6 +36,7 @@ def step(
     *,
     train: bool,
     forward: Callable[..., Any] | None = None,
+    through: bool = True,
 ) -> Step:
     """Run a network forward and backward on copies of the inputs and put everything back.
 
@@ -45,6 +46,7 @@ def step(
         kwargs: Keyword inputs.
         train: Whether to run in training mode.
         forward: What to call; `owner` itself if None.
+        through: Whether gradients go through the inputs too.
     """
     buffers = {name: buffer.clone() for name, buffer in owner.named_buffers()}
     modes = {module: module.training for module in owner.modules()}
@@ -54,7 +56,7 @@ def step(
         if not isinstance(value, Tensor):
             return value
         copy = value.detach().clone()
-        if not copy.is_floating_point():
+        if not (through and copy.is_floating_point()):
             return copy
         inputs[f"input {len(inputs)}"] = copy.requires_grad_()
         return copy * 1  # a leaf must not be written in place

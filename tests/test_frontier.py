@@ -200,6 +200,21 @@ def test_what_is_dear_or_impure_is_no_side_value() -> None:
     assert "a" not in [node.name for node in found.frontiers.cones]
 
 
+def test_statistics_are_updated_once_though_what_they_are_of_is_cheap() -> None:
+    class Early(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            factor = self.norm(x[:, :1])
+            return self.c(self.b(self.a(x) * factor) * factor)
+
+    found = analyze_model(Early().train(), torch.randn(4, WIDTH))
+
+    assert [node.name for node in found.frontiers.cones] == ["getitem"]
+
+
 # --- the oracle -----------------------------------------------------------------------------------
 
 

@@ -280,3 +280,28 @@ def test_models_of_other_precisions_compile(dtype: torch.dtype) -> None:
     leaves = pytree.tree_leaves(compiled.module(torch.randn(4, WIDTH, dtype=dtype)))
     assert {leaf.dtype for leaf in leaves} == {dtype}
     compiled.verify(strict=True)
+
+
+class AsksForGradients(nn.Module):
+    """Sets requires_grad of its input in training mode, which no other than a leaf allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[:, None]
+        if self.training:
+            y.requires_grad = True
+        return self.body(y) * (2.0 if self.training else 1.0)
+
+
+def test_a_model_that_sets_requires_grad_is_compared_in_training_mode() -> None:
+    program = capture(AsksForGradients(), (torch.randn(3, WIDTH),))
+
+    assert not any("was not compared" in note for note in program.capture.notes)
+    x = torch.randn(2, WIDTH)
+    for train in (True, False):
+        model = AsksForGradients().train(train)
+        model.load_state_dict(program.module.state_dict())
+        torch.testing.assert_close(program.module.train(train)(x), model(x))

@@ -145,3 +145,22 @@ def test_wrong_wiring_among_states_that_vanish_is_caught() -> None:
     check = compiled.verify().checks[2]
     assert check.name.startswith("coarse = fine")
     assert "in float64" in check.reason
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) + 0.1 * torch.randn_like(x)
+        return x
+
+
+def test_oracles_that_compute_a_stage_twice_are_not_run_where_every_call_draws() -> None:
+    report = pnn.compile(Noisy(), torch.randn(3, 6), stages=3).verify(strict=True)
+    skipped = [check.name for check in report.checks if "draws random numbers" in check.name]
+    assert len(skipped) == 2

@@ -23,7 +23,7 @@ def main() -> None:
     run.add_argument("--only", default="", metavar="TEXT", help="models whose line holds TEXT")
     run.add_argument("--again", action="store_true", help="forget the failures among them first")
     run.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    run.add_argument("--limit", type=float, default=120.0, help="seconds per model")
+    run.add_argument("--limit", type=float, default=120.0, help="processor seconds per model")
     run.add_argument("--results", type=Path, default=RESULTS)
     show = commands.add_parser("table", help="print the results as Markdown")
     show.add_argument("--results", type=Path, default=RESULTS)

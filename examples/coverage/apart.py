@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
+import signal
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -19,6 +21,8 @@ __all__ = ["check_apart"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _GRACE = 5.0  # seconds
+_PATIENCE = 5.0
+"""Wall seconds for every second of processor time that a check may take."""
 _CONTEXT.set_forkserver_preload(["examples.coverage.preload"])
 
 
@@ -27,34 +31,41 @@ def check_apart(specification: Specification, limit: float) -> dict[str, Any]:
 
     Args:
         specification: The model.
-        limit: Wall seconds, of which the first check needs some to start the server.
+        limit: Seconds of processor time; a check may take some times as many on the wall, where
+            others use the machine too.
 
     Returns:
         The row; `phase` is "time" or "crash" where there was none in time.
     """
     start = time.perf_counter()
     receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_check, args=(specification, sender), daemon=True)
+    process = _CONTEXT.Process(target=_check, args=(specification, sender, limit), daemon=True)
     process.start()
     sender.close()
     row: dict[str, Any] = {"model": specification.text, "group": specification.group, "ok": False}
     try:
-        if receiver.poll(limit):
+        if receiver.poll(_PATIENCE * limit):
             row = receiver.recv()
         else:
             process.kill()
-            row |= {"phase": "time", "cause": f"more than {limit:.0f} s"}
+            row |= _late(_PATIENCE * limit)
     except EOFError:
         process.join()
-        row |= {"phase": "crash", "cause": f"the process ended with {process.exitcode}"}
+        crash = {"phase": "crash", "cause": f"the process ended with {process.exitcode}"}
+        row |= _late(limit) if process.exitcode == -signal.SIGXCPU else crash
     process.join(_GRACE)
     process.kill()  # a library may have left a thread behind that never ends
     return {"seconds": round(time.perf_counter() - start, 1)} | row
 
 
-def _check(specification: Specification, sender: Connection) -> None:
+def _late(limit: float) -> dict[str, Any]:
+    return {"phase": "time", "cause": f"more than {limit:.0f} s"}
+
+
+def _check(specification: Specification, sender: Connection, limit: float) -> None:
     from examples.coverage.check import check
 
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 1))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries speak of missing kernels
     warnings.simplefilter("ignore")
     sender.send(check(specification))

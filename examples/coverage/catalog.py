@@ -5,6 +5,7 @@ Small sizes, random weights, nothing downloaded. `zoo:NAME` is a case of tests/z
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -220,7 +221,7 @@ CATALOG: dict[str, str] = {
         torchvision:r3d_18 --input 2x3x8x32x32
         torchvision:r2plus1d_18 --input 2x3x8x32x32
         torchvision:mc3_18 --input 2x3x8x32x32
-        torchvision:s3d --input 2x3x16x64x64
+        torchvision:s3d --input 2x3x16x224x224
         torchvision:swin3d_t --input 2x3x8x32x32
         torchvision:raft_small --input 1x3x128x128 --input 1x3x128x128
     """,
@@ -295,7 +296,8 @@ CATALOG: dict[str, str] = {
         hf:m2m_100
         hf:blenderbot
         hf:led
-        hf:longt5
+        hf:longt5 --input input_ids=2x16:int64<256 --input attention_mask=2x16:int64 +
+            --input decoder_input_ids=2x16:int64<256 --input decoder_attention_mask=2x16:int64
         hf:prophetnet
     """,
     "vision": """
@@ -330,15 +332,15 @@ CATALOG: dict[str, str] = {
         hf:unispeech
         hf:data2vec-audio
         hf:whisper --arg max_source_positions=32
-        hf:speech_to_text
-        hf:audio-spectrogram-transformer
-        hf:wav2vec2-bert
+        hf:speech_to_text --input input_features=2x64x80 --input decoder_input_ids=2x16:int64<256
+        hf:audio-spectrogram-transformer --arg max_length=64 --input input_values=2x64x128
+        hf:wav2vec2-bert --input input_features=2x64x160
         hf:encodec
     """,
     "state space": """
         hf:mamba
         hf:MambaForCausalLM
-        hf:mamba2
+        hf:mamba2 --arg head_dim=32 --arg n_groups=2
         hf:falcon_mamba
         hf:rwkv
         hf:jamba
@@ -351,9 +353,11 @@ CATALOG: dict[str, str] = {
         hf:qwen2_moe
         hf:qwen3_moe
         hf:olmoe
-        hf:deepseek_v3
+        hf:deepseek_v3 --arg head_dim=64 --arg num_key_value_heads=4 --arg n_group=2 +
+            --arg topk_group=1
         hf:gpt_oss
-        hf:switch_transformers
+        hf:switch_transformers --input input_ids=2x16:int64<256 --input attention_mask=2x16:int64 +
+            --input decoder_input_ids=2x16:int64<256 --input decoder_attention_mask=2x16:int64
         hf:phimoe
         hf:granitemoe
         hf:dbrx
@@ -366,14 +370,15 @@ CATALOG: dict[str, str] = {
         hf:vilt
     """,
 }
-"""Group to lines of a command line."""
+"""Group to lines of a command line; one that ends in + goes on in the next."""
 
 
 def specifications() -> tuple[Specification, ...]:
     """Parse the catalog, in its own order."""
     found = []
     for group, lines in CATALOG.items():
-        for line in filter(None, map(str.strip, lines.splitlines())):
+        joined = re.sub(r" \+\n +", " ", lines)  # a line that ends in + goes on
+        for line in filter(None, map(str.strip, joined.splitlines())):
             source, *words = shlex.split(line)
             options = list(zip(words[::2], words[1::2], strict=True))
             inputs = tuple(value for key, value in options if key == "--input")

@@ -17,7 +17,7 @@ from examples.coverage.operators import declare
 from passes.analysis import Analysis, weigh
 from passes.capture import capture
 from passes.cutting import choose_cut
-from passes.errors import PnnError
+from passes.errors import CaptureError, PnnError
 from passes.observe import observe
 from passes.options import Options
 from passes.pipeline import REPLAY, Compilation, run_passes
@@ -56,7 +56,10 @@ def check(specification: Specification) -> dict[str, Any]:
     except Exception as error:
         row |= {"cause": _first_line(error), "error": _essence(error)}
     failed = [name for name, reason in row.get("oracles", {}).items() if reason]
-    row["ok"] = row.get("phase") == "done" and not failed
+    alone = row.get("evaluation_alone", "")
+    row["ok"] = row.get("phase") == "done" and not failed and not alone
+    if alone:
+        row["cause"] = f"in evaluation mode alone, with every oracle green: {alone}"
     if failed:
         row["cause"] = f"{failed[0]}: {row['oracles'][failed[0]]}"
     row["seconds"] = round(time.process_time() - start, 1)
@@ -78,9 +81,10 @@ def _phases(specification: Specification) -> Iterator[tuple[str, dict[str, Any]]
         model.eval()(*source.args, **source.kwargs)
         model.train()
     yield "capture", {}
-    program = capture(model, source.args, source.kwargs)
+    program, reason = _captured(source)
     report = program.capture
-    yield "analyze", {"rung": report.rung, "rejected": report.rejected, "notes": report.notes}
+    facts = {"rung": report.rung, "rejected": report.rejected, "notes": report.notes}
+    yield "analyze", facts | ({"evaluation_alone": reason} if reason else {})
     analysis = weigh(program, observe(program), "flops")
     frontiers = analysis.frontiers
     facts = {
@@ -100,7 +104,19 @@ def _phases(specification: Specification) -> Iterator[tuple[str, dict[str, Any]]
         raise PnnError(plan)
     compiled = _compile(program, analysis, plan)
     yield "oracles", {}
-    yield "done", {"oracles": dict(_oracles(source, compiled))}
+    yield "done", {"oracles": dict(_oracles(source, compiled, trains=not reason))}
+
+
+def _captured(source: Source) -> tuple[Program, str]:
+    """Capture the model, and say why in evaluation mode alone, "" where in both modes."""
+    try:
+        return capture(source.model, source.args, source.kwargs), ""
+    except CaptureError as error:
+        source.model.eval()
+        try:
+            return capture(source.model, source.args, source.kwargs), _first_line(error)
+        except CaptureError:
+            raise error from None
 
 
 def _load(specification: Specification) -> Source:
@@ -127,15 +143,22 @@ def _compile(program: Program, analysis: Analysis, plan: Plan) -> Compiled:
     return Compiled.of(gather(compilation, results))
 
 
-def _oracles(source: Source, compiled: Compiled) -> Iterator[tuple[str, str]]:
+def _oracles(source: Source, compiled: Compiled, *, trains: bool) -> Iterator[tuple[str, str]]:
     """Give the name of each oracle, and why it failed, "" if it did not."""
+    through = not trains or _runs(source, through=True) or not _runs(source, through=False)
+    trains = trains and _runs(source, through=through)
     for mode in (True, False, True):  # and back again: what one mode leaves must not be seen
-        if mode and not _trains(source):
+        if mode and not trains:
             continue
-        wanted = step(source.model, source.args, source.kwargs, train=mode)
+        wanted = step(source.model, source.args, source.kwargs, train=mode, through=through)
         with _mode(compiled.sequential, mode) as forward:
             got = step(
-                compiled.program.module, (), compiled.program.args, train=mode, forward=forward
+                compiled.program.module,
+                (),
+                compiled.program.args,
+                train=mode,
+                forward=forward,
+                through=through,
             )
         word = "training" if mode else "evaluation"
         yield f"forward, {word}", _outputs_differ(got, wanted)
@@ -147,10 +170,10 @@ def _oracles(source: Source, compiled: Compiled) -> Iterator[tuple[str, str]]:
         yield own.name, own.reason
 
 
-def _trains(source: Source) -> bool:
-    """Whether the model runs in training mode on its example."""
+def _runs(source: Source, *, through: bool) -> bool:
+    """Whether the model trains on its example, with gradients through the inputs or without."""
     try:
-        step(source.model, source.args, source.kwargs, train=True)
+        step(source.model, source.args, source.kwargs, train=True, through=through)
     except (RuntimeError, ValueError):
         return False
     return True
@@ -204,9 +227,10 @@ def _differ(mine: dict[str, Tensor], own: dict[str, Tensor], limit: float) -> st
 
 
 def _first_line(error: BaseException) -> str:
-    """The message in one line; of a refused capture, what the last front end says."""
+    """The message in one line; of a refused capture, what the last front end says that names code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     rungs = [line for line in lines if line.startswith("torch.")]
+    rungs = [line for line in rungs if ".py:" in line] or rungs
     return _portable((rungs or lines or [type(error).__name__])[-1 if rungs else 0])[:400]
 
 
