@@ -227,7 +227,7 @@ def _differ(mine: dict[str, Tensor], own: dict[str, Tensor], limit: float) -> st
 
 
 def _first_line(error: BaseException) -> str:
-    """The message in one line; of a refused capture, what the last front end says that names code."""
+    """The message in one line; of a refused capture, the last reason that names code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     rungs = [line for line in lines if line.startswith("torch.")]
     rungs = [line for line in rungs if ".py:" in line] or rungs
