@@ -293,7 +293,7 @@ CATALOG: dict[str, str] = {
         hf:mbart
         hf:pegasus
         hf:marian
-        hf:m2m_100
+        hf:m2m_100 --arg encoder_layerdrop=0.0 --arg decoder_layerdrop=0.0
         hf:blenderbot
         hf:led
         hf:longt5 --input input_ids=2x16:int64<256 --input attention_mask=2x16:int64 +
@@ -326,15 +326,16 @@ CATALOG: dict[str, str] = {
         hf:detr
     """,
     "audio": """
-        hf:wav2vec2
+        hf:wav2vec2 --arg layerdrop=0.0 --arg apply_spec_augment=False
         hf:hubert
-        hf:wavlm
-        hf:unispeech
-        hf:data2vec-audio
+        hf:wavlm --arg layerdrop=0.0 --arg apply_spec_augment=False
+        hf:unispeech --arg layerdrop=0.0 --arg apply_spec_augment=False
+        hf:data2vec-audio --arg layerdrop=0.0 --arg apply_spec_augment=False
         hf:whisper --arg max_source_positions=32
         hf:speech_to_text --input input_features=2x64x80 --input decoder_input_ids=2x16:int64<256
         hf:audio-spectrogram-transformer --arg max_length=64 --input input_values=2x64x128
-        hf:wav2vec2-bert --input input_features=2x64x160
+        hf:wav2vec2-bert --input input_features=2x64x160 --arg layerdrop=0.0 +
+            --arg apply_spec_augment=False
         hf:encodec
     """,
     "state space": """
