@@ -147,9 +147,7 @@ class _Climb:
             module, notes = work(attempt)
         except Exception as error:
             _log.debug("%s failed", rung, exc_info=True)
-            reason = explain(own, error)
-            if not any(line.endswith(reason) for line in self.rejected):
-                self.rejected.append(f"{rung}: {reason}")
+            self._reject(rung, explain(own, error))
             return None
         module = _without_dead_reads(module)
         used = module.state_dict().keys()
@@ -168,6 +166,11 @@ class _Climb:
             fixed=self.arguments.fixed_arguments(),
         )
 
+    def _reject(self, rung: str, reason: str) -> None:
+        """Remember why a rung was left, unless another was left for the same reason."""
+        if not any(line.endswith(reason) for line in self.rejected):
+            self.rejected.append(f"{rung}: {reason}")
+
     def _keep_whole(self) -> Program | None:
         """Keep what stands in the way whole: for a trace, and then for an export."""
         for rung, find, enter in (
@@ -177,7 +180,7 @@ class _Climb:
             try:
                 whole = find()
             except CaptureError as error:
-                self.rejected.append(f"{rung}: {error}")
+                self._reject(rung, str(error))
                 continue
             front_end = functools.partial(enter, whole=[one.kind for one in whole])
             if found := self._try(rung, front_end, functools.partial(_with_notes, whole)):

@@ -100,6 +100,8 @@ def find_sealed(
         except Exception as error:
             place = locate(own, error)
             reason = explain(own, error)
+            if not found and (place is None or not place.path):
+                raise CaptureError("no submodule alone stands in the way") from error
             if place is None or not place.path or len(found) == _MOST:
                 raise CaptureError(reason) from error
             kind = type(own.get_submodule(place.path))
