@@ -330,7 +330,7 @@ CATALOG: dict[str, str] = {
         hf:hubert
         hf:wavlm --arg layerdrop=0.0 --arg apply_spec_augment=False
         hf:unispeech --arg layerdrop=0.0 --arg apply_spec_augment=False
-        hf:data2vec-audio --arg layerdrop=0.0 --arg apply_spec_augment=False
+        hf:data2vec-audio --arg layerdrop=0.0 --arg mask_time_prob=0.0
         hf:whisper --arg max_source_positions=32
         hf:speech_to_text --input input_features=2x64x80 --input decoder_input_ids=2x16:int64<256
         hf:audio-spectrogram-transformer --arg max_length=64 --input input_values=2x64x128
