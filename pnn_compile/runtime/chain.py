@@ -7,15 +7,11 @@ it computed, and what crosses it untouched.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from passes.assemble import reads_guess
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
+from pnn_compile.runtime.workspace import Action, Workspace
 from pnn_compile.walk import State, plus
-
-if TYPE_CHECKING:
-    from pnn_compile.runtime.step import Action, Step
 
 __all__ = ["ChainSweep"]
 
@@ -30,7 +26,7 @@ class ChainSweep:
         actions: By kind of instruction.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Workspace) -> None:
         self._step = step
         self._rounds = step.network.sweep.iterations
         self.actions: dict[Kind, Action] = {

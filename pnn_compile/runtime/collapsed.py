@@ -7,16 +7,12 @@ stages computed of the last state, and what its maps P_j add.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
+from pnn_compile.runtime.workspace import Action, Workspace
 from pnn_compile.walk import State
-
-if TYPE_CHECKING:
-    from pnn_compile.runtime.step import Action, Step
 
 __all__ = ["CollapsedSweep"]
 
@@ -36,7 +32,7 @@ class CollapsedSweep:
         actions: By kind of instruction.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Workspace) -> None:
         self._step = step
         self._last = step.network.last
         # By stage and micro-batch: what other ranks guessed and computed, and the adjoints of what

@@ -10,7 +10,8 @@ import torch
 from passes.errors import RuntimeFault
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.order import in_order
-from pnn_compile.runtime.step import Link, Step
+from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.workspace import Link
 
 __all__ = ["LocalNetwork", "run_together"]
 

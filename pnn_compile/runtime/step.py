@@ -10,45 +10,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from pnn_compile.runtime.chain import ChainSweep
 from pnn_compile.runtime.collapsed import CollapsedSweep
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.piece import Piece, leaves
 from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.walk import State
+from pnn_compile.runtime.workspace import Action, Like, Link, Workspace
 
-__all__ = ["Action", "Like", "Link", "Loss", "Step"]
-
-
-class Link(Protocol):
-    """How a rank passes named tensors to others; messages of two ranks stay in order."""
-
-    def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Send, without waiting for the receiver."""
-
-    def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Wait for tensors of these shapes and types; `like` is on the meta device."""
+__all__ = ["Loss", "Step"]
 
 
 Loss = Callable[[Any, int], torch.Tensor]
 """From the outputs of one micro-batch, and its number, to a scalar."""
 
-Like = Callable[[int, int], dict[str, torch.Tensor]]
-"""From a stage and a micro-batch to tensors like those that cross behind it, without data."""
 
-Action = Callable[[Instruction], None]
-"""Runs an instruction of one kind."""
-
-_Key = tuple[int, int, int]
-"""Stage, micro-batch and iteration."""
-
-
-class Step:
+class Step(Workspace):
     """One forward and backward pass of a rank over micro-batches.
 
     Args:
@@ -63,12 +43,6 @@ class Step:
     Attributes:
         outputs: Of the model, by micro-batch, where the last stage is.
         losses: By micro-batch, there too.
-        guess: The guesses that were made here, by stage, micro-batch and iteration.
-        fine: The fine stages that ran here.
-        coarse: The corrections that ran here.
-        state: The states behind stages that are at hand.
-        adjoint: Their adjoints, as far as they are known.
-        guess_adjoint: What the guesses of stages here go backward from.
     """
 
     def __init__(
@@ -80,22 +54,11 @@ class Step:
         like: Like,
         seed: int = 0,
     ) -> None:
-        self.network = network
-        self.seed = seed
-        self.walker = network.walker
-        self.plan = network.plan
-        self.inputs = inputs
-        self.link = link
+        super().__init__(network, inputs, link, like)
         self.loss = loss
-        self.like = like
+        self.seed = seed
         self.outputs: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}
-        self.guess: dict[_Key, Piece] = {}
-        self.fine: dict[_Key, Piece] = {}
-        self.coarse: dict[_Key, Piece] = {}
-        self.state: dict[_Key, State] = {}
-        self.adjoint: dict[_Key, State] = {}
-        self.guess_adjoint: dict[_Key, State] = {}
         self._head: dict[int, Piece] = {}
         sweep = CollapsedSweep(self) if self.plan.sweep == "collapsed" else ChainSweep(self)
         self._actions: dict[Kind, Action] = {
@@ -117,35 +80,12 @@ class Step:
         if it.kind not in _DRAWING or not self.network.training:
             yield
             return
-        device = _device(self.network)
-        devices = [device] if device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             text = f"{self.seed} {it.kind.name} {it.stage} {it.batch} {it.iteration}"
             digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
             torch.manual_seed(int.from_bytes(digest))
             yield
-
-    # Messages
-
-    def send(self, peer: int | None, state: State, like: Mapping[str, torch.Tensor]) -> None:
-        """Send the components that `like` names, as it says; one that is not there is zero."""
-        assert peer is not None
-        device = _device(self.network)
-        self.link.send(
-            peer,
-            [
-                state[name].to(value.dtype)
-                if name in state
-                else torch.zeros_like(value, device=device)
-                for name, value in like.items()
-            ],
-        )
-
-    def receive(self, peer: int | None, like: Mapping[str, torch.Tensor]) -> State:
-        """Wait for the components that `like` names."""
-        assert peer is not None
-        found = self.link.receive(peer, list(like.values()))
-        return dict(zip(like, found, strict=True))
 
     # What every kind of sweep begins and ends with
 
@@ -173,7 +113,3 @@ class Step:
 
 _DRAWING = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
 """Instructions that run a network, which may draw random numbers."""
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
