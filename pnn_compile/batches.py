@@ -16,7 +16,10 @@ from passes.program import Program
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["CalibrationBatches", "argument_names", "batch_size", "device_of", "named_batch"]
+__all__ = [
+    "CalibrationBatches", "argument_names", "batch_size", "check_batch_size", "device_of",
+    "named_batch", "resized",
+]  # fmt: skip
 
 _HELD_OUT = 5
 """Every fifth batch is held out: it judges, and is never fitted."""
@@ -76,6 +79,34 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return next(
         (int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0
     )
+
+
+def check_batch_size(compiled: Network, batch: int) -> None:
+    """Refuse a number of samples that a network was not compiled for.
+
+    Raises:
+        OptionError: The batch size is fixed, and another one.
+    """
+    example = batch_size(compiled.program.args)
+    if batch != example and not compiled.program.dynamic_batch:
+        raise OptionError(
+            f"{compiled.plan.model} was compiled for batches of {example} only: take that size, or "
+            "compile with dynamic_batch=True"
+        )
+
+
+def resized(compiled: Network, batch: int, device: torch.device) -> dict[str, Any]:
+    """The example inputs with so many samples, repeated or cut, by argument name."""
+    size = batch_size(compiled.program.args)
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.dim() and leaf.shape[0] == size:
+            leaf = leaf[torch.arange(batch) % size]
+        return leaf.to(device)
+
+    return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}
 
 
 class CalibrationBatches:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +14,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError, RuntimeFault
 from pnn_compile.agreement import Energy
 from pnn_compile.artifact import load
-from pnn_compile.batches import batch_size, device_of
+from pnn_compile.batches import batch_size, check_batch_size, device_of, resized
 from pnn_compile.bench.contenders import mean_square
-from pnn_compile.bench.measure import resized
 from pnn_compile.network import Network
+from pnn_compile.processes import run_on_ranks
 from pnn_compile.runtime import distribute, place
 
 __all__ = ["FirstRun", "RankReport", "first_run"]
 
 TOLERANCE = 1e-4
 """Largest relative error of outputs that are taken as equal: float32 added in another order."""
-
-_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -85,12 +79,9 @@ class FirstRun:
 @dataclass(frozen=True)
 class _Order:
     artifact: Path
-    results: Path
-    ranks: int
     batch: int
     steps: int
     training: bool
-    threads: int
 
 
 def first_run(
@@ -122,25 +113,13 @@ def first_run(
     compiled = load(path)
     ranks = ranks or len(compiled.plan.stages)
     place(len(compiled.plan.stages), ranks)
-    example = batch_size(compiled.program.args)
-    batch = batch or example
-    if batch != example and not compiled.program.dynamic_batch:
-        raise OptionError(
-            f"{compiled.plan.model} was compiled for batches of {example} only: run that size, or "
-            "compile with dynamic_batch=True"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        order = _Order(Path(path), Path(folder), ranks, batch, steps, training, threads)
-        _start(order)
-        found = [json.loads((order.results / f"{rank}.json").read_text()) for rank in range(ranks)]
-        outputs = torch.load(order.results / "outputs.pt")
-    reports = (
-        RankReport(**each | {"stages": tuple(each["stages"]), "modules": tuple(each["modules"])})
-        for each in found
-    )
+    batch = batch or batch_size(compiled.program.args)
+    check_batch_size(compiled, batch)
+    order = _Order(Path(path), batch, steps, training)
+    reports, outputs = zip(*run_on_ranks(_look, ranks, order, threads=threads), strict=True)
     total = sum(p.numel() for p in compiled.module.parameters())
-    error = _error(outputs, _alone(compiled, batch))
-    return FirstRun(compiled.plan.model, batch, training, tuple(reports), total, error)
+    error = _error(outputs[-1], _alone(compiled, batch))
+    return FirstRun(compiled.plan.model, batch, training, reports, total, error)
 
 
 def _alone(compiled: Network, batch: int) -> list[torch.Tensor]:
@@ -160,33 +139,11 @@ def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return energy.share
 
 
-def _start(order: _Order) -> None:
-    from torch.multiprocessing.spawn import ProcessException, spawn
-
-    try:
-        spawn(_enter, (order,), nprocs=order.ranks)  # type: ignore[no-untyped-call]
-    except ProcessException as error:
-        raise RuntimeFault(f"a rank failed: {error}") from error
-
-
-def _enter(rank: int, order: _Order) -> None:
-    torch.set_num_threads(order.threads)
-    store = f"file://{order.results / 'store'}"
-    dist.init_process_group("gloo", store, _TIMEOUT, order.ranks, rank)
-    try:
-        report = _look(order)
-        (order.results / f"{rank}.json").write_text(json.dumps(asdict(report)))
-    finally:
-        dist.destroy_process_group()
-
-
-def _look(order: _Order) -> RankReport:
+def _look(_: torch.device, order: _Order) -> tuple[RankReport, list[torch.Tensor]]:
+    """Load, time and describe this rank's part; the outputs are those of the last stage."""
     module = distribute(order.artifact)
     inputs = resized(module.whole, order.batch, device_of(module.network))
-    outputs = module.eval()(**inputs)
-    if module.holds_output:
-        torch.save(_tensors(outputs), order.results / "outputs.pt")
-
+    outputs = _tensors(module.eval()(**inputs))
     optimizer = torch.optim.SGD(module.train(order.training).parameters(), 0.0)
 
     def run() -> object:
@@ -197,7 +154,7 @@ def _look(order: _Order) -> RankReport:
     seconds = _timed(run, order.steps)
     held = [*module.parameters(), *module.buffers()]
     stages = [module.whole.plan.stages[number] for number in module.network.own]
-    return RankReport(
+    report = RankReport(
         module.rank,
         tuple(module.network.own),
         (stages[0].first_module, stages[-1].last_module),
@@ -205,6 +162,7 @@ def _look(order: _Order) -> RankReport:
         sum(tensor.nbytes for tensor in held),
         seconds,
     )
+    return report, outputs
 
 
 def _timed(run: Callable[[], object], steps: int) -> float:

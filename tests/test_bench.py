@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
+from pnn_compile.batches import resized
 from pnn_compile.bench import Bench, Parts, Timing, bench
-from pnn_compile.bench.measure import resized
 from pnn_compile.bench.parts import PartsTimer
 from pnn_compile.cli import main
 from pnn_compile.report.bench import bench_table

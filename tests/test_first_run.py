@@ -58,6 +58,6 @@ def test_the_table_says_who_holds_what() -> None:
     )
     found = FirstRun("Net", 4, False, ranks, 1333, 1e-7)
     text = " ".join(to_text(first_run_table(found)).split())
-    for words in ("stem .. blocks.3", "1, 2", "1,234", "12.3", "outputs equal", "1,333"):
+    for words in ("stem .. blocks.3", "0, 1", "1,234", "12.3", "outputs equal", "1,333"):
         assert words in text
     assert "NOT equal" in to_text(first_run_table(replace(found, error=0.1)))

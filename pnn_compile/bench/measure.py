@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError, RuntimeFault
+from passes.errors import OptionError
+from pnn_compile.batches import check_batch_size, resized
 from pnn_compile.bench.contenders import Setting, Unfit, contender
 from pnn_compile.bench.parts import PartsTimer, median_parts
 from pnn_compile.bench.result import COPIES, SEQUENTIAL, Bench, Parts, Timing
+from pnn_compile.processes import TIMEOUT, run_on_ranks
 from pnn_compile.runtime import place
 
 if TYPE_CHECKING:
@@ -27,17 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
-"""Environment in which glibc keeps freed memory for the next step.
-
-Otherwise every activation of a training step is mapped, zeroed and unmapped by the kernel, which
-slows one process down, and several at once much more.
-"""
-_TIMEOUT = datetime.timedelta(minutes=10)
 Step = Callable[[], object]
 
 
@@ -46,13 +33,10 @@ class _Order:
     """What the ranks are told to measure."""
 
     artifact: Path
-    results: Path
-    ranks: int
     batches: tuple[int, ...]
     contenders: tuple[str, ...]
     training: bool
     rounds: int
-    threads: int
 
 
 def bench(
@@ -69,7 +53,7 @@ def bench(
 
     All contenders run in one set of processes, in turns, round after round, so that what else
     happens on the machine meets all of them. A step is forward, backward and an optimizer step.
-    On Linux all of them keep freed memory (see `KEEP_MEMORY`).
+    On Linux all of them keep freed memory (`pnn_compile.processes.KEEP_MEMORY`).
 
     Args:
         compiled: The network; it must be of a kind that can be saved.
@@ -97,63 +81,25 @@ def bench(
     _check(compiled, sizes, rounds)
     with tempfile.TemporaryDirectory() as folder:
         artifact = save(compiled, Path(folder) / "artifact")
-        results = Path(folder) / "results.json"
-        order = _Order(artifact, results, ranks, sizes, contenders, training, rounds, threads)
-        _start(order)
-        found = json.loads(results.read_text())
+        order = _Order(artifact, sizes, contenders, training, rounds)
+        device, timings, parts = run_on_ranks(_measure, ranks, order, threads=threads, cuda=True)[0]
     return Bench(
-        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, found["device"],
-        tuple(Timing(**_with_tuples(each)) for each in found["timings"]),
-        tuple(Parts(**_with_tuples(each)) for each in found["parts"]),
+        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, device,
+        timings, parts,
     )  # fmt: skip
-
-
-def _with_tuples(read: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in read.items()}
 
 
 def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
     if rounds < 1 or not batches or min(batches) < 1:
         raise OptionError("bench needs at least one round and batches of at least one sample")
-    example = _example_size(compiled)
-    if not compiled.program.dynamic_batch and set(batches) != {example}:
-        raise OptionError(
-            f"{compiled.plan.model} was compiled for batches of {example} only: bench that size, "
-            "or compile with dynamic_batch=True"
-        )
+    for batch in batches:
+        check_batch_size(compiled, batch)
 
 
-def _start(order: _Order) -> None:
-    from torch.multiprocessing.spawn import ProcessException, spawn
-
-    set_here = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
-    os.environ.update(set_here)
-    try:
-        spawn(_enter, (order,), nprocs=order.ranks)  # type: ignore[no-untyped-call]
-    except ProcessException as error:
-        raise RuntimeFault(f"a rank of the benchmark failed: {error}") from error
-    finally:
-        for name in set_here:
-            del os.environ[name]
-
-
-def _enter(rank: int, order: _Order) -> None:
-    torch.set_num_threads(order.threads)
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.device_count() >= order.ranks:
-        device, backend = torch.device("cuda", rank), "nccl"
-        torch.cuda.set_device(device)
-    store = f"file://{order.results.with_name('store')}"
-    dist.init_process_group(backend, store, _TIMEOUT, order.ranks, rank)
-    try:
-        found = _measure(order, device)
-        if rank == 0:
-            order.results.write_text(json.dumps(found))
-    finally:
-        dist.destroy_process_group()
-
-
-def _measure(order: _Order, device: torch.device) -> dict[str, Any]:
+def _measure(
+    device: torch.device, order: _Order
+) -> tuple[str, tuple[Timing, ...], tuple[Parts, ...]]:
+    """Measure on this rank; give the name of its device, and what was found."""
     from pnn_compile.artifact import load
 
     compiled = load(order.artifact)
@@ -166,9 +112,7 @@ def _measure(order: _Order, device: torch.device) -> dict[str, Any]:
         timings += found
         parts += seen
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {
-        "device": kind, "timings": [asdict(t) for t in timings], "parts": [asdict(p) for p in parts]
-    }  # fmt: skip
+    return kind, tuple(timings), tuple(parts)
 
 
 def _turns(
@@ -178,7 +122,7 @@ def _turns(
     ready: dict[str, Step] = {}
     problems: dict[str, str] = {}
     for name in order.contenders:
-        group = dist.new_group(timeout=_TIMEOUT)
+        group = dist.new_group(timeout=TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         setting = Setting(compiled, inputs, batch, order.training, group, device)
         step, problem = _prepared(name, setting)
@@ -189,7 +133,7 @@ def _turns(
             ready[name] = step
     timer = None
     if dist.get_rank() == 0:
-        placement = place(len(compiled.plan.stages), order.ranks)
+        placement = place(len(compiled.plan.stages), dist.get_world_size())
         timer = PartsTimer(compiled, inputs, placement, order.training)
         timer()
     seconds: dict[str, list[float]] = {name: [] for name in ready}
@@ -235,23 +179,3 @@ def _timed(step: Step, device: torch.device) -> float:
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return seconds.item()
-
-
-def resized(compiled: Network, batch: int, device: torch.device) -> dict[str, Any]:
-    """The example inputs with so many samples, repeated or cut."""
-    size = _example_size(compiled)
-
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if leaf.dim() and leaf.shape[0] == size:
-            leaf = leaf[torch.arange(batch) % size]
-        return leaf.to(device)
-
-    return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}
-
-
-def _example_size(compiled: Network) -> int:
-    from pnn_compile.batches import batch_size
-
-    return batch_size(compiled.program.args)

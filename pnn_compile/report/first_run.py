@@ -27,7 +27,7 @@ def first_run_table(found: FirstRun) -> RenderableType:
         first, last = rank.modules
         table.add_row(
             str(rank.rank),
-            ", ".join(str(number + 1) for number in rank.stages),
+            ", ".join(map(str, rank.stages)),
             first if first == last else f"{first} .. {last}",
             f"{rank.parameters:,}",
             f"{rank.bytes / 1e6:.1f}",
