@@ -155,7 +155,8 @@ class Stage:
         produces: Components of the leaving state that the stage computes.
         flops: Forward FLOPs of the fine stage.
         backward_flops: Backward FLOPs of the fine stage.
-        seconds: Measured seconds of the forward pass, or None.
+        seconds: Measured seconds: with cost "measured" of a training step, with
+            "measured-forward" of the forward pass; else None.
         parameters: Number of parameters.
         parameter_bytes: Their bytes.
         activation_bytes: Bytes of the tensors that the stage's nodes write.
@@ -196,7 +197,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The step-time model, forward, in the unit of the costs that were asked for.
+    """The step-time model, in the unit of the costs that were asked for.
+
+    FLOPs are those of the forward pass; measured seconds are of a training step or, with cost
+    "measured-forward", of the forward pass.
 
     Attributes:
         unit: "FLOPs" or "seconds", or "cost" for a callable of the user.
@@ -236,7 +240,8 @@ class Plan:
         interfaces: One per stage: where it ends. The last one leads into the head.
         head: What stays behind the last correction.
         forecast: The step-time model.
-        cost: How nodes were weighed: "flops", "measured" or the name of a callable.
+        cost: How nodes were weighed: "flops", "measured", "measured-forward" or the name of a
+            callable.
         seed: Seed of the initial weights of the coarse networks.
         fingerprint: Digest of the program's structure that the plan was made for.
         ties: Parameters that more than one stage reads, each with those stages.
