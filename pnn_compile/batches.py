@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pnn_compile.network import Network
 
 __all__ = [
-    "CalibrationBatches", "argument_names", "batch_size", "check_batch_size", "device_of",
-    "named_batch", "resized",
+    "CalibrationBatches", "argument_names", "batch_size", "check_batch_size", "check_shapes",
+    "device_of", "named_batch", "resized",
 ]  # fmt: skip
 
 _HELD_OUT = 5
@@ -93,6 +93,34 @@ def check_batch_size(compiled: Network, batch: int) -> None:
             f"{compiled.plan.model} was compiled for batches of {example} only: take that size, or "
             "compile with dynamic_batch=True"
         )
+
+
+def check_shapes(compiled: Network, inputs: Mapping[str, Any]) -> None:
+    """Refuse inputs of another shape than the example's, samples apart.
+
+    Args:
+        compiled: The network.
+        inputs: Inputs by argument name.
+
+    Raises:
+        OptionError: A tensor has another shape, or integers stand for floating-point numbers.
+    """
+    size = batch_size(compiled.program.args) if compiled.program.dynamic_batch else None
+    for name, example in compiled.program.args.items():
+        leaves = zip(pytree.tree_leaves(inputs[name]), pytree.tree_leaves(example), strict=False)
+        for found, wanted in leaves:
+            if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+                continue
+            first = 1 if wanted.dim() and wanted.shape[0] == size else 0
+            same_kind = found.is_floating_point() == wanted.is_floating_point()
+            fits = found.dim() == wanted.dim() and found.shape[first:] == wanted.shape[first:]
+            if not fits or not same_kind:
+                shape = ["any number", *wanted.shape[1:]] if first else [*wanted.shape]
+                raise OptionError(
+                    f"{name} is {[*found.shape]} {found.dtype}, but {compiled.plan.model} was "
+                    f"compiled for [{', '.join(map(str, shape))}] {wanted.dtype}: compile it with "
+                    "an example like what it is to run on"
+                )
 
 
 def resized(compiled: Network, batch: int, device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from pnn_compile.agreement import Energy
 from pnn_compile.artifact import load
 from pnn_compile.batches import batch_size, check_batch_size, device_of, resized
-from pnn_compile.bench.contenders import mean_square
+from pnn_compile.bench.contenders import mean_square, optimizer_of
 from pnn_compile.network import Network
 from pnn_compile.processes import run_on_ranks
 from pnn_compile.runtime import distribute, place
@@ -144,7 +144,7 @@ def _look(_: torch.device, order: _Order) -> tuple[RankReport, list[torch.Tensor
     module = distribute(order.artifact)
     inputs = resized(module.whole, order.batch, device_of(module.network))
     outputs = _tensors(module.eval()(**inputs))
-    optimizer = torch.optim.SGD(module.train(order.training).parameters(), 0.0)
+    optimizer = optimizer_of(module.train(order.training))
 
     def run() -> object:
         if order.training:

@@ -130,7 +130,7 @@ def threads(setting: Setting) -> Step:
 def copies(setting: Setting) -> Step:
     """The original network on every rank, whole and independent: what the machine has to give."""
     make = _trained if setting.training else _evaluated
-    return make(copy.deepcopy(setting.compiled.program.module), setting.inputs)
+    return make(copy.deepcopy(setting.compiled.current_program().module), setting.inputs)
 
 
 def parareal(setting: Setting) -> Step:
@@ -140,8 +140,6 @@ def parareal(setting: Setting) -> Step:
         network.eval()
         return lambda: network(**setting.inputs)
     optimizer = optimizer_of(network.train())
-    if optimizer is None:
-        raise Unfit("a rank without parameters has nothing to train")
     return lambda: network.train_step(dict(setting.inputs), mean_square, optimizer)
 
 
@@ -150,7 +148,7 @@ def data_parallel(setting: Setting) -> Step:
     share, rest = divmod(setting.batch, setting.ranks)
     if rest or not share:
         raise Unfit(f"no {setting.ranks} equal shares of a batch of {setting.batch}")
-    module = copy.deepcopy(setting.compiled.program.module)
+    module = copy.deepcopy(setting.compiled.current_program().module)
     inputs = _samples(setting, setting.rank * share, share)
     if not setting.training:
         return _evaluated(module, inputs)

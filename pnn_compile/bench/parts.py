@@ -84,6 +84,8 @@ class PartsTimer:
             return 0.0
         start = time.perf_counter()
         optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
 

@@ -12,15 +12,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.instruction import Kind
+from pnn_compile.runtime.instruction import FORWARD, Kind
 from pnn_compile.runtime.rank import RankNetwork
 
 __all__ = ["Computing"]
 
 Run = Callable[..., Any]
-
-FORWARD = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
-"""Instructions that run a piece forward."""
 
 
 @dataclass(frozen=True)

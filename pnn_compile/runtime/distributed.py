@@ -11,8 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from passes.errors import RuntimeFault
-from pnn_compile.batches import argument_names, batch_size, device_of, named_batch
+from passes.errors import OptionError, RuntimeFault
+from pnn_compile.batches import (
+    argument_names,
+    batch_size,
+    check_shapes,
+    device_of,
+    named_batch,
+)
 from pnn_compile.runtime import sharding
 from pnn_compile.runtime.computing import Computing
 from pnn_compile.runtime.feed import Feed
@@ -69,11 +75,9 @@ class RankModule(nn.Module):
         self._batches = batches
         self._computing = computing or Computing()
         self._computing.prepare(self.network)
-        self._programs = {
-            backward: self.network.programs(batches=batches, backward=backward)
-            for backward in (True, False)
-        }
-        for programs in self._programs.values():
+        self._training = self.network.programs(batches=batches)
+        self._evaluation = self.network.programs(backward=False)
+        for programs in (self._training, self._evaluation):
             check(programs)
         groups.compare(compiled)
         self._ties = Ties(compiled, placement, groups.stages)
@@ -115,7 +119,7 @@ class RankModule(nn.Module):
         with self._exchanging("buffers of replicas"):
             self._replicas.share_buffers()
         with torch.no_grad():
-            step = self._run([inputs], None, self.network.programs(backward=False))
+            step = self._run([inputs], None, self._evaluation)
         return step.outputs.get(0)
 
     def forward_backward(
@@ -151,7 +155,7 @@ class RankModule(nn.Module):
 
         with self._exchanging("buffers of replicas"):
             self._replicas.share_buffers()
-        step = self._run(inputs, weighed, self._programs[True])
+        step = self._run(inputs, weighed, self._training)
         with self._exchanging("gradients"):
             self._ties.sum_gradients()
             self._replicas.average_gradients()
@@ -167,7 +171,7 @@ class RankModule(nn.Module):
         self,
         batch: Any,
         loss: Callable[[Any, Any], torch.Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         clip_norm: float | None = None,
         scaler: GradScaler | None = None,
@@ -177,25 +181,33 @@ class RankModule(nn.Module):
         Args:
             batch: As in `forward_backward`.
             loss: As in `forward_backward`.
-            optimizer: Of this rank's parameters.
+            optimizer: Of this rank's parameters; None for a rank that has none.
             clip_norm: Largest norm of the gradient of the whole network, or None.
             scaler: What `grad_scaler` gave, for float16: where a gradient overflows on one rank,
                 no rank takes the step.
 
         Raises:
-            RuntimeFault: As in `forward_backward`.
+            RuntimeFault: As in `forward_backward`; or the loss is not finite, without a scaler:
+                then no rank has taken the step.
         """
-        optimizer.zero_grad(set_to_none=True)
+        self.zero_grad(set_to_none=True)
         value = self.forward_backward(batch, loss, scaler)
-        if scaler is not None:
+        if scaler is None and not torch.isfinite(value):
+            raise RuntimeFault(
+                f"the loss of step {self.saved.steps} is {value.item()} on all ranks: lower the "
+                "learning rate, or check the inputs; the weights are as they were before"
+            )
+        if scaler is not None and optimizer is not None:
             with self._exchanging("overflows"):
                 scaler.unscale_(optimizer)
         if clip_norm is not None:
             self.clip_gradients(clip_norm)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
+        if optimizer is not None:
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+        if scaler is not None:
             scaler.update()
         return value
 
@@ -236,6 +248,8 @@ class RankModule(nn.Module):
         return self._sharded or self._ties.counts(parameter)
 
     def _fed(self, batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            batch = dict(batch)  # torch looks into no other mapping
         if self._feed is None:
             return batch
         with self._exchanging("the batch"):
@@ -243,7 +257,12 @@ class RankModule(nn.Module):
 
     def _inputs(self, batch: Any) -> dict[str, Any]:
         # Of the whole network the first weights may be those of another rank, without data.
-        return named_batch(self.whole, batch, device_of(self.network))
+        inputs = named_batch(self.whole, batch, device_of(self.network))
+        try:
+            check_shapes(self.whole, inputs)
+        except OptionError as error:
+            raise RuntimeFault(f"rank {self.rank}: {error}") from error
+        return inputs
 
     @contextmanager
     def _exchanging(self, what: str) -> Iterator[None]:
@@ -304,7 +323,8 @@ class RankModule(nn.Module):
                 raise
             except Exception as error:
                 raise _fault(compiled, self.rank, instruction, inputs, error) from error
-        link.wait()
+        with self._exchanging("the last messages"):
+            link.wait()
         return step
 
 

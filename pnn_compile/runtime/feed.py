@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from passes.errors import RuntimeFault
 from pnn_compile.runtime.rank import RankNetwork
 
 __all__ = ["Feed", "reads"]
@@ -89,6 +90,8 @@ class Feed:
 
     def _empty(self, leaf: Any, wanted: bool) -> Any:
         if not isinstance(leaf, _Blank):
+            if isinstance(leaf, torch.Tensor):
+                raise RuntimeFault("a batch holds a tensor in a container that torch cannot open")
             return leaf
         device = self._device if wanted else "meta"
         return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)

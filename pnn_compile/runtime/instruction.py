@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["RECEIVES", "SENDS", "Instruction", "Kind"]
+__all__ = ["FORWARD", "RECEIVES", "SENDS", "Instruction", "Kind"]
 
 
 class Kind(Enum):
@@ -52,6 +52,9 @@ SENDS = {
     Kind.SEND_GUESS_ADJOINT: Kind.RECEIVE_GUESS_ADJOINT,
 }
 """Every kind that sends, and the kind that takes it."""
+
+FORWARD = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
+"""Every kind that runs a network forward, which may draw random numbers."""
 
 RECEIVES = frozenset(SENDS.values())
 """Every kind that waits for a message."""

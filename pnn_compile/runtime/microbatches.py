@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
 from pnn_compile.batches import batch_size
@@ -18,33 +18,32 @@ __all__ = ["crossing", "divide"]
 
 
 def divide(batch: Any, count: int) -> list[Any]:
-    """Cut a batch into micro-batches along dimension 0 of its tensors.
+    """Cut a batch into micro-batches along dimension 0 of the tensors that have its samples.
+
+    What holds no sample (a tensor whose dimension 0 has another size, a number) goes into each of
+    them whole. They differ by one sample at most.
 
     Raises:
         RuntimeFault: It has too few samples.
     """
     if count == 1:
         return [batch]
-    if isinstance(batch, torch.Tensor):
-        return _chunks(batch, count)
-    if isinstance(batch, Mapping):
-        columns = {name: _chunks(value, count) for name, value in batch.items()}
-        return [{name: pieces[i] for name, pieces in columns.items()} for i in range(count)]
-    rows = [_chunks(value, count) for value in batch]
-    return [tuple(pieces[i] for pieces in rows) for i in range(count)]
-
-
-def _chunks(value: Any, count: int) -> list[Any]:
-    if not isinstance(value, torch.Tensor) or not value.dim():
-        return [value] * count
-    size = math.ceil(len(value) / count)
-    pieces = list(torch.split(value, size))
-    if len(pieces) != count:
+    samples = batch_size({"batch": batch})
+    if samples < count:
         raise RuntimeFault(
-            f"a batch of {len(value)} does not divide into {count} micro-batches: give at least "
+            f"a batch of {samples} does not divide into {count} micro-batches: give at least "
             f"{count} samples, best a multiple"
         )
-    return pieces
+
+    def piece(number: int) -> Any:
+        def cut(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == samples:
+                return torch.tensor_split(leaf, count)[number]
+            return leaf
+
+        return pytree.tree_map(cut, batch)
+
+    return [piece(number) for number in range(count)]
 
 
 def crossing(

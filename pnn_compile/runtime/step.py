@@ -16,7 +16,7 @@ import torch
 
 from pnn_compile.runtime.chain import ChainSweep
 from pnn_compile.runtime.collapsed import CollapsedSweep
-from pnn_compile.runtime.instruction import Instruction, Kind
+from pnn_compile.runtime.instruction import FORWARD, Instruction, Kind
 from pnn_compile.runtime.piece import Piece, leaves
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.workspace import Action, Like, Link, Workspace
@@ -77,7 +77,7 @@ class Step(Workspace):
     @contextmanager
     def _random(self, it: Instruction) -> Iterator[None]:
         """Give a piece random numbers of its own."""
-        if it.kind not in _DRAWING or not self.network.training:
+        if it.kind not in FORWARD or not self.network.training:
             yield
             return
         devices = [self.device] if self.device.type == "cuda" else []
@@ -109,7 +109,3 @@ class Step(Workspace):
     def _guess_backward(self, it: Instruction) -> None:
         """Run the guess backward, which residual and fine stage both read."""
         self.guess.pop(it.key).backward(self.guess_adjoint.pop(it.key))
-
-
-_DRAWING = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
-"""Instructions that run a network, which may draw random numbers."""

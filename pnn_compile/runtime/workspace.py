@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from passes.errors import RuntimeFault
 from pnn_compile.batches import device_of
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.piece import Piece
@@ -82,6 +83,12 @@ class Workspace:
     def send(self, peer: int | None, state: State, like: Mapping[str, torch.Tensor]) -> None:
         """Send the components that `like` names, as it says; one that is not there is zero."""
         assert peer is not None
+        for name, value in like.items():
+            if name in state and state[name].shape != value.shape:
+                raise RuntimeFault(
+                    f"{name} is {[*state[name].shape]}, but rank {peer} waits for "
+                    f"{[*value.shape]}: the shapes of the inputs are not those of the example"
+                )
         self.link.send(
             peer,
             [
