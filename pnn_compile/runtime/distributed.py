@@ -155,9 +155,10 @@ class RankModule(nn.Module):
 
         with self._exchanging("buffers of replicas"):
             self._replicas.share_buffers()
+        earlier = self._ties.set_aside()
         step = self._run(inputs, weighed, self._training)
         with self._exchanging("gradients"):
-            self._ties.sum_gradients()
+            self._ties.sum_gradients(earlier)
             self._replicas.average_gradients()
         total = torch.zeros((), device=device_of(self.network))
         if self.holds_output:
