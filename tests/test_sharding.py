@@ -64,6 +64,22 @@ def test_sharded_replicas_train_alike(options: dict[str, Any], tmp_path: Path) -
     assert second[0]["original"].keys() == whole[0]["original"].keys()
 
 
+def _late_optimizer(rank: int) -> bool:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "stage"))
+    module = pnn.runtime.distribute(network(2), mesh=mesh, placement=[0, 0], shard=True)
+    batch = batches(1)[0]
+    module.eval()(batch)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    before = {key: full(value).clone() for key, value in module.network.named_parameters()}
+    module.train().train_step(batch, loss, optimizer)
+    trained = {key: full(value) for key, value in module.network.named_parameters()}
+    return not torch.equal(before["fine_0.stem.weight"], trained["fine_0.stem.weight"])
+
+
+def test_an_optimizer_made_after_a_forward_pass_trains(tmp_path: Path) -> None:
+    assert start(_late_optimizer, 2, tmp_path) == [True, True]
+
+
 def _refused(rank: int) -> list[str]:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "stage"))
     messages = []

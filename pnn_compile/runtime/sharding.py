@@ -52,7 +52,9 @@ def shard(compiled: Network, network: RankNetwork, mesh: DeviceMesh | None) -> N
                 )
             seen[parameter] = f"{piece}.{name}"
     for child in network.children():
-        fully_shard(child, mesh=mesh)
+        # Every piece is a root, which would otherwise stay gathered after a forward pass, and an
+        # optimizer made then would take parameters that nobody trains.
+        fully_shard(child, mesh=mesh, reshard_after_forward=True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
