@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import pnn_compile as pnn
 from tests.distributed_models import batches, loss, network
@@ -128,3 +129,58 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert "not of this rank" in optimizer
         assert "keep is 0" in keep
         assert "step-00000001 cannot be resumed" in damaged
+
+
+def _replicas(rank: int, folder: str) -> bool:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "stage"))
+    module = pnn.runtime.distribute(network(2), mesh=mesh, placement=[0, 0]).train()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    checkpoints = pnn.runtime.Checkpoints(folder, module, optimizer)
+    module.train_step(batches(1)[0] * (1 + rank), loss, optimizer)
+    first = [buffer.clone() for buffer in module.buffers()]
+    for buffer in first:
+        dist.broadcast(buffer, 0)
+    checkpoints.save()
+    checkpoints.resume()
+    return all(torch.equal(a, b) for a, b in zip(module.buffers(), first, strict=True))
+
+
+def test_the_statistics_of_the_first_replica_are_saved(tmp_path: Path) -> None:
+    assert start(_replicas, 2, tmp_path, str(tmp_path / "run")) == [True, True]
+
+
+def _save(rank: int, folder: str, resume: bool, times: int = 1) -> str:
+    module = pnn.runtime.distribute(network(2))
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    checkpoints = pnn.runtime.Checkpoints(folder, module, optimizer, keep=1)
+    if resume:
+        return str(checkpoints.resume())
+    module.train_step(batches(1)[0], loss, optimizer)
+    try:
+        for _ in range(times):
+            checkpoints.save()
+    except pnn.RuntimeFault as error:
+        return str(error)
+    return ""
+
+
+def test_a_folder_with_later_steps_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "step-00000007").mkdir(parents=True)
+    for message in start(_save, 2, tmp_path, str(folder), False):
+        assert "step 7, and this run has taken 1: resume() from it" in message
+    assert os.listdir(folder) == ["step-00000007"]
+
+
+def test_a_step_is_saved_again_and_drafts_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / ".step-00000003.part").mkdir(parents=True)
+    assert start(_save, 2, tmp_path, str(folder), False, 2) == ["", ""]
+    assert os.listdir(folder) == ["step-00000001"]
+
+
+def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    start(_save, 2, tmp_path, str(folder), False)
+    (folder / "step-00000001").rename(folder / ".step-00000001.old")
+    assert start(_save, 2, tmp_path, str(folder), True) == ["1", "1"]

@@ -85,33 +85,25 @@ class Checkpoints:
             Its directory.
 
         Raises:
-            RuntimeFault: It could not be written; older ones are as they were.
+            RuntimeFault: There is one of a later step, or it could not be written; older ones are
+                as they were.
         """
-        from pnn_compile.runtime.storage import write
-
         target = self._folder / f"step-{self._saved.steps:08d}"
-        draft = self._folder / f".{target.name}.part"
-        values: dict[str, Any] = {**self._saved.tensors(), **self._optimizer.values()}
-        values["run"] = self._saved.counters()
-        for name, part in self._parts.items():
-            values[f"parts.{name}"] = part.state_dict()
         try:
-            if self._leads:
-                shutil.rmtree(draft, ignore_errors=True)
-                self._folder.mkdir(parents=True, exist_ok=True)
-            dist.barrier(self._group)
-            write(draft, values, self._group)
-            if self._leads:
-                shutil.rmtree(target, ignore_errors=True)
-                os.rename(draft, target)
-                self._drop_older()
-            dist.barrier(self._group)
+            newest = self._newest()
+            if newest is None or newest <= self._saved.steps:
+                self._write(target)
         except Exception as error:
             raise RuntimeFault(
                 f"rank {self._saved.rank} could not write the checkpoint {target} "
                 f"({type(error).__name__}: {error}): check permissions and free space of "
                 f"{self._folder}, and that no rank has died"
             ) from error
+        if newest is not None and newest > self._saved.steps:
+            raise RuntimeFault(
+                f"{self._folder} holds a checkpoint of step {newest}, and this run has taken "
+                f"{self._saved.steps}: resume() from it, or choose another folder"
+            )
         return target
 
     def resume(self) -> int:
@@ -123,11 +115,10 @@ class Checkpoints:
         Raises:
             RuntimeFault: It does not fit this network or optimizer, or is damaged.
         """
-        found: list[Any] = [self._steps()[-1:] if self._leads else None]
-        dist.broadcast_object_list(found, dist.get_global_rank(self._group, 0), self._group)
-        if not found[0]:
+        newest = self._newest()
+        if newest is None:
             return 0
-        target = self._folder / f"step-{found[0][0]:08d}"
+        target = self._folder / f"step-{newest:08d}"
         try:
             self._load(target)
         except RuntimeFault:
@@ -139,6 +130,30 @@ class Checkpoints:
             ) from error
         _log.info("resumed %s", target)
         return self._saved.steps
+
+    def _write(self, target: Path) -> None:
+        from pnn_compile.runtime.storage import write
+
+        self._saved.share_buffers()  # any replica may be the one that writes
+        values: dict[str, Any] = {**self._saved.tensors(), **self._optimizer.values()}
+        values["run"] = self._saved.counters()
+        for name, part in self._parts.items():
+            values[f"parts.{name}"] = part.state_dict()
+        draft = target.with_name(f".{target.name}.part")
+        if self._leads:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._drop(".step-*.part")
+        dist.barrier(self._group)
+        write(draft, values, self._group)
+        if self._leads:
+            aside = target.with_name(f".{target.name}.old")
+            if target.exists():
+                self._drop(aside.name)
+                os.rename(target, aside)
+            os.rename(draft, target)
+            self._drop(".step-*.old")
+            self._drop_older()
+        dist.barrier(self._group)
 
     def _load(self, target: Path) -> None:
         from pnn_compile.runtime.storage import read
@@ -152,12 +167,32 @@ class Checkpoints:
         for name, part in self._parts.items():
             part.load_state_dict(found[f"parts.{name}"])
 
+    def _newest(self) -> int | None:
+        """Number of steps of the newest checkpoint, on all ranks; None if there is none."""
+        found: list[int | None] = [None]
+        if self._leads:
+            self._put_back()
+            found = [*self._steps()[-1:]] or [None]
+        dist.broadcast_object_list(found, dist.get_global_rank(self._group, 0), self._group)
+        return found[0]
+
+    def _put_back(self) -> None:
+        """Undo a replacement that was cut off between its two renames."""
+        for aside in self._folder.glob(".step-*.old"):
+            target = aside.with_name(aside.name[1:].removesuffix(".old"))
+            if not target.exists():
+                os.rename(aside, target)
+
     def _steps(self) -> list[int]:
         """Numbers of the steps of all checkpoints, in order."""
         if not self._folder.is_dir():
             return []
         matches = [_STEP.fullmatch(entry.name) for entry in self._folder.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
+
+    def _drop(self, pattern: str) -> None:
+        for folder in self._folder.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _drop_older(self) -> None:
         for step in self._steps()[: -self._keep]:

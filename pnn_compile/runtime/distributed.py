@@ -82,7 +82,7 @@ class RankModule(nn.Module):
         groups.compare(compiled)
         self._ties = Ties(compiled, placement, groups.stages)
         self._replicas = Replicas(self.network, groups.replicas, sharded=shard)
-        self.saved = Saved(compiled, self.network, groups)
+        self.saved = Saved(compiled, self.network, groups, self._replicas)
         self._feed = None
         if feed:
             names = argument_names(compiled.program)

@@ -16,6 +16,7 @@ from pnn_compile.runtime.sharding import full
 if TYPE_CHECKING:
     from pnn_compile.network import Network
     from pnn_compile.runtime.rank import RankNetwork
+    from pnn_compile.runtime.replicas import Replicas
 
 __all__ = ["Saved"]
 
@@ -27,6 +28,7 @@ class Saved:
         compiled: The whole network.
         network: This rank's part.
         groups: The processes of the run.
+        replicas: Other processes with the same part.
 
     Attributes:
         steps: Number of steps that were taken.
@@ -34,12 +36,15 @@ class Saved:
         rank: This rank.
     """
 
-    def __init__(self, compiled: Network, network: RankNetwork, groups: Groups) -> None:
+    def __init__(
+        self, compiled: Network, network: RankNetwork, groups: Groups, replicas: Replicas
+    ) -> None:
         self.groups = groups
         self.rank = network.rank
         self.steps = 0
         self._seed = groups.common_seed()
         self._network = network
+        self._replicas = replicas
         self._keys = Names(compiled)
         self._plan = plan_digest(compiled)
         # Weights of the model that no stage reads stay with the first rank.
@@ -57,6 +62,10 @@ class Saved:
         """Parameters and buffers of this rank by key; they share its memory."""
         unused = {MODEL + name: tensor for name, tensor in self._unused.items()}
         return {**unused, **{key_of(n): t for n, t in self._network.state_dict().items()}}
+
+    def share_buffers(self) -> None:
+        """Give all replicas the buffers of the first one, which every step begins with."""
+        self._replicas.share_buffers()
 
     def counters(self) -> dict[str, Any]:
         """What is the same on all ranks."""
