@@ -140,19 +140,25 @@ def test_ranks_with_different_networks_are_refused(tmp_path: Path) -> None:
         assert "ranks [1] hold another plan than rank 0" in message
 
 
-def _wrong_shape(rank: int) -> str:
+def _out_of_memory(*_: object) -> None:
+    raise MemoryError("no room for 3 GB")
+
+
+def _failing(rank: int) -> str:
     compiled, _ = _compiled("resnet", 2)
     module = pnn.runtime.distribute(compiled).eval()
+    compiled.stages.fine[rank].register_forward_pre_hook(_out_of_memory)
     with pytest.raises(pnn.RuntimeFault) as caught:
-        module(torch.randn(2, 5, 16, 16))
+        module(torch.randn(2, 3, 16, 16))
     return str(caught.value)
 
 
 def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
-    first, second = start(_wrong_shape, 2, tmp_path)
+    first, second = start(_failing, 2, tmp_path)
     assert "rank 0 failed at fine (stage 0, micro-batch 0), modules stem" in first
-    assert "[2, 5, 16, 16]" in first
-    assert "rank 1 failed at" in second
+    assert "[2, 3, 16, 16]" in first
+    assert "MemoryError: no room for 3 GB" in first
+    assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
