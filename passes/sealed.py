@@ -32,7 +32,7 @@ _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.
 @torch.library.custom_op("pnn_compile::sealed", mutates_args=())
 def _sealed(tensors: Sequence[torch.Tensor], sizes: Sequence[int], key: int) -> list[torch.Tensor]:
     """Stand for a call of a module; never run."""
-    raise NotImplementedError
+    raise RuntimeError("a sealed call stands for a module in an exported graph and is never run")
 
 
 OPERATOR: Any = torch.ops.pnn_compile.sealed.default
