@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -19,6 +19,9 @@ from pnn_compile.cli.common import (
     open_target,
     stages_option,
 )
+
+if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
 
 __all__ = ["bench_command"]
 
@@ -36,6 +39,11 @@ __all__ = ["bench_command"]
     metavar="NAME,...",
     help="threads, ddp, gpipe, gpipe:M (M micro-batches); the original is always measured.",
 )
+@click.option(
+    "--streams",
+    metavar="N,N,...",
+    help="On one GPU, stages side by side on CUDA streams, in place of processes.",
+)
 @click.option("--inference", is_flag=True, help="Forward alone, instead of training steps.")
 @click.option("--rounds", default=7, type=click.IntRange(min=1), help="Steps of each.")
 @click.option("--threads", default=1, type=click.IntRange(min=1), help="Threads of a process.")
@@ -49,11 +57,18 @@ def bench_command(
     ranks: int | None,
     batches: str,
     against: str,
+    streams: str | None,
     as_json: bool,
     debug: bool,
     **options: Any,
 ) -> None:
     """Measure a step of TARGET, an artifact or a model, on local processes, side by side."""
+    if streams is not None:
+        counts = numbers(streams, "--streams")
+        with Progress(as_json)("compiling"):
+            networks = [open_target(target, n, inputs, arguments, debug) for n in counts]
+        _bench_streams(networks, counts, numbers(batches, "--batch"), as_json, options)
+        return
     from pnn_compile.bench import bench
     from pnn_compile.report.bench import bench_table
 
@@ -77,3 +92,27 @@ def bench_command(
         console().print(bench_table(found))
     if any(timing.contender == "parareal" and timing.problem for timing in found.timings):
         raise OptionError("the parareal network could not run; see the table")
+
+
+def _bench_streams(
+    networks: list[Compiled],
+    counts: list[int],
+    batches: list[int],
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from pnn_compile.bench.streams import bench_streams
+    from pnn_compile.report.streams import streams_table
+
+    found = [len(network.plan.stages) for network in networks]
+    if found != counts:
+        raise OptionError(f"the artifact has {found[0]} stages: ask for --streams {found[0]}")
+    training = not options["inference"]
+    with Progress(as_json)("measuring"):
+        measured = bench_streams(
+            networks, batches=batches, training=training, rounds=options["rounds"]
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(measured), indent=2))
+    else:
+        console().print(streams_table(measured))

@@ -1,0 +1,209 @@
+"""`bench_streams`: stages side by side on one GPU, beside the original network on that GPU.
+
+Every contender is timed as one launch of a CUDA graph, so that none waits for Python; the original
+is also timed as PyTorch runs it. All take turns, round after round.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from passes.errors import OptionError, RuntimeFault
+from pnn_compile.batches import check_batch_size, device_of, resized
+from pnn_compile.bench.contenders import mean_square, optimizer_of
+from pnn_compile.runtime.captured import CapturedForward, CapturedStep
+from pnn_compile.runtime.streams import StreamNetwork
+
+if TYPE_CHECKING:
+    from pnn_compile.network import Network
+
+__all__ = ["BASELINE", "StreamBench", "StreamTiming", "bench_streams"]
+
+BASELINE = "original, CUDA graph"
+_REPEATS = 5
+"""Steps between two readings of the clock."""
+
+_Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class StreamTiming:
+    """The steps of one contender at one batch size.
+
+    Attributes:
+        contender: Its name.
+        batch: Samples of a step.
+        seconds: Of a step, by round.
+        error: Largest difference of its outputs from those of the same network run plainly,
+            relative to the largest output; None for the original.
+    """
+
+    contender: str
+    batch: int
+    seconds: tuple[float, ...]
+    error: float | None
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds, in seconds."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class StreamBench:
+    """What was measured on one GPU.
+
+    Attributes:
+        model: Name of the model.
+        training: Whether a step is forward, backward and optimizer; else forward alone.
+        device: Name of the GPU.
+        timings: One per contender and batch size.
+        bounds: Predicted speed-up by number of stages, one device a stage.
+    """
+
+    model: str
+    training: bool
+    device: str
+    timings: tuple[StreamTiming, ...]
+    bounds: dict[int, float]
+
+    def ratios(self, timing: StreamTiming) -> tuple[float, ...]:
+        """How many times as fast as the original under a CUDA graph, round by round."""
+        baseline = next(
+            t for t in self.timings if (t.contender, t.batch) == (BASELINE, timing.batch)
+        )
+        return tuple(a / b for a, b in zip(baseline.seconds, timing.seconds, strict=True))
+
+
+def bench_streams(
+    networks: Sequence[Network],
+    *,
+    batches: Iterable[int] = (1,),
+    training: bool = False,
+    rounds: int = 7,
+) -> StreamBench:
+    """Measure one model compiled into several numbers of stages, side by side on one GPU.
+
+    Args:
+        networks: The same model, compiled; moved to the current CUDA device.
+        batches: Sizes of a batch.
+        training: Measure training steps (SGD with momentum at rate 0); else the forward pass.
+        rounds: Readings of each contender, five steps each.
+
+    Raises:
+        RuntimeFault: There is no CUDA device, or a network cannot be captured in a CUDA graph.
+        OptionError: A number is too small, or a batch size is not what was compiled.
+    """
+    sizes = tuple(batches)
+    if not networks or rounds < 1 or not sizes or min(sizes) < 1:
+        raise OptionError("give at least one network, one round and one sample")
+    if not torch.cuda.is_available():
+        raise RuntimeFault("streams are measured on a CUDA device, and torch sees none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    timings: list[StreamTiming] = []
+    for batch in sizes:
+        for network in networks:
+            check_batch_size(network, batch)
+            network.module.to(device)
+        timings += _turns(networks, batch, training, rounds)
+        torch.cuda.empty_cache()
+    return StreamBench(
+        networks[0].plan.model, training, torch.cuda.get_device_name(device), tuple(timings),
+        {len(n.plan.stages): n.plan.forecast.speedup for n in networks},
+    )  # fmt: skip
+
+
+def _turns(
+    networks: Sequence[Network], batch: int, training: bool, rounds: int
+) -> list[StreamTiming]:
+    steps: dict[str, _Step] = {}
+    errors: dict[str, float | None] = {}
+    original = networks[0].current_program().module
+    inputs = resized(networks[0], batch, device_of(original))
+    steps["original"] = _plain(copy.deepcopy(original), inputs, training)
+    steps[BASELINE] = _captured(copy.deepcopy(original), inputs, training)
+    errors["original"] = errors[BASELINE] = None
+    for network in networks:
+        count = len(network.plan.stages)
+        plain = copy.deepcopy(network.module)
+        streams = StreamNetwork(replace(network, module=copy.deepcopy(network.module)))
+        error = _difference(plain, streams, inputs)
+        for name, module in (("one stream", plain), ("streams", streams)):
+            key = f"parareal N = {count}, {name}"
+            steps[key], errors[key] = _captured(module, inputs, training), error
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = [*steps]
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in (*names[shift:], *names[:shift]):
+            seconds[name].append(_timed(steps[name]))
+    return [StreamTiming(n, batch, tuple(seconds[n]), errors[n]) for n in names]
+
+
+def _plain(module: nn.Module, inputs: dict[str, Any], training: bool) -> _Step:
+    module.train(training)
+    if not training:
+
+        @torch.no_grad()
+        def forward() -> None:
+            module(**inputs)
+
+        return forward
+    optimizer = optimizer_of(module)
+
+    def step() -> None:
+        module.zero_grad(set_to_none=True)
+        mean_square(module(**inputs)).backward()  # type: ignore[no-untyped-call]
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def _captured(module: nn.Module, inputs: dict[str, Any], training: bool) -> _Step:
+    module.train(training)
+    if not training:
+        run = CapturedForward(module, **inputs)
+        return lambda: run(**inputs)
+    optimizer = optimizer_of(module)
+    if optimizer is None:
+        raise OptionError("the model has no parameters to train: measure the forward pass")
+    given = tuple(inputs.values())
+    target = torch.zeros((), device=device_of(module))
+    step = CapturedStep(module, given, target, mean_square, optimizer)
+    return lambda: step(given, target)
+
+
+@torch.no_grad()
+def _difference(plain: nn.Module, streams: nn.Module, inputs: dict[str, Any]) -> float:
+    """Largest difference of captured streams from the network run plainly, relative."""
+    plain.eval()
+    streams.eval()
+    wanted = pytree.tree_leaves(plain(**inputs))
+    found = pytree.tree_leaves(CapturedForward(streams, **inputs)(**inputs))
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if isinstance(b, torch.Tensor)]
+    scale = max((b.abs().max().item() for _, b in pairs), default=0.0)
+    worst = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
+    return worst / scale if scale else worst
+
+
+def _timed(step: _Step) -> float:
+    """Seconds of a step."""
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    step()
+    start.record()
+    for _ in range(_REPEATS):
+        step()
+    end.record()
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / _REPEATS

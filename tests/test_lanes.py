@@ -1,0 +1,97 @@
+"""Lanes: what waits for what, checked against the data flow of the graph itself."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import pnn_compile as pnn
+from examples import resnet110, unet
+from pnn_compile.runtime import Sweep
+from pnn_compile.runtime.lanes import Lanes, lanes
+
+FORMS: dict[str, dict[str, Any]] = {
+    "chain": {},
+    "collapsed": {"coarse": "linear", "sweep": "collapsed"},
+    "two iterations": {"iterations": 2},
+    "difference": {"correction": "difference", "coarse": "conv"},
+}
+
+
+@functools.cache
+def _compiled(name: str, form: str) -> pnn.Compiled:
+    model: nn.Module = resnet110.build_model(3, 4)
+    example: tuple[torch.Tensor, ...] = resnet110.example_inputs(size=16)
+    if name == "unet":
+        model, example = unet.build_model(depth=3, width=4), unet.example_inputs()
+    return pnn.compile(model, example, stages=3, **FORMS[form])
+
+
+def _started_before(graph: fx.Graph, found: Lanes) -> dict[fx.Node, set[fx.Node]]:
+    """By node, everything that is done when it starts: before it on its lane, or awaited."""
+    done: dict[fx.Node, set[fx.Node]] = {}
+    on_lane: dict[int, set[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        before = set(on_lane.get(found.lane[node], set()))
+        for source in found.waits[node]:
+            before |= done[source] | {source}
+        done[node] = before
+        on_lane[found.lane[node]] = before | {node}
+    return done
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_everything_read_is_done(name: str, form: str) -> None:
+    compiled = _compiled(name, form)
+    graph = compiled.module.graph
+    found = lanes(graph, compiled.plan)
+    done = _started_before(graph, found)
+    for node, before in done.items():
+        read = {n for n in node.all_input_nodes if n.op != "placeholder"}
+        assert read <= before, node
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet"])
+@pytest.mark.parametrize("form", FORMS)
+def test_fine_stages_of_the_first_iteration_wait_for_their_guess_alone(
+    name: str, form: str
+) -> None:
+    compiled = _compiled(name, form)
+    found = lanes(compiled.module.graph, compiled.plan)
+    done = _started_before(compiled.module.graph, found)
+    computed = [f"fine_{j}" for j in Sweep.of(compiled.plan).computed(found.count, 0)]
+    first = {str(node.target): before for node, before in reversed(done.items())}
+    for target in computed:
+        calls = {str(n.target) for n in first[target] if n.op == "call_module"}
+        assert calls <= {target.replace("fine", "preprocess")}
+    assert found.count == 3
+    assert len(computed) >= 2
+
+
+def test_maps_of_a_collapsed_sweep_do_not_wait_for_each_other() -> None:
+    compiled = _compiled("resnet", "collapsed")
+    done = _started_before(compiled.module.graph, lanes(compiled.module.graph, compiled.plan))
+    for node, before in done.items():
+        if str(node.target).startswith("coarse_"):
+            assert not [n for n in before if str(n.target).startswith("coarse_")]
+
+
+def _stream_network(compiled: pnn.Compiled) -> nn.Module:
+    return pnn.runtime.StreamNetwork(compiled)
+
+
+def _forward(compiled: pnn.Compiled) -> object:
+    return pnn.runtime.CapturedForward(compiled.module, torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without CUDA says")
+@pytest.mark.parametrize("make", [_stream_network, _forward])
+def test_without_a_gpu_it_says_so(make: Callable[[pnn.Compiled], object]) -> None:
+    with pytest.raises(pnn.RuntimeFault, match="CUDA device"):
+        make(_compiled("resnet", "chain"))
