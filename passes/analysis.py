@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import fx
 
@@ -45,6 +46,8 @@ class Analysis:
         blocks: The runs between neighbouring single-tensor module boundaries.
         sources: What the guesses are made from.
         unit: Unit of `Cost.weight`.
+        measured: What networks outside of the program were measured to take, by what they are made
+            of: several plans over one analysis use the same ones again and again.
     """
 
     program: Program
@@ -54,6 +57,7 @@ class Analysis:
     blocks: tuple[Block, ...]
     sources: tuple[Source, ...]
     unit: str
+    measured: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def total(self) -> float:
@@ -87,6 +91,12 @@ class Analysis:
         heavy = [b for b in repeated if sizes[id(b)] >= _SIGNIFICANT * mean]
         covered = sum(sizes[id(block)] for block in heavy)
         return heavy if 2 * covered >= self.flops else []
+
+    @cached_property
+    def trunk_flops(self) -> float:
+        """Forward FLOPs of a block of the trunk, the mean; 0 if there is none."""
+        sizes = [self.block_flops(block) for block in self.trunk_blocks]
+        return sum(sizes) / len(sizes) if sizes else 0.0
 
     def trunk_end(self) -> int:
         """Number of nodes up to the end of the trunk; what follows is fit for a head."""

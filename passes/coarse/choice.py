@@ -64,6 +64,8 @@ def _origin(analysis: Analysis, options: Options, behind: int) -> _Origin:
     """What to guess the state at a cut from: the inputs, or what the first layers give."""
     total = 0.0
     limit = (options.prologue or 0.0) * analysis.total
+    if not limit:
+        return _Origin(analysis.sources)
     ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < behind}
     best = None
     for index, node in enumerate(analysis.frontiers.order, 1):
@@ -93,8 +95,7 @@ def coarse_estimate(
     if options.coarse == "zero":
         return 0.0
     copies = options.coarse in BLOCK_FAMILIES
-    if (copies or options.coarse == "auto") and (blocks := analysis.trunk_blocks):
-        mean = sum(analysis.block_flops(block) for block in blocks) / len(blocks)
+    if (copies or options.coarse == "auto") and (mean := analysis.trunk_flops):
         if copies or options.units * mean <= budget:
             return options.units * mean
     return linear_flops(position.specs, position.specs)
@@ -142,13 +143,16 @@ def choose_guess(
         linear=False,
         why="asked for" if options.preprocess != "auto" else _GUESS_REASONS[family],
     )
-    with torch.random.fork_rng():
-        module = build_guess(analysis.program, draft, list(state))
-    assert isinstance(module.operator, nn.Module)
-    flops = origin.flops + _run(analysis, module.operator, origin.specs, [])
-    owned = module if origin.nodes else module.operator
-    count = sum(p.numel() for p in owned.parameters())
-    return dataclasses.replace(draft, flops=flops, parameters=count)
+    made_of = family, options.rank, origin.nodes, tuple(origin.specs), tuple(state)
+    if made_of not in analysis.measured:
+        with torch.random.fork_rng():
+            module = build_guess(analysis.program, draft, list(state))
+        assert isinstance(module.operator, nn.Module)
+        flops = origin.flops + _run(analysis, module.operator, origin.specs, [])
+        owned = module if origin.nodes else module.operator
+        analysis.measured[made_of] = flops, sum(p.numel() for p in owned.parameters())
+    flops, parameters = analysis.measured[made_of]
+    return dataclasses.replace(draft, flops=flops, parameters=parameters)
 
 
 def _described(analysis: Analysis, origin: _Origin) -> dict[str, Any]:
@@ -317,16 +321,18 @@ def _copied(
     program, cones, why = analysis.program, analysis.frontiers.cones, "asked for"
     if options.coarse == "thinned":
         steps = thin(analysis.blocks, *place)
+        made_of = tuple((block.signature, step) for group, step in steps for block in group)
         described = thinned_options(program, steps, cones)
         why += f"; steps of {', '.join(str(step) for _, step in steps)} blocks"
     else:
         blocks = choose_blocks(analysis.blocks, analysis.trunk_blocks, *place)
+        made_of = tuple((block.signature, 1) for block in blocks)
         described = unit_options(program, blocks, cones)
     if not described["blocks"]:
         return None, "the stage is not made of repeating blocks"
     family = "thinned" if options.coarse == "thinned" else "units"
     draft = CoarseSpec(family, described, 0, 0, False, why)
-    return _measure(analysis, draft, entering, leaving), ""
+    return _measure(analysis, draft, entering, leaving, made_of), ""
 
 
 def _draft(options: Options, family: str, why: str = "") -> CoarseSpec:
@@ -345,17 +351,22 @@ def _measure(
     draft: CoarseSpec,
     entering: Sequence[TensorSpec],
     leaving: Sequence[TensorSpec],
+    blocks: tuple[tuple[str, int], ...] = (),
 ) -> CoarseSpec:
-    """Build the network once and note what one call costs."""
-    with torch.random.fork_rng():
-        module = build_coarse(analysis.program, draft, list(entering), list(leaving), nn.Identity())
-    given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
-    inputs = [given[name] for name in draft.options.get("inputs", ())]
-    return dataclasses.replace(
-        draft,
-        flops=_run(analysis, module, entering, inputs),
-        parameters=sum(p.numel() for p in module.parameters()),
-    )
+    """Build the network once, unless it was before, and note what one call costs."""
+    plain = draft.options.get("rank"), draft.options.get("bias")
+    made_of = draft.family, plain, blocks, tuple(entering), tuple(leaving)
+    if made_of not in analysis.measured:
+        with torch.random.fork_rng():
+            module = build_coarse(
+                analysis.program, draft, list(entering), list(leaving), nn.Identity()
+            )
+        given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
+        inputs = [given[name] for name in draft.options.get("inputs", ())]
+        flops = _run(analysis, module, entering, inputs)
+        analysis.measured[made_of] = flops, sum(p.numel() for p in module.parameters())
+    flops, parameters = analysis.measured[made_of]
+    return dataclasses.replace(draft, flops=flops, parameters=parameters)
 
 
 def _run(
