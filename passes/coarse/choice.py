@@ -95,9 +95,9 @@ def coarse_estimate(
     if options.coarse == "zero":
         return 0.0
     copies = options.coarse in BLOCK_FAMILIES
-    if (copies or options.coarse == "auto") and (mean := analysis.trunk_flops):
-        if copies or options.units * mean <= budget:
-            return options.units * mean
+    units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
+    if units and (copies or units <= budget):
+        return units
     return linear_flops(position.specs, position.specs)
 
 
