@@ -1,5 +1,6 @@
 """Streams and CUDA graphs: the same figures as the network run plainly. Needs a GPU."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -95,6 +96,19 @@ def test_a_captured_step_trains_as_a_plain_loop_does() -> None:
         losses.append(own)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
     assert losses[1][-1] < losses[1][0]
+
+
+def test_a_captured_network_keeps_its_weights_when_nothing_else_does() -> None:
+    compiled, x = _compiled("resnet")
+    with torch.no_grad():
+        wanted = compiled.module.eval()(x)
+    run = CapturedForward(StreamNetwork(compiled), x)
+    del compiled
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = [torch.full((1024, 1024), 1e9, device="cuda") for _ in range(16)]
+    torch.testing.assert_close(run(x), wanted)
+    assert others
 
 
 def test_other_shapes_are_refused() -> None:

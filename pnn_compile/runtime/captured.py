@@ -38,6 +38,7 @@ class CapturedForward:
 
     def __init__(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._inputs = _Inputs((args, kwargs))
+        self._module = module  # its weights stand in the graph by their addresses
 
         @torch.no_grad()
         def run() -> Any:
@@ -83,6 +84,8 @@ class CapturedStep:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self._inputs = _Inputs((_positional(inputs), target))
+        # Weights, gradients and moments stand in the graph by their addresses.
+        self._held = module, optimizer
 
         def run() -> torch.Tensor:
             args, wanted = self._inputs.value
