@@ -11,6 +11,8 @@ from typing import Any
 from torch import fx
 
 from passes.cost import Cost, measure_costs
+from passes.device import DeviceProfile
+from passes.errors import OptionError
 from passes.frontier import (
     Block,
     Frontiers,
@@ -20,8 +22,9 @@ from passes.frontier import (
     repeated_blocks,
 )
 from passes.observe import Fact
-from passes.options import MEASURED, CostSource
+from passes.options import MEASURED, ROOFLINE, CostSource
 from passes.program import Program
+from passes.roofline import roofline
 from passes.timing import measure_seconds
 
 __all__ = ["Analysis", "weigh"]
@@ -118,8 +121,23 @@ def _is_matrix(cost: Cost) -> bool:
     return cost.backward_flops > cost.flops
 
 
-def weigh(program: Program, facts: Mapping[fx.Node, Fact], source: CostSource) -> Analysis:
-    """Cost every node, find the legal cuts, the repeated blocks and the sources of guesses."""
+def weigh(
+    program: Program,
+    facts: Mapping[fx.Node, Fact],
+    source: CostSource,
+    device: DeviceProfile | None = None,
+) -> Analysis:
+    """Cost every node, find the legal cuts, the repeated blocks and the sources of guesses.
+
+    Args:
+        program: The program.
+        facts: What was observed of it.
+        source: How nodes are weighed.
+        device: Whose seconds count, for costs of the roofline.
+
+    Raises:
+        OptionError: Costs of the roofline need a device, or a callable gave no fit number.
+    """
     costs = measure_costs(program, facts, source if callable(source) else None)
     frontiers = analyze(program, facts, costs)
     unit = "FLOPs"
@@ -128,6 +146,14 @@ def weigh(program: Program, facts: Mapping[fx.Node, Fact], source: CostSource) -
     elif source in MEASURED:
         unit = "seconds"
         costs = _measured(program, frontiers, costs, backward=MEASURED[source])
+    elif source in ROOFLINE:
+        if device is None:
+            raise OptionError(
+                f"cost={source!r} needs a device profile: devices=pnn.load_profile('h100'), or a "
+                "file that `pnn-compile profile -o FILE` writes"
+            )
+        unit = "seconds"
+        costs = roofline(costs, facts, device, backward=ROOFLINE[source])
     return Analysis(
         program=program,
         facts=facts,

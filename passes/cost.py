@@ -1,4 +1,4 @@
-"""What every node costs: FLOPs and bytes.
+"""What every node costs: FLOPs, bytes, operators.
 
 FLOPs come from torch's own registry of operators. The rule for an operator that the registry does
 not know: one FLOP per element that it writes, none if it only makes a view. Backward FLOPs: twice
@@ -41,6 +41,10 @@ class Cost:
         parameter_bytes: Bytes of the parameters that it reads.
         activation_bytes: Bytes of the tensors that it writes.
         weight: What the partition balances: FLOPs, seconds, or the user's own number.
+        backward: The part of the weight that falls on the way back: of measured seconds of a
+            training step.
+        moved: Bytes that its operators read and write.
+        operators: How many operators it launches, views not counted.
     """
 
     flops: int
@@ -48,26 +52,47 @@ class Cost:
     parameter_bytes: int
     activation_bytes: int
     weight: float
+    backward: float = 0.0
+    moved: int = 0
+    operators: int = 0
+
+    @property
+    def forward(self) -> float:
+        """The part of the weight that falls on the way forward."""
+        return self.weight - self.backward
 
 
 class _FlopMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
-    """Counts the FLOPs of everything that runs inside it."""
+    """Counts the FLOPs, bytes and operators of everything that runs inside it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = 0
         self.other = 0
+        self.moved = 0
+        self.operators = 0
+
+    @property
+    def count(self) -> tuple[int, int, int, int]:
+        """FLOPs of known and of other operators, bytes that they move, and how many they are."""
+        return self.known, self.other, self.moved, self.operators
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.is_view or func._overloadpacket in _VIEWS:
+            return result
+        written = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        self.moved += sum(t.numel() * t.element_size() for t in (*read, *written))
+        self.operators += 1
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.known += int(formula(*args, **kwargs, out_val=result))
-        elif not func.is_view and func._overloadpacket not in _VIEWS:
-            self.other += sum(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        else:
+            self.other += sum(t.numel() for t in written)
         return result
 
 
@@ -112,13 +137,13 @@ class _Counter(Interpreter):
     def __init__(self, module: fx.GraphModule, mode: _FlopMode) -> None:
         super().__init__(module)
         self.mode = mode
-        self.found: dict[fx.Node, tuple[int, int]] = {}
+        self.found: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        known, other = self.mode.known, self.mode.other
+        before = self.mode.count
         with _plain_kernels(_is_recurrent(self.module, n)):
             value = super().run_node(n)
-        self.found[n] = (self.mode.known - known, self.mode.other - other)
+        self.found[n] = tuple(b - a for a, b in zip(before, self.mode.count, strict=True))
         return value
 
 
@@ -142,7 +167,7 @@ def measure_costs(
         counter = _Counter(program.module, mode)
         counter.run(*inputs)
     costs: dict[fx.Node, Cost] = {}
-    for node, (known, other) in counter.found.items():
+    for node, (known, other, moved, operators) in counter.found.items():
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         flops = known + other
@@ -155,6 +180,8 @@ def measure_costs(
             parameter_bytes=sum(p.numel() * p.element_size() for p in parameters(program, node)),
             activation_bytes=facts[node].bytes,
             weight=weight,
+            moved=moved,
+            operators=operators,
         )
     return costs
 

@@ -90,16 +90,20 @@ class DeviceProfile:
         """FLOP/s of a dtype, by its name with or without `torch.` in front."""
         return self.flops.get(dtype.removeprefix("torch."), self.flops[_DEFAULT])
 
-    def seconds(self, flops: float, moved: float, dtype: str = _DEFAULT) -> float:
-        """Seconds of one operator by the roofline model (Williams et al. 2009), with its launch.
+    def seconds(
+        self, flops: float, moved: float, dtype: str = _DEFAULT, operators: float = 1
+    ) -> float:
+        """Seconds of operators by the roofline model (Williams et al. 2009), with their launches.
 
         Args:
-            flops: FLOPs it computes.
-            moved: Bytes it reads and writes.
-            dtype: Name of the dtype it computes in.
+            flops: FLOPs they compute.
+            moved: Bytes they read and write.
+            dtype: Name of the dtype they compute in.
+            operators: How many they are.
         """
         work = max(flops / self.rate(dtype), moved / self.bandwidth)
-        return max(work, self.launch) if self.asynchronous else work + self.launch
+        launch = operators * self.launch
+        return max(work, launch) if self.asynchronous else work + launch
 
     def transfer(self, size: float) -> float:
         """Seconds of a message of so many bytes to another device."""

@@ -11,11 +11,16 @@ from torch import fx
 
 from passes.errors import OptionError
 
-__all__ = ["BLOCK_FAMILIES", "MEASURED", "CostSource", "Options"]
+__all__ = ["BLOCK_FAMILIES", "MEASURED", "ROOFLINE", "CostSource", "Options"]
 
-CostSource = Literal["flops", "measured", "measured-forward"] | Callable[[fx.Node, int], float]
+CostSource = (
+    Literal["flops", "measured", "measured-forward", "roofline", "roofline-forward"]
+    | Callable[[fx.Node, int], float]
+)
 MEASURED = {"measured": True, "measured-forward": False}
 """Costs in measured seconds, and whether backward is measured too."""
+ROOFLINE = {"roofline": True, "roofline-forward": False}
+"""Costs in seconds of a device profile, and whether the way back counts too."""
 
 BLOCK_FAMILIES = ("units", "thinned")
 """Families of coarse propagators that copy blocks of the trunk."""
@@ -36,7 +41,8 @@ class Options:
         stages: Number N of stages, or "auto" for the smallest number whose predicted time is
             within 5 % of the best.
         cost: "flops"; seconds on this machine, "measured" of a training step or
-            "measured-forward" of the forward pass alone; or a callable from a node and its forward
+            "measured-forward" of the forward pass alone; seconds on a device by its profile,
+            "roofline" and "roofline-forward"; or a callable from a node and its forward
             FLOPs to a weight.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
         coarse: Family of the coarse propagators, "auto", or a sum such as "linear+lowrank".
@@ -79,7 +85,7 @@ class Options:
         _at_least("rank", self.rank, 1)
         _among("correction", self.correction, _CORRECTIONS)
         if not callable(self.cost):
-            _among("cost", self.cost, ("flops", *MEASURED))
+            _among("cost", self.cost, ("flops", *MEASURED, *ROOFLINE))
         if self.stages != "auto":
             _at_least("stages", self.stages, 1)
         _at_least("iterations", self.iterations, 1)

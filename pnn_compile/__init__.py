@@ -11,7 +11,8 @@ if Path(passes.__file__ or "").resolve().parent != _expected:
         "it: rename that one, or take its directory off sys.path"
     )
 
-from passes.errors import (  # noqa: E402  # after the check above
+from passes.device import DeviceProfile  # noqa: E402  # after the check above
+from passes.errors import (  # noqa: E402
     ArtifactError,
     CaptureError,
     ExportError,
@@ -27,13 +28,16 @@ from passes.plan import Plan  # noqa: E402
 from pnn_compile import runtime  # noqa: E402
 from pnn_compile.api import Compiled, compile, load  # noqa: E402  # torch names it so too
 from pnn_compile.calibrate import calibrate  # noqa: E402
+from pnn_compile.devices import load_profile  # noqa: E402
 from pnn_compile.fit import fit  # noqa: E402
+from pnn_compile.forecast import forecast  # noqa: E402
 from pnn_compile.iterate import dial, iterate  # noqa: E402
 
 __all__ = [
     "ArtifactError",
     "CaptureError",
     "Compiled",
+    "DeviceProfile",
     "ExportError",
     "OptionError",
     "PartitionError",
@@ -47,7 +51,9 @@ __all__ = [
     "compile",
     "dial",
     "fit",
+    "forecast",
     "iterate",
     "load",
+    "load_profile",
     "runtime",
 ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pnn_compile.verdict import Verdict
     from pnn_compile.verify import VerifyReport
 
-__all__ = ["Compiled", "compile", "load"]
+__all__ = ["Compiled", "compile", "example", "load"]
 
 
 class Compiled(Network):
@@ -192,7 +192,7 @@ def compile(
         SynthesisError: No guess or correction can be made for an interface.
         ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
-    args, kwargs = _example(model, example_inputs, args, kwargs)
+    args, kwargs = example(model, example_inputs, args, kwargs)
     options = Options(
         stages=stages,
         cost=cost,
@@ -236,12 +236,17 @@ def compile(
     return Compiled.of(network)
 
 
-def _example(
+def example(
     model: nn.Module,
     example_inputs: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Bring example inputs, as users give them, to positional and keyword arguments.
+
+    Raises:
+        OptionError: There are none, or they are given in two ways.
+    """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module (got {type(model).__name__})")
     if example_inputs is None and not args and not kwargs:

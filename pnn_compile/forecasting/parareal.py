@@ -1,0 +1,103 @@
+"""The row of a parareal network: its plan, its instruction lists, and what they take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from passes.cutting import choose_cut
+from passes.plan import Plan
+from passes.planning import make_plan
+from pnn_compile.forecasting.setting import Setting, extra_bytes, free, parts_of, sent
+from pnn_compile.forecasting.table import ForecastRow
+from pnn_compile.runtime.instruction import Kind
+from pnn_compile.runtime.schedule import Sweep, schedule
+from pnn_compile.runtime.simulator import Times, simulate
+
+__all__ = ["parareal_row", "plan_row"]
+
+_OWN = (Kind.GUESS, Kind.GUESS_BACKWARD, Kind.CORRECT, Kind.COARSE_BACKWARD)
+"""What only a parareal network does."""
+
+
+def parareal_row(setting: Setting, stages: int, sweep: str) -> ForecastRow:
+    """Cut and plan for so many stages, and simulate a step.
+
+    Raises:
+        PartitionError: The model has too few legal cuts.
+        SynthesisError: There is no such network.
+    """
+    options = dataclasses.replace(setting.options, stages=stages, sweep=sweep)
+    plan = make_plan(setting.analysis, choose_cut(setting.analysis, options), options)
+    return plan_row(setting, plan)
+
+
+def plan_row(setting: Setting, plan: Plan) -> ForecastRow:
+    """Simulate a step of a plan, one stage a device."""
+    count = len(plan.stages)
+    times = Times.of(plan, latency=setting.latency, bandwidth=setting.bandwidth)
+    lists = schedule(range(count), Sweep.of(plan), backward=setting.training)
+    timeline = simulate(lists, times)
+    sequential = setting.sequential
+    parts = parts_of(timeline)
+    speedup = sequential / timeline.time if timeline.time else 1.0
+    freely = simulate(lists, free(times, *_OWN)).time
+    return ForecastRow(
+        stages=count,
+        method=plan.sweep,
+        time=timeline.time,
+        speedup=speedup,
+        bound=sequential / freely if freely else 1.0,
+        efficiency=speedup / count,
+        memory=_memory(setting, plan),
+        link_bytes=sent(lists, times),
+        parts=parts,
+        limit=_limit(setting, plan, parts),
+    )
+
+
+def _memory(setting: Setting, plan: Plan) -> tuple[float, ...]:
+    """Bytes that every device holds."""
+    order = setting.analysis.frontiers.order
+    place = {node.name: index for index, node in enumerate(order)}
+    found, entering = [], 0
+    last = len(plan.stages) - 1
+    for number, (stage, face) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
+        # A map of a collapsed sweep lives where the residual is made, one stage earlier.
+        owner = min(number + 1, last) if plan.sweep == "collapsed" else number
+        coarse = plan.stages[owner].coarse if owner != number or plan.sweep == "chain" else None
+        parameters = stage.parameter_bytes + extra_bytes(stage.preprocess) + extra_bytes(coarse)
+        stop = place[stage.last] + 1 if number < last else len(order)
+        states = entering + face.bytes
+        found.append(setting.held(order[place[stage.first] : stop], parameters, states))
+        entering = face.bytes
+    return tuple(found)
+
+
+def _limit(setting: Setting, plan: Plan, parts: Mapping[str, float]) -> str:
+    """What costs most beyond an equal share of the original."""
+    count, sequential = len(plan.stages), setting.sequential
+    lost = {name: value for name, value in parts.items() if name != "fine"}
+    lost["head"] = parts["head"] * (1 - 1 / count)
+    lost["fine"] = parts["fine"] - (sequential - parts["head"]) / count
+    worst = max(lost, key=lambda name: lost[name])
+    if lost[worst] <= 0.01 * sequential / count:
+        return "none"
+    if worst != "fine":
+        return worst
+    return "block" if _is_block(setting, plan) else "imbalance"
+
+
+def _is_block(setting: Setting, plan: Plan) -> bool:
+    """Whether no legal cut lies inside the slowest fine stage."""
+    order = setting.analysis.frontiers.order
+    place = {node.name: index for index, node in enumerate(order)}
+
+    def weight(number: int) -> float:
+        stage = plan.stages[number]
+        nodes = order[place[stage.first] : place[stage.last] + 1]
+        return sum(map(setting.whole, nodes))
+
+    slowest = plan.stages[max(range(len(plan.stages)), key=weight)]
+    start, stop = place[slowest.first], place[slowest.last] + 1
+    return not any(start < p.index < stop for p in setting.analysis.frontiers.positions)
