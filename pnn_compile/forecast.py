@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -96,7 +97,7 @@ def forecast(
 
 def _counts(stages: Iterable[int]) -> list[int]:
     counts = sorted(set(stages))
-    wrong = [n for n in counts if not isinstance(n, int) or isinstance(n, bool) or n < 1]
+    wrong = [n for n in counts if n < 1]
     if wrong or not counts:
         raise OptionError(f"stages must be whole numbers of at least 1 (got {wrong or 'none'})")
     return counts
@@ -168,10 +169,10 @@ def _rows(
 ) -> tuple[list[ForecastRow], list[str]]:
     makers: dict[str, Callable[[int], ForecastRow]] = {}
     for sweep in sweeps:
-        makers[sweep] = lambda n, sweep=sweep: parareal_row(setting, n, sweep)
+        makers[sweep] = partial(parareal_row, setting, sweep)
     for batches in micro_batches:
-        makers[f"gpipe:{batches}"] = lambda n, m=batches: pipeline_row(setting, n, m)
-    makers["ddp"] = lambda n: data_parallel_row(setting, n)
+        makers[f"gpipe:{batches}"] = partial(pipeline_row, setting, batches)
+    makers["ddp"] = partial(data_parallel_row, setting)
     rows, problems = [], []
     for method, make in makers.items():
         missing, reason = [], ""

@@ -20,7 +20,7 @@ _OWN = (Kind.GUESS, Kind.GUESS_BACKWARD, Kind.CORRECT, Kind.COARSE_BACKWARD)
 """What only a parareal network does."""
 
 
-def parareal_row(setting: Setting, stages: int, sweep: str) -> ForecastRow:
+def parareal_row(setting: Setting, sweep: str, stages: int) -> ForecastRow:
     """Cut and plan for so many stages, and simulate a step.
 
     Raises:

@@ -83,7 +83,7 @@ def gpipe_lists(
     return tuple(lists)
 
 
-def pipeline_row(setting: Setting, stages: int, batches: int) -> ForecastRow:
+def pipeline_row(setting: Setting, batches: int, stages: int) -> ForecastRow:
     """A pipeline of the original over its own best cuts, in micro-batches.
 
     Raises:
@@ -93,8 +93,8 @@ def pipeline_row(setting: Setting, stages: int, batches: int) -> ForecastRow:
     if setting.batch % batches:
         raise OptionError(f"a batch of {setting.batch} has no {batches} equal micro-batches")
     analysis = setting.analysis
-    order, inner = analysis.frontiers.order, analysis.frontiers.positions
-    inner = [p for p in inner if 0 < p.index < len(order)]
+    order = analysis.frontiers.order
+    inner = [p for p in analysis.frontiers.positions if 0 < p.index < len(order)]
     if stages > len(inner) + 1:
         raise PartitionError(f"{analysis.program.name} has {len(inner)} legal cuts")
     bounds = [0, *(p.index for p in inner), len(order)]
