@@ -145,8 +145,12 @@ def write_profile(profile: DeviceProfile) -> str:
         lines.append("asynchronous = true  # launches hide behind the work of other operators")
     lines += [f"{key} = {_number(getattr(profile, key))}  # {unit}" for key, unit in _UNITS.items()]
     lines += ["", "[flops]  # per second, by dtype"]
-    lines += [f"{_quoted(dtype)} = {_number(rate)}" for dtype, rate in profile.flops.items()]
+    lines += [f"{_key(dtype)} = {_number(rate)}" for dtype, rate in profile.flops.items()]
     return "\n".join([*lines, ""])
+
+
+def _key(text: str) -> str:
+    return text if text.isascii() and text.isidentifier() else _quoted(text)
 
 
 def _number(value: float) -> str:

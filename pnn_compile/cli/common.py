@@ -103,10 +103,10 @@ class Progress:
         self._console = Console(stderr=True, quiet=silent or not sys.stderr.isatty())
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """Spin while something is done."""
-        with self._console.status(f"{what} ..."):
-            yield
+    def __call__(self, what: str) -> Iterator[Callable[[str], object]]:
+        """Spin while something is done; what is given says what it is by now."""
+        with self._console.status(f"{what} ...") as status:
+            yield lambda now: status.update(f"{now} ...")
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
