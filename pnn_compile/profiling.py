@@ -98,7 +98,7 @@ def _measure(
 
 def _alone(device: torch.device) -> tuple[dict[str, float], float, float, float]:
     """FLOP/s by dtype, bytes per second, seconds per operator, and bytes."""
-    size = 4096 if device.type == "cuda" else 512
+    size = 4096 if device.type == "cuda" else 256
     rates = {dtype: _products(device, getattr(torch, dtype), size) for dtype in _TYPES}
     flops = {dtype: rate for dtype, rate in rates.items() if rate is not None}
     return flops, _bandwidth(device), _launch(device), _memory(device)
