@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
-from dataclasses import replace
+from typing import Any
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.errors import PartitionError
-from passes.partition import CutProblem, makespan, serial, solve
+from passes.partition import solve
+from passes.prices import CutProblem, Prices, makespan, serial
 
 COARSE_PRICES = [0.0, 0.25, 1.0, 1.0, 3.0]  # few values, so that ties are common
 
@@ -21,34 +24,87 @@ def prices() -> st.SearchStrategy[float]:
 
 @st.composite
 def problems(draw: st.DrawFn) -> CutProblem:
-    """Draw a small problem with ties, candidates without work between them, and closed ends."""
+    """Draw a small problem with ties, candidates without work between them, and closed ends.
+
+    Devices are alike or differ in every price and in memory; there are one or two phases.
+    """
     size = draw(st.integers(1, 9))
     stages = draw(st.integers(1, min(4, size)))
-    steps, entry, hop = (draw(st.lists(prices(), min_size=size, max_size=size)) for _ in range(3))
-    tail = draw(st.lists(prices() | st.just(math.inf), min_size=size, max_size=size))
-    if all(price == math.inf for price in tail[stages - 1 :]):
-        tail[draw(st.integers(stages - 1, size - 1))] = draw(prices())
     unit = draw(st.sampled_from([1.0, 1e-6, 1e12]))
-    work = list(itertools.accumulate(unit * step for step in steps))
-    entry, hop, tail = ([unit * price for price in each] for each in (entry, hop, tail))
-    return CutProblem(work=work, entry=entry, hop=hop, tail=tail, stages=stages)
+    two = draw(st.booleans())
+
+    def row() -> list[float]:
+        return draw(st.lists(prices().map(lambda p: unit * p), min_size=size, max_size=size))
+
+    def device() -> Prices:
+        tail = [price if draw(st.integers(0, 3)) else math.inf for price in row()]
+        if all(price == math.inf for price in tail[stages - 1 :]):
+            tail[draw(st.integers(stages - 1, size - 1))] = unit * draw(prices())
+        return Prices(
+            work=list(itertools.accumulate(row())),
+            entry=row(),
+            hop=row(),
+            tail=tail,
+            back_work=list(itertools.accumulate(row())) if two else (),
+            back_entry=row() if two else (),
+        )
+
+    if draw(st.booleans()):
+        return CutProblem(devices=(device(),) * stages)
+    return CutProblem(devices=tuple(device() for _ in range(stages)))
+
+
+@st.composite
+def tight_problems(draw: st.DrawFn) -> CutProblem:
+    """Draw a problem whose devices hold a few positions only, or none at all."""
+    problem = draw(problems())
+    size = problem.candidates
+
+    def limited(device: Prices) -> Prices:
+        spans = draw(st.lists(st.integers(0, 5), min_size=size, max_size=size))
+        heads = draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+        reach = [i + span for i, span in enumerate(spans)]
+        return dataclasses.replace(
+            device,
+            reach=reach,
+            first_reach=draw(st.integers(-1, 5)),
+            last_reach=[r - head for r, head in zip(reach, heads, strict=True)],
+        )
+
+    return CutProblem(devices=tuple(limited(device) for device in problem.devices))
 
 
 def exhaustive(problem: CutProblem) -> float:
     """Return the least time over all partitions, written as in the problem's statement."""
     best = math.inf
-    for cuts in itertools.combinations(range(len(problem.work)), problem.stages):
-        costs, begin = [], 0.0
-        for stage, end in enumerate(cuts):
-            entry = problem.entry[cuts[stage - 1]] if stage else 0.0
-            costs.append(entry + (problem.work[end] - begin))
-            begin = problem.work[end]
-        sweep = sum(problem.hop[end] for end in cuts[:-1]) + problem.tail[cuts[-1]]
-        best = min(best, max(costs) + sweep)
+    for cuts in itertools.combinations(range(problem.candidates), problem.stages):
+        forward, backward, sweep = [], [], []
+        begin = None
+        for stage, (device, end) in enumerate(zip(problem.devices, cuts, strict=True)):
+            last = stage == problem.stages - 1
+            limit = device.first_reach if begin is None else None
+            if begin is not None and device.reach:
+                limit = device.last_reach[begin] if last else device.reach[begin]
+            if limit is not None and end > limit:
+                break
+            for costs, work, entry in (
+                (forward, device.work, device.entry),
+                (backward, device.back_work, device.back_entry),
+            ):
+                if work and begin is None:
+                    costs.append(work[end])
+                elif work and begin is not None:
+                    costs.append(entry[begin] + (work[end] - work[begin]))
+            if begin is not None:
+                sweep.append(device.hop[begin])
+            if last:
+                time = max(forward) + max(backward, default=0.0) + sum(sweep) + device.tail[end]
+                best = min(best, time)
+            begin = end
     return best
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(problem=problems(), gap=st.sampled_from([0.0, 1e-6, 0.1]))
 def test_equals_exhaustive_search(problem: CutProblem, gap: float) -> None:
     solution = solve(problem, gap=gap)
@@ -60,7 +116,24 @@ def test_equals_exhaustive_search(problem: CutProblem, gap: float) -> None:
     assert solution.gap <= max(gap, 1e-9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
+@given(problem=tight_problems())
+def test_memory_is_obeyed(problem: CutProblem) -> None:
+    least = exhaustive(problem)
+    if least == math.inf:
+        with pytest.raises(PartitionError, match="no partition fits the memory"):
+            solve(problem, gap=0)
+        return
+    solution = solve(problem, gap=0)
+
+    assert solution.time == pytest.approx(least, rel=1e-9)
+    ends = itertools.pairwise([None, *solution.cuts])
+    for stage, (device, (begin, end)) in enumerate(zip(problem.devices, ends, strict=True)):
+        assert end is not None
+        assert device.fits(begin, end, last=stage == problem.stages - 1)
+
+
+@settings(max_examples=100, deadline=None)
 @given(problem=problems(), evaluations=st.integers(1, 4))
 def test_is_honest_when_the_budget_ends_early(problem: CutProblem, evaluations: int) -> None:
     solution = solve(problem, gap=0, evaluations=evaluations)
@@ -71,7 +144,7 @@ def test_is_honest_when_the_budget_ends_early(problem: CutProblem, evaluations: 
     assert 0 <= solution.gap <= 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problem=problems())
 def test_reports_the_price_of_its_own_cuts(problem: CutProblem) -> None:
     solution = solve(problem)
@@ -87,13 +160,19 @@ def chain(costs: list[float], *, stages: int, entry: float = 0, hop: float = 0) 
     """A chain of nodes with a candidate behind each; what the head takes over is serial."""
     work = list(itertools.accumulate(costs))
     count = len(work)
-    return CutProblem(
+    return CutProblem.alike(
         work=work,
         entry=[entry] * count,
         hop=[hop] * count,
         tail=[work[-1] - done for done in work],
         stages=stages,
     )
+
+
+def replace(problem: CutProblem, **changes: Any) -> CutProblem:
+    """The problem with other prices, the same on every device."""
+    stages = changes.pop("stages", problem.stages)
+    return CutProblem.alike(stages=stages, **(asdict(problem.devices[0]) | changes))
 
 
 def test_equal_nodes_give_equal_stages() -> None:
@@ -118,7 +197,7 @@ def test_the_first_stage_needs_no_preprocessing_and_is_longer() -> None:
 
 
 def test_a_cheap_interface_is_worth_some_imbalance() -> None:
-    balanced = CutProblem(
+    balanced = CutProblem.alike(
         work=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
         entry=[0.0] * 6,
         hop=[0.2, 0.2, 0.9, 0.2, 0.2, 0.2],
@@ -142,7 +221,7 @@ def test_the_last_stage_ends_where_it_may() -> None:
 
 
 def test_one_stage_weighs_the_trunk_against_the_head() -> None:
-    problem = CutProblem(work=[1, 2, 3], entry=[0] * 3, hop=[0] * 3, tail=[5, 3.5, 3], stages=1)
+    problem = CutProblem.alike(work=[1, 2, 3], entry=[0] * 3, hop=[0] * 3, tail=[5, 3.5, 3], stages=1)
 
     assert solve(problem).cuts == (1,)
     assert solve(problem).time == 5.5
@@ -179,7 +258,7 @@ def test_a_prohibitive_price_does_not_blur_the_others() -> None:
 
 
 def test_unequal_entries_may_let_an_earlier_candidate_reach_further() -> None:
-    problem = CutProblem(
+    problem = CutProblem.alike(
         work=[4.0, 4.5, 8.0],
         entry=[0.0, 9.0, 0.0],
         hop=[1.0, 0.0, 1.0],
@@ -207,7 +286,7 @@ def test_a_problem_without_a_partition_says_its_numbers(
     change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(PartitionError, match=message):
-        replace(chain([1.0] * 6, stages=3), **change)  # type: ignore[arg-type]
+        replace(chain([1.0] * 6, stages=3), **change)
 
 
 @pytest.mark.parametrize("options", [{"gap": -0.1}, {"gap": math.nan}, {"evaluations": 0}])
@@ -225,7 +304,7 @@ def test_ten_thousand_candidates_and_64_stages(kind: str) -> None:
     if kind == "blocks":
         hop = [1.0 if i % 10 == 0 else 2.0 for i in range(count)]
     tail = [price + work[-1] - done for price, done in zip(hop, work, strict=True)]
-    solution = solve(CutProblem(work=work, entry=hop, hop=hop, tail=tail, stages=64))
+    solution = solve(CutProblem.alike(work=work, entry=hop, hop=hop, tail=tail, stages=64))
 
     assert solution.gap <= 1e-6
     assert solution.evaluations < 200
