@@ -72,6 +72,16 @@ class Analysis:
         """Forward FLOPs of the original network."""
         return sum(cost.flops for cost in self.costs.values())
 
+    @cached_property
+    def backward(self) -> float:
+        """The part of the cost that falls on the way back, 0 where the ways are one phase."""
+        return sum(cost.backward for cost in self.costs.values())
+
+    @property
+    def back_share(self) -> float:
+        """The way back's share of the cost."""
+        return self.backward / self.total if self.total else 0.0
+
     @property
     def scale(self) -> float:
         """Cost per FLOP, to price networks that are not in the program."""
@@ -179,5 +189,7 @@ def _measured(
         flops = sum(costs[node].flops for node in segment)
         for node in segment:
             share = costs[node].flops / flops if flops else 1 / len(segment)
-            weighed[node] = replace(costs[node], weight=seconds * share)
+            weighed[node] = replace(
+                costs[node], weight=seconds.total * share, backward=seconds.backward * share
+            )
     return weighed

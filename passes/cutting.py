@@ -14,7 +14,8 @@ from passes.coarse.choice import coarse_estimate, guess_estimate, stage_budget
 from passes.errors import PartitionError
 from passes.frontier import Position
 from passes.options import BLOCK_FAMILIES, Options
-from passes.partition import CutProblem, CutSolution, solve
+from passes.partition import CutSolution, solve
+from passes.prices import CutProblem
 from passes.program import provenance
 
 __all__ = ["Cut", "choose_cut"]
@@ -125,21 +126,17 @@ def _head(analysis: Analysis) -> Position:
     return min(behind, key=lambda position: (len(position.state), position.index))
 
 
-def _work(analysis: Analysis) -> list[float]:
-    """Cost of the nodes before each position."""
-    work = [0.0]
-    for node in analysis.frontiers.order:
-        work.append(work[-1] + analysis.costs[node].weight)
-    return work
-
-
 def _solve(
     analysis: Analysis, options: Options, candidates: list[Position], head: Position, stages: int
 ) -> CutSolution:
-    work = _work(analysis)
+    costs = [analysis.costs[node] for node in analysis.frontiers.order]
+    ways = [[0.0, *itertools.accumulate(cost.forward for cost in costs)]]
+    if analysis.backward:
+        ways.append([0.0, *itertools.accumulate(cost.backward for cost in costs)])
     ends = [*candidates, head]
-    preference = _BOUNDARY * work[-1] / stages
+    preference = _BOUNDARY * analysis.total / stages
     budget = stage_budget(analysis, options, stages)
+    guesses = [guess_estimate(analysis, options, p) * analysis.scale for p in ends]
     hops = [
         coarse_estimate(analysis, options, p, budget) * analysis.scale
         # One FLOP per byte breaks ties in favour of the smaller state.
@@ -147,12 +144,17 @@ def _solve(
         + (0.0 if p.boundary else preference)
         for p in ends
     ]
-    problem = CutProblem(
-        work=[work[p.index] for p in ends],
-        entry=[guess_estimate(analysis, options, p) * analysis.scale for p in ends],
-        hop=hops,
-        tail=[math.inf] * len(candidates) + [work[-1] - work[head.index]],
+    works = [[way[p.index] for p in ends] for way in ways]
+    shares = [1 - analysis.back_share, analysis.back_share]
+    entries = [[share * guess for guess in guesses] for share in shares[: len(ways)]]
+    problem = CutProblem.alike(
         stages=stages,
+        work=works[0],
+        entry=entries[0],
+        hop=hops,
+        tail=[math.inf] * len(candidates) + [sum(way[-1] - way[head.index] for way in ways)],
+        back_work=works[1] if analysis.backward else (),
+        back_entry=entries[1] if analysis.backward else (),
     )
     return solve(problem)
 

@@ -162,6 +162,7 @@ class Stage:
         activation_bytes: Bytes of the tensors that the stage's nodes write.
         preprocess: The operator that guesses the entering state; None for the first stage.
         coarse: The propagator that imitates the stage in the sweep; None for the first stage.
+        backward_seconds: The part of `seconds` on the way back; None where that was not measured.
     """
 
     first: str
@@ -181,11 +182,12 @@ class Stage:
     activation_bytes: int
     preprocess: CoarseSpec | None = None
     coarse: CoarseSpec | None = None
+    backward_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Head:
-    """The cheap suffix of the graph behind the last correction."""
+    """The cheap suffix of the graph behind the last correction; fields as of a `Stage`."""
 
     first_module: str
     nodes: int
@@ -193,6 +195,7 @@ class Head:
     sides: tuple[str, ...]
     flops: int
     seconds: float | None
+    backward_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,13 @@ class Forecast:
     Attributes:
         unit: "FLOPs" or "seconds", or "cost" for a callable of the user.
         sequential: Cost of the original network.
-        makespan: Slowest stage, its preprocessing included.
+        makespan: Slowest stage, its preprocessing included; of a training step the slowest one
+            forward and the slowest one backward, as none goes back before all went forward.
         serial: Coarse sweep and head.
         time: `iterations` rounds of makespan and sweep, and the head.
         speedup: `sequential / time`, links not counted.
         bound: What the speed-up would be if guesses and corrections were free.
-        imbalance: Slowest fine stage over the mean.
+        imbalance: Slowest fine stage over the mean, of both ways as in the makespan.
         serial_share: `serial / sequential`.
         gap: Relative distance of the cut from the proven optimum of the objective.
     """

@@ -161,6 +161,7 @@ def _stage(analysis: Analysis, positions: Sequence[Position], number: int) -> St
         flops=sum(cost.flops for cost in costs),
         backward_flops=sum(cost.backward_flops for cost in costs),
         seconds=sum(c.weight for c in costs) if analysis.unit == "seconds" else None,
+        backward_seconds=sum(c.backward for c in costs) if analysis.backward else None,
         parameters=sum(parameter.numel() for parameter in owned),
         parameter_bytes=sum(p.numel() * p.element_size() for p in owned),
         activation_bytes=sum(cost.activation_bytes for cost in costs),
@@ -184,6 +185,7 @@ def _head(analysis: Analysis, position: Position) -> Head:
         sides=sides,
         flops=sum(cost.flops for cost in costs),
         seconds=sum(c.weight for c in costs) if analysis.unit == "seconds" else None,
+        backward_seconds=sum(c.backward for c in costs) if analysis.backward else None,
     )
 
 
@@ -207,10 +209,21 @@ def _forecast(
 ) -> Forecast:
     scale = analysis.scale
     order = {node.name: i for i, node in enumerate(analysis.frontiers.order)}
-    fine = []
+    fine, back = [], []
     for stage in stages:
         nodes = analysis.frontiers.order[order[stage.first] : order[stage.last] + 1]
         fine.append(sum(analysis.costs[node].weight for node in nodes))
+        back.append(sum(analysis.costs[node].backward for node in nodes))
+
+    def slowest(guesses: float) -> float:
+        """The slowest stage forward and the slowest backward, with a share of their guesses."""
+        extra = [guesses * price(stage.preprocess) for stage in stages]
+        share = analysis.back_share
+        ways = zip(fine, back, extra, strict=True)
+        forward, backward = zip(
+            *((f - b + (1 - share) * e, b + share * e) for f, b, e in ways), strict=True
+        )
+        return max(forward) + max(backward)
 
     def price(spec: CoarseSpec | None) -> float:
         return spec.flops * scale if spec is not None else 0.0
@@ -225,8 +238,8 @@ def _forecast(
     sweep = max(hops) if options.sweep == "collapsed" else sum(hops)
     work = Work(
         total=analysis.total,
-        makespan=max(f + price(s.preprocess) for f, s in zip(fine, stages, strict=True)),
-        slowest=max(fine),
+        makespan=slowest(1.0),
+        slowest=slowest(0.0),
         sweep=sweep,
         tail=analysis.total - sum(fine),
     )

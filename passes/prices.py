@@ -87,7 +87,9 @@ class Prices:
         ways = ((self.work, self.entry), (self.back_work, self.back_entry))
         for way, (work, entry) in enumerate(ways):
             if work:
-                found[way] = work[end] if begin is None else entry[begin] + (work[end] - work[begin])
+                found[way] = (
+                    work[end] if begin is None else entry[begin] + (work[end] - work[begin])
+                )
         return Phases(*found)
 
     def fits(self, begin: int | None, end: int, *, last: bool) -> bool:

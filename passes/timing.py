@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -15,15 +15,27 @@ from passes.interpreting import Interpreter
 from passes.program import Program
 from passes.validate import preserved
 
-__all__ = ["measure_seconds"]
+__all__ = ["Seconds", "measure_seconds"]
 
 _WARM_UP = 1
 _REPEATS = 3
 
 
+class Seconds(NamedTuple):
+    """Seconds of a segment on the way forward and on the way back."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.forward + self.backward
+
+
 def measure_seconds(
     program: Program, segments: Sequence[Sequence[fx.Node]], *, backward: bool = False
-) -> list[float]:
+) -> list[Seconds]:
     """Time each segment of the program on this machine.
 
     Args:
@@ -34,16 +46,19 @@ def measure_seconds(
             evaluation mode and without gradients.
 
     Returns:
-        Seconds of each segment: the median of several runs after a warm-up.
+        Seconds of each segment: the medians of several runs after a warm-up.
     """
-    runs: list[list[float]] = []
+    runs: list[list[Seconds]] = []
     with preserved(program.module), torch.set_grad_enabled(backward):
         program.module.train(backward and _trains(program))
         for _ in range(_WARM_UP + _REPEATS):
             clock = _Clock(program.module, segments)
             runs.append(clock.time(program.fresh_inputs(), backward=backward))
             program.module.zero_grad(set_to_none=True)
-    return [statistics.median(values) for values in zip(*runs[_WARM_UP:], strict=True)]
+    return [
+        Seconds(*map(statistics.median, zip(*values, strict=True)))
+        for values in zip(*runs[_WARM_UP:], strict=True)
+    ]
 
 
 def _trains(program: Program) -> bool:
@@ -74,23 +89,25 @@ class _Clock(Interpreter):
         self._start: float | None = None
         self._complete: dict[int, float] = {}
 
-    def time(self, inputs: Sequence[Any], *, backward: bool) -> list[float]:
+    def time(self, inputs: Sequence[Any], *, backward: bool) -> list[Seconds]:
         """Run once and give the seconds of every segment."""
         outputs = self.run(*inputs)
-        if not backward:
-            return self._forward
+        returned = (self._back(outputs) if backward else []) or [0.0] * len(self._forward)
+        return list(map(Seconds, self._forward, returned))
+
+    def _back(self, outputs: Any) -> list[float]:
+        """Go back and give the seconds of every segment; none if nothing has a gradient."""
         floating = [
             leaf
             for leaf in pytree.tree_leaves(outputs)
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad
         ]
         if not floating:
-            return self._forward
+            return []
         loss = torch.stack([leaf.float().sum() for leaf in floating]).sum()
         start = _now()
         loss.backward()  # type: ignore[no-untyped-call]
-        returned = self._backward(start, _now())
-        return [a + b for a, b in zip(self._forward, returned, strict=True)]
+        return self._backward(start, _now())
 
     def run_node(self, n: fx.Node) -> Any:
         if self._start is None and n.op not in ("placeholder", "get_attr"):

@@ -169,11 +169,14 @@ def test_measured_seconds_are_positive_and_cover_everything() -> None:
 def test_a_slow_segment_takes_longer() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8), nn.Linear(8, 8))
     captured = capture(model, (torch.randn(256, 512),))
-    first, second, third = measure_seconds(captured, [[n] for n in captured.order])
+    timed = measure_seconds(captured, [[n] for n in captured.order])
+    first, second, third = (each.forward for each in timed)
 
+    assert not any(each.backward for each in timed)
     assert first > second > 0
     assert first > 5 * third > 0
-    whole, rest = measure_seconds(captured, [captured.order[:2], captured.order[2:]])
+    timed = measure_seconds(captured, [captured.order[:2], captured.order[2:]])
+    whole, rest = (each.total for each in timed)
     assert whole > first / 3
     assert rest > 0
 
@@ -207,15 +210,18 @@ def test_a_training_step_is_timed_on_the_way_back_too() -> None:
     captured = replace(program("mlp"), module=module, args={"x": torch.randn(2, 4)})
     segments = [[n] for n in captured.order]
 
-    first, slow, third, slower = measure_seconds(captured, segments, backward=True)
+    timed = measure_seconds(captured, segments, backward=True)
+    first, slow, third, slower = (each.total for each in timed)
 
     assert 0 < first < slow < slower
     assert 0 < third < slow
     assert slow > 0.05
     assert slower > 0.2
-    assert sum(measure_seconds(captured, segments)) < slow
+    assert timed[1].forward < 0.05 < timed[1].backward
+    assert timed[3].forward < 0.05 < timed[3].backward
+    assert sum(each.total for each in measure_seconds(captured, segments)) < slow
     segments = [segments[0] + segments[1], segments[2] + segments[3]]
-    together = measure_seconds(captured, segments, backward=True)
+    together = [each.backward for each in measure_seconds(captured, segments, backward=True)]
     assert together[0] > 0.05
     assert together[1] > 0.2
     assert not any(p.grad is not None for p in model.parameters())
@@ -244,4 +250,5 @@ def test_segments_without_a_gradient_share_the_time_of_their_neighbours() -> Non
     captured = capture(Gated(), (torch.randn(2, 4),))
     found = measure_seconds(captured, [[n] for n in captured.order], backward=True)
     assert len(found) == 4
-    assert min(found) > 0
+    assert min(each.forward for each in found) > 0
+    assert min(each.backward for each in found) > 0

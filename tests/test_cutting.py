@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -109,6 +110,34 @@ def test_units_are_cut_at_the_ends_of_whole_blocks() -> None:
     for name in ("mixer", "container_transformer", "float_mask_encoder"):
         plan = plan_of(analysis(name), stages=3, coarse="units")
         assert [stage.coarse.family for stage in plan.stages[1:] if stage.coarse] == ["units"] * 2
+
+
+def seconds_each_way(found: Analysis, *ways: tuple[float, float]) -> Analysis:
+    """The analysis with these seconds, forward and backward, of its nodes."""
+    seconds = dict(zip(found.frontiers.order, ways, strict=True))
+    costs = {
+        node: dataclasses.replace(cost, weight=sum(seconds[node]), backward=seconds[node][1])
+        for node, cost in found.costs.items()
+    }
+    return dataclasses.replace(found, costs=costs, unit="seconds")
+
+
+def test_a_training_step_balances_each_way() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.Linear(4, 512), nn.Linear(512, 4))]
+    found = analyze_model(nn.Sequential(*layers), torch.randn(8, 4))
+    # Behind two blocks the sums are equal, 14 and 14, but no stage goes back before both went
+    # forward: 10 + 12. Behind the first one it is 11 + 10.
+    blocks = ((1, 6), (1, 6), (1, 1), (1, 1), (4, 1), (4, 1))
+    ways = seconds_each_way(found, *(way for block in blocks for way in (block, (0, 0))))
+    plan = plan_of(ways, stages=2, coarse="linear")
+
+    assert [stage.nodes for stage in plan.stages] == [2, 10]
+    assert [stage.seconds for stage in plan.stages] == [7, 21]
+    assert [stage.backward_seconds for stage in plan.stages] == [6, 10]
+    guess = plan.stages[1].preprocess
+    assert guess is not None
+    assert plan.forecast.makespan == pytest.approx(11 + 10 + guess.flops * ways.scale)
+    assert plan.forecast.bound == pytest.approx(28 / 21)
 
 
 def test_measured_seconds_may_be_balanced() -> None:

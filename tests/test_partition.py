@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 import math
 import random
-from typing import Any
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -221,7 +221,9 @@ def test_the_last_stage_ends_where_it_may() -> None:
 
 
 def test_one_stage_weighs_the_trunk_against_the_head() -> None:
-    problem = CutProblem.alike(work=[1, 2, 3], entry=[0] * 3, hop=[0] * 3, tail=[5, 3.5, 3], stages=1)
+    problem = CutProblem.alike(
+        work=[1, 2, 3], entry=[0] * 3, hop=[0] * 3, tail=[5, 3.5, 3], stages=1
+    )
 
     assert solve(problem).cuts == (1,)
     assert solve(problem).time == 5.5

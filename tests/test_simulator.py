@@ -159,6 +159,7 @@ def test_seconds_of_a_training_step_are_those_of_both_ways() -> None:
     for number, stage in enumerate(plan.stages):
         both = compute[Kind.FINE, number] + compute[Kind.FINE_BACKWARD, number]
         assert both == pytest.approx(stage.seconds)
+        assert compute[Kind.FINE_BACKWARD, number] == pytest.approx(stage.backward_seconds)
     forward = pnn.compile(
         nn.Sequential(*layers), torch.randn(4, 32), stages=3, cost="measured-forward"
     ).plan

@@ -48,8 +48,8 @@ class Times:
             plan: The plan.
             latency: As above, in that unit.
             bandwidth: As above, in bytes per that unit.
-            ratio: Backward over forward, for guesses, corrections and head; of a fine stage the
-                plan knows it by FLOPs.
+            ratio: Backward over forward, of guesses, corrections and head, where the plan does not
+                hold measured seconds of both ways; of a fine stage it knows the ratio by FLOPs.
 
         Raises:
             RuntimeFault: The plan was made with weights that it does not hold.
@@ -71,15 +71,24 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
         )
     scale = known.sequential / max(1, sum(piece.flops for piece in pieces))
     found: dict[tuple[Kind, int], float] = {}
+    weights = [(p.seconds if known.unit == "seconds" else p.flops) or 0.0 for p in pieces]
+    measured = [p.backward_seconds for p in pieces if p.backward_seconds is not None]
+    both_ways = bool(measured) or plan.cost == "measured"
+    if measured and sum(weights) > sum(measured):
+        ratio = sum(measured) / (sum(weights) - sum(measured))
 
     def put(forward: Kind, backward: Kind, stage: int, weight: float, slower: float) -> None:
         """Note what a piece takes each way; seconds of a training step are those of both."""
-        once = weight / (1 + slower) if plan.cost == "measured" else weight
+        once = weight / (1 + slower) if both_ways else weight
         found[forward, stage], found[backward, stage] = once, slower * once
 
-    weights = [(p.seconds if known.unit == "seconds" else p.flops) or 0.0 for p in pieces]
+    def slowing(piece: Stage | Head, default: float) -> float:
+        """Backward over forward of a piece."""
+        back, both = piece.backward_seconds, piece.seconds
+        return back / (both - back) if back is not None and both and both > back else default
+
     for number, stage in enumerate(plan.stages):
-        slower = stage.backward_flops / stage.flops if stage.flops else ratio
+        slower = slowing(stage, stage.backward_flops / stage.flops if stage.flops else ratio)
         put(Kind.FINE, Kind.FINE_BACKWARD, number, weights[number], slower)
         if stage.preprocess is None or stage.coarse is None:
             continue
@@ -88,7 +97,8 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
         coarse = calls * scale * stage.coarse.flops
         put(Kind.GUESS, Kind.GUESS_BACKWARD, number, scale * stage.preprocess.flops, ratio)
         put(Kind.CORRECT, Kind.COARSE_BACKWARD, number, coarse, ratio)
-    put(Kind.HEAD, Kind.HEAD_BACKWARD, len(plan.stages) - 1, weights[-1], ratio)
+    slower = slowing(plan.head, ratio)
+    put(Kind.HEAD, Kind.HEAD_BACKWARD, len(plan.stages) - 1, weights[-1], slower)
     return found
 
 
