@@ -142,10 +142,8 @@ class Cheapest:
             return Point((), Phases(0.0, 0.0), math.inf, following)
         cuts = [windows[0][0] + cut]
         for number in range(1, len(self.kinds)):
-            begin, limit = (
-                windows[number][0],
-                int(ends[number - 1][cuts[-1] - windows[number - 1][0]]),
-            )
+            begin = windows[number][0]
+            limit = int(ends[number - 1][cuts[-1] - windows[number - 1][0]])
             first = max(cuts[-1] + 1, begin)
             cuts.append(first + int(prices[number][first - begin : limit - begin].argmin()))
         chosen = tuple(cuts)
@@ -285,7 +283,6 @@ class _Kind:
             if way.name == "forward":
                 needed[cost > bounds.forward * (1 + _SLACK)] = math.inf
             else:
-                needed = torch.maximum(
-                    needed, cost + (bounds.least if way.name == "backward" else 0.0)
-                )
+                least = bounds.least if way.name == "backward" else 0.0
+                needed = torch.maximum(needed, cost + least)
         return _Ends(end, needed)

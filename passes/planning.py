@@ -220,10 +220,8 @@ def _forecast(
         extra = [guesses * price(stage.preprocess) for stage in stages]
         share = analysis.back_share
         ways = zip(fine, back, extra, strict=True)
-        forward, backward = zip(
-            *((f - b + (1 - share) * e, b + share * e) for f, b, e in ways), strict=True
-        )
-        return max(forward) + max(backward)
+        each = [(f - b + (1 - share) * e, b + share * e) for f, b, e in ways]
+        return max(forward for forward, _ in each) + max(backward for _, backward in each)
 
     def price(spec: CoarseSpec | None) -> float:
         return spec.flops * scale if spec is not None else 0.0

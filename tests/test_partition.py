@@ -78,7 +78,9 @@ def exhaustive(problem: CutProblem) -> float:
     """Return the least time over all partitions, written as in the problem's statement."""
     best = math.inf
     for cuts in itertools.combinations(range(problem.candidates), problem.stages):
-        forward, backward, sweep = [], [], []
+        forward: list[float] = []
+        backward: list[float] = []
+        sweep: list[float] = []
         begin = None
         for stage, (device, end) in enumerate(zip(problem.devices, cuts, strict=True)):
             last = stage == problem.stages - 1
