@@ -48,6 +48,12 @@ class Compiled(Network):
 
         return partition_graph(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a small picture of the stages."""
+        from pnn_compile.report.picture import picture
+
+        return picture(self.plan)
+
     def report(self, width: int = 100) -> str:
         """Return the terminal report as plain text of at most `width` columns."""
         from pnn_compile.report.terminal import render
@@ -110,6 +116,16 @@ class Compiled(Network):
         from pnn_compile.artifact import save
 
         return save(self, path)
+
+    def export_html(self, path: str | Path) -> Path:
+        """Write the report of the network as one HTML file that opens from disk.
+
+        Raises:
+            OptionError: The file cannot be written.
+        """
+        from pnn_compile.report.html import write_report
+
+        return write_report(self, path)
 
     def export_onnx(self, path: str | Path) -> Path:
         """Write the parareal network, in evaluation mode, as one ONNX file, and check it.

@@ -4,6 +4,7 @@
 - program.json: the captured program as a typed graph, and the modes of the network.
 - program.safetensors: its parameters, buffers and constants, and the example inputs.
 - weights.safetensors: the weights of the preprocessing operators and the coarse propagators.
+- report.html: the report, for people; loading does not look at it.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from pnn_compile import graphfile
 from pnn_compile.network import Network, replay
 from pnn_compile.tensor_file import TensorFile
 
-__all__ = ["check_replaceable", "load", "save", "tensor_readers"]
+__all__ = ["check_replaceable", "load", "load_plan", "save", "tensor_readers"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PLAN, _PROGRAM = "plan.json", "program.json"
 _VALUES, _WEIGHTS = "program.safetensors", "weights.safetensors"
-_OURS = frozenset({_PLAN, _PROGRAM, _VALUES, _WEIGHTS})
+_REPORT = "report.html"
+_OURS = frozenset({_PLAN, _PROGRAM, _VALUES, _WEIGHTS, _REPORT})
 _DERIVED = frozenset({"model.onnx"})
 """What the command line exports into an artifact, and what is stale once it is replaced."""
 _AGAIN = "restore the file, or save the artifact again"
@@ -76,7 +78,10 @@ def save(compiled: Network, path: str | Path) -> Path:
     for own in _operator_tensors(compiled):
         writer.add(*own)
     data["network"] = {"training": graphfile.modes(compiled.module), "tensors": writer.records}
+    report = _report(compiled)
     with _writing(target), _replacing(target) as folder:
+        if report is not None:
+            (folder / _REPORT).write_text(report, encoding="utf-8")
         (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / _PROGRAM).write_text(_to_json(data), encoding="utf-8")
         for name, tensors in ((_VALUES, values), (_WEIGHTS, writer.values)):
@@ -90,6 +95,21 @@ def save(compiled: Network, path: str | Path) -> Path:
             program.name, graphfile.few(data["unknown"]), str(path),
         )  # fmt: skip
     return target
+
+
+def _report(compiled: Network) -> str | None:
+    """The report for people, which nothing else of the artifact depends on."""
+    from pnn_compile.report.html import html_report
+
+    try:
+        return html_report(compiled)
+    except Exception as error:
+        # A network that was converted, say, may not run on its example inputs any more.
+        _log.warning(
+            "%s is saved without %s (%s: %s)",
+            compiled.plan.model, _REPORT, type(error).__name__, error,
+        )  # fmt: skip
+        return None
 
 
 def load(
@@ -110,8 +130,7 @@ def load(
     """
     start = time.perf_counter()
     folder = Path(path)
-    _check_artifact(folder)
-    plan = _read(folder / _PLAN, lambda file: Plan.from_json(file.read_text(encoding="utf-8")))
+    plan = load_plan(folder)
     data = _read(folder / _PROGRAM, _read_json)
     read_tensors = TensorFile if without_data else load_file
     values: Mapping[str, torch.Tensor] = _read(folder / _VALUES, read_tensors)
@@ -144,6 +163,17 @@ def load(
     with _blaming(folder / _WEIGHTS):
         _restore_network(compiled, network, weights)
     return compiled
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Load the plan of an artifact alone.
+
+    Raises:
+        ArtifactError: The directory is no artifact, or its plan is missing or damaged.
+    """
+    folder = Path(path)
+    _check_artifact(folder)
+    return _read(folder / _PLAN, lambda file: Plan.from_json(file.read_text(encoding="utf-8")))
 
 
 def tensor_readers(path: str | Path) -> tuple[graphfile.TensorReader, graphfile.TensorReader]:

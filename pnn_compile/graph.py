@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -29,11 +30,16 @@ def partition_graph(compiled: Network) -> nx.DiGraph[str]:
         op: What it computes: a module class or a function name.
         path: Qualified name of the module that it came from.
         source: `file:line` of the user's code.
+        shape: Shape and type of its value, with B for the batch; empty where it is not one tensor.
         flops, backward_flops, parameter_bytes, bytes: Costs at the example inputs.
+        seconds: Measured seconds; of nodes of the program alone, and only where this network was
+            compiled with `cost="measured"` or `"measured-forward"` (an artifact keeps those of the
+            stages, in its plan).
 
     Edge attributes:
-        bytes: Bytes of the tensor that flows.
-        crosses: Whether it flows from one stage to another.
+        bytes: Bytes of the tensors that flow.
+        shape: Their shapes and types, joined by " + ".
+        crosses: Whether they flow from one stage to another.
 
     >>> # the most expensive layers of stage 2, in three lines
     >>> # stage = [n for n, d in compiled.graph.nodes(data=True) if d["stage"] == 2]
@@ -50,11 +56,17 @@ class _Builder:
         self.facts = compiled.analysis.facts
         self.graph: nx.DiGraph[str] = nx.DiGraph(name=compiled.plan.model)
         self.bytes = {node.name: fact.bytes for node, fact in self.facts.items()}
+        self.shapes = {
+            node.name: str(fact.spec) if fact.spec else "" for node, fact in self.facts.items()
+        }
+        # What flows along every edge, by the name of the value.
+        self.flows: dict[tuple[str, str], set[str]] = {}
 
     def build(self) -> nx.DiGraph[str]:
         program = self.compiled.program
         for node in program.inputs:
-            self._add(node.name, "input", -1, "input", bytes=self.bytes[node.name])
+            size, shape = self.bytes[node.name], self.shapes[node.name]
+            self._add(node.name, "input", -1, "input", bytes=size, shape=shape)
         stage_of = self._stage_numbers()
         for node in program.order:
             self._add_program_node(node, stage_of[node])
@@ -82,9 +94,11 @@ class _Builder:
                 number += 1
         return numbers
 
-    def _add(self, name: str, role: str, stage: int, op: str, **attributes: str | int) -> None:
-        blank: dict[str, str | int] = {
-            "path": "", "source": "", "flops": 0, "backward_flops": 0,
+    def _add(
+        self, name: str, role: str, stage: int, op: str, **attributes: str | int | float
+    ) -> None:
+        blank: dict[str, str | int | float] = {
+            "path": "", "source": "", "shape": "", "flops": 0, "backward_flops": 0,
             "parameter_bytes": 0, "bytes": 0,
         }  # fmt: skip
         self.graph.add_node(name, role=role, stage=stage, op=op, **(blank | attributes))
@@ -97,6 +111,7 @@ class _Builder:
         else:
             op = getattr(node.target, "__name__", str(node.target))
         inside = stage < len(self.plan.stages)
+        measured = self.compiled.seconds.get(node.name)
         self._add(
             node.name,
             "fine" if inside else "head",
@@ -108,38 +123,52 @@ class _Builder:
             backward_flops=cost.backward_flops,
             parameter_bytes=cost.parameter_bytes,
             bytes=cost.activation_bytes,
+            shape=self.shapes[node.name],
+            **({} if measured is None else {"seconds": measured}),
         )
 
     def _add_correction(self, number: int, stage: Stage) -> None:
         """Add guess, residual, coarse propagator and correction of one stage, with their edges."""
         assert stage.preprocess is not None
         assert stage.coarse is not None
-        entering = sum(self.bytes[name] for name in stage.consumes)
         corrected = [value.name for value in self.plan.corrects(number)]
-        leaving = sum(self.bytes[name] for name in corrected)
         guess, residual = f":preprocess_{number}", f":residual_{number}"
         coarse, correct = f":coarse_{number}", self._correction(number)
-        self._add_operator(guess, "preprocess", number, stage.preprocess, entering)
-        self._add(residual, "residual", number, "sub", bytes=entering)
-        self._add_operator(coarse, "coarse", number, stage.coarse, leaving)
+        self._add_operator(guess, "preprocess", number, stage.preprocess, stage.consumes)
+        entering = self._type(stage.consumes)
+        self._add(residual, "residual", number, "sub", **entering)
+        self._add_operator(coarse, "coarse", number, stage.coarse, corrected)
         if correct not in self.graph:
-            self._add(correct, "correct", int(correct.rpartition("_")[2]), "add", bytes=leaving)
+            where = int(correct.rpartition("_")[2])
+            self._add(correct, "correct", where, "add", **self._type(corrected))
         for name in stage.preprocess.options["inputs"]:
-            self._edge(name, guess, self.bytes[name], crosses=False)
-        self._edge(guess, residual, entering, crosses=False)
-        self._edge(residual, coarse, entering, crosses=False)
-        self._edge(coarse, correct, leaving, crosses=self._stage(coarse) != self._stage(correct))
+            self._edge(name, guess, name, crosses=False)
+        for name in stage.consumes:
+            self._edge(guess, residual, name, crosses=False)
+            self._edge(residual, coarse, name, crosses=False)
         for name in corrected:
-            crosses = self._stage(name) != self._stage(correct)
-            self._edge(name, correct, self.bytes[name], crosses=crosses)
+            away = self._stage(coarse) != self._stage(correct)
+            self._edge(coarse, correct, name, crosses=away)
+            self._edge(name, correct, name, crosses=self._stage(name) != self._stage(correct))
         for name in stage.consumes:
             producer = self._producer(name)
             chained = producer and self.plan.sweep == "chain"
             source = f":correct_{producer}" if chained else name
-            self._edge(source, residual, self.bytes[name], crosses=True)
+            self._edge(source, residual, name, crosses=True)
 
-    def _add_operator(self, name: str, role: str, number: int, spec: CoarseSpec, size: int) -> None:
-        self._add(name, role, number, spec.family, flops=spec.flops, bytes=size)
+    def _add_operator(
+        self, name: str, role: str, number: int, spec: CoarseSpec, gives: Sequence[str]
+    ) -> None:
+        self._add(name, role, number, spec.family, flops=spec.flops, **self._type(gives))
+
+    def _type(self, values: Iterable[str]) -> dict[str, str | int]:
+        """Bytes and shape of several values together."""
+        names = list(values)
+        shapes = [self.shapes[name] for name in names]
+        return {
+            "bytes": sum(self.bytes[n] for n in names),
+            "shape": " + ".join(filter(None, shapes)),
+        }
 
     def _correction(self, number: int) -> str:
         """Name of the node where the correction of a stage is added."""
@@ -168,7 +197,20 @@ class _Builder:
     def _connect(self, source: str, target: str, value: fx.Node) -> None:
         stages = [self.graph.nodes[name]["stage"] for name in (source, target)]
         crosses = stages[0] != stages[1] and -1 not in stages
-        self._edge(source, target, self.bytes[value.name], crosses=crosses)
+        self._edge(source, target, value.name, crosses=crosses)
 
-    def _edge(self, source: str, target: str, size: int, *, crosses: bool) -> None:
-        self.graph.add_edge(source, target, bytes=size, crosses=crosses)
+    def _edge(self, source: str, target: str, value: str, *, crosses: bool) -> None:
+        """Let a value flow along an edge, beside what flows there already."""
+        values = self.flows.setdefault((source, target), set())
+        if value in values:
+            return
+        values.add(value)
+        flow = self._type([value])
+        if self.graph.has_edge(source, target):
+            known = self.graph.edges[source, target]
+            both = [known["shape"], str(flow["shape"])]
+            flow = {
+                "bytes": known["bytes"] + flow["bytes"],
+                "shape": " + ".join(filter(None, both)),
+            }
+        self.graph.add_edge(source, target, **flow, crosses=crosses)

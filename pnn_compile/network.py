@@ -40,6 +40,7 @@ class Network:
         module: The parareal network; trainable, `train()` and `eval()` work.
         passes: What each pass of the compiler took.
         calibration: What calibration found, where samples were given to the compiler.
+        weighed: What the compiler cut it by; None of a network that was loaded.
     """
 
     program: Program
@@ -50,6 +51,7 @@ class Network:
     module: fx.GraphModule
     passes: tuple[PassResult, ...]
     calibration: CalibrationReport | None = None
+    weighed: Analysis | None = None
 
     def __repr__(self) -> str:
         plan = self.plan
@@ -61,7 +63,18 @@ class Network:
     @cached_property
     def analysis(self) -> Analysis:
         """Shapes, costs and legal cuts of the program, by FLOPs."""
-        return weigh(self.program, observe(self.program), "flops")
+        if self.weighed is None:
+            return weigh(self.program, observe(self.program), "flops")
+        if self.weighed.unit == "FLOPs":
+            return self.weighed
+        return weigh(self.program, self.weighed.facts, "flops")
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Measured seconds by the name of the node; empty where the compiler measured none."""
+        if self.weighed is None or self.weighed.unit != "seconds":
+            return {}
+        return {node.name: cost.weight for node, cost in self.weighed.costs.items()}
 
     def current_program(self) -> Program:
         """Return the program with the tensors that the stages hold now, and inputs to match.
@@ -178,4 +191,13 @@ def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Network
     assert c.operators is not None
     assert c.sequential is not None
     assert c.module is not None
-    return Network(c.program, c.plan, c.stages, c.operators, c.sequential, c.module, results)
+    return Network(
+        c.program,
+        c.plan,
+        c.stages,
+        c.operators,
+        c.sequential,
+        c.module,
+        results,
+        weighed=c.analysis,
+    )

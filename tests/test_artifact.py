@@ -99,8 +99,8 @@ def folder(compiled: pnn.Compiled, tmp_path: Path) -> Path:
     return compiled.save(tmp_path / "out")
 
 
-def test_an_artifact_is_four_files(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+def test_an_artifact_is_four_files_and_a_report(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "report.html"])
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
     assert pnn.Plan.from_json((folder / "plan.json").read_text()).model == "VGG16"
     assert load_file(folder / "program.safetensors")["features.0.weight"].shape == (4, 3, 3, 3)
@@ -151,6 +151,32 @@ def test_a_loaded_network_is_saved_again_alike(folder: Path, tmp_path: Path) -> 
     again = pnn.load(folder).save(tmp_path / "again")
     for name in FILES:
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_report_is_of_the_network_and_loading_ignores_it(
+    compiled: pnn.Compiled, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = folder / "report.html"
+    assert f"<title>{compiled.plan.model}" in report.read_text()
+    report.write_text("of nothing")
+    assert pnn.load(folder).plan == compiled.plan
+    compiled.save(folder)
+    assert report.read_text() != "of nothing"
+    assert not caplog.records
+
+
+def test_what_cannot_be_reported_is_saved_all_the_same(
+    compiled: pnn.Compiled, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fail(_: object) -> str:
+        raise RuntimeError("expected scalar type Half but found Float")
+
+    monkeypatch.setattr("pnn_compile.report.html.html_report", fail)
+    compiled.save(folder)
+    assert not (folder / "report.html").exists()
+    assert "without report.html (RuntimeError: expected scalar type Half" in caplog.text
+    assert pnn.load(folder).plan == compiled.plan
 
 
 def test_a_network_converted_after_compilation_comes_back(tmp_path: Path) -> None:
@@ -296,7 +322,7 @@ def test_an_export_of_the_older_artifact_goes_with_it(
 ) -> None:
     (folder / "model.onnx").write_text("of the older one")
     compiled.save(folder)
-    assert sorted(contents(folder)) == sorted(FILES)
+    assert sorted(contents(folder)) == sorted([*FILES, "report.html"])
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
     assert "model.onnx is dropped" in caplog.text
 

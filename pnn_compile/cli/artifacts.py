@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from passes.errors import OptionError, VerificationError
 from pnn_compile.cli.common import (
     ARG,
+    CALIBRATION_BATCH,
     DEBUG,
     JSON,
     Progress,
@@ -20,7 +23,13 @@ from pnn_compile.cli.common import (
     stages_option,
 )
 
+if TYPE_CHECKING:
+    from passes.plan import Plan
+    from pnn_compile.api import Compiled
+
 __all__ = ["inspect", "verify"]
+
+_FILE = partial(click.option, type=click.Path(path_type=Path), metavar="FILE")
 
 
 @click.command()
@@ -29,7 +38,13 @@ __all__ = ["inspect", "verify"]
 @click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
 @ARG
 @click.option("--depth", default=2, type=int, help="Levels of the module path to show.")
-@click.option("--dot", type=click.Path(path_type=Path), help="Write the partition graph as DOT.")
+@_FILE("--html", help="Write the report: one page that opens from disk.")
+@_FILE("--samples", help="Measure accuracy against K for the report, on these samples.")
+@_FILE("--dot", help="Write the partition graph as DOT.")
+@_FILE("--mermaid", help="Write it as a Mermaid flowchart, modules collapsed to --depth levels.")
+@_FILE("--graphml", help="Write it as GraphML.")
+@_FILE("--trace", help="Write one simulated training step, for ui.perfetto.dev.")
+@click.option("--against", metavar="OTHER", help="Compare with an artifact, a plan or a model.")
 @JSON
 @DEBUG
 def inspect(
@@ -37,27 +52,104 @@ def inspect(
     stages: int | Literal["auto"],
     inputs: tuple[str, ...],
     arguments: tuple[str, ...],
-    depth: int,
-    dot: Path | None,
+    against: str | None,
     as_json: bool,
     debug: bool,
+    **output: Any,
 ) -> None:
-    """Show the partition of a saved artifact, or of a model compiled on the spot."""
-    compiled = open_target(target, stages, inputs, arguments, debug)
+    """Show the partition of a saved artifact, or of a model compiled on the spot.
+
+    With --json the partition graph as node-link data, or what --against found.
+    """
+    files = [output[name] for name in ("html", "dot", "mermaid", "graphml", "trace")]
+    if output["samples"] is not None and output["html"] is None:
+        raise OptionError("--samples are for the report: add --html FILE")
+    if output["depth"] < 1:
+        raise OptionError(f"--depth must be at least 1 (got {output['depth']})")
+    opened = partial(open_target, stages=stages, inputs=inputs, arguments=arguments, debug=debug)
+    if against is not None and not any(files):
+        _compare(_plan(against, opened), _plan(target, opened), (against, target), as_json)
+        return
+    compiled = opened(target)
+    _write_files(compiled, **output)
+    if against is not None:
+        _compare(_plan(against, opened), compiled.plan, (against, target), as_json)
+    elif as_json:
+        from pnn_compile.export.graphml import to_node_link
+
+        click.echo(to_node_link(compiled.graph), nl=False)
+    else:
+        from pnn_compile.report.terminal import report, stage_tree
+
+        screen = console()
+        screen.print(stage_tree(compiled, output["depth"]))
+        screen.print(report(compiled, screen.width))
+
+
+def _write_files(
+    compiled: Compiled,
+    depth: int,
+    html: Path | None,
+    samples: Path | None,
+    dot: Path | None,
+    mermaid: Path | None,
+    graphml: Path | None,
+    trace: Path | None,
+) -> None:
+    if html is not None:
+        from pnn_compile.report.html import write_report
+        from pnn_compile.samples import read_batches
+
+        progress = Progress(False)
+        rows: tuple[Any, ...] = ()
+        if samples is not None:
+            with progress("measuring"):
+                batches = read_batches(samples, compiled.program, size=CALIBRATION_BATCH, least=1)
+                rows = compiled.dial(batches)
+        with progress("writing the report"):
+            write_report(compiled, html, rows)
     if dot is not None:
         from pnn_compile.export.dot import to_dot
 
         _write(dot, to_dot(compiled.graph))
+    if mermaid is not None:
+        from pnn_compile.export.mermaid import to_mermaid
+
+        _write(mermaid, to_mermaid(compiled.graph, depth))
+    if graphml is not None:
+        from pnn_compile.export.graphml import to_graphml
+
+        _write(graphml, to_graphml(compiled.graph))
+    if trace is not None:
+        from pnn_compile.runtime.trace import step_trace
+
+        _write(trace, json.dumps(step_trace(compiled.plan)))
+
+
+def _plan(target: str, opened: partial[Compiled]) -> Plan:
+    """The plan of an artifact, of a file with a plan alone, or of a model compiled on the spot."""
+    from passes.plan import Plan
+    from pnn_compile.artifact import load_plan
+
+    path = Path(target)
+    if path.is_dir():
+        return load_plan(path)
+    if path.suffix != ".json":
+        return opened(target).plan
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the plan {path} cannot be read ({error})") from error
+
+
+def _compare(before: Plan, after: Plan, names: tuple[str, str], as_json: bool) -> None:
+    from pnn_compile.report.compare import compare, comparison_table
+
+    found = compare(before, after)
     if as_json:
-        import networkx as nx
-
-        click.echo(json.dumps(nx.node_link_data(compiled.graph, edges="edges"), indent=2))
-        return
-    from pnn_compile.report.terminal import report, stage_tree
-
-    screen = console()
-    screen.print(stage_tree(compiled, depth))
-    screen.print(report(compiled, screen.width))
+        click.echo(json.dumps(asdict(found), indent=2))
+    else:
+        console().print(comparison_table(found, names))
 
 
 def _write(path: Path, text: str) -> None:

@@ -65,7 +65,8 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
         if data["crosses"]:
             edge.set("color", _quote("#cb181d"))
             edge.set("penwidth", "2")
-            edge.set("label", _quote(size(data["bytes"])))
+            lines = _present([data["shape"], size(data["bytes"])])
+            edge.set("label", _quote("\\n".join(lines)))
         drawing.add_edge(edge)
     return str(drawing.to_string())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape as _escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -237,11 +238,14 @@ def stage_tree(compiled: Network, depth: int = 2) -> Tree:
     """
     plan = compiled.plan
     root = Tree(f"[bold]{_escape(plan.model)}[/bold]")
+    total = sum(stage.flops for stage in plan.stages) + plan.head.flops or 1
     costs = _costs_by_module(compiled, depth)
     for number, (stage, interface) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
+        measured = f", {units.seconds(stage.seconds)}" if stage.seconds is not None else ""
         branch = root.add(
-            f"stage {number}: {units.count(stage.flops)} FLOPs, "
-            f"{units.count(stage.parameters)} parameters, {stage.nodes} nodes"
+            f"[bold]stage {number}[/bold]: {units.count(stage.flops)} FLOPs "
+            f"({stage.flops / total:.1%}){measured}, {units.count(stage.parameters)} parameters, "
+            f"{stage.nodes} nodes"
         )
         if stage.preprocess:
             branch.add(f"[cyan]preprocess_{number}[/cyan] {_operator(stage.preprocess)}")
@@ -282,7 +286,3 @@ def _costs_by_module(compiled: Network, depth: int) -> dict[int, dict[str, int]]
             modules = found[data["stage"]]
             modules[name] = modules.get(name, 0) + data["flops"]
     return found
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")

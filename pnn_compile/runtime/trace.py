@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pnn_compile.runtime.instruction import RECEIVES, SENDS, Kind
-from pnn_compile.runtime.simulator import Span, Timeline
+from pnn_compile.runtime.schedule import Sweep, schedule
+from pnn_compile.runtime.simulator import Span, Timeline, Times, simulate
 
-__all__ = ["chrome_trace"]
+if TYPE_CHECKING:
+    from passes.plan import Plan
+
+__all__ = ["chrome_trace", "step_trace"]
 
 _MICROSECONDS = 1e6
+_PER_FLOP = 1e-6
+"""Microseconds of a FLOP on a device that does 10^12 of them in a second."""
+
+
+def step_trace(plan: Plan) -> dict[str, Any]:
+    """Simulate a training step of a plan, a stage a rank, and describe it for a trace viewer.
+
+    Links take no time. A plan that was weighed by FLOPs is shown as on devices that do 10^12 a
+    second.
+
+    Raises:
+        RuntimeFault: The plan was made with weights that it does not hold.
+    """
+    step = simulate(schedule(range(len(plan.stages)), Sweep.of(plan)), Times.of(plan))
+    return chrome_trace(step, scale=_MICROSECONDS if plan.forecast.unit == "seconds" else _PER_FLOP)
 
 
 def chrome_trace(timeline: Timeline, *, scale: float = _MICROSECONDS) -> dict[str, Any]:
