@@ -1,5 +1,7 @@
 """Graphs for other programs: what they read is what the compiler found."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -34,23 +36,23 @@ NASTY = 'say "hi" <b>\\N & ]; end\n%% {x} | \x07'
 
 
 @pytest.fixture(scope="module")
-def nasty() -> nx.DiGraph:
+def nasty() -> nx.DiGraph[str]:
     """A graph with names that no format likes, as a program read from a file may have."""
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
     graph = pnn.compile(model, torch.randn(2, 4), stages=2).graph.copy()
     graph.name = NASTY
     for _, data in graph.nodes(data=True):
         data["path"] = NASTY + data["path"]
-    renamed: nx.DiGraph = nx.relabel_nodes(graph, {"_0": NASTY})
+    renamed: nx.DiGraph[str] = nx.relabel_nodes(graph, {"_0": NASTY})
     return renamed
 
 
 @pytest.fixture(scope="module")
-def graph(compiled: pnn.Compiled) -> nx.DiGraph:
+def graph(compiled: pnn.Compiled) -> nx.DiGraph[str]:
     return compiled.graph
 
 
-def equal(one: nx.DiGraph, other: nx.DiGraph) -> bool:
+def equal(one: nx.Graph[str], other: nx.Graph[str]) -> bool:
     """Whether two graphs have the same name, nodes and edges, attributes included."""
     return (one.name, dict(one.nodes), one.adj) == (other.name, dict(other.nodes), other.adj)
 
@@ -69,7 +71,7 @@ def test_graphml_holds_measured_seconds_of_the_nodes_that_have_them() -> None:
     assert measured == {n for n, d in graph.nodes(data=True) if d["role"] in ("fine", "head")}
 
 
-def test_graphml_takes_names_that_xml_cannot_hold(nasty: nx.DiGraph) -> None:
+def test_graphml_takes_names_that_xml_cannot_hold(nasty: nx.DiGraph[str]) -> None:
     again = nx.parse_graphml(to_graphml(nasty))
     assert nx.is_isomorphic(again, nasty)
     paths = {data["path"] for _, data in again.nodes(data=True)}

@@ -207,7 +207,7 @@ function neighbour(spot, key) {
     const [across, along] = [other.x + other.width / 2 - spot.x - spot.width / 2, other.y - spot.y];
     const ahead = dx * across + dy * along;
     const aside = Math.abs(dx ? along : across);
-    if (other === spot || ahead < 4 || (dx && ahead < 20)) continue;
+    if (other === spot || ahead < 4 || (dx && ahead < 0.6 * BOX.width)) continue;
     const far = ahead + 3 * aside;
     if (!best || far < best.far) best = { far, other };
   }

@@ -90,6 +90,12 @@ function layoutAll() {
   const base = Math.max(...into.lanes.filter((spot) => !spot.lane.head).map((spot) => spot.upper)) + 30;
   const rows = sweepRows(base);
   const lowest = rows.size ? Math.max(...rows.values()) : base;
+  const place = (item, x, y) => {
+    const spot = { item, x, y, ...BOX, depth: 0 };
+    into.boxes.push(spot);
+    into.spots.set(item, spot);
+  };
+  inputs.forEach((node, at) => place(node, 10 + LANE.side + PAD.side + at * (BOX.width + 16), 10));
   for (const spot of into.lanes) {
     const start = spot.lane.head ? lowest - LANE.top : top;
     spot.start = spot.lane.head ? start : top;
@@ -102,12 +108,6 @@ function layoutAll() {
   }
   const headSpot = into.lanes[into.lanes.length - 1];
   const headHeight = arrange(headSpot.lane.root).height;
-  const place = (item, x, y) => {
-    const spot = { item, x, y, ...BOX, depth: 0 };
-    into.boxes.push(spot);
-    into.spots.set(item, spot);
-  };
-  inputs.forEach((node, at) => place(node, 10 + LANE.side + PAD.side + at * (BOX.width + 16), 10));
   const outputY = headSpot.start + LANE.top + (headSpot.lane.root.children.length ? headHeight : 0) + 16;
   place(output, headSpot.x + (headSpot.width - BOX.width) / 2, outputY);
   const bottom = Math.max(outputY + BOX.height, lowest + BOX.height, base);
