@@ -22,8 +22,6 @@ __all__ = ["Cut", "choose_cut"]
 
 _BOUNDARY = 0.01
 """Share of a stage by which a cut inside a block must be cheaper to be taken."""
-_MOST_STAGES = 16
-_NEAR_BEST = 1.05
 _SHOWN = 12
 
 
@@ -57,21 +55,17 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
             analysis, Cut((*_named(analysis, candidates, head, options.cuts), head), 0.0)
         )
     candidates = _distinct(candidates, head)
-    if options.stages == "auto":
-        most = min(_MOST_STAGES, len(candidates) + 1)
-        solutions = [_solve(analysis, options, candidates, head, n) for n in range(1, most + 1)]
-        solutions = [s for s in solutions if not _idle(analysis, _positions(candidates, head, s))]
-        best = min(solution.time for solution in solutions)
-        solution = next(s for s in solutions if s.time <= _NEAR_BEST * best)
-    else:
-        if options.stages - 1 > len(candidates):
-            raise PartitionError(_too_few(analysis, candidates, options.stages))
-        solution = _solve(analysis, options, candidates, head, options.stages)
-        while len(candidates) >= options.stages and (
-            start := _idle(analysis, _positions(candidates, head, solution))
-        ):
-            candidates.remove(start)
-            solution = _solve(analysis, options, candidates, head, options.stages)
+    stages = options.stages
+    if stages == "auto":
+        raise PartitionError("choose_cut needs a number of stages: `passes.auto` chooses one")
+    if stages - 1 > len(candidates):
+        raise PartitionError(_too_few(analysis, candidates, stages))
+    solution = _solve(analysis, options, candidates, head, stages)
+    while len(candidates) >= stages and (
+        start := _idle(analysis, _positions(candidates, head, solution))
+    ):
+        candidates.remove(start)
+        solution = _solve(analysis, options, candidates, head, stages)
     return _linked(analysis, Cut(_positions(candidates, head, solution), solution.gap))
 
 

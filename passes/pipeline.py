@@ -14,13 +14,12 @@ from torch import fx
 
 from passes.analysis import Analysis, weigh
 from passes.assemble import assemble
+from passes.auto import decide
 from passes.coarse.build import Operators, synthesize
-from passes.cutting import choose_cut
 from passes.errors import OptionError
 from passes.observe import observe
 from passes.options import Options
 from passes.plan import Plan
-from passes.planning import make_plan
 from passes.program import Program, verify_graph
 from passes.split import Stages, sequential, split
 
@@ -119,8 +118,8 @@ def _analyze(c: Compilation) -> Compilation:
 def _plan(c: Compilation) -> Compilation:
     assert c.options is not None
     assert c.analysis is not None
-    cut = choose_cut(c.analysis, c.options)
-    return replace(c, plan=make_plan(c.analysis, cut, c.options))
+    options, plan = decide(c.analysis, c.options)
+    return replace(c, options=options, plan=plan)
 
 
 def _split(c: Compilation) -> Compilation:

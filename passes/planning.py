@@ -104,7 +104,10 @@ def with_operators(
         for number, stage in enumerate(plan.stages)
     ]
     forecast = _forecast(analysis, stages, plan.head, options, plan.forecast.gap)
-    notes = _notes(analysis, options, forecast)
+    # What was noted for other reasons than these operators stays.
+    stale = _notes(analysis, options, plan.forecast)
+    kept = [note for note in plan.notes if note not in stale]
+    notes = (*_notes(analysis, options, forecast), *kept)
     return dataclasses.replace(plan, stages=tuple(stages), forecast=forecast, notes=notes)
 
 

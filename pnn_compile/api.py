@@ -246,7 +246,8 @@ def compile(
             network = replace(network, calibration=calibrate(network, batches))
         else:
             assert compilation.analysis is not None
-            network = choose(network, compilation.analysis, options, batches)
+            assert compilation.options is not None
+            network = choose(network, compilation.analysis, compilation.options, batches)
         spent = PassResult("calibrate", time.perf_counter() - start)
         network = replace(network, passes=(*network.passes, spent))
     return Compiled.of(network)

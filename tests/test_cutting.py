@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from examples import decoder, resnet1001
 from passes.analysis import Analysis
+from passes.auto import decide
 from passes.cutting import Cut, choose_cut
 from passes.errors import PartitionError
 from passes.options import Options
@@ -28,7 +29,7 @@ def small_resnet() -> Analysis:
 
 def plan_of(found: Analysis, **options: object) -> Plan:
     asked = Options(**options)  # type: ignore[arg-type]
-    return make_plan(found, choose_cut(found, asked), asked)
+    return decide(found, asked)[1]
 
 
 def starts(plan: Plan) -> list[str]:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from passes.errors import OptionError
+from passes.limits import LIMITS
 from pnn_compile.forecast import forecast
 from pnn_compile.forecasting.rivals import balanced, gpipe_lists
-from pnn_compile.forecasting.table import LIMITS, ForecastRow, ForecastTable
+from pnn_compile.forecasting.table import ForecastRow, ForecastTable
 from pnn_compile.runtime import Sweep, Times, schedule, simulate
 from pnn_compile.runtime.instruction import Kind
 from tests.test_device import profile

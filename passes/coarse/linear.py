@@ -7,6 +7,7 @@ agree (the skip of a residual network), else to a map that keeps norms. Fitted b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -117,6 +118,11 @@ class Linear(MapMatrix):
 
 def linear_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:
     """Estimate the FLOPs of one call without building the network."""
+    return _linear_flops(tuple(entering), tuple(leaving))
+
+
+@functools.lru_cache(maxsize=4096)  # a deep network has the same few states again and again
+def _linear_flops(entering: tuple[TensorSpec, ...], leaving: tuple[TensorSpec, ...]) -> float:
     total = 0.0
     for target in leaving:
         for source in entering:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from passes.cutting import choose_cut
+from passes.limits import find_limit, is_block
 from passes.plan import Plan
 from passes.planning import make_plan
 from pnn_compile.forecasting.setting import Setting, extra_bytes, free, parts_of, sent
@@ -75,29 +76,7 @@ def _memory(setting: Setting, plan: Plan) -> tuple[float, ...]:
 
 
 def _limit(setting: Setting, plan: Plan, parts: Mapping[str, float]) -> str:
-    """What costs most beyond an equal share of the original."""
-    count, sequential = len(plan.stages), setting.sequential
-    lost = {name: value for name, value in parts.items() if name != "fine"}
-    lost["head"] = parts["head"] * (1 - 1 / count)
-    lost["fine"] = parts["fine"] - (sequential - parts["head"]) / count
-    worst = max(lost, key=lambda name: lost[name])
-    if lost[worst] <= 0.01 * sequential / count:
-        return "none"
-    if worst != "fine":
-        return worst
-    return "block" if _is_block(setting, plan) else "imbalance"
-
-
-def _is_block(setting: Setting, plan: Plan) -> bool:
-    """Whether no legal cut lies inside the slowest fine stage."""
-    order = setting.analysis.frontiers.order
-    place = {node.name: index for index, node in enumerate(order)}
-
-    def weight(number: int) -> float:
-        stage = plan.stages[number]
-        nodes = order[place[stage.first] : place[stage.last] + 1]
-        return sum(map(setting.whole, nodes))
-
-    slowest = plan.stages[max(range(len(plan.stages)), key=weight)]
-    start, stop = place[slowest.first], place[slowest.last] + 1
-    return not any(start < p.index < stop for p in setting.analysis.frontiers.positions)
+    found = find_limit(parts, setting.sequential, len(plan.stages))
+    if found != "fine":
+        return found
+    return "block" if is_block(setting.analysis, plan, setting.whole) else "imbalance"

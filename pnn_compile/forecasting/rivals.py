@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 
 from passes.cost import parameters
 from passes.errors import OptionError, PartitionError
+from passes.limits import find_limit
 from pnn_compile.forecasting.setting import OPTIMIZER_COPIES, Setting, free, parts_of, sent
 from pnn_compile.forecasting.table import ForecastRow
 from pnn_compile.runtime.instruction import Instruction, Kind
@@ -131,7 +132,7 @@ def pipeline_row(setting: Setting, batches: int, stages: int) -> ForecastRow:
         memory=tuple(memory),
         link_bytes=sent(lists, times),
         parts=parts,
-        limit=_limit(parts, sequential / stages),
+        limit=_limit(parts, sequential, stages),
     )
 
 
@@ -168,12 +169,10 @@ def data_parallel_row(setting: Setting, stages: int) -> ForecastRow:
         memory=(memory,) * stages,
         link_bytes=crossing * stages,
         parts=parts,
-        limit=_limit(parts, own),
+        limit=_limit(parts, sequential, stages),
     )
 
 
-def _limit(parts: dict[str, float], share: float) -> str:
-    lost = {name: value for name, value in parts.items() if name not in ("fine", "head")}
-    lost["imbalance"] = parts["fine"] - share
-    worst = max(lost, key=lambda name: lost[name])
-    return worst if lost[worst] > 0.01 * share else "none"
+def _limit(parts: dict[str, float], sequential: float, count: int) -> str:
+    found = find_limit(parts, sequential, count)
+    return "imbalance" if found == "fine" else found

@@ -7,24 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LIMITS", "PARAREAL", "ForecastRow", "ForecastTable"]
+from passes.limits import LIMITS
+
+__all__ = ["PARAREAL", "ForecastRow", "ForecastTable"]
 
 PARAREAL = ("chain", "collapsed")
 """Methods that are parareal networks, by the sweep of the corrections."""
 _NEAR_BEST = 1.05
 """Devices that make a step faster by no more than this pay no longer."""
-
-LIMITS = {
-    "block": "the largest piece that cannot be cut",
-    "imbalance": "stages that legal cuts leave unequal",
-    "preprocessing": "the guesses of the states",
-    "coarse": "the coarse sweep",
-    "link": "the links",
-    "head": "the head, which one device computes alone",
-    "bubble": "devices that wait for their first and last micro-batch",
-    "none": "nothing but the number of devices",
-}
-"""What can keep a step from being N times as fast, in words."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,7 @@ class ForecastRow:
         link_bytes: Bytes that cross links in one step, all links together.
         parts: What `time` is made of along its critical path: "fine", "preprocessing", "coarse",
             "head", "link" and, of a pipeline, "bubble". They add up to it.
-        limit: What keeps the speed-up furthest below N, a key of `LIMITS`.
+        limit: What keeps the speed-up furthest below N, a key of `passes.limits.LIMITS`.
     """
 
     stages: int
