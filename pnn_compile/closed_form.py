@@ -1,8 +1,9 @@
 """The sweep of calibration: fits guesses and corrections stage by stage, in closed form.
 
-Only the states around one stage are kept at a time, batch by batch in a temporary folder; of the
-regressions only sums of products. Where several networks are offered for one place, all of them
-are fitted to the same samples, and the cheapest of those that do best is taken.
+Only the states around one stage are kept at a time, batch by batch, in a quarter of the free memory
+of a GPU or else in a temporary folder; of the regressions only sums of products. Where several
+networks are offered for one place, all of them are fitted to the same samples, and the cheapest of
+those that do best is taken.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from passes.coarse.recalibrate import recalibrate
 from passes.errors import OptionError
 from passes.plan import CoarseSpec, Trial
 from pnn_compile.agreement import Energy
+from pnn_compile.batches import device_of
 from pnn_compile.walk import Operator, State, Walker, plus
 
 __all__ = ["Batches", "Candidates", "Given", "Sample", "fit_closed_form", "fit_networks"]
@@ -77,23 +79,56 @@ def fit_closed_form(walker: Walker, batches: Batches, candidates: Candidates) ->
         it lowers the error.
     """
     with tempfile.TemporaryDirectory(prefix="pnn-calibrate-") as folder:
-        sweep = _Sweep(walker, batches, _Memory(Path(folder)))
+        room = _room(device_of(walker.stages.head))
+        sweep = _Sweep(walker, batches, _Memory(Path(folder), room))
         sweep.run(candidates)
     return tuple(sweep.recalibrated)
 
 
 class _Memory:
-    """Named states of the calibration batches, on disk."""
+    """Named states of the calibration batches: in memory as long as there is room, else on disk.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where the others go.
+        room: Bytes that may be held in memory.
+    """
+
+    def __init__(self, folder: Path, room: int) -> None:
         self._folder = folder
+        self._room = room
+        self._held: dict[str, State] = {}
 
     def put(self, kind: str, batch: int, state: State) -> None:
-        torch.save(state, self._folder / f"{kind}-{batch}.pt")
+        key = f"{kind}-{batch}"
+        self._room += _bytes(self._held.pop(key, {}))
+        if _bytes(state) <= self._room:
+            self._room -= _bytes(state)
+            self._held[key] = _copied(state)
+        else:
+            torch.save(state, self._folder / f"{key}.pt")
 
     def get(self, kind: str, batch: int) -> State:
-        state: State = torch.load(self._folder / f"{kind}-{batch}.pt", weights_only=True)
+        key = f"{kind}-{batch}"
+        if key in self._held:
+            return _copied(self._held[key])  # a stage may write into what it is given
+        state: State = torch.load(self._folder / f"{key}.pt", weights_only=True)
         return state
+
+
+def _bytes(state: State) -> int:
+    return sum(value.numel() * value.element_size() for value in state.values())
+
+
+def _copied(state: State) -> State:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _room(device: torch.device) -> int:
+    """A quarter of the memory that is free on a GPU; a CPU's disk is cached in memory already."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 4
 
 
 @dataclass(frozen=True)

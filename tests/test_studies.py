@@ -1,54 +1,124 @@
 """The studies run from end to end on a handful of random samples."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from examples.studies import accuracy
-from examples.studies.data import Split, gated_pairs, standard_library
+import pnn_compile as pnn
+from examples import resnet1001
+from examples.studies import accuracy, queue, steps
+from examples.studies.conversions import ATTEMPTS
+from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
 from examples.studies.networks import build_resnet, build_vgg, shortened
+from examples.studies.presets import PRESETS
+from examples.studies.table import table
+from examples.studies.tasks import Task, make_task
+from examples.studies.training import Originals, augmented
 
-PRESET = accuracy.PRESETS["smoke"]
+PRESET = PRESETS["smoke"]
 
 
-def _task() -> accuracy.Task:
+def _task() -> Task:
     generator = torch.Generator().manual_seed(0)
     images = Split(
         torch.randn(256, 2, 8, 8, generator=generator),
         torch.randint(10, (256,), generator=generator),
     )
-    return accuracy.Task(images, images, lambda n: build_resnet(n, 4, 2), 12)
+    return Task(images, images, lambda n: build_resnet(n, 4, 2), 12)
 
 
-def _vgg() -> accuracy.Task:
+def _vgg() -> Task:
     generator = torch.Generator().manual_seed(0)
     images = Split(
         torch.randn(256, 3, 32, 32, generator=generator),
         torch.randint(10, (256,), generator=generator),
     )
-    return accuracy.Task(images, images, lambda n: build_vgg(n, 2), 13)
+    return Task(images, images, lambda n: build_vgg(n, 2), 13)
 
 
-def _text() -> accuracy.Task:
-    return accuracy.make_task("text", None, PRESET)
+def _text() -> Task:
+    return make_task("text", None, PRESET)
 
 
 @pytest.mark.parametrize("make", [_task, _vgg, _text])
-@pytest.mark.parametrize("study", list(accuracy.STUDIES))
+@pytest.mark.parametrize("study", ["scratch", "conversion", "iterations"])
 def test_every_network_and_control_is_trained_and_measured(
-    study: str, make: Callable[[], accuracy.Task], tmp_path: Path
+    study: str, make: Callable[[], Task], tmp_path: Path
 ) -> None:
-    rows = list(accuracy.STUDIES[study](make(), PRESET, seed=0))
+    rows = list(accuracy.STUDIES[study](accuracy.Study(make(), PRESET, seed=0)))
     names = {(row["network"], row["stages"]) for row in rows}
     # the same-latency network and three forms, or two forms and two controls, or K = 1 to N = 3
     per_stage = 3 if study == "iterations" else 4
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
-    assert accuracy.table(file).count("\n") == len(rows) + 1
+    assert table(file).count("\n") == len(rows) + 1
+
+
+@pytest.mark.parametrize("name", ["interfaces first", "unit in difference form", "all together"])
+def test_attempts_are_fitted_and_measured(name: str) -> None:
+    study = accuracy.Study(_vgg(), PRESET, seed=0, only=(name,))
+    names = [row["network"] for row in accuracy.attempts(study)]
+    assert len(set(names)) == len(names) == 2 + 2 * ATTEMPTS[name].controls
+
+
+def test_an_early_exit_starts_from_the_original() -> None:
+    study = accuracy.Study(_task(), PRESET, seed=0)
+    alone, beside = (
+        next(row for row in accuracy.conversion(one) if row["network"] == "early exit")
+        for one in (accuracy.Study(_task(), PRESET, seed=0, only=("early exit",)), study)
+    )
+    assert alone == beside  # whether or not the parareal network was fitted meanwhile
+
+
+def test_an_original_is_trained_once(tmp_path: Path) -> None:
+    originals = Originals(tmp_path)
+    first, seconds = originals.trained(_vgg(), PRESET, 0)
+    second, again = originals.trained(_vgg(), PRESET, 0)
+    assert seconds > 0 == again
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_queue_of_jobs_writes_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "make_task", lambda *_: _vgg())
+    results = tmp_path / "rows.jsonl"
+    settings = queue.Settings(
+        "smoke", tmp_path, "cpu", results, tmp_path / "originals", 1, time.time() + 60
+    )
+    waiting = Queue[queue.Job]()
+    for job in queue.jobs([0], PRESET.stages)[:2]:
+        waiting.put(job)
+    waiting.put(queue.Job("vgg", "unknown", 0))  # fails, and the others do not
+    waiting.put(queue.Job("vgg", "conversion", 0, ("early exit",)))
+    queue.work(waiting, settings)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [row["network"] for row in rows] == ["original", "original", "original", "early exit"]
+
+
+def test_a_queue_holds_every_comparison_once() -> None:
+    found = queue.jobs([0, 1, 2], (3, 6, 12, 18))
+    assert len(set(found)) == len(found)
+    per_seed = 4 * 4 + 4  # the residual network from scratch, and converted
+    assert sum(job.task == "cifar10" and job.only != ("original",) for job in found) == 3 * per_seed
+
+
+def test_images_are_shifted_and_mirrored() -> None:
+    images = torch.arange(1.0, 65).reshape(1, 1, 8, 8).expand(64, 1, 8, 8)
+    moved = augmented(images, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
+    centres = {tuple(image[0, 4:6, 4].tolist()) for image in moved}
+    steps = {b - a for a, b in centres if a and b}
+    assert len(centres) > 20
+    assert steps == {8.0}  # rows stay rows
+    rising = [(image[0, 4, 4] < image[0, 4, 5]).item() for image in moved if image[0, 4, 4:6].all()]
+    assert 0.2 < sum(rising) / len(rising) < 0.8
 
 
 def test_networks_are_shortened_evenly_and_keep_what_changes_the_shape() -> None:
@@ -75,3 +145,24 @@ def test_text_windows_predict_the_next_byte() -> None:
     assert train.x.shape == (64, 16)
     assert torch.equal(train.x[:, 1:], train.y[:, :-1])
     assert len(test.y) == 8
+
+
+def test_cifar10_is_read_from_one_file(tmp_path: Path) -> None:
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.tensor([1, 2, 3])
+    tensors = {"train_x": images, "train_y": labels, "test_x": images[:1], "test_y": labels[:1]}
+    save_file(
+        {name: value.clone() for name, value in tensors.items()}, tmp_path / "cifar10.safetensors"
+    )
+    train, test = load_cifar10(tmp_path)
+    assert torch.equal(train.y, labels)
+    assert torch.equal(train.x[:1], test.x)
+    assert train.x.abs().max() < 3
+
+
+def test_steps_of_the_parts_are_measured() -> None:
+    compiled = pnn.compile(resnet1001.build_model(2), resnet1001.example_inputs(), stages=2)
+    row = steps.measured(compiled, torch.randn(2, 3, 32, 32), bfloat16=False)
+    parts = [row[name] for name in ("slowest stage", "sweep", "head")]
+    assert min(parts) > 0
+    assert row["speedup"] == pytest.approx(row["original"] / sum(parts))

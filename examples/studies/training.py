@@ -1,0 +1,170 @@
+"""Training and measuring on one device: one-cycle AdamW on labels, or to a teacher's outputs."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from examples.studies.data import Split
+from examples.studies.presets import Preset
+from examples.studies.tasks import Task
+from pnn_compile.fit import distillation
+
+__all__ = ["Originals", "accuracy", "augmented", "train"]
+
+_SHIFT = 4
+
+
+def accuracy(network: nn.Module, split: Split) -> float:
+    """Share of labels that the network gets right, in percent."""
+    network.eval().to(split.y.device)
+    right = torch.zeros((), dtype=torch.int64, device=split.y.device)
+    total = 0
+    size = 1000 if split.y.is_cuda else 250
+    with torch.no_grad():
+        for batch in split.batches(min(size, len(split.y))):
+            found = network(split.x[batch]).argmax(-1)
+            right += (found == split.y[batch]).sum()
+            total += split.y[batch].numel()
+    return 100 * int(right) / total
+
+
+def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Shift images `[B, C, H, W]` by up to four pixels and mirror half of them (He et al. 2016)."""
+    device = images.device
+    count, _, height, width = images.shape
+
+    def drawn(high: int) -> torch.Tensor:
+        return torch.randint(high, (count, 1), device=device, generator=generator)
+
+    rows = drawn(2 * _SHIFT + 1) + torch.arange(height, device=device)
+    columns = drawn(2 * _SHIFT + 1) + torch.arange(width, device=device)
+    columns = torch.where(drawn(2) == 0, columns, columns.flip(1))
+    padded = F.pad(images, (_SHIFT,) * 4).movedim(1, 3)
+    samples = torch.arange(count, device=device)[:, None, None]
+    return padded[samples, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
+
+
+def train(
+    network: nn.Module,
+    task: Task,
+    preset: Preset,
+    seed: int,
+    *,
+    epochs: int | None = None,
+    rate: float | None = None,
+    teacher: nn.Module | None = None,
+    dropout: bool = True,
+) -> float:
+    """Train on labels, or to a teacher's outputs without labels; one-cycle AdamW.
+
+    Args:
+        network: What to train; it is moved to the device of the task.
+        task: The samples.
+        preset: How to train.
+        seed: Seed of the order of the samples and of their augmentation.
+        epochs: Times to go through the samples; the preset's, or once to a teacher, if None.
+        rate: Peak learning rate; the preset's if None.
+        teacher: Gives the outputs to learn.
+        dropout: Whether dropout is active.
+
+    Returns:
+        Seconds that it took.
+    """
+    size, peak = (task.batch, preset.rate) if teacher is None else (task.fit_batch, preset.fit_rate)
+    count = epochs or (preset.epochs if teacher is None else 1)
+    device = task.train.y.device
+    shuffle = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
+    network.to(device)
+    start = time.perf_counter()
+    with _quick(network, device), _quick(teacher, device), _modes(network, dropout=dropout):
+        peak = rate or peak
+        optimizer = torch.optim.AdamW(
+            network.parameters(), peak, weight_decay=1e-2, fused=device.type == "cuda"
+        )
+        steps = count * (len(task.train.y) // size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+        for _ in range(count):
+            for batch in task.train.batches(size, shuffle):
+                x, y = task.train.x[batch], task.train.y[batch]
+                if task.augment:
+                    x = augmented(x, noise)
+                with torch.autocast(device.type, torch.bfloat16, enabled=preset.bfloat16):
+                    loss = _loss(network, x, y, teacher)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _loss(
+    network: nn.Module, x: torch.Tensor, y: torch.Tensor, teacher: nn.Module | None
+) -> torch.Tensor:
+    if teacher is None:
+        return F.cross_entropy(network(x).flatten(0, -2), y.flatten())
+    with torch.no_grad():
+        wanted = teacher(x)
+    return distillation(network(x), wanted, None)
+
+
+@contextmanager
+def _quick(network: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Keep the weights of convolutions in the order that tensor cores read, on a GPU."""
+    if network is None or device.type != "cuda":
+        yield
+        return
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    yield
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _modes(network: nn.Module, *, dropout: bool) -> Iterator[None]:
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and not dropout:
+            module.eval()
+    yield
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Trained originals, kept in a folder so that several studies and processes share them.
+
+    Attributes:
+        folder: Where they are kept; trained anew every time if None.
+    """
+
+    folder: Path | None = None
+
+    def trained(self, task: Task, preset: Preset, seed: int) -> tuple[nn.Module, float]:
+        """The original of a seed in evaluation mode, and the seconds it took if just trained."""
+        torch.manual_seed(seed)
+        network = task.build(task.units)
+        if self.folder is None:
+            seconds = train(network, task, preset, seed)
+            return network.eval(), seconds
+        file = self.folder / f"{task.name}-{seed}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if file.exists():
+                network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+                return network.to(task.train.y.device).eval(), 0.0
+            seconds = train(network, task, preset, seed)
+            torch.save(network.state_dict(), file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+            return network.eval(), seconds
