@@ -25,6 +25,7 @@ from pnn_compile.network import Network, gather, replay
 if TYPE_CHECKING:
     import networkx as nx
 
+    from pnn_compile.export.onnx import Exported
     from pnn_compile.iterate import DialRow, Iterates
     from pnn_compile.verdict import Verdict
     from pnn_compile.verify import VerifyReport
@@ -127,8 +128,16 @@ class Compiled(Network):
 
         return write_report(self, path)
 
-    def export_onnx(self, path: str | Path) -> Path:
-        """Write the parareal network, in evaluation mode, as one ONNX file, and check it.
+    def export_onnx(
+        self, path: str | Path, *, per_stage: bool = False, verify: bool = True
+    ) -> Exported:
+        """Write the parareal network, in evaluation mode, as ONNX, and check it.
+
+        Args:
+            path: File of one model, every node of which says its stage and role; per stage, the
+                directory of `manifest.json` and `stages/*.onnx`, which run side by side.
+            per_stage: Whether to write a model per stage.
+            verify: Whether to check the form and compare ONNX Runtime with torch.
 
         Raises:
             ExportError: An operator has no ONNX form, a package is missing, or ONNX Runtime
@@ -136,7 +145,7 @@ class Compiled(Network):
         """
         from pnn_compile.export.onnx import export_onnx
 
-        return export_onnx(self, path)
+        return export_onnx(self, path, per_stage=per_stage, verify=verify)
 
 
 def compile(

@@ -46,7 +46,7 @@ _PLAN, _PROGRAM = "plan.json", "program.json"
 _VALUES, _WEIGHTS = "program.safetensors", "weights.safetensors"
 _REPORT = "report.html"
 _OURS = frozenset({_PLAN, _PROGRAM, _VALUES, _WEIGHTS, _REPORT})
-_DERIVED = frozenset({"model.onnx"})
+_DERIVED = ("model.onnx", "model.onnx.stage_*.data", "stages", "manifest.json")
 """What the command line exports into an artifact, and what is stale once it is replaced."""
 _AGAIN = "restore the file, or save the artifact again"
 
@@ -55,8 +55,8 @@ def save(compiled: Network, path: str | Path) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then renamed: whatever fails on the way leaves
-    an older artifact whole. Files of the user in an older artifact stay; a `model.onnx` goes, for
-    it shows the older network. Tensors are stored on the CPU. A program that holds something that
+    an older artifact whole. Files of the user in an older artifact stay; what was exported to ONNX goes,
+    for it shows the older network. Tensors are stored on the CPU. A program that holds something that
     has no form as data is stored without its graph; the log says so, and `load` then needs the
     model.
 
@@ -268,7 +268,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 def _carry_over(old: Path, fresh: Path) -> None:
     """Give the new directory what the older one holds and the compiler did not write."""
     for entry in old.iterdir():
-        if entry.name in _DERIVED:
+        if any(entry.match(pattern) for pattern in _DERIVED):
             _log.warning("%s is dropped with the older network: export it again", entry)
         elif entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)

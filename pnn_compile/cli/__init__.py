@@ -15,6 +15,7 @@ from passes.errors import PnnError, VerificationError
 from pnn_compile.cli.artifacts import inspect, verify
 from pnn_compile.cli.benching import bench_command
 from pnn_compile.cli.compiling import compile_command
+from pnn_compile.cli.exporting import export_command
 from pnn_compile.cli.forecasting import forecast_command, profile_command
 from pnn_compile.cli.running import run_command
 from pnn_compile.cli.trained import assess, dial_command, fit_command
@@ -68,7 +69,7 @@ def cli() -> None:
 
 for _command in (
     compile_command, inspect, verify, assess, fit_command, dial_command, bench_command,
-    run_command, forecast_command, profile_command,
+    run_command, forecast_command, profile_command, export_command,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -22,6 +22,7 @@ from pnn_compile.cli.common import (
     open_target,
     stages_option,
 )
+from pnn_compile.cli.exporting import is_onnx, show_onnx
 
 if TYPE_CHECKING:
     from passes.plan import Plan
@@ -57,10 +58,13 @@ def inspect(
     debug: bool,
     **output: Any,
 ) -> None:
-    """Show the partition of a saved artifact, or of a model compiled on the spot.
+    """Show the partition of a saved artifact, of a model compiled on the spot, or of a .onnx.
 
     With --json the partition graph as node-link data, or what --against found.
     """
+    if is_onnx(target):
+        show_onnx(target, as_json)
+        return
     files = [output[name] for name in ("html", "dot", "mermaid", "graphml", "trace")]
     if output["samples"] is not None and output["html"] is None:
         raise OptionError("--samples are for the report: add --html FILE")

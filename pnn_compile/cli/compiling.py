@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
@@ -23,15 +24,17 @@ from pnn_compile.cli.common import (
     console,
     stages_option,
 )
+from pnn_compile.cli.exporting import described, export_to
 
 if TYPE_CHECKING:
     from pnn_compile.api import Compiled
+    from pnn_compile.export.onnx import Exported
     from pnn_compile.verdict import Verdict
     from pnn_compile.verify import VerifyReport
 
 __all__ = ["EMITTED", "compile_command"]
 
-EMITTED = ("graph", "onnx")
+EMITTED = ("graph", "onnx", "onnx-stages")
 """What can be written into the directory."""
 
 
@@ -62,7 +65,8 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     default="graph",
     callback=_emitted,
     metavar="graph,onnx",
-    help="What to write into the directory.",
+    help="What to write into the directory: graph, onnx (model.onnx), onnx-stages (a model per "
+    "stage, and manifest.json).",
 )
 @click.option("--cost", default="flops", help="flops, measured or measured-forward.")
 @click.option(
@@ -116,8 +120,8 @@ def compile_command(
                                      or a folder with a config.json
       file.pt2                       written by torch.export.save, without pickled objects
     """
-    if output is None and "onnx" in emit:
-        raise OptionError("--emit onnx needs a directory to write to: add -o DIR")
+    if output is None and emit != ("graph",):
+        raise OptionError(f"--emit {','.join(emit)} needs a directory to write to: add -o DIR")
     from pnn_compile.artifact import check_replaceable
     from pnn_compile.samples import read_batches
 
@@ -128,21 +132,20 @@ def compile_command(
         options["calibration"] = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     with progress("compiling" if samples is None else "compiling and calibrating"):
         compiled = _compile(model, options, debug)
-    checked = None
+    checked: VerifyReport | None = None
+    exported: list[Exported] = []
     if check:
         with progress("verifying"):
             checked = compiled.verify()
     if output is not None:
         with progress("saving"):
             compiled.save(output)
-        if "onnx" in emit:
-            with progress("exporting to ONNX"):
-                compiled.export_onnx(output / "model.onnx")
+        exported = export_to(compiled, output, emit, check, progress)
     verdict = None
     if samples is not None:
         with progress("judging"):
             verdict = compiled.assess(options["calibration"](compiled.program))
-    _show(compiled, checked, verdict, output, quiet, as_json)
+    _show(compiled, checked, verdict, output, exported, quiet, as_json)
     if checked is not None and not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
 
@@ -181,6 +184,7 @@ def _show(
     checked: VerifyReport | None,
     verdict: Verdict | None,
     output: Path | None,
+    exported: Sequence[Exported],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -193,6 +197,7 @@ def _show(
             "calibration": asdict(compiled.calibration) if compiled.calibration else None,
             "verdict": asdict(verdict) if verdict else None,
             "output": str(output) if output else None,
+            "onnx": [described(each) for each in exported],
         }
         click.echo(json.dumps(document, indent=2))
         return
@@ -212,3 +217,5 @@ def _show(
         screen.print(checks_table(checked))
     if output is not None:
         screen.print(f"saved to {output}", highlight=False)
+    for each in exported:
+        screen.print(str(each), highlight=False)

@@ -1,0 +1,93 @@
+"""`pnn-compile export`: write an artifact or a model as ONNX, and look at what was written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from pnn_compile.cli.common import ARG, DEBUG, JSON, Progress, console, open_target, stages_option
+
+if TYPE_CHECKING:
+    from pnn_compile.api import Compiled
+    from pnn_compile.export.onnx import Exported
+
+__all__ = ["described", "export_command", "export_to", "is_onnx", "show_onnx"]
+
+
+@click.command(name="export")
+@click.argument("target")
+@click.option(
+    "--onnx",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write; with --per-stage, directory of manifest.json and stages/.",
+)
+@click.option("--per-stage", is_flag=True, help="A model per stage, which run side by side.")
+@click.option("-n", "--stages", default="auto", callback=stages_option, help="For a model: stages.")
+@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
+@ARG
+@click.option(
+    "--verify/--no-verify", "check", default=True, help="Hold it against torch (default)."
+)
+@JSON
+@DEBUG
+def export_command(
+    target: str,
+    onnx: Path,
+    per_stage: bool,
+    stages: int | Literal["auto"],
+    inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
+    check: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Write a saved artifact, or a model compiled on the spot, as ONNX."""
+    compiled = open_target(target, stages, inputs, arguments, debug)
+    with Progress(as_json)("exporting to ONNX"):
+        exported = compiled.export_onnx(onnx, per_stage=per_stage, verify=check)
+    if as_json:
+        click.echo(json.dumps(described(exported), indent=2))
+    else:
+        console().print(str(exported), highlight=False)
+
+
+def export_to(
+    compiled: Compiled, folder: Path, emit: tuple[str, ...], check: bool, progress: Progress
+) -> list[Exported]:
+    """Write what --emit names in ONNX into a saved artifact."""
+    exported = []
+    for name, path in (("onnx", folder / "model.onnx"), ("onnx-stages", folder)):
+        if name in emit:
+            with progress("exporting to ONNX"):
+                per_stage = name == "onnx-stages"
+                exported.append(compiled.export_onnx(path, per_stage=per_stage, verify=check))
+    return exported
+
+
+def described(exported: Exported) -> dict[str, Any]:
+    """What was exported, as plain data."""
+    data = asdict(exported)
+    return data | {"path": str(exported.path), "files": [str(file) for file in exported.files]}
+
+
+def is_onnx(target: str) -> bool:
+    """Whether a word of the command line names an ONNX file or a manifest of stage models."""
+    return target.endswith(".onnx") or Path(target).name == "manifest.json"
+
+
+def show_onnx(target: str, as_json: bool) -> None:
+    """Show stages and roles of an ONNX file or of stage models."""
+    from pnn_compile.export.onnx.read import read
+
+    found = read(Path(target))
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    from pnn_compile.report.onnx import onnx_table
+
+    console().print(onnx_table(found))

@@ -1,0 +1,16 @@
+"""ONNX: one annotated model of the whole network, or one model per stage, and what runs them."""
+
+from pnn_compile.export.onnx.check import BATCHES, LIMIT, Checked
+from pnn_compile.export.onnx.executor import StageExecutor
+from pnn_compile.export.onnx.export import Exported, export_onnx
+from pnn_compile.export.onnx.manifest import Manifest
+
+__all__ = [
+    "BATCHES",
+    "LIMIT",
+    "Checked",
+    "Exported",
+    "Manifest",
+    "StageExecutor",
+    "export_onnx",
+]

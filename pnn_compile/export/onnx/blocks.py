@@ -1,0 +1,167 @@
+"""Repeated blocks of a piece: what has the same structure is translated to ONNX once.
+
+Translating a node takes a hundred times as long as copying what it became, and deep networks
+repeat themselves: of the 333 units of ResNet-1001 eight differ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.program import resolve
+from pnn_compile.export.onnx.flat import Piece
+
+__all__ = ["Segment", "segments"]
+
+_WORTH = 24
+"""Nodes that need not be translated, from which on a block is treated as a repeated one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of nodes of a piece.
+
+    Attributes:
+        nodes: The compute nodes and the attributes that they read, in order.
+        entering: Values from before, in the order in which they are first read.
+        leaving: Values that later nodes or the output read.
+        key: Equal for segments that differ in the values of their weights alone; None if unique.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    entering: tuple[fx.Node, ...]
+    leaving: tuple[fx.Node, ...]
+    key: Hashable = None
+
+
+def segments(piece: Piece) -> list[Segment]:
+    """Divide a piece into repeated blocks and what is between them.
+
+    Blocks start and end where a single tensor is alive, so that no memory is shared across.
+    """
+    order = piece.nodes
+    ends = [-1, *(index for index in _narrow(piece, order)), len(order) - 1]
+    atoms = [order[a + 1 : b + 1] for a, b in pairwise(ends)]
+    keys = [_key(piece, atom) for atom in atoms]
+    counts = Counter(keys)
+    runs: list[tuple[list[fx.Node], Hashable]] = []
+    for atom, key in zip(atoms, keys, strict=True):
+        repeated = key is not None and (counts[key] - 1) * len(atom) >= _WORTH
+        if repeated:
+            runs.append((atom, key))
+        elif runs and runs[-1][1] is None:
+            runs[-1] = (runs[-1][0] + atom, None)
+        else:
+            runs.append((list(atom), None))
+    return _bounded(piece, runs)
+
+
+def _narrow(piece: Piece, order: Sequence[fx.Node]) -> list[int]:
+    """Positions behind which one tensor is alive and nothing else."""
+    position = {node: index for index, node in enumerate(order)}
+    ends = _last_uses(piece, position, len(order))
+    alive: set[fx.Node] = {node for node in piece.inputs if ends.get(node, -1) >= 0}
+    found = []
+    dying: dict[int, list[fx.Node]] = {}
+    for node, last in ends.items():
+        dying.setdefault(last, []).append(node)
+    for index, node in enumerate(order[:-1]):
+        if ends.get(node, -1) > index:
+            alive.add(node)
+        alive.difference_update(dying.get(index, ()))
+        if len(alive) == 1 and next(iter(alive)) in piece.specs:
+            found.append(index)
+    return found
+
+
+def _last_uses(piece: Piece, position: dict[fx.Node, int], end: int) -> dict[fx.Node, int]:
+    """Position of the last reader of every value; the output reads at `end`."""
+    return {
+        node: max(position.get(user, end) for user in node.users)
+        for node in piece.module.graph.nodes
+        if node.users and node.op != "get_attr"
+    }
+
+
+def _bounded(piece: Piece, runs: Sequence[tuple[list[fx.Node], Hashable]]) -> list[Segment]:
+    """Find what enters and leaves every run."""
+    order = piece.nodes
+    position = {node: index for index, node in enumerate(order)}
+    ends = _last_uses(piece, position, len(order))
+    result, start = [], 0
+    for nodes, key in runs:
+        stop = start + len(nodes)
+        own = set(nodes)
+        read = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes))
+        outside = tuple(n for n in read if n.op != "get_attr" and n not in own)
+        attributes = [n for n in read if n.op == "get_attr"]
+        leaving = tuple(n for n in nodes if ends.get(n, -1) >= stop)
+        if key is not None:
+            key = key, tuple(position[n] - start for n in leaving)
+        result.append(Segment((*attributes, *nodes), outside, leaving, key))
+        start = stop
+    return result
+
+
+def _key(piece: Piece, nodes: Sequence[fx.Node]) -> Hashable:
+    """Describe a run of nodes up to names and values of weights; None where that is impossible."""
+    number: dict[fx.Node, int] = {}
+    seen: dict[int, int] = {}
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value.op == "get_attr":
+                tensor = resolve(piece.module, str(value.target))
+                return _weight(tensor, seen)
+            if value not in number:
+                number[value] = len(number)
+                return ("enters", number[value], piece.specs.get(value))
+            return number[value]
+        if isinstance(value, (list, tuple)):
+            return tuple(map(describe, value))
+        if isinstance(value, dict):
+            return tuple((key, describe(item)) for key, item in value.items())
+        return repr(value)
+
+    lines = []
+    for node in nodes:
+        target: Any = node.target
+        if node.op == "call_module":
+            target = _module(resolve(piece.module, str(target)), seen)
+            if target is None:
+                return None
+        lines.append((node.op, target, describe(node.args), describe(node.kwargs)))
+        number[node] = len(number)
+    return tuple(lines)
+
+
+def _module(module: nn.Module, seen: dict[int, int]) -> Hashable:
+    """Describe a module of torch or of the compiler; None for one of the user."""
+    facts: list[Hashable] = []
+    for name, child in module.named_modules():
+        hooked = child._forward_hooks or child._forward_pre_hooks
+        if hooked or not type(child).__module__.startswith(("torch.nn.", "passes.")):
+            return None
+        plain = sorted(
+            (key, repr(value))
+            for key, value in vars(child).items()
+            if not key.startswith("_") and not isinstance(value, torch.Tensor)
+        )
+        facts.append((name, type(child), tuple(plain)))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        facts.append((name, _weight(tensor, seen)))
+    return tuple(facts)
+
+
+def _weight(tensor: Any, seen: dict[int, int]) -> Hashable:
+    """Type of a weight, and which of those before it it is."""
+    if not isinstance(tensor, torch.Tensor):
+        return repr(tensor)
+    return tuple(tensor.shape), tensor.dtype, seen.setdefault(id(tensor), len(seen))

@@ -1,0 +1,205 @@
+"""The manifest of a set of stage models: all that is needed to run them, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from passes.errors import ArtifactError
+
+__all__ = ["MANIFEST", "SCHEMA", "File", "Manifest", "ModelEntry", "Run", "Tensor", "checksum"]
+
+SCHEMA = 1
+"""Version of the format."""
+
+MANIFEST = "manifest.json"
+"""Name of the file."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor: its name, its sizes (numbers, or text over the batch size), its element type."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class File:
+    """A file: its path from the manifest's directory, its bytes and their SHA-256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model.
+
+    Attributes:
+        name: Its name in the runs.
+        stage: The stage that it belongs to.
+        roles: What it does: "preprocess", "fine", "residual", "coarse", "correct", "head".
+        inputs: What it reads, in the order of a run's inputs.
+        outputs: What it gives, in the order of a run's outputs.
+        files: The model first, then the files of its weights, if any.
+    """
+
+    name: str
+    stage: int
+    roles: tuple[str, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a model.
+
+    Attributes:
+        model: Name of the model.
+        stage: The stage that does it.
+        iteration: Number of the parareal iteration, from 0.
+        inputs: Names of the values that it reads, by position.
+        outputs: Names of the values that it gives, by position.
+    """
+
+    model: str
+    stage: int
+    iteration: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A network as models and the order in which they run.
+
+    Attributes:
+        network: Name of the network.
+        stages: Number of stages.
+        correction: "residual" or "difference".
+        sweep: "chain" or "collapsed".
+        iterations: Number of parareal iterations.
+        opset: Version of the default operator set.
+        ir_version: Version of the ONNX format.
+        inputs: What the network takes; their names are values that runs read.
+        outputs: What the network gives; their names are values that runs give.
+        models: The models.
+        runs: What every stage does, in an order in which one thread could do it. A stage does its
+            own in this order, each as soon as its inputs are there.
+        schema: Version of this format.
+    """
+
+    network: str
+    stages: int
+    correction: str
+    sweep: str
+    iterations: int
+    opset: int
+    ir_version: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    models: tuple[ModelEntry, ...]
+    runs: tuple[Run, ...]
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Write it as text, one model and one run a line."""
+        data = {"schema": self.schema} | dataclasses.asdict(self)
+        lines = []
+        for key, value in data.items():
+            text = json.dumps(value)
+            if key in ("inputs", "outputs", "models", "runs"):
+                items = ",\n".join(f"    {json.dumps(item)}" for item in value)
+                text = f"[\n{items}\n  ]" if value else "[]"
+            lines.append(f"  {json.dumps(key)}: {text}")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read a manifest, given as a file or as the directory that it is in.
+
+        Raises:
+            ArtifactError: There is none, or it is of another version or damaged.
+        """
+        file = Path(path)
+        file = file / MANIFEST if file.is_dir() else file
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.get("schema") != SCHEMA:
+                raise ArtifactError(
+                    f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}: "
+                    "export it again"
+                )
+            return cls(
+                **{
+                    **data,
+                    "inputs": _tensors(data["inputs"]),
+                    "outputs": _tensors(data["outputs"]),
+                    "models": tuple(_model(item) for item in data["models"]),
+                    "runs": tuple(_run(item) for item in data["runs"]),
+                }
+            )
+        except OSError as error:
+            raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{file} is no manifest of stage models ({type(error).__name__}: {error}): export "
+                "it again"
+            ) from error
+
+    def check_files(self, folder: Path) -> None:
+        """Compare the files with their checksums.
+
+        Raises:
+            ArtifactError: A file is missing or is not the one that was exported.
+        """
+        for file in (file for model in self.models for file in model.files):
+            path = folder / file.path
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing: restore it, or export again")
+            if path.stat().st_size != file.bytes or checksum(path) != file.sha256:
+                raise ArtifactError(
+                    f"{path} is not the file that was exported ({path.stat().st_size} bytes, "
+                    f"{file.bytes} in the manifest): restore it, or export again"
+                )
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors(items: Iterable[dict[str, Any]]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(i["name"], tuple(i["shape"]), i["dtype"]) for i in items)
+
+
+def _model(item: dict[str, Any]) -> ModelEntry:
+    return ModelEntry(
+        name=item["name"],
+        stage=int(item["stage"]),
+        roles=tuple(item["roles"]),
+        inputs=_tensors(item["inputs"]),
+        outputs=_tensors(item["outputs"]),
+        files=tuple(File(f["path"], f["bytes"], f["sha256"]) for f in item["files"]),
+    )
+
+
+def _run(item: dict[str, Any]) -> Run:
+    return Run(
+        item["model"],
+        int(item["stage"]),
+        int(item["iteration"]),
+        tuple(item["inputs"]),
+        tuple(item["outputs"]),
+    )

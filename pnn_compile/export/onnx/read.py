@@ -1,0 +1,201 @@
+"""Reads exported ONNX files back: which stage and which role every node has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from passes.errors import ArtifactError, ExportError
+from pnn_compile.export.onnx.manifest import MANIFEST, Manifest
+from pnn_compile.export.onnx.steps import ROLES
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["OnnxSummary", "Part", "read"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The nodes of one stage and role.
+
+    Attributes:
+        stage: The stage.
+        role: The role.
+        nodes: Number of nodes.
+        operators: How often each operator occurs, the most frequent first.
+        modules: The first and the last module that they come from.
+        weight_bytes: Bytes of the weights that they read; what several parts read counts once.
+    """
+
+    stage: int
+    role: str
+    nodes: int
+    operators: tuple[tuple[str, int], ...]
+    modules: tuple[str, ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class OnnxSummary:
+    """What an exported network holds.
+
+    Attributes:
+        path: The file that was read.
+        files: The models: one, or those of the manifest.
+        ir_version: Version of the format.
+        opset: Version of the default operator set.
+        stages: Number of stages.
+        nodes: Number of nodes.
+        placed: Number of nodes with a device configuration and a pipeline stage.
+        inputs: Names and shapes.
+        outputs: Names and shapes.
+        metadata: What the file says of the plan, the plan itself apart.
+        parts: The nodes by stage and role.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    ir_version: int
+    opset: int
+    stages: int
+    nodes: int
+    placed: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    metadata: dict[str, str]
+    parts: tuple[Part, ...]
+
+
+def read(path: Path) -> OnnxSummary:
+    """Read an exported model, or the models of a manifest, without their weights.
+
+    Raises:
+        ExportError: The package onnx is missing.
+        ArtifactError: The file is missing, damaged, or was not exported by pnn-compile.
+    """
+    if path.name != MANIFEST:
+        model = _load(path)
+        inputs = tuple(map(_described, model.graph.input))
+        outputs = tuple(map(_described, model.graph.output))
+        return _summary(path, {path: model}, inputs, outputs)
+    manifest = Manifest.read(path)
+    files = [path.parent / entry.files[0].path for entry in manifest.models]
+    return _summary(
+        path,
+        {file: _load(file) for file in files},
+        tuple(f"{t.name} {_shape(t.shape)} {t.dtype}" for t in manifest.inputs),
+        tuple(f"{t.name} {_shape(t.shape)} {t.dtype}" for t in manifest.outputs),
+    )
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ExportError("ONNX files need the package onnx: pip install 'pnn-compile[onnx]'") from (
+            error
+        )
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        raise ArtifactError(f"{path} is no ONNX model ({type(error).__name__})") from error
+    if "pnn.stages" not in _metadata(model):
+        raise ArtifactError(
+            f"{path} says nothing of stages: inspect reads what `pnn-compile export` wrote"
+        )
+    return model
+
+
+def _metadata(holder: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in holder.metadata_props}
+
+
+def _summary(
+    path: Path,
+    models: dict[Path, onnx.ModelProto],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+) -> OnnxSummary:
+    first = next(iter(models.values()))
+    facts = _metadata(first)
+    nodes = [node for model in models.values() for node in _nodes(model.graph)]
+    placed = [
+        node
+        for node in nodes
+        if any(c.configuration_id and c.HasField("pipeline_stage") for c in node.device_configurations)
+    ]
+    return OnnxSummary(
+        path=str(path),
+        files=tuple(str(file) for file in models),
+        ir_version=first.ir_version,
+        opset=next(o.version for o in first.opset_import if not o.domain),
+        stages=int(facts["pnn.stages"]),
+        nodes=len(nodes),
+        placed=len(placed),
+        inputs=inputs,
+        outputs=outputs,
+        metadata={key: value for key, value in facts.items() if key != "pnn.plan"},
+        parts=tuple(_parts(models)),
+    )
+
+
+def _parts(models: dict[Path, onnx.ModelProto]) -> Iterator[Part]:
+    groups: dict[tuple[int, str], list[onnx.NodeProto]] = {}
+    weights: dict[tuple[int, str], int] = {}
+    for model in models.values():
+        sizes = {t.name: _bytes(t) for t in model.graph.initializer}
+        for node in _nodes(model.graph):
+            facts = _metadata(node)
+            key = int(facts.get("pnn.stage", -1)), facts.get("pnn.role", "")
+            groups.setdefault(key, []).append(node)
+            for name in node.input:
+                weights[key] = weights.get(key, 0) + sizes.pop(name, 0)
+    order = {role: index for index, role in enumerate(ROLES)}
+    for key in sorted(groups, key=lambda key: (key[0], order.get(key[1], -1))):
+        nodes = groups[key]
+        modules = [m for node in nodes if (m := _metadata(node).get("pnn.module"))]
+        yield Part(
+            stage=key[0],
+            role=key[1],
+            nodes=len(nodes),
+            operators=tuple(Counter(node.op_type for node in nodes).most_common()),
+            modules=(modules[0], modules[-1]) if modules else (),
+            weight_bytes=weights.get(key, 0),
+        )
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs inside them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    import onnx
+
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _described(value: onnx.ValueInfoProto) -> str:
+    import onnx
+
+    kind = value.type.tensor_type
+    sizes = [d.dim_param if d.HasField("dim_param") else d.dim_value for d in kind.shape.dim]
+    name = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return f"{value.name} {_shape(sizes)} {name}"
+
+
+def _shape(sizes: Any) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
