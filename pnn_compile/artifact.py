@@ -55,10 +55,10 @@ def save(compiled: Network, path: str | Path) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then renamed: whatever fails on the way leaves
-    an older artifact whole. Files of the user in an older artifact stay; what was exported to ONNX goes,
-    for it shows the older network. Tensors are stored on the CPU. A program that holds something that
-    has no form as data is stored without its graph; the log says so, and `load` then needs the
-    model.
+    an older artifact whole. Files of the user in an older artifact stay; what was exported to ONNX
+    goes, for it shows the older network. Tensors are stored on the CPU. A program that holds
+    something that has no form as data is stored without its graph; the log says so, and `load`
+    then needs the model.
 
     Returns:
         The directory, as an absolute path.

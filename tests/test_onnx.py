@@ -1,45 +1,250 @@
-"""The ONNX file, read back with ONNX Runtime."""
+"""The ONNX files, read back with plain onnx, onnx-ir and ONNX Runtime."""
 
+from __future__ import annotations
+
+import json
+import re
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 import pnn_compile as pnn
-from examples import decoder, unet
+from examples import decoder, resnet110, unet
+from pnn_compile.cli import main
+from pnn_compile.export.onnx import Exported, StageExecutor
+from pnn_compile.export.onnx.steps import ROLES
 
 
-@pytest.mark.parametrize("name", ["unet", "decoder"])
-def test_onnx_runtime_agrees_with_torch_on_other_batch_sizes(name: str, tmp_path: Path) -> None:
-    model: nn.Module
-    if name == "unet":
-        model, inputs = unet.build_model(depth=2, width=4), unet.example_inputs()
-    else:
-        model, inputs = decoder.build_model(layers=4, width=32), decoder.example_inputs()
-    compiled = pnn.compile(model, inputs, stages=2)
-    file = compiled.export_onnx(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    for batch in (1, 3, 5):
-        x = inputs[0].repeat(3, *[1] * (inputs[0].dim() - 1))[:batch]
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        with torch.no_grad():
-            wanted = compiled.module.eval()(x).numpy()
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+class Exports:
+    """A network and what it was exported to, once for all tests."""
+
+    def __init__(self, compiled: pnn.Compiled, folder: Path) -> None:
+        self.compiled = compiled
+        self.folder = folder
+        self.whole: Exported = compiled.export_onnx(folder / "model.onnx")
+        self.stages: Exported = compiled.export_onnx(folder, per_stage=True)
+        self.model = onnx.load(self.whole.path)
 
 
-def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
-    class Unexportable(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.eigvals(x @ x.mT).real + x.sum(-1)
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    model = decoder.build_model(layers=6, width=32)
+    compiled = pnn.compile(model, decoder.example_inputs(), stages=3)
+    return Exports(compiled, tmp_path_factory.mktemp("onnx"))
 
+
+def metadata(holder: onnx.NodeProto | onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in holder.metadata_props}
+
+
+def test_every_node_has_configuration_stage_and_role(exports: Exports) -> None:
+    model = exports.model
+    assert model.ir_version == 11
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    (configuration,) = model.configuration
+    assert (configuration.name, configuration.num_devices) == ("pnn", 3)
+    found = set()
+    for node in model.graph.node:
+        (own,) = node.device_configurations
+        assert own.configuration_id == configuration.name
+        facts = metadata(node)
+        assert own.pipeline_stage == int(facts["pnn.stage"])
+        assert facts["pnn.role"] in ROLES
+        found.add((own.pipeline_stage, facts["pnn.role"]))
+    later = {"preprocess", "fine", "residual", "coarse", "correct"}
+    assert found == {(0, "fine"), (2, "head")} | {(s, r) for s in (1, 2) for r in later}
+
+
+def test_onnx_ir_keeps_what_is_said_of_the_nodes(exports: Exports, tmp_path: Path) -> None:
+    ir.save(ir.load(exports.whole.path), tmp_path / "again.onnx")
+    again = onnx.load(tmp_path / "again.onnx")
+    assert again.ir_version == 11
+    assert [c.SerializeToString() for c in again.configuration] == [
+        c.SerializeToString() for c in exports.model.configuration
+    ]
+    for ours, theirs in zip(exports.model.graph.node, again.graph.node, strict=True):
+        assert ours.name == theirs.name
+        assert metadata(ours) == metadata(theirs)
+        assert ours.device_configurations == theirs.device_configurations
+
+
+def test_names_say_stage_role_and_module(exports: Exports) -> None:
+    nodes = exports.model.graph.node
+    assert len({node.name for node in nodes}) == len(nodes)
+    form = re.compile(rf"stage_[0-2]/({'|'.join(ROLES)})/([\w.]+/)?[A-Z]\w+")
+    assert [node.name for node in nodes if not form.fullmatch(node.name)] == []
+    assert "stage_0/fine/blocks.0.mlp.1/Gelu" in {node.name for node in nodes}
+    weights = {tensor.name for tensor in exports.model.graph.initializer}
+    own = set(exports.compiled.original_state_dict())
+    named = {name for name in weights if not name.startswith(("constant_", "preprocess", "coarse"))}
+    assert named <= own
+    assert len(own - named) <= 1  # the head is tied to the embedding
+
+
+def test_the_plan_stands_in_the_metadata(exports: Exports) -> None:
+    facts = metadata(exports.model)
+    plan = pnn.Plan.from_json(facts["pnn.plan"])
+    assert plan == pnn.Plan.from_json(exports.compiled.plan.to_json())
+    assert (facts["pnn.stages"], facts["pnn.sweep"]) == ("3", "chain")
+
+
+def test_one_file_agrees_with_torch_at_other_batch_sizes(exports: Exports) -> None:
+    assert exports.whole.checked is not None
+    assert exports.whole.checked.batches == (1, 2, 5)
+    assert exports.whole.checked.error < 1e-5
+    assert exports.whole.checked.agreement == 1.0
+    session = onnxruntime.InferenceSession(exports.whole.path)
+    tokens = decoder.example_inputs()[0].repeat(4, 1)[:7]
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    with torch.no_grad():
+        wanted = exports.compiled.module.eval()(tokens).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_stage_models_agree_with_torch(exports: Exports) -> None:
+    assert exports.stages.checked is not None
+    assert exports.stages.checked.error < 1e-5
+    tokens = decoder.example_inputs()[0].repeat(4, 1)[:7]
+    with torch.no_grad():
+        wanted = exports.compiled.module.eval()(tokens).numpy()
+    with StageExecutor(exports.folder) as executor:
+        for _ in range(2):
+            found = executor.run({"tokens": tokens.numpy()})
+        with pytest.raises(pnn.OptionError, match=r"takes tokens \(got images\)"):
+            executor.run({"images": tokens.numpy()})
+        with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+            executor.run({"tokens": tokens.numpy().astype(np.float32)})
+        assert executor.run({"tokens": tokens.numpy()})["output"].shape == wanted.shape
+    np.testing.assert_allclose(found["output"], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_the_manifest_is_enough_to_run_the_models(exports: Exports) -> None:
+    """What a reader in another language does: the runs in order, by position."""
+    manifest = json.loads((exports.folder / "manifest.json").read_text())
+    tokens = decoder.example_inputs()[0].numpy()
+    values = {manifest["inputs"][0]["name"]: tokens}
+    models = {model["name"]: model for model in manifest["models"]}
+    for run in manifest["runs"]:
+        model = models[run["model"]]
+        session = onnxruntime.InferenceSession(exports.folder / model["files"][0]["path"])
+        feeds = {
+            slot["name"]: values[name]
+            for slot, name in zip(model["inputs"], run["inputs"], strict=True)
+        }
+        results = session.run([slot["name"] for slot in model["outputs"]], feeds)
+        values.update(zip(run["outputs"], results, strict=True))
+    with torch.no_grad():
+        wanted = exports.compiled.module.eval()(torch.from_numpy(tokens)).numpy()
+    found = values[manifest["outputs"][0]["name"]]
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_damaged_stage_model_is_refused(exports: Exports, tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    for file in exports.stages.files:
+        copy = tmp_path / file.relative_to(exports.folder)
+        copy.write_bytes(file.read_bytes())
+    file = tmp_path / "stages" / "head.onnx"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(pnn.ArtifactError, match=r"head\.onnx is not the file that was exported"):
+        StageExecutor(tmp_path)
+    file.unlink()
+    with pytest.raises(pnn.ArtifactError, match=r"head\.onnx is missing"):
+        StageExecutor(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema": 1}')
+    with pytest.raises(pnn.ArtifactError, match="no manifest of stage models"):
+        StageExecutor(tmp_path)
+
+
+def test_inspect_shows_stages_and_roles(
+    exports: Exports, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(exports.whole.path)]) == 0
+    shown = capsys.readouterr().out
+    assert "preprocess" in shown
+    assert f"{exports.whole.nodes} of {exports.whole.nodes} nodes have a device" in shown
+    assert main(["inspect", str(exports.stages.path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["placed"] == data["nodes"] == exports.stages.nodes
+    assert {part["role"] for part in data["parts"]} == set(ROLES)
+    foreign = exports.folder / "foreign.onnx"
+    foreign.write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
+    assert main(["inspect", str(foreign)]) == 2
+    assert "says nothing of stages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stages": 3, "iterations": 2, "correction": "difference", "coarse": "units"},
+        {"stages": 3, "sweep": "collapsed", "coarse": "linear"},
+    ],
+)
+def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    model = resnet110.build_model(2)
+    compiled = pnn.compile(model, resnet110.example_inputs(), **options)  # type: ignore[arg-type]
+    exported = compiled.export_onnx(tmp_path, per_stage=True)
+    assert exported.checked is not None
+    assert exported.checked.error < 1e-4
+    assert exported.checked.batches == (1, 2, 5)
+    names = [file.stem for file in exported.files if file.suffix == ".onnx"]
+    expected = {"head", "stage_0", "stage_1", "stage_2", "stage_1_correct", "stage_2_correct"}
+    if "iterations" in options:
+        # The last stage's first iteration would not reach the output.
+        expected = (expected | {"stage_1_fine", "stage_2_fine"}) - {"stage_2"}
+    assert set(names) == expected
+
+
+def test_large_weights_stand_beside_the_model_stage_by_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pnn_compile.export.onnx.files.LARGE", 1000)
+    compiled = pnn.compile(unet.build_model(depth=2, width=4), unet.example_inputs(), stages=2)
+    exported = compiled.export_onnx(tmp_path / "model.onnx")
+    names = [file.name for file in exported.files]
+    assert names == ["model.onnx", "model.onnx.stage_0.data", "model.onnx.stage_1.data"]
+    assert all(file.exists() for file in exported.files)
+    assert exported.checked is not None
+
+
+class Unexportable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x @ x.mT).real + x.sum(-1)
+
+
+def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: Path) -> None:
     blocks = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), Unexportable()]
     compiled = pnn.compile(nn.Sequential(*blocks), torch.randn(2, 4, 4), stages=2)
     old = tmp_path / "model.onnx"
     old.write_bytes(b"old")
-    with pytest.raises(pnn.ExportError, match="no ONNX form"):
+    line = next(
+        number
+        for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if "linalg.eigvals(x" in text
+    )
+    with pytest.raises(pnn.ExportError, match="no ONNX form") as caught:
         compiled.export_onnx(old)
+    message = str(caught.value)
+    assert "linalg_eigvals in module 3" in message
+    assert f"test_onnx.py:{line}" in message
     assert old.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pnn_compile.export.onnx.check.LIMIT", 0.0)
+    compiled = pnn.compile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8))
+    with pytest.raises(pnn.ExportError, match="disagrees with torch"):
+        compiled.export_onnx(tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+    exported = compiled.export_onnx(tmp_path / "model.onnx", verify=False)
+    assert exported.checked is None
+    assert "not verified" in str(exported)

@@ -28,6 +28,10 @@ class Difference(nn.Module):
         self._width = width
         self._joint = joint
 
+    def separate(self) -> None:
+        """Call the network twice from now on: a batch of both has no static form in ONNX."""
+        self._joint = False
+
     def forward(self, *arguments: torch.Tensor) -> Any:
         """Return the correction from (state x, residual r, inputs)."""
         width = self._width

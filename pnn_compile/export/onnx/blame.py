@@ -3,81 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import fx
 
 from passes.errors import ExportError
 from pnn_compile.export.onnx.blocks import Segment
 from pnn_compile.export.onnx.flat import Origin, Piece
+from pnn_compile.export.onnx.translate import TAG
 
 __all__ = ["refusal"]
 
-_Translate = Callable[[Sequence[tuple[Piece, Segment]]], object]
 
-
-def refusal(
-    model: str,
-    pairs: Sequence[tuple[Piece, Segment]],
-    translate: _Translate,
-    error: Exception,
-) -> ExportError:
-    """Find the first node that cannot be exported, and make the error that names it.
+def refusal(model: str, pairs: Sequence[tuple[Piece, Segment]], error: Exception) -> ExportError:
+    """Make the error that names the operator at which torch's exporter failed, and its line.
 
     Args:
         model: Name of the model.
         pairs: The segments that were translated together, each with its piece.
-        translate: Translates some of them; raises where that is impossible.
-        error: What it raised for all of them.
+        error: What the exporter raised.
     """
-    for pair in pairs:
-        found = _first(pair, translate)
-        if found is not None:
-            return _error(model, *found)
-    return ExportError(f"{model} has no ONNX form: {_reason(error)}")
-
-
-def _first(
-    pair: tuple[Piece, Segment], translate: _Translate
-) -> tuple[Piece, fx.Node, Exception] | None:
-    """The last node of the shortest beginning of a segment that cannot be exported."""
-    piece, segment = pair
-    starts = [s for s in _beginnings(piece, segment)]
-    failed: Exception | None = _tried(translate, (piece, starts[-1])) if starts else None
-    if failed is None:
-        return None
-    low, high = 0, len(starts) - 1
-    while low < high:
-        middle = (low + high) // 2
-        error = _tried(translate, (piece, starts[middle]))
-        if error is None:
-            low = middle + 1
-        else:
-            high, failed = middle, error
-    return piece, starts[low].nodes[-1], failed
-
-
-def _beginnings(piece: Piece, segment: Segment) -> list[Segment]:
-    """The segment up to each of its nodes that gives a tensor, and the whole of it."""
-    found = []
-    for number, node in enumerate(segment.nodes, 1):
-        if node.op == "get_attr":
-            continue
-        if node in piece.specs:
-            found.append(Segment(segment.nodes[:number], segment.entering, (node,)))
-    return [*found, segment]
-
-
-def _tried(translate: _Translate, pair: tuple[Piece, Segment]) -> Exception | None:
-    try:
-        translate([pair])
-    except Exception as error:
-        return error
-    return None
-
-
-def _error(model: str, piece: Piece, node: fx.Node, error: Exception) -> ExportError:
-    origin = piece.origins.get(node, Origin("", ""))
+    advice = "replace that operator, or keep the model in torch"
+    tag = next(_tags(error), None)
+    if tag is None or tag[0] >= len(pairs):
+        return ExportError(f"{model} has no ONNX form: {_reason(error)}; {advice}")
+    piece, segment = pairs[tag[0]]
+    node = segment.nodes[tag[1]]
+    origin = piece.origins.get(node, Origin())
     what = getattr(node.target, "__name__", str(node.target))
     if node.op == "call_module":
         what = type(piece.module.get_submodule(str(node.target))).__name__
@@ -85,8 +38,31 @@ def _error(model: str, piece: Piece, node: fx.Node, error: Exception) -> ExportE
     line = f" ({origin.source})" if origin.source else ""
     return ExportError(
         f"{model} has no ONNX form: {what} in {where}{line} cannot be exported: {_reason(error)}; "
-        "replace that operator, or keep the model in torch"
+        f"{advice}"
     )
+
+
+def _tags(error: BaseException | None) -> Iterator[tuple[int, int]]:
+    """The nodes that were worked on when it happened, innermost first.
+
+    The exporter's messages name no node of the graph that it was given. Its frames hold it.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for each in reversed(chain):
+        frames = []
+        step = each.__traceback__
+        while step is not None:
+            frames.append(step.tb_frame)
+            step = step.tb_next
+        for frame in reversed(frames):
+            for value in [*frame.f_locals.values()]:
+                if isinstance(value, fx.Node):
+                    custom: Any = value.meta.get("custom") or {}
+                    if TAG in custom:
+                        yield custom[TAG]
 
 
 def _reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ repeat themselves: of the 333 units of ResNet-1001 eight differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -41,26 +41,33 @@ class Segment:
     key: Hashable = None
 
 
-def segments(piece: Piece) -> list[Segment]:
-    """Divide a piece into repeated blocks and what is between them.
+def segments(pieces: Iterable[Piece]) -> list[list[Segment]]:
+    """Divide every piece into repeated blocks and what is between them.
 
     Blocks start and end where a single tensor is alive, so that no memory is shared across.
     """
+    divided = [_atoms(piece) for piece in pieces]
+    counts = Counter(key for _, atoms in divided for _, key in atoms)
+    result = []
+    for piece, atoms in divided:
+        runs: list[tuple[list[fx.Node], Hashable]] = []
+        for nodes, key in atoms:
+            if key is not None and (counts[key] - 1) * len(nodes) >= _WORTH:
+                runs.append((nodes, key))
+            elif runs and runs[-1][1] is None:
+                runs[-1] = (runs[-1][0] + nodes, None)
+            else:
+                runs.append((list(nodes), None))
+        result.append(_bounded(piece, runs))
+    return result
+
+
+def _atoms(piece: Piece) -> tuple[Piece, list[tuple[list[fx.Node], Hashable]]]:
+    """The shortest runs of nodes that may be blocks, each with its key."""
     order = piece.nodes
-    ends = [-1, *(index for index in _narrow(piece, order)), len(order) - 1]
+    ends = [-1, *_narrow(piece, order), len(order) - 1]
     atoms = [order[a + 1 : b + 1] for a, b in pairwise(ends)]
-    keys = [_key(piece, atom) for atom in atoms]
-    counts = Counter(keys)
-    runs: list[tuple[list[fx.Node], Hashable]] = []
-    for atom, key in zip(atoms, keys, strict=True):
-        repeated = key is not None and (counts[key] - 1) * len(atom) >= _WORTH
-        if repeated:
-            runs.append((atom, key))
-        elif runs and runs[-1][1] is None:
-            runs[-1] = (runs[-1][0] + atom, None)
-        else:
-            runs.append((list(atom), None))
-    return _bounded(piece, runs)
+    return piece, [(atom, _key(piece, atom)) for atom in atoms if atom]
 
 
 def _narrow(piece: Piece, order: Sequence[fx.Node]) -> list[int]:

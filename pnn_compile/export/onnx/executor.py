@@ -109,9 +109,7 @@ class StageExecutor:
         for name, array in inputs.items():
             values[name].set_result(array)
         last = manifest.stages - 1
-        others = [
-            self._pool.submit(self._stage, stage, values) for stage in range(last)
-        ]
+        others = [self._pool.submit(self._stage, stage, values) for stage in range(last)]
         self._stage(last, values)
         for other in others:
             other.result()

@@ -195,7 +195,10 @@ class _StageWriter:
         plan = self.compiled.plan
         # The network's own names for what it gives take the place of the values' names.
         public = {value: name for name, value in self.steps.outputs}
-        runs = [self._run(task, public) for task in tasks(self.steps, collapsed=plan.sweep == "collapsed")]
+        runs = [
+            self._run(task, public)
+            for task in tasks(self.steps, collapsed=plan.sweep == "collapsed")
+        ]
         manifest = Manifest(
             network=plan.model,
             stages=len(plan.stages),
@@ -238,8 +241,7 @@ class _StageWriter:
             inputs=self._tensors([(value, value) for value in task.inputs]),
             outputs=self._tensors(outputs),
             files=tuple(
-                File(f"{STAGES}/{file.name}", file.stat().st_size, checksum(file))
-                for file in files
+                File(f"{STAGES}/{file.name}", file.stat().st_size, checksum(file)) for file in files
             ),
         )
 

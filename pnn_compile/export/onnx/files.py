@@ -29,7 +29,7 @@ def data_name(model: str, stage: int) -> str:
     return f"{model}.stage_{stage}.data"
 
 
-def save(model: ir.Model, path: Path, *, large: int = LARGE) -> tuple[Path, ...]:
+def save(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """Write a model, and its weights beside it where they are large.
 
     A weight that several stages read is stored with the first of them.
@@ -42,7 +42,7 @@ def save(model: ir.Model, path: Path, *, large: int = LARGE) -> tuple[Path, ...]
     weights = [*model.graph.initializers.values()]
     sizes = {value: value.const_value.nbytes for value in weights if value.const_value is not None}
     files = [path]
-    if sum(sizes.values()) > large:
+    if sum(sizes.values()) > LARGE:
         by_stage: dict[int, list[ir.Value]] = {}
         for value, size in sizes.items():
             if size > _INLINE:

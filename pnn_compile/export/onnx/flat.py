@@ -1,7 +1,8 @@
-"""Pieces of a network as flat graphs: tensors in, tensors out, every node traceable to its origin."""
+"""Pieces of a network as flat graphs: tensors in, tensors out, every node with its origin."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,9 +93,11 @@ def flatten(
         root = nn.Module()
         root.add_module(CHILD, module)
     found: Any = pytree.tree_leaves(output)
-    if len(found) != count or not all(node in specs for node in found):
+    if root is not module:
+        found = [output] if count == 1 else _items(graph, output, count)
+    elif len(found) != count or not all(node in specs for node in found):
         whole = graph.call_function(_tensor_leaves, (output,))
-        found = [graph.call_function(_item, (whole, index)) for index in range(count)]
+        found = _items(graph, whole, count)
     graph.output(tuple(found))
     flat = fx.GraphModule(root, graph, class_name=name)
     fine = name.startswith(("fine_", "head"))
@@ -159,5 +162,5 @@ def _tensor_leaves(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def _item(items: list[torch.Tensor], index: int) -> torch.Tensor:
-    return items[index]
+def _items(graph: fx.Graph, whole: fx.Node, count: int) -> list[fx.Node]:
+    return [graph.call_function(operator.getitem, (whole, index)) for index in range(count)]

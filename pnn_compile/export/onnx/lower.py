@@ -61,26 +61,31 @@ def lower(compiled: Network, observed: Observed, steps: Steps) -> Mapping[str, L
         )
         for name, arguments in observed.arguments.items()
     }
-    divided = {name: segments(piece) for name, piece in pieces.items()}
+    divided = dict(zip(pieces, segments(pieces.values()), strict=True))
     # What has the same key is translated once; unique segments are their own key.
     models: dict[Hashable, tuple[Piece, Segment]] = {}
     for name, parts in divided.items():
         for segment in parts:
-            models.setdefault(segment.key or segment, (pieces[name], segment))
+            models.setdefault(_key(segment), (pieces[name], segment))
     pairs = [*models.values()]
     try:
         blocks = dict(zip(models, translate(pairs), strict=True))
     except Exception as error:
-        raise refusal(compiled.plan.model, pairs, translate, error) from error
+        raise refusal(compiled.plan.model, pairs, error) from error
     lowered = {}
     for name, parts in divided.items():
         calls = []
         for segment in parts:
-            key = segment.key or segment
+            key = _key(segment)
             block = blocks[key]
             calls.append(Call(segment, block, _weights(models[key][1], segment, block)))
         lowered[name] = LoweredPiece(pieces[name], tuple(calls))
     return lowered
+
+
+def _key(segment: Segment) -> Hashable:
+    """What a segment is translated under; one without a key is its own."""
+    return segment if segment.key is None else segment.key
 
 
 def _weights(model: Segment, segment: Segment, block: Block) -> tuple[str, ...]:

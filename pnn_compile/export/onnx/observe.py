@@ -137,7 +137,7 @@ def _named(output: Any) -> list[tuple[str, Any]]:
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
-    words = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+    words = [_word(key) for key in path]
     if not words or words[0].isdigit():
         words.insert(0, "output")
     return ".".join(words)
@@ -146,6 +146,12 @@ def _path_name(path: tuple[Any, ...]) -> str:
 def leaves(value: Any) -> list[Any]:
     """Leaves of nested containers, an empty spec being one leaf."""
     return pytree.tree_leaves(value, is_leaf=lambda leaf: isinstance(leaf, Spec))
+
+
+def _word(key: Any) -> str:
+    """The name or number that an entry has in its container."""
+    found = (getattr(key, attribute, None) for attribute in ("key", "idx", "name"))
+    return str(next((word for word in found if word is not None), key))
 
 
 def _sketch(value: Any) -> Any:

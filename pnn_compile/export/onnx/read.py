@@ -96,9 +96,9 @@ def _load(path: Path) -> onnx.ModelProto:
     try:
         import onnx
     except ImportError as error:
-        raise ExportError("ONNX files need the package onnx: pip install 'pnn-compile[onnx]'") from (
-            error
-        )
+        raise ExportError(
+            "reading ONNX files needs the package onnx: pip install 'pnn-compile[onnx]'"
+        ) from error
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -125,11 +125,7 @@ def _summary(
     first = next(iter(models.values()))
     facts = _metadata(first)
     nodes = [node for model in models.values() for node in _nodes(model.graph)]
-    placed = [
-        node
-        for node in nodes
-        if any(c.configuration_id and c.HasField("pipeline_stage") for c in node.device_configurations)
-    ]
+    placed = [node for node in nodes if any(map(_is_placed, node.device_configurations))]
     return OnnxSummary(
         path=str(path),
         files=tuple(str(file) for file in models),
@@ -143,6 +139,10 @@ def _summary(
         metadata={key: value for key, value in facts.items() if key != "pnn.plan"},
         parts=tuple(_parts(models)),
     )
+
+
+def _is_placed(configuration: onnx.NodeDeviceConfigurationProto) -> bool:
+    return bool(configuration.configuration_id) and configuration.HasField("pipeline_stage")
 
 
 def _parts(models: dict[Path, onnx.ModelProto]) -> Iterator[Part]:

@@ -120,7 +120,8 @@ class _Reader:
         self.names[node] = given
         self.specs.update(zip(given, specs, strict=True))
         self.places.update(dict.fromkeys(given, place))
-        target = {operator.add: "Add", operator.sub: "Sub"}.get(node.target, str(node.target))  # type: ignore[call-overload]
+        arithmetic: dict[Any, str] = {operator.add: "Add", operator.sub: "Sub"}
+        target = arithmetic.get(node.target, str(node.target))
         return Step(target, tuple(read), tuple(given), place)
 
     def _leaf_names(self, node: fx.Node) -> Iterator[str]:
@@ -156,7 +157,7 @@ class _Reader:
             if kind == "fine":
                 return Place(stage, "fine", self._iteration(read))
             return Place(stage, "coarse", max(self._known(read), default=0))
-        a, b = (self.names[source][0] for source in node.all_input_nodes)
+        _, b = (self.names[source][0] for source in node.all_input_nodes)
         if node.target is operator.add:
             correction = self.places[b]
             stage = self.last if self.collapsed else correction.stage

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from passes.coarse.forms import Difference
 from passes.program import resolve
 from pnn_compile.export.onnx.blocks import Segment
 from pnn_compile.export.onnx.flat import CHILD, Piece
@@ -25,7 +26,9 @@ from pnn_compile.export.onnx.flat import CHILD, Piece
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["INNER", "NODE", "OPSET", "Block", "quiet", "translate"]
+_log = logging.getLogger(__name__)
+
+__all__ = ["INNER", "NODE", "OPSET", "TAG", "Block", "quiet", "translate"]
 
 OPSET = 20
 """Version of the default operator set that is written: the exporter's own default."""
@@ -36,7 +39,8 @@ NODE = "pnn.node"
 INNER = "pnn.inner"
 """Key of the path of the module inside the piece, where the piece is no graph."""
 
-_TAG = "pnn"
+TAG = "pnn"
+"""Key of the numbers of segment and node, in the custom metadata of what the exporter is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,19 +92,22 @@ def _translate(pairs: Sequence[tuple[Piece, Segment]]) -> list[Block]:
             ir.passes.common.InlinePass()(model)
         _tag(model)
         blocks = [_cut(model, part) for part in joint.parts]
-        for block in blocks:
-            _simplify(block, model)
-    return blocks
+        return [_simplified(block, model.ir_version) for block in blocks]
 
 
 @dataclass(frozen=True)
 class _Part:
     """Where a segment stands in the joint graph."""
 
+    number: int
     inputs: slice
     outputs: slice
-    prefix: str
     dims: tuple[tuple[int | str, ...], ...]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its weights start with."""
+        return f"part_{self.number}."
 
 
 class _Joint:
@@ -124,13 +131,13 @@ class _Joint:
             spec = piece.specs[value]
             placeholders.append(self.graph.placeholder(f"input_{len(self.examples)}"))
             self.examples.append(torch.empty(spec.shape, dtype=spec.dtype, device=device))
-            self.shapes.append({axis: torch.export.Dim.AUTO for axis in spec.dynamic})
+            self.shapes.append(dict.fromkeys(spec.dynamic, torch.export.Dim.AUTO))
         self._todo.append((piece, segment, placeholders))
         outputs = slice(self._outputs, self._outputs + len(segment.leaving))
         self._outputs = outputs.stop
         dims = tuple(piece.specs[value].dims for value in segment.entering)
-        prefix = f"part_{len(self.parts)}."
-        self.parts.append(_Part(slice(start, len(self.examples)), outputs, prefix, dims))
+        inputs = slice(start, len(self.examples))
+        self.parts.append(_Part(len(self.parts), inputs, outputs, dims))
 
     def finish(self) -> fx.GraphModule:
         """Copy the nodes of all segments, and make the module."""
@@ -148,7 +155,7 @@ class _Joint:
             mapping[value] = self.graph.call_function(torch.clone, (placeholder,))
         for number, node in enumerate(segment.nodes):
             copied = self.graph.node_copy(node, lambda n: mapping[n])
-            copied.meta = {"custom": {_TAG: number}}
+            copied.meta = {"custom": {TAG: (part.number, number)}}
             if node.op in ("call_module", "get_attr"):
                 copied.target = part.prefix + str(node.target)
                 self._own(copied.target, resolve(piece.module, str(node.target)), memo)
@@ -166,7 +173,11 @@ class _Joint:
         if isinstance(value, nn.Module):
             for parameter in value.parameters():
                 memo.setdefault(id(parameter), _blank(parameter))
-            owner.add_module(name, copy.deepcopy(value, memo))
+            copied = copy.deepcopy(value, memo)
+            for child in copied.modules():
+                if isinstance(child, Difference):
+                    child.separate()
+            owner.add_module(name, copied)
         elif isinstance(value, nn.Parameter):
             owner.register_parameter(name, memo.setdefault(id(value), _blank(value)))
         elif isinstance(value, torch.Tensor):
@@ -185,7 +196,7 @@ def _tag(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         source = node.meta.get("node")
         custom = source.meta.get("custom") if source is not None else None
-        last = (custom or {}).get(_TAG, last)
+        _, last = (custom or {}).get(TAG, (0, last))
         node.metadata_props.clear()
         node.metadata_props[NODE] = str(last)
         if inner := _inner_path(source):
@@ -305,14 +316,20 @@ def _term(meaning: str) -> str:
     return meaning if meaning.isidentifier() else f"({meaning})"
 
 
-def _simplify(block: Block, model: ir.Model) -> None:
+def _simplified(block: Block, ir_version: int) -> Block:
     """Fold what does not depend on inputs or weights, drop what does nothing."""
     import onnx_ir as ir
     from onnxscript import optimizer
 
-    for number, value in enumerate(block.graph.inputs):
+    graph = block.graph.clone()
+    for number, value in enumerate(graph.inputs):
         value.name = f"given_{number}"
-    optimizer.optimize(ir.Model(block.graph, ir_version=model.ir_version))
+    try:
+        optimizer.optimize(ir.Model(graph, ir_version=ir_version))
+    except Exception as error:  # what it cannot fold is right as it is
+        _log.debug("the optimizer of onnxscript failed: %s", error)
+        return block
+    return Block(graph, block.weights)
 
 
 @contextmanager

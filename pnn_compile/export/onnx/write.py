@@ -158,7 +158,10 @@ class _Writer:
         name = self._unique(name)
         data = ir.tensor_adapters.TorchTensor(tensor.detach().cpu(), name)
         value = ir.Value(
-            name=name, shape=ir.Shape(data.shape), type=ir.TensorType(data.dtype), const_value=data
+            name=name,
+            shape=ir.Shape(tuple(data.shape)),
+            type=ir.TensorType(data.dtype),
+            const_value=data,
         )
         self.initializers.append(value)
         return value
@@ -175,7 +178,7 @@ class _Writer:
         if key not in self.constants:
             name = self._unique(f"constant_{len(self.constants)}")
             kept = ir.Value(
-                name=name, shape=ir.Shape(data.shape), type=ir.TensorType(data.dtype),
+                name=name, shape=ir.Shape(tuple(data.shape)), type=ir.TensorType(data.dtype),
                 const_value=ir.tensor(data.numpy(), name=name, dtype=data.dtype),
             )  # fmt: skip
             self.constants[key] = kept
