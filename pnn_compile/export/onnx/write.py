@@ -177,9 +177,10 @@ class _Writer:
             key = (data.dtype, tuple(data.shape), data.tobytes())
         if key not in self.constants:
             name = self._unique(f"constant_{len(self.constants)}")
+            array = data.numpy()
             kept = ir.Value(
-                name=name, shape=ir.Shape(tuple(data.shape)), type=ir.TensorType(data.dtype),
-                const_value=ir.tensor(data.numpy(), name=name, dtype=data.dtype),
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(data.dtype),
+                const_value=ir.tensor(array, name=name, dtype=data.dtype),
             )  # fmt: skip
             self.constants[key] = kept
             self.initializers.append(kept)
