@@ -25,7 +25,7 @@ from passes.observe import Fact
 from passes.options import MEASURED, ROOFLINE, CostSource
 from passes.program import Program
 from passes.roofline import roofline
-from passes.timing import measure_seconds
+from passes.timing import Measure, measure_seconds
 
 __all__ = ["Analysis", "weigh"]
 
@@ -136,6 +136,7 @@ def weigh(
     facts: Mapping[fx.Node, Fact],
     source: CostSource,
     device: DeviceProfile | None = None,
+    measure: Measure = measure_seconds,
 ) -> Analysis:
     """Cost every node, find the legal cuts, the repeated blocks and the sources of guesses.
 
@@ -144,6 +145,7 @@ def weigh(
         facts: What was observed of it.
         source: How nodes are weighed.
         device: Whose seconds count, for costs of the roofline.
+        measure: Gives the seconds of segments, for measured costs.
 
     Raises:
         OptionError: Costs of the roofline need a device, or a callable gave no fit number.
@@ -155,7 +157,7 @@ def weigh(
         unit = "cost"
     elif source in MEASURED:
         unit = "seconds"
-        costs = _measured(program, frontiers, costs, backward=MEASURED[source])
+        costs = _measured(program, frontiers, costs, measure, backward=MEASURED[source])
     elif source in ROOFLINE:
         if device is None:
             raise OptionError(
@@ -176,7 +178,12 @@ def weigh(
 
 
 def _measured(
-    program: Program, frontiers: Frontiers, costs: Mapping[fx.Node, Cost], *, backward: bool
+    program: Program,
+    frontiers: Frontiers,
+    costs: Mapping[fx.Node, Cost],
+    measure: Measure,
+    *,
+    backward: bool,
 ) -> dict[fx.Node, Cost]:
     """Replace weights by measured seconds, shared out inside a segment by FLOPs."""
     order = frontiers.order
@@ -184,7 +191,7 @@ def _measured(
     starts = [0, *ends[:-1]]
     segments = [order[a:b] for a, b in zip(starts, ends, strict=True)]
     weighed: dict[fx.Node, Cost] = {}
-    measured = measure_seconds(program, segments, backward=backward)
+    measured = measure(program, segments, backward=backward)
     for segment, seconds in zip(segments, measured, strict=True):
         flops = sum(costs[node].flops for node in segment)
         for node in segment:

@@ -22,6 +22,7 @@ from passes.options import Options
 from passes.plan import Plan
 from passes.program import Program, verify_graph
 from passes.split import Stages, sequential, split
+from passes.timing import Measure, measure_seconds
 
 __all__ = ["COMPILE", "REPLAY", "Compilation", "Pass", "PassResult", "run_passes"]
 
@@ -33,6 +34,7 @@ class Compilation:
     Attributes:
         program: The captured program.
         options: What was asked for; None where a plan is replayed.
+        measure: Gives the seconds of segments, for measured costs.
         analysis: Costs and legal cuts.
         plan: The decisions.
         stages: The fine stages and the head.
@@ -43,6 +45,7 @@ class Compilation:
 
     program: Program
     options: Options | None = None
+    measure: Measure = measure_seconds
     analysis: Analysis | None = None
     plan: Plan | None = None
     stages: Stages | None = None
@@ -112,7 +115,8 @@ def _demand(compilation: Compilation, fields: Sequence[str], what: str) -> None:
 
 def _analyze(c: Compilation) -> Compilation:
     assert c.options is not None
-    return replace(c, analysis=weigh(c.program, observe(c.program), c.options.cost))
+    facts = observe(c.program)
+    return replace(c, analysis=weigh(c.program, facts, c.options.cost, measure=c.measure))
 
 
 def _plan(c: Compilation) -> Compilation:

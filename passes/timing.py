@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from passes.interpreting import Interpreter
-from passes.program import Program
+from passes.program import Program, graph_module
 from passes.validate import preserved
 
-__all__ = ["Seconds", "measure_seconds"]
+__all__ = ["Measure", "Seconds", "measure_seconds"]
 
 _WARM_UP = 1
 _REPEATS = 3
@@ -31,6 +32,15 @@ class Seconds(NamedTuple):
     def total(self) -> float:
         """Both."""
         return self.forward + self.backward
+
+
+class Measure(Protocol):
+    """Times segments as `measure_seconds` does."""
+
+    def __call__(
+        self, program: Program, segments: Sequence[Sequence[fx.Node]], *, backward: bool = False
+    ) -> list[Seconds]:
+        """Seconds of each segment."""
 
 
 def measure_seconds(
@@ -51,8 +61,8 @@ def measure_seconds(
     runs: list[list[Seconds]] = []
     with preserved(program.module), torch.set_grad_enabled(backward):
         program.module.train(backward and _trains(program))
+        clock = _Clock(program, segments)
         for _ in range(_WARM_UP + _REPEATS):
-            clock = _Clock(program.module, segments)
             runs.append(clock.time(program.fresh_inputs(), backward=backward))
             program.module.zero_grad(set_to_none=True)
     return [
@@ -72,31 +82,48 @@ def _trains(program: Program) -> bool:
     return True
 
 
-class _Clock(Interpreter):
+class _Clock:
     """Reads the clock at the end of every segment, on the way forward and on the way back.
+
+    What runs is the code that torch.fx generates, as in the stages, with a call that reads the
+    clock behind every segment: an interpreter would add its own time to every node.
 
     On the way back a segment begins when the gradient of its last value is complete, and ends where
     that of the segment before begins. Segments whose last value has no gradient are timed with
     their neighbours behind, and get their share by what they took forward.
     """
 
-    def __init__(self, module: fx.GraphModule, segments: Sequence[Sequence[fx.Node]]) -> None:
-        super().__init__(module)
-        self._ends: Mapping[fx.Node, int] = {
-            segment[-1]: index for index, segment in enumerate(segments)
-        }
-        self._forward = [0.0] * len(segments)
-        self._start: float | None = None
-        self._complete: dict[int, float] = {}
+    def __init__(self, program: Program, segments: Sequence[Sequence[fx.Node]]) -> None:
+        self._read = _events if program.device.type == "cuda" else time.perf_counter
+        self._module = self._marked(program, segments)
+        self._passed: list[Any] = []
+        self._complete: dict[int, Any] = {}
+
+    def _marked(self, program: Program, segments: Sequence[Sequence[fx.Node]]) -> fx.GraphModule:
+        """The program with a call behind the last node of every segment."""
+        graph = copy.deepcopy(program.graph)
+        copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
+
+        def mark(value: Any, index: int) -> None:
+            self._mark(value, index)
+
+        for index, segment in enumerate(segments):
+            node = copies[segment[-1]]
+            with graph.inserting_after(node):
+                graph.call_function(mark, (node, index))
+        return graph_module(program.module, graph, "Clocked")
 
     def time(self, inputs: Sequence[Any], *, backward: bool) -> list[Seconds]:
         """Run once and give the seconds of every segment."""
-        outputs = self.run(*inputs)
-        returned = (self._back(outputs) if backward else []) or [0.0] * len(self._forward)
-        return list(map(Seconds, self._forward, returned))
+        self._passed, self._complete = [self._read()], {}
+        outputs = self._module(*inputs)
+        returned = self._back(outputs) if backward else []
+        passed = self._seconds(self._passed)
+        forward = [b - a for a, b in itertools.pairwise(passed)]
+        return list(map(Seconds, forward, self._shared(forward, returned)))
 
-    def _back(self, outputs: Any) -> list[float]:
-        """Go back and give the seconds of every segment; none if nothing has a gradient."""
+    def _back(self, outputs: Any) -> list[Any]:
+        """Go back: when that began and ended; nothing if nothing has a gradient."""
         floating = [
             leaf
             for leaf in pytree.tree_leaves(outputs)
@@ -105,50 +132,53 @@ class _Clock(Interpreter):
         if not floating:
             return []
         loss = torch.stack([leaf.float().sum() for leaf in floating]).sum()
-        start = _now()
+        start = self._read()
         loss.backward()  # type: ignore[no-untyped-call]
-        return self._backward(start, _now())
+        return [start, self._read()]
 
-    def run_node(self, n: fx.Node) -> Any:
-        if self._start is None and n.op not in ("placeholder", "get_attr"):
-            self._start = _now()
-        value = super().run_node(n)
-        if (index := self._ends.get(n)) is not None and self._start is not None:
-            self._mark(index, value)
-            now = _now()
-            self._forward[index] = now - self._start
-            self._start = now
-        return value
-
-    def _mark(self, index: int, value: Any) -> None:
-        """Have the clock read when the gradient of a value is complete."""
+    def _mark(self, value: Any, index: int) -> None:
+        """Read the clock, and have it read again when the gradient of the value is complete."""
 
         def complete(_: torch.Tensor) -> None:
-            self._complete[index] = _now()
+            self._complete[index] = self._read()
 
+        self._passed.append(self._read())
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(complete)  # type: ignore[no-untyped-call]
 
-    def _backward(self, start: float, stop: float) -> list[float]:
-        found = [0.0] * len(self._forward)
+    def _seconds(self, readings: Sequence[Any]) -> list[float]:
+        """Readings as seconds since the first one of the run."""
+        if self._read is time.perf_counter:
+            return [reading - self._passed[0] for reading in readings]
+        torch.cuda.synchronize()
+        return [self._passed[0].elapsed_time(reading) / 1e3 for reading in readings]
+
+    def _shared(self, forward: Sequence[float], returned: Sequence[Any]) -> list[float]:
+        """Seconds of every segment on the way back."""
+        found = [0.0] * len(forward)
+        if not returned:
+            return found
+        start, stop = self._seconds(returned)
+        order = list(self._complete)
+        complete = dict(zip(order, self._seconds([self._complete[i] for i in order]), strict=True))
         group: list[int] = []
-        began = self._complete.get(len(found) - 1, start)
+        began = complete.get(len(found) - 1, start)
         for index in reversed(range(len(found))):
             group.append(index)
-            ended = self._complete.get(index - 1) if index else stop
+            ended = complete.get(index - 1) if index else stop
             if ended is None:
                 continue
             spent = max(0.0, ended - began)
-            forward = sum(self._forward[each] for each in group)
+            whole = sum(forward[each] for each in group)
             for each in group:
-                share = self._forward[each] / forward if forward else 1 / len(group)
-                found[each] = spent * share
+                found[each] = spent * (forward[each] / whole if whole else 1 / len(group))
             group, began = [], max(began, ended)
         return found
 
 
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _events() -> torch.cuda.Event:
+    """A reading of the GPU's own clock: nobody waits for it, so that launches stay ahead."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -17,6 +17,7 @@ from passes.options import CostSource, Options
 from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
 from passes.plan import Plan
 from passes.program import Program
+from pnn_compile.cache import TimingCache
 from pnn_compile.calibrate import calibrate
 from pnn_compile.calibration import CalibrationReport
 from pnn_compile.choose import choose
@@ -170,6 +171,7 @@ def compile(
     seed: int = 0,
     plan: Plan | None = None,
     calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
+    cache: bool | str | Path = True,
     debug: bool = False,
 ) -> Compiled:
     """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
@@ -208,6 +210,8 @@ def compile(
             captured program. Guesses and corrections are fitted to the model's weights, and
             "auto" families are chosen by how well they fit within the budget; a guess may copy
             first layers worth as much again, unless `prologue` says otherwise.
+        cache: Whether to keep measured seconds in files (`pnn_compile.cache` says where), and to
+            take those that are there; or the folder to keep them in.
         debug: Whether to verify every graph between passes.
 
     Raises:
@@ -246,8 +250,11 @@ def compile(
     if plan is not None:
         network = replay(program, plan, captured, debug=debug)
     else:
-        compilation, results = run_passes(Compilation(program, options), COMPILE, check=debug)
+        timings = TimingCache.of(cache)
+        start_of = Compilation(program, options, measure=timings)
+        compilation, results = run_passes(start_of, COMPILE, check=debug)
         network = gather(compilation, (captured, *results))
+        network = replace(network, timings=timings.path)
     if calibration is not None:
         batches = calibration(program) if callable(calibration) else calibration
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.observe import observe
 from passes.options import Options
 from pnn_compile.batches import batch_size
+from pnn_compile.cache import TimingCache
 from pnn_compile.forecasting.parareal import parareal_row
 from pnn_compile.forecasting.rivals import data_parallel_row, pipeline_row
 from pnn_compile.forecasting.setting import Setting
@@ -39,6 +41,7 @@ def forecast(
     sweeps: Sequence[str] = PARAREAL,
     micro_batches: Sequence[int] = (4,),
     progress: Callable[[str], object] = lambda _: None,
+    cache: bool | str | Path = True,
     **options: Any,
 ) -> ForecastTable:
     """Forecast a step on numbers of devices: parareal networks, pipelines, data parallelism.
@@ -60,6 +63,7 @@ def forecast(
         sweeps: Which parareal networks: "chain", "collapsed" or both.
         micro_batches: Numbers of micro-batches of the pipelines to set beside; may be empty.
         progress: Called with what is being done.
+        cache: Whether to keep measured seconds, or where, as in `compile`.
         options: How networks are compiled: `coarse`, `coarse_budget`, `units` and so on.
 
     Raises:
@@ -73,8 +77,9 @@ def forecast(
     if not isinstance(devices, DeviceProfile) and profiles:
         counts = _within(counts, profiles)
     progress("capturing")
+    timings = TimingCache.of(cache)
     analysis, wanted = _analysis(
-        model, example_inputs, args, kwargs, cost, training, profiles, progress, options
+        model, example_inputs, args, kwargs, cost, training, profiles, progress, timings, options
     )
     batch = batch_size(analysis.program.args)
     setting = Setting(analysis, wanted, training, batch, profiles[0] if profiles else None)
@@ -91,7 +96,7 @@ def forecast(
         sequential=setting.sequential,
         rows=tuple(rows),
         problems=tuple(problems),
-        notes=_notes(setting),
+        notes=_notes(setting, timings),
     )
 
 
@@ -141,6 +146,7 @@ def _analysis(
     training: bool,
     profiles: Sequence[DeviceProfile],
     progress: Callable[[str], object],
+    timings: TimingCache,
     options: dict[str, Any],
 ) -> tuple[Analysis, Options]:
     from pnn_compile.api import example
@@ -157,7 +163,7 @@ def _analysis(
     wanted = Options(cost=source, **options)
     progress("measuring" if cost == "measured" else "analysing")
     profile = profiles[0] if profiles else None
-    return weigh(program, observe(program), source, profile), wanted
+    return weigh(program, observe(program), source, profile, timings), wanted
 
 
 def _rows(
@@ -191,8 +197,10 @@ def _rows(
     return rows, problems
 
 
-def _notes(setting: Setting) -> tuple[str, ...]:
+def _notes(setting: Setting, timings: TimingCache) -> tuple[str, ...]:
     found = []
+    if timings.path is not None:
+        found.append(f"timings are kept in {timings.path}; without it they are measured anew")
     if setting.linked is None:
         found.append("links are free: name devices to count them")
     if setting.batch == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,7 @@ class Network:
     module: fx.GraphModule
     passes: tuple[PassResult, ...]
     calibration: CalibrationReport | None = None
+    timings: Path | None = None
     weighed: Analysis | None = None
 
     def __repr__(self) -> str:

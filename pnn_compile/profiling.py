@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from passes.device import DeviceProfile
 from passes.errors import OptionError
 from pnn_compile.processes import run_on_ranks
+from pnn_compile.processor import processor_name
 
 __all__ = ["measure_device"]
 
@@ -72,19 +71,10 @@ def measure_device(
 
 
 def _name(kind: str, threads: int) -> str:
+    found = processor_name(torch.device(kind))
     if kind == "cuda":
-        return torch.cuda.get_device_name()
-    cores = "1 core" if threads == 1 else f"{threads} cores"
-    return f"{_processor()}, {cores}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
+        return found
+    return f"{found}, {'1 core' if threads == 1 else f'{threads} cores'}"
 
 
 def _measure(

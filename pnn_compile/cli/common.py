@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARG",
+    "CACHE",
     "CALIBRATION_BATCH",
     "DEBUG",
     "JSON",
@@ -42,6 +43,9 @@ ARG = click.option(
     multiple=True,
     metavar="NAME=VALUE",
     help="Argument of what builds the model, such as num_layers=24; repeatable.",
+)
+CACHE = click.option(
+    "--cache/--no-cache", default=True, help="Keep measured seconds, and take those kept (default)."
 )
 DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph checks between passes.")
 

@@ -16,6 +16,7 @@ import click
 from passes.errors import OptionError, VerificationError
 from pnn_compile.cli.common import (
     ARG,
+    CACHE,
     CALIBRATION_BATCH,
     DEBUG,
     JSON,
@@ -97,6 +98,7 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 )
 @click.option("--verify/--no-verify", "check", default=True, help="Run the oracles (default).")
 @click.option("-q", "--quiet", is_flag=True, help="No report.")
+@CACHE
 @JSON
 @DEBUG
 def compile_command(

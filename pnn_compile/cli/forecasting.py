@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from passes.errors import OptionError
-from pnn_compile.cli.common import ARG, DEBUG, JSON, Progress, console, numbers
+from pnn_compile.cli.common import ARG, CACHE, DEBUG, JSON, Progress, console, numbers
 
 __all__ = ["counts", "forecast_command", "profile_command"]
 
@@ -50,6 +50,7 @@ def counts(text: str) -> list[int]:
 @click.option("--coarse", default="auto", help="Family of the corrections, as for compile.")
 @click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
 @click.option("--micro-batches", default="4", metavar="M,...", help="Of pipelines set beside.")
+@CACHE
 @JSON
 @DEBUG
 def forecast_command(
@@ -63,6 +64,7 @@ def forecast_command(
     coarse: str,
     coarse_budget: float,
     micro_batches: str,
+    cache: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -84,6 +86,7 @@ def forecast_command(
             micro_batches=numbers(micro_batches, "--micro-batches") if micro_batches else [],
             coarse=coarse,
             coarse_budget=coarse_budget,
+            cache=cache,
             progress=say,
             **given,
         )

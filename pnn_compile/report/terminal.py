@@ -153,6 +153,8 @@ def _summary(compiled: Network) -> Table:
     if plan.ties:
         shared = [f"{name} (stages {_numbers(where, plan)})" for name, where in plan.ties.items()]
         rows.append(("shared", _shortened(shared)))
+    if compiled.timings is not None:
+        rows.append(("timings", f"kept in {compiled.timings}; without it they are measured anew"))
     for name, text in rows:
         table.add_row(Text(name, style="bold"), text)
     return table
