@@ -179,6 +179,6 @@ class _Clock:
 
 def _events() -> torch.cuda.Event:
     """A reading of the GPU's own clock: nobody waits for it, so that launches stay ahead."""
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
