@@ -93,21 +93,16 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
 
     first, *others = seeds
     found = [Job("vgg", "scratch", seed, original) for seed in seeds]
-    found += [Job("cifar10", "scratch", seed, original) for seed in seeds[:2]]
-    found += scratch("vgg", first, (3,))
+    found += [Job("cifar10", "scratch", first, original), *scratch("vgg", first, (3,))]
     for seed in seeds:
         found += conversion("vgg", seed, (3,))
     found += conversion("cifar10", first, stages)
-    for seed in others:
-        found += scratch("vgg", seed, (3,))
-    for seed in seeds[1:2]:
-        found += conversion("cifar10", seed, stages)
+    for seed in others:  # an original well before what waits for it
+        found += [Job("cifar10", "scratch", seed, original), *scratch("vgg", seed, (3,))]
     found += [Job("vgg", "attempts", seed, ("without dropout",), (3,)) for seed in seeds]
-    found += scratch("cifar10", first, stages[:2])
-    for seed in seeds[2:]:
-        found += [Job("cifar10", "scratch", seed, original), *conversion("cifar10", seed, stages)]
-    found += scratch("cifar10", first, stages[2:])
     for seed in others:
+        found += conversion("cifar10", seed, stages)
+    for seed in seeds:
         found += scratch("cifar10", seed, stages)
     return [*found, *(Job("vgg", "attempts", seed, stages=(3,)) for seed in seeds)]
 
