@@ -49,8 +49,10 @@ class Analysis:
         blocks: The runs between neighbouring single-tensor module boundaries.
         sources: What the guesses are made from.
         unit: Unit of `Cost.weight`.
+        device: Whose seconds these are, of the roofline.
         measured: What networks outside of the program were measured to take, by what they are made
             of: several plans over one analysis use the same ones again and again.
+        others: What the nodes cost on other devices, once `on` was asked.
     """
 
     program: Program
@@ -60,7 +62,9 @@ class Analysis:
     blocks: tuple[Block, ...]
     sources: tuple[Source, ...]
     unit: str
+    device: DeviceProfile | None = None
     measured: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict, compare=False)
+    others: dict[DeviceProfile, Mapping[fx.Node, Cost]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def total(self) -> float:
@@ -71,6 +75,19 @@ class Analysis:
     def flops(self) -> int:
         """Forward FLOPs of the original network."""
         return sum(cost.flops for cost in self.costs.values())
+
+    def on(self, device: DeviceProfile | None) -> Mapping[fx.Node, Cost]:
+        """What every node costs on another device, where costs are those of the roofline."""
+        if device is None or self.device is None or device == self.device:
+            return self.costs
+        if device not in self.others:
+            back = bool(self.backward)
+            self.others[device] = roofline(self.costs, self.facts, device, backward=back)
+        return self.others[device]
+
+    def total_on(self, device: DeviceProfile | None) -> float:
+        """Cost of the original network on a device."""
+        return sum(cost.weight for cost in self.on(device).values())
 
     @cached_property
     def backward(self) -> float:
@@ -174,6 +191,7 @@ def weigh(
         blocks=tuple(repeated_blocks(program, frontiers, facts)),
         sources=tuple(preprocessing_sources(program, frontiers, facts)),
         unit=unit,
+        device=device if not callable(source) and source in ROOFLINE else None,
     )
 
 

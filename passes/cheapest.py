@@ -25,7 +25,7 @@ from torch import Tensor
 
 from passes.prices import CutProblem, Phases, Prices, phases, serial
 
-__all__ = ["Bounds", "Cheapest", "Point"]
+__all__ = ["Bounds", "Cheapest", "Kind", "Point", "ranges"]
 
 _SLACK = 4 * sys.float_info.epsilon
 """Four roundings lie between the cost of a stage and a comparison: erring on the feasible side
@@ -75,7 +75,7 @@ class Cheapest:
 
     def __init__(self, problem: CutProblem) -> None:
         self.problem = problem
-        kinds = {id(device): _Kind(device) for device in problem.devices}
+        kinds = {id(device): Kind(device) for device in problem.devices}
         self.kinds = [kinds[id(device)] for device in problem.devices]
         self._often = {kind for kind, count in Counter(self.kinds).items() if count > 1}
         tail = problem.devices[-1].tail
@@ -84,7 +84,7 @@ class Cheapest:
     def __call__(self, bounds: Bounds) -> Point:
         """Return the partition of least serial price whose stages keep to the bounds."""
         earliest, following = self._earliest(bounds)
-        known: dict[_Kind, _Ends] = {}
+        known: dict[Kind, _Ends] = {}
         kind, last = self.kinds[0], len(self.kinds) - 1
         furthest, after = kind.first(bounds)
         following = min(following, after)
@@ -132,7 +132,7 @@ class Cheapest:
         price = self.kinds[-1].tail[begin : stop + 1]
         prices = [price]
         for number in range(len(self.kinds) - 1, 0, -1):
-            price = _behind(price, windows[number][0], windows[number - 1], ends[number - 1])
+            price = ranges(price, windows[number][0], windows[number - 1], ends[number - 1])
             begin, stop = windows[number - 1]
             price = price + self.kinds[number].hop[begin : stop + 1]
             prices.append(price)
@@ -150,7 +150,7 @@ class Cheapest:
         return Point(chosen, phases(self.problem, chosen), serial(self.problem, chosen), following)
 
 
-def _behind(price: Tensor, offset: int, starts: tuple[int, int], end: Tensor) -> Tensor:
+def ranges(price: Tensor, offset: int, starts: tuple[int, int], end: Tensor) -> Tensor:
     """Least price over the ends that each start allows for; `price` begins at `offset`."""
     size = len(price)
     left = (torch.arange(starts[0] + 1, starts[1] + 2) - offset).clamp(min=0)
@@ -203,7 +203,7 @@ class _Way:
         return cost + bounds.least if self.name == "backward" else cost
 
 
-class _Kind:
+class Kind:
     """One device: its prices as tensors."""
 
     def __init__(self, prices: Prices) -> None:

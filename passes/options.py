@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import fx
 
+from passes.device import DeviceProfile
 from passes.errors import OptionError
 
 __all__ = ["BLOCK_FAMILIES", "MEASURED", "ROOFLINE", "CostSource", "Options"]
@@ -59,6 +60,9 @@ class Options:
             through a map of its own, all of them at once; or "auto", the faster one by the
             step-time model where the corrections of the chain are linear.
         iterations: Number K of parareal iterations.
+        devices: Profile of all devices, or of each of at least as many as there are stages; their
+            memory and links count. Empty: equal devices, with links and memory for nothing.
+        order: "fixed": stage j runs on the j-th of the devices; "free": which one is chosen.
         seed: Seed of the initial weights of the coarse networks.
 
     Raises:
@@ -77,6 +81,8 @@ class Options:
     correction: str = "residual"
     sweep: str = "chain"
     iterations: int = 1
+    devices: tuple[DeviceProfile, ...] = ()
+    order: str = "fixed"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,6 +108,9 @@ class Options:
         _among("sweep", self.sweep, ("chain", "collapsed", "auto"))
         if self.sweep == "collapsed":
             self._check_collapsed()
+        _among("order", self.order, ("fixed", "free"))
+        if self.devices:
+            self._check_devices()
         if isinstance(self.cuts, str):
             raise OptionError(f"cuts must be a list of names (got the text {self.cuts!r})")
         if self.cuts is not None and self.stages not in ("auto", len(self.cuts) + 1):
@@ -115,6 +124,28 @@ class Options:
         if self.prologue is not None or self.preprocess != "auto":
             return self
         return dataclasses.replace(self, prologue=min(self.coarse_budget, _MOST_COPIED))
+
+    @property
+    def training(self) -> bool:
+        """Whether a step trains: cuts obey the memory and both ways of a training step."""
+        return self.cost not in ("measured-forward", "roofline-forward")
+
+    def _check_devices(self) -> None:
+        if not isinstance(self.cost, str) or self.cost not in (*MEASURED, *ROOFLINE):
+            raise OptionError(
+                "devices need costs in seconds: cost='roofline' or 'measured', or either with "
+                f"'-forward' for inference (got {self.cost!r})"
+            )
+        if len(set(self.devices)) > 1 and self.cost in MEASURED:
+            raise OptionError(
+                f"cost={self.cost!r} is of this machine, but the devices differ: use "
+                "cost='roofline'"
+            )
+        if self.stages != "auto" and 1 < len(self.devices) < self.stages:
+            raise OptionError(
+                f"{self.stages} stages need a device each (devices={len(self.devices)}): list "
+                "more devices, one profile for all, or ask for fewer stages"
+            )
 
     def _check_collapsed(self) -> None:
         families = ("auto", "zero", *_COARSE_SUMS)

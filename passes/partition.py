@@ -21,10 +21,14 @@ from passes.cheapest import Bounds, Cheapest, Point
 from passes.errors import PartitionError
 from passes.prices import CutProblem, Phases
 
-__all__ = ["CutSolution", "search", "solve"]
+__all__ = ["CutSolution", "DoesNotFit", "least_phases", "search", "solve"]
 
 _ROUNDING = 1e-12  # two times closer than this, relatively, are the same time
 _SPLIT = 0.7  # where an interval is split; 0.5 took a third more evaluations on random prices
+
+
+class DoesNotFit(PartitionError):
+    """No partition keeps to the memory of its devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +75,10 @@ def solve(problem: CutProblem, *, gap: float = 1e-6, evaluations: int = 200) -> 
         The best cuts found; of equally fast ones met, those of the smaller makespan.
 
     Raises:
-        PartitionError: ``gap`` is negative, ``evaluations`` is not positive, or no partition fits
-            the memory of the devices.
+        PartitionError: ``gap`` is negative, or ``evaluations`` is not positive.
+        DoesNotFit: No partition keeps to the memory of its devices.
     """
-    return search(Cheapest(problem), _least(problem), gap=gap, evaluations=evaluations)
+    return search(Cheapest(problem), least_phases(problem), gap=gap, evaluations=evaluations)
 
 
 def search(
@@ -96,8 +100,8 @@ def search(
         evaluations: Stop after trying this many bounds.
 
     Raises:
-        PartitionError: ``gap`` is negative, ``evaluations`` is not positive, or there is no
-            partition at all.
+        PartitionError: ``gap`` is negative, or ``evaluations`` is not positive.
+        DoesNotFit: There is no partition at all.
     """
     if not gap >= 0 or evaluations < 1:
         raise PartitionError(
@@ -106,7 +110,7 @@ def search(
         )
     best = cheapest(Bounds(least.forward, math.inf, math.inf))
     if not best.cuts:
-        raise PartitionError("no partition fits the memory of the devices")
+        raise DoesNotFit("no partition fits the memory of the devices")
     bounds = Bounds(least.forward, math.inf, best.makespan)
     boxes = [_Box.of(least.makespan, bounds, best)]
     used = 1
@@ -184,7 +188,7 @@ def _split(box: _Box, best: Point, cheapest: Callable[[Bounds], Point]) -> list[
     ]
 
 
-def _least(problem: CutProblem) -> Phases:
+def least_phases(problem: CutProblem) -> Phases:
     """Bound the slowest stages from below: the first one, and an even share of the least trunk."""
     devices, count = problem.devices, problem.stages
     ends = range(count - 1, problem.candidates)

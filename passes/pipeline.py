@@ -116,7 +116,9 @@ def _demand(compilation: Compilation, fields: Sequence[str], what: str) -> None:
 def _analyze(c: Compilation) -> Compilation:
     assert c.options is not None
     facts = observe(c.program)
-    return replace(c, analysis=weigh(c.program, facts, c.options.cost, measure=c.measure))
+    device = next(iter(c.options.devices), None)
+    found = weigh(c.program, facts, c.options.cost, device, measure=c.measure)
+    return replace(c, analysis=found)
 
 
 def _plan(c: Compilation) -> Compilation:
