@@ -15,8 +15,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from passes.errors import PartitionError
 from passes.partition import CutSolution, DoesNotFit, least_phases, search, solve
 from passes.prices import CutProblem, Phases, Prices, phases, serial
 
-__all__ = ["Assignment", "assign"]
+__all__ = ["assign"]
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -37,21 +37,6 @@ _QUICK = 60
 _CLOSE = 1e-3
 
 
-@dataclass(frozen=True)
-class Assignment(Generic[_K]):
-    """The devices of the stages, and their cuts.
-
-    Attributes:
-        devices: Which of the listed kinds every stage runs on.
-        solution: The cuts for that order, with a bound over all orders.
-        exact: Whether all orders were searched.
-    """
-
-    devices: tuple[_K, ...]
-    solution: CutSolution
-    exact: bool
-
-
 def assign(
     listed: Sequence[_K],
     stages: int,
@@ -59,7 +44,7 @@ def assign(
     *,
     gap: float = 1e-6,
     evaluations: int = 200,
-) -> Assignment[_K]:
+) -> CutSolution:
     """Choose the devices of the stages among those listed, and cut for them.
 
     Args:
@@ -69,6 +54,10 @@ def assign(
             it only by a dearer hop than from its like.
         gap: As of `solve`.
         evaluations: As of `solve`.
+
+    Returns:
+        The cuts and the kind that each stage runs on, with a bound over all orders; `exact` says
+        whether all of them were searched.
 
     Raises:
         PartitionError: There are too few devices, or no order fits their memory.
@@ -87,13 +76,18 @@ def assign(
         found = search(programme, programme.least(), gap=gap, evaluations=evaluations)
         order = programme.order(found.cuts)
         solution = solve(problem(order), gap=gap, evaluations=evaluations)
-        return Assignment(tuple(order), _bounded(solution, found.lower_bound), exact=True)
+        return _ordered(solution, order, found.lower_bound, exact=True)
     order, solution = _swapped(listed, stages, problem)
-    return Assignment(tuple(order), _bounded(solution, _bound(alike, listed, stages)), exact=False)
+    return _ordered(solution, order, _bound(alike, listed, stages), exact=False)
 
 
-def _bounded(solution: CutSolution, bound: float) -> CutSolution:
-    return replace(solution, lower_bound=min(solution.time, bound))
+def _ordered(
+    solution: CutSolution, order: Sequence[Any], bound: float, *, exact: bool
+) -> CutSolution:
+    """The solution for one order, with a bound over all orders."""
+    return replace(
+        solution, devices=tuple(order), lower_bound=min(solution.time, bound), exact=exact
+    )
 
 
 def _sets(counts: Mapping[_K, int], stages: int) -> int:
@@ -201,7 +195,10 @@ class _Sets(Generic[_K]):
             k = min(choice[used], key=lambda pair: float(pair[1][place]))[0]
             used = _less(used, k)
             alone = not any(used)
-            behind, end = self.kinds[k].tail if alone else price[used], (outer if alone else inner)[k]
+            behind, end = (
+                self.kinds[k].tail if alone else price[used],
+                (outer if alone else inner)[k],
+            )
             start = place + 1
             place = start + int(behind[start : int(end[place])].argmin())
             cuts.append(place)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from passes.alternatives import alternatives
 from passes.analysis import Analysis
-from passes.coarse.choice import coarse_estimate, guess_estimate, stage_budget
+from passes.assignment import assign
+from passes.device import DeviceProfile
 from passes.errors import PartitionError
+from passes.fits import explain
 from passes.frontier import Position
 from passes.options import BLOCK_FAMILIES, Options
-from passes.partition import CutSolution, solve
-from passes.prices import CutProblem
+from passes.partition import CutSolution, DoesNotFit, solve
+from passes.prices import makespan, serial
+from passes.pricing import Pricing
 from passes.program import provenance
 
 __all__ = ["Cut", "choose_cut"]
 
-_BOUNDARY = 0.01
-"""Share of a stage by which a cut inside a block must be cheaper to be taken."""
 _SHOWN = 12
 
 
@@ -32,10 +34,14 @@ class Cut:
     Attributes:
         positions: One per stage.
         gap: Relative distance from the proven optimum of the objective; 0 for given cuts.
+        devices: What each stage runs on; empty where no devices were named.
+        why: For each position but the last, the next best one and what it would cost.
     """
 
     positions: tuple[Position, ...]
     gap: float
+    devices: tuple[DeviceProfile | None, ...] = ()
+    why: tuple[str, ...] = ()
 
 
 def choose_cut(analysis: Analysis, options: Options) -> Cut:
@@ -51,9 +57,9 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         # Only whole blocks can be copied.
         candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
     if options.cuts is not None:
-        return _linked(
-            analysis, Cut((*_named(analysis, candidates, head, options.cuts), head), 0.0)
-        )
+        named = _named(analysis, candidates, head, options.cuts)
+        solution = _given(analysis, options, candidates, [*named, head])
+        return _linked(analysis, _cut(analysis, options, candidates, head, solution))
     candidates = _distinct(candidates, head)
     stages = options.stages
     if stages == "auto":
@@ -66,7 +72,7 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
     ):
         candidates.remove(start)
         solution = _solve(analysis, options, candidates, head, stages)
-    return _linked(analysis, Cut(_positions(candidates, head, solution), solution.gap))
+    return _linked(analysis, _cut(analysis, options, candidates, head, solution))
 
 
 def _positions(
@@ -123,34 +129,64 @@ def _head(analysis: Analysis) -> Position:
 def _solve(
     analysis: Analysis, options: Options, candidates: list[Position], head: Position, stages: int
 ) -> CutSolution:
-    costs = [analysis.costs[node] for node in analysis.frontiers.order]
-    ways = [[0.0, *itertools.accumulate(cost.forward for cost in costs)]]
-    if analysis.backward:
-        ways.append([0.0, *itertools.accumulate(cost.backward for cost in costs)])
-    ends = [*candidates, head]
-    preference = _BOUNDARY * analysis.total / stages
-    budget = stage_budget(analysis, options, stages)
-    guesses = [guess_estimate(analysis, options, p) * analysis.scale for p in ends]
-    hops = [
-        coarse_estimate(analysis, options, p, budget) * analysis.scale
-        # One FLOP per byte breaks ties in favour of the smaller state.
-        + p.bytes * analysis.scale
-        + (0.0 if p.boundary else preference)
-        for p in ends
-    ]
-    works = [[way[p.index] for p in ends] for way in ways]
-    shares = [1 - analysis.back_share, analysis.back_share]
-    entries = [[share * guess for guess in guesses] for share in shares[: len(ways)]]
-    problem = CutProblem.alike(
-        stages=stages,
-        work=works[0],
-        entry=entries[0],
-        hop=hops,
-        tail=[math.inf] * len(candidates) + [sum(way[-1] - way[head.index] for way in ways)],
-        back_work=works[1] if analysis.backward else (),
-        back_entry=entries[1] if analysis.backward else (),
+    pricing = Pricing(analysis, options, candidates, head)
+    try:
+        if options.order == "free" and len(options.devices) > 1:
+            return assign(options.devices, stages, pricing.problem)
+        devices = pricing.devices(stages)
+        return dataclasses.replace(solve(pricing.problem(devices)), devices=devices)
+    except DoesNotFit as error:
+        raise DoesNotFit(explain(pricing, pricing.devices(stages))) from error
+
+
+def _given(
+    analysis: Analysis, options: Options, candidates: list[Position], positions: list[Position]
+) -> CutSolution:
+    """The price of cuts that the user names, on devices that hold them."""
+    pricing = Pricing(analysis, options, candidates, positions[-1])
+    places = {position.index: number for number, position in enumerate(pricing.ends)}
+    chosen = tuple(places[position.index] for position in positions)
+    devices = pricing.devices(len(positions))
+    problem = pricing.problem(devices)
+    spans = zip(problem.devices, itertools.pairwise([None, *chosen]), strict=True)
+    for number, (prices, (begin, end)) in enumerate(spans):
+        if end is not None and not prices.fits(begin, end, last=number + 1 == len(positions)):
+            raise DoesNotFit(explain(pricing, devices, chosen))
+    time = makespan(problem, chosen) + serial(problem, chosen)
+    return CutSolution(
+        cuts=chosen,
+        makespan=makespan(problem, chosen),
+        serial=serial(problem, chosen),
+        lower_bound=time,
+        evaluations=0,
+        devices=devices,
     )
-    return solve(problem)
+
+
+def _cut(
+    analysis: Analysis,
+    options: Options,
+    candidates: list[Position],
+    head: Position,
+    solution: CutSolution,
+) -> Cut:
+    """What was chosen, with the next best place of every cut."""
+    pricing = Pricing(analysis, options, candidates, head)
+    problem = pricing.problem(solution.devices)
+    why = []
+    for found in alternatives(problem, solution.cuts):
+        if found is None:
+            why.append("the only place that leaves a cut on both sides")
+            continue
+        place = _label(analysis, pricing.ends[found.candidate])
+        more = (found.time - solution.time) / solution.time if solution.time else 0.0
+        why.append(f"next best in front of {place}: {more:+.2%} time")
+    return Cut(
+        positions=_positions(candidates, head, solution),
+        gap=solution.gap,
+        devices=solution.devices,
+        why=tuple(why),
+    )
 
 
 def _named(

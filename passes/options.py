@@ -136,6 +136,8 @@ class Options:
                 "devices need costs in seconds: cost='roofline' or 'measured', or either with "
                 f"'-forward' for inference (got {self.cost!r})"
             )
+        if len({device.name for device in self.devices}) < len(set(self.devices)):
+            raise OptionError("devices that differ need names that differ")
         if len(set(self.devices)) > 1 and self.cost in MEASURED:
             raise OptionError(
                 f"cost={self.cost!r} is of this machine, but the devices differ: use "

@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from passes.cheapest import Bounds, Cheapest, Point
 from passes.errors import PartitionError
@@ -42,6 +42,8 @@ class CutSolution:
         serial: Sum of the hops of c_1 ... c_{N-1} and of the tail of c_N.
         lower_bound: No partition takes less time than this.
         evaluations: How many bounds were tried.
+        devices: What each stage runs on, where that was chosen too.
+        exact: Whether everything asked for was searched; else the gap may stay open.
     """
 
     cuts: tuple[int, ...]
@@ -49,6 +51,8 @@ class CutSolution:
     serial: float
     lower_bound: float
     evaluations: int
+    devices: tuple[Any, ...] = ()
+    exact: bool = True
 
     @property
     def time(self) -> float:

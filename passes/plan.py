@@ -88,12 +88,14 @@ class Interface:
         before: First node behind the cut.
         module: Qualified name of the module that starts behind the cut, for the reader.
         state: The tensors that cross, in the order of their definition.
+        why: The next best place of the cut and what it would cost, the other cuts staying.
     """
 
     after: str
     before: str
     module: str
     state: tuple[Value, ...]
+    why: str = ""
 
     @property
     def bytes(self) -> int:
@@ -163,6 +165,10 @@ class Stage:
         preprocess: The operator that guesses the entering state; None for the first stage.
         coarse: The propagator that imitates the stage in the sweep; None for the first stage.
         backward_seconds: The part of `seconds` on the way back; None where that was not measured.
+        device: Name of the profile of the device that the stage was cut for; None where there was
+            none.
+        memory: Bytes that it holds there, by the model of `passes.memory`; the last one with the
+            head.
     """
 
     first: str
@@ -183,6 +189,8 @@ class Stage:
     preprocess: CoarseSpec | None = None
     coarse: CoarseSpec | None = None
     backward_seconds: float | None = None
+    device: str | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -207,16 +215,17 @@ class Forecast:
 
     Attributes:
         unit: "FLOPs" or "seconds", or "cost" for a callable of the user.
-        sequential: Cost of the original network.
+        sequential: Cost of the original network, on the device that is fastest for it.
         makespan: Slowest stage, its preprocessing included; of a training step the slowest one
             forward and the slowest one backward, as none goes back before all went forward.
-        serial: Coarse sweep and head.
+        serial: Coarse sweep, links and head.
         time: `iterations` rounds of makespan and sweep, and the head.
-        speedup: `sequential / time`, links not counted.
+        speedup: `sequential / time`.
         bound: What the speed-up would be if guesses and corrections were free.
         imbalance: Slowest fine stage over the mean, of both ways as in the makespan.
         serial_share: `serial / sequential`.
         gap: Relative distance of the cut from the proven optimum of the objective.
+        link: Seconds of the serial part in which states cross links; 0 without devices.
     """
 
     unit: str
@@ -229,6 +238,7 @@ class Forecast:
     imbalance: float
     serial_share: float
     gap: float
+    link: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,15 +14,20 @@ from passes.arguments import bind
 from passes.coarse.choice import choose_coarse, choose_guess, stage_budget
 from passes.cost import parameters
 from passes.cutting import Cut
+from passes.device import DeviceProfile
 from passes.errors import OptionError
 from passes.frontier import Position, requirements
+from passes.memory import Memory
 from passes.options import Options
 from passes.plan import CoarseSpec, Forecast, Head, Interface, Plan, Stage, Value
+from passes.prediction import predict
 from passes.program import Program, provenance
-from passes.rounds import Work
 from passes.validate import run
 
 __all__ = ["make_plan", "with_operators"]
+
+_WIDE_GAP = 0.01
+"""Relative distance from the proven optimum that is worth a note."""
 
 
 def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
@@ -36,8 +42,11 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     if options.iterations > 1 or options.coarse == "exact":
         _check_repeatable(analysis.program)
     positions = cut.positions
-    interfaces = tuple(_interface(analysis, position) for position in positions)
-    stages = [_stage(analysis, positions, number) for number in range(len(positions))]
+    interfaces = tuple(
+        dataclasses.replace(_interface(analysis, position), why=why)
+        for position, why in itertools.zip_longest(positions, cut.why, fillvalue="")
+    )
+    stages = [_stage(analysis, cut, number) for number in range(len(positions))]
     budget = stage_budget(analysis, options, len(stages))
     for number in range(1, len(stages)):
         types = {value.name: value.spec for value in interfaces[number - 1].state}
@@ -54,8 +63,10 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
             preprocess=choose_guess(analysis, options, span[0], entering),
             coarse=choose_coarse(analysis, options, span, entering, leaving, budget),
         )
-    head = _head(analysis, positions[-1])
-    forecast = _forecast(analysis, stages, head, options, cut.gap)
+    if any(cut.devices):
+        stages = _with_memory(analysis, cut, stages, interfaces, options)
+    head = _head(analysis, positions[-1], cut.devices[-1] if cut.devices else None)
+    forecast = predict(analysis, stages, interfaces, head, options, cut.gap)
     return Plan(
         model=analysis.program.name,
         correction=options.correction,
@@ -103,7 +114,7 @@ def with_operators(
         dataclasses.replace(stage, preprocess=guesses.get(number), coarse=corrections.get(number))
         for number, stage in enumerate(plan.stages)
     ]
-    forecast = _forecast(analysis, stages, plan.head, options, plan.forecast.gap)
+    forecast = predict(analysis, stages, plan.interfaces, plan.head, options, plan.forecast.gap)
     # What was noted for other reasons than these operators stays.
     stale = _notes(analysis, options, plan.forecast)
     kept = [note for note in plan.notes if note not in stale]
@@ -140,7 +151,29 @@ def _interface(analysis: Analysis, position: Position) -> Interface:
     )
 
 
-def _stage(analysis: Analysis, positions: Sequence[Position], number: int) -> Stage:
+def _with_memory(
+    analysis: Analysis,
+    cut: Cut,
+    stages: Sequence[Stage],
+    interfaces: Sequence[Interface],
+    options: Options,
+) -> list[Stage]:
+    """Note what every device holds; the last one holds the head too."""
+    memory = Memory(analysis, training=options.training)
+    starts = [0, *(position.index for position in cut.positions[:-1])]
+    stops = [*starts[1:], len(analysis.frontiers.order)]
+    found = []
+    for number, (stage, start, stop) in enumerate(zip(stages, starts, stops, strict=True)):
+        entering = interfaces[number - 1] if number else None
+        held = memory.span(start, stop)
+        held += memory.operators(stage.preprocess, stage.coarse, entering)
+        found.append(dataclasses.replace(stage, memory=round(held)))
+    return found
+
+
+def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
+    positions = cut.positions
+    device = cut.devices[number] if cut.devices else None
     start = positions[number - 1].index if number else 0
     stop = positions[number].index
     nodes = analysis.frontiers.order[start:stop]
@@ -150,7 +183,7 @@ def _stage(analysis: Analysis, positions: Sequence[Position], number: int) -> St
     inputs, sides = requirements(analysis.program, nodes, cones)
     inside = set(nodes)
     owned = _parameters(analysis, nodes)
-    costs = [analysis.costs[node] for node in nodes]
+    costs = [analysis.on(device)[node] for node in nodes]
     return Stage(
         first=nodes[0].name,
         last=nodes[-1].name,
@@ -168,6 +201,7 @@ def _stage(analysis: Analysis, positions: Sequence[Position], number: int) -> St
         parameters=sum(parameter.numel() for parameter in owned),
         parameter_bytes=sum(p.numel() * p.element_size() for p in owned),
         activation_bytes=sum(cost.activation_bytes for cost in costs),
+        device=device.name if device else None,
     )
 
 
@@ -176,11 +210,11 @@ def _parameters(analysis: Analysis, nodes: Sequence[fx.Node]) -> list[torch.nn.P
     return list(found.values())
 
 
-def _head(analysis: Analysis, position: Position) -> Head:
+def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) -> Head:
     nodes = analysis.frontiers.order[position.index :]
     cones = analysis.frontiers.cones
     inputs, sides = requirements(analysis.program, [*nodes, analysis.program.output], cones)
-    costs = [analysis.costs[node] for node in nodes]
+    costs = [analysis.on(device)[node] for node in nodes]
     return Head(
         first_module=provenance(nodes[0]).path if nodes else "",
         nodes=len(nodes),
@@ -207,53 +241,13 @@ def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[
     return {name: tuple(numbers) for name, numbers in readers.items() if len(numbers) > 1}
 
 
-def _forecast(
-    analysis: Analysis, stages: Sequence[Stage], head: Head, options: Options, gap: float
-) -> Forecast:
-    scale = analysis.scale
-    order = {node.name: i for i, node in enumerate(analysis.frontiers.order)}
-    fine, back = [], []
-    for stage in stages:
-        nodes = analysis.frontiers.order[order[stage.first] : order[stage.last] + 1]
-        fine.append(sum(analysis.costs[node].weight for node in nodes))
-        back.append(sum(analysis.costs[node].backward for node in nodes))
-
-    def slowest(guesses: float) -> float:
-        """The slowest stage forward and the slowest backward, with a share of their guesses."""
-        extra = [guesses * price(stage.preprocess) for stage in stages]
-        share = analysis.back_share
-        ways = zip(fine, back, extra, strict=True)
-        each = [(f - b + (1 - share) * e, b + share * e) for f, b, e in ways]
-        return max(forward for forward, _ in each) + max(backward for _, backward in each)
-
-    def price(spec: CoarseSpec | None) -> float:
-        return spec.flops * scale if spec is not None else 0.0
-
-    # In difference form a coarse network that is not linear is called twice, on one batch.
-    calls = [
-        2 if options.correction == "difference" and s.coarse and not s.coarse.linear else 1
-        for s in stages
-    ]
-    hops = [price(s.coarse) * n for s, n in zip(stages, calls, strict=True)]
-    # A collapsed sweep is one sum of maps that all devices apply at once.
-    sweep = max(hops) if options.sweep == "collapsed" else sum(hops)
-    work = Work(
-        total=analysis.total,
-        makespan=slowest(1.0),
-        slowest=slowest(0.0),
-        sweep=sweep,
-        tail=analysis.total - sum(fine),
-    )
-    return work.forecast(
-        min(options.iterations, len(stages)),
-        unit=analysis.unit,
-        imbalance=work.slowest * len(fine) / sum(fine) if sum(fine) else 1.0,
-        gap=gap,
-    )
-
-
 def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:
     notes = [*analysis.program.capture.notes]
+    if forecast.gap > _WIDE_GAP:
+        notes.append(
+            "the cuts are not proven to be the best: the search was stopped, and another cut "
+            f"could be faster by up to {forecast.gap:.1%}"
+        )
     if forecast.serial_share > options.coarse_budget and options.coarse != "exact":
         notes.append(
             f"the serial part takes {forecast.serial_share:.1%} of the original's cost, more than "

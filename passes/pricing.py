@@ -10,6 +10,7 @@ from passes.analysis import Analysis
 from passes.coarse.choice import coarse_estimate, guess_estimate, stage_budget
 from passes.coarse.layout import layouts
 from passes.device import DeviceProfile
+from passes.errors import PartitionError
 from passes.frontier import Position
 from passes.memory import Memory, fitting
 from passes.options import BLOCK_FAMILIES, Options
@@ -47,11 +48,14 @@ class Pricing:
     def devices(self, stages: int) -> tuple[DeviceProfile | None, ...]:
         """The device of every stage, in the order that they are listed."""
         listed = self.options.devices
+        if 1 < len(listed) < stages:
+            raise PartitionError(
+                f"{stages} stages need a device each (devices={len(listed)}): list more devices, "
+                "one profile for all, or ask for fewer stages"
+            )
         return listed[:stages] if len(listed) > 1 else (*listed, None)[:1] * stages
 
-    def problem(
-        self, devices: Sequence[DeviceProfile | None], extra: float = 0.0
-    ) -> CutProblem:
+    def problem(self, devices: Sequence[DeviceProfile | None], extra: float = 0.0) -> CutProblem:
         """The problem of cutting for these devices, one stage each.
 
         Args:

@@ -17,7 +17,7 @@ class Work:
         total: The original network.
         makespan: Slowest stage, its preprocessing included.
         slowest: Slowest fine stage.
-        sweep: One coarse sweep.
+        sweep: One coarse sweep, links included.
         tail: The head.
     """
 
@@ -27,7 +27,9 @@ class Work:
     sweep: float
     tail: float
 
-    def forecast(self, rounds: int, *, unit: str, imbalance: float, gap: float) -> Forecast:
+    def forecast(
+        self, rounds: int, *, unit: str, imbalance: float, gap: float, link: float = 0.0
+    ) -> Forecast:
         """Forecast `rounds` iterations; the guesses are made in the first one only."""
         serial = rounds * self.sweep + self.tail
         time = self.makespan + (rounds - 1) * self.slowest + serial
@@ -43,6 +45,7 @@ class Work:
             imbalance=imbalance,
             serial_share=serial / self.total if self.total else 0.0,
             gap=gap,
+            link=link,
         )
 
     @classmethod
@@ -71,7 +74,10 @@ class Work:
     def forecasts(cls, plan: Plan, most: int) -> tuple[Forecast, ...]:
         """Forecast a plan at 1 to `most` iterations, with everything else as it is."""
         work, known = cls.of(plan), plan.forecast
+        link = known.link / min(plan.iterations, len(plan.stages))
         return tuple(
-            work.forecast(k, unit=known.unit, imbalance=known.imbalance, gap=known.gap)
+            work.forecast(
+                k, unit=known.unit, imbalance=known.imbalance, gap=known.gap, link=k * link
+            )
             for k in range(1, most + 1)
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from passes.capture import capture
+from passes.device import DeviceProfile
 from passes.errors import OptionError
 from passes.options import CostSource, Options
 from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
@@ -167,6 +168,8 @@ def compile(
     correction: Literal["residual", "difference"] = "residual",
     sweep: Literal["chain", "collapsed", "auto"] = "chain",
     iterations: int = 1,
+    devices: DeviceProfile | Sequence[DeviceProfile] | None = None,
+    order: Literal["fixed", "free"] = "fixed",
     dynamic_batch: bool = True,
     seed: int = 0,
     plan: Plan | None = None,
@@ -183,7 +186,9 @@ def compile(
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         stages: Number N of stages, one a device, or "auto".
         cost: How nodes are weighed: "flops"; seconds on this machine, "measured" of a training step
-            or "measured-forward" of the forward pass; or a callable from (node, FLOPs) to a number.
+            or "measured-forward" of the forward pass; seconds on `devices` by their profiles,
+            "roofline" or "roofline-forward"; or a callable from (node, FLOPs) to a number. What
+            counts the way back cuts for training, what says forward for inference.
         cuts: Names of the nodes or modules that start the second and later stages; overrides the
             search.
         coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
@@ -203,6 +208,10 @@ def compile(
             linear or small map of its own, all of them at once; or "auto", the faster one by the
             step-time model where the corrections are linear.
         iterations: Number K of parareal iterations; K = N reproduces the original.
+        devices: Profile of the devices to cut for, one for all or a list of one per stage or more
+            (`pnn.load_profile`). Their speeds, links and memory count; costs are then seconds,
+            cost="roofline" unless another one is given.
+        order: "fixed": stage j runs on the j-th of `devices`; "free": which one is chosen.
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.
         plan: Replay this plan instead of deciding anew; no option of the search may be given.
@@ -217,14 +226,15 @@ def compile(
     Raises:
         OptionError: An option is unknown or out of range.
         CaptureError: The model cannot be captured as a graph, or fails on the example inputs.
-        PartitionError: It cannot be cut into that many stages.
+        PartitionError: It cannot be cut into that many stages, or does not fit the devices.
         SynthesisError: No guess or correction can be made for an interface.
         ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
     args, kwargs = example(model, example_inputs, args, kwargs)
+    profiles = (devices,) if isinstance(devices, DeviceProfile) else tuple(devices or ())
     options = Options(
         stages=stages,
-        cost=cost,
+        cost="roofline" if profiles and cost == "flops" else cost,
         cuts=cuts if cuts is None or isinstance(cuts, str) else tuple(cuts),  # type: ignore[arg-type]
         coarse=coarse,
         coarse_budget=coarse_budget,
@@ -235,6 +245,8 @@ def compile(
         correction=correction,
         sweep=sweep,
         iterations=iterations,
+        devices=profiles,
+        order=order,
         seed=seed,
     )
     given = [f.name for f in fields(Options) if getattr(options, f.name) != f.default]

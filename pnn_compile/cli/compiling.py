@@ -69,7 +69,19 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     help="What to write into the directory: graph, onnx (model.onnx), onnx-stages (a model per "
     "stage, and manifest.json).",
 )
-@click.option("--cost", default="flops", help="flops, measured or measured-forward.")
+@click.option(
+    "--cost",
+    default="flops",
+    help="flops; measured or roofline, of a training step; either with -forward, of inference.",
+)
+@click.option(
+    "--devices",
+    metavar="NAME,...",
+    help="Profile of all devices, or of one per stage: built in (h100) or a .toml file.",
+)
+@click.option(
+    "--order", default="fixed", help="fixed, or free: which device runs which stage is chosen."
+)
 @click.option(
     "--coarse",
     default="auto",
@@ -154,12 +166,14 @@ def compile_command(
 
 def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
     from pnn_compile.api import compile as compile_model
+    from pnn_compile.devices import load_profile
     from pnn_compile.sources import load_source
 
     # What the user's own file prints belongs to stderr: stdout is the report's, or the JSON's.
     with redirect_stdout(sys.stderr):
         source = load_source(model, options.pop("inputs"), options.pop("arguments"))
     cuts = options.pop("cut_at")
+    devices = options.pop("devices")
     plan_file = options.pop("plan_file")
     return compile_model(
         source.model,
@@ -167,6 +181,7 @@ def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
         kwargs=source.kwargs,
         cuts=[name.strip() for name in cuts.split(",")] if cuts else None,
         plan=_read_plan(plan_file) if plan_file else None,
+        devices=[load_profile(name.strip()) for name in devices.split(",")] if devices else None,
         debug=debug,
         **options,
     )

@@ -77,6 +77,8 @@ def _stages(plan: Plan, width: int) -> Table:
             "share": f"{stage.flops / total:.1%}",
             "time": units.seconds(stage.seconds or 0.0),
             "params": units.count(stage.parameters),
+            "device": stage.device or "",
+            "memory": units.size(stage.memory or 0),
             "guess": _operator(stage.preprocess),
             "coarse": _operator(stage.coarse),
             "state out": _brief_state(interface),
@@ -101,6 +103,8 @@ def _columns(plan: Plan, width: int) -> list[str]:
     columns = ["stage", "modules", "FLOPs", "share"]
     if any(stage.seconds is not None for stage in plan.stages):
         columns.append("time")
+    if any(stage.device is not None for stage in plan.stages):
+        columns += ["device", "memory"]
     if width < _NARROW:
         return [*columns, "coarse"]
     return [*columns, "params", "guess", "coarse", "state out"]
@@ -132,6 +136,7 @@ def _brief_state(interface: Interface) -> str:
 def _summary(compiled: Network) -> Table:
     plan, forecast = compiled.plan, compiled.plan.forecast
     table = Table.grid(padding=(0, 2))
+    links = f"take {units.seconds(forecast.link)} of it" if forecast.link else "not counted"
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("batch size", "free" if compiled.program.dynamic_batch else "fixed"),
@@ -140,13 +145,14 @@ def _summary(compiled: Network) -> Table:
             f"{forecast.imbalance:.3f} (slowest stage over mean); "
             f"the cut is within {forecast.gap:.2%} of the best",
         ),
+        ("other cuts", _other_cuts(plan)),
         (
             "serial share",
             f"{forecast.serial_share:.1%} of the original (coarse sweep and head)",
         ),
         (
             "speed-up",
-            f"{forecast.speedup:.2f} predicted by {forecast.unit}, links not counted; "
+            f"{forecast.speedup:.2f} predicted by {forecast.unit}, links {links}; "
             f"bound {forecast.bound:.2f} on {len(plan.stages)} devices",
         ),
     ]
@@ -155,9 +161,15 @@ def _summary(compiled: Network) -> Table:
         rows.append(("shared", _shortened(shared)))
     if compiled.timings is not None:
         rows.append(("timings", f"kept in {compiled.timings}; without it they are measured anew"))
-    for name, text in rows:
+    for name, text in filter(lambda row: row[1], rows):
         table.add_row(Text(name, style="bold"), text)
     return table
+
+
+def _other_cuts(plan: Plan) -> str:
+    """Where each cut would go next, by the stage that begins there."""
+    known = [(n, f.why) for n, f in enumerate(plan.interfaces[:-1], 1) if f.why]
+    return _shortened([f"stage {n}: {why}" for n, why in known], most=3)
 
 
 def _numbers(stages: Iterable[int], plan: Plan) -> str:
