@@ -119,7 +119,9 @@ class _Sets(Generic[_K]):
     def __call__(self, bounds: Bounds) -> Point:
         size = self.kinds[0].size
         following = math.inf
-        inner, outer, firsts = [], [], []
+        inner: list[Tensor] = []
+        outer: list[Tensor] = []
+        firsts: list[int] = []
         for kind in self.kinds:
             for last, into in ((False, inner), (True, outer)):
                 ends = kind.ends(bounds, 0, size, last=last)

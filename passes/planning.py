@@ -44,7 +44,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     positions = cut.positions
     interfaces = tuple(
         dataclasses.replace(_interface(analysis, position), why=why)
-        for position, why in itertools.zip_longest(positions, cut.why, fillvalue="")
+        for position, why in zip(positions, itertools.chain(cut.why, itertools.repeat("")))
     )
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
     budget = stage_budget(analysis, options, len(stages))
