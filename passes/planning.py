@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,9 +41,10 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     if options.iterations > 1 or options.coarse == "exact":
         _check_repeatable(analysis.program)
     positions = cut.positions
+    reasons = (*cut.why, *[""] * (len(positions) - len(cut.why)))
     interfaces = tuple(
         dataclasses.replace(_interface(analysis, position), why=why)
-        for position, why in zip(positions, itertools.chain(cut.why, itertools.repeat("")))
+        for position, why in zip(positions, reasons, strict=True)
     )
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
     budget = stage_budget(analysis, options, len(stages))
