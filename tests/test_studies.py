@@ -17,7 +17,7 @@ from examples.studies.conversions import ATTEMPTS
 from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
 from examples.studies.networks import build_resnet, build_vgg, shortened
 from examples.studies.presets import PRESETS
-from examples.studies.table import table
+from examples.studies.table import summary, table
 from examples.studies.tasks import Task, make_task
 from examples.studies.training import Originals, augmented
 
@@ -166,3 +166,17 @@ def test_steps_of_the_parts_are_measured() -> None:
     parts = [row[name] for name in ("slowest stage", "sweep", "head")]
     assert min(parts) > 0
     assert row["speedup"] == pytest.approx(row["original"] / sum(parts))
+
+
+def test_the_summary_compares_with_the_original_of_the_same_seed(tmp_path: Path) -> None:
+    common = {"task": "vgg", "preset": "cpu", "study": "conversion"}
+    rows = [
+        common | {"network": name, "stages": stages, "seed": seed, "fitted": fitted}
+        for name, stages, seed, fitted in (
+            ("original", 1, 0, 90.0), ("original", 1, 1, 80.0),
+            ("early exit", 3, 0, 88.0), ("early exit", 3, 1, 79.0), ("early exit", 6, 0, 91.0),
+        )
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| early exit | -1.50 ± 0.71 | +1.00 |" in summary(file)

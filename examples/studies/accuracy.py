@@ -5,7 +5,8 @@
     python -m examples.studies.accuracy table
 
 `run` appends one JSON line per network to `examples/studies/results/accuracy.jsonl`; `table` prints
-the mean and the spread (standard deviation) over seeds as Markdown. Beside every parareal network
+the mean and the spread (standard deviation) over seeds as Markdown, `summary` what is lost against
+the original. Beside every parareal network
 stand the controls: the original; the sequential network of the same latency; from a trained
 original also an early exit and dropped layers at that latency, with the same fit. Many networks at
 once on one GPU: `examples.studies.queue`.
@@ -30,7 +31,7 @@ import pnn_compile as pnn
 from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, Conversion
 from examples.studies.networks import shortened
 from examples.studies.presets import PRESETS, Preset
-from examples.studies.table import Row, table
+from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals, accuracy, train
 from pnn_compile.batches import CalibrationBatches
@@ -312,7 +313,7 @@ def append(file: Path, row: Row) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description="Does a parareal network keep the accuracy?")
-    found.add_argument("action", choices=["run", "table"])
+    found.add_argument("action", choices=["run", "table", "summary"])
     found.add_argument("--task", choices=TASKS, default="gated")
     found.add_argument("--study", choices=list(STUDIES), default="scratch")
     found.add_argument("--data", type=Path)
@@ -327,10 +328,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a study, or print the table of what was run."""
+    """Run a study, or print a table of what was run."""
     options = parser().parse_args(arguments)
-    if options.action == "table":
-        print(table(options.results))
+    if options.action != "run":
+        print((table if options.action == "table" else summary)(options.results))
         return
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high" if options.device == "cuda" else "highest")

@@ -93,10 +93,11 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
 
     first, *others = seeds
     found = [Job("vgg", "scratch", seed, original) for seed in seeds]
-    found += [Job("cifar10", "scratch", first, original), *scratch("vgg", first, (3,))]
+    shorter, *parareal = scratch("vgg", first, (3,))
+    found += [Job("cifar10", "scratch", first, original), shorter]
     for seed in seeds:
         found += conversion("vgg", seed, (3,))
-    found += conversion("cifar10", first, stages)
+    found += [*parareal, *conversion("cifar10", first, stages)]
     for seed in others:  # an original well before what waits for it
         found += [Job("cifar10", "scratch", seed, original), *scratch("vgg", seed, (3,))]
     found += [Job("vgg", "attempts", seed, ("without dropout",), (3,)) for seed in seeds]

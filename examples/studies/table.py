@@ -1,4 +1,4 @@
-"""The table of the studies: mean and spread over seeds, as Markdown."""
+"""The tables of the studies: mean and spread over seeds, as Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "table"]
+__all__ = ["Row", "summary", "table"]
 
 Row = dict[str, object]
 _KEYS = ("preset", "task", "study", "network", "stages")
@@ -15,28 +15,63 @@ _FIGURES = ("accuracy", "uncorrected", "calibrated", "fitted", "agreement", "spe
 
 
 def table(path: Path) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    latest = {tuple(row.get(key) for key in (*_KEYS, "seed")): row for row in rows}
+    """Every figure: mean and standard deviation over seeds."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in latest.values():  # of a network that was run again the later row counts
+    for row in _latest(path):
         groups.setdefault(tuple(row.get(key) for key in _KEYS), []).append(row)
     lines = [
         f"| preset | task | study | network | N | seeds | {' | '.join(_FIGURES)} |",
         f"|{'---|' * (6 + len(_FIGURES))}",
     ]
     for key, found in groups.items():
-        cells = [_spread([r[f] for r in found if f in r]) for f in _FIGURES]
+        cells = [_spread([float(str(r[f])) for r in found if f in r]) for f in _FIGURES]
         lines.append(f"| {' | '.join(map(str, key))} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: list[object]) -> str:
-    numbers = [float(str(value)) for value in values]
+def summary(path: Path) -> str:
+    """How the accuracy changes against the original of the same seed, in points, for every N."""
+    rows = [row for row in _latest(path) if row.get("study") != "iterations"]
+    originals = {_place(row): _reached(row) for row in rows if row["network"] == "original"}
+    changes: dict[tuple[Any, ...], dict[int, list[float]]] = {}
+    for row in rows:
+        if row["network"] != "original" and _place(row) in originals:
+            key = tuple(row.get(key) for key in _KEYS[:4])
+            by_size = changes.setdefault(key, {})
+            change = _reached(row) - originals[_place(row)]
+            by_size.setdefault(int(str(row["stages"])), []).append(change)
+    sizes = sorted({size for by_size in changes.values() for size in by_size})
+    lines = [
+        f"| preset | task | study | network | {' | '.join(f'N = {size}' for size in sizes)} |",
+        f"|{'---|' * (4 + len(sizes))}",
+    ]
+    for key, by_size in changes.items():
+        cells = [_spread(by_size.get(size, []), signed=True) for size in sizes]
+        lines.append(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _latest(path: Path) -> list[Row]:
+    """The rows of a file; of a network that was run again the later row counts."""
+    rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({tuple(row.get(key) for key in (*_KEYS, "seed")): row for row in rows}.values())
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    return tuple(row.get(key) for key in ("preset", "task", "study", "seed"))
+
+
+def _reached(row: Row) -> float:
+    """Accuracy of a network in the end."""
+    return float(str(row.get("fitted", row.get("accuracy"))))
+
+
+def _spread(numbers: list[float], *, signed: bool = False) -> str:
     if not numbers:
         return ""
     mean = statistics.mean(numbers)
-    digits = 3 if abs(mean) < 1 else 2
+    digits = 3 if abs(mean) < 1 and not signed else 2
+    plus = "+" if signed else ""
     if len(numbers) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
+        return f"{mean:{plus}.{digits}f}"
+    return f"{mean:{plus}.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
