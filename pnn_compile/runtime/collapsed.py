@@ -46,8 +46,10 @@ class CollapsedSweep:
         self.actions: dict[Kind, Action] = {
             Kind.FINE: self._fine,
             Kind.SEND_GUESS: self._send_guess,
+            Kind.EXPECT_GUESS: self._expect_guess,
             Kind.RECEIVE_GUESS: self._receive_guess,
             Kind.SEND_OUTPUT: self._send_output,
+            Kind.EXPECT_OUTPUT: self._expect_output,
             Kind.RECEIVE_OUTPUT: self._receive_output,
             Kind.CORRECT: self._correct,
             Kind.SEND_SUM: self._send_sum,
@@ -56,8 +58,10 @@ class CollapsedSweep:
             Kind.RECEIVE_SUM_ADJOINT: self._receive_sum_adjoint,
             Kind.COARSE_BACKWARD: self._coarse_backward,
             Kind.SEND_OUTPUT_ADJOINT: self._send_output_adjoint,
+            Kind.EXPECT_OUTPUT_ADJOINT: self._expect_output_adjoint,
             Kind.RECEIVE_OUTPUT_ADJOINT: self._receive_output_adjoint,
             Kind.SEND_GUESS_ADJOINT: self._send_guess_adjoint,
+            Kind.EXPECT_GUESS_ADJOINT: self._expect_guess,  # as large as the guess
             Kind.RECEIVE_GUESS_ADJOINT: self._receive_guess_adjoint,
             Kind.FINE_BACKWARD: self._fine_backward,
         }
@@ -75,12 +79,18 @@ class CollapsedSweep:
     def _send_guess(self, it: Instruction) -> None:
         self._step.send(it.peer, self._step.guess[it.key].outputs, self._like_guess(it))
 
+    def _expect_guess(self, it: Instruction) -> None:
+        self._step.expect(it.peer, self._like_guess(it))
+
     def _receive_guess(self, it: Instruction) -> None:
         self._guesses[it.stage, it.batch] = self._step.receive(it.peer, self._like_guess(it))
 
     def _send_output(self, it: Instruction) -> None:
         like = self._like_output(it, reader=it.peer)
         self._step.send(it.peer, self._step.fine[it.key].outputs, like)
+
+    def _expect_output(self, it: Instruction) -> None:
+        self._step.expect(it.peer, self._like_output(it, reader=self._step.network.rank))
 
     def _receive_output(self, it: Instruction) -> None:
         like = self._like_output(it, reader=self._step.network.rank)
@@ -141,6 +151,9 @@ class CollapsedSweep:
     def _send_output_adjoint(self, it: Instruction) -> None:
         like = self._like_output(it, reader=self._step.network.rank)
         self._step.send(it.peer, self._read.pop((it.stage, it.batch), {}), like)
+
+    def _expect_output_adjoint(self, it: Instruction) -> None:
+        self._step.expect(it.peer, self._like_output(it, reader=it.peer))
 
     def _receive_output_adjoint(self, it: Instruction) -> None:
         like = self._like_output(it, reader=it.peer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["FORWARD", "RECEIVES", "SENDS", "Instruction", "Kind"]
+__all__ = ["EXPECTS", "FORWARD", "RECEIVES", "SENDS", "Instruction", "Kind"]
 
 
 class Kind(Enum):
@@ -27,17 +27,22 @@ class Kind(Enum):
     RECEIVE_ADJOINT = "receive adjoint"
 
     # Messages of a collapsed sweep: what residuals are made of, and partial sums of the last state.
+    # A rank expects a message before it waits for it: it gives room for it, and goes on.
     SEND_GUESS = "send guess"
+    EXPECT_GUESS = "expect guess"
     RECEIVE_GUESS = "receive guess"
     SEND_OUTPUT = "send output"
+    EXPECT_OUTPUT = "expect output"
     RECEIVE_OUTPUT = "receive output"
     SEND_SUM = "send sum"
     RECEIVE_SUM = "receive sum"
     SEND_SUM_ADJOINT = "send adjoint of the sum"
     RECEIVE_SUM_ADJOINT = "receive adjoint of the sum"
     SEND_OUTPUT_ADJOINT = "send adjoint of an output"
+    EXPECT_OUTPUT_ADJOINT = "expect adjoint of an output"
     RECEIVE_OUTPUT_ADJOINT = "receive adjoint of an output"
     SEND_GUESS_ADJOINT = "send adjoint of a guess"
+    EXPECT_GUESS_ADJOINT = "expect adjoint of a guess"
     RECEIVE_GUESS_ADJOINT = "receive adjoint of a guess"
 
 
@@ -52,6 +57,14 @@ SENDS = {
     Kind.SEND_GUESS_ADJOINT: Kind.RECEIVE_GUESS_ADJOINT,
 }
 """Every kind that sends, and the kind that takes it."""
+
+EXPECTS = {
+    Kind.EXPECT_GUESS: Kind.RECEIVE_GUESS,
+    Kind.EXPECT_OUTPUT: Kind.RECEIVE_OUTPUT,
+    Kind.EXPECT_OUTPUT_ADJOINT: Kind.RECEIVE_OUTPUT_ADJOINT,
+    Kind.EXPECT_GUESS_ADJOINT: Kind.RECEIVE_GUESS_ADJOINT,
+}
+"""Every kind that gives room for a message, and the kind that waits for it later."""
 
 FORWARD = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
 """Every kind that runs a network forward, which may draw random numbers."""

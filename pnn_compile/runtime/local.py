@@ -40,6 +40,9 @@ class _LocalLink:
         copies = [tensor.detach().clone() for tensor in tensors]
         self._network.queue(self._rank, peer).append(copies)
 
+    def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
+        """Nothing: queues give room."""
+
     def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         found = self._network.queue(peer, self._rank).popleft()
         for tensor, wanted in zip(found, like, strict=True):

@@ -21,7 +21,8 @@ these up along a binary tree whose root holds the last stage: ceil(log2 R) messa
 ranks. The residual y_{j-1} - x_j needs what stage j - 1 computed and what was guessed for stage j,
 which live on two ranks. The *guess* crosses, to the rank of stage j - 1, where P_j lives too: it is
 there before the fine stage is done, and backward its adjoint has the time of a whole fine stage.
-(Were y_{j-1} to cross, of the same size, a link more would lie on the path each way.)
+(Were y_{j-1} to cross, of the same size, a link more would lie on the path each way.) A rank gives
+room for these messages in an order that all ranks keep, and waits for them when it needs them.
 
     rank 0  f f f f *   c *                           * C *   F F F F
     rank 1  g * f f f f * c * *                   * * C * F F F F * G
@@ -243,18 +244,21 @@ class _Collapsed:
         for stage, ranks in enumerate(self._readers):
             for rank in ranks:
                 self._read[rank].append(stage)
+        # The stages whose guesses, and whose outputs, a rank makes or reads.
+        both = [sorted({*a, *b} - {0}) for a, b in zip(own, corrected, strict=True)]
+        self._with_guesses = both
+        self._with_outputs = [sorted({*a, *b}) for a, b in zip(own, self._read, strict=True)]
 
     def start(self, rank: int, batch: int) -> list[Instruction]:
         found, corrected = [], self._corrected[rank]
-        for stage in self._own[rank]:
-            if stage:
+        for stage in self._with_guesses[rank]:
+            if self._placement[stage] == rank:
                 found.append(Instruction(Kind.GUESS, stage, batch))
-                if (home := self._guess_goes(stage)) is not None:
-                    found.append(Instruction(Kind.SEND_GUESS, stage, batch, home))
-        for stage in self._own[rank]:
-            found.append(Instruction(Kind.FINE, stage, batch))
-            for peer in self._readers[stage]:
-                found.append(Instruction(Kind.SEND_OUTPUT, stage, batch, peer))
+            found += self._guess(rank, stage, batch, Kind.SEND_GUESS, Kind.EXPECT_GUESS)
+        for stage in self._with_outputs[rank]:
+            if self._placement[stage] == rank:
+                found.append(Instruction(Kind.FINE, stage, batch))
+            found += self._output(rank, stage, batch, Kind.SEND_OUTPUT, Kind.EXPECT_OUTPUT)
         for stage in corrected:
             if self._guess_goes(stage) is not None:
                 owner = self._placement[stage]
@@ -279,13 +283,14 @@ class _Collapsed:
         for peer in reversed(below):  # the deepest branch first
             found.append(Instruction(Kind.SEND_SUM_ADJOINT, self._last, batch, peer))
         found += [Instruction(Kind.COARSE_BACKWARD, s, batch) for s in self._corrected[rank]]
-        for stage in self._read[rank]:
-            owner = self._placement[stage]
-            found.append(Instruction(Kind.SEND_OUTPUT_ADJOINT, stage, batch, owner))
-        for stage in self._corrected[rank]:
-            if self._guess_goes(stage) is not None:
-                owner = self._placement[stage]
-                found.append(Instruction(Kind.SEND_GUESS_ADJOINT, stage, batch, owner))
+        for stage in self._with_outputs[rank]:
+            found += self._output(
+                rank, stage, batch, Kind.EXPECT_OUTPUT_ADJOINT, Kind.SEND_OUTPUT_ADJOINT
+            )
+        for stage in self._with_guesses[rank]:
+            found += self._guess(
+                rank, stage, batch, Kind.EXPECT_GUESS_ADJOINT, Kind.SEND_GUESS_ADJOINT
+            )
         for stage in self._own[rank]:
             for peer in self._readers[stage]:
                 found.append(Instruction(Kind.RECEIVE_OUTPUT_ADJOINT, stage, batch, peer))
@@ -296,6 +301,30 @@ class _Collapsed:
                     found.append(Instruction(Kind.RECEIVE_GUESS_ADJOINT, stage, batch, home))
                 found.append(Instruction(Kind.GUESS_BACKWARD, stage, batch))
         return found
+
+    # All ranks come to the guesses by stage, then to the outputs by stage and reader (backward the
+    # other way round): as no two take messages in another order, none waits in a circle.
+
+    def _guess(
+        self, rank: int, stage: int, batch: int, owner: Kind, corrector: Kind
+    ) -> list[Instruction]:
+        """A rank's part in the message that a guess, or its adjoint, is."""
+        owned, home = self._placement[stage], self._guess_goes(stage)
+        if home is None or rank not in (owned, home):
+            return []
+        if rank == owned:
+            return [Instruction(owner, stage, batch, home)]
+        return [Instruction(corrector, stage, batch, owned)]
+
+    def _output(
+        self, rank: int, stage: int, batch: int, owner: Kind, reader: Kind
+    ) -> list[Instruction]:
+        """A rank's part in the messages that an output, or the adjoints of it, are."""
+        if self._placement[stage] == rank:
+            return [Instruction(owner, stage, batch, peer) for peer in self._readers[stage]]
+        if rank in self._readers[stage]:
+            return [Instruction(reader, stage, batch, self._placement[stage])]
+        return []
 
     def _guess_goes(self, stage: int) -> int | None:
         """The rank that the guess of a stage is sent to, if it is another one."""

@@ -199,7 +199,7 @@ def simulate(programs: Sequence[Sequence[Instruction]], times: Times) -> Timelin
         if peer is not None and instruction.kind in SENDS:
             free[rank, peer] = max(free[rank, peer], end) + times.transfer(instruction)
             flying[rank, peer].append((free[rank, peer] + times.latency, len(spans[rank])))
-        elif peer is not None:
+        elif peer is not None and instruction.kind in RECEIVES:
             there, place = flying[peer, rank].popleft()
             cause = (peer, place) if there > start else None
             end = max(start, there)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pnn_compile.runtime.instruction import RECEIVES, SENDS, Kind
+from pnn_compile.runtime.instruction import EXPECTS, RECEIVES, SENDS, Kind
 from pnn_compile.runtime.schedule import Sweep, schedule
 from pnn_compile.runtime.simulator import Span, Timeline, Times, simulate
 
@@ -55,7 +55,7 @@ def chrome_trace(timeline: Timeline, *, scale: float = _MICROSECONDS) -> dict[st
             name = f"{kind.value} {span.instruction.stage}"
             length = (span.end - span.start) * scale
             events.append(moment | {"ph": "X", "name": name, "dur": length, "args": arguments})
-            if peer is None:
+            if peer is None or kind in EXPECTS:
                 continue
             ends = (rank, peer) if kind in SENDS else (peer, rank)
             arrow = {"name": "message", "id": _message(span, *ends), "cat": "message"}
@@ -68,7 +68,7 @@ def chrome_trace(timeline: Timeline, *, scale: float = _MICROSECONDS) -> dict[st
 
 def _category(span: Span) -> str:
     kind = span.instruction.kind
-    if kind in RECEIVES:
+    if kind in RECEIVES or kind in EXPECTS:
         return "wait"
     if kind in SENDS:
         return "send"

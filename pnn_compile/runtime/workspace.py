@@ -23,6 +23,9 @@ class Link(Protocol):
     def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Send, without waiting for the receiver."""
 
+    def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
+        """Give room for tensors of these shapes and types, without waiting for them."""
+
     def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Wait for tensors of these shapes and types; `like` is on the meta device."""
 
@@ -98,6 +101,11 @@ class Workspace:
                 for name, value in like.items()
             ],
         )
+
+    def expect(self, peer: int | None, like: Mapping[str, torch.Tensor]) -> None:
+        """Give room for the components that `like` names; `receive` waits for them."""
+        assert peer is not None
+        self.link.expect(peer, list(like.values()))
 
     def receive(self, peer: int | None, like: Mapping[str, torch.Tensor]) -> State:
         """Wait for the components that `like` names."""
