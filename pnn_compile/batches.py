@@ -30,10 +30,10 @@ def argument_names(program: Program) -> list[str]:
     return [str(node.target) for node in program.inputs]
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer of a module; the CPU if it has none."""
+def device_of(module: nn.Module, otherwise: torch.device | None = None) -> torch.device:
+    """Device of the first parameter or buffer of a module; that or the CPU if it has none."""
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors), otherwise or torch.device("cpu"))
 
 
 def named_batch(

@@ -69,7 +69,7 @@ def _bfloat16(rank: int) -> dict[str, Any]:
     send = DistributedLink.send
 
     def record(link: DistributedLink, peer: int, tensors: Any) -> None:
-        sent.update(tensor.dtype for tensor in tensors)
+        sent.update(tensor.dtype for tensor in tensors if tensor.dim())  # all but the loss
         send(link, peer, tensors)
 
     DistributedLink.send = record  # type: ignore[method-assign, assignment]

@@ -95,8 +95,7 @@ class ChainSweep:
     # Backward
 
     def _receive_adjoint(self, it: Instruction) -> None:
-        like = self._step.like(it.stage, it.batch)
-        self._step.adjoint[it.key] = self._step.receive(it.peer, like)
+        self._step.adjoint[it.key] = self._step.receive_adjoint(it)
 
     def _coarse_backward(self, it: Instruction) -> None:
         """Carry the adjoint through the coarse network to the state behind the stage before."""
@@ -107,8 +106,7 @@ class ChainSweep:
         self._add(it.stage - 1, it.batch, it.iteration, added(self._carried(it), residual))
 
     def _send_adjoint(self, it: Instruction) -> None:
-        adjoint = self._step.adjoint.pop(it.key)
-        self._step.send(it.peer, adjoint, self._step.like(it.stage, it.batch))
+        self._step.send_adjoint(it, self._step.adjoint.pop(it.key))
 
     def _fine_backward(self, it: Instruction) -> None:
         """Run the fine stage backward; give the adjoint of what it read to where that came from."""

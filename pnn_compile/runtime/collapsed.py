@@ -133,12 +133,10 @@ class CollapsedSweep:
     # Backward
 
     def _send_sum_adjoint(self, it: Instruction) -> None:
-        like = self._step.like(it.stage, it.batch)
-        self._step.send(it.peer, self._step.adjoint[it.key], like)
+        self._step.send_adjoint(it, self._step.adjoint[it.key])
 
     def _receive_sum_adjoint(self, it: Instruction) -> None:
-        like = self._step.like(it.stage, it.batch)
-        self._step.adjoint[it.key] = self._step.receive(it.peer, like)
+        self._step.adjoint[it.key] = self._step.receive_adjoint(it)
 
     def _coarse_backward(self, it: Instruction) -> None:
         """Carry the adjoint of the last state through P_j, to what the residual is made of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,23 +16,25 @@ from pnn_compile.batches import (
     argument_names,
     batch_size,
     check_shapes,
-    device_of,
     named_batch,
 )
 from pnn_compile.runtime import sharding
 from pnn_compile.runtime.computing import Computing
 from pnn_compile.runtime.feed import Feed
 from pnn_compile.runtime.groups import Groups
+from pnn_compile.runtime.held import Held, refuse_conversion
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.link import DistributedLink
 from pnn_compile.runtime.microbatches import crossing, divide
 from pnn_compile.runtime.order import check
+from pnn_compile.runtime.passing import Passing
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.replicas import Replicas
 from pnn_compile.runtime.saved import Saved
 from pnn_compile.runtime.sharding import local
 from pnn_compile.runtime.step import Step
 from pnn_compile.runtime.ties import Ties
+from pnn_compile.runtime.workspace import Like
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -54,6 +56,7 @@ class RankModule(nn.Module):
         computing: How the pieces run.
         shard: Whether replicas hold a share of the weights each.
         feed: Whether rank 0 hands the batches out.
+        device: Where the pieces are moved to; None to leave them where they are.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class RankModule(nn.Module):
         *,
         shard: bool = False,
         feed: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages))
+        self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages), device)
+        groups.check_backend(self.network.device)
         self._compiled = [compiled]  # a list hides it from nn.Module
         self.groups = groups
         self._group = groups.stages
@@ -86,10 +91,13 @@ class RankModule(nn.Module):
         self._feed = None
         if feed:
             names = argument_names(compiled.program)
-            self._feed = Feed(self.network, names, groups.stages, device_of(self.network))
+            self._feed = Feed(self.network, names, groups.stages)
         self._sharded = shard
         if shard:
             sharding.shard(compiled, self.network, groups.data)
+        self._passing = Passing(groups.stages)
+        self._held = Held(self.network)
+        self._likes: dict[tuple[int, ...], Like] = {}
 
     @property
     def rank(self) -> int:
@@ -160,7 +168,7 @@ class RankModule(nn.Module):
         with self._exchanging("gradients"):
             self._ties.sum_gradients(earlier)
             self._replicas.average_gradients()
-        total = torch.zeros((), device=device_of(self.network))
+        total = torch.zeros((), device=self.network.device)
         if self.holds_output:
             total += torch.stack([*step.losses.values()]).sum() / scale
         with self._exchanging("the loss"):
@@ -191,7 +199,7 @@ class RankModule(nn.Module):
             RuntimeFault: As in `forward_backward`; or the loss is not finite, without a scaler:
                 then no rank has taken the step.
         """
-        self.zero_grad(set_to_none=True)
+        self._held.clear_gradients()
         value = self.forward_backward(batch, loss, scaler)
         if scaler is None and not torch.isfinite(value):
             raise RuntimeFault(
@@ -216,7 +224,7 @@ class RankModule(nn.Module):
         """Make a gradient scaler that all ranks agree with; options as of torch.amp.GradScaler."""
         from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-        device = device_of(self.network).type
+        device = self.network.device.type
         return ShardedGradScaler(device, process_group=self.groups.everyone, **options)
 
     def _scale(self, scaler: GradScaler | None) -> float:
@@ -227,15 +235,16 @@ class RankModule(nn.Module):
                 f"a {type(scaler).__name__} of this rank alone does not know of overflows on the "
                 "others: make it with module.grad_scaler()"
             )
-        scaler.scale(torch.zeros((), device=device_of(self.network)))  # makes its scale
+        scaler.scale(torch.zeros((), device=self.network.device))  # makes its scale
         return scaler.get_scale()
 
     def clip_gradients(self, most: float) -> torch.Tensor:
         """Scale all gradients to a norm over all ranks of at most `most`; give their norm."""
-        gradients = {p: local(p.grad) for p in self.parameters() if p.grad is not None}
+        held = self._held.parameters
+        gradients = {p: local(p.grad) for p in held if p.grad is not None}
         squares = [g.double().square().sum() for p, g in gradients.items() if self._counts(p)]
         total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
-        total = total.to(device_of(self.network))
+        total = total.to(self.network.device)
         with self._exchanging("the norm of the gradient"):
             dist.all_reduce(total, group=self.groups.everyone if self._sharded else self._group)
         norm = total.sqrt()
@@ -258,7 +267,7 @@ class RankModule(nn.Module):
 
     def _inputs(self, batch: Any) -> dict[str, Any]:
         # Of the whole network the first weights may be those of another rank, without data.
-        inputs = named_batch(self.whole, batch, device_of(self.network))
+        inputs = named_batch(self.whole, batch, self.network.device)
         try:
             check_shapes(self.whole, inputs)
         except OptionError as error:
@@ -309,12 +318,11 @@ class RankModule(nn.Module):
         loss: Callable[[Any, int], torch.Tensor] | None,
         programs: Sequence[Sequence[Instruction]],
     ) -> Step:
-        device = device_of(self.network)
-        link = DistributedLink(self._group, device)
-        compiled = self.whole
-        like = crossing(compiled, inputs, self._computing.autocast)
+        self._held.check(self.rank)
+        device, compiled = self.network.device, self.whole
+        link = DistributedLink(self._passing, device)
         seed = self.saved.step_seed()
-        step = Step(self.network, inputs, link, loss, like, seed)
+        step = Step(self.network, inputs, link, loss, self._crossing(inputs), seed)
         self.saved.steps += loss is not None
         for instruction in programs[self.rank]:
             try:
@@ -327,6 +335,17 @@ class RankModule(nn.Module):
         with self._exchanging("the last messages"):
             link.wait()
         return step
+
+    def _crossing(self, inputs: Sequence[Mapping[str, Any]]) -> Like:
+        """What crosses between stages, found once for every size of the micro-batches."""
+        sizes = tuple(map(batch_size, inputs))
+        if sizes not in self._likes:
+            self._likes[sizes] = crossing(self.whole, inputs, self._computing.autocast)
+        return self._likes[sizes]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        refuse_conversion(self.network, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def _fault(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
+from pnn_compile.runtime.passing import Passing, Pending
 from pnn_compile.runtime.rank import RankNetwork
 
 __all__ = ["Feed", "reads"]
@@ -33,7 +34,6 @@ class Feed:
         network: What this rank owns.
         arguments: Names of the arguments of the model.
         group: Process group with one process a rank.
-        device: Where tensors are received.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Feed:
         network: RankNetwork,
         arguments: list[str],
         group: dist.ProcessGroup,
-        device: torch.device,
     ) -> None:
+        self._network = network
         self._arguments = arguments
         self._group = group
-        self._device = device
+        self._passing = Passing(group)
         own = None if network.last in network.own else reads(network, arguments)
         self._needs: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(self._needs, own, group=group)
@@ -58,20 +58,19 @@ class Feed:
         if rank == 0:
             self._send(batch)
             return batch
-        found = self._map(outline[0], self._needs[rank], self._empty)
-        for tensor in _tensors(found):
-            dist.recv(tensor, group=self._group, group_src=0)
-        return found
+        # What is needed is begun in the order in which rank 0 sends it.
+        pending = self._map(outline[0], self._needs[rank], self._begin)
+        return pytree.tree_map(
+            lambda leaf: leaf.wait() if isinstance(leaf, Pending) else leaf, pending
+        )
 
     def _send(self, batch: Any) -> None:
         sent = []
         for rank in range(1, len(self._needs)):
             for tensor in _tensors(self._map(batch, self._needs[rank], self._ready)):
-                work = dist.isend(tensor, group=self._group, group_dst=rank)
-                sent.append((work, tensor))  # alive until it is sent
-        for work, _ in sent:
-            if work is not None:
-                work.wait()
+                sent.append(self._passing.send(rank, tensor))
+        for each in sent:
+            each.wait()
 
     def _map(self, batch: Any, needed: set[str] | None, make: Callable[..., Any]) -> Any:
         """Make every leaf of a batch, knowing whether it is needed."""
@@ -88,18 +87,18 @@ class Feed:
             return tuple(column(n, v) for n, v in zip(padded, batch, strict=False))
         return column(names[0], batch)
 
-    def _empty(self, leaf: Any, wanted: bool) -> Any:
+    def _begin(self, leaf: Any, wanted: bool) -> Any:
         if not isinstance(leaf, _Blank):
             if isinstance(leaf, torch.Tensor):
                 raise RuntimeFault("a batch holds a tensor in a container that torch cannot open")
             return leaf
-        device = self._device if wanted else "meta"
-        return torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+        like = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        return self._passing.receive(0, like, self._network.device) if wanted else like
 
     def _ready(self, leaf: Any, wanted: bool) -> Any:
         if not wanted or not isinstance(leaf, torch.Tensor):
             return None
-        return leaf.detach().to(self._device).contiguous()
+        return leaf.detach().to(self._network.device)
 
 
 def reads(network: RankNetwork, arguments: list[str]) -> set[str]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import RuntimeFault
+from pnn_compile.runtime.passing import backend_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -74,6 +75,19 @@ class Groups:
     def replica(self) -> int:
         """Number of this replica of the network."""
         return 0 if self.replicas is None else dist.get_rank(self.replicas)
+
+    def check_backend(self, device: torch.device) -> None:
+        """Refuse weights that the ranks could not send each other.
+
+        Raises:
+            RuntimeFault: The group has no backend for this kind of device.
+        """
+        if backend_of(self.stages, device) is None:
+            raise RuntimeFault(
+                f"the weights are on {device}, and the process group sends nothing from there "
+                f"(backend {dist.get_backend(self.stages)}): give distribute(device=...), or start "
+                'it with init_process_group("cpu:gloo,cuda:nccl")'
+            )
 
     def common_seed(self) -> int:
         """The seed of the first process, for all of them."""

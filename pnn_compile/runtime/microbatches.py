@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,7 @@ def crossing(
         precision: In which they are sent; None for that of the weights.
     """
     example = batch_size(compiled.program.args)
+    sizes = [batch_size(each) for each in inputs]
     conversion = compiled.conversion
 
     def type_of(name: str) -> torch.dtype:
@@ -65,8 +67,9 @@ def crossing(
             dtype = conversion[1]
         return dtype if precision is None else precision
 
+    @cache
     def like(stage: int, batch: int) -> dict[str, torch.Tensor]:
-        samples = batch_size(inputs[batch])
+        samples = sizes[batch]
         found = {}
         for value in compiled.plan.interfaces[stage].state:
             shape = list(value.spec.shape)

@@ -47,6 +47,7 @@ def distribute(
     recompute: bool = False,
     compile_backend: str | Callable[..., Any] | None = None,
     shard: bool = False,
+    device: torch.device | str | None = None,
     inputs: Literal["every rank", "rank 0"] = "every rank",
 ) -> RankModule:
     """Take this rank's part of a network, on every rank of a process group or mesh.
@@ -71,15 +72,17 @@ def distribute(
             (activation checkpointing).
         compile_backend: Backend of torch.compile, which every piece goes through by itself.
         shard: Whether replicas hold a share of the weights each (FSDP2, every piece one unit).
+        device: Where this rank's pieces are moved to, and batches with them; where the weights are
+            if None, which of an artifact is the CPU.
         inputs: Who has the batches: every rank the same one, or rank 0 of a network alone, which
             hands out to every rank what its stages read.
 
     Raises:
-        RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, or
-            the placement does not fit.
+        RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, the
+            placement does not fit, or there is no such device.
         ArtifactError: As `pnn.load`.
     """
-    groups = Groups.of(group, mesh)
+    groups, home = Groups.of(group, mesh), _device(device)
     folder = None
     if isinstance(compiled, (str, Path)):
         from pnn_compile.artifact import load
@@ -99,4 +102,17 @@ def distribute(
         raise RuntimeFault(f"inputs are with 'every rank' or 'rank 0' (got {inputs!r})")
     computing = Computing(autocast, recompute, compile_backend)
     feed = inputs == "rank 0"
-    return RankModule(compiled, placement, groups, batches, computing, shard=shard, feed=feed)
+    return RankModule(
+        compiled, placement, groups, batches, computing, shard=shard, feed=feed, device=home
+    )
+
+
+def _device(wanted: torch.device | str | None) -> torch.device | None:
+    """The device of that name, if there is one."""
+    if wanted is None:
+        return None
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeFault(f"no pieces can be on device {str(wanted)!r}: {reason}") from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from passes.errors import RuntimeFault
+from pnn_compile.batches import device_of
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.schedule import Sweep, schedule
 from pnn_compile.walk import Walker
@@ -25,6 +27,7 @@ class RankNetwork(nn.Module):
         compiled: The whole network; the rank's pieces are shared with it, not copied.
         placement: Rank of every stage.
         rank: This rank.
+        device: Where its pieces are moved to; None to leave them where they are.
 
     Attributes:
         own: Numbers of the stages that live here.
@@ -35,7 +38,13 @@ class RankNetwork(nn.Module):
         RuntimeFault: The placement does not fit the network.
     """
 
-    def __init__(self, compiled: Network, placement: Sequence[int], rank: int) -> None:
+    def __init__(
+        self,
+        compiled: Network,
+        placement: Sequence[int],
+        rank: int,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         _check(compiled, placement)
         self.plan = compiled.plan
@@ -55,6 +64,15 @@ class RankNetwork(nn.Module):
             self.add_module(f"coarse_{stage}", self.walker.corrections[stage].network)
         if self.last in self.own:
             self.add_module("head", compiled.stages.head)
+        if device is not None:
+            self.to(device)
+        home = device or device_of(compiled.module)
+        self._home = torch.device("cpu") if home.type == "meta" else home
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rank computes: where its tensors are, if it has any."""
+        return device_of(self, self._home)
 
     @property
     def last(self) -> int:

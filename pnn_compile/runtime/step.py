@@ -42,7 +42,6 @@ class Step(Workspace):
 
     Attributes:
         outputs: Of the model, by micro-batch, where the last stage is.
-        losses: By micro-batch, there too.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class Step(Workspace):
         self.loss = loss
         self.seed = seed
         self.outputs: dict[int, Any] = {}
-        self.losses: dict[int, torch.Tensor] = {}
         self._head: dict[int, Piece] = {}
         sweep = CollapsedSweep(self) if self.plan.sweep == "collapsed" else ChainSweep(self)
         self._actions: dict[Kind, Action] = {
@@ -80,12 +78,25 @@ class Step(Workspace):
         if it.kind not in FORWARD or not self.network.training:
             yield
             return
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            text = f"{self.seed} {it.kind.name} {it.stage} {it.batch} {it.iteration}"
-            digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-            torch.manual_seed(int.from_bytes(digest))
+        text = f"{self.seed} {it.kind.name} {it.stage} {it.batch} {it.iteration}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        # torch.manual_seed would take a millisecond: it looks for every kind of device.
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            index = self.device.index
+            generators.append(
+                torch.cuda.default_generators[
+                    torch.cuda.current_device() if index is None else index
+                ]
+            )
+        before = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(int.from_bytes(digest))
             yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
 
     # What every kind of sweep begins and ends with
 

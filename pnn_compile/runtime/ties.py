@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from passes.errors import RuntimeFault
+from pnn_compile.runtime.passing import Passing
 from pnn_compile.runtime.rank import RankNetwork
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Ties:
         for rank in range(max(placement) + 1):
             for parameter in RankNetwork(compiled, placement, rank).parameters():
                 owners.setdefault(parameter, []).append(rank)
-        self._group = group
+        self._passing = Passing(group)
         self._rank = dist.get_rank(group)
         self._counted = {p for p, ranks in owners.items() if ranks[0] == self._rank}
         # In the same order on all ranks, so that messages meet.
@@ -104,19 +105,15 @@ class Ties:
         """
         if self._rank == ranks[0]:
             for peer in ranks[1:]:
-                other = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-                dist.recv(other, group=self._group, group_src=peer)
-                tensor += other
+                tensor += self._passing.receive(peer, tensor).wait()
         else:
-            dist.send(tensor.contiguous(), group=self._group, group_dst=ranks[0])
+            self._passing.send(ranks[0], tensor).wait()
         self._give(tensor, ranks)
 
     def _give(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
         """Give all ranks the tensor of the first one."""
         if self._rank == ranks[0]:
             for peer in ranks[1:]:
-                dist.send(tensor.contiguous(), group=self._group, group_dst=peer)
+                self._passing.send(peer, tensor).wait()
             return
-        found = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        dist.recv(found, group=self._group, group_src=ranks[0])
-        tensor.copy_(found)
+        tensor.copy_(self._passing.receive(ranks[0], tensor).wait())

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 
 from passes.errors import RuntimeFault
-from pnn_compile.batches import device_of
 from pnn_compile.runtime.instruction import Instruction
 from pnn_compile.runtime.piece import Piece
 from pnn_compile.runtime.rank import RankNetwork
@@ -56,6 +55,7 @@ class Workspace:
         state: The states behind stages that are at hand.
         adjoint: Their adjoints, as far as they are known.
         guess_adjoint: What the guesses of stages here go backward from.
+        losses: By micro-batch, from when the last stage, or an adjoint behind it, is there.
     """
 
     def __init__(
@@ -77,11 +77,12 @@ class Workspace:
         self.state: dict[_Key, State] = {}
         self.adjoint: dict[_Key, State] = {}
         self.guess_adjoint: dict[_Key, State] = {}
+        self.losses: dict[int, torch.Tensor] = {}
 
     @property
     def device(self) -> torch.device:
         """Where the rank computes."""
-        return device_of(self.network)
+        return self.network.device
 
     def send(self, peer: int | None, state: State, like: Mapping[str, torch.Tensor]) -> None:
         """Send the components that `like` names, as it says; one that is not there is zero."""
@@ -112,3 +113,22 @@ class Workspace:
         assert peer is not None
         found = self.link.receive(peer, list(like.values()))
         return dict(zip(like, found, strict=True))
+
+    def send_adjoint(self, it: Instruction, adjoint: State) -> None:
+        """Send the adjoint of what crosses behind a stage, and the loss with it.
+
+        So the loss is known everywhere before the fine stages run backward, and no rank waits for
+        it behind them.
+        """
+        like = self.like(it.stage, it.batch)
+        self.send(it.peer, {**adjoint, _LOSS: self.losses[it.batch]}, {**like, _LOSS: _NUMBER})
+
+    def receive_adjoint(self, it: Instruction) -> State:
+        """Wait for what `send_adjoint` sends."""
+        found = self.receive(it.peer, {**self.like(it.stage, it.batch), _LOSS: _NUMBER})
+        self.losses[it.batch] = found.pop(_LOSS)
+        return found
+
+
+_LOSS = "the loss"
+_NUMBER = torch.empty((), dtype=torch.float64, device="meta")
