@@ -83,12 +83,8 @@ class Step(Workspace):
         # torch.manual_seed would take a millisecond: it looks for every kind of device.
         generators = [torch.default_generator]
         if self.device.type == "cuda":
-            index = self.device.index
-            generators.append(
-                torch.cuda.default_generators[
-                    torch.cuda.current_device() if index is None else index
-                ]
-            )
+            with torch.cuda.device(self.device):
+                generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
         before = [generator.get_state() for generator in generators]
         try:
             for generator in generators:
