@@ -19,7 +19,9 @@ from passes.validate import preserved
 __all__ = ["Measure", "Seconds", "measure_seconds"]
 
 _WARM_UP = 1
-_REPEATS = 3
+_FEWEST, _MOST = 3, 15
+_LONG = 3.0
+"""Seconds after which no more runs are made, if there are enough."""
 
 
 class Seconds(NamedTuple):
@@ -56,19 +58,29 @@ def measure_seconds(
             evaluation mode and without gradients.
 
     Returns:
-        Seconds of each segment: the medians of several runs after a warm-up.
+        Seconds of each segment: medians of several runs after a warm-up, which add up to the
+        median of the whole. (Medians alone add up to less: what disturbs a run now and then is in
+        none of them, but some of it in every run.)
     """
     runs: list[list[Seconds]] = []
     with preserved(program.module), torch.set_grad_enabled(backward):
         program.module.train(backward and _trains(program))
         clock = _Clock(program, segments)
-        for _ in range(_WARM_UP + _REPEATS):
+        start = time.perf_counter()
+        while len(runs) < _WARM_UP + _MOST:
+            if len(runs) >= _WARM_UP + _FEWEST and time.perf_counter() - start > _LONG:
+                break
             runs.append(clock.time(program.fresh_inputs(), backward=backward))
             program.module.zero_grad(set_to_none=True)
-    return [
-        Seconds(*map(statistics.median, zip(*values, strict=True)))
-        for values in zip(*runs[_WARM_UP:], strict=True)
-    ]
+    ways = [_typical([[each[way] for each in run] for run in runs[_WARM_UP:]]) for way in (0, 1)]
+    return list(map(Seconds, *ways))
+
+
+def _typical(runs: Sequence[Sequence[float]]) -> list[float]:
+    """The medians of every segment, brought to the median of the sums."""
+    medians = [statistics.median(values) for values in zip(*runs, strict=True)]
+    whole, total = statistics.median(map(sum, runs)), sum(medians)
+    return [value * whole / total for value in medians] if total else medians
 
 
 def _trains(program: Program) -> bool:

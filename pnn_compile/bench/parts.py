@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,20 @@ class PartsTimer:
 
     def __call__(self) -> Parts:
         """Run one step and give its seconds."""
+        seconds = self.instructions()
+        parts = Parts(
+            batch_size(self._inputs[0]),
+            tuple(sum(own[kind] for kind in self._forward) for own in seconds),
+            sum(own[kind] for own in seconds for kind in self._serial),
+            tuple(sum(own[kind] for kind in self._backward) for own in seconds),
+            tuple(self._stepped(optimizer) for optimizer in self._optimizers),
+        )
+        self._forget()
+        return parts
+
+    def instructions(self) -> tuple[Mapping[Kind, float], ...]:
+        """Run one step, but for the optimizers, and give its seconds by rank and kind."""
+        self._forget()
         link = LocalNetwork()
         loss = _loss if self._training else None
         steps = [
@@ -68,16 +82,11 @@ class PartsTimer:
         ]
         with torch.set_grad_enabled(self._training):
             run_together(link, steps, self._programs)
-        parts = Parts(
-            batch_size(self._inputs[0]),
-            tuple(sum(step.seconds[kind] for kind in self._forward) for step in steps),
-            sum(step.seconds[kind] for step in steps for kind in self._serial),
-            tuple(sum(step.seconds[kind] for kind in self._backward) for step in steps),
-            tuple(self._stepped(optimizer) for optimizer in self._optimizers),
-        )
+        return tuple(step.seconds for step in steps)
+
+    def _forget(self) -> None:
         for network in self._networks:
             network.zero_grad(set_to_none=True)
-        return parts
 
     def _stepped(self, optimizer: torch.optim.Optimizer | None) -> float:
         if optimizer is None or not self._training:
