@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from pnn_compile.agreement import Energy
 from pnn_compile.artifact import load
 from pnn_compile.batches import batch_size, check_batch_size, device_of, resized
-from pnn_compile.bench.contenders import mean_square, optimizer_of
+from pnn_compile.bench.setting import mean_square, optimizer_of
 from pnn_compile.network import Network
 from pnn_compile.processes import run_on_ranks
 from pnn_compile.runtime import distribute, place

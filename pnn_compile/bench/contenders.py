@@ -8,77 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
+from pnn_compile.bench.pipelines import pipelines
 from pnn_compile.bench.result import COPIES, SEQUENTIAL
-from pnn_compile.runtime import distribute, place
-from pnn_compile.walk import Walker
+from pnn_compile.bench.setting import Setting, Step, Unfit, mean_square, optimizer_of
+from pnn_compile.runtime import distribute
 
-if TYPE_CHECKING:
-    from pnn_compile.network import Network
-
-__all__ = ["CONTENDERS", "Setting", "Unfit", "mean_square"]
-
-
-class Unfit(Exception):
-    """A contender cannot run in this setting; the message says why."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, on this rank.
-
-    Attributes:
-        compiled: The network.
-        inputs: One batch, by argument name, alike on every rank.
-        batch: Its number of samples.
-        training: Whether a step trains.
-        group: Process group of this contender alone.
-        device: Device of this rank.
-    """
-
-    compiled: Network
-    inputs: Mapping[str, Any]
-    batch: int
-    training: bool
-    group: dist.ProcessGroup
-    device: torch.device
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return dist.get_rank(self.group)
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return dist.get_world_size(self.group)
-
-
-Step = Callable[[], object]
-
-
-def mean_square(outputs: Any, _: object = None) -> torch.Tensor:
-    """A loss for any outputs: the mean square of all floating-point numbers in them."""
-    leaves = pytree.tree_leaves(outputs)
-    floating = [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    return torch.stack([x.float().square().mean() for x in floating]).mean()
-
-
-def optimizer_of(module: nn.Module) -> torch.optim.Optimizer | None:
-    """SGD with momentum at rate 0, so that a thousand steps leave the weights as they are."""
-    parameters = [*module.parameters()]
-    if not parameters:
-        return None
-    fused = all(parameter.is_floating_point() for parameter in parameters)
-    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, fused=fused)
+__all__ = ["CONTENDERS", "contender", "mean_square", "optimizer_of"]
 
 
 def _trained(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
@@ -86,7 +28,8 @@ def _trained(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
     optimizer = optimizer_of(module.train())
 
     def step() -> None:
-        module.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.zero_grad()  # what users call; module.zero_grad() walks through all modules
         mean_square(module(**inputs)).backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
             optimizer.step()
@@ -165,85 +108,15 @@ def _samples(setting: Setting, start: int, count: int) -> dict[str, Any]:
     return {name: pytree.tree_map(cut, value) for name, value in setting.inputs.items()}
 
 
-class _Piece(nn.Module):
-    """Fine stages of one rank, and the head on the last one, as a stage of a pipeline.
-
-    It takes what crosses from the rank before, as positional tensors, and gives what crosses to the
-    next one. A tensor that the first rank is called with stands for the first argument.
-    """
-
-    def __init__(self, compiled: Network, placement: tuple[int, ...], rank: int) -> None:
-        super().__init__()
-        self._walker = [Walker(compiled)]  # a list hides it from nn.Module
-        self._own = [stage for stage, place in enumerate(placement) if place == rank]
-        self._last = len(placement) - 1
-        for stage in self._own:
-            self.add_module(f"fine_{stage}", compiled.stages.fine[stage])
-        if self._last in self._own:
-            self.add_module("head", compiled.stages.head)
-
-    def forward(self, *crossing: torch.Tensor, **inputs: Any) -> Any:
-        walker, state = self._walker[0], {}
-        if first := self._own[0]:
-            names = [value.name for value in walker.plan.interfaces[first - 1].state]
-            state = dict(zip(names, crossing, strict=True))
-        for stage in self._own:
-            state = walker.advance(stage, state, walker.fine(stage, state, inputs))
-        if self._last in self._own:
-            return walker.head(state, inputs)
-        return tuple(state.values())
-
-
-def _pipeline(count: int) -> Callable[[Setting], Step]:
-    def build(setting: Setting) -> Step:
-        return pipeline(setting, count)
-
-    return build
-
-
-def pipeline(setting: Setting, micro_batches: int) -> Step:
-    """The stages one after another, micro-batch behind micro-batch (GPipe, Huang et al. 2019).
-
-    torch.distributed.pipelining runs it, over the cuts of the parareal network.
-    """
-    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-
-    if setting.batch % micro_batches:
-        raise Unfit(f"no {micro_batches} equal micro-batches of a batch of {setting.batch}")
-    compiled = setting.compiled
-    placement = place(len(compiled.plan.stages), setting.ranks)
-    piece = _Piece(compiled, placement, setting.rank)
-    stage = PipelineStage(piece, setting.rank, setting.ranks, setting.device, group=setting.group)
-    loss = mean_square if setting.training else None
-    schedule = ScheduleGPipe(stage, micro_batches, loss_fn=loss)
-    first = next(iter(setting.inputs.values()))
-    if not isinstance(first, torch.Tensor):
-        raise Unfit("the first input is no tensor")
-    leading = () if setting.rank else (first,)
-    last = setting.rank == setting.ranks - 1
-    target = torch.zeros(setting.batch, device=setting.device) if last and loss else None
-    optimizer = optimizer_of(piece.train(setting.training)) if setting.training else None
-
-    def step() -> None:
-        with torch.set_grad_enabled(setting.training):
-            piece.zero_grad(set_to_none=True)
-            schedule.step(*leading, target=target, **setting.inputs)
-            if optimizer is not None:
-                optimizer.step()
-
-    return step
-
-
 CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     SEQUENTIAL: sequential,
     "parareal": parareal,
     COPIES: copies,
     "threads": threads,
     "ddp": data_parallel,
-    "gpipe": _pipeline(1),
-    **{f"gpipe:{count}": _pipeline(count) for count in (2, 4, 8, 16)},
+    **pipelines(),
 }
-"""By name; behind "gpipe" stands the number of micro-batches."""
+"""By name."""
 
 
 def contender(name: str) -> Callable[[Setting], Step]:

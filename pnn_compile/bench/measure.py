@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from passes.errors import OptionError
 from pnn_compile.batches import check_batch_size, resized
-from pnn_compile.bench.contenders import Setting, Unfit, contender
+from pnn_compile.bench.contenders import contender
 from pnn_compile.bench.parts import PartsTimer, median_parts
 from pnn_compile.bench.result import COPIES, SEQUENTIAL, Bench, Parts, Timing
+from pnn_compile.bench.setting import Setting, Step, Unfit
+from pnn_compile.bench.traffic import sent
 from pnn_compile.processes import TIMEOUT, run_on_ranks
 from pnn_compile.runtime import place
 
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from pnn_compile.network import Network
 
 __all__ = ["bench"]
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def bench(
     *,
     ranks: int | None = None,
     batches: Iterable[int] = (1,),
-    against: Iterable[str] = ("threads", "ddp", "gpipe"),
+    against: Iterable[str] = ("threads", "ddp", "gpipe", "1f1b"),
     training: bool = True,
     rounds: int = 7,
     threads: int = 1,
@@ -60,7 +60,8 @@ def bench(
         ranks: Number of processes; one a stage if None.
         batches: Sizes of a batch.
         against: What to measure beside the sequential and the parareal network: "threads", "ddp",
-            "gpipe" or "gpipe:4" (micro-batches).
+            the pipelines "gpipe" and "1f1b" at the number of micro-batches that is found to be
+            best, or "gpipe:4" (micro-batches).
         training: Measure training steps; else the forward pass without gradients.
         rounds: Steps of each contender.
         threads: Threads of each process.
@@ -147,9 +148,13 @@ def _turns(
         if timer is not None:
             parts.append(timer())
     timings = [
-        Timing(name, batch, tuple(seconds.get(name, ())), problems.get(name, ""))
+        Timing(
+            name, batch, tuple(seconds.get(name, ())), problems.get(name, ""),
+            sent(ready[name]) if name in ready else 0,
+            getattr(ready.get(name), "choice", ""),
+        )
         for name in order.contenders
-    ]
+    ]  # fmt: skip
     return timings, [median_parts(parts)] if parts else []
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pnn_compile.batches import batch_size
-from pnn_compile.bench.contenders import mean_square, optimizer_of
 from pnn_compile.bench.result import Parts
+from pnn_compile.bench.setting import mean_square, optimizer_of
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
 from pnn_compile.runtime.microbatches import crossing

@@ -22,12 +22,16 @@ class Timing:
         batch: Samples of a step.
         seconds: Of every round, on the slowest rank; empty where it could not run.
         problem: Why it could not run, or nothing.
+        sent: Bytes that all ranks together send in a step.
+        choice: What was chosen for it by trying, in words, or nothing.
     """
 
     contender: str
     batch: int
     seconds: tuple[float, ...]
     problem: str = ""
+    sent: int = 0
+    choice: str = ""
 
     @property
     def median(self) -> float:

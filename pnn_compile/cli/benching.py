@@ -35,9 +35,10 @@ __all__ = ["bench_command"]
 @click.option("--batch", "batches", default="1", metavar="B,B,...", help="Samples of a step.")
 @click.option(
     "--against",
-    default="threads,ddp,gpipe",
+    default="threads,ddp,gpipe,1f1b",
     metavar="NAME,...",
-    help="threads, ddp, gpipe, gpipe:M (M micro-batches); the original is always measured.",
+    help="threads, ddp, and the pipelines gpipe and 1f1b at their best number of micro-batches, or "
+    "gpipe:M, 1f1b:M at M of them; the original is always measured.",
 )
 @click.option(
     "--streams",

@@ -22,13 +22,18 @@ def bench_table(found: Bench) -> RenderableType:
     table = figures_table(
         f"{found.model}: {step} on {found.ranks} processes with {_threads(found.threads)}, "
         f"{found.device}",
-        ("batch", "contender", "median", "from .. to", "times as fast", "from .. to"),
+        ("batch", "contender", "median", "from .. to", "times as fast", "from .. to", "sent"),
         names=("contender",),
     )
     for timing in found.timings:
         if not timing.problem:
             table.add_row(str(timing.batch), timing.contender, *_cells(found, timing))
     lines = [line for line in (_bound(found, parts.batch) for parts in found.parts) if line]
+    lines += [
+        Text(f"batch {timing.batch}: {timing.contender}, {timing.choice}")
+        for timing in found.timings
+        if timing.choice and not timing.problem
+    ]
     lines += [
         Text(f"batch {timing.batch}: {timing.contender} could not run: {timing.problem}")
         for timing in found.timings
@@ -37,8 +42,9 @@ def bench_table(found: Bench) -> RenderableType:
     rounds = max((len(timing.seconds) for timing in found.timings), default=0)
     legend = Text(
         f"{rounds} rounds, all contenders in turns; times as fast: as the original on one process "
-        "in the same round (median); gpipe: torch.distributed.pipelining over the same cuts; "
-        "copies: the original on every process at once, what the machine has to give",
+        "in the same round (median); sent: by all processes in a step; gpipe, 1f1b: "
+        "torch.distributed.pipelining over the same cuts; copies: the original on every process at "
+        "once, what the machine has to give",
         style="dim",
     )
     return Group(table, *lines, legend)
@@ -55,7 +61,12 @@ def _cells(found: Bench, timing: Timing) -> tuple[str, ...]:
         f"{_milliseconds(min(timing.seconds))} .. {_milliseconds(max(timing.seconds))}",
         f"{statistics.median(ratios):.2f}",
         f"{min(ratios):.2f} .. {max(ratios):.2f}",
+        _bytes(timing.sent),
     )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count else "-"
 
 
 def _milliseconds(seconds: float) -> str:

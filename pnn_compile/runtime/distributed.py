@@ -168,12 +168,9 @@ class RankModule(nn.Module):
         with self._exchanging("gradients"):
             self._ties.sum_gradients(earlier)
             self._replicas.average_gradients()
-        total = torch.zeros((), device=self.network.device)
-        if self.holds_output:
-            total += torch.stack([*step.losses.values()]).sum() / scale
+        losses = [step.losses[number].double() for number in range(self._batches)]
+        total = (torch.stack(losses).sum() / scale).float()
         with self._exchanging("the loss"):
-            source = dist.get_global_rank(self._group, self.network.placement[-1])
-            dist.broadcast(total, source, self._group)
             return self._replicas.mean(total)
 
     def train_step(
