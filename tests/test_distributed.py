@@ -157,7 +157,7 @@ def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
     first, second = start(_failing, 2, tmp_path)
     assert "rank 0 failed at fine (stage 0, micro-batch 0), modules stem" in first
     assert "[2, 3, 16, 16]" in first
-    assert "MemoryError: no room for 3 GB" in first
+    assert "MemoryError: no room for 3 GB; memory is short: distribute() with more" in first
     assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second
 
 

@@ -20,6 +20,7 @@ from pnn_compile.batches import (
 )
 from pnn_compile.runtime import sharding
 from pnn_compile.runtime.computing import Computing
+from pnn_compile.runtime.failure import failure
 from pnn_compile.runtime.feed import Feed
 from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.held import Held, refuse_conversion
@@ -316,7 +317,7 @@ class RankModule(nn.Module):
         programs: Sequence[Sequence[Instruction]],
     ) -> Step:
         self._held.check(self.rank)
-        device, compiled = self.network.device, self.whole
+        device = self.network.device
         link = DistributedLink(self._passing, device)
         seed = self.saved.step_seed()
         step = Step(self.network, inputs, link, loss, self._crossing(inputs), seed)
@@ -328,7 +329,7 @@ class RankModule(nn.Module):
             except RuntimeFault:
                 raise
             except Exception as error:
-                raise _fault(compiled, self.rank, instruction, inputs, error) from error
+                raise failure(self.whole.plan, self.rank, instruction, inputs, error) from error
         with self._exchanging("the last messages"):
             link.wait()
         return step
@@ -344,25 +345,6 @@ class RankModule(nn.Module):
         refuse_conversion(self.network, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _fault(
-    compiled: Network,
-    rank: int,
-    instruction: Instruction,
-    inputs: Sequence[Mapping[str, Any]],
-    error: Exception,
-) -> RuntimeFault:
-    stage = compiled.plan.stages[instruction.stage]
-    shapes = {
-        name: list(value.shape)
-        for name, value in inputs[instruction.batch].items()
-        if isinstance(value, torch.Tensor)
-    }
-    return RuntimeFault(
-        f"rank {rank} failed at {instruction}, modules {stage.first_module} to "
-        f"{stage.last_module}, inputs {shapes}: {type(error).__name__}: {error}"
-    )
 
 
 def _named(compiled: Network, args: Sequence[Any]) -> dict[str, Any]:
