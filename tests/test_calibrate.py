@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 import pnn_compile as pnn
 from examples import decoder, resnet110
 from passes.coarse.regression import Moments
+from pnn_compile import closed_form
 from pnn_compile.agreement import agreement
 from pnn_compile.batches import device_of, named_batch
 from pnn_compile.cli import main
@@ -92,6 +93,15 @@ def test_calibration_is_deterministic(samples: torch.Tensor) -> None:
         for _ in range(2)
     ]
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("room", [10**9, 10**6])
+def test_states_in_memory_and_on_disk_give_the_same(
+    samples: torch.Tensor, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pnn.calibrate(_compiled(samples), list(samples.split(64)))
+    monkeypatch.setattr(closed_form, "_room", lambda device: room)
+    assert pnn.calibrate(_compiled(samples), list(samples.split(64))) == expected
 
 
 def test_a_causal_model_stays_causal() -> None:
