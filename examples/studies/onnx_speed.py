@@ -1,0 +1,172 @@
+"""Stage models side by side, beside the original in one ONNX Runtime session, on the same cores.
+
+python -m examples.studies.onnx_speed examples/resnet1001.py -n 2 --batch 1,2,4,8
+
+All contenders run in one process, in turns, round after round. `--folder` keeps what was exported
+and measures what is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+import pnn_compile as pnn
+from examples.studies.onnx_export import load
+from pnn_compile.export.onnx import StageExecutor
+from pnn_compile.export.onnx.executor import session
+
+Feeds = Mapping[str, np.ndarray]
+Run = Callable[[Feeds], object]
+
+BASELINE = "original, 1 thread"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("model")
+    parser.add_argument("-n", "--stages", type=int, default=2)
+    parser.add_argument("--batch", default="1,2,4,8")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cost", default="flops")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--export-only", action="store_true")
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = words.folder or Path(temporary)
+        if not (folder / "manifest.json").exists():
+            export(words.model, words.stages, words.cost, folder)
+        if words.export_only:
+            return
+        print(
+            "| batch | contender | median, ms | from .. to | times as fast |\n|---|---|---|---|---|"
+        )
+        contenders = make(folder, words.stages)
+        for batch in map(int, words.batch.split(",")):
+            for line in measured(contenders, folder, batch, words.rounds):
+                print(f"| {' | '.join(line)} |", flush=True)
+
+
+def export(model: str, stages: int, cost: str, folder: Path) -> None:
+    """Write the original as one model, the network as one model and as stage models."""
+    source = load(model)
+    for count, name in ((1, "original.onnx"), (stages, "model.onnx")):
+        compiled = pnn.compile(
+            source.model, args=source.args, kwargs=source.kwargs, stages=count, cost=cost
+        )
+        compiled.export_onnx(folder / name, verify=False)
+    compiled.export_onnx(folder, per_stage=True)
+
+
+def make(folder: Path, stages: int) -> dict[str, Run]:
+    """The contenders by name."""
+    original, whole = folder / "original.onnx", folder / "model.onnx"
+    executor = StageExecutor(folder)
+    copies = [session(original) for _ in range(stages)]
+    pool = ThreadPoolExecutor(stages)
+
+    def run_copies(feeds: Feeds) -> None:
+        for done in [pool.submit(copy.run, None, dict(feeds)) for copy in copies]:
+            done.result()
+
+    optimized, partition = partitioned(whole, stages)
+
+    def parallel(options: Any) -> None:
+        options.inter_op_num_threads = stages
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
+
+    def with_partition(options: Any) -> None:
+        parallel(options)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.node_partition_config_file", str(partition))
+
+    return {
+        BASELINE: _run(session(original)),
+        f"original, {stages} threads": _run(session(original, threads=stages)),
+        f"original, {stages} copies at once": run_copies,
+        f"stage models, {stages} threads": executor.run,
+        "one file, 1 thread": _run(session(whole)),
+        f"one file, ORT_PARALLEL, {stages} threads": _run(session(whole, options=parallel)),
+        f"one file, partition file, {stages} threads": _run(
+            session(optimized, options=with_partition)
+        ),
+    }
+
+
+def _run(opened: Any) -> Run:
+    return lambda feeds: opened.run(None, dict(feeds))
+
+
+def partitioned(whole: Path, stages: int) -> tuple[Path, Path]:
+    """Let ONNX Runtime optimise the model, and put the nodes of every stage on a stream.
+
+    The partition file names nodes, and the optimiser renames them: so it goes first.
+    """
+    optimized, partition = whole.with_name("optimized.onnx"), whole.with_name("partition.json")
+
+    def save(options: Any) -> None:
+        options.optimized_model_filepath = str(optimized)
+
+    session(whole, options=save)
+    streams: list[list[str]] = [[] for _ in range(stages)]
+    made: dict[str, int] = {}
+    for node in onnx.load(str(optimized), load_external_data=False).graph.node:
+        facts = {entry.key: entry.value for entry in node.metadata_props}
+        before = max((made.get(name, 0) for name in node.input), default=0)
+        stage = int(facts.get("pnn.stage", before))
+        made.update(dict.fromkeys(node.output, stage))
+        streams[stage].append(node.name)
+    partition.write_text(json.dumps({"type": "DeviceBasedPartitioner", "streams": streams}))
+    return optimized, partition
+
+
+def measured(
+    contenders: Mapping[str, Run], folder: Path, batch: int, rounds: int
+) -> list[list[str]]:
+    """Run all contenders in turns; one line each."""
+    feeds = inputs(folder, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):  # the first round warms up
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(feeds)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    lines = []
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(seconds[BASELINE], times, strict=True)]
+        least, most = min(times) * 1e3, max(times) * 1e3
+        median = statistics.median(times) * 1e3
+        ratio = statistics.median(ratios)
+        lines.append(
+            [f"{batch}", name, f"{median:.1f}", f"{least:.1f} .. {most:.1f}", f"{ratio:.2f}"]
+        )
+    return lines
+
+
+def inputs(folder: Path, batch: int) -> Feeds:
+    """Random inputs of the types in the manifest."""
+    random = np.random.default_rng(0)
+    feeds = {}
+    for slot in json.loads((folder / "manifest.json").read_text())["inputs"]:
+        shape = [batch if isinstance(size, str) else size for size in slot["shape"]]
+        if slot["dtype"].startswith("float"):
+            feeds[slot["name"]] = random.standard_normal(shape).astype(slot["dtype"])
+        else:
+            feeds[slot["name"]] = random.integers(0, 2, shape).astype(slot["dtype"])
+    return feeds
+
+
+if __name__ == "__main__":
+    main()
