@@ -17,7 +17,7 @@ from torch import nn
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
 from pnn_compile.cli import main
-from pnn_compile.export.onnx import Exported, StageExecutor
+from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network
 from pnn_compile.export.onnx.steps import ROLES
 
 
@@ -27,8 +27,9 @@ class Exports:
     def __init__(self, compiled: pnn.Compiled, folder: Path) -> None:
         self.compiled = compiled
         self.folder = folder
-        self.whole: Exported = compiled.export_onnx(folder / "model.onnx")
-        self.stages: Exported = compiled.export_onnx(folder, per_stage=True)
+        lowered = lower_network(compiled)
+        self.whole = export_onnx(compiled, folder / "model.onnx", lowered=lowered)
+        self.stages = export_onnx(compiled, folder, per_stage=True, lowered=lowered)
         self.model = onnx.load(self.whole.path)
 
 
@@ -207,7 +208,7 @@ def test_large_weights_stand_beside_the_model_stage_by_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.files.LARGE", 1000)
-    compiled = pnn.compile(unet.build_model(depth=2, width=4), unet.example_inputs(), stages=2)
+    compiled = pnn.compile(unet.build_model(depth=1, width=4), unet.example_inputs(), stages=2)
     exported = compiled.export_onnx(tmp_path / "model.onnx")
     names = [file.name for file in exported.files]
     assert names == ["model.onnx", "model.onnx.stage_0.data", "model.onnx.stage_1.data"]
@@ -241,10 +242,13 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: 
 
 def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.check.LIMIT", 0.0)
-    compiled = pnn.compile(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8))
+    compiled = pnn.compile(
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8), stages=2
+    )
+    lowered = lower_network(compiled)
     with pytest.raises(pnn.ExportError, match="disagrees with torch"):
-        compiled.export_onnx(tmp_path / "model.onnx")
+        export_onnx(compiled, tmp_path / "model.onnx", lowered=lowered)
     assert list(tmp_path.iterdir()) == []
-    exported = compiled.export_onnx(tmp_path / "model.onnx", verify=False)
+    exported = export_onnx(compiled, tmp_path / "model.onnx", verify=False, lowered=lowered)
     assert exported.checked is None
     assert "not verified" in str(exported)

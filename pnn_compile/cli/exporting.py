@@ -60,13 +60,20 @@ def export_to(
     compiled: Compiled, folder: Path, emit: tuple[str, ...], check: bool, progress: Progress
 ) -> list[Exported]:
     """Write what --emit names in ONNX into a saved artifact."""
-    exported = []
-    for name, path in (("onnx", folder / "model.onnx"), ("onnx-stages", folder)):
-        if name in emit:
-            with progress("exporting to ONNX"):
-                per_stage = name == "onnx-stages"
-                exported.append(compiled.export_onnx(path, per_stage=per_stage, verify=check))
-    return exported
+    wanted = {"onnx": folder / "model.onnx", "onnx-stages": folder}
+    wanted = {name: path for name, path in wanted.items() if name in emit}
+    if not wanted:
+        return []
+    from pnn_compile.export.onnx import export_onnx, lower_network
+
+    with progress("exporting to ONNX"):
+        lowered = lower_network(compiled)
+        return [
+            export_onnx(
+                compiled, path, per_stage=name == "onnx-stages", verify=check, lowered=lowered
+            )
+            for name, path in wanted.items()
+        ]
 
 
 def described(exported: Exported) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from pnn_compile.export.onnx.check import BATCHES, LIMIT, Checked
 from pnn_compile.export.onnx.executor import StageExecutor
-from pnn_compile.export.onnx.export import Exported, export_onnx
+from pnn_compile.export.onnx.export import Exported, Lowered, export_onnx, lower_network
 from pnn_compile.export.onnx.manifest import Manifest
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "LIMIT",
     "Checked",
     "Exported",
+    "Lowered",
     "Manifest",
     "StageExecutor",
     "export_onnx",
+    "lower_network",
 ]

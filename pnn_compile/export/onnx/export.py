@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-__all__ = ["STAGES", "Exported", "export_onnx"]
+__all__ = ["STAGES", "Exported", "Lowered", "export_onnx", "lower_network"]
 
 STAGES = "stages"
 """Directory of the stage models, beside their manifest."""
@@ -72,8 +72,40 @@ class Exported:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A network in ONNX, to be written as one file or as stage models: most of the work.
+
+    Attributes:
+        steps: What it does.
+        pieces: What its pieces became.
+    """
+
+    steps: Steps
+    pieces: Mapping[str, LoweredPiece]
+
+
+def lower_network(compiled: Network) -> Lowered:
+    """Translate a network to ONNX, in evaluation mode.
+
+    Raises:
+        ExportError: A package is missing, or an operator has no ONNX form.
+    """
+    _require_packages()
+    with preserved(compiled.module), torch.no_grad():
+        compiled.module.eval()
+        observed = observe(compiled)
+        steps = read_steps(compiled, observed)
+        return Lowered(steps, lower(compiled, observed, steps))
+
+
 def export_onnx(
-    compiled: Network, path: str | Path, *, per_stage: bool = False, verify: bool = True
+    compiled: Network,
+    path: str | Path,
+    *,
+    per_stage: bool = False,
+    verify: bool = True,
+    lowered: Lowered | None = None,
 ) -> Exported:
     """Write the network in evaluation mode, with a dynamic batch where the program has one.
 
@@ -83,20 +115,17 @@ def export_onnx(
             there is replaced as a whole once everything has been checked.
         per_stage: Whether to write a model per stage and what runs them in order, instead of one.
         verify: Whether to check form, types and values of what was written.
+        lowered: What `lower_network` made of the same network, where it is written twice.
 
     Raises:
         ExportError: A package is missing, an operator has no ONNX form, the files cannot be
             written, or ONNX Runtime disagrees with torch.
     """
-    _require_packages()
+    lowered = lowered or lower_network(compiled)
+    write_files = _export_stages if per_stage else _export_whole
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
-        observed = observe(compiled)
-        steps = read_steps(compiled, observed)
-        lowered = lower(compiled, observed, steps)
-        if per_stage:
-            return _export_stages(compiled, steps, lowered, Path(path), verify)
-        return _export_whole(compiled, steps, lowered, Path(path), verify)
+        return write_files(compiled, lowered, Path(path), verify)
 
 
 def _require_packages() -> None:
@@ -111,16 +140,11 @@ def _require_packages() -> None:
         ) from error
 
 
-def _export_whole(
-    compiled: Network,
-    steps: Steps,
-    lowered: Mapping[str, LoweredPiece],
-    target: Path,
-    verify: bool,
-) -> Exported:
+def _export_whole(compiled: Network, lowered: Lowered, target: Path, verify: bool) -> Exported:
+    steps = lowered.steps
     inputs = {name: steps.specs[name] for name in steps.inputs}
     name = compiled.module.__class__.__name__
-    model = write(compiled.plan, lowered, steps.steps, inputs, steps.outputs, name)
+    model = write(compiled.plan, lowered.pieces, steps.steps, inputs, steps.outputs, name)
     nodes = sum(1 for _ in model.graph.all_nodes())
     if target.is_dir():
         raise ExportError(f"{target} is a directory: name a file in it, such as model.onnx")
@@ -138,17 +162,11 @@ def _export_whole(
     return Exported(target, written, nodes, OPSET, IR_VERSION, checked)
 
 
-def _export_stages(
-    compiled: Network,
-    steps: Steps,
-    lowered: Mapping[str, LoweredPiece],
-    target: Path,
-    verify: bool,
-) -> Exported:
+def _export_stages(compiled: Network, lowered: Lowered, target: Path, verify: bool) -> Exported:
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file: name a directory for the stage models")
     with drafting(target) as folder:
-        writer = _StageWriter(compiled, steps, lowered, folder)
+        writer = _StageWriter(compiled, lowered, folder)
         manifest = writer.write()
         checked = None
         if verify:
@@ -156,7 +174,7 @@ def _export_stages(
                 check_form(folder / model.files[0].path)
             with _opened(lambda: StageExecutor(folder, check=False)) as executor:
                 checked = check_values(
-                    compiled, lambda x: [*executor.run(x).values()], steps.inputs
+                    compiled, lambda x: [*executor.run(x).values()], lowered.steps.inputs
                 )
     files = [target / file.path for model in manifest.models for file in model.files]
     written = (target / MANIFEST, *files)
@@ -179,13 +197,12 @@ class _StageWriter:
     def __init__(
         self,
         compiled: Network,
-        steps: Steps,
-        lowered: Mapping[str, LoweredPiece],
+        lowered: Lowered,
         folder: Path,
     ) -> None:
         self.compiled = compiled
-        self.steps = steps
-        self.lowered = lowered
+        self.steps = lowered.steps
+        self.pieces = lowered.pieces
         self.folder = folder
         self.nodes = 0
         self.models: dict[tuple[object, ...], ModelEntry] = {}
@@ -231,7 +248,7 @@ class _StageWriter:
         inputs = {value: self.steps.specs[value] for value in task.inputs}
         outputs = [(public.get(value, value), value) for value in task.outputs]
         plan = self.compiled.plan
-        model = write(plan, self.lowered, task.steps, inputs, outputs, name)
+        model = write(plan, self.pieces, task.steps, inputs, outputs, name)
         self.nodes += sum(1 for _ in model.graph.all_nodes())
         files = save(model, self.folder / STAGES / f"{name}.onnx")
         return ModelEntry(
