@@ -1,0 +1,5 @@
+"""`python -m pnn_compile` is `pnn-compile`."""
+
+from pnn_compile.cli import main
+
+main()
