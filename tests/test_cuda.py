@@ -1,3 +1,4 @@
+# mypy: disable-error-code="arg-type"
 """Ranks on a GPU: NCCL as far as one device allows, and two ranks that share it over Gloo."""
 
 from __future__ import annotations

@@ -63,7 +63,11 @@ def export(model: str, stages: int, cost: str, folder: Path) -> None:
     source = load(model)
     for count, name in ((1, "original.onnx"), (stages, "model.onnx")):
         compiled = pnn.compile(
-            source.model, args=source.args, kwargs=source.kwargs, stages=count, cost=cost
+            source.model,
+            args=source.args,
+            kwargs=source.kwargs,
+            stages=count,
+            cost=cost,  # type: ignore[arg-type]
         )
         compiled.export_onnx(folder / name, verify=False)
     compiled.export_onnx(folder, per_stage=True)

@@ -55,4 +55,4 @@ def sent(step: Callable[[], object]) -> int:
         step()
     found: list[Any] = [None] * ranks
     dist.all_gather_object(found, traffic.bytes)
-    return math.ceil(sum(found))
+    return int(math.ceil(sum(found)))
