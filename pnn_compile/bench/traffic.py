@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["sent"]
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes that this rank sends while it is active.
 
     A message counts with its size. A collective counts with this rank's share of what it sends at
@@ -28,7 +28,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self, ranks: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         share = (ranks - 1) / ranks
         self._weights = {"send": 1.0, "broadcast_": share, "allreduce_": 2 * share}
         self.bytes = 0.0
@@ -55,4 +55,5 @@ def sent(step: Callable[[], object]) -> int:
         step()
     found: list[Any] = [None] * ranks
     dist.all_gather_object(found, traffic.bytes)
-    return int(math.ceil(sum(found)))
+    total: int = math.ceil(sum(found))
+    return total
