@@ -63,7 +63,7 @@ class Analysis:
     sources: tuple[Source, ...]
     unit: str
     device: DeviceProfile | None = None
-    measured: dict[tuple[Any, ...], tuple[int, int]] = field(default_factory=dict, compare=False)
+    measured: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
     others: dict[DeviceProfile, Mapping[fx.Node, Cost]] = field(default_factory=dict, compare=False)
 
     @cached_property

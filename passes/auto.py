@@ -22,6 +22,8 @@ _NEAR_BEST = 1.05
 _EVERY = 16
 """Up to here every number of stages is looked at, behind it one of about three in every double."""
 _MOST = 16
+"""Stages that are looked at where no devices are named; of one kind of device more are."""
+_MOST_ALIKE = 64
 _WORSE = 1.25
 """Numbers of stages behind one that is this much slower than the best are not looked at."""
 
@@ -128,7 +130,9 @@ class _Search:
     @property
     def _most(self) -> int:
         """The largest number of stages to look at."""
-        return max(1, min(_MOST, len(self._analysis.frontiers.positions)))
+        listed = len(self._options.devices)
+        most = listed if listed > 1 else _MOST_ALIKE if listed else _MOST
+        return max(1, min(most, len(self._analysis.frontiers.positions)))
 
     def cheaper_budget(self, stages: int) -> float | None:
         """The largest half, quarter, ... of the budget that leaves no room for copied blocks."""
@@ -163,10 +167,12 @@ class _Search:
 
     def _limit(self, plan: Plan) -> str:
         work, count = Work.of(plan), len(plan.stages)
+        link = plan.forecast.link / min(plan.iterations, count)
         parts = {
             "fine": work.slowest,
             "preprocessing": work.makespan - work.slowest,
-            "coarse": work.sweep,
+            "coarse": work.sweep - link,
+            "link": link,
             "head": work.tail,
         }
         found = find_limit(parts, work.total, count)

@@ -25,7 +25,7 @@ from passes.observe import Fact
 from passes.program import Program
 from passes.validate import preserved
 
-__all__ = ["Cost", "count_flops", "measure_costs"]
+__all__ = ["Cost", "count_flops", "count_work", "measure_costs"]
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
 """Operators that only make a view, which torch does not say of them."""
@@ -128,9 +128,14 @@ def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
 
 def count_flops(function: Callable[[], Any]) -> int:
     """Run a function and return the forward FLOPs of what it called."""
+    return count_work(function)[0]
+
+
+def count_work(function: Callable[[], Any]) -> tuple[int, int, int]:
+    """Run a function and return FLOPs, bytes moved and operators of what it called."""
     with torch.no_grad(), _plain_kernels(recurrent=True), _FlopMode() as mode:
         function()
-        return int(mode.known + mode.other)
+        return int(mode.known + mode.other), mode.moved, mode.operators
 
 
 class _Counter(Interpreter):

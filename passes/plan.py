@@ -130,6 +130,8 @@ class CoarseSpec:
         linear: Whether it is a linear map of its state.
         why: Why this family was chosen.
         tried: What it was chosen from, where calibration chose it.
+        seconds: Of one call, as of a `Stage`: measured by itself, or by roofline; else None.
+        backward_seconds: The part of `seconds` on the way back.
     """
 
     family: str
@@ -139,6 +141,8 @@ class CoarseSpec:
     linear: bool
     why: str = ""
     tried: tuple[Trial, ...] = ()
+    seconds: float | None = None
+    backward_seconds: float | None = None
 
 
 @dataclass(frozen=True)

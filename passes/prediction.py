@@ -82,6 +82,7 @@ class _Place:
     backward: Sequence[float]
     total: float
     scale: Phases
+    timed: bool
 
     @classmethod
     def of(cls, analysis: Analysis, device: DeviceProfile | None) -> _Place:
@@ -91,14 +92,19 @@ class _Place:
         back = sum(cost.backward for cost in found)
         flops = analysis.flops
         scale = Phases((total - back) / flops, back / flops) if flops else Phases(1.0, 0.0)
-        return cls([c.forward for c in found], [c.backward for c in found], total, scale)
+        timed = costs is analysis.costs  # networks that are not in the program were timed there
+        ways = [c.forward for c in found], [c.backward for c in found]
+        return cls(*ways, total, scale, timed)
 
     def cost(self, start: int, stop: int) -> Phases:
         """What a run of nodes costs."""
         return Phases(sum(self.forward[start:stop]), sum(self.backward[start:stop]))
 
     def price(self, spec: CoarseSpec | None) -> Phases:
-        """What a guess or a correction costs, by its FLOPs."""
+        """What a guess or a correction costs: its own seconds, or else by its FLOPs."""
+        if spec is not None and self.timed and spec.seconds is not None:
+            back = spec.backward_seconds or 0.0
+            return Phases(spec.seconds - back, back)
         flops = spec.flops if spec is not None else 0
         return Phases(flops * self.scale.forward, flops * self.scale.backward)
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from passes.program import Program, graph_module
 from passes.validate import preserved
 
-__all__ = ["Measure", "Seconds", "measure_seconds"]
+__all__ = ["Measure", "Seconds", "measure_network", "measure_seconds"]
 
 _WARM_UP = 1
 _FEWEST, _MOST = 3, 15
+_CALLS = 7
 _LONG = 3.0
 """Seconds after which no more runs are made, if there are enough."""
 
@@ -74,6 +75,41 @@ def measure_seconds(
             program.module.zero_grad(set_to_none=True)
     ways = [_typical([[each[way] for each in run] for run in runs[_WARM_UP:]]) for way in (0, 1)]
     return list(map(Seconds, *ways))
+
+
+def measure_network(
+    run: Callable[..., Any], inputs: Sequence[torch.Tensor], *, backward: bool
+) -> Seconds:
+    """Time a small network by itself, on this machine.
+
+    Args:
+        run: Calls it.
+        inputs: What it is called with; gradients flow to all of them.
+        backward: Whether to time the way back too.
+    """
+    read = _events if any(x.is_cuda for x in inputs) else time.perf_counter
+    found = []
+    with torch.set_grad_enabled(backward):
+        for _ in range(_WARM_UP + _CALLS):
+            leaves = [x.detach().requires_grad_(backward) for x in inputs]
+            marks = [read()]
+            outputs = [x for x in pytree.tree_leaves(run(*leaves)) if isinstance(x, torch.Tensor)]
+            marks.append(read())
+            ends = [x for x in outputs if x.requires_grad]
+            if backward and ends:
+                torch.autograd.backward(ends, [torch.ones_like(x) for x in ends])
+            marks.append(read())
+            found.append(_apart(marks))
+    ways = zip(*found[_WARM_UP:], strict=True)
+    return Seconds(*map(statistics.median, ways))
+
+
+def _apart(marks: Sequence[Any]) -> list[float]:
+    """Seconds between readings of the clock."""
+    if isinstance(marks[0], float):
+        return [b - a for a, b in itertools.pairwise(marks)]
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
 
 def _typical(runs: Sequence[Sequence[float]]) -> list[float]:

@@ -82,7 +82,7 @@ def forecast(
         model, example_inputs, args, kwargs, cost, training, profiles, progress, timings, options
     )
     batch = batch_size(analysis.program.args)
-    setting = Setting(analysis, wanted, training, batch, profiles[0] if profiles else None)
+    setting = Setting(analysis, wanted, training, batch, profiles)
     rows, problems = _rows(setting, counts, sweeps, micro_batches, progress)
     if not rows:
         raise OptionError("nothing can be forecast: " + "; ".join(problems))
@@ -160,7 +160,8 @@ def _analysis(
     else:
         given, named = example(model, example_inputs, args, kwargs)
         program = capture(model, given, named)
-    wanted = Options(cost=source, **options)
+    devices = tuple(profiles) if cost != "flops" else ()
+    wanted = Options(cost=source, devices=devices, **options)
     progress("measuring" if cost == "measured" else "analysing")
     profile = profiles[0] if profiles else None
     return weigh(program, observe(program), source, profile, timings), wanted
@@ -201,7 +202,7 @@ def _notes(setting: Setting, timings: TimingCache) -> tuple[str, ...]:
     found = []
     if timings.path is not None:
         found.append(f"timings are kept in {timings.path}; without it they are measured anew")
-    if setting.linked is None:
+    if not setting.linked:
         found.append("links are free: name devices to count them")
     if setting.batch == 1:
         found.append("a batch of one sample has no shares for pipelines and data parallelism")

@@ -183,3 +183,40 @@ def test_what_cannot_be_is_named() -> None:
         forecast(model, x, sweeps=["star"])
     with pytest.raises(OptionError, match="2 devices cannot hold 3 stages"):
         forecast(model, x, stages=[3], devices=[profile(), profile()])
+
+
+def test_devices_that_differ_and_their_memory_count() -> None:
+    model, x = blocks()
+    fast = dataclasses.replace(profile(), name="fast", flops={"float32": 1e10}, bandwidth=1e9)
+    alike = forecast(model, x, stages=[2, 3], devices=profile(), micro_batches=[2])
+    mixed = forecast(model, x, stages=[2], devices=[profile(), fast], micro_batches=[2])
+    assert mixed.devices == ("test", "fast")
+    assert mixed.sequential < alike.sequential
+    for method in ("chain", "gpipe:2"):
+        assert mixed.of(method)[0].time < alike.of(method)[0].time
+    # The slower of two devices holds up shares that are equal.
+    assert mixed.of("ddp")[0].time == pytest.approx(alike.of("ddp")[0].time)
+    most = [row.most_memory for row in alike.of("chain")]
+    assert most[1] < most[0]
+    small = dataclasses.replace(profile(), memory=1.02 * most[1])
+    found = forecast(model, x, stages=[2, 3], devices=small, sweeps=["chain"], micro_batches=[])
+    assert [row.stages for row in found.of("chain")] == [3]
+    assert any(problem.startswith("no chain at 1 of 2") for problem in found.problems)
+
+
+def test_guesses_and_corrections_take_their_own_seconds() -> None:
+    from pnn_compile.api import compile as compile_model
+
+    model, x = blocks()
+    slow = dataclasses.replace(profile(), launch=1.0)  # a correction is a few launches, not FLOPs
+    plan = compile_model(model, x, stages=3, cost="roofline", devices=slow).plan
+    coarse = plan.stages[1].coarse
+    assert coarse is not None
+    assert coarse.seconds is not None
+    assert coarse.backward_seconds is not None
+    assert coarse.seconds > 3
+    times = Times.of(plan).compute
+    both = times[Kind.CORRECT, 1] + times[Kind.COARSE_BACKWARD, 1]
+    assert both == pytest.approx(coarse.seconds)
+    assert times[Kind.COARSE_BACKWARD, 1] == pytest.approx(coarse.backward_seconds)
+    assert compile_model(model, x, stages=3).plan.stages[1].coarse.seconds is None  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from passes.analysis import Analysis
 from passes.coarse.build import build_coarse, build_guess
@@ -17,11 +18,12 @@ from passes.coarse.convolution import convolution_fits, convolution_flops
 from passes.coarse.linear import linear_flops
 from passes.coarse.thinned import thin, thinned_options
 from passes.coarse.units import choose_blocks, unit_options
-from passes.cost import count_flops
+from passes.cost import count_work
 from passes.errors import SynthesisError
 from passes.frontier import Position, Source, requirements
 from passes.options import BLOCK_FAMILIES, Options
 from passes.plan import CoarseSpec, TensorSpec
+from passes.timing import Seconds, measure_network
 
 __all__ = [
     "choose_coarse",
@@ -148,11 +150,16 @@ def choose_guess(
         with torch.random.fork_rng():
             module = build_guess(analysis.program, draft, list(state))
         assert isinstance(module.operator, nn.Module)
-        flops = origin.flops + _run(analysis, module.operator, origin.specs, [])
+        found = _run(analysis, module.operator, origin.specs, [])
+        copied = [analysis.costs[node] for node in origin.nodes]
+        found["flops"] += origin.flops
+        if "seconds" in found:
+            found["seconds"] += sum(cost.weight for cost in copied)
+            found["backward_seconds"] += sum(cost.backward for cost in copied)
         owned = module if origin.nodes else module.operator
-        analysis.measured[made_of] = flops, sum(p.numel() for p in owned.parameters())
-    flops, parameters = analysis.measured[made_of]
-    return dataclasses.replace(draft, flops=flops, parameters=parameters)
+        found["parameters"] = sum(p.numel() for p in owned.parameters())
+        analysis.measured[made_of] = found
+    return dataclasses.replace(draft, **analysis.measured[made_of])
 
 
 def _described(analysis: Analysis, origin: _Origin) -> dict[str, Any]:
@@ -302,8 +309,15 @@ def _fit(spec: CoarseSpec, budget: float, reason: str) -> str:
 def _exact(analysis: Analysis, span: tuple[Position, Position]) -> CoarseSpec:
     nodes = analysis.frontiers.order[span[0].index : span[1].index]
     inputs, _ = requirements(analysis.program, nodes, analysis.frontiers.cones)
-    flops = sum(analysis.costs[node].flops for node in nodes)
-    return CoarseSpec("exact", {"inputs": list(inputs)}, flops, 0, False, "the oracle")
+    costs = [analysis.costs[node] for node in nodes]
+    flops = sum(cost.flops for cost in costs)
+    spec = CoarseSpec("exact", {"inputs": list(inputs)}, flops, 0, False, "the oracle")
+    if analysis.unit != "seconds":
+        return spec
+    seconds, back = (
+        sum(each) for each in zip(*((c.weight, c.backward) for c in costs), strict=True)
+    )
+    return dataclasses.replace(spec, seconds=seconds, backward_seconds=back)
 
 
 def _copied(
@@ -363,19 +377,50 @@ def _measure(
             )
         given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
         inputs = [given[name] for name in draft.options.get("inputs", ())]
-        flops = _run(analysis, module, entering, inputs)
-        analysis.measured[made_of] = flops, sum(p.numel() for p in module.parameters())
-    flops, parameters = analysis.measured[made_of]
-    return dataclasses.replace(draft, flops=flops, parameters=parameters)
+        found = _run(analysis, module, entering, inputs, corrects=True)
+        found["parameters"] = sum(p.numel() for p in module.parameters())
+        analysis.measured[made_of] = found
+    return dataclasses.replace(draft, **analysis.measured[made_of])
 
 
 def _run(
-    analysis: Analysis, module: nn.Module, state: Sequence[TensorSpec], inputs: Sequence[Any]
-) -> int:
-    """Count the FLOPs of one call on zeros."""
+    analysis: Analysis,
+    module: nn.Module,
+    state: Sequence[TensorSpec],
+    inputs: Sequence[Any],
+    *,
+    corrects: bool = False,
+) -> dict[str, Any]:
+    """What one call takes: FLOPs and, where nodes are weighed in seconds, those.
+
+    A correction takes a residual and is added to a state besides: two passes over memory, which
+    its FLOPs leave out and its seconds do not.
+    """
     device = analysis.program.device
     values = [
         torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in state
     ]
     module.to(device).eval()
-    return count_flops(lambda: module(*values, *inputs))
+
+    def call(*given: torch.Tensor) -> Any:
+        return module(*given, *inputs)
+
+    def around(*given: torch.Tensor) -> Any:
+        found = call(*(one - other for one, other in zip(given, values, strict=True)))
+        return [x + x.detach() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+
+    flops, moved, operators = count_work(lambda: call(*values))
+    found: dict[str, Any] = {"flops": flops}
+    if analysis.unit != "seconds":
+        return found
+    backward = bool(analysis.backward)
+    if analysis.device is None:
+        seconds = measure_network(around if corrects else call, values, backward=backward)
+    else:
+        if corrects:
+            _, moved, operators = count_work(lambda: around(*values))
+        dtype = state[0].dtype if state else "float32"
+        once = analysis.device.seconds(flops, moved, dtype, operators)
+        back = analysis.device.seconds(2 * flops, 2 * moved, dtype, 2 * operators)
+        seconds = Seconds(once, back if backward else 0.0)
+    return found | {"seconds": seconds.total, "backward_seconds": seconds.backward}

@@ -9,7 +9,7 @@ from passes.cutting import choose_cut
 from passes.limits import find_limit, is_block
 from passes.plan import Plan
 from passes.planning import make_plan
-from pnn_compile.forecasting.setting import Setting, extra_bytes, free, parts_of, sent
+from pnn_compile.forecasting.setting import Setting, free, parts_of, sent
 from pnn_compile.forecasting.table import ForecastRow
 from pnn_compile.runtime.instruction import Kind
 from pnn_compile.runtime.schedule import Sweep, schedule
@@ -58,21 +58,17 @@ def plan_row(setting: Setting, plan: Plan) -> ForecastRow:
 
 
 def _memory(setting: Setting, plan: Plan) -> tuple[float, ...]:
-    """Bytes that every device holds."""
+    """Bytes that every device holds, the last one with the head."""
     order = setting.analysis.frontiers.order
     place = {node.name: index for index, node in enumerate(order)}
-    found, entering = [], 0
-    last = len(plan.stages) - 1
-    for number, (stage, face) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
-        # A map of a collapsed sweep lives where the residual is made, one stage earlier.
-        owner = min(number + 1, last) if plan.sweep == "collapsed" else number
-        coarse = plan.stages[owner].coarse if owner != number or plan.sweep == "chain" else None
-        parameters = stage.parameter_bytes + extra_bytes(stage.preprocess) + extra_bytes(coarse)
-        stop = place[stage.last] + 1 if number < last else len(order)
-        states = entering + face.bytes
-        found.append(setting.held(order[place[stage.first] : stop], parameters, states))
-        entering = face.bytes
-    return tuple(found)
+    starts = [place[stage.first] for stage in plan.stages]
+    stops = [*starts[1:], len(order)]
+    entering = [None, *plan.interfaces[:-1]]
+    return tuple(
+        setting.memory.span(start, stop)
+        + setting.memory.operators(stage.preprocess, stage.coarse, face)
+        for stage, start, stop, face in zip(plan.stages, starts, stops, entering, strict=True)
+    )
 
 
 def _limit(setting: Setting, plan: Plan, parts: Mapping[str, float]) -> str:

@@ -1,7 +1,8 @@
 """What else N devices could do with the original: a pipeline, or shares of the batch.
 
 Both are forecast by the same costs and the same simulator as parareal networks. A smaller batch is
-taken to take its share of the time: in favour of the rivals, as launches cost the same.
+taken to take its share of the time: in favour of the rivals, as launches cost the same. Devices
+that differ get the cuts that balance the first of them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from passes.cost import parameters
 from passes.errors import OptionError, PartitionError
 from passes.limits import find_limit
-from pnn_compile.forecasting.setting import OPTIMIZER_COPIES, Setting, free, parts_of, sent
+from pnn_compile.forecasting.setting import Setting, free, parts_of, sent
 from pnn_compile.forecasting.table import ForecastRow
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.simulator import Times, simulate
@@ -106,12 +106,12 @@ def pipeline_row(setting: Setting, batches: int, stages: int) -> ForecastRow:
     memory = []
     for rank, (start, stop) in enumerate(pairwise([0, *ends])):
         nodes = [node for piece in pieces[start:stop] for node in piece]
-        compute[Kind.FINE, rank] = sum(map(setting.forward, nodes)) / batches
-        compute[Kind.FINE_BACKWARD, rank] = sum(map(setting.backward, nodes)) / batches
+        compute[Kind.FINE, rank] = sum(setting.forward(n, rank) for n in nodes) / batches
+        compute[Kind.FINE_BACKWARD, rank] = sum(setting.backward(n, rank) for n in nodes) / batches
         crossing = inner[stop - 1].bytes if rank < stages - 1 else 0
         size[Kind.SEND, rank] = size[Kind.SEND_ADJOINT, rank] = crossing / batches
-        held = list({id(p): p for n in nodes for p in parameters(analysis.program, n)}.values())
-        memory.append(setting.held(nodes, sum(p.nbytes for p in held), crossing))
+        memory.append(setting.memory.span(bounds[start], bounds[stop]) + crossing)
+    setting.check_memory(memory)
     times = Times(compute, size, setting.latency, setting.bandwidth)
     lists = gpipe_lists(stages, batches, backward=setting.training)
     timeline = simulate(lists, times)
@@ -154,10 +154,11 @@ def data_parallel_row(setting: Setting, stages: int) -> ForecastRow:
     link = crossing / setting.bandwidth
     if setting.training:
         link += around * setting.latency
-    own = sequential / stages
+    own = max(setting.alone(rank) for rank in range(stages)) / stages
     held = sum(p.nbytes for p in analysis.program.module.parameters())
     written = sum(analysis.costs[node].activation_bytes for node in order) / stages
-    memory = OPTIMIZER_COPIES * held + written if setting.training else held + written
+    memory = setting.memory.copies * held + written
+    setting.check_memory([memory] * stages)
     parts = dict.fromkeys(("preprocessing", "coarse", "head"), 0.0) | {"fine": own, "link": link}
     return ForecastRow(
         stages=stages,

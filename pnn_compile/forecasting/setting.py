@@ -11,15 +11,13 @@ from torch import fx
 
 from passes.analysis import Analysis
 from passes.device import DeviceProfile
+from passes.errors import PartitionError
+from passes.memory import Memory
 from passes.options import Options
-from passes.plan import CoarseSpec
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.simulator import Timeline, Times
 
-__all__ = ["OPTIMIZER_COPIES", "Setting", "extra_bytes", "free", "parts_of", "sent"]
-
-OPTIMIZER_COPIES = 4
-"""Copies of every parameter in training: weight, gradient and the two moments of Adam."""
+__all__ = ["Setting", "free", "parts_of", "sent"]
 
 _PART = {
     Kind.FINE: "fine",
@@ -42,68 +40,79 @@ class Setting:
         options: What networks are compiled with; stages and sweep are set row by row.
         training: Whether a step trains.
         batch: Samples of a step.
-        profile: The device whose link and memory count; None for free links.
+        profiles: One device for all, or one per stage; none for free links and any memory.
     """
 
     analysis: Analysis
     options: Options
     training: bool
     batch: int
-    profile: DeviceProfile | None
+    profiles: tuple[DeviceProfile, ...]
 
     @property
-    def linked(self) -> DeviceProfile | None:
-        """The device whose links take time: none where times are no seconds."""
-        return self.profile if self.analysis.unit == "seconds" else None
+    def linked(self) -> bool:
+        """Whether links take time: not where times are no seconds."""
+        return bool(self.profiles) and self.analysis.unit == "seconds"
 
     @property
     def latency(self) -> float:
-        """Seconds that a message takes at least."""
-        return self.linked.link_latency if self.linked else 0.0
+        """Seconds that a message takes at least, over the slowest link."""
+        return max(p.link_latency for p in self.profiles) if self.linked else 0.0
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second of a link."""
-        return self.linked.link_bandwidth if self.linked else math.inf
+        """Bytes per second of the slowest link."""
+        return min(p.link_bandwidth for p in self.profiles) if self.linked else math.inf
 
-    def forward(self, node: fx.Node) -> float:
+    def device(self, rank: int) -> DeviceProfile | None:
+        """The device of a rank."""
+        if not self.profiles:
+            return None
+        return self.profiles[rank] if len(self.profiles) > 1 else self.profiles[0]
+
+    def forward(self, node: fx.Node, rank: int = 0) -> float:
         """What a node takes on the way forward."""
-        cost = self.analysis.costs[node]
+        cost = self.analysis.on(self.device(rank))[node]
         return float(cost.flops) if self.analysis.unit == "FLOPs" else cost.forward
 
-    def backward(self, node: fx.Node) -> float:
+    def backward(self, node: fx.Node, rank: int = 0) -> float:
         """What a node takes on the way back; nothing in inference."""
-        cost = self.analysis.costs[node]
+        cost = self.analysis.on(self.device(rank))[node]
         if not self.training:
             return 0.0
         return float(cost.backward_flops) if self.analysis.unit == "FLOPs" else cost.backward
 
-    def whole(self, node: fx.Node) -> float:
+    def whole(self, node: fx.Node, rank: int = 0) -> float:
         """What a node takes in a step."""
-        return self.forward(node) + self.backward(node)
+        return self.forward(node, rank) + self.backward(node, rank)
+
+    def alone(self, rank: int) -> float:
+        """What the original takes on the device of a rank."""
+        return sum(self.whole(node, rank) for node in self.analysis.frontiers.order)
 
     @cached_property
     def sequential(self) -> float:
-        """What the original takes on one device."""
-        return sum(map(self.whole, self.analysis.frontiers.order))
+        """What the original takes on one device, the fastest for it."""
+        return min(self.alone(rank) for rank in range(max(1, len(self.profiles))))
 
-    def held(self, nodes: Sequence[fx.Node], parameters: float, states: float) -> float:
-        """Bytes that a device holds for some nodes.
+    @cached_property
+    def memory(self) -> Memory:
+        """What runs of nodes hold."""
+        return Memory(self.analysis, training=self.training)
 
-        Args:
-            nodes: The nodes that it runs.
-            parameters: Bytes of its parameters, those of guesses and corrections included.
-            states: Bytes of the states that it reads and gives.
+    def check_memory(self, held: Sequence[float]) -> None:
+        """Refuse what the devices cannot hold.
+
+        Raises:
+            PartitionError: A device holds more than it can.
         """
-        written = [self.analysis.costs[node].activation_bytes for node in nodes]
-        if self.training:
-            return OPTIMIZER_COPIES * parameters + sum(written) + states
-        return parameters + 2 * max(written, default=0) + states
-
-
-def extra_bytes(spec: CoarseSpec | None, item: int = 4) -> float:
-    """Bytes of the parameters of a guess or a correction."""
-    return float(spec.parameters * item) if spec else 0.0
+        for rank, size in enumerate(held):
+            device = self.device(rank)
+            if device is not None and size > device.memory:
+                raise PartitionError(
+                    f"device {rank} ({device.name}) would hold {size:.3g} bytes of "
+                    f"{device.memory:.3g}"
+                )
 
 
 def free(times: Times, *kinds: Kind) -> Times:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from passes.assemble import reads_guess
 from passes.errors import RuntimeFault
-from passes.plan import Head, Plan, Stage
+from passes.plan import CoarseSpec, Head, Plan, Stage
 from pnn_compile.runtime.instruction import RECEIVES, SENDS, Instruction, Kind
 from pnn_compile.runtime.order import in_order
 
@@ -82,10 +82,15 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
         once = weight / (1 + slower) if both_ways else weight
         found[forward, stage], found[backward, stage] = once, slower * once
 
-    def slowing(piece: Stage | Head, default: float) -> float:
+    def slowing(piece: Stage | Head | CoarseSpec, default: float) -> float:
         """Backward over forward of a piece."""
         back, both = piece.backward_seconds, piece.seconds
         return back / (both - back) if back is not None and both and both > back else default
+
+    def small(forward: Kind, backward: Kind, stage: int, spec: CoarseSpec, calls: int) -> None:
+        """Note a guess or a correction: by its own seconds, or else by its FLOPs."""
+        weight = scale * spec.flops if spec.seconds is None else spec.seconds
+        put(forward, backward, stage, calls * weight, slowing(spec, ratio))
 
     for number, stage in enumerate(plan.stages):
         slower = slowing(stage, stage.backward_flops / stage.flops if stage.flops else ratio)
@@ -94,9 +99,8 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
             continue
         # In difference form a coarse network that is not linear is called twice.
         calls = 2 if reads_guess(plan, stage.coarse) else 1
-        coarse = calls * scale * stage.coarse.flops
-        put(Kind.GUESS, Kind.GUESS_BACKWARD, number, scale * stage.preprocess.flops, ratio)
-        put(Kind.CORRECT, Kind.COARSE_BACKWARD, number, coarse, ratio)
+        small(Kind.GUESS, Kind.GUESS_BACKWARD, number, stage.preprocess, 1)
+        small(Kind.CORRECT, Kind.COARSE_BACKWARD, number, stage.coarse, calls)
     slower = slowing(plan.head, ratio)
     put(Kind.HEAD, Kind.HEAD_BACKWARD, len(plan.stages) - 1, weights[-1], slower)
     return found
