@@ -209,7 +209,7 @@ def test_two_ranks_share_one_gpu(sweep: str, tied: bool, tmp_path: Path) -> None
     reference, (batch,) = _alone(compiled), batches(1)
     value = loss(reference(batch.to(DEVICE)), batch)
     value.backward()
-    expected = dict(reference.named_parameters())
+    expected = dict(reference.named_parameters(remove_duplicate=False))
     found = start(_shared, 2, tmp_path, path)
     for each in found:
         assert each["devices"] == {DEVICE}
