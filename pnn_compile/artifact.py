@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +37,9 @@ from pnn_compile import graphfile
 from pnn_compile.network import Network, replay
 from pnn_compile.tensor_file import TensorFile
 
+if TYPE_CHECKING:
+    from pnn_compile.forecasting.table import ForecastTable
+
 __all__ = ["check_replaceable", "load", "load_plan", "save", "tensor_readers"]
 
 _log = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ _DERIVED = ("model.onnx", "model.onnx.stage_*.data", "stages", "manifest.json")
 _AGAIN = "restore the file, or save the artifact again"
 
 
-def save(compiled: Network, path: str | Path) -> Path:
+def save(compiled: Network, path: str | Path, forecast: ForecastTable | None = None) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then renamed: whatever fails on the way leaves
@@ -59,6 +62,12 @@ def save(compiled: Network, path: str | Path) -> Path:
     goes, for it shows the older network. Tensors are stored on the CPU. A program that holds
     something that has no form as data is stored without its graph; the log says so, and `load`
     then needs the model.
+
+    Args:
+        compiled: The network.
+        path: The directory.
+        forecast: What other numbers of devices would give, for the report; it takes too long to
+            compute it at every save.
 
     Returns:
         The directory, as an absolute path.
@@ -78,7 +87,7 @@ def save(compiled: Network, path: str | Path) -> Path:
     for own in _operator_tensors(compiled):
         writer.add(*own)
     data["network"] = {"training": graphfile.modes(compiled.module), "tensors": writer.records}
-    report = _report(compiled)
+    report = _report(compiled, forecast)
     with _writing(target), _replacing(target) as folder:
         if report is not None:
             (folder / _REPORT).write_text(report, encoding="utf-8")
@@ -97,12 +106,12 @@ def save(compiled: Network, path: str | Path) -> Path:
     return target
 
 
-def _report(compiled: Network) -> str | None:
+def _report(compiled: Network, forecast: ForecastTable | None) -> str | None:
     """The report for people, which nothing else of the artifact depends on."""
     from pnn_compile.report.html import html_report
 
     try:
-        return html_report(compiled)
+        return html_report(compiled, forecast=forecast)
     except Exception as error:
         # A network that was converted, say, may not run on its example inputs any more.
         _log.warning(

@@ -16,7 +16,7 @@ from torch import nn
 import pnn_compile as pnn
 from examples import unet
 from pnn_compile.report.graph_data import graph_data
-from pnn_compile.report.html import page, to_script_json
+from pnn_compile.report.html import html_report, page, quick_forecast, to_script_json
 from pnn_compile.report.page_data import page_data
 from tests.browser import Sheet, chromium, needs_chromium
 
@@ -37,6 +37,71 @@ def compiled() -> pnn.Compiled:
 @pytest.fixture(scope="module")
 def report(compiled: pnn.Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled.export_html(tmp_path_factory.mktemp("report") / "report.html")
+
+
+def test_the_forecast_marks_the_knee_and_this_plan(
+    browser: Browser, compiled: pnn.Compiled, report: Path
+) -> None:
+    sheet = Sheet(browser, report)
+    table = quick_forecast(compiled)
+    assert table is not None
+    expect(sheet.page.locator("#forecast-lead")).to_contain_text(table.verdict[1:])
+    knees = sheet.page.locator("#forecast-chart .knee")
+    assert knees.count() == 2  # of the speed-up and of the time
+    for label in knees.evaluate_all("dots => dots.map(dot => dot.getAttribute('aria-label'))"):
+        assert label.startswith(f"{table.best.stages} devices, {table.best.method}, ")
+    assert sheet.page.locator("#forecast-chart", has_text="this plan").count() == 1
+    sheet.check()
+
+
+def test_without_forecast_or_calibration_it_says_how_to_get_them(
+    browser: Browser, compiled: pnn.Compiled, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(html_report(compiled), encoding="utf-8")
+    sheet = Sheet(browser, path)
+    expect(sheet.page.locator("#forecast-chart code")).to_contain_text("pnn-compile inspect")
+    expect(sheet.page.locator("#accuracy-charts code")).to_contain_text("--calibrate")
+    sheet.check()
+
+
+def test_calibration_trials_and_accuracy_against_iterations(
+    browser: Browser, tmp_path: Path
+) -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)])
+    batches = [torch.randn(16, 8) for _ in range(4)]
+    compiled = pnn.compile(model, batches[0], stages=3, calibration=batches)
+    path = tmp_path / "report.html"
+    path.write_text(html_report(compiled, compiled.dial(batches)), encoding="utf-8")
+    sheet = Sheet(browser, path)
+    assert compiled.calibration is not None
+    faces = compiled.calibration.interfaces
+    dots = sheet.page.locator("#accuracy-charts circle.dot")
+    labels = dots.evaluate_all("dots => dots.map(dot => dot.getAttribute('aria-label'))")
+    for face in faces:
+        assert f"stage {face.stage}, corrected: {face.corrected_after:.3f}" in labels
+    assert sum(label.startswith("K = ") for label in labels) == 3
+    sheet.page.locator("#plan summary", has_text="Stage 1").click()
+    stage = compiled.plan.stages[1]
+    assert stage.preprocess is not None
+    assert stage.coarse is not None
+    tried = (*stage.preprocess.tried, *stage.coarse.tried)
+    assert tried
+    rows = sheet.page.locator("#plan details[open] tbody tr")
+    assert rows.count() == len(tried) + len(compiled.plan.interfaces[1].state)
+    for trial in tried:
+        expect(sheet.page.locator("#plan details[open]")).to_contain_text(trial.name)
+    sheet.check()
+
+
+def test_a_plan_of_the_users_own_weights_has_no_timeline(browser: Browser, tmp_path: Path) -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    compiled = pnn.compile(model, torch.randn(2, 8), stages=2, cost=lambda node, flops: flops + 1.0)
+    path = tmp_path / "report.html"
+    path.write_text(html_report(compiled), encoding="utf-8")
+    sheet = Sheet(browser, path)
+    expect(sheet.page.locator("#timeline-chart")).to_contain_text("does not hold what every stage")
+    sheet.check()
 
 
 @pytest.mark.parametrize("width", [1280, 400])

@@ -62,10 +62,15 @@ def inspect(
 
     With --json the partition graph as node-link data, or what --against found.
     """
+    files = [output[name] for name in ("html", "dot", "mermaid", "graphml", "trace")]
     if is_onnx(target):
+        if any(files) or output["samples"] or against:
+            raise OptionError(
+                f"{target} holds operators and no plan: it can only be shown; give the artifact "
+                "that it was exported from"
+            )
         show_onnx(target, as_json)
         return
-    files = [output[name] for name in ("html", "dot", "mermaid", "graphml", "trace")]
     if output["samples"] is not None and output["html"] is None:
         raise OptionError("--samples are for the report: add --html FILE")
     if output["depth"] < 1:

@@ -152,8 +152,7 @@ def compile_command(
         with progress("verifying"):
             checked = compiled.verify()
     if output is not None:
-        with progress("saving"):
-            compiled.save(output)
+        _save(compiled, output, progress)
         exported = export_to(compiled, output, emit, check, progress)
     verdict = None
     if samples is not None:
@@ -162,6 +161,16 @@ def compile_command(
     _show(compiled, checked, verdict, output, exported, quiet, as_json)
     if checked is not None and not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")
+
+
+def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
+    from pnn_compile.artifact import save
+    from pnn_compile.report.html import quick_forecast
+
+    with progress("forecasting"):
+        forecast = quick_forecast(compiled)
+    with progress("saving"):
+        save(compiled, output, forecast)
 
 
 def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:

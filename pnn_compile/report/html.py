@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
@@ -17,10 +18,13 @@ from passes.errors import OptionError
 from pnn_compile.report.page_data import page_data
 
 if TYPE_CHECKING:
+    from pnn_compile.forecasting.table import ForecastTable
     from pnn_compile.iterate import DialRow
     from pnn_compile.network import Network
 
-__all__ = ["html_report", "page", "to_script_json", "write_report"]
+__all__ = ["html_report", "page", "quick_forecast", "to_script_json", "write_report"]
+
+_log = logging.getLogger(__name__)
 
 _LIBRARIES = ("d3.min.js", "dagre.min.js")
 _SCRIPTS = (
@@ -29,24 +33,28 @@ _SCRIPTS = (
 )  # fmt: skip
 
 
-def html_report(compiled: Network, dial: Sequence[DialRow] = ()) -> str:
+def html_report(
+    compiled: Network, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
+) -> str:
     """Return the report of a compiled network as the text of an HTML file.
 
     Args:
         compiled: The network.
         dial: What every number of iterations gives, where `pnn_compile.iterate.dial` measured it.
+        forecast: What other numbers of devices would give, where `quick_forecast` or
+            `pnn_compile.forecast.forecast` computed it.
     """
-    return page(page_data(compiled, dial))
+    return page(page_data(compiled, dial, forecast))
 
 
 def write_report(compiled: Network, path: str | Path, dial: Sequence[DialRow] = ()) -> Path:
-    """Write the report as one HTML file.
+    """Write the report, with a forecast, as one HTML file.
 
     Raises:
         OptionError: The file cannot be written.
     """
     target = Path(path)
-    text = html_report(compiled, dial)
+    text = html_report(compiled, dial, quick_forecast(compiled))
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -54,6 +62,25 @@ def write_report(compiled: Network, path: str | Path, dial: Sequence[DialRow] = 
             f"{target} cannot be written ({error.strerror}): give another path"
         ) from error
     return target
+
+
+def quick_forecast(compiled: Network) -> ForecastTable | None:
+    """Forecast by FLOPs, at numbers of devices that lie further and further apart.
+
+    Returns:
+        The forecast; None where the network can be cut in none of these ways.
+    """
+    from pnn_compile.forecast import forecast
+
+    counts = {*_COUNTS, len(compiled.plan.stages)}
+    try:
+        return forecast(compiled, stages=counts, cost="flops", micro_batches=())
+    except OptionError as error:
+        _log.warning("the report of %s has no forecast: %s", compiled.plan.model, error)
+        return None
+
+
+_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def page(data: Mapping[str, Any]) -> str:

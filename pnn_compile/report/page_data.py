@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import RuntimeFault
+from pnn_compile.forecasting.table import LIMITS, PARAREAL
 from pnn_compile.graph import partition_graph
 from pnn_compile.report.graph_data import graph_data
 from pnn_compile.runtime.instruction import RECEIVES, SENDS, Kind
@@ -15,18 +16,22 @@ from pnn_compile.runtime.simulator import Timeline, Times, simulate
 
 if TYPE_CHECKING:
     from passes.plan import CoarseSpec, Plan
+    from pnn_compile.forecasting.table import ForecastTable
     from pnn_compile.iterate import DialRow
     from pnn_compile.network import Network
 
 __all__ = ["page_data"]
 
 
-def page_data(compiled: Network, dial: Sequence[DialRow] = ()) -> dict[str, Any]:
+def page_data(
+    compiled: Network, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
+) -> dict[str, Any]:
     """Gather what the page shows of a compiled network.
 
     Args:
         compiled: The network.
         dial: What every number of iterations gives, where it was measured.
+        forecast: What other numbers of devices would give, where it was computed.
     """
     plan = compiled.plan
     calibration = compiled.calibration
@@ -40,6 +45,7 @@ def page_data(compiled: Network, dial: Sequence[DialRow] = ()) -> dict[str, Any]
         },
         "passes": [[done.name, done.seconds] for done in compiled.passes],
         "graph": graph_data(partition_graph(compiled), len(plan.stages)),
+        "forecast": forecast_data(forecast) if forecast else None,
         "timeline": timeline_data(plan),
         "calibration": dataclasses.asdict(calibration) if calibration else None,
         "dial": [dataclasses.asdict(row) for row in dial],
@@ -69,6 +75,35 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, (str, int, float, bool)) or (
         isinstance(value, (list, tuple)) and all(isinstance(item, (str, int)) for item in value)
     )
+
+
+def forecast_data(table: ForecastTable) -> dict[str, Any]:
+    """The rows of methods that can be drawn as lines, the one that is enough marked as the knee."""
+    rows = [
+        row for method in table.methods for row in table.of(method) if len(table.of(method)) > 1
+    ]
+    best = table.best if set(table.methods) & set(PARAREAL) else None
+    return {
+        "unit": table.unit,
+        "training": table.training,
+        "batch": table.batch,
+        "devices": list(table.devices),
+        "sequential": table.sequential,
+        "verdict": table.verdict,
+        "rows": [
+            {
+                "stages": row.stages,
+                "method": row.method,
+                "time": row.time,
+                "speedup": row.speedup,
+                "bound": row.bound,
+                "memory": row.most_memory,
+                "limit": LIMITS[row.limit],
+                "knee": row is best,
+            }
+            for row in rows
+        ],
+    }
 
 
 def timeline_data(plan: Plan) -> dict[str, Any]:
