@@ -169,7 +169,7 @@ def test_what_cannot_be_reported_is_saved_all_the_same(
     compiled: pnn.Compiled, folder: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    def fail(_: object) -> str:
+    def fail(_: object, **__: object) -> str:
         raise RuntimeError("expected scalar type Half but found Float")
 
     monkeypatch.setattr("pnn_compile.report.html.html_report", fail)

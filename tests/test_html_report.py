@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, expect
 from torch import nn
 
 import pnn_compile as pnn
-from examples import unet
+from examples import resnet110, unet
 from pnn_compile.report.graph_data import graph_data
 from pnn_compile.report.html import html_report, page, quick_forecast, to_script_json
 from pnn_compile.report.page_data import page_data
@@ -68,11 +68,13 @@ def test_without_forecast_or_calibration_it_says_how_to_get_them(
 def test_calibration_trials_and_accuracy_against_iterations(
     browser: Browser, tmp_path: Path
 ) -> None:
-    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)])
-    batches = [torch.randn(16, 8) for _ in range(4)]
-    compiled = pnn.compile(model, batches[0], stages=3, calibration=batches)
+    model = resnet110.build_model(units_per_group=2, width=4).eval()
+    batches = [torch.randn(32, 3, 16, 16) for _ in range(4)]
+    compiled = pnn.compile(
+        model, batches[0][:2], stages=3, coarse_budget=0.4, prologue=0.2, calibration=batches
+    )
     path = tmp_path / "report.html"
-    path.write_text(html_report(compiled, compiled.dial(batches)), encoding="utf-8")
+    path.write_text(html_report(compiled, compiled.dial(batches[:1])), encoding="utf-8")
     sheet = Sheet(browser, path)
     assert compiled.calibration is not None
     faces = compiled.calibration.interfaces
