@@ -202,6 +202,10 @@ def test_hovering_tells_costs(browser: Browser, report: Path) -> None:
     tip = sheet.page.locator("#tip")
     sheet.page.locator("#canvas [aria-label^='guess,']").first.hover()
     expect(tip).to_contain_text("FLOPs")
+    cut = sheet.page.locator("#canvas path.edge.cut").last
+    cut.dispatch_event("pointermove", {"clientX": 300, "clientY": 300})
+    expect(tip).to_contain_text("float32")
+    expect(tip).to_contain_text("kB")
     sheet.page.locator("#balance-chart rect.bar").first.hover()
     expect(tip).to_contain_text("of the row")
     sheet.page.locator("#timeline-chart rect.step, #timeline-chart rect.critical").first.hover()

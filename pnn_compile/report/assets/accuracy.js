@@ -75,6 +75,11 @@ function startAccuracy() {
     const agreed = found.agreement_after === null ? "" : `, agreement with the original ${percent(found.agreement_before)} → ${percent(found.agreement_after)}`;
     byId("accuracy-lead").textContent = `Calibrated on ${found.fitted} samples, judged on ${found.held_out} others: relative error of the outputs ${found.output_error_before.toFixed(3)} → ${found.output_error_after.toFixed(3)}${agreed}.`;
   } else if (rows.length) byId("accuracy-lead").textContent = "Errors on held-out samples when guesses and corrections were chosen.";
-  if (rows.length) chart(panel("accuracy-charts", "Error by interface"), drawErrors(rows));
+  if (rows.length) {
+    const place = panel("accuracy-charts", "Error by interface");
+    const shown = AFTER.filter(([key]) => rows.some((row) => row.points[key] !== undefined));
+    place.before(element("ul", { class: "legend" }, ...shown.map(([, text, role]) => element("li", {}, element("i", { class: role }), text))));
+    chart(place, drawErrors(rows));
+  }
   if (dial.length) chart(panel("accuracy-charts", `Accuracy against K, on ${dial[0].samples} samples`), drawDial(dial));
 }

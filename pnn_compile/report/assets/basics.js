@@ -124,6 +124,9 @@ function startTheme() {
   });
 }
 
+// A sentence of the compiler, which may begin small and end without a full stop.
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+
 function empty(where, text, command) {
   byId(where).replaceChildren(
     element("p", { class: "empty" }, text, ...(command ? [" ", element("code", {}, command)] : [])),

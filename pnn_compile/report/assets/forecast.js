@@ -72,8 +72,7 @@ function startForecast() {
     const gain = `With ${stageCount} stages a step takes ${cost(plan.forecast.time)} where the original takes ${cost(plan.forecast.sequential)}: ${plan.forecast.speedup.toFixed(2)} times as fast.`;
     return empty("forecast-chart", `${gain} What other numbers of stages would give is computed by`, "pnn-compile inspect DIR --html report.html");
   }
-  const sentence = `${known.verdict[0].toUpperCase()}${known.verdict.slice(1)}.`;
-  byId("forecast-lead").textContent = `${sentence} By ${known.unit} of a ${known.training ? "training step" : "forward pass"} at the example batch of ${known.batch}, ${known.devices.length ? `on ${known.devices.join(", ")}` : "with links that take no time"}.`;
+  byId("forecast-lead").textContent = `${sentence(known.verdict)} By ${known.unit} of a ${known.training ? "training step" : "forward pass"} at the example batch of ${known.batch}, ${known.devices.length ? `on ${known.devices.join(", ")}` : "with links that take no time"}.`;
   chart(panel("forecast-chart", "Speed-up"), drawForecast((row) => row.speedup, "Speed-up against the number of devices", (n) => `${n}×`, idealLine));
   chart(panel("forecast-chart", `Time of a step, ${known.unit}`), drawForecast((row) => row.time, "Time of a step against the number of devices", inUnit, sequentialLine));
 }

@@ -37,7 +37,9 @@ const shapesOf = (flow) => [...flow.shapes].filter(Boolean).join(" + ");
 
 function edgeLines({ flow }) {
   const title = flow.from && flow.to ? `${flow.from.label} → ${flow.to.label}` : flow.from ? `${flow.from.label} → outside` : `outside → ${flow.to.label}`;
-  return [title, shapesOf(flow), size(flow.bytes)];
+  const stage = flow.edges?.[0].target.role === "residual" ? flow.edges[0].target.stage : 0;
+  const why = stage ? plan.interfaces[stage - 1].why : "";
+  return [title, shapesOf(flow), size(flow.bytes), why && sentence(why)];
 }
 
 const briefShape = (flow) => {

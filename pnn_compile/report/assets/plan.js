@@ -12,7 +12,8 @@ const number = (value) => Number(value.toPrecision(4));
 
 function trials(title, spec) {
   if (!spec) return [];
-  const options = Object.entries(spec.options).map(([key, value]) => `${key} = ${Array.isArray(value) ? value.join(", ") : value}`).join("; ");
+  const known = Object.entries(spec.options).filter(([, value]) => !Array.isArray(value) || value.length);
+  const options = known.map(([key, value]) => `${key} = ${Array.isArray(value) ? value.join(", ") : value}`).join("; ");
   const found = [
     element("h3", {}, `${title}: ${spec.family}`),
     element("p", {}, [`${count(spec.flops)} FLOPs, ${count(spec.parameters)} parameters of its own, ${spec.linear ? "linear" : "not linear"}`, spec.why].filter(Boolean).join("; "), "."),
@@ -27,7 +28,7 @@ function trials(title, spec) {
 
 function cutDetails(face) {
   const why = face.why;
-  const said = typeof why === "string" && why ? [element("p", {}, why)] : [];
+  const said = typeof why === "string" && why ? [element("p", {}, sentence(why))] : [];
   const rows = face.state.map(([name, type]) => [name, type]);
   return [
     element("h3", {}, `Cut behind ${face.after}`),
@@ -40,7 +41,7 @@ function cutDetails(face) {
 function stageDetails(stage, at) {
   const face = plan.interfaces[at];
   const brief = span(stage.first_module || stage.first, stage.last_module || stage.last);
-  const facts = `${stage.nodes} nodes, ${count(stage.flops)} FLOPs forward, ${count(stage.backward_flops)} backward, ${count(stage.parameters)} parameters (${size(stage.parameter_bytes)})${stage.seconds === null ? "" : `, ${seconds(stage.seconds)} measured`}.`;
+  const facts = `${stage.nodes} nodes, ${count(stage.flops)} FLOPs forward, ${count(stage.backward_flops)} backward, ${count(stage.parameters)} parameters (${size(stage.parameter_bytes)})${stage.seconds === null ? "" : `, ${seconds(stage.seconds)} measured`}${stage.device ? `, on ${stage.device}` : ""}${stage.memory ? `, ${size(stage.memory)} of memory` : ""}.`;
   const sides = stage.sides.length ? [element("p", {}, `Recomputes side values: ${stage.sides.join(", ")}.`)] : [];
   return element("details", {}, element("summary", {}, element("b", {}, `Stage ${at}`), " ", element("span", {}, brief)),
     element("div", {}, element("p", {}, facts), ...sides, ...trials("Guess", stage.preprocess), ...trials("Coarse propagator", stage.coarse), ...cutDetails(face)));

@@ -27,6 +27,8 @@ function flowList(title, flows, end) {
 }
 
 function operatorDetails(item) {
+  if (item.role === "residual" && plan.interfaces[item.stage - 1].why)
+    return [element("dt", {}, "Why the cut is here"), element("dd", {}, sentence(plan.interfaces[item.stage - 1].why))];
   const spec = item.role === "preprocess" || item.role === "coarse" ? plan.stages[item.stage][item.role] : null;
   if (!spec) return [];
   const found = [element("dt", {}, "Parameters of its own"), element("dd", {}, count(spec.parameters)), element("dt", {}, "Linear"), element("dd", {}, spec.linear ? "yes" : "no")];
