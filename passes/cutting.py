@@ -22,7 +22,7 @@ from passes.prices import makespan, serial
 from passes.pricing import Pricing
 from passes.program import provenance
 
-__all__ = ["Cut", "choose_cut"]
+__all__ = ["Cut", "choose_cut", "pricing_of"]
 
 _SHOWN = 12
 
@@ -33,7 +33,7 @@ class Cut:
 
     Attributes:
         positions: One per stage.
-        gap: Relative distance from the proven optimum of the objective; 0 for given cuts.
+        gap: Relative distance from the proven optimum of the objective, of given cuts too.
         devices: What each stage runs on; empty where no devices were named.
         why: For each position but the last, the next best one and what it would cost.
     """
@@ -52,10 +52,7 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
             would be no link of the chain.
     """
     head = _head(analysis)
-    candidates = [p for p in analysis.frontiers.positions if p.index < head.index]
-    if options.coarse in BLOCK_FAMILIES:
-        # Only whole blocks can be copied.
-        candidates = [p for p in candidates if p.boundary and len(p.state) == 1]
+    candidates = _candidates(analysis, options, head)
     if options.cuts is not None:
         named = _named(analysis, candidates, head, options.cuts)
         solution = _given(analysis, options, candidates, [*named, head])
@@ -73,6 +70,21 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         candidates.remove(start)
         solution = _solve(analysis, options, candidates, head, stages)
     return _linked(analysis, _cut(analysis, options, candidates, head, solution))
+
+
+def pricing_of(analysis: Analysis, options: Options) -> Pricing:
+    """The prices that `choose_cut` searches, one position per state that can cross."""
+    head = _head(analysis)
+    candidates = _distinct(_candidates(analysis, options, head), head)
+    return Pricing(analysis, options, candidates, head)
+
+
+def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Position]:
+    """Where cuts may be: in front of the head, and for copied blocks at the ends of whole ones."""
+    found = [p for p in analysis.frontiers.positions if p.index < head.index]
+    if options.coarse in BLOCK_FAMILIES:
+        return [p for p in found if p.boundary and len(p.state) == 1]
+    return found
 
 
 def _positions(
@@ -157,7 +169,8 @@ def _given(
         cuts=chosen,
         makespan=makespan(problem, chosen),
         serial=serial(problem, chosen),
-        lower_bound=time,
+        # What any other cuts would take at least; those chosen may lie at a dearer twin.
+        lower_bound=min(time, solve(problem).lower_bound),
         evaluations=0,
         devices=devices,
     )

@@ -243,7 +243,10 @@ def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[
 
 def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:
     notes = [*analysis.program.capture.notes]
-    if forecast.gap > _WIDE_GAP:
+    if options.cuts:
+        named = (f"{name} in stage {number}" for number, name in enumerate(options.cuts, 1))
+        notes.append(f"cuts are where they were named: first is {', '.join(named)}")
+    elif forecast.gap > _WIDE_GAP:
         notes.append(
             "the cuts are not proven to be the best: the search was stopped, and another cut "
             f"could be faster by up to {forecast.gap:.1%}"

@@ -18,6 +18,7 @@ from passes.options import CostSource, Options
 from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
 from passes.plan import Plan
 from passes.program import Program
+from passes.recut import moved_cuts, options_of
 from pnn_compile.cache import TimingCache
 from pnn_compile.calibrate import calibrate
 from pnn_compile.calibration import CalibrationReport
@@ -189,8 +190,8 @@ def compile(
             or "measured-forward" of the forward pass; seconds on `devices` by their profiles,
             "roofline" or "roofline-forward"; or a callable from (node, FLOPs) to a number. What
             counts the way back cuts for training, what says forward for inference.
-        cuts: Names of the nodes or modules that start the second and later stages; overrides the
-            search.
+        cuts: Names of the nodes or modules that come first in the second and later stages;
+            overrides the search.
         coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
             these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
             paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact" or
@@ -215,6 +216,8 @@ def compile(
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.
         plan: Replay this plan instead of deciding anew; no option of the search may be given.
+            Where a cut was moved in it (the `first` of a stage, or one of the other names of the
+            same cut), its stages are made anew for the cuts that it then has.
         calibration: Batches of inputs, as in `calibrate`, or a function that makes them from the
             captured program. Guesses and corrections are fitted to the model's weights, and
             "auto" families are chosen by how well they fit within the budget; a guess may copy
@@ -259,6 +262,10 @@ def compile(
     start = time.perf_counter()
     program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
     captured = PassResult("capture and validate", time.perf_counter() - start)
+    if plan is not None and plan.fingerprint == program.fingerprint:
+        moved = moved_cuts([node.name for node in program.order], plan)
+        if moved is not None:
+            options, plan = options_of(plan, moved), None
     if plan is not None:
         network = replay(program, plan, captured, debug=debug)
     else:

@@ -98,8 +98,13 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 @click.option("--correction", default="residual", help="residual or difference.")
 @click.option("--sweep", default="chain", help="chain, collapsed or auto.")
 @click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
-@click.option("--cut-at", metavar="NAMES", help="Modules that start stages 1.., by comma.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Replay this plan.")
+@click.option("--cut-at", metavar="NAMES", help="Modules that come first in stages 1.., by comma.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Replay it; its cuts may be moved.",
+)
 @click.option("--seed", default=0, type=int, help="Seed of the coarse networks.")
 @click.option(
     "--calibrate",
