@@ -17,7 +17,7 @@ from torch import nn
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
 from pnn_compile.cli import main
-from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network
+from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
 from pnn_compile.export.onnx.steps import ROLES
 
 
@@ -144,6 +144,26 @@ def test_the_manifest_is_enough_to_run_the_models(exports: Exports) -> None:
         wanted = exports.compiled.module.eval()(torch.from_numpy(tokens)).numpy()
     found = values[manifest["outputs"][0]["name"]]
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_stream_a_stage_runs_the_single_file_on_several_threads(
+    exports: Exports, tmp_path: Path
+) -> None:
+    def profile(options: onnxruntime.SessionOptions) -> None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(tmp_path / "profile")
+
+    tokens = decoder.example_inputs()[0].repeat(4, 1)
+    session = open_streams(exports.whole.path, options=profile)
+    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    with torch.no_grad():
+        wanted = exports.compiled.module.eval()(tokens).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [each for each in events if each["name"].endswith("_kernel_time")]
+    assert len({each["tid"] for each in kernels}) > 1
+    with pytest.raises(pnn.ArtifactError, match="cannot be read"):
+        open_streams(tmp_path / "missing.onnx")
 
 
 def test_a_damaged_stage_model_is_refused(exports: Exports, tmp_path: Path) -> None:

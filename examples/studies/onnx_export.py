@@ -29,7 +29,7 @@ MODELS = (
     "timm:vit_tiny_patch16_224 --arg img_size=64",
     "timm:convnext_atto --input 2x3x64x64",
     "timm:densenet121 --input 2x3x64x64",
-    "timm:mixer_s16_224",
+    "timm:darknet17 --input 2x3x64x64",
     "timm:efficientnet_b0 --input 2x3x64x64",
     "torchvision:mobilenet_v3_small --input 2x3x64x64",
     "torchvision:swin_t --input 2x3x64x64",

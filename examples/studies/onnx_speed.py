@@ -1,6 +1,6 @@
 """Stage models side by side, beside the original in one ONNX Runtime session, on the same cores.
 
-python -m examples.studies.onnx_speed examples/resnet1001.py -n 2 --batch 1,2,4,8
+python -m examples.studies.onnx_speed examples/resnet1001.py -n 2 --cut-at group2.42.norm1
 
 All contenders run in one process, in turns, round after round. `--folder` keeps what was exported
 and measures what is there already.
@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
 import pnn_compile as pnn
 from examples.studies.onnx_export import load
-from pnn_compile.export.onnx import StageExecutor
+from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
 from pnn_compile.export.onnx.executor import session
 
 Feeds = Mapping[str, np.ndarray]
 Run = Callable[[Feeds], object]
 
 BASELINE = "original, 1 thread"
+
+_PAUSE = 0.1
+"""Seconds between contenders: threads of ONNX Runtime spin for a while after a run."""
 
 
 def main() -> None:
@@ -39,14 +41,14 @@ def main() -> None:
     parser.add_argument("-n", "--stages", type=int, default=2)
     parser.add_argument("--batch", default="1,2,4,8")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cost", default="flops")
+    parser.add_argument("--cut-at", metavar="NAMES", help="modules that start stages 1.., by comma")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--export-only", action="store_true")
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = words.folder or Path(temporary)
         if not (folder / "manifest.json").exists():
-            export(words.model, words.stages, words.cost, folder)
+            export(words.model, words.stages, words.cut_at, folder)
         if words.export_only:
             return
         print(
@@ -58,19 +60,18 @@ def main() -> None:
                 print(f"| {' | '.join(line)} |", flush=True)
 
 
-def export(model: str, stages: int, cost: str, folder: Path) -> None:
+def export(model: str, stages: int, cut_at: str | None, folder: Path) -> None:
     """Write the original as one model, the network as one model and as stage models."""
     source = load(model)
-    for count, name in ((1, "original.onnx"), (stages, "model.onnx")):
-        compiled = pnn.compile(
-            source.model,
-            args=source.args,
-            kwargs=source.kwargs,
-            stages=count,
-            cost=cost,  # type: ignore[arg-type]
-        )
-        compiled.export_onnx(folder / name, verify=False)
-    compiled.export_onnx(folder, per_stage=True)
+    cuts = cut_at.split(",") if cut_at else None
+    compiled = pnn.compile(source.model, args=source.args, kwargs=source.kwargs, stages=1)
+    compiled.export_onnx(folder / "original.onnx", verify=False)
+    compiled = pnn.compile(
+        source.model, args=source.args, kwargs=source.kwargs, stages=stages, cuts=cuts
+    )
+    lowered = lower_network(compiled)
+    export_onnx(compiled, folder / "model.onnx", verify=False, lowered=lowered)
+    export_onnx(compiled, folder, per_stage=True, lowered=lowered)
 
 
 def make(folder: Path, stages: int) -> dict[str, Run]:
@@ -84,16 +85,9 @@ def make(folder: Path, stages: int) -> dict[str, Run]:
         for done in [pool.submit(copy.run, None, dict(feeds)) for copy in copies]:
             done.result()
 
-    optimized, partition = partitioned(whole, stages)
-
     def parallel(options: Any) -> None:
-        options.inter_op_num_threads = stages
+        options.inter_op_num_threads = stages + 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL
-
-    def with_partition(options: Any) -> None:
-        parallel(options)
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.node_partition_config_file", str(partition))
 
     return {
         BASELINE: _run(session(original)),
@@ -101,38 +95,13 @@ def make(folder: Path, stages: int) -> dict[str, Run]:
         f"original, {stages} copies at once": run_copies,
         f"stage models, {stages} threads": executor.run,
         "one file, 1 thread": _run(session(whole)),
-        f"one file, ORT_PARALLEL, {stages} threads": _run(session(whole, options=parallel)),
-        f"one file, partition file, {stages} threads": _run(
-            session(optimized, options=with_partition)
-        ),
+        "one file, ORT_PARALLEL alone": _run(session(whole, options=parallel)),
+        "one file, a stream a stage": _run(open_streams(whole)),
     }
 
 
 def _run(opened: Any) -> Run:
     return lambda feeds: opened.run(None, dict(feeds))
-
-
-def partitioned(whole: Path, stages: int) -> tuple[Path, Path]:
-    """Let ONNX Runtime optimise the model, and put the nodes of every stage on a stream.
-
-    The partition file names nodes, and the optimiser renames them: so it goes first.
-    """
-    optimized, partition = whole.with_name("optimized.onnx"), whole.with_name("partition.json")
-
-    def save(options: Any) -> None:
-        options.optimized_model_filepath = str(optimized)
-
-    session(whole, options=save)
-    streams: list[list[str]] = [[] for _ in range(stages)]
-    made: dict[str, int] = {}
-    for node in onnx.load(str(optimized), load_external_data=False).graph.node:
-        facts = {entry.key: entry.value for entry in node.metadata_props}
-        before = max((made.get(name, 0) for name in node.input), default=0)
-        stage = int(facts.get("pnn.stage", before))
-        made.update(dict.fromkeys(node.output, stage))
-        streams[stage].append(node.name)
-    partition.write_text(json.dumps({"type": "DeviceBasedPartitioner", "streams": streams}))
-    return optimized, partition
 
 
 def measured(
@@ -143,6 +112,7 @@ def measured(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):  # the first round warms up
         for name, run in contenders.items():
+            time.sleep(_PAUSE)
             start = time.perf_counter()
             run(feeds)
             if number:

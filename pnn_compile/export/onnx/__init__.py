@@ -4,6 +4,7 @@ from pnn_compile.export.onnx.check import BATCHES, LIMIT, Checked
 from pnn_compile.export.onnx.executor import StageExecutor
 from pnn_compile.export.onnx.export import Exported, Lowered, export_onnx, lower_network
 from pnn_compile.export.onnx.manifest import Manifest
+from pnn_compile.export.onnx.streams import open_streams
 
 __all__ = [
     "BATCHES",
@@ -15,4 +16,5 @@ __all__ = [
     "StageExecutor",
     "export_onnx",
     "lower_network",
+    "open_streams",
 ]

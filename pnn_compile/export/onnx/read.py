@@ -15,7 +15,7 @@ from pnn_compile.export.onnx.steps import ROLES
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxSummary", "Part", "read"]
+__all__ = ["OnnxSummary", "Part", "load_proto", "read"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,13 @@ def read(path: Path) -> OnnxSummary:
     )
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def load_proto(path: Path) -> onnx.ModelProto:
+    """Read a model without the weights beside it.
+
+    Raises:
+        ExportError: The package onnx is missing.
+        ArtifactError: The file is missing or is no model.
+    """
     try:
         import onnx
     except ImportError as error:
@@ -100,11 +106,15 @@ def _load(path: Path) -> onnx.ModelProto:
             "reading ONNX files needs the package onnx: pip install 'pnn-compile[onnx]'"
         ) from error
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
         raise ArtifactError(f"{path} is no ONNX model ({type(error).__name__})") from error
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    model = load_proto(path)
     if "pnn.stages" not in _metadata(model):
         raise ArtifactError(
             f"{path} says nothing of stages: inspect reads what `pnn-compile export` wrote"

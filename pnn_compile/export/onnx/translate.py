@@ -103,6 +103,17 @@ class _Part:
     inputs: slice
     outputs: slice
     dims: tuple[tuple[int | str, ...], ...]
+    module: nn.Module
+
+    def owns(self, name: str) -> bool:
+        """Whether an initializer is a tensor of the piece, not one that the exporter made."""
+        if not name.startswith(self.prefix):
+            return False
+        try:
+            found = resolve(self.module, name.removeprefix(self.prefix))
+        except AttributeError:
+            return False
+        return isinstance(found, torch.Tensor)
 
     @property
     def prefix(self) -> str:
@@ -137,7 +148,7 @@ class _Joint:
         self._outputs = outputs.stop
         dims = tuple(piece.specs[value].dims for value in segment.entering)
         inputs = slice(start, len(self.examples))
-        self.parts.append(_Part(len(self.parts), inputs, outputs, dims))
+        self.parts.append(_Part(len(self.parts), inputs, outputs, dims, piece.module))
 
     def finish(self) -> fx.GraphModule:
         """Copy the nodes of all segments, and make the module."""
@@ -220,9 +231,9 @@ def _cut(model: ir.Model, part: _Part) -> Block:
     outputs = model.graph.outputs[part.outputs]
     nodes, reached = _behind(outputs, inputs)
     initializers = [v for v in model.graph.initializers.values() if v in reached]
-    weights = [v for v in initializers if (v.name or "").startswith(part.prefix)]
-    constants = [v for v in initializers if not (v.name or "").startswith(part.prefix)]
-    if any((v.name or "").startswith("part_") for v in constants):
+    weights = [v for v in initializers if part.owns(v.name or "")]
+    constants = [v for v in initializers if v not in weights]
+    if any(not (v.name or part.prefix).startswith(part.prefix) and _is_owned(v) for v in constants):
         raise Entangled
     ordered = [node for node in model.graph if node in nodes]
     view = ir.GraphView([*inputs, *weights], outputs, nodes=ordered, initializers=constants)
@@ -235,6 +246,10 @@ def _cut(model: ir.Model, part: _Part) -> Block:
         for value in node.outputs:
             _rename_dims(value, symbols)
     return Block(graph, tuple((v.name or "").removeprefix(part.prefix) for v in weights))
+
+
+def _is_owned(value: ir.Value) -> bool:
+    return (value.name or "").startswith("part_")
 
 
 def _behind(
