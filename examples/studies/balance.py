@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,14 @@ RESULTS = Path(__file__).parent / "results" / "balance.jsonl"
 STAGES = (2, 4, 8)
 
 
+def _built(case: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    return case.build(), case.args(2), case.kwargs(2)
+
+
 def models() -> Iterator[tuple[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]]]:
     """Every model by name, with what builds it and its inputs."""
     for case in CASES:
-        yield case.name, lambda case=case: (case.build(), case.args(2), case.kwargs(2))
+        yield case.name, partial(_built, case)
     images = torch.randn(2, 3, 32, 32)
     yield "examples.vgg16", lambda: (vgg16.build_model(), (images,), {})
     yield "examples.resnet1001, 110 layers", lambda: (resnet1001.build_model(12), (images,), {})

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import RuntimeFault
-from pnn_compile.forecasting.table import LIMITS, PARAREAL
+from passes.limits import LIMITS
+from pnn_compile.forecasting.table import PARAREAL
 from pnn_compile.graph import partition_graph
 from pnn_compile.report.graph_data import graph_data
 from pnn_compile.runtime.instruction import RECEIVES, SENDS, Kind
