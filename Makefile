@@ -23,8 +23,8 @@ demo: $(STAMP) ## compile ResNet-1001 into four stages, in build/resnet1001
 	@mkdir -p build
 	$(BIN)/pnn-compile examples/resnet1001.py -n 4 -o build/resnet1001
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests, a process a core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from passes.analysis import Analysis
 from passes.arguments import bind
 from passes.coarse.choice import choose_coarse, choose_guess, stage_budget
 from passes.cost import parameters
-from passes.cutting import Cut
+from passes.cutting import Cut, choose_cut
 from passes.device import DeviceProfile
 from passes.errors import OptionError
 from passes.frontier import Position, requirements
@@ -88,13 +88,15 @@ def _faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     """The collapsed sweep where it is the faster one of two that linear maps can do, else a chain.
 
     Only linear maps collapse: their chain is a sum of products. One of low rank may have a bias.
+    Either has cuts of its own, as what a cut costs depends on the sweep.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
     families = {f for s in chain.stages if s.coarse for f in s.coarse.family.split("+")}
     once = chain.correction == "residual" and chain.iterations == 1
     if not once or not families <= _COLLAPSE:
         return chain
-    collapsed = make_plan(analysis, cut, dataclasses.replace(options, sweep="collapsed"))
+    other = dataclasses.replace(options, sweep="collapsed")
+    collapsed = make_plan(analysis, choose_cut(analysis, other), other)
     return collapsed if collapsed.forecast.time < chain.forecast.time else chain
 
 
