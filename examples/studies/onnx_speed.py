@@ -2,8 +2,9 @@
 
 python -m examples.studies.onnx_speed examples/resnet1001.py -n 2 --cut-at group2.42.norm1
 
-All contenders run in one process, in turns, round after round. `--folder` keeps what was exported
-and measures what is there already.
+All contenders run in one process, in turns, round after round: one run that is not timed, then the
+mean of three; with `--cold` one run alone, after a pause in which the cores went idle. `--folder`
+keeps what was exported and measures what is there already.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ BASELINE = "original, 1 thread"
 
 _PAUSE = 0.1
 """Seconds between contenders: threads of ONNX Runtime spin for a while after a run."""
+_RUNS = 3
+"""Runs of a turn, behind one that is not timed, as in a server that is busy."""
 
 
 def main() -> None:
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("-n", "--stages", type=int, default=2)
     parser.add_argument("--batch", default="1,2,4,8")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cold", action="store_true", help="time one run after a pause alone")
     parser.add_argument("--cut-at", metavar="NAMES", help="modules that start stages 1.., by comma")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--export-only", action="store_true")
@@ -56,7 +60,7 @@ def main() -> None:
         )
         contenders = make(folder, words.stages)
         for batch in map(int, words.batch.split(",")):
-            for line in measured(contenders, folder, batch, words.rounds):
+            for line in measured(contenders, folder, batch, words.rounds, words.cold):
                 print(f"| {' | '.join(line)} |", flush=True)
 
 
@@ -105,7 +109,7 @@ def _run(opened: Any) -> Run:
 
 
 def measured(
-    contenders: Mapping[str, Run], folder: Path, batch: int, rounds: int
+    contenders: Mapping[str, Run], folder: Path, batch: int, rounds: int, cold: bool
 ) -> list[list[str]]:
     """Run all contenders in turns; one line each."""
     feeds = inputs(folder, batch)
@@ -113,10 +117,14 @@ def measured(
     for number in range(rounds + 1):  # the first round warms up
         for name, run in contenders.items():
             time.sleep(_PAUSE)
+            if not cold:
+                run(feeds)
+            count = 1 if cold else _RUNS
             start = time.perf_counter()
-            run(feeds)
+            for _ in range(count):
+                run(feeds)
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / count)
     lines = []
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds[BASELINE], times, strict=True)]

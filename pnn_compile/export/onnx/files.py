@@ -22,6 +22,8 @@ LARGE = 100 * 2**20
 
 _INLINE = 1024
 """Bytes of a tensor that always stays in the model: shape inference may need it."""
+_INLINE_INTEGERS = 2**20
+"""The same of integers, such as tables of indices, which it follows further."""
 
 
 def data_name(model: str, stage: int) -> str:
@@ -45,7 +47,7 @@ def save(model: ir.Model, path: Path) -> tuple[Path, ...]:
     if sum(sizes.values()) > LARGE:
         by_stage: dict[int, list[ir.Value]] = {}
         for value, size in sizes.items():
-            if size > _INLINE:
+            if size > _inline(value):
                 by_stage.setdefault(_first_stage(value), []).append(value)
         for stage, values in sorted(by_stage.items()):
             name = data_name(path.name, stage)
@@ -56,6 +58,11 @@ def save(model: ir.Model, path: Path) -> tuple[Path, ...]:
             files.append(path.parent / name)
     ir.save(model, path)
     return tuple(files)
+
+
+def _inline(value: ir.Value) -> int:
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return _INLINE if floating else _INLINE_INTEGERS
 
 
 def _first_stage(value: ir.Value) -> int:
