@@ -27,6 +27,7 @@ __all__ = [
     "Attention",
     "BatchNorm",
     "attach",
+    "dropouts",
     "flagged_call",
     "free_path",
     "outline",
@@ -64,6 +65,16 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """Return the options for the module's repr."""
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}"
+
+
+def dropouts(network: nn.Module) -> list[nn.Module]:
+    """The modules of a network that drop values at random in training mode."""
+    return [
+        module
+        for module in network.modules()
+        if isinstance(module, Attention)
+        or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+    ]
 
 
 class BatchNorm(nn.Module):

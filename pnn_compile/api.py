@@ -23,6 +23,7 @@ from pnn_compile.cache import TimingCache
 from pnn_compile.calibrate import calibrate
 from pnn_compile.calibration import CalibrationReport
 from pnn_compile.choose import choose
+from pnn_compile.example import example
 from pnn_compile.network import Network, gather, replay
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from pnn_compile.verdict import Verdict
     from pnn_compile.verify import VerifyReport
 
-__all__ = ["Compiled", "compile", "example", "load"]
+__all__ = ["Compiled", "compile", "load"]
 
 
 class Compiled(Network):
@@ -286,35 +287,6 @@ def compile(
         spent = PassResult("calibrate", time.perf_counter() - start)
         network = replace(network, passes=(*network.passes, spent))
     return Compiled.of(network)
-
-
-def example(
-    model: nn.Module,
-    example_inputs: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Bring example inputs, as users give them, to positional and keyword arguments.
-
-    Raises:
-        OptionError: There are none, or they are given in two ways.
-    """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model must be a torch.nn.Module (got {type(model).__name__})")
-    if example_inputs is None and not args and not kwargs:
-        raise OptionError(
-            f"{type(model).__name__} needs example inputs: "
-            "pnn.compile(model, torch.randn(2, 3, 32, 32)), or args=..., kwargs=..."
-        )
-    if example_inputs is None:
-        return tuple(args), dict(kwargs or {})
-    if args or kwargs:
-        raise OptionError("give either example_inputs or args and kwargs, not both")
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:

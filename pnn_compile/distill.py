@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 
 from passes.errors import OptionError
+from passes.restore import dropouts
 from passes.split import Stages
 from pnn_compile.batches import device_of, named_batch
 from pnn_compile.learner import Learner, Trainer
@@ -32,7 +33,7 @@ from pnn_compile.walk import State, Walker
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["Distiller", "InterfaceLoss"]
+__all__ = ["Distiller", "InterfaceLoss", "train_mode"]
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ class Distiller:
         self.step = 0
         self._losses: list[dict[str, float]] = []
 
-    def train(self) -> None:
+    def train(self, *, dropout: bool) -> None:
         """Set training mode where something trains: not in what is shared with the stages."""
-        self._operators.train()
+        train_mode(self._operators, dropout=dropout)
         for module in self._fine:
             module.training = False
 
@@ -211,6 +212,13 @@ class Distiller:
             learner.load_state_dict(state["learners"][name])
         self.step = state["step"]
         self._losses = list(state["losses"])
+
+
+def train_mode(network: nn.Module, *, dropout: bool) -> None:
+    """Set training mode, but leave dropout off unless it is asked for."""
+    network.train()
+    for module in () if dropout else dropouts(network):
+        module.training = False
 
 
 def _stages_of(sequential: nn.Module, count: int) -> Stages:

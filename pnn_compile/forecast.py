@@ -17,6 +17,7 @@ from passes.observe import observe
 from passes.options import Options
 from pnn_compile.batches import batch_size
 from pnn_compile.cache import TimingCache
+from pnn_compile.example import example
 from pnn_compile.forecasting.parareal import parareal_row
 from pnn_compile.forecasting.rivals import data_parallel_row, pipeline_row
 from pnn_compile.forecasting.setting import Setting
@@ -149,8 +150,6 @@ def _analysis(
     timings: TimingCache,
     options: dict[str, Any],
 ) -> tuple[Analysis, Options]:
-    from pnn_compile.api import example
-
     source: Any = cost if training or cost == "flops" else f"{cost}-forward"
     if isinstance(model, Network):
         options = {"correction": model.plan.correction} | options

@@ -47,7 +47,7 @@ def _distiller(compiled: pnn.Compiled, total: int = 40, learning_rate: float = 1
 
 def _distil(compiled: pnn.Compiled, batches: list[Any], epochs: int = 5) -> Distiller:
     distiller = _distiller(compiled, epochs * len(batches))
-    distiller.train()
+    distiller.train(dropout=True)
     for _ in range(epochs):
         for batch in batches:
             distiller.take(batch)
@@ -142,7 +142,7 @@ def test_the_goals_of_a_collapsed_sweep_add_up_to_the_original(
 
     monkeypatch.setattr(Distiller, "_learn", learn)
     with preserved(compiled.module):
-        distiller.train()
+        distiller.train(dropout=True)
         distiller.take(call(name, 3))
         walker, inputs = Walker(compiled), call(name, 3)
         true = last = walker.advance(0, {}, walker.fine(0, {}, inputs))
@@ -194,6 +194,40 @@ def test_a_fit_of_interfaces_leaves_modes_and_gradients() -> None:
     pnn.fit(compiled, _images(16), interface_epochs=1)
     assert [module.training for module in whole.modules()] == modes
     assert all(parameter.grad is None for parameter in whole.parameters())
+
+
+class Dropping(nn.Module):
+    """Dropout by module, by function and in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[B, 4, 8]` to the same."""
+        p = 0.5 if self.training else 0.0
+        for layer in self.layers:
+            y = self.dropout(layer(x)).unsqueeze(1)
+            y = nn.functional.scaled_dot_product_attention(y, y, y, dropout_p=p).squeeze(1)
+            x = x + nn.functional.dropout(y, 0.5, self.training)
+        return x
+
+
+@pytest.mark.parametrize("interface_epochs", [0, 1])
+def test_dropout_is_off_in_a_fit_unless_asked_for(interface_epochs: int) -> None:
+    rows = list(torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(0)).split(4))
+
+    def weights(seed: int, **options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        compiled = pnn.compile(Dropping(), rows[0], stages=3)
+        torch.manual_seed(seed)
+        pnn.fit(compiled, rows, interface_epochs=interface_epochs, **options)
+        assert compiled.module.training
+        return nn.utils.parameters_to_vector(compiled.module.parameters()).detach()
+
+    assert torch.equal(weights(1), weights(2))
+    assert not torch.equal(weights(1, dropout=True), weights(2, dropout=True))
 
 
 def test_batches_are_left_as_they_are() -> None:
@@ -284,7 +318,7 @@ def test_an_interrupted_fit_with_dropout_goes_on_alike_on_cuda(tmp_path: Path) -
     rows = list(torch.randn(64, 8).split(8))
     torch.manual_seed(1)
     whole = build()
-    pnn.fit(whole, rows, epochs=2)
+    pnn.fit(whole, rows, epochs=2, dropout=True)
     file, halved = tmp_path / "fit.pt", build()
 
     def stop(step: int, total: int, loss: float) -> None:
@@ -292,9 +326,11 @@ def test_an_interrupted_fit_with_dropout_goes_on_alike_on_cuda(tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pnn.fit(halved, rows, epochs=2, checkpoint=file, checkpoint_every=5, progress=stop)
+        pnn.fit(
+            halved, rows, epochs=2, dropout=True, checkpoint=file, checkpoint_every=5, progress=stop
+        )
     again = build()
-    pnn.fit(again, rows, epochs=2, checkpoint=file)
+    pnn.fit(again, rows, epochs=2, dropout=True, checkpoint=file)
     for a, b in zip(whole.module.parameters(), again.module.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 

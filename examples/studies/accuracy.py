@@ -209,7 +209,10 @@ def _fitted(
     if how.interfaces:
         task, rate = study.task, how.rate * study.preset.fit_rate
         samples = [task.train.x[batch] for batch in task.train.batches(task.fit_batch)]
-        pnn.fit(compiled, samples, epochs=how.epochs, interface_epochs=1, learning_rate=rate)
+        pnn.fit(
+            compiled, samples, epochs=how.epochs, interface_epochs=1, learning_rate=rate,
+            dropout=how.dropout,
+        )  # fmt: skip
     else:
         _fit(compiled.module, study, original, how)
     forecast = compiled.plan.forecast

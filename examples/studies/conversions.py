@@ -24,7 +24,7 @@ class Conversion:
     options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
     rate: float = 1.0
-    dropout: bool = True
+    dropout: bool = False
     interfaces: bool = False
     controls: bool = False
 
@@ -45,10 +45,10 @@ _AT_POOLING = {"cuts": ["features.14", "features.24"]}
 ATTEMPTS = {
     "auto": replace(AUTO, controls=True),
     "all together": Conversion(
-        options={"prologue": 0.15, **_AT_POOLING}, dropout=False, controls=True
+        options={"prologue": 0.15, **_AT_POOLING}, controls=True
     ),
     "cut at poolings": Conversion(options={**AUTO.options, **_AT_POOLING}),
-    "without dropout in the fit": Conversion(options=AUTO.options, dropout=False, controls=True),
+    "with dropout in the fit": replace(AUTO, dropout=True, controls=True),
     "twice the first layers": Conversion(options={"prologue": 0.15}),
     "unit in difference form": Conversion(
         options={

@@ -100,7 +100,7 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
     found += [*parareal, *conversion("cifar10", first, stages)]
     for seed in others:  # an original well before what waits for it
         found += [Job("cifar10", "scratch", seed, original), *scratch("vgg", seed, (3,))]
-    found += [Job("vgg", "attempts", seed, ("without dropout",), (3,)) for seed in seeds]
+    found += [Job("vgg", "attempts", seed, ("with dropout",), (3,)) for seed in seeds]
     for seed in others:
         found += conversion("cifar10", seed, stages)
     for seed in seeds:
@@ -153,12 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=6, help="processes at once")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop")
     parser.add_argument("--most", type=int, help="jobs to take at most")
+    parser.add_argument("--originals", type=Path, help="folder that keeps the trained originals")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     stop = time.time() + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="pnn-originals-") as folder:
         settings = Settings(
-            options.preset, options.data, options.device, options.results, Path(folder),
+            options.preset, options.data, options.device, options.results,
+            options.originals or Path(folder),
             max(1, (os.cpu_count() or 1) // options.jobs), stop,
         )  # fmt: skip
         context = multiprocessing.get_context("spawn")

@@ -22,7 +22,7 @@ from passes.errors import SynthesisError
 from passes.options import BLOCK_FAMILIES
 from passes.plan import CoarseSpec, Plan, TensorSpec
 from passes.program import Program
-from passes.restore import Attention
+from passes.restore import dropouts
 from passes.split import Stages, extract, nodes_between
 
 __all__ = [
@@ -89,19 +89,10 @@ def build_correction(
     own = spec.family == "exact"
     if plan.correction == "difference" and not spec.linear:
         plain = all(one.batch_axis == 0 for one in (*entering, *leaving))
-        plain = plain and program.dynamic_batch and not _draws(network)
+        plain = plain and program.dynamic_batch and not dropouts(network)
         joint = plain and not own and not spec.options.get("inputs")
         network = Difference(network, len(entering), joint=joint)
     return network if own else network.to(program.device).train(program.module.training)
-
-
-def _draws(network: nn.Module) -> bool:
-    """Whether a network draws random numbers in training mode."""
-    return any(
-        (isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0)
-        or isinstance(child, Attention)
-        for child in network.modules()
-    )
 
 
 def specs(plan: Plan, interface: int, names: tuple[str, ...]) -> list[TensorSpec]:

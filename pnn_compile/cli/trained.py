@@ -81,6 +81,7 @@ def assess(
 )
 @click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per step.")
 @click.option("--learning-rate", default=1.5e-3, type=float, help="Peak learning rate.")
+@click.option("--dropout", is_flag=True, help="Leave dropout on.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save to and resume.")
 @click.option("--seed", default=0, type=int, help="Seed of the order of the samples.")
 @JSON
@@ -92,6 +93,7 @@ def fit_command(
     interface_epochs: int,
     batch: int,
     learning_rate: float,
+    dropout: bool,
     checkpoint: Path | None,
     seed: int,
     as_json: bool,
@@ -111,6 +113,7 @@ def fit_command(
             epochs=epochs,
             interface_epochs=interface_epochs,
             learning_rate=learning_rate,
+            dropout=dropout,
             checkpoint=checkpoint,
             progress=advance,
         )
