@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from passes.program import Program, graph_module
+from passes.room import with_room
 from passes.validate import preserved
 
 __all__ = ["Measure", "Seconds", "measure_network", "measure_seconds"]
@@ -64,7 +67,7 @@ def measure_seconds(
         none of them, but some of it in every run.)
     """
     runs: list[list[Seconds]] = []
-    with preserved(program.module), torch.set_grad_enabled(backward):
+    with preserved(program.module), torch.set_grad_enabled(backward), _no_collection():
         program.module.train(backward and _trains(program))
         clock = _Clock(program, segments)
         start = time.perf_counter()
@@ -89,11 +92,15 @@ def measure_network(
     """
     read = _events if any(x.is_cuda for x in inputs) else time.perf_counter
     found = []
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), _no_collection():
         for _ in range(_WARM_UP + _CALLS):
             leaves = [x.detach().requires_grad_(backward) for x in inputs]
             marks = [read()]
-            outputs = [x for x in pytree.tree_leaves(run(*leaves)) if isinstance(x, torch.Tensor)]
+            outputs = [
+                x
+                for x in pytree.tree_leaves(with_room(run, *leaves))
+                if isinstance(x, torch.Tensor)
+            ]
             marks.append(read())
             ends = [x for x in outputs if x.requires_grad]
             if backward and ends:
@@ -102,6 +109,18 @@ def measure_network(
             found.append(_apart(marks))
     ways = zip(*found[_WARM_UP:], strict=True)
     return Seconds(*map(statistics.median, ways))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from collecting garbage in the middle of a segment, as timeit does."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _apart(marks: Sequence[Any]) -> list[float]:
@@ -164,7 +183,7 @@ class _Clock:
     def time(self, inputs: Sequence[Any], *, backward: bool) -> list[Seconds]:
         """Run once and give the seconds of every segment."""
         self._passed, self._complete = [self._read()], {}
-        outputs = self._module(*inputs)
+        outputs = with_room(self._module, *inputs)
         returned = self._back(outputs) if backward else []
         passed = self._seconds(self._passed)
         forward = [b - a for a, b in itertools.pairwise(passed)]

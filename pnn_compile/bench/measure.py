@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import OptionError
+from passes.room import with_room
 from pnn_compile.batches import check_batch_size, resized
 from pnn_compile.bench.contenders import contender
 from pnn_compile.bench.parts import PartsTimer, median_parts
@@ -137,6 +139,8 @@ def _turns(
         placement = place(len(compiled.plan.stages), dist.get_world_size())
         timer = PartsTimer(compiled, inputs, placement, order.training)
         timer()
+    gc.collect()
+    gc.freeze()  # or it goes through all that was loaded in the middle of somebody's step
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     parts: list[Parts] = []
     names = [*ready]
@@ -178,7 +182,7 @@ def _timed(step: Step, device: torch.device) -> float:
     """Seconds of a step on the slowest rank."""
     dist.barrier()
     start = time.perf_counter()
-    step()
+    with_room(step)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from passes.room import with_room
 from pnn_compile.runtime.chain import ChainSweep
 from pnn_compile.runtime.collapsed import CollapsedSweep
 from pnn_compile.runtime.instruction import FORWARD, Instruction, Kind
@@ -70,7 +71,7 @@ class Step(Workspace):
     def run(self, instruction: Instruction) -> None:
         """Run one instruction."""
         with self._random(instruction):
-            self._actions[instruction.kind](instruction)
+            with_room(self._actions[instruction.kind], instruction)
 
     @contextmanager
     def _random(self, it: Instruction) -> Iterator[None]:
