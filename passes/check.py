@@ -120,6 +120,7 @@ class _Checker:
         guess, copies = known is GUESSES, spec.family in BLOCK_FAMILIES
         names = ["inputs"] * (guess or copies) + ["sides", "sources"] * guess
         names += ["rank"] * ("lowrank" in parts) + ["blocks"] * copies
+        names += ["stem"] * (guess and copies)
         yield from _fields(here, options, names)
         if "rank" in names:
             yield from _at_least_one(f"{here}.rank", options["rank"])
@@ -133,6 +134,10 @@ class _Checker:
                 yield f"{here}.copied", "should name two nodes, the first and the last"
         if guess:
             yield from self._sources(f"{here}.sources", options["sources"])
+        if guess and copies:
+            yield from _fields(f"{here}.stem", options["stem"], ("inputs", "leaving"))
+            yield from _each_among(f"{here}.stem.inputs", options["stem"]["inputs"], self.inputs)
+            yield from _among(f"{here}.stem.leaving", options["stem"]["leaving"], self.every)
         if copies:
             yield from self._blocks(here, spec.family, options["blocks"], options["inputs"])
 

@@ -27,7 +27,7 @@ BLOCK_FAMILIES = ("units", "thinned")
 """Families of coarse propagators that copy blocks of the trunk."""
 _COARSE = ("auto", "linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
 _COARSE_SUMS = ("linear", "lowrank", "conv")
-_GUESSES = ("auto", "convolution", "linear", "lowrank", "conv")
+_GUESSES = ("auto", "thinned", "convolution", "linear", "lowrank", "conv")
 _MOST_COPIED = 0.25
 """Largest share of first layers that is copied into guesses without being asked for."""
 
@@ -53,8 +53,10 @@ class Options:
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators, "auto", or a sum.
         prologue: Largest share of the original's cost that a guess may spend on a copy of the
-            first layers, to read what they give instead of the input. None is no copy, and with
-            calibration samples as much as the coarse budget where that fits better.
+            first layers, to read what they give instead of the input, or on a thinned copy of all
+            layers before its interface (`preprocess="thinned"`). None is no copy, a tenth for
+            "thinned", and with calibration samples as much as the coarse budget where that fits
+            better.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
             through a map of its own, all of them at once; or "auto", the faster one by the
@@ -87,7 +89,7 @@ class Options:
 
     def __post_init__(self) -> None:
         _sum_among("coarse", self.coarse, _COARSE, _COARSE_SUMS)
-        _sum_among("preprocess", self.preprocess, _GUESSES, _GUESSES[1:])
+        _sum_among("preprocess", self.preprocess, _GUESSES, _GUESSES[2:])
         _at_least("rank", self.rank, 1)
         _among("correction", self.correction, _CORRECTIONS)
         if not callable(self.cost):

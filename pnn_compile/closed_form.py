@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.coarse.fitting import MatrixFit, fitted_parts
 from passes.coarse.recalibrate import recalibrate
+from passes.coarse.thinned import THINNED
 from passes.errors import OptionError
 from passes.plan import CoarseSpec, Trial
 from pnn_compile.agreement import Energy
@@ -190,6 +191,16 @@ class _Sweep:
                 state = [true[name] for name in names]
                 yield Sample(held, given, state, given, state)
 
+        for each in offered:
+            if each.spec.family == THINNED:  # the blocks meet other states than in the original
+                calls = (
+                    tuple(self.walker.given(each.spec.options["inputs"], inputs))
+                    for held, inputs in self.batches()
+                    if not held
+                )
+                front = each.network.prologue
+                assert isinstance(front, nn.Module)
+                _measure_statistics(front, calls)
         fitted = [(each, each.network.operator) for each in offered]
         self.walker.guesses[number] = self._take(f"preprocess_{number}", fitted, samples)
 
@@ -348,17 +359,21 @@ def _recalibrate(network: nn.Module, samples: Callable[[], Iterator[Sample]]) ->
         return False
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     [known] = _errors([network], samples())
-    try:
-        recalibrate(network, (tuple(s.arguments) for s in samples() if not s.held_out))
-    except ValueError as error:
-        raise OptionError(
-            f"BatchNorm statistics cannot be measured on these batches ({error}): give larger ones"
-        ) from error
+    _measure_statistics(network, (tuple(s.arguments) for s in samples() if not s.held_out))
     if _errors([network], samples()) < [known]:
         return True
     for name, buffer in network.named_buffers():
         buffer.copy_(before[name])
     return False
+
+
+def _measure_statistics(network: nn.Module, calls: Iterable[tuple[Any, ...]]) -> None:
+    try:
+        recalibrate(network, calls)
+    except ValueError as error:
+        raise OptionError(
+            f"BatchNorm statistics cannot be measured on these batches ({error}): give larger ones"
+        ) from error
 
 
 def _errors(networks: Sequence[nn.Module], samples: Iterable[Sample]) -> list[float]:

@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from pnn_compile.batches import batch_size, device_of, named_batch
+from pnn_compile.calibrate import calibrate
 from pnn_compile.checkpoint import FitState, checkpoint_file
 from pnn_compile.distill import Distiller, InterfaceLoss, train_mode
-from pnn_compile.learner import Learner, Trainer
+from pnn_compile.learner import Learner, Trainer, warm_cosine
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["FitReport", "Loss", "distillation", "fit"]
 
 _TEMPERATURE = 2.0
+_SAMPLES, _BYTES = 8_192, 2**28
+"""What the closed form between the two parts of a fit sees at most."""
+_FEWEST = 5
+"""Batches that it needs: every fifth one judges."""
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
 """From the network's outputs, the original's outputs and the batch to a scalar."""
@@ -87,8 +92,8 @@ def fit(
     compiled: Network,
     loader: Iterable[Any],
     *,
-    epochs: int = 1,
-    interface_epochs: int = 0,
+    epochs: float = 1,
+    interface_epochs: float = 0,
     loss: Loss | None = None,
     learning_rate: float = 1.5e-3,
     weight_decay: float = 1e-2,
@@ -105,15 +110,17 @@ def fit(
     The original is the state of the fine stages when the fit starts; a copy of it stays fixed.
     In `interface_epochs` passes each guess learns the true state that it stands for, and each
     correction the error that is left behind its stage (see `pnn_compile.distill`); the fine stages
-    and their statistics stay as they are. Then every parameter trains against the original's
-    outputs. In either part the learning rate warms up over a tenth of the steps and falls to zero
-    along a cosine.
+    and their statistics stay as they are. What is linear in them is then solved in closed form for
+    the guesses as they are now, on the first samples of the loader. Then every parameter trains
+    against the original's outputs. In either part the learning rate warms up over a tenth of the
+    steps and falls to zero along a cosine.
 
     Args:
         compiled: The network; changed in place.
         loader: Batches, as in `calibrate`; a pair (inputs, labels) if `loss` reads labels. Must
             have a length.
-        epochs: Times to go through the loader end to end.
+        epochs: Times to go through the loader end to end. With half an epoch for the interfaces,
+            half an epoch here goes on where that stopped.
         interface_epochs: Times to go through it before, for the interfaces.
         loss: From (outputs, original's outputs, batch) to a scalar; `distillation` if None.
         learning_rate: Peak learning rate.
@@ -148,12 +155,12 @@ def fit(
         optimizer
         or (lambda given: torch.optim.AdamW(given, learning_rate, weight_decay=weight_decay))
     )
-    total = epochs * length
+    total = max(1, round(epochs * length))
     learner = Learner(parameters, trainer, total, autocast=autocast, clip_norm=clip_norm)
     parts: dict[str, Any] = {"teacher": teacher, "learner": learner}
     distiller = None
     if interface_epochs:
-        steps = interface_epochs * length
+        steps = max(1, round(interface_epochs * length))
         distiller = Distiller(
             compiled, teacher, trainer, steps, autocast=autocast, clip_norm=clip_norm
         )
@@ -171,10 +178,15 @@ def fit(
     with _training(network, compiled.operators.named(), dropout=dropout), state.random():
         if distiller is not None and distiller.step < before:
             distiller.train(dropout=dropout)
-            for step, batch in _remaining(loader, interface_epochs, distiller.step):
-                done(step + 1, before, distiller.take(batch))
+            for step, batch in _remaining(loader, distiller.step, before):
+                value = distiller.take(batch)
+                if step + 1 == before:
+                    _solve(compiled, loader)
+                done(step + 1, before, value)
             train_mode(network, dropout=dropout)
-        for step, batch in _remaining(loader, epochs, state.step):
+        begin = before % length
+        for step, batch in _remaining(loader, begin + state.step, begin + total):
+            step -= begin
             value, size = _step(compiled, teacher, batch, measure, learner, autocast)
             state.record(step + 1, value, size)
             done(before + step + 1, before + total, value)
@@ -190,18 +202,19 @@ def fit(
 
 
 def _check_numbers(
-    epochs: int, interface_epochs: int, learning_rate: float, checkpoint_every: int
+    epochs: float, interface_epochs: float, learning_rate: float, checkpoint_every: int
 ) -> None:
     if not 0 < learning_rate < math.inf:
         raise OptionError(
             f"the learning rate must be above 0 (got {learning_rate}); the default is 1.5e-3"
         )
+    if not 0 < epochs < math.inf:
+        raise OptionError(f"epochs must be above 0, parts of one too (got {epochs})")
     for name, number, least in (
-        ("epochs", epochs, 1),
         ("interface_epochs", interface_epochs, 0),
         ("checkpoint_every", checkpoint_every, 1),
     ):
-        if number < least:
+        if not least <= number < math.inf:
             raise OptionError(f"{name} must be at least {least} (got {number})")
 
 
@@ -210,7 +223,7 @@ def _trainer(optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer
         parameters: Sequence[nn.Parameter], steps: int
     ) -> tuple[torch.optim.Optimizer, LambdaLR]:
         made = optimizer(parameters)
-        return made, LambdaLR(made, _warm_cosine(steps))
+        return made, LambdaLR(made, warm_cosine(steps))
 
     return make
 
@@ -239,26 +252,29 @@ def _length(loader: Iterable[Any]) -> int:
     return length
 
 
-def _warm_cosine(total: int) -> Callable[[int], float]:
-    warm = max(1, total // 10)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        done = torch.tensor((step - warm) / max(1, total - warm) * torch.pi)
-        return float(0.5 * (1 + torch.cos(done)))
-
-    return factor
-
-
-def _remaining(loader: Iterable[Any], epochs: int, done: int) -> Iterator[tuple[int, Any]]:
-    """Number and batch of every step that is still to take."""
+def _remaining(loader: Iterable[Any], done: int, total: int) -> Iterator[tuple[int, Any]]:
+    """Number and batch of every step that is still to take, round after round of the loader."""
     step = 0
-    for _ in range(epochs):
+    while step < total:
         for batch in loader:
-            if step >= done:
+            if done <= step < total:
                 yield step, batch
             step += 1
+
+
+def _solve(compiled: Network, loader: Iterable[Any]) -> None:
+    """Fit the linear parts in closed form on the first samples of the loader."""
+    batches, samples, size = [], 0, 0
+    for batch in loader:
+        inputs = named_batch(compiled, batch)
+        tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        batches.append(inputs)
+        samples += batch_size(inputs)
+        size += sum(tensor.nbytes for tensor in tensors)
+        if len(batches) >= _FEWEST and (samples >= _SAMPLES or size >= _BYTES):
+            break
+    if len(batches) >= _FEWEST:
+        calibrate(compiled, batches)
 
 
 def _step(

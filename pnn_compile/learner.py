@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,22 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Learner", "Trainer"]
+__all__ = ["Learner", "Trainer", "warm_cosine"]
 
 Trainer = Callable[[Sequence[nn.Parameter], int], tuple[torch.optim.Optimizer, LambdaLR]]
 """From parameters and a number of steps to an optimizer with its schedule."""
+
+
+def warm_cosine(total: int) -> Callable[[int], float]:
+    """A schedule of `total` steps: it warms up over a tenth, and falls to zero along a cosine."""
+    warm = max(1, total // 10)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos((step - warm) / max(1, total - warm) * math.pi))
+
+    return factor
 
 
 class Learner:

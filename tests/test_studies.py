@@ -53,8 +53,9 @@ def test_every_network_and_control_is_trained_and_measured(
 ) -> None:
     rows = list(accuracy.STUDIES[study](accuracy.Study(make(), PRESET, seed=0)))
     names = {(row["network"], row["stages"]) for row in rows}
-    # the same-latency network and three forms, or two forms and two controls, or K = 1 to N = 3
-    per_stage = 3 if study == "iterations" else 4
+    # The same-latency network and three forms, or K = 1 to N = 3, or two ways to convert and two
+    # controls; a third way with its own where there are enough equal blocks to thin.
+    per_stage = {"scratch": 4, "iterations": 3, "conversion": 7 if make is _task else 4}[study]
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))

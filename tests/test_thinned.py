@@ -14,7 +14,7 @@ import pnn_compile as pnn
 from examples import decoder, resnet110
 from passes.check import check_plan
 from passes.coarse.recalibrate import recalibrate
-from passes.coarse.thinned import build_thinned, thin
+from passes.coarse.thinned import Front, build_thinned, thin
 from passes.coarse.units import Units
 from passes.errors import ArtifactError, OptionError, SynthesisError
 from passes.plan import CoarseSpec, Plan
@@ -406,3 +406,81 @@ def test_it_mends_a_thinned_network_with_batchnorm() -> None:
         seen.clear()
         module(x)
     assert max(seen) < 0.1 < 0.5 < before
+
+
+def deep(**options: Any) -> pnn.Compiled:
+    """A ResNet deep enough to be thinned, in three stages whose guesses are thinned."""
+    torch.manual_seed(0)
+    model = resnet110.build_model(6, 4)
+    options = {"stages": 3, "preprocess": "thinned"} | options
+    return pnn.compile(model, torch.randn(2, 3, 16, 16), **options)
+
+
+def guess_of(network: pnn.Compiled, stage: int) -> tuple[Front, dict[str, Any]]:
+    spec, guess = network.plan.stages[stage].preprocess, network.operators.preprocess[stage]
+    assert spec is not None
+    front = guess.prologue
+    assert isinstance(front, Front)
+    return front, dict(spec.options)
+
+
+def test_a_guess_is_made_by_a_thinned_copy_of_all_that_lies_before() -> None:
+    network = deep(cuts=("trunk.6", "trunk.13"))
+    images = torch.randn(3, 3, 16, 16)
+    for stage in (1, 2):
+        front, options = guess_of(network, stage)
+        assert 0 < len(options["blocks"]) <= (5, 12)[stage - 1] // 2
+        module = network.operators.preprocess[stage].eval()
+        front.eval()
+        with torch.no_grad():
+            state = front.stem(images)
+            for unit in front.units.units:
+                state = unit(state)
+        torch.testing.assert_close(front(images), state)
+        [entering] = network.plan.interfaces[stage - 1].state
+        assert module(images).shape[1:] == torch.Size(entering.spec.shape[1:])
+        own = {id(p) for p in network.stages.fine[0].parameters()}
+        assert not own & {id(p) for p in front.parameters()}
+    assert all(check.passed for check in network.verify().checks)
+
+
+def test_more_may_be_copied_and_too_little_is_refused() -> None:
+    small, large = (
+        len(guess_of(deep(**options), 2)[1]["blocks"]) for options in ({}, {"prologue": 0.4})
+    )
+    assert small < large
+    with pytest.raises(SynthesisError, match="give it a larger prologue"):
+        deep(prologue=0.01)
+    with pytest.raises(SynthesisError, match="one of every kind of block"):
+        pnn.compile(decoder.build_model(layers=4, width=8), torch.ones(2, 8).long(), stages=3,
+                    preprocess="thinned")  # fmt: skip
+
+
+def test_calibration_measures_the_statistics_of_a_thinned_front() -> None:
+    images = [torch.randn(16, 3, 16, 16) + 3 for _ in range(5)]
+    before, after = deep(), deep(calibration=images)
+    norms = [
+        guess_of(network, 2)[0].units.get_buffer("units.0.trunk.2.norm1.running_mean")
+        for network in (before, after)
+    ]
+    assert not torch.allclose(norms[0], norms[1])
+    assert after.calibration is not None
+    for interface in after.calibration.interfaces:
+        assert interface.guess_after < interface.guess_before
+
+
+def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    network = deep(calibration=[torch.randn(16, 3, 16, 16) for _ in range(5)])
+    pnn.fit(network, [torch.randn(8, 3, 16, 16) for _ in range(6)], interface_epochs=0.5)
+    loaded = pnn.load(network.save(tmp_path / "out"))
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(network.module.eval()(images), loaded.module.eval()(images))
+
+
+def test_the_stem_of_a_thinned_guess_is_checked() -> None:
+    network = deep()
+    data = json.loads(network.plan.to_json())
+    data["stages"][1]["preprocess"]["options"]["stem"]["leaving"] = "nowhere"
+    with pytest.raises(ArtifactError, match=r"stem\.leaving is 'nowhere'"):
+        check_plan(network.program, Plan.from_json(json.dumps(data)))

@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,8 @@ from examples.studies.networks import shortened
 from examples.studies.presets import PRESETS, Preset
 from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
-from examples.studies.training import Originals, accuracy, train
+from examples.studies.training import Originals, Shuffled, accuracy, train
+from passes.errors import SynthesisError
 from pnn_compile.batches import CalibrationBatches
 from pnn_compile.early_exit import fit_early_exit
 
@@ -158,12 +160,18 @@ def conversion(study: Study) -> Iterator[Row]:
     for stages in study.preset.stages:
         for name, how in CONVERSIONS.items():
             if study.wants(name) or how is AUTO:
-                compiled, seconds = _convert(original, study, stages, how)
-                controls = _controls(compiled, study, original) if how is AUTO else []
+                try:
+                    compiled, seconds = _convert(original, study, stages, how)
+                except SynthesisError as error:
+                    print(f"{name}, N = {stages}: {error}", file=sys.stderr)
+                    continue
+                controls = _controls(compiled, study, original) if how.controls else []
                 if study.wants(name):
                     row = _fitted("conversion", name, compiled, study, original, how)
                     yield row | {"compiled": seconds}
                 for control in controls:
+                    if how is not AUTO:
+                        control = replace(control, name=f"{control.name}, as fast as {name}")
                     yield _controlled("conversion", control, stages, study, original, how)
 
 
@@ -206,15 +214,13 @@ def _fitted(
     assert compiled.calibration is not None
     test, without = study.task.test, uncorrected(compiled)
     calibrated = accuracy(compiled.module, test)
-    if how.interfaces:
-        task, rate = study.task, how.rate * study.preset.fit_rate
-        samples = [task.train.x[batch] for batch in task.train.batches(task.fit_batch)]
-        pnn.fit(
-            compiled, samples, epochs=how.epochs, interface_epochs=1, learning_rate=rate,
-            dropout=how.dropout,
-        )  # fmt: skip
-    else:
-        _fit(compiled.module, study, original, how)
+    compiled.module.to(study.task.train.y.device)
+    pnn.fit(
+        compiled, Shuffled(study.task, study.task.fit_batch, study.seed), epochs=how.epochs,
+        interface_epochs=how.interfaces, dropout=how.dropout,
+        learning_rate=how.rate * study.preset.fit_rate,
+        autocast=torch.bfloat16 if study.preset.bfloat16 else None,
+    )  # fmt: skip
     forecast = compiled.plan.forecast
     return study.row(
         study_name, name, len(compiled.plan.stages), uncorrected=accuracy(without, test),
@@ -226,7 +232,7 @@ def _fitted(
 
 def _fit(network: nn.Module, study: Study, original: nn.Module, how: Conversion) -> None:
     train(
-        network, study.task, study.preset, study.seed, epochs=how.epochs,
+        network, study.task, study.preset, study.seed, epochs=round(how.epochs + how.interfaces),
         rate=how.rate * study.preset.fit_rate, dropout=how.dropout,
         teacher=copy.deepcopy(original),
     )  # fmt: skip

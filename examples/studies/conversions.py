@@ -14,22 +14,22 @@ class Conversion:
 
     Attributes:
         options: Options of `pnn.compile`.
-        epochs: Epochs of the fit.
+        epochs: Epochs of the fit, end to end.
+        interfaces: Epochs before that in which every guess and correction learns by itself.
         rate: Peak learning rate of the fit over the preset's.
         dropout: Whether dropout is active in the fit.
-        interfaces: Whether every interface trains by itself first, for one epoch.
         controls: Whether the controls are given the same fit, beside it.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 1
+    epochs: float = 1
+    interfaces: float = 0
     rate: float = 1.0
     dropout: bool = False
-    interfaces: bool = False
     controls: bool = False
 
 
-AUTO = Conversion(options={"prologue": 0.07})
+AUTO = Conversion(options={"prologue": 0.07}, controls=True)
 """The measured choice within a coarse budget of 5 %, 7 % of first layers copied into guesses."""
 
 CONVERSIONS = {
@@ -37,18 +37,22 @@ CONVERSIONS = {
         options={"coarse": "lowrank+linear", "preprocess": "lowrank+linear"}
     ),
     "parareal, auto": AUTO,
+    "parareal, thinned": Conversion(
+        options={"preprocess": "thinned"}, interfaces=0.5, epochs=0.5, controls=True
+    ),
 }
-"""Guesses from the input and rank 32 everywhere, or the measured choice."""
+"""Guesses from the input and rank 32 everywhere; the measured choice; or guesses that are thinned
+copies of all before, which learn by themselves for half of the one epoch that all have."""
 
 _AT_POOLING = {"cuts": ["features.14", "features.24"]}
 
 ATTEMPTS = {
-    "auto": replace(AUTO, controls=True),
+    "auto": AUTO,
     "all together": Conversion(
         options={"prologue": 0.15, **_AT_POOLING}, controls=True
     ),
     "cut at poolings": Conversion(options={**AUTO.options, **_AT_POOLING}),
-    "with dropout in the fit": replace(AUTO, dropout=True, controls=True),
+    "with dropout in the fit": replace(AUTO, dropout=True),
     "twice the first layers": Conversion(options={"prologue": 0.15}),
     "unit in difference form": Conversion(
         options={
@@ -56,7 +60,7 @@ ATTEMPTS = {
             "coarse_budget": 0.5,
         }
     ),
-    "interfaces first": Conversion(options=AUTO.options, interfaces=True),
+    "interfaces first": Conversion(options=AUTO.options, interfaces=1),
     "smaller steps": Conversion(options=AUTO.options, rate=0.25),
     "three epochs": Conversion(options=AUTO.options, epochs=3, controls=True),
 }  # fmt: skip

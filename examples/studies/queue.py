@@ -83,7 +83,7 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
     """
     original = ("original",)
     forms = [("same latency",), *((f"parareal, {family}, {sweep}",) for family, sweep in FORMS)]
-    converted = ("parareal, auto", "early exit", "layers dropped")
+    converted = ("parareal, auto", "parareal, thinned", "early exit", "layers dropped")
 
     def scratch(task: str, seed: int, stages: Sequence[int]) -> list[Job]:
         return [Job(task, "scratch", seed, form, (n,)) for n in stages for form in forms]

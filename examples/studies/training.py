@@ -17,8 +17,9 @@ from examples.studies.data import Split
 from examples.studies.presets import Preset
 from examples.studies.tasks import Task
 from pnn_compile.fit import distillation
+from pnn_compile.learner import warm_cosine
 
-__all__ = ["Originals", "accuracy", "augmented", "train"]
+__all__ = ["Originals", "Shuffled", "accuracy", "augmented", "train"]
 
 _SHIFT = 4
 
@@ -53,6 +54,33 @@ def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[samples, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
+class Shuffled:
+    """The training samples of a task in batches, in a new order every time, shifted and mirrored.
+
+    Args:
+        task: The task.
+        size: Samples of a batch.
+        seed: Seed of the order and of the shifts.
+    """
+
+    def __init__(self, task: Task, size: int, seed: int) -> None:
+        self._task = task
+        self._size = size
+        self._order = torch.Generator().manual_seed(seed)
+        self._noise = torch.Generator(task.train.y.device).manual_seed(seed)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._task.train.y) // self._size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Give inputs and labels."""
+        train = self._task.train
+        for batch in train.batches(self._size, self._order):
+            x = train.x[batch]
+            yield (augmented(x, self._noise) if self._task.augment else x), train.y[batch]
+
+
 def train(
     network: nn.Module,
     task: Task,
@@ -82,8 +110,6 @@ def train(
     size, peak = (task.batch, preset.rate) if teacher is None else (task.fit_batch, preset.fit_rate)
     count = epochs or (preset.epochs if teacher is None else 1)
     device = task.train.y.device
-    shuffle = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
     network.to(device)
     start = time.perf_counter()
     with _quick(network, device), _quick(teacher, device), _modes(network, dropout=dropout):
@@ -91,13 +117,15 @@ def train(
         optimizer = torch.optim.AdamW(
             network.parameters(), peak, weight_decay=1e-2, fused=device.type == "cuda"
         )
-        steps = count * (len(task.train.y) // size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+        samples = Shuffled(task, size, seed)
+        steps = count * len(samples)
+        schedule = (
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+            if teacher is None
+            else torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(steps))
+        )
         for _ in range(count):
-            for batch in task.train.batches(size, shuffle):
-                x, y = task.train.x[batch], task.train.y[batch]
-                if task.augment:
-                    x = augmented(x, noise)
+            for x, y in samples:
                 with torch.autocast(device.type, torch.bfloat16, enabled=preset.bfloat16):
                     loss = _loss(network, x, y, teacher)
                 optimizer.zero_grad()

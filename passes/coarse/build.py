@@ -15,7 +15,7 @@ from passes.coarse.forms import Difference, Guess
 from passes.coarse.linear import Linear
 from passes.coarse.lowrank import LowRank
 from passes.coarse.sum import Sum
-from passes.coarse.thinned import build_thinned
+from passes.coarse.thinned import THINNED, build_front, build_thinned
 from passes.coarse.units import build_units
 from passes.coarse.zero import Zero
 from passes.errors import SynthesisError
@@ -110,6 +110,8 @@ def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> 
     sources = [_decode(item) for item in spec.options["sources"]]
     parts = [_guess_part(name, spec, sources, state) for name in spec.family.split("+")]
     operator = parts[0] if len(parts) == 1 else Sum(parts)
+    if spec.family == THINNED:
+        return Guess(operator, build_front(program, spec.options))
     names = [item["name"] for item in spec.options["sources"]]
     inputs = spec.options["inputs"]
     if names == inputs:
@@ -132,7 +134,7 @@ def _guess_part(
 ) -> nn.Module:
     if name == "convolution":
         return Convolution(sources, state)
-    if name == "linear":
+    if name in ("linear", THINNED):
         return Linear(sources, state, bias=True)
     if name == "lowrank":
         return LowRank(sources, state, int(spec.options["rank"]), bias=True)
@@ -196,5 +198,5 @@ def _coarse_part(
 FAMILIES = ("linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
 """Names of the families of coarse propagators; the first three combine: "linear+lowrank"."""
 
-GUESSES = ("convolution", "linear", "lowrank", "conv")
-"""Names of the families of preprocessing operators; all of them combine."""
+GUESSES = ("convolution", "linear", "lowrank", "conv", THINNED)
+"""Names of the families of preprocessing operators; all but the last combine."""

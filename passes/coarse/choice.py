@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from passes.analysis import Analysis
 from passes.coarse.build import build_coarse, build_guess
 from passes.coarse.convolution import convolution_fits, convolution_flops
 from passes.coarse.linear import linear_flops
-from passes.coarse.thinned import thin, thinned_options
+from passes.coarse.origin import Origin, described, front_estimate, origin_of
+from passes.coarse.thinned import THINNED, thin, thinned_options
 from passes.coarse.units import choose_blocks, unit_options
 from passes.cost import count_work
 from passes.errors import SynthesisError
-from passes.frontier import Position, Source, requirements
+from passes.frontier import Position, requirements
 from passes.options import BLOCK_FAMILIES, Options
 from passes.plan import CoarseSpec, TensorSpec
 from passes.timing import Seconds, measure_network
@@ -39,52 +39,16 @@ __all__ = [
 _GUESS_REASONS = {
     "convolution": "strided convolution from the input",
     "linear": "channel map from the source",
+    THINNED: "thinned copy of all that lies before",
 }
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a guess starts from.
-
-    Attributes:
-        sources: The values that the preprocessing operator reads.
-        nodes: The first layers, to be copied, that give them; empty if inputs give them.
-        flops: FLOPs of those.
-    """
-
-    sources: tuple[Source, ...]
-    nodes: tuple[fx.Node, ...] = ()
-    flops: int = 0
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """Types of the sources."""
-        return [source.spec for source in self.sources]
-
-
-def _origin(analysis: Analysis, options: Options, behind: int) -> _Origin:
-    """What to guess the state at a cut from: the inputs, or what the first layers give."""
-    total = 0.0
-    limit = (options.prologue or 0.0) * analysis.total
-    if not limit:
-        return _Origin(analysis.sources)
-    ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < behind}
-    best = None
-    for index, node in enumerate(analysis.frontiers.order, 1):
-        total += analysis.costs[node].weight
-        if total > limit:
-            break
-        best = ends.get(index, best)
-    if best is None:
-        return _Origin(analysis.sources)
-    nodes = analysis.frontiers.order[: best.index]
-    sources = tuple(Source(*pair) for pair in zip(best.state, best.specs, strict=True))
-    return _Origin(sources, nodes, sum(analysis.costs[node].flops for node in nodes))
 
 
 def guess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
     """Estimate the FLOPs of guessing the state at a position."""
-    origin = _origin(analysis, options, position.index)
+    if options.preprocess == THINNED:
+        mapped = linear_flops(position.specs, position.specs)
+        return front_estimate(analysis, options, position) + mapped
+    origin = origin_of(analysis, options, position)
     if _convolves(origin, options, position.specs):
         return origin.flops + convolution_flops(origin.specs[0], position.specs)
     return origin.flops + linear_flops(origin.specs, position.specs)
@@ -122,7 +86,7 @@ def choose_guess(
     Raises:
         SynthesisError: There is nothing to guess from, or the family asked for does not fit.
     """
-    origin = _origin(analysis, options, cut.index)
+    origin = origin_of(analysis, options, cut)
     if not origin.sources:
         raise SynthesisError(
             f"{analysis.program.name} has no floating-point input that follows the batch, and no "
@@ -130,6 +94,14 @@ def choose_guess(
         )
     convolves = _convolves(origin, options, state)
     family = options.preprocess
+    if family == THINNED and not origin.steps:
+        raise SynthesisError(
+            f"preprocess='thinned' cannot thin what lies before {cut.state[0].name} to a share of "
+            f"{options.prologue} of the cost: give it a larger prologue, or leave that out"
+            if options.prologue is not None
+            else "preprocess='thinned' copies one of every kind of block, which would take more "
+            f"than half of what lies before {cut.state[0].name}; use preprocess='auto'"
+        )
     if family == "auto":
         family = "convolution" if convolves else "linear"
     elif "convolution" in family.split("+") and not convolves:
@@ -139,51 +111,30 @@ def choose_guess(
         )
     draft = CoarseSpec(
         family=family,
-        options={"rank": options.rank, **_described(analysis, origin)},
+        options={"rank": options.rank, **described(analysis, origin)},
         flops=0,
         parameters=0,
         linear=False,
         why="asked for" if options.preprocess != "auto" else _GUESS_REASONS[family],
     )
-    made_of = family, options.rank, origin.nodes, tuple(origin.specs), tuple(state)
+    made_of = family, options.rank, origin.copied, tuple(origin.specs), tuple(state)
     if made_of not in analysis.measured:
         with torch.random.fork_rng():
             module = build_guess(analysis.program, draft, list(state))
         assert isinstance(module.operator, nn.Module)
         found = _run(analysis, module.operator, origin.specs, [])
-        copied = [analysis.costs[node] for node in origin.nodes]
+        copied = [analysis.costs[node] for node in origin.copied]
         found["flops"] += origin.flops
         if "seconds" in found:
             found["seconds"] += sum(cost.weight for cost in copied)
             found["backward_seconds"] += sum(cost.backward for cost in copied)
-        owned = module if origin.nodes else module.operator
+        owned = module if origin.copied else module.operator
         found["parameters"] = sum(p.numel() for p in owned.parameters())
         analysis.measured[made_of] = found
     return dataclasses.replace(draft, **analysis.measured[made_of])
 
 
-def _described(analysis: Analysis, origin: _Origin) -> dict[str, Any]:
-    """What a guess reads, as plain data: its sources and how to compute them from the inputs."""
-    described = [{"name": s.node.name, **dataclasses.asdict(s.spec)} for s in origin.sources]
-    sources = [{**item, "shape": list(item["shape"])} for item in described]
-    cones = analysis.frontiers.cones
-    if origin.nodes:
-        inputs, sides = requirements(analysis.program, origin.nodes, cones)
-        ends = [origin.nodes[0].name, origin.nodes[-1].name]
-        return {"sources": sources, "inputs": list(inputs), "sides": list(sides), "copied": ends}
-    nodes = [source.node for source in origin.sources]
-    members = {member for node in nodes if node in cones for member in cones[node]}
-    read = {s for node in (*members, *nodes) for s in (node, *node.all_input_nodes)}
-    if all(node.op == "placeholder" for node in nodes):
-        read = set(nodes)
-    return {
-        "sources": sources,
-        "inputs": [node.name for node in analysis.program.inputs if node in read],
-        "sides": [node.name for node in analysis.program.order if node in members],
-    }
-
-
-def _convolves(origin: _Origin, options: Options, state: Sequence[TensorSpec]) -> bool:
+def _convolves(origin: Origin, options: Options, state: Sequence[TensorSpec]) -> bool:
     asked = options.preprocess
     if (asked != "auto" and "convolution" not in asked.split("+")) or len(origin.sources) != 1:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 __all__ = ["Difference", "Guess"]
 
@@ -68,10 +68,11 @@ class Guess(nn.Module):
 
     Args:
         operator: From the source tensors to the state.
-        prologue: From the program's inputs to the source tensors; None if they are inputs.
+        prologue: From the program's inputs to the source tensors (the first layers, or a thinned
+            copy of all before the interface); None if they are inputs.
     """
 
-    def __init__(self, operator: nn.Module, prologue: fx.GraphModule | None) -> None:
+    def __init__(self, operator: nn.Module, prologue: nn.Module | None) -> None:
         super().__init__()
         self.prologue = prologue
         self.operator = operator

@@ -13,17 +13,23 @@ remove. A network with BatchNorm wants its statistics recalibrated (`passes.coar
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from passes.coarse.units import Units, copied_blocks, unit_options, whole_blocks
 from passes.frontier import Block
 from passes.program import Program
+from passes.split import extract, nodes_between
 
-__all__ = ["Step", "build_thinned", "thin", "thinned_options"]
+__all__ = ["THINNED", "Front", "Step", "build_front", "build_thinned", "thin", "thinned_options"]
+
+THINNED = "thinned"
+"""Name of the family."""
 
 Step = tuple[tuple[Block, ...], int]
 """The neighbouring blocks that are kept, one unless they alternate, and how many such it is for."""
@@ -116,3 +122,53 @@ def build_thinned(program: Program, options: Mapping[str, Any]) -> Units:
     """Copy the blocks that the options name, with their weights, and let them take their steps."""
     steps = [int(block["step"]) for block in options["blocks"]]
     return Units(copied_blocks(program, options), options["inputs"], steps)
+
+
+class Front(nn.Module):
+    """All that lies before an interface, thinned: the first layers, then every m-th block.
+
+    Args:
+        stem: From inputs to the state that the first block reads.
+        units: The blocks.
+        inputs: Names of the inputs, in the order in which they are given.
+        stem_reads: Those that the stem reads.
+        unit_reads: Those that the blocks read.
+    """
+
+    def __init__(
+        self,
+        stem: fx.GraphModule,
+        units: Units,
+        inputs: Sequence[str],
+        stem_reads: Sequence[str],
+        unit_reads: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.units = units
+        self._stem = [list(inputs).index(name) for name in stem_reads]
+        self._units = [list(inputs).index(name) for name in unit_reads]
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        """Guess the state from inputs in the order given at construction."""
+        state = self.stem(*(inputs[index] for index in self._stem))
+        guess: torch.Tensor = self.units(state, *(inputs[index] for index in self._units))
+        return guess
+
+
+def build_front(program: Program, options: Mapping[str, Any]) -> Front:
+    """Copy the first layers and the blocks that the options of a guess name."""
+    ends, blocks, first = options.get("copied"), options["blocks"], options["stem"]
+    stem = extract(
+        program,
+        nodes_between(program, *ends) if ends else [],
+        [],
+        [first["leaving"]],
+        inputs=first["inputs"],
+        sides=options["sides"],
+        name="Stem",
+    )
+    inputs = options["inputs"]
+    reads = [name for name in inputs if any(name in block["inputs"] for block in blocks)]
+    units = build_thinned(program, {"blocks": blocks, "inputs": reads})
+    return Front(copy.deepcopy(stem).requires_grad_(), units, inputs, first["inputs"], reads)

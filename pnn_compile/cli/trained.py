@@ -72,11 +72,11 @@ def assess(
 @click.command(name="fit")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("samples", type=click.Path(path_type=Path))
-@click.option("--epochs", default=1, type=click.IntRange(min=1), help="Times through the samples.")
+@click.option("--epochs", default=1.0, type=float, help="Times through the samples.")
 @click.option(
     "--interface-epochs",
-    default=0,
-    type=click.IntRange(min=0),
+    default=0.0,
+    type=float,
     help="Times before that, for every guess and correction by itself.",
 )
 @click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per step.")
@@ -89,8 +89,8 @@ def assess(
 def fit_command(
     directory: Path,
     samples: Path,
-    epochs: int,
-    interface_epochs: int,
+    epochs: float,
+    interface_epochs: float,
     batch: int,
     learning_rate: float,
     dropout: bool,
