@@ -412,8 +412,9 @@ def deep(**options: Any) -> pnn.Compiled:
     """A ResNet deep enough to be thinned, in three stages whose guesses are thinned."""
     torch.manual_seed(0)
     model = resnet110.build_model(6, 4)
-    options = {"stages": 3, "preprocess": "thinned"} | options
-    return pnn.compile(model, torch.randn(2, 3, 16, 16), **options)
+    if "cuts" not in options:
+        options["stages"] = 3
+    return pnn.compile(model, torch.randn(2, 3, 16, 16), preprocess="thinned", **options)
 
 
 def guess_of(network: pnn.Compiled, stage: int) -> tuple[Front, dict[str, Any]]:
