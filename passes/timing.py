@@ -22,9 +22,9 @@ from passes.validate import preserved
 __all__ = ["Measure", "Seconds", "measure_network", "measure_seconds"]
 
 _WARM_UP = 1
-_FEWEST, _MOST = 3, 15
+_FEWEST, _MOST = 3, 30
 _CALLS = 7
-_LONG = 3.0
+_LONG = 6.0
 """Seconds after which no more runs are made, if there are enough."""
 
 
