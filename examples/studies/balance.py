@@ -85,7 +85,7 @@ def rows(name: str, analysis: Analysis) -> Iterator[dict[str, Any]]:
             "ours": solve(problem).cuts,
             "blocks": tuple(end - 1 for end in block_partition(costs, stages)),
             "equal": tuple(end - 1 for end in equal_count(candidates, stages)),
-            "ours, slowest stage alone": solve(_without_serial(problem)).cuts,
+            "ours, slowest stage alone": solve(without_serial(problem)).cuts,
         }
         yield {
             "model": name,
@@ -98,7 +98,7 @@ def rows(name: str, analysis: Analysis) -> Iterator[dict[str, Any]]:
         }
 
 
-def _without_serial(problem: CutProblem) -> CutProblem:
+def without_serial(problem: CutProblem) -> CutProblem:
     """The same problem with a free sweep: the slowest stage is all that counts."""
     first = problem.devices[0]
     free = dataclasses.replace(first, hop=[0.0] * len(first.hop))

@@ -7,9 +7,9 @@
 runtime runs them, in training, one thread, in a process of the kind that the ranks are. It appends
 a line per number of stages to results/forecast.jsonl; `table` writes the table of all lines.
 
-The speed of a shared machine drifts between the measurement that the plan is made from and the
-timing of the stages. So that measurement is made again between the rounds: what it says then over
-what it said at first is the drift, and errors stand with it and without.
+The speed of a shared machine drifts between the measurement that a plan is made from and the timing
+of the stages. So the same measurement of the same nodes is made again between the rounds: "planned"
+is what the plan said, "predicted" what it would say in the minutes of the timing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from typing import Any
 import torch
 
 import pnn_compile as pnn
+from examples.studies.balance import without_serial
 from passes.analysis import Analysis
-from passes.plan import Plan
+from passes.cutting import pricing_of
+from passes.options import Options
+from passes.partition import solve
+from passes.prices import makespan
 from passes.timing import measure_seconds
 from pnn_compile.bench.parts import PartsTimer
-from pnn_compile.forecasting.rivals import balanced
 from pnn_compile.processes import run_on_ranks
 from pnn_compile.runtime import Times
 from pnn_compile.runtime.instruction import Kind
@@ -76,7 +79,7 @@ def study(
         ]
         row = {"model": model, "stages": count, "rounds": rounds, "torch": torch.__version__}
         row["planned"] = [_named(each) for each in planned]
-        row["least"] = least_imbalance(compiled.weighed, compiled.plan)
+        row["least"] = least_imbalance(compiled.weighed, count)
         row["predicted"] = [_named(each) for each in predicted]
         row["measured"] = [_named(each) for each in measured]
         rows.append(row | {"machine": platform.processor() or platform.machine()})
@@ -100,17 +103,15 @@ def remeasured(compiled: pnn.Compiled) -> list[dict[Kind, float]]:
     return stages
 
 
-def least_imbalance(analysis: Analysis | None, plan: Plan) -> float:
-    """The imbalance that cuts at legal positions could have at least, were nothing else a price."""
+def least_imbalance(analysis: Analysis | None, stages: int) -> float:
+    """The imbalance of the cuts with the fastest slowest stage, whatever the sweep costs then."""
     assert analysis is not None
-    order = analysis.frontiers.order
-    end = [node.name for node in order].index(plan.stages[-1].last) + 1
-    inner = [p.index for p in analysis.frontiers.positions if 0 < p.index < end]
-    pieces = [order[a:b] for a, b in itertools.pairwise([0, *inner, end])]
-    work = [sum(analysis.costs[node].weight for node in piece) for piece in pieces]
-    ends = balanced(work, len(plan.stages))
-    slowest = max(sum(work[a:b]) for a, b in itertools.pairwise([0, *ends]))
-    return slowest * len(plan.stages) / sum(work)
+    pricing = pricing_of(analysis, Options(stages=stages, cost="measured"))
+    problem = pricing.problem(pricing.devices(stages))
+    cuts = solve(without_serial(problem)).cuts
+    pairs = zip(problem.devices, itertools.pairwise([None, *cuts]), strict=True)
+    costs = [device.cost(begin, end) for device, (begin, end) in pairs if end is not None]
+    return makespan(problem, cuts) * stages / sum(cost.makespan for cost in costs)
 
 
 def _named(seconds: Mapping[Kind, float]) -> dict[str, float]:
