@@ -98,7 +98,8 @@ class _Checker:
                 if spec is not None:
                     yield f"{place}.{field}", "must be null: the first stage starts from the inputs"
             return
-        yield from self._operator(f"{place}.preprocess", stage.preprocess, GUESSES, GUESSES)
+        summed = [family for family in GUESSES if family not in BLOCK_FAMILIES]
+        yield from self._operator(f"{place}.preprocess", stage.preprocess, GUESSES, summed)
         sums = [family for family in FAMILIES if family not in _ALONE]
         yield from self._operator(f"{place}.coarse", stage.coarse, FAMILIES, sums)
 
@@ -120,7 +121,7 @@ class _Checker:
         guess, copies = known is GUESSES, spec.family in BLOCK_FAMILIES
         names = ["inputs"] * (guess or copies) + ["sides", "sources"] * guess
         names += ["rank"] * ("lowrank" in parts) + ["blocks"] * copies
-        names += ["stem"] * (guess and copies)
+        names += ["copied", "stem"] * (guess and copies)
         yield from _fields(here, options, names)
         if "rank" in names:
             yield from _at_least_one(f"{here}.rank", options["rank"])
@@ -135,9 +136,11 @@ class _Checker:
         if guess:
             yield from self._sources(f"{here}.sources", options["sources"])
         if guess and copies:
-            yield from _fields(f"{here}.stem", options["stem"], ("inputs", "leaving"))
-            yield from _each_among(f"{here}.stem.inputs", options["stem"]["inputs"], self.inputs)
-            yield from _among(f"{here}.stem.leaving", options["stem"]["leaving"], self.every)
+            stem = options["stem"]
+            yield from _fields(f"{here}.stem", stem, ("inputs", "leaving"))
+            yield from _list(f"{here}.stem.inputs", stem["inputs"])
+            yield from _each_among(f"{here}.stem.inputs", stem["inputs"], options["inputs"])
+            yield from _among(f"{here}.stem.leaving", stem["leaving"], self.every)
         if copies:
             yield from self._blocks(here, spec.family, options["blocks"], options["inputs"])
 

@@ -12,8 +12,10 @@ from torch import fx
 from passes.alternatives import alternatives
 from passes.analysis import Analysis
 from passes.assignment import assign
+from passes.coarse.origin import can_be_guessed, too_dear
+from passes.coarse.thinned import THINNED
 from passes.device import DeviceProfile
-from passes.errors import PartitionError
+from passes.errors import PartitionError, SynthesisError
 from passes.fits import explain
 from passes.frontier import Position
 from passes.options import BLOCK_FAMILIES, Options
@@ -81,7 +83,14 @@ def pricing_of(analysis: Analysis, options: Options) -> Pricing:
 
 def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Position]:
     """Where cuts may be: in front of the head, and for copied blocks at the ends of whole ones."""
-    found = [p for p in analysis.frontiers.positions if p.index < head.index]
+    found = [
+        position
+        for position in analysis.frontiers.positions
+        if position.index < head.index and can_be_guessed(analysis, options, position)
+    ]
+    wanted = 1 if options.cuts is not None or options.stages == "auto" else options.stages - 1
+    if options.preprocess == THINNED and len(found) < wanted:
+        raise SynthesisError(too_dear(options, f"before {wanted} cuts"))
     if options.coarse in BLOCK_FAMILIES:
         return [p for p in found if p.boundary and len(p.state) == 1]
     return found

@@ -27,7 +27,8 @@ BLOCK_FAMILIES = ("units", "thinned")
 """Families of coarse propagators that copy blocks of the trunk."""
 _COARSE = ("auto", "linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
 _COARSE_SUMS = ("linear", "lowrank", "conv")
-_GUESSES = ("auto", "thinned", "convolution", "linear", "lowrank", "conv")
+_GUESS_SUMS = ("convolution", "linear", "lowrank", "conv")
+_GUESSES = ("auto", "thinned", *_GUESS_SUMS)
 _MOST_COPIED = 0.25
 """Largest share of first layers that is copied into guesses without being asked for."""
 
@@ -89,7 +90,7 @@ class Options:
 
     def __post_init__(self) -> None:
         _sum_among("coarse", self.coarse, _COARSE, _COARSE_SUMS)
-        _sum_among("preprocess", self.preprocess, _GUESSES, _GUESSES[2:])
+        _sum_among("preprocess", self.preprocess, _GUESSES, _GUESS_SUMS)
         _at_least("rank", self.rank, 1)
         _among("correction", self.correction, _CORRECTIONS)
         if not callable(self.cost):

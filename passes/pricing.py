@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from passes.analysis import Analysis
 from passes.coarse.choice import coarse_estimate, guess_estimate, stage_budget
 from passes.coarse.layout import layouts
+from passes.coarse.origin import origin_of
 from passes.device import DeviceProfile
 from passes.errors import PartitionError
 from passes.frontier import Position
@@ -136,6 +137,8 @@ class Pricing:
         """About how many parameters guess and correction have."""
         pairs = itertools.product(position.specs, position.specs)
         maps = sum(a.channels * b.channels for a, b in itertools.starmap(layouts, pairs))
+        origin = origin_of(self.analysis, self.options, position)
+        maps += sum(self.analysis.costs[node].parameter_bytes for node in origin.copied) // 4
         copies = self.options.coarse in BLOCK_FAMILIES
         if copies and (blocks := self.analysis.trunk_blocks):
             order = self.analysis.frontiers.order

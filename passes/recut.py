@@ -107,6 +107,13 @@ def _families(plan: Plan) -> dict[str, Any]:
     ranks = {s.options["rank"] for stage in later if (s := stage.coarse) and "rank" in s.options}
     if len(ranks) == 1:
         found["rank"] = ranks.pop()
+    shares = {
+        s.options["prologue"]
+        for stage in later
+        if (s := stage.preprocess) and "prologue" in s.options
+    }
+    if len(shares) == 1:
+        found["prologue"] = shares.pop()
     if found.get("coarse") == "units":
         found["units"] = max(len(s.options["blocks"]) for stage in later if (s := stage.coarse))
     return found

@@ -68,12 +68,13 @@ class Attention(nn.Module):
 
 
 def dropouts(network: nn.Module) -> list[nn.Module]:
-    """The modules of a network that drop values at random in training mode."""
+    """The modules of a network that drop values at random in training mode, and do no more then."""
     return [
         module
         for module in network.modules()
         if isinstance(module, Attention)
         or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
     ]
 
 

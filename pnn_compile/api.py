@@ -202,9 +202,11 @@ def compile(
             stage's repeated blocks a network of family "thinned" keeps.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
-            "lowrank", "conv" or a sum of them.
+            "lowrank", "conv" or a sum of these four; or "thinned" (copies of the first layers and
+            of every m-th block behind them, with a channel map: for trained, deep models).
         prologue: Largest share of the original's cost that every guess may spend on a copy of
-            the first layers, to read what they give instead of the input.
+            the first layers, to read what they give instead of the input; for "thinned" on all
+            that it copies, a tenth or the least it needs if None.
         correction: "residual" (the paper's form, for training) or "difference" (classical).
         sweep: "chain", or "collapsed": every residual goes straight to the last state through a
             linear or small map of its own, all of them at once; or "auto", the faster one by the

@@ -48,9 +48,21 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
 
 
 def calibrate_by_choice(
-    compiled: Network, inputs: Iterable[Any], walker: Walker, candidates: Candidates
+    compiled: Network,
+    inputs: Iterable[Any],
+    walker: Walker,
+    candidates: Candidates,
+    *,
+    keep_better: bool = False,
 ) -> CalibrationReport:
     """Calibrate with the best of several networks for every place; the walker holds them then.
+
+    Args:
+        compiled: The network.
+        inputs: As in `calibrate`.
+        walker: Of the network.
+        candidates: What may be chosen from.
+        keep_better: Whether weights stay where the closed form would not lower the error.
 
     Raises:
         OptionError: As in `calibrate`.
@@ -58,7 +70,7 @@ def calibrate_by_choice(
     batches = CalibrationBatches(compiled, inputs)
     with evaluating(compiled):
         before = _judge(walker, batches)
-        recalibrated = fit_closed_form(walker, batches.split, candidates)
+        recalibrated = fit_closed_form(walker, batches.split, candidates, keep_better=keep_better)
         after = _judge(walker, batches)
     interfaces = tuple(
         InterfaceError(

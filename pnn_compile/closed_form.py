@@ -67,7 +67,9 @@ class Given:
         return [self._corrections[number]]
 
 
-def fit_closed_form(walker: Walker, batches: Batches, candidates: Candidates) -> tuple[str, ...]:
+def fit_closed_form(
+    walker: Walker, batches: Batches, candidates: Candidates, *, keep_better: bool = False
+) -> tuple[str, ...]:
     """Fit what `candidates` offers for every place, and leave the best ones in the walker.
 
     Guesses are fitted to the state that really enters their stage. In a chain every correction is
@@ -75,13 +77,20 @@ def fit_closed_form(walker: Walker, batches: Batches, candidates: Candidates) ->
     really left behind its stage; in a collapsed sweep to what the corrections of all later stages
     leave of the error of the last state. All networks must be in evaluation mode.
 
+    Args:
+        walker: Of the network.
+        batches: The calibration batches.
+        candidates: What may be chosen from.
+        keep_better: Whether an operator keeps its weights where the closed form would not lower
+            its error on held-out samples.
+
     Returns:
         Names of the operators whose BatchNorm statistics were measured anew, which is done where
         it lowers the error.
     """
     with tempfile.TemporaryDirectory(prefix="pnn-calibrate-") as folder:
         room = _room(device_of(walker.stages.head))
-        sweep = _Sweep(walker, batches, _Memory(Path(folder), room))
+        sweep = _Sweep(walker, batches, _Memory(Path(folder), room), keep_better=keep_better)
         sweep.run(candidates)
     return tuple(sweep.recalibrated)
 
@@ -157,7 +166,10 @@ _Samples = Callable[[], Iterator[Sample]]
 class _Sweep:
     """Walks all batches from stage to stage and fits what stands on the way."""
 
-    def __init__(self, walker: Walker, batches: Batches, memory: _Memory) -> None:
+    def __init__(
+        self, walker: Walker, batches: Batches, memory: _Memory, *, keep_better: bool
+    ) -> None:
+        self.keep_better = keep_better
         self.walker = walker
         self.batches = batches
         self.memory = memory
@@ -191,18 +203,35 @@ class _Sweep:
                 state = [true[name] for name in names]
                 yield Sample(held, given, state, given, state)
 
-        for each in offered:
-            if each.spec.family == THINNED:  # the blocks meet other states than in the original
-                calls = (
-                    tuple(self.walker.given(each.spec.options["inputs"], inputs))
-                    for held, inputs in self.batches()
-                    if not held
-                )
-                front = each.network.prologue
-                assert isinstance(front, nn.Module)
-                _measure_statistics(front, calls)
+        name = f"preprocess_{number}"
         fitted = [(each, each.network.operator) for each in offered]
-        self.walker.guesses[number] = self._take(f"preprocess_{number}", fitted, samples)
+        taken = self._take(name, fitted, samples)
+        if taken.spec.family == THINNED and self._refresh(taken, partial(samples, taken)):
+            self.recalibrated.append(name)
+        self.walker.guesses[number] = taken
+
+    def _refresh(self, guess: Operator, samples: _Samples) -> bool:
+        """Measure the statistics of a thinned front, whose blocks meet other states, if it helps.
+
+        The map behind it is solved for either statistics; whichever leave less error stay.
+        """
+        front, network = guess.network.prologue, guess.network.operator
+        assert isinstance(front, nn.Module)
+        assert isinstance(network, nn.Module)
+        if not any(isinstance(module, _BatchNorm) for module in front.modules()):
+            return False
+        before = _state_of(guess.network)
+        [known] = _errors([network], samples())
+        reads = guess.spec.options["inputs"]
+        calls = (
+            tuple(self.walker.given(reads, inputs)) for held, inputs in self.batches() if not held
+        )
+        _measure_statistics(front, calls)
+        fit_networks([network], samples)
+        if _errors([network], samples()) < [known]:
+            return True
+        _set_state(guess.network, before)
+        return False
 
     def _sources(self, guess: Operator, inputs: Mapping[str, Any]) -> list[Any]:
         """What the operator of a guess reads."""
@@ -269,7 +298,14 @@ class _Sweep:
         for group in _by_rank(offered):
             operators, networks = zip(*group, strict=True)
             given = partial(samples, operators[0])
+            known = _errors(networks, given()) if self.keep_better else []
+            before = [_state_of(network) for network in networks] if self.keep_better else []
             fit_networks(networks, given)
+            if self.keep_better:
+                reached = _errors(networks, given())
+                for network, old, a, b in zip(networks, before, known, reached, strict=True):
+                    if b >= a:
+                        _set_state(network, old)
             for operator, network in group:
                 if operator.spec.family != "exact" and _recalibrate(network, given):
                     changed.add(operator)
@@ -365,6 +401,15 @@ def _recalibrate(network: nn.Module, samples: Callable[[], Iterator[Sample]]) ->
     for name, buffer in network.named_buffers():
         buffer.copy_(before[name])
     return False
+
+
+def _state_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def _set_state(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    for name, value in network.state_dict().items():
+        value.copy_(state[name])
 
 
 def _measure_statistics(network: nn.Module, calls: Iterable[tuple[Any, ...]]) -> None:

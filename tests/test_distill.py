@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import nn
 import pnn_compile as pnn
 from examples import decoder
 from passes.validate import preserved
+from pnn_compile.calibrate import calibrate_by_choice
 from pnn_compile.checkpoint import random_state, set_random_state
 from pnn_compile.cli import main
+from pnn_compile.closed_form import Given
 from pnn_compile.distill import Distiller
 from pnn_compile.walk import State, Walker
 from tests.programs import call
@@ -230,6 +233,78 @@ def test_dropout_is_off_in_a_fit_unless_asked_for(interface_epochs: int) -> None
     assert not torch.equal(weights(1, dropout=True), weights(2, dropout=True))
 
 
+def test_recurrent_layers_and_attention_drop_nothing_in_a_fit() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.memory = nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True)
+            self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.memory(self.first(x))[0]
+            result: torch.Tensor = self.last(x + self.attention(x, x, x)[0])
+            return result
+
+    rows = list(torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(0)).split(4))
+
+    def weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        compiled = pnn.compile(Mixed(), rows[0], stages=2)
+        torch.manual_seed(seed)
+        pnn.fit(compiled, rows)
+        [memory] = [m for m in compiled.module.modules() if isinstance(m, nn.LSTM)]
+        assert memory.dropout == 0.5
+        return nn.utils.parameters_to_vector(compiled.module.parameters()).detach()
+
+    assert torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("count", [5, 7, 8])
+def test_half_an_epoch_for_each_part_sees_every_sample_once(count: int) -> None:
+    seen: list[float] = []
+
+    class Loader:
+        def __len__(self) -> int:
+            return count
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for batch in _images(8 * count):
+                seen.append(batch[0, 0, 0, 0].item())
+                yield batch
+
+    report = pnn.fit(_compiled(coarse="linear"), Loader(), interface_epochs=0.5, epochs=0.5)
+    assert report.steps + report.interface_steps == len(seen) == len(set(seen)) == count
+
+
+def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self._batches = iter(_images())
+
+        def __len__(self) -> int:
+            return 8
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return self._batches
+
+    with pytest.raises(pnn.OptionError, match="gave nothing after 8 of 16 steps"):
+        pnn.fit(_compiled(coarse="linear"), Once(), epochs=2)
+
+
+def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() -> None:
+    compiled = _compiled(coarse="linear", calibration=_images(320))
+    walker = Walker(compiled)
+    kept = calibrate_by_choice(compiled, _images(40), walker, Given(walker), keep_better=True)
+    solved = pnn.calibrate(compiled, _images(40))
+    for one, other in zip(kept.interfaces, solved.interfaces, strict=True):
+        assert one.guess_after <= min(one.guess_before, other.guess_after) + 1e-6
+    assert any(
+        one.guess_after < other.guess_after
+        for one, other in zip(kept.interfaces, solved.interfaces, strict=True)
+    )
+
+
 def test_batches_are_left_as_they_are() -> None:
     class Shifts(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,7 +335,7 @@ def test_lower_precision_and_another_optimizer() -> None:
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     compiled = _compiled(coarse="linear")
-    with pytest.raises(pnn.OptionError, match="interface_epochs must be at least 0"):
+    with pytest.raises(pnn.OptionError, match="interface_epochs must be finite and at least 0"):
         pnn.fit(compiled, _images(16), interface_epochs=-1)
     compiled.operators.named().requires_grad_(False)
     with pytest.raises(pnn.OptionError, match="leave interface_epochs out"):

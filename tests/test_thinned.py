@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pnn_compile as pnn
-from examples import decoder, resnet110
+from examples import decoder, resnet110, vgg16
 from passes.check import check_plan
 from passes.coarse.recalibrate import recalibrate
 from passes.coarse.thinned import Front, build_thinned, thin
@@ -453,19 +453,27 @@ def test_more_may_be_copied_and_too_little_is_refused() -> None:
     with pytest.raises(SynthesisError, match="give it a larger prologue"):
         deep(prologue=0.01)
     with pytest.raises(SynthesisError, match="one of every kind of block"):
-        pnn.compile(decoder.build_model(layers=4, width=8), torch.ones(2, 8).long(), stages=3,
-                    preprocess="thinned")  # fmt: skip
+        pnn.compile(
+            vgg16.build_model(width=4), torch.randn(2, 3, 32, 32), stages=3, preprocess="thinned"
+        )
 
 
-def test_calibration_measures_the_statistics_of_a_thinned_front() -> None:
-    images = [torch.randn(16, 3, 16, 16) + 3 for _ in range(5)]
-    before, after = deep(), deep(calibration=images)
+def test_calibration_measures_the_statistics_of_a_thinned_front_where_that_helps() -> None:
+    images = [torch.randn(16, 3, 16, 16) for _ in range(5)]
+    network = deep()
+    right = pnn.calibrate(network, images)
     norms = [
-        guess_of(network, 2)[0].units.get_buffer("units.0.trunk.2.norm1.running_mean")
-        for network in (before, after)
+        module
+        for module in guess_of(network, 2)[0].units.modules()
+        if isinstance(module, nn.BatchNorm2d)
     ]
-    assert not torch.allclose(norms[0], norms[1])
-    assert after.calibration is not None
+    for norm in norms:
+        assert norm.running_var is not None
+        norm.running_var *= 1e-6  # the branches drown the state
+    again = pnn.calibrate(network, images)
+    assert again.recalibrated == ("preprocess_2",)
+    assert again.interfaces[1].guess_after < again.interfaces[1].guess_before
+    assert again.interfaces[1].guess_after < 2 * right.interfaces[1].guess_after
 
 
 def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
@@ -477,9 +485,38 @@ def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
         assert torch.equal(network.module.eval()(images), loaded.module.eval()(images))
 
 
-def test_the_stem_of_a_thinned_guess_is_checked() -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("leaving", "nowhere", r"stem\.leaving is 'nowhere'"),
+        ("inputs", ["labels"], r"stem\.inputs\[0\] is 'labels'"),
+        ("inputs", 5, r"stem\.inputs is of type int"),
+    ],
+)
+def test_the_stem_of_a_thinned_guess_is_checked(field: str, value: Any, message: str) -> None:
     network = deep()
     data = json.loads(network.plan.to_json())
-    data["stages"][1]["preprocess"]["options"]["stem"]["leaving"] = "nowhere"
-    with pytest.raises(ArtifactError, match=r"stem\.leaving is 'nowhere'"):
+    data["stages"][1]["preprocess"]["options"]["stem"][field] = value
+    with pytest.raises(ArtifactError, match=message):
         check_plan(network.program, Plan.from_json(json.dumps(data)))
+
+
+def test_the_search_cuts_where_the_front_can_be_thinned() -> None:
+    model, images = resnet110.build_model(4, 4), torch.randn(2, 3, 16, 16)
+    network = pnn.compile(model, images, stages=3, preprocess="thinned")
+    for stage in (1, 2):
+        assert guess_of(network, stage)[1]["blocks"]
+
+
+def test_moved_cuts_keep_the_share_that_may_be_copied() -> None:
+    network = deep(cuts=("trunk.6", "trunk.12"), prologue=0.4)
+    data = json.loads(network.plan.to_json())
+    moved = json.loads(deep(cuts=("trunk.6", "trunk.13"), prologue=0.4).plan.to_json())
+    for stage, other in zip(data["stages"], moved["stages"], strict=True):
+        stage |= {name: other[name] for name in ("first", "last")}
+    torch.manual_seed(0)
+    model = resnet110.build_model(6, 4)
+    plan = Plan.from_json(json.dumps(data))
+    again = pnn.compile(model, torch.randn(2, 3, 16, 16), plan=plan)
+    assert [stage.first for stage in again.plan.stages] == [s["first"] for s in moved["stages"]]
+    assert guess_of(again, 2)[1]["prologue"] == 0.4

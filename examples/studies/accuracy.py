@@ -165,9 +165,10 @@ def conversion(study: Study) -> Iterator[Row]:
                 except SynthesisError as error:
                     print(f"{name}, N = {stages}: {error}", file=sys.stderr)
                     continue
-                controls = _controls(compiled, study, original) if how.controls else []
+                every = study if how is AUTO else replace(study, only=())
+                controls = _controls(compiled, every, original) if how.controls else []
                 if study.wants(name):
-                    row = _fitted("conversion", name, compiled, study, original, how)
+                    row = _fitted("conversion", name, compiled, study, how)
                     yield row | {"compiled": seconds}
                 for control in controls:
                     if how is not AUTO:
@@ -186,7 +187,7 @@ def attempts(study: Study) -> Iterator[Row]:
             compiled, _ = _convert(original, study, stages, how)
             every = replace(study, only=())
             controls = _controls(compiled, every, original) if how.controls else []
-            yield _fitted("attempts", name, compiled, study, original, how)
+            yield _fitted("attempts", name, compiled, study, how)
             for control in controls:
                 control = replace(control, name=f"{control.name}, {name}")
                 yield _controlled("attempts", control, stages, study, original, how)
@@ -208,7 +209,6 @@ def _fitted(
     name: str,
     compiled: pnn.Compiled,
     study: Study,
-    original: nn.Module,
     how: Conversion,
 ) -> Row:
     assert compiled.calibration is not None
@@ -232,7 +232,8 @@ def _fitted(
 
 def _fit(network: nn.Module, study: Study, original: nn.Module, how: Conversion) -> None:
     train(
-        network, study.task, study.preset, study.seed, epochs=round(how.epochs + how.interfaces),
+        network, study.task, study.preset, study.seed,
+        epochs=max(1, round(how.epochs + how.interfaces)),
         rate=how.rate * study.preset.fit_rate, dropout=how.dropout,
         teacher=copy.deepcopy(original),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from passes.analysis import Analysis
 from passes.coarse.build import build_coarse, build_guess
 from passes.coarse.convolution import convolution_fits, convolution_flops
 from passes.coarse.linear import linear_flops
-from passes.coarse.origin import Origin, described, front_estimate, origin_of
+from passes.coarse.origin import Origin, described, front_estimate, origin_of, too_dear
 from passes.coarse.thinned import THINNED, thin, thinned_options
 from passes.coarse.units import choose_blocks, unit_options
 from passes.cost import count_work
@@ -23,6 +23,7 @@ from passes.errors import SynthesisError
 from passes.frontier import Position, requirements
 from passes.options import BLOCK_FAMILIES, Options
 from passes.plan import CoarseSpec, TensorSpec
+from passes.program import provenance
 from passes.timing import Seconds, measure_network
 
 __all__ = [
@@ -39,7 +40,6 @@ __all__ = [
 _GUESS_REASONS = {
     "convolution": "strided convolution from the input",
     "linear": "channel map from the source",
-    THINNED: "thinned copy of all that lies before",
 }
 
 
@@ -95,13 +95,8 @@ def choose_guess(
     convolves = _convolves(origin, options, state)
     family = options.preprocess
     if family == THINNED and not origin.steps:
-        raise SynthesisError(
-            f"preprocess='thinned' cannot thin what lies before {cut.state[0].name} to a share of "
-            f"{options.prologue} of the cost: give it a larger prologue, or leave that out"
-            if options.prologue is not None
-            else "preprocess='thinned' copies one of every kind of block, which would take more "
-            f"than half of what lies before {cut.state[0].name}; use preprocess='auto'"
-        )
+        node = cut.state[0]
+        raise SynthesisError(too_dear(options, f"before {provenance(node).path or node.name}"))
     if family == "auto":
         family = "convolution" if convolves else "linear"
     elif "convolution" in family.split("+") and not convolves:
@@ -111,7 +106,7 @@ def choose_guess(
         )
     draft = CoarseSpec(
         family=family,
-        options={"rank": options.rank, **described(analysis, origin)},
+        options={"rank": options.rank, **described(analysis, origin), **_share(options)},
         flops=0,
         parameters=0,
         linear=False,
@@ -132,6 +127,11 @@ def choose_guess(
         found["parameters"] = sum(p.numel() for p in owned.parameters())
         analysis.measured[made_of] = found
     return dataclasses.replace(draft, **analysis.measured[made_of])
+
+
+def _share(options: Options) -> dict[str, float]:
+    """What a plan notes of the share that may be copied, for when its cuts are moved."""
+    return {} if options.prologue is None else {"prologue": options.prologue}
 
 
 def _convolves(origin: Origin, options: Options, state: Sequence[TensorSpec]) -> bool:

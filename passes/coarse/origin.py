@@ -21,7 +21,7 @@ from passes.frontier import Position, Source, requirements
 from passes.options import Options
 from passes.plan import TensorSpec
 
-__all__ = ["Origin", "described", "front_estimate", "origin_of"]
+__all__ = ["Origin", "can_be_guessed", "described", "front_estimate", "origin_of", "too_dear"]
 
 _SHARE = 0.1
 """Share of the original's cost that a thinned front may take if nothing else is said."""
@@ -66,6 +66,27 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
         return Origin(analysis.sources)
     flops = sum(analysis.costs[node].flops for node in found.copied)
     return dataclasses.replace(found, flops=flops)
+
+
+def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:
+    """Whether the family of guesses that is asked for can guess the state at a cut."""
+    if options.preprocess != THINNED:
+        return True
+    limit = None if options.prologue is None else options.prologue * analysis.total
+    return _thinned(analysis, cut, limit, most=1) is not None
+
+
+def too_dear(options: Options, where: str) -> str:
+    """Why nothing can be thinned somewhere, in words."""
+    if options.prologue is not None:
+        return (
+            f"preprocess='thinned' cannot thin what lies {where} to a share of {options.prologue} "
+            "of the cost: give it a larger prologue, or leave that out"
+        )
+    return (
+        "preprocess='thinned' copies one of every kind of block, which would take more than half "
+        f"of what lies {where}: use preprocess='auto', or cut later where cuts are given"
+    )
 
 
 def front_estimate(analysis: Analysis, options: Options, cut: Position) -> float:

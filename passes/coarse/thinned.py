@@ -158,10 +158,10 @@ class Front(nn.Module):
 
 def build_front(program: Program, options: Mapping[str, Any]) -> Front:
     """Copy the first layers and the blocks that the options of a guess name."""
-    ends, blocks, first = options.get("copied"), options["blocks"], options["stem"]
+    blocks, first = options["blocks"], options["stem"]
     stem = extract(
         program,
-        nodes_between(program, *ends) if ends else [],
+        nodes_between(program, *options["copied"]),
         [],
         [first["leaving"]],
         inputs=first["inputs"],

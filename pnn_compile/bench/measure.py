@@ -139,18 +139,21 @@ def _turns(
         placement = place(len(compiled.plan.stages), dist.get_world_size())
         timer = PartsTimer(compiled, inputs, placement, order.training)
         timer()
-    gc.collect()
-    gc.freeze()  # or it goes through all that was loaded in the middle of somebody's step
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     parts: list[Parts] = []
     names = [*ready]
-    for turn in range(order.rounds):
-        shift = turn % len(names)
-        for name in (*names[shift:], *names[:shift]):
-            seconds[name].append(_timed(ready[name], device))
-        dist.barrier()
-        if timer is not None:
-            parts.append(timer())
+    gc.collect()
+    gc.freeze()  # or it goes through all that was loaded in the middle of somebody's step
+    try:
+        for turn in range(order.rounds):
+            shift = turn % len(names)
+            for name in (*names[shift:], *names[:shift]):
+                seconds[name].append(_timed(ready[name], device))
+            dist.barrier()
+            if timer is not None:
+                parts.append(timer())
+    finally:
+        gc.unfreeze()
     timings = [
         Timing(
             name, batch, tuple(seconds.get(name, ())), problems.get(name, ""),

@@ -92,9 +92,11 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 @click.option("--units", default=1, type=int, help="Repeating blocks to copy or keep (N_c).")
 @click.option("--rank", default=32, type=int, help="Rank of family lowrank.")
 @click.option(
-    "--preprocess", default="auto", help="auto, convolution, linear, lowrank, conv, or a sum."
+    "--preprocess",
+    default="auto",
+    help="auto, thinned, or a sum of convolution, linear, lowrank, conv.",
 )
-@click.option("--prologue", default=None, type=float, help="Share of first layers in a guess.")
+@click.option("--prologue", default=None, type=float, help="Share of layers copied into a guess.")
 @click.option("--correction", default="residual", help="residual or difference.")
 @click.option("--sweep", default="chain", help="chain, collapsed or auto.")
 @click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
