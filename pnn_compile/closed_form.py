@@ -393,13 +393,12 @@ def _recalibrate(network: nn.Module, samples: Callable[[], Iterator[Sample]]) ->
     """Measure BatchNorm statistics on what the network sees, and keep them if its error falls."""
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return False
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    before = _state_of(network)
     [known] = _errors([network], samples())
     _measure_statistics(network, (tuple(s.arguments) for s in samples() if not s.held_out))
     if _errors([network], samples()) < [known]:
         return True
-    for name, buffer in network.named_buffers():
-        buffer.copy_(before[name])
+    _set_state(network, before)
     return False
 
 

@@ -114,9 +114,8 @@ def fit(
     correction the error that is left behind its stage (see `pnn_compile.distill`); the fine stages
     and their statistics stay as they are. What is linear in them is then solved in closed form for
     the guesses as they are now, where that lowers the error on held-out ones of the first batches
-    (five at least). Then every parameter trains
-    against the original's outputs. In either part the learning rate warms up over a tenth of the
-    steps and falls to zero along a cosine.
+    (five at least). Then every parameter trains against the original's outputs. In either part the
+    learning rate warms up over a tenth of the steps and falls to zero along a cosine.
 
     Args:
         compiled: The network; changed in place.
@@ -146,12 +145,7 @@ def fit(
     network = compiled.module
     _check_numbers(epochs, interface_epochs, learning_rate, checkpoint_every)
     file = checkpoint_file(checkpoint)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    if not parameters:
-        raise OptionError(
-            f"{compiled.plan.model} has no parameter that requires a gradient: there is nothing to "
-            "fit (compiled.module.requires_grad_() thaws a frozen one)"
-        )
+    parameters = _trainable(compiled)
     teacher = copy.deepcopy(compiled.sequential).eval().requires_grad_(False)
     length = _length(loader)
     trainer = _trainer(
@@ -196,13 +190,27 @@ def fit(
                 value, size = _step(compiled, teacher, batch, measure, learner, autocast)
                 state.record(step - before + 1, value, size)
             done(step + 1, before if step < before else before + total, value)
+    return _report(state, distiller)
+
+
+def _trainable(compiled: Network) -> list[nn.Parameter]:
+    parameters = [p for p in compiled.module.parameters() if p.requires_grad]
+    if not parameters:
+        raise OptionError(
+            f"{compiled.plan.model} has no parameter that requires a gradient: there is nothing to "
+            "fit (compiled.module.requires_grad_() thaws a frozen one)"
+        )
+    return parameters
+
+
+def _report(state: FitState, distiller: Distiller | None) -> FitReport:
     tenth = max(1, len(state.losses) // 10)
     return FitReport(
         steps=state.step,
         samples=state.samples,
         first_loss=sum(state.losses[:tenth]) / tenth,
         last_loss=sum(state.losses[-tenth:]) / tenth,
-        interface_steps=before,
+        interface_steps=distiller.total if distiller else 0,
         interfaces=distiller.report() if distiller else (),
     )
 
