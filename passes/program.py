@@ -118,7 +118,7 @@ class Program:
     @property
     def inputs(self) -> list[fx.Node]:
         """The placeholders."""
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
+        return [*self.graph.find_nodes(op="placeholder")]
 
     @property
     def output(self) -> fx.Node:

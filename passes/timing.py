@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from passes.direct import Direct
 from passes.program import Program, graph_module
 from passes.room import with_room
 from passes.validate import preserved
@@ -152,8 +153,8 @@ def _trains(program: Program) -> bool:
 class _Clock:
     """Reads the clock at the end of every segment, on the way forward and on the way back.
 
-    What runs is the code that torch.fx generates, as in the stages, with a call that reads the
-    clock behind every segment: an interpreter would add its own time to every node.
+    What runs is what a rank runs of a stage, with a call that reads the clock behind every segment:
+    an interpreter would add its own time to every node.
 
     On the way back a segment begins when the gradient of its last value is complete, and ends where
     that of the segment before begins. Segments whose last value has no gradient are timed with
@@ -166,7 +167,7 @@ class _Clock:
         self._passed: list[Any] = []
         self._complete: dict[int, Any] = {}
 
-    def _marked(self, program: Program, segments: Sequence[Sequence[fx.Node]]) -> fx.GraphModule:
+    def _marked(self, program: Program, segments: Sequence[Sequence[fx.Node]]) -> Direct:
         """The program with a call behind the last node of every segment."""
         graph = copy.deepcopy(program.graph)
         copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
@@ -178,7 +179,7 @@ class _Clock:
             node = copies[segment[-1]]
             with graph.inserting_after(node):
                 graph.call_function(mark, (node, index))
-        return graph_module(program.module, graph, "Clocked")
+        return Direct(graph_module(program.module, graph, "Clocked"))
 
     def time(self, inputs: Sequence[Any], *, backward: bool) -> list[Seconds]:
         """Run once and give the seconds of every segment."""

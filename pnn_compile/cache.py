@@ -28,7 +28,7 @@ from pnn_compile.processor import processor_name
 __all__ = ["TimingCache", "default_folder"]
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 
 
 def default_folder() -> Path:

@@ -13,6 +13,7 @@ import torch
 from pnn_compile.batches import batch_size
 from pnn_compile.bench.result import Parts
 from pnn_compile.bench.setting import mean_square, optimizer_of
+from pnn_compile.runtime.computing import Computing
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
 from pnn_compile.runtime.microbatches import crossing
@@ -48,6 +49,8 @@ class PartsTimer:
             RankNetwork(compiled, placement, rank).train(training)
             for rank in range(max(placement) + 1)
         ]
+        for network in self._networks:
+            Computing().prepare(network)
         self._optimizers = [optimizer_of(network) for network in self._networks]
         self._programs = self._networks[0].programs(backward=training)
         self._forward, self._serial, self._backward = _FORWARD, _SERIAL, _BACKWARD

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from passes.direct import Direct
 from passes.errors import RuntimeFault
 from pnn_compile.runtime.instruction import FORWARD, Kind
 from pnn_compile.runtime.rank import RankNetwork
@@ -29,7 +30,8 @@ class Computing:
             between ranks; None for that of the weights.
         recompute: Whether fine stages keep their inputs alone and run again in the backward pass.
             They draw the same random numbers then, and leave statistics as they are.
-        backend: Of torch.compile, which every piece goes through by itself; None to run as it is.
+        backend: Of torch.compile, which every piece goes through by itself; None to call its layers
+            one by one (`passes.direct`).
 
     Raises:
         RuntimeFault: `autocast` is no type that autocast takes.
@@ -51,18 +53,21 @@ class Computing:
         for operators in (walker.guesses, walker.corrections):
             for number, own in operators.items():
                 if own.network in held:
-                    operators[number] = replace(own, network=self._compiled(own.network))
+                    operators[number] = replace(own, network=self._run(own.network))
         fine: list[Any] = list(walker.stages.fine)
         for number in network.own:
-            run = self._compiled(fine[number])
+            run = self._run(fine[number])
             fine[number] = _Recomputed(fine[number], run) if self.recompute else run
         head = walker.stages.head
         if head in held:
-            head = self._compiled(head)
+            head = self._run(head)
         walker.stages = replace(walker.stages, fine=tuple(fine), head=head)
 
-    def _compiled(self, piece: Any) -> Any:
-        return piece if self.backend is None else torch.compile(piece, backend=self.backend)
+    def _run(self, piece: nn.Module) -> Any:
+        """How a piece is called."""
+        if self.backend is not None:
+            return torch.compile(piece, backend=self.backend)
+        return Direct(piece) if isinstance(piece, fx.GraphModule) else piece
 
     def around(self, kind: Kind, device: torch.device) -> AbstractContextManager[Any]:
         """What an instruction of this kind runs in."""
