@@ -63,10 +63,10 @@ class Direct:
         node.op, node.target = "call_function", call
         self._layers.append(_Layer(owner, name, layer, type(layer)))
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on what the module takes."""
         run = self._run if self._as_it_was() else self._module
-        return run(*args)
+        return run(*args, **kwargs)
 
     def _as_it_was(self) -> bool:
         """Whether every layer is still there, and nobody wants to know of calls."""

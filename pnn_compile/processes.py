@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import tempfile
@@ -81,6 +82,9 @@ def _enter(
     try:
         _result(folder, rank).write_bytes(pickle.dumps(function(device, *arguments)))
     finally:
+        # What is left in reference cycles would keep Gloo's threads beyond the interpreter, and
+        # those abort the process where they still hold a tensor.
+        gc.collect()
         dist.destroy_process_group()
 
 

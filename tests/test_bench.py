@@ -28,11 +28,13 @@ def _compiled() -> pnn.Compiled:
 
 
 def test_contenders_take_turns_on_the_same_ranks() -> None:
-    found = bench(_compiled(), batches=(3, 4), against=("threads", "ddp", "gpipe:2"), rounds=3)
+    found = bench(
+        _compiled(), batches=(3, 4), against=("direct", "threads", "ddp", "gpipe:2"), rounds=3
+    )
     by_name = {(each.contender, each.batch): each for each in found.timings}
     assert set(by_name) == {
         (name, batch)
-        for name in ("sequential", "parareal", "threads", "ddp", "gpipe:2", "copies")
+        for name in ("sequential", "parareal", "direct", "threads", "ddp", "gpipe:2", "copies")
         for batch in (3, 4)
     }
     for name, batch in by_name:
@@ -44,8 +46,9 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
             assert not timing.problem
             assert len(timing.seconds) == 3
             assert min(timing.seconds) > 0
-    assert [parts.batch for parts in found.parts] == [3, 4]
-    assert all(len(parts.forward) == len(parts.backward) == 2 for parts in found.parts)
+    for known in (found.parts, found.together):
+        assert [parts.batch for parts in known] == [3, 4]
+        assert all(len(parts.forward) == len(parts.backward) == 2 for parts in known)
 
 
 def test_the_forward_pass_alone() -> None:
@@ -101,13 +104,16 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
             Timing("ddp", 1, (), "no 2 equal shares of a batch of 1"),
         ),
         (Parts(1, (1.0, 0.5), 0.25, (0.5, 1.25), (1.0, 0.5)),),
+        (Parts(1, (1.0, 1.25), 0.25, (0.5, 1.75), (1.0, 0.5)),),
     )  # fmt: skip
     assert found.ratios(found.timings[1]) == (2.0, 1.0, 3.0)
     assert found.bound(1) == 6.0 / (1.0 + 0.25 + 1.75)
+    assert found.bound(1, together=True) == 6.0 / (1.25 + 0.25 + 2.25)
     text = " ".join(to_text(bench_table(found)).split())
     assert "batch 1: ddp could not run: no 2 equal shares of a batch of 1" in text
     assert found.machine(1) == 1.6
-    assert "allow 2.00; 100% of it is reached; 2 independent copies at once do" in text
+    assert "in one process, allow 2.00; 100% of it is reached; timed in all" in text
+    assert "processes at once, they allow 1.60; 125% of it is reached; 2 independent" in text
 
 
 def test_inputs_are_repeated_or_cut_to_the_batch() -> None:

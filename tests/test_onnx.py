@@ -155,7 +155,8 @@ def test_a_stream_a_stage_runs_the_single_file_on_several_threads(
 
     tokens = decoder.example_inputs()[0].repeat(4, 1)
     session = open_streams(exports.whole.path, options=profile)
-    (found,) = session.run(None, {"tokens": tokens.numpy()})
+    for _ in range(50):  # on busy cores one thread may do all that is to do in a run
+        (found,) = session.run(None, {"tokens": tokens.numpy()})
     with torch.no_grad():
         wanted = exports.compiled.module.eval()(tokens).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())

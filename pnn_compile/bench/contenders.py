@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from passes.direct import Direct
 from passes.errors import OptionError
 from pnn_compile.bench.pipelines import pipelines
 from pnn_compile.bench.result import COPIES, SEQUENTIAL
@@ -23,26 +24,32 @@ from pnn_compile.runtime import distribute
 __all__ = ["CONTENDERS", "contender", "mean_square", "optimizer_of"]
 
 
-def _trained(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
-    """Forward, backward and optimizer of a module in one process."""
+def _trained(
+    module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any] | None = None
+) -> Step:
+    """Forward, backward and optimizer of a module in one process, which may be run otherwise."""
+    run = run or module
     optimizer = optimizer_of(module.train())
 
     def step() -> None:
         if optimizer is not None:
             optimizer.zero_grad()  # what users call; module.zero_grad() walks through all modules
-        mean_square(module(**inputs)).backward()  # type: ignore[no-untyped-call]
+        mean_square(run(**inputs)).backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
             optimizer.step()
 
     return step
 
 
-def _evaluated(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
+def _evaluated(
+    module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any] | None = None
+) -> Step:
+    run = run or module
     module.eval()
 
     def step() -> None:
         with torch.no_grad():
-            module(**inputs)
+            run(**inputs)
 
     return step
 
@@ -50,6 +57,15 @@ def _evaluated(module: nn.Module, inputs: Mapping[str, Any]) -> Step:
 def sequential(setting: Setting) -> Step:
     """The original network on rank 0; the other ranks rest."""
     return (lambda: None) if setting.rank else copies(setting)
+
+
+def direct(setting: Setting) -> Step:
+    """The original network on rank 0, its layers called as those of the stages are."""
+    if setting.rank:
+        return lambda: None
+    module = copy.deepcopy(setting.compiled.current_program().module)
+    make = _trained if setting.training else _evaluated
+    return make(module, setting.inputs, Direct(module))
 
 
 def threads(setting: Setting) -> Step:
@@ -112,6 +128,7 @@ CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     SEQUENTIAL: sequential,
     "parareal": parareal,
     COPIES: copies,
+    "direct": direct,
     "threads": threads,
     "ddp": data_parallel,
     **pipelines(),

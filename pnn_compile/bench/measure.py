@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,29 @@ class _Order:
     rounds: int
 
 
+@dataclass
+class _Found:
+    """What a rank measured, by batch size.
+
+    Attributes:
+        device: Name of its device.
+        timings: Of all contenders, on the slowest rank.
+        alone: Parts while the other ranks rest; on rank 0 only.
+        together: Parts while the other ranks time theirs.
+    """
+
+    device: str
+    timings: list[Timing] = field(default_factory=list)
+    alone: list[Parts] = field(default_factory=list)
+    together: list[Parts] = field(default_factory=list)
+
+
 def bench(
     compiled: Network,
     *,
     ranks: int | None = None,
     batches: Iterable[int] = (1,),
-    against: Iterable[str] = ("threads", "ddp", "gpipe", "1f1b"),
+    against: Iterable[str] = ("direct", "threads", "ddp", "gpipe", "1f1b"),
     training: bool = True,
     rounds: int = 7,
     threads: int = 1,
@@ -61,9 +78,10 @@ def bench(
         compiled: The network; it must be of a kind that can be saved.
         ranks: Number of processes; one a stage if None.
         batches: Sizes of a batch.
-        against: What to measure beside the sequential and the parareal network: "threads", "ddp",
-            the pipelines "gpipe" and "1f1b" at the number of micro-batches that is found to be
-            best, or "gpipe:4" (micro-batches).
+        against: What to measure beside the sequential and the parareal network: "direct" (the
+            original with its layers called as in the stages), "threads", "ddp", the pipelines
+            "gpipe" and "1f1b" at the number of micro-batches that is found to be best, or "gpipe:4"
+            (micro-batches).
         training: Measure training steps; else the forward pass without gradients.
         rounds: Steps of each contender.
         threads: Threads of each process.
@@ -85,11 +103,25 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         artifact = save(compiled, Path(folder) / "artifact")
         order = _Order(artifact, sizes, contenders, training, rounds)
-        device, timings, parts = run_on_ranks(_measure, ranks, order, threads=threads, cuda=True)[0]
+        found = run_on_ranks(_measure, ranks, order, threads=threads, cuda=True)
+    first: _Found = found[0]
+    together = map(_of_ranks, zip(*(each.together for each in found), strict=True))
     return Bench(
-        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, device,
-        timings, parts,
+        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, first.device,
+        tuple(first.timings), tuple(first.alone), tuple(together),
     )  # fmt: skip
+
+
+def _of_ranks(found: Sequence[Parts]) -> Parts:
+    """Parts as each rank timed its own."""
+    ranks = [*enumerate(found)]
+    return Parts(
+        found[0].batch,
+        tuple(parts.forward[rank] for rank, parts in ranks),
+        found[-1].serial,  # most of it is the head's
+        tuple(parts.backward[rank] for rank, parts in ranks),
+        tuple(parts.optimizer[rank] for rank, parts in ranks),
+    )
 
 
 def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
@@ -99,29 +131,29 @@ def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
         check_batch_size(compiled, batch)
 
 
-def _measure(
-    device: torch.device, order: _Order
-) -> tuple[str, tuple[Timing, ...], tuple[Parts, ...]]:
-    """Measure on this rank; give the name of its device, and what was found."""
+def _measure(device: torch.device, order: _Order) -> _Found:
+    """Measure on this rank."""
     from pnn_compile.artifact import load
 
     compiled = load(order.artifact)
     compiled.module.to(device)
-    timings: list[Timing] = []
-    parts: list[Parts] = []
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    found = _Found(kind)
     for batch in order.batches:
         inputs = resized(compiled, batch, device)
-        found, seen = _turns(order, compiled, inputs, batch, device)
-        timings += found
-        parts += seen
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return kind, tuple(timings), tuple(parts)
+        _turns(order, compiled, inputs, batch, device, found)
+    return found
 
 
 def _turns(
-    order: _Order, compiled: Network, inputs: dict[str, Any], batch: int, device: torch.device
-) -> tuple[list[Timing], list[Parts]]:
-    """Let the contenders take turns at one batch size; rank 0 times the parts in between."""
+    order: _Order,
+    compiled: Network,
+    inputs: dict[str, Any],
+    batch: int,
+    device: torch.device,
+    found: _Found,
+) -> None:
+    """Let the contenders take turns at one batch size; the parts are timed in between."""
     ready: dict[str, Step] = {}
     problems: dict[str, str] = {}
     for name in order.contenders:
@@ -134,13 +166,12 @@ def _turns(
         else:
             assert step is not None
             ready[name] = step
-    timer = None
-    if dist.get_rank() == 0:
-        placement = place(len(compiled.plan.stages), dist.get_world_size())
-        timer = PartsTimer(compiled, inputs, placement, order.training)
-        timer()
+    placement = place(len(compiled.plan.stages), dist.get_world_size())
+    timer = PartsTimer(compiled, inputs, placement, order.training)
+    timer()
     seconds: dict[str, list[float]] = {name: [] for name in ready}
-    parts: list[Parts] = []
+    alone: list[Parts] = []
+    together: list[Parts] = []
     names = [*ready]
     gc.collect()
     gc.freeze()  # or it goes through all that was loaded in the middle of somebody's step
@@ -150,11 +181,13 @@ def _turns(
             for name in (*names[shift:], *names[:shift]):
                 seconds[name].append(_timed(ready[name], device))
             dist.barrier()
-            if timer is not None:
-                parts.append(timer())
+            if dist.get_rank() == 0:
+                alone.append(timer())
+            dist.barrier()
+            together.append(timer())
     finally:
         gc.unfreeze()
-    timings = [
+    found.timings += [
         Timing(
             name, batch, tuple(seconds.get(name, ())), problems.get(name, ""),
             sent(ready[name]) if name in ready else 0,
@@ -162,7 +195,8 @@ def _turns(
         )
         for name in order.contenders
     ]  # fmt: skip
-    return timings, [median_parts(parts)] if parts else []
+    found.alone += [median_parts(alone)] if alone else []
+    found.together.append(median_parts(together))
 
 
 def _prepared(name: str, setting: Setting) -> tuple[Step | None, str]:

@@ -41,7 +41,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of the parts of one step, run one after another in one process.
+    """Seconds of the parts of one step, run one after another in a process.
 
     Attributes:
         batch: Samples of the step.
@@ -79,7 +79,9 @@ class Bench:
         threads: Threads of each process.
         device: What it ran on, in words.
         timings: One per contender and batch size.
-        parts: One per batch size.
+        parts: One per batch size, timed in one process while the others rest.
+        together: One per batch size, timed in all processes at once: each rank's parts while the
+            others compute too, though none waits for another.
     """
 
     model: str
@@ -90,6 +92,7 @@ class Bench:
     device: str
     timings: tuple[Timing, ...]
     parts: tuple[Parts, ...]
+    together: tuple[Parts, ...] = ()
 
     def ratios(self, timing: Timing) -> tuple[float, ...]:
         """How many times as fast as the sequential network, round by round."""
@@ -98,10 +101,16 @@ class Bench:
             return ()
         return tuple(a / b for a, b in zip(baseline, timing.seconds, strict=True))
 
-    def bound(self, batch: int) -> float | None:
-        """Speed-up that the measured parts allow; None where they were not measured."""
+    def bound(self, batch: int, *, together: bool = False) -> float | None:
+        """Speed-up that the measured parts allow; None where they were not measured.
+
+        Args:
+            batch: Samples of a step.
+            together: Take the parts as timed in all processes at once.
+        """
         baseline = self._baseline(batch)
-        step = next((parts.step for parts in self.parts if parts.batch == batch), None)
+        known = self.together if together else self.parts
+        step = next((parts.step for parts in known if parts.batch == batch), None)
         return statistics.median(baseline) / step if baseline and step else None
 
     def machine(self, batch: int) -> float | None:

@@ -35,10 +35,11 @@ __all__ = ["bench_command"]
 @click.option("--batch", "batches", default="1", metavar="B,B,...", help="Samples of a step.")
 @click.option(
     "--against",
-    default="threads,ddp,gpipe,1f1b",
+    default="direct,threads,ddp,gpipe,1f1b",
     metavar="NAME,...",
-    help="threads, ddp, and the pipelines gpipe and 1f1b at their best number of micro-batches, or "
-    "gpipe:M, 1f1b:M at M of them; the original is always measured.",
+    help="direct (layers called as in the stages), threads, ddp, the pipelines gpipe and 1f1b at "
+    "their best number of micro-batches, or gpipe:M, 1f1b:M at M of them; the original is always "
+    "measured.",
 )
 @click.option(
     "--streams",

@@ -43,8 +43,9 @@ def bench_table(found: Bench) -> RenderableType:
     legend = Text(
         f"{rounds} rounds, all contenders in turns; times as fast: as the original on one process "
         "in the same round (median); sent: by all processes in a step; gpipe, 1f1b: "
-        "torch.distributed.pipelining over the same cuts; copies: the original on every process at "
-        "once, what the machine has to give",
+        "torch.distributed.pipelining over the same cuts; direct: the original on one process, its "
+        "layers called as in the stages; copies: the original on every process at once, what the "
+        "machine has to give",
         style="dim",
     )
     return Group(table, *lines, legend)
@@ -83,6 +84,12 @@ def _bound(found: Bench, batch: int) -> Text | None:
         f"batch {batch}: the parts, timed one by one in one process, allow {bound:.2f}; "
         f"{reached / bound:.0%} of it is reached"
     )
+    together = found.bound(batch, together=True)
+    if together is not None:
+        line += (
+            f"; timed in all processes at once, they allow {together:.2f}; "
+            f"{reached / together:.0%} of it is reached"
+        )
     machine = found.machine(batch)
     if machine is not None:
         line += f"; {found.ranks} independent copies at once do the work of {machine:.2f}"
