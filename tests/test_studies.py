@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import pnn_compile as pnn
 from examples import resnet1001
-from examples.studies import accuracy, queue, steps
+from examples.studies import accuracy, overhead, queue, steps
 from examples.studies.conversions import ATTEMPTS
 from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
 from examples.studies.networks import build_resnet, build_vgg, shortened
@@ -181,3 +181,17 @@ def test_the_summary_compares_with_the_original_of_the_same_seed(tmp_path: Path)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "| early exit | -1.50 ± 0.71 | +1.00 |" in summary(file)
+
+
+def test_calling_layers_is_timed_for_every_batch(tmp_path: Path) -> None:
+    model = tmp_path / "small.py"
+    model.write_text(
+        "import torch\n"
+        "def build_model(): return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())\n"
+        "def example_inputs(): return (torch.randn(2, 4),)\n"
+    )
+    found = overhead.study(torch.device("cpu"), str(model), [1, 3], 2)
+    assert len(found) == 2
+    for seconds in found:
+        assert [*seconds] == [overhead.MODEL, overhead.CAPTURED, overhead.DIRECT]
+        assert all(len(own) == 2 and min(own) > 0 for own in seconds.values())
