@@ -172,9 +172,14 @@ class _Clock:
         graph = copy.deepcopy(program.graph)
         copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
 
+        def start() -> None:
+            self._passed = [self._read()]
+
         def mark(value: Any, index: int) -> None:
             self._mark(value, index)
 
+        with graph.inserting_before(copies[segments[0][0]]):
+            graph.call_function(start)
         for index, segment in enumerate(segments):
             node = copies[segment[-1]]
             with graph.inserting_after(node):
@@ -183,7 +188,7 @@ class _Clock:
 
     def time(self, inputs: Sequence[Any], *, backward: bool) -> list[Seconds]:
         """Run once and give the seconds of every segment."""
-        self._passed, self._complete = [self._read()], {}
+        self._complete = {}
         outputs = with_room(self._module, *inputs)
         returned = self._back(outputs) if backward else []
         passed = self._seconds(self._passed)

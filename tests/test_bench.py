@@ -51,22 +51,6 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
         assert all(len(parts.forward) == len(parts.backward) == 2 for parts in known)
 
 
-def test_the_forward_pass_alone() -> None:
-    against = ("ddp", "gpipe", "1f1b")
-    found = bench(_compiled(), batches=(2,), against=against, training=False, rounds=2)
-    problems = {each.contender: each.problem for each in found.timings if each.problem}
-    assert problems.keys() == {"1f1b"}
-    assert "it only trains" in problems["1f1b"]
-    assert found.parts[0].optimizer == (0.0, 0.0)
-
-
-def test_a_skip_over_two_cuts_runs_in_every_contender() -> None:
-    torch.manual_seed(0)
-    compiled = pnn.compile(_skip(), torch.randn(2, 8), stages=3, coarse_budget=1.0)
-    found = bench(compiled, ranks=2, batches=(2,), against=("gpipe", "ddp"), rounds=1)
-    assert [timing.problem for timing in found.timings] == [""] * 5
-
-
 def _skip() -> nn.Module:
     class Skip(nn.Module):
         def __init__(self) -> None:
@@ -100,6 +84,7 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
         (
             Timing("sequential", 1, (4.0, 8.0, 6.0)),
             Timing("parareal", 1, (2.0, 8.0, 2.0)),
+            Timing("direct", 1, (3.0, 8.0, 3.0)),
             Timing("copies", 1, (5.0, 10.0, 6.0)),
             Timing("ddp", 1, (), "no 2 equal shares of a batch of 1"),
         ),
@@ -113,7 +98,8 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
     assert "batch 1: ddp could not run: no 2 equal shares of a batch of 1" in text
     assert found.machine(1) == 1.6
     assert "in one process, allow 2.00; 100% of it is reached; timed in all" in text
-    assert "processes at once, they allow 1.60; 125% of it is reached; 2 independent" in text
+    assert "processes at once, they allow 1.60; 125% of it is reached; parareal is 1.50" in text
+    assert "1.50 times as fast as direct; 2 independent copies at once do" in text
 
 
 def test_inputs_are_repeated_or_cut_to_the_batch() -> None:
@@ -135,14 +121,21 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(tmp_path / "artifact")
-    _compiled().save(folder)
-    arguments = ["bench", folder, "--batch", "2,3", "--against", "gpipe", "--rounds", "1"]
-    assert main(arguments) == 0
+    torch.manual_seed(0)
+    compiled = pnn.compile(_skip(), torch.randn(2, 8), stages=3, coarse_budget=1.0)
+    arguments = ["bench", str(compiled.save(tmp_path / "artifact")), "--ranks", "2", "--batch", "2"]
+    assert main([*arguments, "--against", "gpipe,ddp", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert "training step on 2 processes with one thread each, CPU" in out
-    assert main([*arguments, "--inference", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["training"] is False
+    assert "could not run" not in out  # a skip over two cuts is nothing special to any of them
+    forward = [*arguments, "--against", "direct,ddp,gpipe,1f1b", "--inference", "--json"]
+    assert main([*forward, "--rounds", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["training"] is False
+    problems = {each["contender"]: each["problem"] for each in found["timings"] if each["problem"]}
+    assert problems.keys() == {"1f1b"}
+    assert "it only trains" in problems["1f1b"]
+    assert found["parts"][0]["optimizer"] == found["together"][0]["optimizer"] == [0.0, 0.0]
     assert main([*arguments, "--batch", "0"]) == 2
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 from passes.direct import Direct
 
@@ -92,19 +95,102 @@ def test_a_hook_is_called() -> None:
     assert seen == ["layer", "any", "any", "any", "module"]
 
 
-def test_what_replaces_a_layer_or_a_weight_is_seen() -> None:
-    module = _traced(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)))
+class Block(nn.Module):
+    """Layers on a path of several names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(x))
+
+
+def _frozen_weight(layer: Any) -> None:
+    weight = layer.weight.detach() * 2
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
+def _without_statistics(norm: Any) -> None:
+    norm.running_mean = norm.running_var = None
+
+
+def _edited(module: fx.GraphModule) -> None:
+    out = module.graph.output_node()
+    with module.graph.inserting_before(out):
+        out.args = (module.graph.call_function(torch.neg, (out.args[0],)),)
+    module.recompile()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "another weight": lambda m: setattr(m.last, "weight", nn.Parameter(torch.ones(4, 4))),
+    "another layer": lambda m: setattr(m, "last", nn.Linear(4, 4)),
+    "another container": lambda m: setattr(m, "body", Block().body),
+    "evaluation": lambda m: m.eval(),
+    "a parametrization": lambda m: register_parametrization(m.last, "weight", nn.Tanh()),
+    "a hook that changes the output": lambda m: m.last.register_forward_hook(lambda *_: _[2] * 2),
+    "a forward of its own": lambda m: setattr(m.last, "forward", torch.neg),
+    "a convolution of its own": lambda m: setattr(
+        m.get_submodule("body.0"), "_conv_forward", lambda x, *_: -x
+    ),
+    "a forward of the module": lambda m: setattr(m, "forward", torch.neg),
+    "an edited graph": _edited,
+    "a weight that is a buffer": lambda m: _frozen_weight(m.last),
+    "another padding": lambda m: setattr(m.get_submodule("body.0"), "padding_mode", "circular"),
+    "no statistics": lambda m: _without_statistics(m.eval().get_submodule("body.1")),
+    "no statistics from now on": lambda m: setattr(
+        m.get_submodule("body.1"), "track_running_stats", False
+    ),
+    "no count": lambda m: setattr(m.get_submodule("body.1"), "num_batches_tracked", None),
+    "an average of all": lambda m: setattr(m.get_submodule("body.1"), "momentum", None),
+    "another epsilon": lambda m: setattr(m.get_submodule("body.1"), "eps", 1.0),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_is_changed_is_seen(change: str, before: bool) -> None:
+    module = _traced(Block())
+    plain, x = copy.deepcopy(module), torch.randn(3, 3, 4, 4)
+    if before:
+        CHANGES[change](module)
+    run = Direct(module)
+    if not before:
+        CHANGES[change](module)
+    state = copy.deepcopy(module.state_dict())
+    expected = module(x), copy.deepcopy(module.state_dict())
+    module.load_state_dict(state)
+    found = run(x), module.state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    only_later = ("no count", "an average of all", "no statistics", "no statistics from now on")
+    assert change in only_later or not torch.equal(found[0], plain(x))
+
+
+def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _traced(Block()).eval()
+    run = Direct(module)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: -x)
+    x = torch.randn(3, 3, 4, 4)
+    torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_calls_its_own_layers(copied: Callable[[Direct], Direct]) -> None:
+    module = _traced(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     run, x = Direct(module), torch.randn(3, 4)
-    module.get_submodule("0").weight = nn.Parameter(torch.zeros(4, 4))
-    torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
-    module.eval()
-    torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
-    module.set_submodule("0", nn.Linear(4, 4))
-    torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
-    layer = module.get_submodule("0")
-    assert isinstance(layer, nn.Linear)
-    parametrizations.weight_norm(layer)
-    torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
+    other, expected = copied(run), module(x)
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    module.get_submodule("0").bias = nn.Parameter(torch.full((4,), 9.0))
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    assert not torch.equal(run(x), expected)
+
+
+def test_inputs_of_other_dimensions_are_refused_as_by_the_layer() -> None:
+    run = Direct(_traced(nn.Sequential(nn.BatchNorm2d(4))))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        run(torch.ones(3, 4, 4))
 
 
 def test_subclasses_and_patched_layers_are_called_as_they_are() -> None:

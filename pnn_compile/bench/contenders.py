@@ -17,18 +17,15 @@ from torch.utils import _pytree as pytree
 from passes.direct import Direct
 from passes.errors import OptionError
 from pnn_compile.bench.pipelines import pipelines
-from pnn_compile.bench.result import COPIES, SEQUENTIAL
+from pnn_compile.bench.result import COPIES, DIRECT, SEQUENTIAL
 from pnn_compile.bench.setting import Setting, Step, Unfit, mean_square, optimizer_of
 from pnn_compile.runtime import distribute
 
 __all__ = ["CONTENDERS", "contender", "mean_square", "optimizer_of"]
 
 
-def _trained(
-    module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any] | None = None
-) -> Step:
-    """Forward, backward and optimizer of a module in one process, which may be run otherwise."""
-    run = run or module
+def _trained(module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any]) -> Step:
+    """Forward, backward and optimizer of a module in one process, by what runs it."""
     optimizer = optimizer_of(module.train())
 
     def step() -> None:
@@ -41,10 +38,8 @@ def _trained(
     return step
 
 
-def _evaluated(
-    module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any] | None = None
-) -> Step:
-    run = run or module
+def _evaluated(module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any]) -> Step:
+    """The forward pass of a module in one process, by what runs it."""
     module.eval()
 
     def step() -> None:
@@ -88,8 +83,9 @@ def threads(setting: Setting) -> Step:
 
 def copies(setting: Setting) -> Step:
     """The original network on every rank, whole and independent: what the machine has to give."""
+    module = copy.deepcopy(setting.compiled.current_program().module)
     make = _trained if setting.training else _evaluated
-    return make(copy.deepcopy(setting.compiled.current_program().module), setting.inputs)
+    return make(module, setting.inputs, module)
 
 
 def parareal(setting: Setting) -> Step:
@@ -110,9 +106,9 @@ def data_parallel(setting: Setting) -> Step:
     module = copy.deepcopy(setting.compiled.current_program().module)
     inputs = _samples(setting, setting.rank * share, share)
     if not setting.training:
-        return _evaluated(module, inputs)
+        return _evaluated(module, inputs, module)
     wrapped = nn.parallel.DistributedDataParallel(module, process_group=setting.group)
-    return _trained(wrapped, inputs)
+    return _trained(wrapped, inputs, wrapped)
 
 
 def _samples(setting: Setting, start: int, count: int) -> dict[str, Any]:
@@ -128,7 +124,7 @@ CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     SEQUENTIAL: sequential,
     "parareal": parareal,
     COPIES: copies,
-    "direct": direct,
+    DIRECT: direct,
     "threads": threads,
     "ddp": data_parallel,
     **pipelines(),

@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,21 +41,19 @@ class _Order:
     rounds: int
 
 
-@dataclass
-class _Found:
-    """What a rank measured, by batch size.
+@dataclass(frozen=True)
+class _Turns:
+    """What a rank measured at one batch size.
 
     Attributes:
-        device: Name of its device.
         timings: Of all contenders, on the slowest rank.
-        alone: Parts while the other ranks rest; on rank 0 only.
-        together: Parts while the other ranks time theirs.
+        alone: Parts that rank 0 timed while the other ranks rested.
+        together: Parts that this rank timed while the other ranks timed theirs.
     """
 
-    device: str
-    timings: list[Timing] = field(default_factory=list)
-    alone: list[Parts] = field(default_factory=list)
-    together: list[Parts] = field(default_factory=list)
+    timings: tuple[Timing, ...]
+    alone: tuple[Parts, ...]
+    together: tuple[Parts, ...]
 
 
 def bench(
@@ -103,24 +101,26 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         artifact = save(compiled, Path(folder) / "artifact")
         order = _Order(artifact, sizes, contenders, training, rounds)
-        found = run_on_ranks(_measure, ranks, order, threads=threads, cuda=True)
-    first: _Found = found[0]
-    together = map(_of_ranks, zip(*(each.together for each in found), strict=True))
+        by_rank = run_on_ranks(_measure, ranks, order, threads=threads, cuda=True)
+    devices, measured = zip(*by_rank, strict=True)
+    by_batch: list[tuple[_Turns, ...]] = [*zip(*measured, strict=True)]
     return Bench(
-        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, first.device,
-        tuple(first.timings), tuple(first.alone), tuple(together),
+        compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, devices[0],
+        tuple(timing for turns in by_batch for timing in turns[0].timings),
+        tuple(median_parts(turns[0].alone) for turns in by_batch),
+        tuple(map(_together, by_batch)),
     )  # fmt: skip
 
 
-def _of_ranks(found: Sequence[Parts]) -> Parts:
-    """Parts as each rank timed its own."""
-    ranks = [*enumerate(found)]
-    return Parts(
-        found[0].batch,
-        tuple(parts.forward[rank] for rank, parts in ranks),
-        found[-1].serial,  # most of it is the head's
-        tuple(parts.backward[rank] for rank, parts in ranks),
-        tuple(parts.optimizer[rank] for rank, parts in ranks),
+def _together(turns: Sequence[_Turns]) -> Parts:
+    """The parts of each rank while the others computed; serial ones, while the others rested."""
+    alone = median_parts(turns[0].alone)
+    own = [*enumerate(median_parts(each.together) for each in turns)]
+    return replace(
+        alone,
+        forward=tuple(parts.forward[rank] for rank, parts in own),
+        backward=tuple(parts.backward[rank] for rank, parts in own),
+        optimizer=tuple(parts.optimizer[rank] for rank, parts in own),
     )
 
 
@@ -131,29 +131,19 @@ def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
         check_batch_size(compiled, batch)
 
 
-def _measure(device: torch.device, order: _Order) -> _Found:
-    """Measure on this rank."""
+def _measure(device: torch.device, order: _Order) -> tuple[str, tuple[_Turns, ...]]:
+    """Measure on this rank; give the name of its device, and what was found at every batch size."""
     from pnn_compile.artifact import load
 
     compiled = load(order.artifact)
     compiled.module.to(device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    found = _Found(kind)
-    for batch in order.batches:
-        inputs = resized(compiled, batch, device)
-        _turns(order, compiled, inputs, batch, device, found)
-    return found
+    return kind, tuple(_turns(order, compiled, batch, device) for batch in order.batches)
 
 
-def _turns(
-    order: _Order,
-    compiled: Network,
-    inputs: dict[str, Any],
-    batch: int,
-    device: torch.device,
-    found: _Found,
-) -> None:
+def _turns(order: _Order, compiled: Network, batch: int, device: torch.device) -> _Turns:
     """Let the contenders take turns at one batch size; the parts are timed in between."""
+    inputs = resized(compiled, batch, device)
     ready: dict[str, Step] = {}
     problems: dict[str, str] = {}
     for name in order.contenders:
@@ -187,16 +177,15 @@ def _turns(
             together.append(timer())
     finally:
         gc.unfreeze()
-    found.timings += [
+    timings = tuple(
         Timing(
             name, batch, tuple(seconds.get(name, ())), problems.get(name, ""),
             sent(ready[name]) if name in ready else 0,
             getattr(ready.get(name), "choice", ""),
         )
         for name in order.contenders
-    ]  # fmt: skip
-    found.alone += [median_parts(alone)] if alone else []
-    found.together.append(median_parts(together))
+    )  # fmt: skip
+    return _Turns(timings, tuple(alone), tuple(together))
 
 
 def _prepared(name: str, setting: Setting) -> tuple[Step | None, str]:

@@ -1,4 +1,4 @@
-"""Times the parts of a step in one process, to know what the ranks could reach at best."""
+"""Times the parts of a step in a process, to know what the ranks could reach at best."""
 
 from __future__ import annotations
 

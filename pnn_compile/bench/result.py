@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-__all__ = ["COPIES", "SEQUENTIAL", "Bench", "Parts", "Timing"]
+__all__ = ["COPIES", "DIRECT", "SEQUENTIAL", "Bench", "Parts", "Timing"]
 
 SEQUENTIAL = "sequential"
 """Name of the baseline: the original network on one rank."""
+DIRECT = "direct"
+"""The original network on one rank, its layers called by their functions as in the stages."""
 COPIES = "copies"
 """The original network on every rank at once, each with the whole batch."""
 
@@ -80,7 +82,7 @@ class Bench:
         device: What it ran on, in words.
         timings: One per contender and batch size.
         parts: One per batch size, timed in one process while the others rest.
-        together: One per batch size, timed in all processes at once: each rank's parts while the
+        together: One per batch size; forward, backward and optimizer of each rank timed while the
             others compute too, though none waits for another.
     """
 
@@ -92,14 +94,19 @@ class Bench:
     device: str
     timings: tuple[Timing, ...]
     parts: tuple[Parts, ...]
-    together: tuple[Parts, ...] = ()
+    together: tuple[Parts, ...]
 
-    def ratios(self, timing: Timing) -> tuple[float, ...]:
-        """How many times as fast as the sequential network, round by round."""
-        baseline = self._baseline(timing.batch)
-        if not timing.seconds or not baseline:
+    def ratios(self, timing: Timing, baseline: str = SEQUENTIAL) -> tuple[float, ...]:
+        """How many times as fast as another contender, round by round; nothing if one did not run.
+
+        Args:
+            timing: The contender.
+            baseline: Name of the other one.
+        """
+        known = self._seconds(baseline, timing.batch)
+        if not timing.seconds or not known:
             return ()
-        return tuple(a / b for a, b in zip(baseline, timing.seconds, strict=True))
+        return tuple(a / b for a, b in zip(known, timing.seconds, strict=True))
 
     def bound(self, batch: int, *, together: bool = False) -> float | None:
         """Speed-up that the measured parts allow; None where they were not measured.
@@ -108,7 +115,7 @@ class Bench:
             batch: Samples of a step.
             together: Take the parts as timed in all processes at once.
         """
-        baseline = self._baseline(batch)
+        baseline = self._seconds(SEQUENTIAL, batch)
         known = self.together if together else self.parts
         step = next((parts.step for parts in known if parts.batch == batch), None)
         return statistics.median(baseline) / step if baseline and step else None
@@ -119,7 +126,7 @@ class Bench:
         ratios = self.ratios(timing) if timing else ()
         return self.ranks * statistics.median(ratios) if ratios else None
 
-    def _baseline(self, batch: int) -> tuple[float, ...]:
+    def _seconds(self, contender: str, batch: int) -> tuple[float, ...]:
         return next(
-            (t.seconds for t in self.timings if (t.contender, t.batch) == (SEQUENTIAL, batch)), ()
+            (t.seconds for t in self.timings if (t.contender, t.batch) == (contender, batch)), ()
         )

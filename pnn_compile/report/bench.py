@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from pnn_compile.bench.result import DIRECT
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def bench_table(found: Bench) -> RenderableType:
         f"{rounds} rounds, all contenders in turns; times as fast: as the original on one process "
         "in the same round (median); sent: by all processes in a step; gpipe, 1f1b: "
         "torch.distributed.pipelining over the same cuts; direct: the original on one process, its "
-        "layers called as in the stages; copies: the original on every process at once, what the "
-        "machine has to give",
+        "layers called by their functions, as parareal and its parts call them; copies: the "
+        "original on every process at once, what the machine has to give",
         style="dim",
     )
     return Group(table, *lines, legend)
@@ -90,6 +91,9 @@ def _bound(found: Bench, batch: int) -> Text | None:
             f"; timed in all processes at once, they allow {together:.2f}; "
             f"{reached / together:.0%} of it is reached"
         )
+    direct = found.ratios(timing, DIRECT)
+    if direct:
+        line += f"; parareal is {statistics.median(direct):.2f} times as fast as direct"
     machine = found.machine(batch)
     if machine is not None:
         line += f"; {found.ranks} independent copies at once do the work of {machine:.2f}"
