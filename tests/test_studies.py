@@ -69,11 +69,11 @@ def test_attempts_are_fitted_and_measured(name: str) -> None:
     assert len(set(names)) == len(names) == 2 + 2 * ATTEMPTS[name].controls
 
 
-def test_an_early_exit_starts_from_the_original() -> None:
-    study = accuracy.Study(_task(), PRESET, seed=0)
+def test_an_early_exit_starts_from_the_original(tmp_path: Path) -> None:
     alone, beside = (
-        next(row for row in accuracy.conversion(one) if row["network"] == "early exit")
-        for one in (accuracy.Study(_task(), PRESET, seed=0, only=("early exit",)), study)
+        next(row for row in accuracy.conversion(study) if row["network"] == "early exit")
+        for only in (("early exit",), ("parareal, auto", "early exit"))
+        for study in [accuracy.Study(_task(), PRESET, 0, only, Originals(tmp_path))]
     )
     assert alone == beside  # whether or not the parareal network was fitted meanwhile
 
