@@ -7,6 +7,7 @@ to do in it returns at once.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch.utils import _pytree as pytree
 
 from passes.direct import Direct
 from passes.errors import OptionError
+from pnn_compile.bench.parts import RankParts
 from pnn_compile.bench.pipelines import pipelines
 from pnn_compile.bench.result import COPIES, DIRECT, SEQUENTIAL
 from pnn_compile.bench.setting import Setting, Step, Unfit, mean_square, optimizer_of
 from pnn_compile.runtime import distribute
 
-__all__ = ["CONTENDERS", "contender", "mean_square", "optimizer_of"]
+__all__ = ["CONTENDERS", "Parareal", "contender", "mean_square", "optimizer_of"]
 
 
 def _trained(module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any]) -> Step:
@@ -88,14 +90,39 @@ def copies(setting: Setting) -> Step:
     return make(module, setting.inputs, module)
 
 
-def parareal(setting: Setting) -> Step:
-    """The parareal network, one or several stages a rank."""
-    network = distribute(setting.compiled, group=setting.group)
-    if not setting.training:
-        network.eval()
-        return lambda: network(**setting.inputs)
-    optimizer = optimizer_of(network.train())
-    return lambda: network.train_step(dict(setting.inputs), mean_square, optimizer)
+class Parareal:
+    """Steps of the parareal network, one or several stages a rank.
+
+    Args:
+        setting: What is measured.
+
+    Attributes:
+        parts: What the parts of this rank took, step by step.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self._network = distribute(setting.compiled, group=setting.group).train(setting.training)
+        self._inputs = setting.inputs
+        self._training = setting.training
+        self._optimizer = optimizer_of(self._network) if setting.training else None
+        self.parts: list[RankParts] = []
+        self._stepped = (0.0, 0.0)
+        if self._optimizer is not None:
+            self._optimizer.register_step_pre_hook(lambda *_: self._mark(0))
+            self._optimizer.register_step_post_hook(lambda *_: self._mark(1))
+
+    def __call__(self) -> None:
+        """Take a step."""
+        if self._training:
+            self._network.train_step(dict(self._inputs), mean_square, self._optimizer)
+        else:
+            self._network(**self._inputs)
+        start, end = self._stepped
+        self.parts.append(RankParts(self._network.seconds, end - start))
+
+    def _mark(self, end: int) -> None:
+        now = time.perf_counter()
+        self._stepped = (self._stepped[0], now) if end else (now, now)
 
 
 def data_parallel(setting: Setting) -> Step:
@@ -122,7 +149,7 @@ def _samples(setting: Setting, start: int, count: int) -> dict[str, Any]:
 
 CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     SEQUENTIAL: sequential,
-    "parareal": parareal,
+    "parareal": Parareal,
     COPIES: copies,
     DIRECT: direct,
     "threads": threads,

@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from passes.errors import OptionError
 from passes.room import with_room
 from pnn_compile.batches import check_batch_size, resized
-from pnn_compile.bench.contenders import contender
-from pnn_compile.bench.parts import PartsTimer, median_parts
+from pnn_compile.bench.contenders import Parareal, contender
+from pnn_compile.bench.parts import PartsTimer, RankParts, median_parts, median_rank, parts_of
 from pnn_compile.bench.result import COPIES, SEQUENTIAL, Bench, Parts, Timing
 from pnn_compile.bench.setting import Setting, Step, Unfit
 from pnn_compile.bench.traffic import sent
@@ -48,12 +48,13 @@ class _Turns:
     Attributes:
         timings: Of all contenders, on the slowest rank.
         alone: Parts that rank 0 timed while the other ranks rested.
-        together: Parts that this rank timed while the other ranks timed theirs.
+        steps: Parts of this rank in the steps of the parareal network; none where it cannot run, or
+            where the host only launches them.
     """
 
     timings: tuple[Timing, ...]
     alone: tuple[Parts, ...]
-    together: tuple[Parts, ...]
+    steps: tuple[RankParts, ...]
 
 
 def bench(
@@ -108,20 +109,12 @@ def bench(
         compiled.plan.model, training, ranks, len(compiled.plan.stages), threads, devices[0],
         tuple(timing for turns in by_batch for timing in turns[0].timings),
         tuple(median_parts(turns[0].alone) for turns in by_batch),
-        tuple(map(_together, by_batch)),
+        tuple(
+            parts_of(batch, compiled.plan.sweep, [median_rank(rank.steps) for rank in turns])
+            for batch, turns in zip(sizes, by_batch, strict=True)
+            if turns[0].steps
+        ),
     )  # fmt: skip
-
-
-def _together(turns: Sequence[_Turns]) -> Parts:
-    """The parts of each rank while the others computed; serial ones, while the others rested."""
-    alone = median_parts(turns[0].alone)
-    own = [*enumerate(median_parts(each.together) for each in turns)]
-    return replace(
-        alone,
-        forward=tuple(parts.forward[rank] for rank, parts in own),
-        backward=tuple(parts.backward[rank] for rank, parts in own),
-        optimizer=tuple(parts.optimizer[rank] for rank, parts in own),
-    )
 
 
 def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
@@ -156,12 +149,13 @@ def _turns(order: _Order, compiled: Network, batch: int, device: torch.device) -
         else:
             assert step is not None
             ready[name] = step
-    placement = place(len(compiled.plan.stages), dist.get_world_size())
-    timer = PartsTimer(compiled, inputs, placement, order.training)
-    timer()
+    timer = None
+    if dist.get_rank() == 0:
+        placement = place(len(compiled.plan.stages), dist.get_world_size())
+        timer = PartsTimer(compiled, inputs, placement, order.training)
+        timer()
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     alone: list[Parts] = []
-    together: list[Parts] = []
     names = [*ready]
     gc.collect()
     gc.freeze()  # or it goes through all that was loaded in the middle of somebody's step
@@ -171,12 +165,14 @@ def _turns(order: _Order, compiled: Network, batch: int, device: torch.device) -
             for name in (*names[shift:], *names[:shift]):
                 seconds[name].append(_timed(ready[name], device))
             dist.barrier()
-            if dist.get_rank() == 0:
+            if timer is not None:
                 alone.append(timer())
-            dist.barrier()
-            together.append(timer())
     finally:
         gc.unfreeze()
+    own = ready.get("parareal")
+    steps: tuple[RankParts, ...] = ()
+    if isinstance(own, Parareal) and device.type == "cpu":
+        steps = tuple(own.parts[-order.rounds :])
     timings = tuple(
         Timing(
             name, batch, tuple(seconds.get(name, ())), problems.get(name, ""),
@@ -185,7 +181,7 @@ def _turns(order: _Order, compiled: Network, batch: int, device: torch.device) -
         )
         for name in order.contenders
     )  # fmt: skip
-    return _Turns(timings, tuple(alone), tuple(together))
+    return _Turns(timings, tuple(alone), steps)
 
 
 def _prepared(name: str, setting: Setting) -> tuple[Step | None, str]:

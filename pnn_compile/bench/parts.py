@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from pnn_compile.runtime.step import Step
 if TYPE_CHECKING:
     from pnn_compile.network import Network
 
-__all__ = ["PartsTimer", "median_parts"]
+__all__ = ["PartsTimer", "RankParts", "median_parts", "median_rank", "parts_of"]
 
 _FORWARD: tuple[Kind, ...] = (Kind.GUESS, Kind.FINE)
 _SERIAL: tuple[Kind, ...] = (Kind.HEAD, Kind.HEAD_BACKWARD)
@@ -53,26 +53,16 @@ class PartsTimer:
             Computing().prepare(network)
         self._optimizers = [optimizer_of(network) for network in self._networks]
         self._programs = self._networks[0].programs(backward=training)
-        self._forward, self._serial, self._backward = _FORWARD, _SERIAL, _BACKWARD
-        if compiled.plan.sweep == "collapsed":  # all at once; in a chain one after another
-            self._forward += (Kind.CORRECT,)
-            self._backward += (Kind.COARSE_BACKWARD,)
-        else:
-            self._serial += (Kind.CORRECT, Kind.COARSE_BACKWARD)
+        self._sweep = compiled.plan.sweep
         self._like = crossing(compiled, self._inputs)
 
     def __call__(self) -> Parts:
         """Run one step and give its seconds."""
         seconds = self.instructions()
-        parts = Parts(
-            batch_size(self._inputs[0]),
-            tuple(sum(own[kind] for kind in self._forward) for own in seconds),
-            sum(own[kind] for own in seconds for kind in self._serial),
-            tuple(sum(own[kind] for kind in self._backward) for own in seconds),
-            tuple(self._stepped(optimizer) for optimizer in self._optimizers),
-        )
+        optimizers = [self._stepped(optimizer) for optimizer in self._optimizers]
         self._forget()
-        return parts
+        ranks = [*map(RankParts, seconds, optimizers)]
+        return parts_of(batch_size(self._inputs[0]), self._sweep, ranks)
 
     def instructions(self) -> tuple[Mapping[Kind, float], ...]:
         """Run one step, but for the optimizers, and give its seconds by rank and kind."""
@@ -114,6 +104,42 @@ class _TimedStep(Step):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[instruction.kind] += time.perf_counter() - start
+
+
+class RankParts(NamedTuple):
+    """What the parts of one rank took in a step: seconds by kind, and those of its optimizer."""
+
+    seconds: Mapping[Kind, float]
+    optimizer: float
+
+
+def median_rank(steps: Sequence[RankParts]) -> RankParts:
+    """The median of every part of a rank over several steps."""
+    kinds = steps[0].seconds
+    seconds = {kind: statistics.median(step.seconds[kind] for step in steps) for kind in kinds}
+    return RankParts(seconds, statistics.median(step.optimizer for step in steps))
+
+
+def parts_of(batch: int, sweep: str, ranks: Sequence[RankParts]) -> Parts:
+    """Sort what the ranks did in a step into parts.
+
+    Args:
+        batch: Samples of the step.
+        sweep: "chain" or "collapsed"; a collapsed one computes its corrections all at once.
+        ranks: What each rank did.
+    """
+    forward, serial, backward = _FORWARD, _SERIAL, _BACKWARD
+    if sweep == "collapsed":
+        forward, backward = (*forward, Kind.CORRECT), (*backward, Kind.COARSE_BACKWARD)
+    else:
+        serial = (*serial, Kind.CORRECT, Kind.COARSE_BACKWARD)
+    return Parts(
+        batch,
+        tuple(sum(rank.seconds[kind] for kind in forward) for rank in ranks),
+        sum(rank.seconds[kind] for rank in ranks for kind in serial),
+        tuple(sum(rank.seconds[kind] for kind in backward) for rank in ranks),
+        tuple(rank.optimizer for rank in ranks),
+    )
 
 
 def median_parts(found: Sequence[Parts]) -> Parts:

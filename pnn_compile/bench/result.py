@@ -43,7 +43,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of the parts of one step, run one after another in a process.
+    """Seconds of the parts of one step, without what ranks wait for each other.
 
     Attributes:
         batch: Samples of the step.
@@ -82,8 +82,8 @@ class Bench:
         device: What it ran on, in words.
         timings: One per contender and batch size.
         parts: One per batch size, timed in one process while the others rest.
-        together: One per batch size; forward, backward and optimizer of each rank timed while the
-            others compute too, though none waits for another.
+        together: One per batch size where ranks compute on the CPU: what each rank took for its
+            parts in the steps themselves, while the others computed too.
     """
 
     model: str
@@ -113,7 +113,7 @@ class Bench:
 
         Args:
             batch: Samples of a step.
-            together: Take the parts as timed in all processes at once.
+            together: Take the parts as timed in the steps of the parareal network.
         """
         baseline = self._seconds(SEQUENTIAL, batch)
         known = self.together if together else self.parts

@@ -88,7 +88,7 @@ def _bound(found: Bench, batch: int) -> Text | None:
     together = found.bound(batch, together=True)
     if together is not None:
         line += (
-            f"; timed in all processes at once, they allow {together:.2f}; "
+            f"; timed on the ranks, in the steps themselves, they allow {together:.2f}; "
             f"{reached / together:.0%} of it is reached"
         )
     direct = found.ratios(timing, DIRECT)

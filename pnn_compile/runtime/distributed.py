@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +25,7 @@ from pnn_compile.runtime.failure import failure
 from pnn_compile.runtime.feed import Feed
 from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.held import Held, refuse_conversion
-from pnn_compile.runtime.instruction import Instruction
+from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.link import DistributedLink
 from pnn_compile.runtime.microbatches import crossing, divide
 from pnn_compile.runtime.order import check
@@ -58,6 +59,10 @@ class RankModule(nn.Module):
         shard: Whether replicas hold a share of the weights each.
         feed: Whether rank 0 hands the batches out.
         device: Where the pieces are moved to; None to leave them where they are.
+
+    Attributes:
+        seconds: How long each kind of instruction took in the last step; a receive waits for other
+            ranks. On a GPU that is the time to launch it.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class RankModule(nn.Module):
         self._passing = Passing(groups.stages)
         self._held = Held(self.network)
         self._likes: dict[tuple[int, ...], Like] = {}
+        self.seconds: dict[Kind, float] = {}
 
     @property
     def rank(self) -> int:
@@ -322,7 +328,9 @@ class RankModule(nn.Module):
         seed = self.saved.step_seed()
         step = Step(self.network, inputs, link, loss, self._crossing(inputs), seed)
         self.saved.steps += loss is not None
+        self.seconds = dict.fromkeys(Kind, 0.0)
         for instruction in programs[self.rank]:
+            start = time.perf_counter()
             try:
                 with self._computing.around(instruction.kind, device):
                     step.run(instruction)
@@ -330,6 +338,7 @@ class RankModule(nn.Module):
                 raise
             except Exception as error:
                 raise failure(self.whole.plan, self.rank, instruction, inputs, error) from error
+            self.seconds[instruction.kind] += time.perf_counter() - start
         with self._exchanging("the last messages"):
             link.wait()
         return step
