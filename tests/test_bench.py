@@ -48,7 +48,9 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
             assert min(timing.seconds) > 0
     for known in (found.parts, found.together):
         assert [parts.batch for parts in known] == [3, 4]
-        assert all(len(parts.forward) == len(parts.backward) == 2 for parts in known)
+        for parts in known:
+            assert len(parts.forward) == len(parts.backward) == len(parts.optimizer) == 2
+            assert min(*parts.forward, parts.serial, *parts.backward, *parts.optimizer) > 0
 
 
 def _skip() -> nn.Module:
