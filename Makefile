@@ -24,7 +24,7 @@ demo: $(STAMP) ## compile ResNet-1001 into four stages, in build/resnet1001
 	$(BIN)/pnn-compile examples/resnet1001.py -n 4 -o build/resnet1001
 
 test: $(STAMP) ## run the tests, a process a core
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
