@@ -40,18 +40,17 @@ def study(
     runs[DIRECT] = Direct(direct)
     modules = {MODEL: source.model, CAPTURED: captured, DIRECT: direct}
     optimizers = {name: optimizer_of(module) for name, module in modules.items()}
-    (example,) = source.args
 
-    def step(name: str, batch: torch.Tensor) -> None:
+    def step(name: str, batch: Sequence[torch.Tensor]) -> None:
         optimizer = optimizers[name]
         assert optimizer is not None
         optimizer.zero_grad()
-        mean_square(runs[name](batch)).backward()
+        mean_square(runs[name](*batch)).backward()
         optimizer.step()
 
     found = []
     for size in batches:
-        batch = example[:1].repeat(size, *[1] * (example.dim() - 1))
+        batch = [each[:1].repeat(size, *[1] * (each.dim() - 1)) for each in source.args]
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         names = [*runs]
         for turn in range(_WARM_UP + rounds):

@@ -106,10 +106,10 @@ class Parareal:
         self._training = setting.training
         self._optimizer = optimizer_of(self._network) if setting.training else None
         self.parts: list[RankParts] = []
-        self._stepped = (0.0, 0.0)
+        self._began = self._took = 0.0
         if self._optimizer is not None:
-            self._optimizer.register_step_pre_hook(lambda *_: self._mark(0))
-            self._optimizer.register_step_post_hook(lambda *_: self._mark(1))
+            self._optimizer.register_step_pre_hook(lambda *_: self._begin())
+            self._optimizer.register_step_post_hook(lambda *_: self._end())
 
     def __call__(self) -> None:
         """Take a step."""
@@ -117,12 +117,13 @@ class Parareal:
             self._network.train_step(dict(self._inputs), mean_square, self._optimizer)
         else:
             self._network(**self._inputs)
-        start, end = self._stepped
-        self.parts.append(RankParts(self._network.seconds, end - start))
+        self.parts.append(RankParts(self._network.seconds, self._took))
 
-    def _mark(self, end: int) -> None:
-        now = time.perf_counter()
-        self._stepped = (self._stepped[0], now) if end else (now, now)
+    def _begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self) -> None:
+        self._took = time.perf_counter() - self._began
 
 
 def data_parallel(setting: Setting) -> Step:
