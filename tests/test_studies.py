@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 
@@ -53,9 +54,9 @@ def test_every_network_and_control_is_trained_and_measured(
 ) -> None:
     rows = list(accuracy.STUDIES[study](accuracy.Study(make(), PRESET, seed=0)))
     names = {(row["network"], row["stages"]) for row in rows}
-    # The same-latency network and three forms, or K = 1 to N = 3, or two ways to convert and two
+    # Two shorter networks and three forms, or K = 1 to N = 3, or two ways to convert and two
     # controls; a third way with its own where there are enough equal blocks to thin.
-    per_stage = {"scratch": 4, "iterations": 3, "conversion": 4 if make is _vgg else 7}[study]
+    per_stage = {"scratch": 5, "iterations": 3, "conversion": 4 if make is _vgg else 7}[study]
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
@@ -106,7 +107,7 @@ def test_a_queue_of_jobs_writes_every_row(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_queue_holds_every_comparison_once() -> None:
     found = queue.jobs([0, 1, 2], (3, 6, 12, 18))
     assert len(set(found)) == len(found)
-    per_seed = 4 * 4 + 4  # the residual network from scratch, and converted
+    per_seed = 5 * 4 + 4  # the residual network from scratch, and converted
     assert sum(job.task == "cifar10" and job.only != ("original",) for job in found) == 3 * per_seed
 
 
@@ -195,3 +196,15 @@ def test_calling_layers_is_timed_for_every_batch(tmp_path: Path) -> None:
     for seconds in found:
         assert [*seconds] == [overhead.MODEL, overhead.CAPTURED, overhead.DIRECT]
         assert all(len(own) == 2 and min(own) > 0 for own in seconds.values())
+
+
+def test_a_queue_that_is_started_again_skips_what_is_there(tmp_path: Path) -> None:
+    results = tmp_path / "rows.jsonl"
+    job = queue.Job("vgg", "scratch", 1, ("same latency",), (3,))
+    assert not queue.finished(job, "cpu", results)
+    row = {"task": "vgg", "preset": "cpu", "study": "scratch", "seed": 1, "stages": 3}
+    results.write_text(json.dumps(row | {"network": "same latency"}) + "\n")
+    assert queue.finished(job, "cpu", results)
+    for other in ({"seed": 2}, {"stages": (6,)}, {"only": ("latency of units",)}, {"only": ()}):
+        assert not queue.finished(replace(job, **other), "cpu", results)
+    assert not queue.finished(job, "gpu", results)

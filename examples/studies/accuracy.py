@@ -106,11 +106,12 @@ def from_scratch(study: Study) -> Iterator[Row]:
         right = accuracy(network, task.test)
         yield study.row("scratch", "original", 1, accuracy=right, seconds=seconds)
     for stages in study.preset.stages:
-        if study.wants("same latency"):
-            units = same_latency(task.units, _compiled("linear", "chain", study, stages))
-            torch.manual_seed(study.seed)
-            row = _trained("same latency", task.build(units), study, stages)
-            yield row | {"units": units}
+        for family, name in (("linear", "same latency"), ("units", "latency of units")):
+            if study.wants(name):
+                units = same_latency(task.units, _compiled(family, "chain", study, stages))
+                torch.manual_seed(study.seed)
+                row = _trained(name, task.build(units), study, stages)
+                yield row | {"units": units}
         for family, sweep in FORMS:
             name = f"parareal, {family}, {sweep}"
             if study.wants(name):

@@ -1,15 +1,19 @@
 """Many networks of the studies at once on one GPU: a queue of jobs, and processes that take them.
 
     python -m examples.studies.queue --preset gpu-short --data FOLDER --jobs 6 --minutes 8
+    nice -n 19 python -m examples.studies.queue --preset cpu-converged --device cpu --tasks vgg \
+        --data FOLDER --jobs 2 --minutes 180
 
 Small networks leave a GPU waiting for the next kernel, so several share it. The most telling
 comparisons come first, and every row is written as soon as it is there: what is cut off loses
-little. A job that fails prints its traceback; the others go on.
+little, and a queue that is started again skips the jobs whose rows are there. A job that fails
+prints its traceback; the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -26,10 +30,10 @@ import torch
 
 from examples.studies.accuracy import FORMS, RESULTS, STUDIES, Study, append
 from examples.studies.presets import PRESETS, Preset
-from examples.studies.tasks import Task, make_task
+from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals
 
-__all__ = ["Job", "Settings", "jobs", "main", "work"]
+__all__ = ["Job", "Settings", "finished", "jobs", "main", "work"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
         stages: Numbers N of stages of the residual network.
     """
     original = ("original",)
-    forms = [("same latency",), *((f"parareal, {family}, {sweep}",) for family, sweep in FORMS)]
+    shorter = [("same latency",), ("latency of units",)]
+    forms = [*shorter, *((f"parareal, {family}, {sweep}",) for family, sweep in FORMS)]
     converted = ("parareal, auto", "parareal, thinned", "early exit", "layers dropped")
 
     def scratch(task: str, seed: int, stages: Sequence[int]) -> list[Job]:
@@ -93,8 +98,8 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
 
     first, *others = seeds
     found = [Job("vgg", "scratch", seed, original) for seed in seeds]
-    shorter, *parareal = scratch("vgg", first, (3,))
-    found += [Job("cifar10", "scratch", first, original), shorter]
+    latency, *parareal = scratch("vgg", first, (3,))
+    found += [Job("cifar10", "scratch", first, original), latency]
     for seed in seeds:
         found += conversion("vgg", seed, (3,))
     found += [*parareal, *conversion("cifar10", first, stages)]
@@ -106,6 +111,18 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
     for seed in seeds:
         found += scratch("cifar10", seed, stages)
     return [*found, *(Job("vgg", "attempts", seed, stages=(3,)) for seed in seeds)]
+
+
+def finished(job: Job, preset: str, results: Path) -> bool:
+    """Whether the results hold a row for every network that a job names."""
+    if not job.only or not results.exists():
+        return False
+    key = {"task": job.task, "study": job.study, "preset": preset, "seed": job.seed}
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = [row for row in rows if key.items() <= row.items()]
+    if job.stages:
+        rows = [row for row in rows if row["stages"] in job.stages]
+    return {*job.only} <= {row["network"] for row in rows}
 
 
 def work(waiting: Any, settings: Settings) -> None:
@@ -152,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=6, help="processes at once")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument("--most", type=int, help="jobs to take at most")
     parser.add_argument("--originals", type=Path, help="folder that keeps the trained originals")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -165,7 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         context = multiprocessing.get_context("spawn")
         waiting = context.Queue()
-        for job in jobs(options.seeds, PRESETS[options.preset].stages)[: options.most]:
+        wanted = [
+            job
+            for job in jobs(options.seeds, PRESETS[options.preset].stages)
+            if job.task in options.tasks
+            and job.study in options.studies
+            and not finished(job, options.preset, options.results)
+        ]
+        for job in wanted[: options.most]:
             waiting.put(job)
         workers = [
             context.Process(target=work, args=(waiting, settings), daemon=True)
