@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from passes.cost import Cost, measure_costs
+from passes.dependence import input_dependence
 from passes.device import DeviceProfile
 from passes.errors import OptionError
 from passes.frontier import (
@@ -70,6 +71,16 @@ class Analysis:
     def total(self) -> float:
         """Cost of the original network."""
         return sum(cost.weight for cost in self.costs.values())
+
+    @cached_property
+    def dependence(self) -> Mapping[str, frozenset[fx.Node]]:
+        """The input tensors that every value may depend on, by the name of its node."""
+        found = input_dependence(self.program, self.facts)
+        return {node.name: leaves for node, leaves in found.items()}
+
+    def may_read(self, value: str, source: str) -> bool:
+        """Whether what stands for `value` may read `source`: no input that `value` does not."""
+        return self.dependence[source] <= self.dependence[value]
 
     @cached_property
     def flops(self) -> int:

@@ -108,7 +108,25 @@ class Arguments:
             rolled = tensor.detach().roll(1, 0).flip(-1) if tensor.dim() > 1 else tensor.clone()
             return torch.cat([rolled, rolled[:1]]) if grow else rolled
 
-        values = [vary(leaf.value) for leaf in self.leaves]
+        return self.replaced([vary(leaf.value) for leaf in self.leaves])
+
+    def varied_alone(self, index: int) -> Arguments:
+        """Return another call in which one tensor alone has other values, which stay legal.
+
+        Integers are permuted, or one of them lowered where all are equal; numbers are scaled and
+        shifted too.
+        """
+        values = self.tensors()
+        changed = self.varied(grow=False).tensors()[index]
+        if changed.is_floating_point() or changed.is_complex():
+            changed = changed * 0.9 + 0.05
+        elif changed.numel() and not changed.is_meta and torch.equal(changed, values[index]):
+            changed.view(-1)[-1] = (changed.view(-1)[-1].long() - 1).clamp(min=0)
+        values[index] = changed
+        return self.replaced(values)
+
+    def replaced(self, values: Sequence[torch.Tensor]) -> Arguments:
+        """Return the same call with other tensors."""
         args, kwargs = self.with_leaves(values)
         leaves = tuple(
             Leaf(leaf.argument, leaf.path, value)
@@ -119,6 +137,9 @@ class Arguments:
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
     """Bind example inputs to the signature of the model's forward.
+
+    Tensors that share memory with each other or with the model are copied: a tracer takes two
+    arguments that are one tensor (`labels=input_ids`) for one argument.
 
     Raises:
         CaptureError: The inputs do not fit the signature, or hold no tensor.
@@ -154,7 +175,29 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             f"the example inputs of {type(model).__name__} hold no tensor: give at least one "
             "(example_inputs=(tensor, ...) or --input 1x3x32x32)"
         )
-    return Arguments(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
+    arguments = Arguments(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
+    return arguments.replaced(_apart(model, arguments.tensors()))
+
+
+def _apart(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, with copies in place of those whose memory another one or the model has."""
+    seen = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    found = []
+    for tensor in tensors:
+        memory = _memory(tensor)
+        if memory in seen and memory is not None:
+            tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        seen.add(memory)
+        found.append(tensor)
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> int | None:
+    """Identity of the memory of a tensor; None where it has none (sparse tensors)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -99,17 +99,23 @@ class _Checker:
                     yield f"{place}.{field}", "must be null: the first stage starts from the inputs"
             return
         summed = [family for family in GUESSES if family not in BLOCK_FAMILIES]
-        yield from self._operator(f"{place}.preprocess", stage.preprocess, GUESSES, summed)
+        yield from self._operator(number, "preprocess", stage.preprocess, GUESSES, summed)
         sums = [family for family in FAMILIES if family not in _ALONE]
-        yield from self._operator(f"{place}.coarse", stage.coarse, FAMILIES, sums)
+        yield from self._operator(number, "coarse", stage.coarse, FAMILIES, sums)
 
     def _reads(self, place: str, inputs: Sequence[str], sides: Sequence[str]) -> _Problems:
         yield from _each_among(f"{place}.inputs", inputs, self.inputs)
         yield from _each_among(f"{place}.sides", sides, self.nodes)
 
     def _operator(
-        self, place: str, spec: CoarseSpec | None, known: Sequence[str], sums: Sequence[str]
+        self,
+        number: int,
+        field: str,
+        spec: CoarseSpec | None,
+        known: Sequence[str],
+        sums: Sequence[str],
     ) -> _Problems:
+        place = f"plan.stages[{number}].{field}"
         if spec is None:
             yield place, "is null: every stage after the first has one"
             return
@@ -135,6 +141,10 @@ class _Checker:
                 yield f"{here}.copied", "should name two nodes, the first and the last"
         if guess:
             yield from self._sources(f"{here}.sources", options["sources"])
+        if "reads" in options:
+            entering = len(options["sources"]) if guess else len(self.plan.stages[number].consumes)
+            leaving = self.plan.enters(number) if guess else self.plan.corrects(number)
+            yield from _reads(f"{here}.reads", options["reads"], entering, len(leaving))
         if guess and copies:
             stem = options["stem"]
             yield from _fields(f"{here}.stem", stem, ("inputs", "leaving"))
@@ -172,6 +182,15 @@ class _Checker:
             for name, known in (("inputs", inputs), ("sides", self.nodes)):
                 yield from _list(f"{here}.{name}", block[name])
                 yield from _each_among(f"{here}.{name}", block[name], known)
+
+
+def _reads(place: str, rows: Any, entering: int, leaving: int) -> _Problems:
+    yield from _list(place, rows)
+    if len(rows) != leaving:
+        yield place, f"has {len(rows)} rows: one for each of {leaving} values"
+    for index, row in enumerate(rows):
+        yield from _list(f"{place}[{index}]", row)
+        yield from _each_among(f"{place}[{index}]", row, range(entering))
 
 
 def _state(plan: Plan, number: int) -> list[str]:

@@ -11,6 +11,7 @@ from torch import fx
 
 from passes.cones import find_cones
 from passes.cost import Cost
+from passes.dependence import input_leaves
 from passes.observe import Fact, memory_of
 from passes.plan import TensorSpec
 from passes.program import Program, provenance
@@ -302,7 +303,7 @@ def preprocessing_sources(
     learned value that the trunk reads, if recomputing it in every stage is cheap.
     """
     sources: list[Source] = []
-    for leaf in _leaves(program, facts):
+    for leaf in input_leaves(program, facts):
         spec = facts[leaf].spec
         if spec is None or spec.batch_axis is None:
             continue
@@ -311,18 +312,6 @@ def preprocessing_sources(
         else:
             sources += _learned(leaf, program, frontiers, facts)
     return list({source.node: source for source in sources}.values())
-
-
-def _leaves(program: Program, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
-    """Input tensors: placeholders, and elements of placeholders that hold several."""
-    leaves, pending = [], list(program.inputs)
-    while pending:
-        node = pending.pop(0)
-        if facts[node].spec is not None:
-            leaves.append(node)
-        else:
-            pending += node.users
-    return leaves
 
 
 def _learned(

@@ -282,6 +282,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
 
+    def enters(self, number: int) -> tuple[Value, ...]:
+        """The values that a stage after the first reads: what its guess stands for."""
+        known = {value.name: value for value in self.interfaces[number - 1].state}
+        return tuple(known[name] for name in self.stages[number].consumes)
+
     def corrects(self, number: int) -> tuple[Value, ...]:
         """The values that the correction of a stage is added to.
 

@@ -49,14 +49,14 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
     budget = stage_budget(analysis, options, len(stages))
     for number in range(1, len(stages)):
-        types = {value.name: value.spec for value in interfaces[number - 1].state}
-        entering = [types[name] for name in stages[number].consumes]
+        known = {value.name: value for value in interfaces[number - 1].state}
+        entering = [known[name] for name in stages[number].consumes]
         produced = set(stages[number].produces)
         last = number
         if options.sweep == "collapsed":
             produced = {name for stage in stages[number:] for name in stage.produces}
             last = len(stages) - 1
-        leaving = [value.spec for value in interfaces[last].state if value.name in produced]
+        leaving = [value for value in interfaces[last].state if value.name in produced]
         span = positions[number - 1], positions[number]
         stages[number] = dataclasses.replace(
             stages[number],

@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from passes.analysis import Analysis
 from passes.assemble import assemble
-from passes.coarse.build import Operators, build_correction, build_guess, specs
+from passes.coarse.build import Operators, build_correction, build_guess
 from passes.coarse.choice import coarse_candidates, guess_candidates
 from passes.frontier import Position
+from passes.isolation import seeded
 from passes.options import Options
 from passes.plan import CoarseSpec
 from passes.planning import with_operators
@@ -83,23 +83,23 @@ class _Offered:
         if self._options.preprocess != "auto":
             return self._given.guesses(number)
         program, plan = self._network.program, self._network.plan
-        entering = specs(plan, number - 1, plan.stages[number].consumes)
+        entering = plan.enters(number)
+        types = [value.spec for value in entering]
         cut = self._cuts[number - 1]
         found = guess_candidates(self._analysis, self._options, len(plan.stages), cut, entering)
-        return self._built(found, lambda spec: build_guess(program, spec, entering))
+        return self._built(found, lambda spec: build_guess(program, spec, types))
 
     def corrections(self, number: int) -> Sequence[Operator]:
         """Corrections of every family and rank that the budget allows."""
         if self._options.coarse != "auto":
             return self._given.corrections(number)
         network, plan = self._network, self._network.plan
-        entering = specs(plan, number - 1, plan.stages[number].consumes)
-        leaving = [value.spec for value in plan.corrects(number)]
         fine = network.stages.fine[number]
         span = self._cuts[number - 1], self._cuts[number]
         found = coarse_candidates(
-            self._analysis, self._options, len(plan.stages), span, entering, leaving
-        )
+            self._analysis, self._options, len(plan.stages), span,
+            plan.enters(number), plan.corrects(number),
+        )  # fmt: skip
         return self._built(
             found, lambda spec: build_correction(network.program, plan, number, spec, fine)
         )
@@ -108,6 +108,5 @@ class _Offered:
         self, found: Sequence[CoarseSpec], build: Callable[[CoarseSpec], nn.Module]
     ) -> list[Operator]:
         device = self._network.program.device
-        with torch.random.fork_rng():
-            torch.manual_seed(self._network.plan.seed)
+        with seeded(self._network.plan.seed):
             return [Operator(spec, build(spec).to(device).eval()) for spec in found]

@@ -94,3 +94,27 @@ def test_inputs_that_do_not_fit_the_signature_are_refused() -> None:
 def test_inputs_without_a_tensor_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"inputs of Model hold no tensor: give at least one"):
         bind(Model(), (3, {"a": [4]}), {})
+
+
+def test_tensors_that_share_memory_are_copied() -> None:
+    model = nn.Bilinear(4, 4, 2)
+    weight, whole = model.weight, torch.arange(24.0).reshape(6, 4)
+    for first, second in ((X, X), (whole[:3], whole[3:]), (X, X.view(4, 3).T), (weight, X)):
+        bound = bind(model, (), {"input1": first, "input2": second})
+        memory = {t.untyped_storage().data_ptr() for t in (*bound.tensors(), weight)}
+        assert len(memory) == 3
+        assert torch.equal(bound.kwargs["input1"], first)
+        assert torch.equal(bound.kwargs["input2"], second)
+
+
+def test_one_tensor_alone_changes_and_stays_legal() -> None:
+    ids, mask = torch.arange(6).reshape(3, 2), torch.ones(3, 2, dtype=torch.bool)
+    bound = bind(Model(), (X, [ids, Z]), {"mask": mask})
+    for index, tensor in enumerate(bound.tensors()):
+        alone = bound.varied_alone(index)
+        changed = [
+            not torch.equal(a, b) for a, b in zip(alone.tensors(), bound.tensors(), strict=True)
+        ]
+        assert changed == [number == index for number in range(4)]
+        assert alone.tensors()[index].dtype == tensor.dtype
+    assert set(bound.varied_alone(1).tensors()[1].flatten().tolist()) == set(range(6))

@@ -300,3 +300,28 @@ def test_a_guess_has_the_layout_that_a_stage_takes_views_of() -> None:
     """Guesses came with channels in front, transposed; the view of the first block failed."""
     compiled = pnn.compile(Flattens(), torch.randint(50, (4, 7)), stages=3)
     assert compiled.verify(strict=True).ok
+
+
+class LanguageModel(nn.Module):
+    """Takes ids and labels; has a branch on a shape, so that torch.export has to capture it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.blocks = nn.Sequential(*_blocks())
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if ids.shape[1] > 100:
+            raise ValueError
+        logits = self.head(self.blocks(self.embedding(ids)))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_one_tensor_given_twice_stays_two_inputs() -> None:
+    model, ids = LanguageModel().eval(), torch.randint(0, 20, (4, 6))
+    compiled = pnn.compile(model, (ids, ids), stages=2)
+    assert compiled.program.capture.rung == "torch.export"
+    inputs = torch.randint(0, 20, (2, 4, 6)).unbind()
+    for found, wanted in zip(compiled.sequential(*inputs), model(*inputs), strict=True):
+        torch.testing.assert_close(found, wanted)

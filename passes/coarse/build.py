@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from passes.coarse.conv import Conv
@@ -19,6 +18,7 @@ from passes.coarse.thinned import THINNED, build_front, build_thinned
 from passes.coarse.units import build_units
 from passes.coarse.zero import Zero
 from passes.errors import SynthesisError
+from passes.isolation import seeded
 from passes.options import BLOCK_FAMILIES
 from passes.plan import CoarseSpec, Plan, TensorSpec
 from passes.program import Program
@@ -32,7 +32,6 @@ __all__ = [
     "build_coarse",
     "build_correction",
     "build_guess",
-    "specs",
     "synthesize",
 ]
 
@@ -62,12 +61,11 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
     """Build every operator of a plan; the same plan and seed give the same initial weights."""
     preprocess: dict[int, nn.Module] = {}
     coarse: dict[int, nn.Module] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(plan.seed)
+    with seeded(plan.seed):
         for number, stage in enumerate(plan.stages):
             if stage.preprocess is None or stage.coarse is None:
                 continue
-            entering = specs(plan, number - 1, stage.consumes)
+            entering = [value.spec for value in plan.enters(number)]
             guess = build_guess(program, stage.preprocess, entering)
             preprocess[number] = guess.to(program.device).train(program.module.training)
             fine = stages.fine[number]
@@ -83,7 +81,7 @@ def build_correction(
     Raises:
         SynthesisError: The family is unknown.
     """
-    entering = specs(plan, number - 1, plan.stages[number].consumes)
+    entering = [value.spec for value in plan.enters(number)]
     leaving = [value.spec for value in plan.corrects(number)]
     network = build_coarse(program, spec, entering, leaving, fine)
     own = spec.family == "exact"
@@ -93,12 +91,6 @@ def build_correction(
         joint = plain and not own and not spec.options.get("inputs")
         network = Difference(network, len(entering), joint=joint)
     return network if own else network.to(program.device).train(program.module.training)
-
-
-def specs(plan: Plan, interface: int, names: tuple[str, ...]) -> list[TensorSpec]:
-    """Types of the named components of an interface's state."""
-    known = {value.name: value.spec for value in plan.interfaces[interface].state}
-    return [known[name] for name in names]
 
 
 def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> nn.Module:
@@ -132,14 +124,15 @@ def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> 
 def _guess_part(
     name: str, spec: CoarseSpec, sources: list[TensorSpec], state: list[TensorSpec]
 ) -> nn.Module:
+    reads = spec.options.get("reads")
     if name == "convolution":
         return Convolution(sources, state)
     if name in ("linear", THINNED):
-        return Linear(sources, state, bias=True)
+        return Linear(sources, state, bias=True, reads=reads)
     if name == "lowrank":
-        return LowRank(sources, state, int(spec.options["rank"]), bias=True)
+        return LowRank(sources, state, int(spec.options["rank"]), bias=True, reads=reads)
     if name == "conv":
-        return Conv(sources, state)
+        return Conv(sources, state, reads)
     raise SynthesisError(f"unknown preprocessing family {name!r}; known: {', '.join(GUESSES)}")
 
 
@@ -177,13 +170,13 @@ def _coarse_part(
     leaving: list[TensorSpec],
     fine: nn.Module,
 ) -> nn.Module:
-    bias = bool(spec.options.get("bias", False))
+    bias, reads = bool(spec.options.get("bias", False)), spec.options.get("reads")
     if name == "linear":
-        return Linear(entering, leaving, bias=bias)
+        return Linear(entering, leaving, bias=bias, reads=reads)
     if name == "lowrank":
-        return LowRank(entering, leaving, int(spec.options["rank"]), bias=bias)
+        return LowRank(entering, leaving, int(spec.options["rank"]), bias=bias, reads=reads)
     if name == "conv":
-        return Conv(entering, leaving)
+        return Conv(entering, leaving, reads)
     if name == "units":
         return build_units(program, spec.options)
     if name == "thinned":

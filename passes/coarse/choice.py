@@ -21,8 +21,9 @@ from passes.coarse.units import choose_blocks, unit_options
 from passes.cost import count_work
 from passes.errors import SynthesisError
 from passes.frontier import Position, requirements
+from passes.isolation import seeded
 from passes.options import BLOCK_FAMILIES, Options
-from passes.plan import CoarseSpec, TensorSpec
+from passes.plan import CoarseSpec, TensorSpec, Value
 from passes.program import provenance
 from passes.timing import Seconds, measure_network
 
@@ -73,7 +74,7 @@ def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
 
 
 def choose_guess(
-    analysis: Analysis, options: Options, cut: Position, state: Sequence[TensorSpec]
+    analysis: Analysis, options: Options, cut: Position, state: Sequence[Value]
 ) -> CoarseSpec:
     """Choose the preprocessing operator that guesses a state.
 
@@ -81,7 +82,7 @@ def choose_guess(
         analysis: What is known of the program.
         options: What was asked for.
         cut: Where the stage begins.
-        state: Types of the components that it reads.
+        state: The components that it reads.
 
     Raises:
         SynthesisError: There is nothing to guess from, or the family asked for does not fit.
@@ -90,9 +91,12 @@ def choose_guess(
     if not origin.sources:
         raise SynthesisError(
             f"{analysis.program.name} has no floating-point input that follows the batch, and no "
-            "cheap embedding of its inputs: the interfaces cannot be guessed"
+            f"cheap embedding of its inputs, that {cut.state[0].name} depends on: the interfaces "
+            "cannot be guessed"
         )
-    convolves = _convolves(origin, options, state)
+    reads = _reads(analysis, [source.node.name for source in origin.sources], state)
+    types = [value.spec for value in state]
+    convolves = not reads and _convolves(origin, options, types)
     family = options.preprocess
     if family == THINNED and not origin.steps:
         node = cut.state[0]
@@ -102,20 +106,22 @@ def choose_guess(
     elif "convolution" in family.split("+") and not convolves:
         raise SynthesisError(
             "preprocess='convolution' needs one image-like input of no lower resolution than the "
-            f"state ({', '.join(map(str, state))}); use preprocess='linear' or 'auto'"
+            f"state ({', '.join(map(str, types))}); use preprocess='linear' or 'auto'"
         )
     draft = CoarseSpec(
         family=family,
-        options={"rank": options.rank, **described(analysis, origin), **_share(options)},
+        options={"rank": options.rank, **described(analysis, origin), **_share(options), **reads},
         flops=0,
         parameters=0,
         linear=False,
         why="asked for" if options.preprocess != "auto" else _GUESS_REASONS[family],
     )
-    made_of = family, options.rank, origin.copied, tuple(origin.specs), tuple(state)
+    made_of = (
+        family, options.rank, origin.copied, tuple(origin.specs), tuple(types), str(reads)
+    )  # fmt: skip
     if made_of not in analysis.measured:
-        with torch.random.fork_rng():
-            module = build_guess(analysis.program, draft, list(state))
+        with seeded(0):
+            module = build_guess(analysis.program, draft, types)
         assert isinstance(module.operator, nn.Module)
         found = _run(analysis, module.operator, origin.specs, [])
         copied = [analysis.costs[node] for node in origin.copied]
@@ -127,6 +133,17 @@ def choose_guess(
         found["parameters"] = sum(p.numel() for p in owned.parameters())
         analysis.measured[made_of] = found
     return dataclasses.replace(draft, **analysis.measured[made_of])
+
+
+def _reads(
+    analysis: Analysis, entering: Sequence[str], leaving: Sequence[Value]
+) -> dict[str, list[list[int]]]:
+    """Which entering values each leaving one may depend on; nothing where that is all of them."""
+    reads = [
+        [number for number, name in enumerate(entering) if analysis.may_read(value.name, name)]
+        for value in leaving
+    ]
+    return {} if all(len(row) == len(entering) for row in reads) else {"reads": reads}
 
 
 def _share(options: Options) -> dict[str, float]:
@@ -150,7 +167,7 @@ def guess_candidates(
     options: Options,
     stages: int,
     cut: Position,
-    state: Sequence[TensorSpec],
+    state: Sequence[Value],
 ) -> list[CoarseSpec]:
     """Guesses that a closed-form fit may choose from, within the coarse budget.
 
@@ -178,8 +195,8 @@ def coarse_candidates(
     options: Options,
     stages: int,
     span: tuple[Position, Position],
-    entering: Sequence[TensorSpec],
-    leaving: Sequence[TensorSpec],
+    entering: Sequence[Value],
+    leaving: Sequence[Value],
 ) -> list[CoarseSpec]:
     """Corrections that a closed-form fit may choose from, within the budget of one stage."""
     found = [
@@ -210,8 +227,8 @@ def choose_coarse(
     analysis: Analysis,
     options: Options,
     span: tuple[Position, Position],
-    entering: Sequence[TensorSpec],
-    leaving: Sequence[TensorSpec],
+    entering: Sequence[Value],
+    leaving: Sequence[Value],
     budget: float,
 ) -> CoarseSpec:
     """Choose the coarse propagator of a stage.
@@ -220,8 +237,8 @@ def choose_coarse(
         analysis: What is known of the program.
         options: What was asked for.
         span: The cuts where the stage begins and ends.
-        entering: Types of the components that it reads.
-        leaving: Types of the components that it produces.
+        entering: The components that it reads.
+        leaving: The components that it produces.
         budget: FLOPs that this propagator may take.
 
     Raises:
@@ -275,8 +292,8 @@ def _copied(
     analysis: Analysis,
     options: Options,
     span: tuple[Position, Position],
-    entering: Sequence[TensorSpec],
-    leaving: Sequence[TensorSpec],
+    entering: Sequence[Value],
+    leaving: Sequence[Value],
 ) -> tuple[CoarseSpec | None, str]:
     """Copies of blocks, of family units unless thinned is asked for, or why there are none."""
     if len(entering) != 1 or len(leaving) != 1:
@@ -295,6 +312,8 @@ def _copied(
         described = unit_options(program, blocks, cones)
     if not described["blocks"]:
         return None, "the stage is not made of repeating blocks"
+    if not all(analysis.may_read(leaving[0].name, b["leaving"]) for b in described["blocks"]):
+        return None, "its blocks read an input that the state behind it does not depend on"
     family = "thinned" if options.coarse == "thinned" else "units"
     draft = CoarseSpec(family, described, 0, 0, False, why)
     return _measure(analysis, draft, entering, leaving, made_of), ""
@@ -314,21 +333,23 @@ def _draft(options: Options, family: str, why: str = "") -> CoarseSpec:
 def _measure(
     analysis: Analysis,
     draft: CoarseSpec,
-    entering: Sequence[TensorSpec],
-    leaving: Sequence[TensorSpec],
+    entering: Sequence[Value],
+    leaving: Sequence[Value],
     blocks: tuple[tuple[str, int], ...] = (),
 ) -> CoarseSpec:
     """Build the network once, unless it was before, and note what one call costs."""
-    plain = draft.options.get("rank"), draft.options.get("bias")
-    made_of = draft.family, plain, blocks, tuple(entering), tuple(leaving)
+    copies = draft.family in BLOCK_FAMILIES  # of one tensor, into one that depends on it
+    reads = {} if copies else _reads(analysis, [value.name for value in entering], leaving)
+    draft = dataclasses.replace(draft, options={**draft.options, **reads})
+    sources, targets = ([value.spec for value in state] for state in (entering, leaving))
+    plain = draft.options.get("rank"), draft.options.get("bias"), str(reads)
+    made_of = draft.family, plain, blocks, tuple(sources), tuple(targets)
     if made_of not in analysis.measured:
-        with torch.random.fork_rng():
-            module = build_coarse(
-                analysis.program, draft, list(entering), list(leaving), nn.Identity()
-            )
+        with seeded(0):
+            module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
         given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
         inputs = [given[name] for name in draft.options.get("inputs", ())]
-        found = _run(analysis, module, entering, inputs, corrects=True)
+        found = _run(analysis, module, sources, inputs, corrects=True)
         found["parameters"] = sum(p.numel() for p in module.parameters())
         analysis.measured[made_of] = found
     return dataclasses.replace(draft, **analysis.measured[made_of])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from passes.coarse.layout import layouts, resize
-from passes.coarse.maps import MapMatrix
+from passes.coarse.maps import MapMatrix, Reads
 from passes.plan import TensorSpec
 
 __all__ = ["Conv", "ConvMap"]
@@ -58,7 +58,12 @@ class ConvMap(nn.Module):
 
 
 class Conv(MapMatrix):
-    """One `ConvMap` per pair of an entering and a leaving tensor."""
+    """One `ConvMap` per pair of an entering and a leaving tensor that may depend on it."""
 
-    def __init__(self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> None:
-        super().__init__([[ConvMap(source, target) for source in entering] for target in leaving])
+    def __init__(
+        self,
+        entering: Sequence[TensorSpec],
+        leaving: Sequence[TensorSpec],
+        reads: Reads | None = None,
+    ) -> None:
+        super().__init__(entering, leaving, lambda a, b, _: ConvMap(a, b), reads)

@@ -34,44 +34,44 @@ class MatrixFit:
 
     def __init__(self, matrix: MapMatrix) -> None:
         self._rows = matrix.rows()
-        self._moments: list[Moments] = []
+        self._reads = matrix.reads
+        self._moments: dict[int, Moments] = {}
 
     def add(
         self, state: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], *, held_out: bool
     ) -> None:
         """Add one batch: the entering tensors and what the leaving ones should be."""
-        for number, (row, target) in enumerate(zip(self._rows, wanted, strict=True)):
-            features = torch.cat(
-                [_map(each).features(x) for each, x in zip(row, state, strict=True)], 1
-            )
-            targets = _map(row[0]).targets(target)
-            if number == len(self._moments):
+        for number, (row, reads) in enumerate(zip(self._rows, self._reads, strict=True)):
+            if not row:
+                continue
+            pairs = zip(row, reads, strict=True)
+            features = torch.cat([_map(each).features(state[source]) for each, source in pairs], 1)
+            targets = _map(row[0]).targets(wanted[number])
+            if number not in self._moments:
                 bias = _bias(row[0]) is not None
                 sizes = features.shape[1], targets.shape[1]
-                self._moments.append(Moments(*sizes, device=features.device, bias=bias))
+                self._moments[number] = Moments(*sizes, device=features.device, bias=bias)
             self._moments[number].add(features, targets, held_out=held_out)
 
-    def finish(self, matrix: MapMatrix | None = None) -> list[float]:
-        """Solve, set the weights, and return the held-out relative error of every row.
+    def finish(self, matrix: MapMatrix | None = None) -> None:
+        """Solve and set the weights.
 
         Args:
             matrix: One that differs by its rank alone, to fit to the same samples.
         """
-        errors = []
         rows = self._rows if matrix is None else matrix.rows()
-        for row, moments in zip(rows, self._moments, strict=True):
+        for number, moments in self._moments.items():
+            row = rows[number]
             ranks = [
                 each.down.out_features for each in map(_map, row) if isinstance(each, LowRankMap)
             ]
             rank = min(ranks, default=None)
             solution = moments.solve(rank)
             start = 0
-            for number, each in enumerate(map(_map, row)):
+            for each in map(_map, row):
                 width = each.width
-                each.assign(solution, slice(start, start + width), first=number == 0)
+                each.assign(solution, slice(start, start + width), first=start == 0)
                 start += width
-            errors.append(solution.error)
-        return errors
 
 
 def _map(module: nn.Module) -> LinearMap | LowRankMap:

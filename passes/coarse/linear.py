@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from passes.coarse.layout import layouts, resize
-from passes.coarse.maps import MapMatrix
+from passes.coarse.maps import MapMatrix, Reads
 from passes.coarse.regression import Solution
 from passes.plan import TensorSpec
 
@@ -99,21 +99,23 @@ class Linear(MapMatrix):
         entering: Types of the tensors that it reads.
         leaving: Types of the tensors that it gives.
         bias: Whether the maps have a bias.
+        reads: Which entering tensors each leaving one may depend on; all if None.
     """
 
     def __init__(
-        self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec], *, bias: bool = False
+        self,
+        entering: Sequence[TensorSpec],
+        leaving: Sequence[TensorSpec],
+        *,
+        bias: bool = False,
+        reads: Reads | None = None,
     ) -> None:
         gain = len(entering) ** -0.5
-        super().__init__(
-            [
-                [
-                    LinearMap(source, target, bias=bias and number == 0, gain=gain)
-                    for number, source in enumerate(entering)
-                ]
-                for target in leaving
-            ]
-        )
+
+        def make(source: TensorSpec, target: TensorSpec, first: bool) -> LinearMap:
+            return LinearMap(source, target, bias=bias and first, gain=gain)
+
+        super().__init__(entering, leaving, make, reads)
 
 
 def linear_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:

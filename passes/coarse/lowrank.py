@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from passes.coarse.layout import Layout, layouts, resize
-from passes.coarse.maps import MapMatrix
+from passes.coarse.maps import MapMatrix, Reads
 from passes.coarse.regression import Solution
 from passes.plan import TensorSpec
 
@@ -128,6 +128,7 @@ class LowRank(MapMatrix):
         leaving: Types of the tensors that it gives.
         rank: Numbers per sample that each map goes through.
         bias: Whether the maps have a bias.
+        reads: Which entering tensors each leaving one may depend on; all if None.
     """
 
     def __init__(
@@ -137,16 +138,12 @@ class LowRank(MapMatrix):
         rank: int,
         *,
         bias: bool = False,
+        reads: Reads | None = None,
     ) -> None:
-        super().__init__(
-            [
-                [
-                    LowRankMap(source, target, rank, bias=bias and number == 0)
-                    for number, source in enumerate(entering)
-                ]
-                for target in leaving
-            ]
-        )
+        def make(source: TensorSpec, target: TensorSpec, first: bool) -> LowRankMap:
+            return LowRankMap(source, target, rank, bias=bias and first)
+
+        super().__init__(entering, leaving, make, reads)
 
 
 def lowrank_flops(

@@ -54,7 +54,8 @@ class Origin:
 def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
     """Find what to guess the state at a cut from, within the share that may be copied.
 
-    It is the inputs where nothing may be copied, or nothing that fits can be.
+    It is the inputs where nothing may be copied, or nothing that fits can be. Sources that depend
+    on an input on which no component of the state does are left out.
     """
     limit = (options.prologue or 0.0) * analysis.total
     found = None
@@ -62,8 +63,13 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
         found = _thinned(analysis, cut, limit if options.prologue is not None else None)
     elif limit:
         found = _first_layers(analysis, limit, cut)
-    if found is None:
-        return Origin(analysis.sources)
+    found = found or Origin(analysis.sources)
+    usable = tuple(
+        source
+        for source in found.sources
+        if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
+    )
+    found = dataclasses.replace(found, sources=usable)
     flops = sum(analysis.costs[node].flops for node in found.copied)
     return dataclasses.replace(found, flops=flops)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from passes.isolation import seeded
+
 __all__ = ["Moments", "Solution"]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -192,8 +194,7 @@ class Moments:
         known = self._decomposed()
         # Rows whose products with each other are those of the predictions.
         predictions = known.variances.sqrt()[:, None] * known.cross / self._damped(ridge)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with seeded(0):
             over = min(rank + 8, *predictions.shape)
             _, _, directions = torch.svd_lowrank(predictions, over, niter=4)
         found: torch.Tensor = directions[:, :rank]
