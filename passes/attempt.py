@@ -13,12 +13,14 @@ from torch import fx, nn
 
 from passes.arguments import Arguments, Leaf, placeholders
 from passes.errors import CaptureError
+from passes.isolation import masks_kept, preserved
 from passes.modes import merge_modes
 from passes.program import graph_module, is_user_code, verify_graph
 from passes.restore import attach, toggle
-from passes.validate import Reference, masks_kept, preserved
+from passes.validate import Reference
 
 __all__ = [
+    "TRIES",
     "Attempt",
     "FrontEnd",
     "MismatchError",
@@ -31,6 +33,9 @@ __all__ = [
 
 FrontEnd = Callable[[nn.Module, Arguments, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
 """From a model, its inputs and whether the batch size is free to a graph and its constants."""
+
+TRIES = 3
+"""How often to look again where another thread may have drawn from the generator meanwhile."""
 
 _CONSTANTS = "traced_constants"
 
@@ -115,17 +120,21 @@ class Attempt:
 
     def _trace(self, *, train: bool) -> fx.Graph:
         pristine = self.model if train else copied(self.original)
-        with preserved(pristine):
-            pristine.train(train)
-            state = torch.get_rng_state(), random.getstate()
-            with masks_kept():
+        for _ in range(TRIES):
+            with preserved(pristine), masks_kept():
+                pristine.train(train)
+                state = torch.get_rng_state(), random.getstate()
                 graph, constants = self.front_end(
                     pristine, self.arguments, self.reference.dynamic_batch
                 )
-            if not torch.equal(state[0], torch.get_rng_state()) or state[1] != random.getstate():
-                raise MismatchError(
-                    "forward decides by random numbers that it draws outside of the graph"
-                )
+                after = torch.get_rng_state(), random.getstate()
+            if torch.equal(state[0], after[0]) and state[1] == after[1]:
+                break
+            # Or another thread drew them: then they are not drawn every time.
+        else:
+            raise MismatchError(
+                "forward decides by random numbers that it draws outside of the graph"
+            )
         _adopt(self.model, graph, constants, "" if train else "evaluation_")
         for index in self.reference.written:
             _protect(graph, self.arguments.leaves[index])

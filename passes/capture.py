@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import fx, nn
 
 from passes.arguments import Arguments, bind
-from passes.attempt import Attempt, FrontEnd, copied, explain
+from passes.attempt import TRIES, Attempt, FrontEnd, MismatchError, copied, explain
 from passes.errors import CaptureError
 from passes.exporting import export
+from passes.isolation import LOCK
 from passes.opaque import Whole, find_sealed, find_whole
 from passes.program import CaptureReport, Program, graph_module
 from passes.tracing import trace
@@ -87,7 +89,8 @@ def capture(
         CaptureError: The inputs do not fit, the model itself fails on them, or no front end
             captured it; then the message names the module and the line that stood in the way.
     """
-    return _Climb(model, bind(model, args, kwargs or {}), dynamic_batch).run()
+    with LOCK:
+        return _Climb(model, bind(model, args, kwargs or {}), dynamic_batch).run()
 
 
 class _Climb:
@@ -96,8 +99,12 @@ class _Climb:
     def __init__(self, model: nn.Module, arguments: Arguments, dynamic_batch: bool) -> None:
         self.model = model
         self.arguments = arguments
-        self.reference = Reference(copied(model), arguments, dynamic_batch=dynamic_batch)
+        self.dynamic_batch = dynamic_batch
+        self.reference = self._refer()
         self.rejected: list[str] = []
+
+    def _refer(self) -> Reference:
+        return Reference(copied(self.model), self.arguments, dynamic_batch=self.dynamic_batch)
 
     def run(self) -> Program:
         for rung, front_end in LADDER:
@@ -141,14 +148,20 @@ class _Climb:
         front_end: FrontEnd,
         work: Callable[[Attempt], tuple[fx.GraphModule, list[str]]],
     ) -> Program | None:
-        own = copied(self.model)  # a front end that fails may leave its traces in the model
-        attempt = Attempt(own, self.model, self.arguments, front_end, self.reference)
-        try:
-            module, notes = work(attempt)
-        except Exception as error:
-            _log.debug("%s failed", rung, exc_info=True)
-            self._reject(rung, explain(own, error))
-            return None
+        for again in reversed(range(TRIES)):
+            own = copied(self.model)  # a front end that fails may leave its traces in the model
+            attempt = Attempt(own, self.model, self.arguments, front_end, self.reference)
+            try:
+                module, notes = work(attempt)
+                break
+            except Exception as error:
+                _log.debug("%s failed", rung, exc_info=True)
+                shared = self.reference.random and threading.active_count() > 1
+                if again and shared and isinstance(error, MismatchError):
+                    self.reference = self._refer()  # another thread may have drawn numbers too
+                    continue
+                self._reject(rung, explain(own, error))
+                return None
         module = _without_dead_reads(module)
         used = module.state_dict().keys()
         unused = {key: value for key, value in own.state_dict().items() if key not in used}

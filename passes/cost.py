@@ -21,9 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 from passes.errors import OptionError
 from passes.interpreting import Interpreter
+from passes.isolation import LOCK, preserved
 from passes.observe import Fact
 from passes.program import Program
-from passes.validate import preserved
 
 __all__ = ["Cost", "count_flops", "count_work", "measure_costs"]
 
@@ -102,21 +102,22 @@ _RECURRENT = ("lstm", "gru", "rnn")
 @contextmanager
 def _plain_kernels(recurrent: bool) -> Iterator[None]:
     """Keep torch from fusing layers into one operator whose inside cannot be counted."""
-    fast = torch.backends.mha.get_fastpath_enabled()
     # Properties of these modules; their own context managers also set TF32, which warns on a CPU.
     backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     libraries = backends if recurrent else ()
-    enabled = [library.enabled for library in libraries]
-    torch.backends.mha.set_fastpath_enabled(False)
-    for library in libraries:
-        library.enabled = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for library, was in zip(libraries, enabled, strict=True):
-            library.enabled = was
+    with LOCK:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        enabled = [library.enabled for library in libraries]
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in libraries:
+            library.enabled = False
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for library, was in zip(libraries, enabled, strict=True):
+                library.enabled = was
 
 
 def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:

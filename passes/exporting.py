@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from passes.arguments import Arguments, Field, placeholders
 from passes.errors import CaptureError
+from passes.isolation import exclusive
 from passes.program import Provenance, is_user_code, resolve, set_provenance
 from passes.restore import CALL_KEY, outline
 from passes.sealed import OPERATOR, Seals, seal
@@ -65,7 +66,7 @@ def export(
         {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == arguments.batch else None
         for leaf in arguments.leaves
     )
-    with _quiet(), seal(model, arguments, whole) as seals:
+    with exclusive(), _quiet(), seal(model, arguments, whole) as seals:
         exported = torch.export.export(
             entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=strict
         )

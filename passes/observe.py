@@ -13,9 +13,9 @@ from torch.fx.node import map_aggregate
 from passes.arguments import Arguments, bind
 from passes.errors import CaptureError
 from passes.interpreting import Interpreter
+from passes.isolation import preserved
 from passes.plan import TensorSpec
 from passes.program import Program, provenance
-from passes.validate import preserved
 
 __all__ = ["Fact", "memory_of", "observe"]
 

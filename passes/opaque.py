@@ -15,8 +15,9 @@ from passes.arguments import Arguments, bind
 from passes.attempt import Attempt, copied, explain, few, locate
 from passes.errors import CaptureError
 from passes.exporting import export
+from passes.isolation import masks_kept, preserved
 from passes.tracing import is_leaf, trace
-from passes.validate import Reference, masks_kept, preserved
+from passes.validate import Reference
 
 __all__ = ["Whole", "find_sealed", "find_whole"]
 

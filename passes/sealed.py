@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from passes.arguments import Arguments, Field
 from passes.errors import CaptureError
+from passes.isolation import masks_kept, preserved
 from passes.program import Provenance, set_provenance
-from passes.validate import masks_kept, preserved
 
 __all__ = ["OPERATOR", "Seals", "seal"]
 

@@ -16,9 +16,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from passes.direct import Direct
+from passes.isolation import preserved
 from passes.program import Program, graph_module
 from passes.room import with_room
-from passes.validate import preserved
 
 __all__ = ["Measure", "Seconds", "measure_network", "measure_seconds"]
 

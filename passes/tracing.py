@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.arguments import Arguments, Field, as_plain, placeholders
+from passes.isolation import exclusive
 from passes.program import Provenance, is_user_code, set_provenance
 
 __all__ = ["Entry", "is_leaf", "trace"]
@@ -133,7 +134,8 @@ def trace(
         Exception: Whatever the model's own code raises on symbolic values.
     """
     entry = Entry(model, arguments)
-    graph = ModuleTracer(arguments, whole).trace(entry)
+    with exclusive():
+        graph = ModuleTracer(arguments, whole).trace(entry)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and not str(node.target).startswith("model."):

@@ -7,26 +7,23 @@ the parameters, buffers and modes of the model as they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from passes.arguments import Arguments, as_plain
 from passes.errors import CaptureError
+from passes.isolation import masks_kept, preserved, repeatable
 
 __all__ = [
     "TOLERANCE",
     "Reference",
     "Run",
     "compare",
-    "masks_kept",
     "output_leaves",
-    "preserved",
     "relative_error",
     "run",
 ]
@@ -54,6 +51,7 @@ class Run:
         kind: Class of the whole output.
         names: All names of each parameter, by the first of them.
         through: Whether gradients were asked for through the inputs too.
+        random: Whether random numbers were drawn.
     """
 
     outputs: list[Any]
@@ -63,69 +61,7 @@ class Run:
     kind: type = tuple
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     through: bool = True
-
-
-@contextmanager
-def masks_kept() -> Iterator[None]:
-    """Keep torch's transformers from looking whether a mask is causal, to drop it then."""
-    original = transformer._detect_is_causal_mask
-
-    def given(
-        mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None
-    ) -> bool:
-        return is_causal is True
-
-    transformer._detect_is_causal_mask = given
-    try:
-        yield
-    finally:
-        transformer._detect_is_causal_mask = original
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Have cuDNN take kernels that give the same digits whenever they run; no effect on a CPU."""
-    library: Any = torch.backends.cudnn
-    before = library.deterministic, library.benchmark
-    library.deterministic, library.benchmark = True, False
-    try:
-        yield
-    finally:
-        library.deterministic, library.benchmark = before
-
-
-@contextmanager
-def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restore buffers, modes, gradients and the random state of modules on exit."""
-    with torch.random.fork_rng():
-        children = [child for module in modules for child in module.modules()]
-        # A forward may write to a buffer, or put another tensor in its place.
-        saved = [
-            (child, name, tensor, tensor.detach().clone())
-            for child in children
-            for name, tensor in child.named_buffers(recurse=False)
-        ]
-        modes = [(child, child.training) for child in children]
-        grads = [(p, p.grad) for module in modules for p in module.parameters()]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for child, name, tensor, value in saved:
-                    _put_back(tensor, value)
-                    setattr(child, name, tensor)
-            for child, mode in modes:
-                child.training = mode
-            for parameter, grad in grads:
-                parameter.grad = grad
-
-
-def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a tensor its values again; each element of an expanded one once."""
-    for axis, step in enumerate(tensor.stride()):
-        if step == 0 and tensor.shape[axis] > 1:
-            tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
-    tensor.copy_(value)
+    random: bool = False
 
 
 def output_leaves(output: Any) -> list[Any]:
@@ -158,6 +94,7 @@ def run(
     """
     with preserved(module), masks_kept(), repeatable(), torch.set_grad_enabled(grad):
         torch.manual_seed(0)
+        random = torch.get_rng_state()
         module.train(train)
         before = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
         numbers = {name: tensor._version for name, tensor in module.named_buffers()}
@@ -180,7 +117,8 @@ def run(
         detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
         written = [i for i, value in enumerate(values) if value._version != versions[i]]
         kind, names = type(output), _all_names(module)
-        return Run(detached, gradients, changed, frozenset(written), kind, names, through)
+        drawn = not torch.equal(random, torch.get_rng_state())
+        return Run(detached, gradients, changed, frozenset(written), kind, names, through, drawn)
 
 
 def _all_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -294,7 +232,9 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments, *, dynamic_batch: bool) -> None:
+        self._model = model
         self._arguments = arguments
+        self._alone: dict[bool, list[tuple[Arguments, Run]]] = {}
         self.notes: list[str] = []
         self._runs: dict[tuple[bool, bool], Run] = {}
         try:
@@ -349,6 +289,11 @@ class Reference:
                 )
 
     @property
+    def random(self) -> bool:
+        """Whether a run drew random numbers."""
+        return any(found.random for found in self._runs.values())
+
+    @property
     def output_kind(self) -> type:
         """Class of the model's output."""
         return next(iter(self._runs.values())).kind
@@ -393,7 +338,32 @@ class Reference:
                 return f"the graph fails {where}: {_first_line(error)}"
             if reason := compare(got, wanted):
                 return f"{where}, {reason}"
+        return self._mismatch_alone(candidate, train=False not in modes)
+
+    def _mismatch_alone(self, candidate: nn.Module, *, train: bool) -> str:
+        """Return "" if the outputs are equal wherever one input tensor alone is changed."""
+        if train not in self._alone:
+            self._alone[train] = list(self._runs_alone(train))
+        for arguments, wanted in self._alone[train]:
+            try:
+                got = run(candidate, _call_by_name(candidate), arguments, train=train, grad=False)
+            except Exception as error:
+                return f"the graph fails where one input is changed: {_first_line(error)}"
+            if reason := compare(got, wanted):
+                return f"where one input is changed by itself, {reason}"
         return ""
+
+    def _runs_alone(self, train: bool) -> Iterator[tuple[Arguments, Run]]:
+        count = len(self._arguments.leaves)
+        for index in range(count if count > 1 else 0):  # a single one is changed anyway
+            arguments = self._arguments.varied_alone(index)
+            try:
+                yield (
+                    arguments,
+                    run(self._model, _call(self._model), arguments, train=train, grad=False),
+                )
+            except Exception:  # inputs that must agree with each other
+                continue
 
 
 def _evaluated(model: nn.Module, arguments: Arguments) -> Run:

@@ -18,6 +18,7 @@ from passes.coarse.linear import Linear, linear_flops
 from passes.coarse.lowrank import LowRank, lowrank_flops
 from passes.coarse.sum import Sum
 from passes.frontier import Position, requirements
+from passes.isolation import seeded
 from passes.plan import TensorSpec
 from passes.split import extract
 from pnn_compile.batches import CalibrationBatches, argument_names
@@ -92,8 +93,7 @@ def fit_early_exit(
     cut = _cut(compiled, share)
     if cut is None:
         return None
-    with torch.random.fork_rng():
-        torch.manual_seed(compiled.plan.seed)
+    with seeded(compiled.plan.seed):
         exit_ = EarlyExit(compiled, cut).eval()
     walker = Walker(compiled)
     names = [value.name for value in compiled.plan.interfaces[-1].state]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from passes.validate import preserved
+from passes.isolation import preserved
 from pnn_compile.batches import device_of
 
 if TYPE_CHECKING:

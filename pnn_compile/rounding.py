@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from passes.coarse.build import Operators
 from passes.interpreting import Interpreter
+from passes.isolation import preserved
 from passes.plan import Plan
 from passes.program import Program
 from passes.split import Stages
-from passes.validate import preserved
 
 __all__ = ["even_operators", "in_double"]
 

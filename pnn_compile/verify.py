@@ -20,11 +20,12 @@ from passes.assemble import assemble
 from passes.capture import capture
 from passes.coarse.build import synthesize
 from passes.errors import VerificationError
+from passes.isolation import preserved, seeded
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan import CoarseSpec, Plan
 from passes.program import Program
-from passes.validate import TOLERANCE, Run, compare, preserved, relative_error, run
+from passes.validate import TOLERANCE, Run, compare, relative_error, run
 from pnn_compile.rounding import even_operators, in_double
 
 if TYPE_CHECKING:
@@ -231,8 +232,7 @@ def _without_rounding(compiled: Network, failed: Check, plan: Plan, reuse: bool)
 def _consistency(compiled: Network) -> Check:
     count = len(compiled.plan.stages)
     name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0):
         layers = [nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(2 * count + 1)]
         x = torch.randn(4, 8, dtype=torch.float64)
     network = nn.Sequential(*layers)

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 import pnn_compile as pnn
 from examples import decoder, vgg16
+from passes.isolation import preserved
 from passes.program import provenance
-from passes.validate import preserved
 from pnn_compile import artifact
 from tests.zoo import CASES, Case
 

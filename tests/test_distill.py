@@ -13,7 +13,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder
-from passes.validate import preserved
+from passes.isolation import preserved
 from pnn_compile.calibrate import calibrate_by_choice
 from pnn_compile.checkpoint import random_state, set_random_state
 from pnn_compile.cli import main

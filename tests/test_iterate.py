@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 import pnn_compile as pnn
 from examples import resnet110
 from passes.assemble import assemble
+from passes.isolation import preserved
 from passes.rounds import Work
-from passes.validate import preserved
 from pnn_compile.cli import main
 from pnn_compile.iterate import DialRow, estimated_errors
 from tests.programs import call

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from passes.arguments import bind
 from passes.errors import CaptureError
-from passes.validate import Reference, Run, compare, preserved, relative_error, run
+from passes.isolation import preserved
+from passes.validate import Reference, Run, compare, relative_error, run
 
 
 class Counter(nn.Module):
@@ -165,3 +166,19 @@ def test_a_model_that_cannot_train_on_the_example_is_noted() -> None:
 def test_a_model_that_fails_says_so_with_the_shapes() -> None:
     with pytest.raises(CaptureError, match=r"Linear itself fails .* \(input \[2, 3\]\): Runtime"):
         reference(nn.Linear(4, 4), torch.rand(2, 3))
+
+
+def test_every_input_is_varied_by_itself() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x * 2 + y
+
+    class Confused(nn.Module):  # right only where both inputs are alike, as in `labels=ids`
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y * 2 + x
+
+    ids = torch.arange(12).reshape(3, 4)
+    reference = Reference(Pair(), bind(Pair(), (ids, ids), {}), dynamic_batch=True)
+    assert reference.mismatch(Pair()) == ""
+    reason = reference.mismatch(Confused())
+    assert reason.startswith("where one input is changed by itself, output 0 differs")

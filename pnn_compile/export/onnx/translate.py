@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from passes.coarse.forms import Difference
+from passes.isolation import exclusive
 from passes.program import resolve
 from pnn_compile.export.onnx.blocks import Segment
 from pnn_compile.export.onnx.flat import CHILD, Piece
@@ -78,7 +79,7 @@ def _translate(pairs: Sequence[tuple[Piece, Segment]]) -> list[Block]:
     joint = _Joint()
     for piece, segment in pairs:
         joint.add(piece, segment)
-    with quiet(), torch.no_grad():
+    with exclusive(), quiet(), torch.no_grad():
         module = joint.finish()
         exported = torch.export.export(
             module, tuple(joint.examples), dynamic_shapes=(*joint.shapes,), strict=False
