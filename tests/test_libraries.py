@@ -1,20 +1,15 @@
-"""Models by the name that a library gives them, and programs that torch.export saved."""
+"""Models by the name that a library gives them."""
 
 from __future__ import annotations
 
-import json
-import pickle
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import pnn_compile as pnn
 from examples.coverage.operators import declare
 from passes.errors import SourceError
 from pnn_compile.sources import load_source
@@ -191,83 +186,3 @@ def test_transformers_refuses_what_it_does_not_know() -> None:
     assert "did you mean" in refusal("hf:lama")
     assert "no setting 'num_layer'" in refusal("hf:t5", "num_layer=3")
     assert "nothing is downloaded" in refusal("hf:meta/llama")
-
-
-# --- programs that torch.export saved -------------------------------------------------------------
-
-
-class Dropped(nn.Module):
-    """Six layers with dropout; batch norm on demand."""
-
-    def __init__(self, *, norm: bool = False) -> None:
-        super().__init__()
-        layers = [(nn.Linear(6, 6), nn.Dropout(0.5), nn.Tanh()) for _ in range(6)]
-        self.layers = nn.Sequential(*(layer for each in layers for layer in each))
-        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.layers(x))
-
-
-def save(model: nn.Module, path: Path) -> Path:
-    torch.export.save(torch.export.export(model, (torch.ones(4, 6),)), path)
-    return path
-
-
-def test_a_saved_program_trains_and_evaluates(tmp_path: Path) -> None:
-    model = Dropped()
-    source = load_source(str(save(model, tmp_path / "model.pt2")))
-    assert torch.equal(source.args[0], torch.ones(4, 6))
-    assert torch.equal(source.model.eval()(*source.args), model.eval()(*source.args))
-    assert not torch.equal(source.model.train()(*source.args), source.model(*source.args))
-    compiled = pnn.compile(source.model, source.args, stages=3)
-    assert compiled.verify().ok
-    assert source.model.state_dict().keys() == model.state_dict().keys()
-
-
-def test_a_saved_program_switches_its_batchnorm_too(tmp_path: Path) -> None:
-    model = Dropped(norm=True)
-    x = torch.randn(4, 6)
-    for mode in (True, False):
-        source = load_source(str(save(model.train(mode), tmp_path / f"{mode}.pt2")))
-        torch.testing.assert_close(source.model.eval()(x), model.eval()(x))
-        compiled = pnn.compile(source.model, (x,), stages=2)
-        assert compiled.verify().ok
-
-
-def test_a_program_takes_no_arguments(tmp_path: Path) -> None:
-    path = save(Dropped(), tmp_path / "model.pt2")
-    assert "takes no --arg (width)" in refusal(str(path), "width=3")
-
-
-class Trap:
-    """Leaves a trace when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("unpickled"),))
-
-
-def test_pickled_objects_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    good, bad = save(Dropped(), tmp_path / "good.pt2"), tmp_path / "bad.pt2"
-    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
-        for name in old.namelist():
-            data = old.read(name)
-            if name.endswith("_weights_config.json"):
-                table = json.loads(data)
-                for entry in table["config"].values():
-                    entry["use_pickle"] = entry["path_name"] == "weight_0"
-                data = json.dumps(table).encode()
-            if not name.endswith("/weight_0"):
-                new.writestr(name, data)
-        new.writestr("good/data/weights/weight_0", pickle.dumps(Trap()))
-    assert "holds pickled objects" in refusal(str(bad))
-    assert not Path("unpickled").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"no archive"])
-def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.pt2"
-    path.write_bytes(content)
-    assert "no file of torch.export.save" in refusal(str(path))
-    assert "no such file" in refusal(str(tmp_path / "none.pt2"))

@@ -1,14 +1,11 @@
 """`file.pt2`: a program that torch.export.save wrote.
 
-Such a file holds a graph and raw weights, but may hold pickled tensors too, which torch would
-unpickle without a check: a file with any is refused, so that nothing is unpickled here either.
-torch still rebuilds symbolic sizes from text; load files from people whom you trust.
+Such a file holds a graph and raw weights. torch's loader would run code that a crafted one holds:
+`pnn_compile.sources.archive` looks at it first, and gives torch what it found in order.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from torch import fx
 from passes.errors import SourceError
 from passes.program import Provenance, provenance, set_provenance
 from passes.restore import toggle
+from pnn_compile.sources.archive import checked
 from pnn_compile.sources.blame import first_line
 from pnn_compile.sources.calls import refuse_arguments
 from pnn_compile.sources.source import Inputs, Source
@@ -27,8 +25,6 @@ __all__ = ["SUFFIX", "load"]
 
 SUFFIX = ".pt2"
 
-_CONFIGS = ("_weights_config.json", "_constants_config.json")
-_RAW = ("weight_", "tensor_")
 _FLAGS = ("training", "train", "use_input_stats")
 """What operators call the argument that says whether they train."""
 
@@ -37,17 +33,17 @@ def load(text: str, arguments: Mapping[str, Any], given: Inputs | None) -> Sourc
     """Load a saved exported program; its own example inputs serve unless others are given.
 
     Raises:
-        SourceError: The file is missing, damaged, of another version of torch, or holds pickled
-            objects; it has no example inputs; or it cannot be switched between training and
+        SourceError: The file is missing, damaged, of another version of torch, or holds what could
+            run code; it has no example inputs; or it cannot be switched between training and
             evaluation.
     """
     path = Path(text)
     refuse_arguments(arguments, text, "it is a program already, not a factory")
     if not path.is_file():
         raise SourceError(f"no such file: {path}")
-    _refuse_pickles(path)
+    archive = checked(path)
     try:
-        exported = torch.export.load(path)
+        exported = torch.export.load(archive)
         module = exported.module(check_guards=False)
     except Exception as error:  # whatever a damaged file makes torch raise
         raise SourceError(
@@ -61,27 +57,6 @@ def load(text: str, arguments: Mapping[str, Any], given: Inputs | None) -> Sourc
         raise SourceError(f"{path} holds no example inputs: add --input 1x3x32x32 for each of them")
     args, kwargs = given
     return Source(module, tuple(args), dict(kwargs), text)
-
-
-def _refuse_pickles(path: Path) -> None:
-    """Read the tables of contents; torch unpickles what they mark so, with any code in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(_CONFIGS)]
-            tables = [json.loads(archive.read(name)) for name in names]
-    except (OSError, zipfile.BadZipFile, ValueError, AttributeError) as error:
-        raise SourceError(f"{path} is no file of torch.export.save: {error}") from error
-    entries = [entry for table in tables for entry in table["config"].items()]
-    pickled = [
-        name for name, entry in entries
-        if entry["use_pickle"] or not entry["path_name"].startswith(_RAW)
-    ]  # fmt: skip
-    if pickled or not names:
-        what = f"pickled objects ({', '.join(pickled[:3]) or 'an old format'})"
-        raise SourceError(
-            f"{path} holds {what}, and loading those could run any code: save it again with this "
-            "version of torch and plain tensors, or name the Python file that builds the model"
-        )
 
 
 def _free(module: fx.GraphModule, text: str) -> None:
