@@ -14,10 +14,8 @@ import inspect
 import itertools
 import json
 import logging
-import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +32,7 @@ from passes.pipeline import PassResult
 from passes.plan import Plan
 from passes.program import Program
 from pnn_compile import graphfile
+from pnn_compile.atomic import recover, replacing
 from pnn_compile.network import Network, replay
 from pnn_compile.tensor_file import TensorFile
 
@@ -57,11 +56,11 @@ _AGAIN = "restore the file, or save the artifact again"
 def save(compiled: Network, path: str | Path, forecast: ForecastTable | None = None) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
-    The directory is written beside its place and then renamed: whatever fails on the way leaves
-    an older artifact whole. Files of the user in an older artifact stay; what was exported to ONNX
-    goes, for it shows the older network. Tensors are stored on the CPU. A program that holds
-    something that has no form as data is stored without its graph; the log says so, and `load`
-    then needs the model.
+    The directory is written beside its place and then takes it: whatever fails on the way, or
+    kills the process, leaves an older artifact whole. Files of the user in it stay; what was
+    exported to ONNX goes, for it shows the older network. Tensors are stored on the CPU. A program
+    that holds something that has no form as data is stored without its graph; the log says so, and
+    `load` then needs the model.
 
     Args:
         compiled: The network.
@@ -88,7 +87,8 @@ def save(compiled: Network, path: str | Path, forecast: ForecastTable | None = N
         writer.add(*own)
     data["network"] = {"training": graphfile.modes(compiled.module), "tensors": writer.records}
     report = _report(compiled, forecast)
-    with _writing(target), _replacing(target) as folder:
+    dropped = [*filter(_is_derived, target.iterdir())] if target.exists() else []
+    with _writing(target), replacing(target, _is_users) as folder:
         if report is not None:
             (folder / _REPORT).write_text(report, encoding="utf-8")
         (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
@@ -96,8 +96,8 @@ def save(compiled: Network, path: str | Path, forecast: ForecastTable | None = N
         for name, tensors in ((_VALUES, values), (_WEIGHTS, writer.values)):
             save_file(tensors, folder / name)
             shutil.copymode(folder / _PLAN, folder / name)  # it writes for the owner alone
-        if target.exists():
-            _carry_over(target, folder)
+    for entry in dropped:
+        _log.warning("%s is dropped with the older network: export it again", entry)
     if data["unknown"]:
         _log.warning(
             "%s is saved without its program (%s): load it with pnn.load(%r, model=...)",
@@ -217,6 +217,7 @@ def check_replaceable(path: str | Path) -> None:
     """
     target = Path(path).resolve()
     with _writing(target):
+        recover(target, _is_users)
         _check_replaceable(target)
 
 
@@ -234,6 +235,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _check_artifact(folder: Path) -> None:
+    recover(folder.resolve(), _is_users)
     if not folder.exists():
         raise ArtifactError(
             f"{folder} does not exist: write it with compiled.save({str(folder)!r})"
@@ -256,41 +258,13 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a new directory that takes the place of `target` if the block succeeds."""
-    mark = uuid.uuid4().hex[:8]
-    fresh, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("new", "old"))
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        if target.exists():
-            os.rename(target, old)
-        os.rename(fresh, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(fresh, ignore_errors=True)
+def _is_users(entry: Path) -> bool:
+    """Whether an entry of an artifact's directory is none that the compiler wrote."""
+    return entry.name not in _OURS and not _is_derived(entry)
 
 
-def _carry_over(old: Path, fresh: Path) -> None:
-    """Give the new directory what the older one holds and the compiler did not write."""
-    for entry in old.iterdir():
-        if any(entry.match(pattern) for pattern in _DERIVED):
-            _log.warning("%s is dropped with the older network: export it again", entry)
-        elif entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)
-        elif entry.name not in _OURS:
-            _link(entry, fresh / entry.name)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+def _is_derived(entry: Path) -> bool:
+    return any(entry.match(pattern) for pattern in _DERIVED)
 
 
 def _to_json(data: Mapping[str, Any]) -> str:

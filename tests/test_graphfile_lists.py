@@ -99,10 +99,23 @@ def changed() -> nn.Module:
     return module
 
 
-def extended() -> nn.Module:
-    module = nn.Linear(3, 4)
-    module.scale = torch.ones(4)
+def shadowed() -> nn.Module:
+    module = nn.Conv2d(3, 4, 3)
+    module._conv_forward = lambda x, *_: x  # type: ignore[method-assign]
     return module
+
+
+def mentioned() -> nn.Module:
+    module = nn.TransformerEncoderLayer(8, 2)
+    del module.activation_relu_or_gelu
+    return module
+
+
+def test_notes_on_a_layer_are_no_part_of_it() -> None:
+    plain, noted = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+    for module in noted.modules():
+        module._is_initialized, module.label, module.scale = True, "a", torch.ones(4)  # type: ignore[assignment]
+    assert ModuleWriter().write(noted) == ModuleWriter().write(plain)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +125,8 @@ def extended() -> nn.Module:
         (hooked, "a hook of out_proj"),
         (overridden, "attribute 'forward' differs"),
         (changed, "other parameters, buffers or shapes"),
-        (extended, "attribute 'scale' differs"),
+        (shadowed, "attribute '_conv_forward' differs"),
+        (mentioned, "attribute 'activation_relu_or_gelu' differs"),
         (lambda: nn.Sequential(nn.ReLU()), "Sequential"),
         (lambda: nn.CrossEntropyLoss(torch.ones(3)), "argument 'weight'"),
         (lambda: nn.TransformerEncoderLayer(8, 2, activation=F.silu), "TransformerEncoderLayer"),

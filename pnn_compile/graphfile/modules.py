@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -184,7 +185,9 @@ def _difference(made: nn.Module, module: nn.Module) -> str:
         if any(getattr(child, hooks) for hooks in _HOOKS):
             return f"a hook{where}"
         attributes, expected = _attributes(child), _attributes(children[path])
-        names = sorted({*attributes, *expected})
+        # A note that somebody left on the layer, and that its code does not look at, is no part.
+        notes = {name for name in attributes.keys() - expected.keys() if _is_note(child, name)}
+        names = sorted({*attributes, *expected} - notes)
         changed = [n for n in names if attributes.get(n, names) != expected.get(n, names)]
         if changed:
             return f"attribute {changed[0]!r}{where} differs"
@@ -193,13 +196,44 @@ def _difference(made: nn.Module, module: nn.Module) -> str:
     return "" if repr(made) == repr(module) else "another representation"
 
 
+def _is_note(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of an instance is none that its class has, or whose name it mentions."""
+    kind: Any = type(module)
+    return not hasattr(kind, name) and name not in _mentioned(kind)
+
+
+@cache
+def _mentioned(kind: type[Any]) -> frozenset[str]:
+    """Every name and text in the code of a class, nested functions included."""
+    found: set[str] = set()
+    pending = [
+        code
+        for base in kind.__mro__
+        for value in vars(base).values()
+        if (code := getattr(inspect.unwrap(_function(value)), "__code__", None)) is not None
+    ]
+    while pending:
+        code = pending.pop()
+        found.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
+        pending += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return frozenset(found)
+
+
+def _function(value: Any) -> Any:
+    """The function of a method, static method or property."""
+    return getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What an instance holds beside tensors and submodules; private values if they are plain."""
+    """What an instance holds beside tensors and submodules.
+
+    Private values if they are plain, or stand in the place of a method of the class.
+    """
     own = {name: value for name, value in vars(module).items() if name not in _OWN}
     return {
         name: value if _is_plain(value) or callable(value) else object()  # equal to nothing
         for name, value in own.items()
-        if not name.startswith("_") or _is_plain(value)
+        if not name.startswith("_") or _is_plain(value) or hasattr(type(module), name)
     }
 
 
