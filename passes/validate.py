@@ -6,7 +6,8 @@ the parameters, buffers and modes of the model as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "Reference",
     "Run",
     "compare",
+    "difference",
     "output_leaves",
     "relative_error",
     "run",
@@ -175,7 +177,13 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return error / scale if scale > 0 else error
 
 
-def compare(candidate: Run, reference: Run, slack: float = 1.0, least: float = 0.0) -> str:
+def compare(
+    candidate: Run,
+    reference: Run,
+    slack: float = 1.0,
+    least: float = 0.0,
+    noise: Sequence[float] = (),
+) -> str:
     """Return "" if two runs agree, else one line that says where and by how much they differ.
 
     Args:
@@ -183,10 +191,13 @@ def compare(candidate: Run, reference: Run, slack: float = 1.0, least: float = 0
         reference: The run that it should equal.
         slack: Times the tolerance of the dtype that counts as equal.
         least: A limit that holds at least, where lower precision was used on the way.
+        noise: For every output, the largest difference that rounding can make; none if empty.
     """
     if len(candidate.outputs) != len(reference.outputs):
         return f"{len(candidate.outputs)} outputs instead of {len(reference.outputs)}"
     for index, (value, wanted) in enumerate(zip(candidate.outputs, reference.outputs, strict=True)):
+        if noise and difference(value, wanted) <= noise[index]:
+            continue
         if reason := _differs(value, wanted, slack, least):
             return f"output {index} differs: {reason}"
     for name, wanted_grad in reference.gradients.items():
@@ -203,6 +214,16 @@ def compare(candidate: Run, reference: Run, slack: float = 1.0, least: float = 0
         if reason := _differs(candidate.changed[name], reference.changed[name], slack, least):
             return f"buffer {name} differs after the step: {reason}"
     return ""
+
+
+def difference(value: Any, wanted: Any) -> float:
+    """The largest difference of two tensors of one type; infinite for others."""
+    if not isinstance(wanted, torch.Tensor) or not isinstance(value, torch.Tensor):
+        return float("inf")
+    if value.shape != wanted.shape or value.dtype != wanted.dtype or not wanted.numel():
+        return float("inf")
+    largest = (value.double() - wanted.double()).abs().max().item()
+    return largest if math.isfinite(largest) else float("inf")
 
 
 def _differs(

@@ -1,10 +1,14 @@
 """The oracles pass on sound networks, and fail when something is broken on purpose."""
 
+import copy
 import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import pnn_compile as pnn
 from examples import decoder, unet, vgg16
@@ -164,3 +168,107 @@ def test_oracles_that_compute_a_stage_twice_are_not_run_where_every_call_draws()
     report = pnn.compile(Noisy(), torch.randn(3, 6), stages=3).verify(strict=True)
     skipped = [check.name for check in report.checks if "draws random numbers" in check.name]
     assert len(skipped) == 2
+
+
+class Residual(nn.Module):
+    """x + tanh(linear(x)) / 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x)) / 4
+
+
+class Centred(nn.Module):
+    """Its second output, a sum over a normalised axis, is rounding noise and nothing else."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Residual() for _ in range(blocks)))
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.norm(self.blocks(x))
+        return y, y.sum(-1)
+
+
+class OnlyNoise(Centred):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x)[1]
+
+
+def _chain(blocks: int) -> nn.Module:
+    return nn.Sequential(*(Residual() for _ in range(blocks)))
+
+
+@pytest.mark.parametrize("stages", [3, 25, 50])
+@pytest.mark.parametrize("build", [_chain, Centred, OnlyNoise])
+def test_the_oracles_hold_for_many_stages_and_for_outputs_that_are_noise(
+    build: Callable[[int], nn.Module], stages: int
+) -> None:
+    report = pnn.compile(build(stages), torch.randn(4, 6), stages=stages).verify(strict=True)
+    for check in report.checks:
+        assert check.error is None or check.limit is None or check.error <= check.limit
+    consistency = next(check for check in report.checks if "consistency" in check.name)
+    assert consistency.error is not None
+    assert consistency.error < 1e-12
+
+
+def _nodes(network: fx.GraphModule, function: Callable[..., Any]) -> list[fx.Node]:
+    return network.graph.find_nodes(op="call_function", target=function)
+
+
+def _wrong_edge(network: fx.GraphModule) -> None:
+    """Let the last correction read the state of the stage before."""
+    *_, before, last = _nodes(network, operator.sub)
+    last.args = (before.args[0], last.args[1])
+
+
+def _wrong_sign(network: fx.GraphModule) -> None:
+    _nodes(network, operator.add)[-1].target = operator.sub
+
+
+def _wrong_weight(network: fx.GraphModule) -> None:
+    """Change one weight of one stage, in this network alone."""
+    names = [name for name, _ in network.named_children() if name.startswith("fine_")]
+    name = names[len(names) // 2]
+    stage = copy.deepcopy(network.get_submodule(name))
+    setattr(network, name, stage)
+    with torch.no_grad():
+        weight = next(p for p in stage.parameters() if p.dim() > 1)
+        weight[0, 0] += 0.1
+
+
+@pytest.mark.parametrize("stages", [3, 25, 50])
+@pytest.mark.parametrize(
+    ("mutate", "seen_by"),
+    [
+        (_wrong_edge, ["coarse", "K", "linear"]),
+        (_wrong_sign, ["coarse", "linear"]),  # after N iterations, whatever is corrected is zero
+        (_wrong_weight, ["coarse", "K", "linear"]),
+    ],
+)
+@pytest.mark.parametrize("build", [_chain, Centred, OnlyNoise])
+def test_every_oracle_sees_one_wrong_edge_sign_or_weight(
+    build: Callable[[int], nn.Module],
+    mutate: Callable[[fx.GraphModule], None],
+    seen_by: list[str],
+    stages: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from passes.assemble import assemble
+
+    compiled = pnn.compile(build(stages), torch.randn(4, 6), stages=stages)
+
+    def assemble_wrongly(*arguments: Any, **options: Any) -> fx.GraphModule:
+        network = assemble(*arguments, **options)
+        mutate(network)
+        network.recompile()
+        return network
+
+    for place in ("pnn_compile.verify.assemble", "passes.pipeline.assemble"):
+        monkeypatch.setattr(place, assemble_wrongly)
+    failed = [check.name for check in compiled.verify().checks if not check.passed]
+    assert [name.split(" ")[0] for name in failed] == seen_by
