@@ -203,7 +203,7 @@ def explain(model: nn.Module, error: BaseException) -> str:
         return lines[0]
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     if (place := locate(model, error)) is None:
-        return f"{message}{_told_place(lines)}"
+        return message
     kind = type(model.get_submodule(place.path)).__name__
     return f"{message} in {place.path or kind} ({kind}) at {place.source}"
 
@@ -232,12 +232,3 @@ def locate(model: nn.Module, error: BaseException) -> Place | None:
         if id(owner) in names and is_user_code(filename):
             found = Place(names[id(owner)], f"{filename}:{line}")
     return found
-
-
-def _told_place(lines: list[str]) -> str:
-    """The innermost line of the user's code that a message itself names, as TorchDynamo's do."""
-    for line in reversed(lines):
-        filename, _, rest = line.removeprefix('File "').partition('", line ')
-        if line.startswith('File "') and is_user_code(filename):
-            return f" at {filename}:{rest.split(',')[0]}"
-    return ""

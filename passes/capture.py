@@ -34,8 +34,8 @@ def _trace(model: nn.Module, arguments: Arguments, dynamic: bool) -> _Traced:
     return trace(model, arguments)
 
 
-def _export(model: nn.Module, arguments: Arguments, dynamic: bool, strict: bool = False) -> _Traced:
-    return export(model, arguments, dynamic_batch=dynamic, strict=strict)
+def _export(model: nn.Module, arguments: Arguments, dynamic: bool) -> _Traced:
+    return export(model, arguments, dynamic_batch=dynamic)
 
 
 def _trace_around(
@@ -55,8 +55,6 @@ LADDER: tuple[tuple[str, FrontEnd], ...] = (
     ("torch.fx trace", _trace),
     # Takes nearly everything at some 10 ms a node; modules are folded back afterwards.
     ("torch.export", _export),
-    # Reads bytecode, so that it takes NumPy and other things that fake tensors cannot enter.
-    ("torch.export, strict", functools.partial(_export, strict=True)),
 )
 """The front ends that take a whole model, both modes in one graph."""
 

@@ -11,7 +11,6 @@ from torch import fx
 
 from passes.alternatives import alternatives
 from passes.analysis import Analysis
-from passes.assignment import assign
 from passes.coarse.origin import can_be_guessed, too_dear
 from passes.coarse.thinned import THINNED
 from passes.device import DeviceProfile
@@ -152,8 +151,6 @@ def _solve(
 ) -> CutSolution:
     pricing = Pricing(analysis, options, candidates, head)
     try:
-        if options.order == "free" and len(options.devices) > 1:
-            return assign(options.devices, stages, pricing.problem)
         devices = pricing.devices(stages)
         return dataclasses.replace(solve(pricing.problem(devices)), devices=devices)
     except DoesNotFit as error:

@@ -1,4 +1,4 @@
-"""Second and third rung of the capture ladder: torch.export, with the torch.nn modules restored."""
+"""Second rung of the capture ladder: torch.export, with the torch.nn modules restored."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ def export(
     arguments: Arguments,
     *,
     dynamic_batch: bool,
-    strict: bool = False,
     whole: Collection[type[nn.Module]] = (),
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Export a model in the mode that it is in and fold operators back into module calls.
@@ -49,7 +48,6 @@ def export(
         model: The model.
         arguments: Its example inputs.
         dynamic_batch: Whether to leave the batch size free.
-        strict: Whether to read the model's bytecode (TorchDynamo) instead of running its Python.
         whole: Classes of modules that stay calls, and are not looked into.
 
     Returns:
@@ -68,7 +66,7 @@ def export(
     )
     with exclusive(), _quiet(), seal(model, arguments, whole) as seals:
         exported = torch.export.export(
-            entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=strict
+            entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=False
         )
         module = exported.module(check_guards=False)
     spec = exported.call_spec.out_spec

@@ -65,7 +65,6 @@ class Options:
         iterations: Number K of parareal iterations.
         devices: Profile of all devices, or of each of at least as many as there are stages; their
             memory and links count. Empty: equal devices, with links and memory for nothing.
-        order: "fixed": stage j runs on the j-th of the devices; "free": which one is chosen.
         seed: Seed of the initial weights of the coarse networks.
 
     Raises:
@@ -85,7 +84,6 @@ class Options:
     sweep: str = "chain"
     iterations: int = 1
     devices: tuple[DeviceProfile, ...] = ()
-    order: str = "fixed"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +109,6 @@ class Options:
         _among("sweep", self.sweep, ("chain", "collapsed", "auto"))
         if self.sweep == "collapsed":
             self._check_collapsed()
-        _among("order", self.order, ("fixed", "free"))
         if self.devices:
             self._check_devices()
         if isinstance(self.cuts, str):

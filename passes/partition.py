@@ -45,7 +45,6 @@ class CutSolution:
         lower_bound: No partition takes less time than this.
         evaluations: How many bounds were tried.
         devices: What each stage runs on, where that was chosen too.
-        exact: Whether everything asked for was searched; else the gap may stay open.
     """
 
     cuts: tuple[int, ...]
@@ -54,7 +53,6 @@ class CutSolution:
     lower_bound: float
     evaluations: int
     devices: tuple[Any, ...] = ()
-    exact: bool = True
 
     @property
     def time(self) -> float:

@@ -171,7 +171,6 @@ def compile(
     sweep: Literal["chain", "collapsed", "auto"] = "chain",
     iterations: int = 1,
     devices: DeviceProfile | Sequence[DeviceProfile] | None = None,
-    order: Literal["fixed", "free"] = "fixed",
     dynamic_batch: bool = True,
     seed: int = 0,
     plan: Plan | None = None,
@@ -215,7 +214,6 @@ def compile(
         devices: Profile of the devices to cut for, one for all or a list of one per stage or more
             (`pnn.load_profile`). Their speeds, links and memory count; costs are then seconds,
             cost="roofline" unless another one is given.
-        order: "fixed": stage j runs on the j-th of `devices`; "free": which one is chosen.
         dynamic_batch: Whether the batch size stays free where the model allows it.
         seed: Seed of the initial weights of the coarse networks.
         plan: Replay this plan instead of deciding anew; no option of the search may be given.
@@ -252,7 +250,6 @@ def compile(
         sweep=sweep,
         iterations=iterations,
         devices=profiles,
-        order=order,
         seed=seed,
     )
     given = [f.name for f in fields(Options) if getattr(options, f.name) != f.default]

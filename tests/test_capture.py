@@ -17,7 +17,7 @@ from tests.parity import assert_same_step, step
 from tests.programs import CAPTURABLE, call, node, program
 from tests.zoo import by_name, with_tag
 
-FX, EXPORT, STRICT = "torch.fx trace", "torch.export", "torch.export, strict"
+FX, EXPORT = "torch.fx trace", "torch.export"
 WHOLE = "torch.fx trace, modules kept whole"
 EXPORTED = tuple(case.name for case in with_tag("export"))
 RUNGS = {"fx": FX, "export": EXPORT, "whole": WHOLE}
@@ -93,7 +93,6 @@ def test_the_users_model_is_left_as_it_was(name: str) -> None:
             r"in DataBranch \(DataBranch\) at .*traps\.py:\d+\n  torch.export: .*Guard",
         ),
         ("data_branch", r"torch.export: .* in DataBranch \(DataBranch\) at .*traps\.py:\d+\n"),
-        ("data_branch", r"torch.export, strict: .* at .*traps\.py:\d+\n"),
         ("data_branch", r"kept whole: no submodule alone stands in the way\ncompile the submodule"),
     ],
 )

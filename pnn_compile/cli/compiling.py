@@ -80,9 +80,6 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     help="Profile of all devices, or of one per stage: built in (h100) or a .toml file.",
 )
 @click.option(
-    "--order", default="fixed", help="fixed, or free: which device runs which stage is chosen."
-)
-@click.option(
     "--coarse",
     default="auto",
     help="auto, linear, lowrank, conv, a sum of these (linear+lowrank), units, thinned (every m-th "
