@@ -20,11 +20,11 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from passes.coarse.build import Operators
-from passes.plan import CoarseSpec, Plan, Stage
+from passes.plan import Plan, Stage
 from passes.program import Program
 from passes.split import Stages, unpack
 
-__all__ = ["assemble", "reads_guess"]
+__all__ = ["assemble"]
 
 _State = dict[str, fx.Node]
 
@@ -61,11 +61,6 @@ def assemble(
     network = fx.GraphModule(root, graph, class_name=f"Parareal{program.name}")
     network.training = program.module.training
     return network
-
-
-def reads_guess(plan: Plan, coarse: CoarseSpec) -> bool:
-    """Whether a correction is called with the guess in front of the residual."""
-    return plan.correction == "difference" and not coarse.linear
 
 
 class _Writer:
@@ -161,7 +156,7 @@ class _Writer:
             for name in stage.consumes
         ]
         state = residual
-        if reads_guess(self.plan, spec):
+        if self.plan.reads_guess(spec):
             state = [*(guess[name] for name in stage.consumes), *residual]
         inputs = spec.options.get("inputs", ())
         result = self._call(f"coarse_{number}", state, inputs, f"c_{number}")

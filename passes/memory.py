@@ -11,14 +11,13 @@ of the stage; what these two compute inside is small beside a stage and does not
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from passes.analysis import Analysis
-from passes.cost import parameters
-from passes.plan import CoarseSpec, Interface
+from passes.cost import Cost, parameters
+from passes.program import Program
 
 __all__ = ["Memory", "fitting"]
 
@@ -30,20 +29,21 @@ _ITEM = 4
 class Memory:
     """Bytes of runs of nodes, many at once."""
 
-    def __init__(self, analysis: Analysis, *, training: bool) -> None:
+    def __init__(self, program: Program, costs: Mapping[fx.Node, Cost], *, training: bool) -> None:
         """Note what every node reads and writes.
 
         Args:
-            analysis: The program; its order numbers the nodes.
+            program: The program; its order numbers the nodes.
+            costs: What every node costs.
             training: Whether the devices train.
         """
         self.copies, self.sweep = (_COPIES, 2 * _SWEEP) if training else (1, _SWEEP)
         self.training = training
-        order = analysis.frontiers.order
+        order = program.order
         sizes: dict[int, int] = {}
         readers: dict[int, list[int]] = defaultdict(list)
         for index, node in enumerate(order):
-            for parameter in parameters(analysis.program, node):
+            for parameter in parameters(program, node):
                 sizes[id(parameter)] = parameter.numel() * parameter.element_size()
                 readers[id(parameter)].append(index)
         read = [0.0] * len(order)
@@ -53,7 +53,7 @@ class Memory:
                 read[place] += sizes[key]
             if len(places) > 1:
                 shared[tuple(places)] += sizes[key]
-        written = [float(analysis.costs[node].activation_bytes) for node in order]
+        written = [float(costs[node].activation_bytes) for node in order]
         self._read = _sums(read)
         self._shared = [(torch.tensor(places), size) for places, size in shared.items()]
         self._written = _sums(written)
@@ -81,15 +81,6 @@ class Memory:
             state: Bytes of the entering state.
         """
         return float(self.copies * _ITEM * parameters + self.sweep * state)
-
-    def operators(
-        self, guess: CoarseSpec | None, coarse: CoarseSpec | None, entering: Interface | None
-    ) -> float:
-        """The same, of a stage that is planned."""
-        if entering is None:
-            return 0.0
-        count = sum(spec.parameters for spec in (guess, coarse) if spec is not None)
-        return self.entry(count, entering.bytes)
 
 
 def fitting(

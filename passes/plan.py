@@ -196,6 +196,11 @@ class Stage:
     device: str | None = None
     memory: int | None = None
 
+    @property
+    def operator_parameters(self) -> int:
+        """Number of parameters of the guess and the correction."""
+        return sum(s.parameters for s in (self.preprocess, self.coarse) if s is not None)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -286,6 +291,10 @@ class Plan:
         """The values that a stage after the first reads: what its guess stands for."""
         known = {value.name: value for value in self.interfaces[number - 1].state}
         return tuple(known[name] for name in self.stages[number].consumes)
+
+    def reads_guess(self, coarse: CoarseSpec) -> bool:
+        """Whether a correction is called with the guess in front of the residual."""
+        return self.correction == "difference" and not coarse.linear
 
     def corrects(self, number: int) -> tuple[Value, ...]:
         """The values that the correction of a stage is added to.

@@ -161,14 +161,14 @@ def _with_memory(
     options: Options,
 ) -> list[Stage]:
     """Note what every device holds; the last one holds the head too."""
-    memory = Memory(analysis, training=options.training)
+    memory = Memory(analysis.program, analysis.costs, training=options.training)
     starts = [0, *(position.index for position in cut.positions[:-1])]
     stops = [*starts[1:], len(analysis.frontiers.order)]
     found = []
     for number, (stage, start, stop) in enumerate(zip(stages, starts, stops, strict=True)):
-        entering = interfaces[number - 1] if number else None
         held = memory.span(start, stop)
-        held += memory.operators(stage.preprocess, stage.coarse, entering)
+        if number:
+            held += memory.entry(stage.operator_parameters, interfaces[number - 1].bytes)
         found.append(dataclasses.replace(stage, memory=round(held)))
     return found
 

@@ -126,7 +126,9 @@ class Pricing:
     def memory(self) -> Memory:
         """What runs of nodes hold."""
         if self._memory is None:
-            self._memory = Memory(self.analysis, training=self.training)
+            self._memory = Memory(
+                self.analysis.program, self.analysis.costs, training=self.training
+            )
         return self._memory
 
     def entry_bytes(self) -> list[float]:

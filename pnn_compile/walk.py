@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from passes.assemble import reads_guess
 from passes.plan import CoarseSpec
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class Walker:
         spec = self.corrections[number].spec
         given = self.given(spec.options.get("inputs", ()), inputs)
         leading = [guess[name] for name in self.plan.stages[number].consumes]
-        return [*(leading if reads_guess(self.plan, spec) else []), *residual, *given]
+        return [*(leading if self.plan.reads_guess(spec) else []), *residual, *given]
 
     def head(self, state: State, inputs: Mapping[str, Any]) -> Any:
         """Run the head on the last state."""

@@ -23,11 +23,15 @@ def by_hand(found: Analysis, start: int, stop: int, *, training: bool) -> float:
     return read + 2 * max(written, default=0)
 
 
+def _memory(name: str, *, training: bool) -> Memory:
+    return Memory(analysis(name).program, analysis(name).costs, training=training)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["resnet", "tied_linear", "reused_module"])
 def test_bytes_of_runs_count_shared_parameters_once(name: str, training: bool) -> None:
     found = analysis(name)
-    memory = Memory(found, training=training)
+    memory = Memory(found.program, found.costs, training=training)
     pairs = list(itertools.combinations(range(len(found.frontiers.order) + 1), 2))
     begin, end = (torch.tensor(places) for places in zip(*pairs, strict=True))
     wanted = [by_hand(found, *pair, training=training) for pair in pairs]
@@ -38,7 +42,7 @@ def test_bytes_of_runs_count_shared_parameters_once(name: str, training: bool) -
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_last_end_that_fits_is_found(training: bool) -> None:
-    memory = Memory(analysis("resnet"), training=training)
+    memory = _memory("resnet", training=training)
     size = len(analysis("resnet").frontiers.order)
     ends = list(range(0, size + 1, 2))
     entry = [100.0 * (place % 3) for place in ends]
@@ -57,8 +61,8 @@ def test_the_last_end_that_fits_is_found(training: bool) -> None:
 
 
 def test_guess_and_correction_count_with_the_state() -> None:
-    memory = Memory(analysis("mlp"), training=True)
+    memory = _memory("mlp", training=True)
 
     assert isinstance(analysis("mlp").program.module, nn.Module)
     assert memory.entry(10, 100) == 4 * 4 * 10 + 2 * 4 * 100
-    assert Memory(analysis("mlp"), training=False).entry(10, 100) == 4 * 10 + 4 * 100
+    assert _memory("mlp", training=False).entry(10, 100) == 4 * 10 + 4 * 100

@@ -63,12 +63,11 @@ def _memory(setting: Setting, plan: Plan) -> tuple[float, ...]:
     place = {node.name: index for index, node in enumerate(order)}
     starts = [place[stage.first] for stage in plan.stages]
     stops = [*starts[1:], len(order)]
-    entering = [None, *plan.interfaces[:-1]]
-    return tuple(
-        setting.memory.span(start, stop)
-        + setting.memory.operators(stage.preprocess, stage.coarse, face)
-        for stage, start, stop, face in zip(plan.stages, starts, stops, entering, strict=True)
-    )
+    held = [setting.memory.span(*span) for span in zip(starts, stops, strict=True)]
+    for number, stage in enumerate(plan.stages[1:], 1):
+        entering = plan.interfaces[number - 1].bytes
+        held[number] += setting.memory.entry(stage.operator_parameters, entering)
+    return tuple(held)
 
 
 def _limit(setting: Setting, plan: Plan, parts: Mapping[str, float]) -> str:

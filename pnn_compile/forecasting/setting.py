@@ -98,7 +98,7 @@ class Setting:
     @cached_property
     def memory(self) -> Memory:
         """What runs of nodes hold."""
-        return Memory(self.analysis, training=self.training)
+        return Memory(self.analysis.program, self.analysis.costs, training=self.training)
 
     def check_memory(self, held: Sequence[float]) -> None:
         """Refuse what the devices cannot hold.

@@ -7,7 +7,6 @@ it computed, and what crosses it untouched.
 
 from __future__ import annotations
 
-from passes.assemble import reads_guess
 from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
 from pnn_compile.runtime.workspace import Action, Workspace
@@ -84,7 +83,7 @@ class ChainSweep:
         result = step.walker.correction(
             it.stage, guess, list(residual.values()), step.inputs[it.batch]
         )
-        read = guess if reads_guess(step.plan, step.walker.corrections[it.stage].spec) else {}
+        read = guess if step.plan.reads_guess(step.walker.corrections[it.stage].spec) else {}
         step.coarse[it.key] = Piece({**_tagged(read), **residual}, result)
         return result
 

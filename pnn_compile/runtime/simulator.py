@@ -13,7 +13,6 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from passes.assemble import reads_guess
 from passes.errors import RuntimeFault
 from passes.plan import CoarseSpec, Head, Plan, Stage
 from pnn_compile.runtime.instruction import RECEIVES, SENDS, Instruction, Kind
@@ -98,7 +97,7 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
         if stage.preprocess is None or stage.coarse is None:
             continue
         # In difference form a coarse network that is not linear is called twice.
-        calls = 2 if reads_guess(plan, stage.coarse) else 1
+        calls = 2 if plan.reads_guess(stage.coarse) else 1
         small(Kind.GUESS, Kind.GUESS_BACKWARD, number, stage.preprocess, 1)
         small(Kind.CORRECT, Kind.COARSE_BACKWARD, number, stage.coarse, calls)
     slower = slowing(plan.head, ratio)
