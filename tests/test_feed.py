@@ -66,7 +66,8 @@ def test_ranks_that_are_fed_train_alike(micro: int, tmp_path: Path) -> None:
         assert own["losses"] == expected["losses"]
     assert torch.equal(found[2]["outputs"], wanted[2]["outputs"])
     first, middle, last = (rank["fed"] for rank in found)
-    assert {name for name, value in middle.items() if not value.is_meta} == {"x", "late"}
+    # No state of the middle depends on the late argument, so that its guess does not read it.
+    assert {name for name, value in middle.items() if not value.is_meta} == {"x"}
     assert middle["labels"].shape == (4, 8)
     for name, value in first.items():
         assert torch.equal(value, last[name])
@@ -77,7 +78,7 @@ def test_what_a_rank_reads_is_in_its_plan() -> None:
 
     compiled = _compiled()
     found = [reads(RankNetwork(compiled, (0, 1, 2), rank), ["x", "late"]) for rank in range(3)]
-    assert found == [{"x"}, {"x", "late"}, {"x", "late"}]  # guesses read all inputs
+    assert found == [{"x"}, {"x"}, {"x", "late"}]
 
 
 def _strange(rank: int) -> str:
