@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.resnet1001 import PreActivationBottleneck
-from passes.capture import capture
+from passes.capture.ladder import capture
 
 WIDTH = 16
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import fx
 
-from passes.device import DeviceProfile
+from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
 
 __all__ = ["BLOCK_FAMILIES", "MEASURED", "ROOFLINE", "CostSource", "Options"]

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from passes.analysis import Analysis, weigh
-from passes.assemble import assemble
-from passes.auto import decide
-from passes.coarse.build import Operators, synthesize
+from passes.analysis.analysis import Analysis, weigh
+from passes.cost.measured import Measure, measure_seconds
+from passes.cost.node_facts import observe
 from passes.errors import OptionError
-from passes.observe import observe
+from passes.ir.program import Program, verify_graph
 from passes.options import Options
-from passes.plan import Plan
-from passes.program import Program, verify_graph
-from passes.split import Stages, sequential, split
-from passes.timing import Measure, measure_seconds
+from passes.plan.num_stages import decide
+from passes.plan.schema import Plan
+from passes.transform.assemble import assemble
+from passes.transform.split import Stages, sequential, split
+from passes.transform.synthesize import Operators, synthesize
 
 __all__ = ["COMPILE", "REPLAY", "Compilation", "Pass", "PassResult", "run_passes"]
 

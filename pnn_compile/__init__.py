@@ -11,7 +11,7 @@ if Path(passes.__file__ or "").resolve().parent != _expected:
         "it: rename that one, or take its directory off sys.path"
     )
 
-from passes.device import DeviceProfile  # noqa: E402  # after the check above
+from passes.cost.device_profile import DeviceProfile  # noqa: E402  # after the check above
 from passes.errors import (  # noqa: E402
     ArtifactError,
     CaptureError,
@@ -24,14 +24,14 @@ from passes.errors import (  # noqa: E402
     SynthesisError,
     VerificationError,
 )
-from passes.plan import Plan  # noqa: E402
+from passes.plan.schema import Plan  # noqa: E402
 from pnn_compile import runtime  # noqa: E402
-from pnn_compile.api import Compiled, compile, load  # noqa: E402  # torch names it so too
-from pnn_compile.calibrate import calibrate  # noqa: E402
-from pnn_compile.devices import load_profile  # noqa: E402
-from pnn_compile.fit import fit  # noqa: E402
-from pnn_compile.forecast import forecast  # noqa: E402
-from pnn_compile.iterate import dial, iterate  # noqa: E402
+from pnn_compile.compiled import Compiled, compile, load  # noqa: E402  # torch names it so too
+from pnn_compile.evaluate.iterate import dial, iterate  # noqa: E402
+from pnn_compile.fit.calibrate import calibrate  # noqa: E402
+from pnn_compile.fit.train import fit  # noqa: E402
+from pnn_compile.forecast.device_profiles import load_profile  # noqa: E402
+from pnn_compile.forecast.forecast import forecast  # noqa: E402
 
 __all__ = [
     "ArtifactError",

@@ -12,18 +12,18 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from passes.analysis import Analysis, weigh
-from passes.check import check_plan
-from passes.coarse.build import Operators
+from passes.analysis.analysis import Analysis, weigh
+from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, OptionError
-from passes.observe import observe
+from passes.ir.program import Program, graph_module, resolve
 from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
-from passes.plan import Plan
-from passes.program import Program, graph_module, resolve
-from passes.split import Stages
+from passes.plan.schema import Plan
+from passes.plan.validate import check_plan
+from passes.transform.split import Stages
+from passes.transform.synthesize import Operators
 
 if TYPE_CHECKING:
-    from pnn_compile.calibration import CalibrationReport
+    from pnn_compile.fit.calibration_report import CalibrationReport
 
 __all__ = ["Network", "gather", "replay"]
 

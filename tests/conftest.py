@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.sourcefiles import Write
+from tests.support.sourcefiles import Write
 
 torch.set_num_threads(1)
 

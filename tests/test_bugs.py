@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import pnn_compile as pnn
-from passes.cost import count_flops
-from tests.zoo import by_name
+from passes.cost.flops import count_flops
+from tests.models.zoo import by_name
 
 
 class Residual(nn.Module):

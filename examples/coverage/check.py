@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from examples.coverage.catalog import Specification
 from examples.coverage.operators import declare
-from passes.analysis import Analysis, weigh
-from passes.capture import capture
-from passes.cutting import choose_cut
+from passes.analysis.analysis import Analysis, weigh
+from passes.capture.ladder import capture
+from passes.cost.node_facts import observe
 from passes.errors import CaptureError, PnnError
-from passes.observe import observe
+from passes.ir.program import Program
+from passes.ir.run_step import relative_error
 from passes.options import Options
+from passes.partition.choose_cuts import choose_cut
 from passes.pipeline import REPLAY, Compilation, run_passes
-from passes.plan import Plan
-from passes.planning import make_plan
-from passes.program import Program
-from passes.validate import relative_error
-from pnn_compile.api import Compiled
+from passes.plan.build import make_plan
+from passes.plan.schema import Plan
+from pnn_compile.compiled import Compiled
 from pnn_compile.network import gather
 from pnn_compile.sources import Source, load_source
-from tests import zoo
-from tests.parity import Step, step
+from tests.models import zoo
+from tests.support.parity import Step, step
 
 __all__ = ["STAGES", "check"]
 

@@ -36,8 +36,8 @@ from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals, Shuffled, accuracy, train
 from passes.errors import SynthesisError
-from pnn_compile.batches import CalibrationBatches
-from pnn_compile.early_exit import fit_early_exit
+from pnn_compile.fit.early_exit import fit_early_exit
+from pnn_compile.inputs import CalibrationBatches
 
 __all__ = ["RESULTS", "STUDIES", "Study", "append", "main"]
 

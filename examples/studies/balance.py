@@ -25,15 +25,15 @@ import torch
 
 from examples import decoder, resnet1001, unet, vgg16
 from examples.studies.blocks import block_partition, equal_count
-from passes.analysis import Analysis, weigh
-from passes.capture import capture
-from passes.cutting import pricing_of
+from passes.analysis.analysis import Analysis, weigh
+from passes.capture.ladder import capture
+from passes.cost.node_facts import observe
 from passes.errors import PnnError
-from passes.observe import observe
 from passes.options import Options
-from passes.partition import solve
-from passes.prices import CutProblem, Prices, makespan, serial
-from tests.zoo import CASES
+from passes.partition.choose_cuts import pricing_of
+from passes.partition.problem import CutProblem, Prices, makespan, serial
+from passes.partition.search import solve
+from tests.models.zoo import CASES
 
 RESULTS = Path(__file__).parent / "results" / "balance.jsonl"
 STAGES = (2, 4, 8)

@@ -27,16 +27,16 @@ import torch
 
 import pnn_compile as pnn
 from examples.studies.balance import without_serial
-from passes.analysis import Analysis
-from passes.cutting import pricing_of
+from passes.analysis.analysis import Analysis
+from passes.cost.measured import measure_seconds
 from passes.options import Options
-from passes.partition import solve
-from passes.prices import makespan
-from passes.timing import measure_seconds
+from passes.partition.choose_cuts import pricing_of
+from passes.partition.problem import makespan
+from passes.partition.search import solve
+from passes.schedule.instruction import Kind
 from pnn_compile.bench.parts import PartsTimer
-from pnn_compile.processes import run_on_ranks
 from pnn_compile.runtime import Times
-from pnn_compile.runtime.instruction import Kind
+from pnn_compile.runtime.local_ranks import run_on_ranks
 from pnn_compile.sources import load_source
 
 RESULTS = Path(__file__).parent / "results" / "forecast.jsonl"

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from passes.capture import capture
-from passes.direct import Direct
-from passes.room import with_room
+from passes.capture.ladder import capture
+from passes.ir.direct_call import Direct
+from passes.ir.frame_stack import with_room
 from pnn_compile.bench.setting import mean_square, optimizer_of
-from pnn_compile.processes import run_on_ranks
+from pnn_compile.runtime.local_ranks import run_on_ranks
 from pnn_compile.sources import load_source
 
 MODEL, CAPTURED, DIRECT = "model", "captured program", "layers called directly"

@@ -21,7 +21,7 @@ import torch
 
 import pnn_compile as pnn
 from examples import resnet1001
-from pnn_compile.walk import Walker
+from pnn_compile.executor import Walker
 
 __all__ = ["main", "measured"]
 

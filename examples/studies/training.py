@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from examples.studies.data import Split
 from examples.studies.presets import Preset
 from examples.studies.tasks import Task
-from pnn_compile.fit import distillation
-from pnn_compile.learner import warm_cosine
+from pnn_compile.fit.optimizer import warm_cosine
+from pnn_compile.fit.train import distillation
 
 __all__ = ["Originals", "Shuffled", "accuracy", "augmented", "train"]
 

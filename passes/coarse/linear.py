@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from passes.coarse.layout import layouts, resize
-from passes.coarse.maps import MapMatrix, Reads
+from passes.coarse.map_matrix import MapMatrix, Reads
 from passes.coarse.regression import Solution
-from passes.plan import TensorSpec
+from passes.coarse.tensor_layout import layouts, resize
+from passes.ir.tensor_spec import TensorSpec
 
 __all__ = ["Linear", "LinearMap", "linear_flops"]
 

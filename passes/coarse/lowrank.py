@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from passes.coarse.layout import Layout, layouts, resize
-from passes.coarse.maps import MapMatrix, Reads
+from passes.coarse.map_matrix import MapMatrix, Reads
 from passes.coarse.regression import Solution
-from passes.plan import TensorSpec
+from passes.coarse.tensor_layout import Layout, layouts, resize
+from passes.ir.tensor_spec import TensorSpec
 
 __all__ = ["CAP", "LowRank", "LowRankMap", "lowrank_flops"]
 

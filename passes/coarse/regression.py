@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from passes.isolation import seeded
+from passes.ir.isolation import seeded
 
 __all__ = ["Moments", "Solution"]
 

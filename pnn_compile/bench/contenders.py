@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.direct import Direct
 from passes.errors import OptionError
+from passes.ir.direct_call import Direct
 from pnn_compile.bench.parts import RankParts
 from pnn_compile.bench.pipelines import pipelines
 from pnn_compile.bench.result import COPIES, DIRECT, SEQUENTIAL

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import OptionError
-from passes.room import with_room
-from pnn_compile.batches import check_batch_size, resized
+from passes.ir.frame_stack import with_room
 from pnn_compile.bench.contenders import Parareal, contender
 from pnn_compile.bench.parts import PartsTimer, RankParts, median_parts, median_rank, parts_of
 from pnn_compile.bench.result import COPIES, SEQUENTIAL, Bench, Parts, Timing
 from pnn_compile.bench.setting import Setting, Step, Unfit
 from pnn_compile.bench.traffic import sent
-from pnn_compile.processes import TIMEOUT, run_on_ranks
+from pnn_compile.inputs import check_batch_size, resized
 from pnn_compile.runtime import place
+from pnn_compile.runtime.local_ranks import TIMEOUT, run_on_ranks
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network
@@ -71,7 +71,7 @@ def bench(
 
     All contenders run in one set of processes, in turns, round after round, so that what else
     happens on the machine meets all of them. A step is forward, backward and an optimizer step.
-    On Linux all of them keep freed memory (`pnn_compile.processes.KEEP_MEMORY`).
+    On Linux all of them keep freed memory (`pnn_compile.runtime.local_ranks.KEEP_MEMORY`).
 
     Args:
         compiled: The network; it must be of a kind that can be saved.
@@ -90,7 +90,7 @@ def bench(
         RuntimeFault: A rank failed.
         ArtifactError: The network cannot be saved.
     """
-    from pnn_compile.artifact import save
+    from pnn_compile.artifact.directory import save
 
     ranks = ranks or len(compiled.plan.stages)
     place(len(compiled.plan.stages), ranks)
@@ -126,7 +126,7 @@ def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
 
 def _measure(device: torch.device, order: _Order) -> tuple[str, tuple[_Turns, ...]]:
     """Measure on this rank; give the name of its device, and what was found at every batch size."""
-    from pnn_compile.artifact import load
+    from pnn_compile.artifact.directory import load
 
     compiled = load(order.artifact)
     compiled.module.to(device)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pnn_compile.batches import batch_size
+from passes.schedule.instruction import Instruction, Kind
 from pnn_compile.bench.result import Parts
 from pnn_compile.bench.setting import mean_square, optimizer_of
+from pnn_compile.inputs import batch_size
 from pnn_compile.runtime.computing import Computing
-from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.local import LocalNetwork, run_together
 from pnn_compile.runtime.microbatches import crossing
 from pnn_compile.runtime.rank import RankNetwork

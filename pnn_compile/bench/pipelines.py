@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from pnn_compile.bench.setting import Setting, Step, Tuned, Unfit, mean_square, optimizer_of
+from pnn_compile.executor import Walker
 from pnn_compile.runtime import place
-from pnn_compile.walk import Walker
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network

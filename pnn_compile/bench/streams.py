@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, RuntimeFault
-from pnn_compile.batches import check_batch_size, device_of, resized
 from pnn_compile.bench.contenders import mean_square, optimizer_of
+from pnn_compile.inputs import check_batch_size, device_of, resized
 from pnn_compile.runtime.captured import CapturedForward, CapturedStep
 from pnn_compile.runtime.streams import StreamNetwork
 

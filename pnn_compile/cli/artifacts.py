@@ -25,8 +25,8 @@ from pnn_compile.cli.common import (
 from pnn_compile.cli.exporting import is_onnx, show_onnx
 
 if TYPE_CHECKING:
-    from passes.plan import Plan
-    from pnn_compile.api import Compiled
+    from passes.plan.schema import Plan
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["inspect", "verify"]
 
@@ -106,8 +106,8 @@ def _write_files(
     trace: Path | None,
 ) -> None:
     if html is not None:
+        from pnn_compile.inputs import read_batches
         from pnn_compile.report.html import write_report
-        from pnn_compile.samples import read_batches
 
         progress = Progress(False)
         rows: tuple[Any, ...] = ()
@@ -130,15 +130,15 @@ def _write_files(
 
         _write(graphml, to_graphml(compiled.graph))
     if trace is not None:
-        from pnn_compile.runtime.trace import step_trace
+        from passes.schedule.trace import step_trace
 
         _write(trace, json.dumps(step_trace(compiled.plan)))
 
 
 def _plan(target: str, opened: partial[Compiled]) -> Plan:
     """The plan of an artifact, of a file with a plan alone, or of a model compiled on the spot."""
-    from passes.plan import Plan
-    from pnn_compile.artifact import load_plan
+    from passes.plan.schema import Plan
+    from pnn_compile.artifact.directory import load_plan
 
     path = Path(target)
     if path.is_dir():
@@ -174,7 +174,7 @@ def _write(path: Path, text: str) -> None:
 @DEBUG
 def verify(directory: Path, as_json: bool, debug: bool) -> None:
     """Run the oracles on a saved artifact."""
-    from pnn_compile.api import load
+    from pnn_compile.compiled import load
 
     compiled = load(directory)
     with Progress(as_json)("verifying"):

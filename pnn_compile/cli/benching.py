@@ -21,7 +21,7 @@ from pnn_compile.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["bench_command"]
 

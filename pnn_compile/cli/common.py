@@ -16,8 +16,8 @@ from rich.console import Console
 from passes.errors import OptionError
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
-    from pnn_compile.verify import VerifyReport
+    from pnn_compile.compiled import Compiled
+    from pnn_compile.evaluate.verify import VerifyReport
 
 __all__ = [
     "ARG",
@@ -87,8 +87,8 @@ def open_target(
     debug: bool,
 ) -> Compiled:
     """Load a saved artifact, or compile a model on the spot."""
-    from pnn_compile.api import compile as compile_model
-    from pnn_compile.api import load
+    from pnn_compile.compiled import compile as compile_model
+    from pnn_compile.compiled import load
     from pnn_compile.sources import load_source
 
     if Path(target).is_dir():

@@ -28,10 +28,10 @@ from pnn_compile.cli.common import (
 from pnn_compile.cli.exporting import described, export_to
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.compiled import Compiled
+    from pnn_compile.evaluate.assess import Verdict
+    from pnn_compile.evaluate.verify import VerifyReport
     from pnn_compile.export.onnx import Exported
-    from pnn_compile.verdict import Verdict
-    from pnn_compile.verify import VerifyReport
 
 __all__ = ["EMITTED", "compile_command"]
 
@@ -140,8 +140,8 @@ def compile_command(
     """
     if output is None and emit != ("graph",):
         raise OptionError(f"--emit {','.join(emit)} needs a directory to write to: add -o DIR")
-    from pnn_compile.artifact import check_replaceable
-    from pnn_compile.samples import read_batches
+    from pnn_compile.artifact.directory import check_replaceable
+    from pnn_compile.inputs import read_batches
 
     if output is not None:
         check_replaceable(output)
@@ -168,7 +168,7 @@ def compile_command(
 
 
 def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
-    from pnn_compile.artifact import save
+    from pnn_compile.artifact.directory import save
     from pnn_compile.report.html import quick_forecast
 
     with progress("forecasting"):
@@ -178,8 +178,8 @@ def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
 
 
 def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
-    from pnn_compile.api import compile as compile_model
-    from pnn_compile.devices import load_profile
+    from pnn_compile.compiled import compile as compile_model
+    from pnn_compile.forecast.device_profiles import load_profile
     from pnn_compile.sources import load_source
 
     # What the user's own file prints belongs to stderr: stdout is the report's, or the JSON's.
@@ -201,7 +201,7 @@ def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
 
 
 def _read_plan(path: Path) -> Any:
-    from passes.plan import Plan
+    from passes.plan.schema import Plan
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import click
 from pnn_compile.cli.common import ARG, DEBUG, JSON, Progress, console, open_target, stages_option
 
 if TYPE_CHECKING:
-    from pnn_compile.api import Compiled
+    from pnn_compile.compiled import Compiled
     from pnn_compile.export.onnx import Exported
 
 __all__ = ["described", "export_command", "export_to", "is_onnx", "show_onnx"]

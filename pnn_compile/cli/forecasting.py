@@ -69,8 +69,8 @@ def forecast_command(
     debug: bool,
 ) -> None:
     """Forecast a step of TARGET, a model or an artifact, on numbers of devices."""
-    from pnn_compile.devices import load_profile
-    from pnn_compile.forecast import forecast
+    from pnn_compile.forecast.device_profiles import load_profile
+    from pnn_compile.forecast.forecast import forecast
 
     wanted = counts(stages)
     profiles = [load_profile(name.strip()) for name in devices.split(",")] if devices else []
@@ -102,7 +102,7 @@ def _target(
     target: str, inputs: tuple[str, ...], arguments: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any]]:
     """What to forecast, and the example inputs of a model."""
-    from pnn_compile.api import load
+    from pnn_compile.compiled import load
     from pnn_compile.sources import load_source
 
     if Path(target).is_dir() and (Path(target) / "plan.json").is_file():
@@ -133,8 +133,8 @@ def profile_command(
     """
     import dataclasses
 
-    from passes.device import write_profile
-    from pnn_compile.profiling import measure_device
+    from passes.cost.device_profile import write_profile
+    from pnn_compile.bench.measure_device import measure_device
 
     with Progress(as_json)("measuring") as say:
         found = measure_device(kind, threads=threads, name=name, progress=say)

@@ -34,7 +34,7 @@ def run_command(
     debug: bool,
 ) -> None:
     """Run an artifact on local processes: who holds what, seconds per step, equal outputs."""
-    from pnn_compile.first_run import first_run
+    from pnn_compile.bench.first_run import first_run
 
     with Progress(as_json)("running"):
         found = first_run(

@@ -43,9 +43,9 @@ def assess(
     debug: bool,
 ) -> None:
     """Tell what MODEL, trained, keeps as a parareal network, on SAMPLES, without training it."""
-    from pnn_compile.api import compile as compile_model
+    from pnn_compile.compiled import compile as compile_model
+    from pnn_compile.inputs import read_batches
     from pnn_compile.report.verdict import verdict_table
-    from pnn_compile.samples import read_batches
     from pnn_compile.sources import load_source
 
     sizes = numbers(stages, "-n")
@@ -100,9 +100,9 @@ def fit_command(
     debug: bool,
 ) -> None:
     """Train a saved artifact to the outputs of its original on SAMPLES, and save it again."""
-    from pnn_compile.api import load
-    from pnn_compile.fit import fit
-    from pnn_compile.samples import read_batches
+    from pnn_compile.compiled import load
+    from pnn_compile.fit.train import fit
+    from pnn_compile.inputs import read_batches
 
     compiled = load(directory)
     batches = read_batches(samples, compiled.program, batch, shuffle_seed=seed)
@@ -140,8 +140,8 @@ def fit_command(
 @DEBUG
 def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debug: bool) -> None:
     """Measure on SAMPLES what a saved artifact gives at every number of iterations."""
-    from pnn_compile.api import load
-    from pnn_compile.samples import read_batches
+    from pnn_compile.compiled import load
+    from pnn_compile.inputs import read_batches
 
     compiled = load(directory)
     batches = read_batches(samples, compiled.program, batch)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import ExportError
-from pnn_compile.units import flops, size
+from pnn_compile.export.format import flops, size
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -29,7 +29,7 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
     """Return the partition graph in the DOT language.
 
     Args:
-        graph: A graph of `pnn_compile.graph.partition_graph`.
+        graph: A graph of `pnn_compile.export.partition_graph.partition_graph`.
 
     Raises:
         ExportError: The package pydot is not installed.

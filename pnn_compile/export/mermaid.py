@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pnn_compile.units import count, size
+from pnn_compile.export.format import count, size
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -22,7 +22,7 @@ def to_mermaid(graph: nx.DiGraph[str], depth: int = 1) -> str:
     """Return the partition graph as a Mermaid flowchart, one subgraph a stage.
 
     Args:
-        graph: A graph of `pnn_compile.graph.partition_graph`.
+        graph: A graph of `pnn_compile.export.partition_graph.partition_graph`.
         depth: Levels of the module path that are told apart; a module of a stage is one box. 0
             makes one box of a stage. Boxes of modules that run in turns depend on each other both
             ways.

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pnn_compile import units
+from pnn_compile.export import format as units
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from passes.plan import CoarseSpec, Plan, Stage
+    from passes.coarse.spec import CoarseSpec
+    from passes.plan.schema import Plan, Stage
 
 __all__ = ["Change", "Comparison", "StageChange", "compare", "comparison_table"]
 

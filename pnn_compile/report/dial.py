@@ -11,7 +11,7 @@ from rich.text import Text
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from pnn_compile.iterate import DialRow
+    from pnn_compile.evaluate.iterate import DialRow
 
 __all__ = ["dial_table"]
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from pnn_compile.first_run import FirstRun
+    from pnn_compile.bench.first_run import FirstRun
 
 __all__ = ["first_run_table"]
 

@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pnn_compile import units
-from pnn_compile.forecasting.table import PARAREAL, ForecastRow, ForecastTable
+from pnn_compile.export import format as units
+from pnn_compile.forecast.table import PARAREAL, ForecastRow, ForecastTable
 from pnn_compile.report.tables import figures_table
 
 __all__ = ["forecast_tables"]

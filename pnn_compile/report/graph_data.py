@@ -21,7 +21,7 @@ def graph_data(graph: nx.DiGraph[str], stages: int) -> dict[str, Any]:
     """Describe a partition graph for the page.
 
     Args:
-        graph: A graph of `pnn_compile.graph.partition_graph`.
+        graph: A graph of `pnn_compile.export.partition_graph.partition_graph`.
         stages: Number of stages.
 
     Returns:

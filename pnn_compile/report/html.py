@@ -18,8 +18,8 @@ from passes.errors import OptionError
 from pnn_compile.report.page_data import page_data
 
 if TYPE_CHECKING:
-    from pnn_compile.forecasting.table import ForecastTable
-    from pnn_compile.iterate import DialRow
+    from pnn_compile.evaluate.iterate import DialRow
+    from pnn_compile.forecast.table import ForecastTable
     from pnn_compile.network import Network
 
 __all__ = ["html_report", "page", "quick_forecast", "to_script_json", "write_report"]
@@ -40,9 +40,9 @@ def html_report(
 
     Args:
         compiled: The network.
-        dial: What every number of iterations gives, where `pnn_compile.iterate.dial` measured it.
+        dial: What every number of iterations gives, where `pnn.dial` measured it.
         forecast: What other numbers of devices would give, where `quick_forecast` or
-            `pnn_compile.forecast.forecast` computed it.
+            `pnn.forecast` computed it.
     """
     return page(page_data(compiled, dial, forecast))
 
@@ -70,7 +70,7 @@ def quick_forecast(compiled: Network) -> ForecastTable | None:
     Returns:
         The forecast; None where the network can be cut in none of these ways.
     """
-    from pnn_compile.forecast import forecast
+    from pnn_compile.forecast.forecast import forecast
 
     counts = {*_COUNTS, len(compiled.plan.stages)}
     try:

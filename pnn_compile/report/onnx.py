@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from pnn_compile.export.format import size
 from pnn_compile.report.tables import figures_table
-from pnn_compile.units import size
 
 if TYPE_CHECKING:
     from pnn_compile.export.onnx.read import OnnxSummary, Part

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import RuntimeFault
-from passes.limits import LIMITS
-from pnn_compile.forecasting.table import PARAREAL
-from pnn_compile.graph import partition_graph
+from passes.plan.bottleneck import LIMITS
+from passes.schedule.instruction import RECEIVES, SENDS, Kind
+from passes.schedule.lists import Sweep, schedule
+from passes.schedule.simulate import Timeline, Times, simulate
+from pnn_compile.export.partition_graph import partition_graph
+from pnn_compile.forecast.table import PARAREAL
 from pnn_compile.report.graph_data import graph_data
-from pnn_compile.runtime.instruction import RECEIVES, SENDS, Kind
-from pnn_compile.runtime.schedule import Sweep, schedule
-from pnn_compile.runtime.simulator import Timeline, Times, simulate
 
 if TYPE_CHECKING:
-    from passes.plan import CoarseSpec, Plan
-    from pnn_compile.forecasting.table import ForecastTable
-    from pnn_compile.iterate import DialRow
+    from passes.coarse.spec import CoarseSpec
+    from passes.plan.schema import Plan
+    from pnn_compile.evaluate.iterate import DialRow
+    from pnn_compile.forecast.table import ForecastTable
     from pnn_compile.network import Network
 
 __all__ = ["page_data"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from pnn_compile.units import count, flops, size
+from pnn_compile.export.format import count, flops, size
 
 if TYPE_CHECKING:
-    from passes.plan import Plan
+    from passes.plan.schema import Plan
 
 __all__ = ["picture"]
 

@@ -13,16 +13,17 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pnn_compile import units
-from pnn_compile.graph import partition_graph
+from pnn_compile.export import format as units
+from pnn_compile.export.partition_graph import partition_graph
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from passes.plan import CoarseSpec, Interface, Plan, Stage
-    from pnn_compile.calibration import CalibrationReport
-    from pnn_compile.fit import FitReport
+    from passes.coarse.spec import CoarseSpec
+    from passes.plan.schema import Interface, Plan, Stage
+    from pnn_compile.evaluate.verify import VerifyReport
+    from pnn_compile.fit.calibration_report import CalibrationReport
+    from pnn_compile.fit.train import FitReport
     from pnn_compile.network import Network
-    from pnn_compile.verify import VerifyReport
 
 __all__ = [
     "calibration_table", "checks_table", "interfaces_table", "render", "report", "stage_tree",

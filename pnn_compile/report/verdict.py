@@ -10,7 +10,7 @@ from rich.text import Text
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from pnn_compile.verdict import Fidelity, Verdict
+    from pnn_compile.evaluate.assess import Fidelity, Verdict
 
 __all__ = ["verdict_table"]
 

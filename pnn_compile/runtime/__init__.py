@@ -1,15 +1,15 @@
 """Runs a parareal network on several ranks at once, forward and backward."""
 
+from passes.schedule.instruction import Instruction, Kind
+from passes.schedule.lists import Sweep, schedule
+from passes.schedule.simulate import Timeline, Times, simulate
+from passes.schedule.trace import chrome_trace
+from passes.schedule.verify import check
 from pnn_compile.runtime.captured import CapturedForward, CapturedStep
 from pnn_compile.runtime.checkpoint import Checkpoints
 from pnn_compile.runtime.distributed import RankModule
-from pnn_compile.runtime.instruction import Instruction, Kind
-from pnn_compile.runtime.order import check
 from pnn_compile.runtime.placing import distribute, place
-from pnn_compile.runtime.schedule import Sweep, schedule
-from pnn_compile.runtime.simulator import Timeline, Times, simulate
 from pnn_compile.runtime.streams import StreamNetwork
-from pnn_compile.runtime.trace import chrome_trace
 
 __all__ = [
     "CapturedForward",

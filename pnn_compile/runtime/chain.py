@@ -7,10 +7,10 @@ it computed, and what crosses it untouched.
 
 from __future__ import annotations
 
-from pnn_compile.runtime.instruction import Instruction, Kind
+from passes.schedule.instruction import Instruction, Kind
+from pnn_compile.executor import State, plus
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
 from pnn_compile.runtime.workspace import Action, Workspace
-from pnn_compile.walk import State, plus
 
 __all__ = ["ChainSweep"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from pnn_compile.runtime.instruction import Instruction, Kind
+from passes.schedule.instruction import Instruction, Kind
+from pnn_compile.executor import State
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
 from pnn_compile.runtime.workspace import Action, Workspace
-from pnn_compile.walk import State
 
 __all__ = ["CollapsedSweep"]
 

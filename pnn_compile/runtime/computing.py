@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from passes.direct import Direct
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.instruction import FORWARD, Kind
+from passes.ir.direct_call import Direct
+from passes.schedule.instruction import FORWARD, Kind
 from pnn_compile.runtime.rank import RankNetwork
 
 __all__ = ["Computing"]
@@ -31,7 +31,7 @@ class Computing:
         recompute: Whether fine stages keep their inputs alone and run again in the backward pass.
             They draw the same random numbers then, and leave statistics as they are.
         backend: Of torch.compile, which every piece goes through by itself; None to call its layers
-            one by one (`passes.direct`).
+            one by one (`passes.ir.direct_call`).
 
     Raises:
         RuntimeFault: `autocast` is no type that autocast takes.

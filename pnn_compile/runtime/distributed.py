@@ -13,22 +13,17 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from passes.errors import OptionError, RuntimeFault
-from pnn_compile.batches import (
-    argument_names,
-    batch_size,
-    check_shapes,
-    named_batch,
-)
+from passes.schedule.instruction import Instruction, Kind
+from passes.schedule.verify import check
+from pnn_compile.inputs import argument_names, batch_size, check_shapes, named_batch
 from pnn_compile.runtime import sharding
 from pnn_compile.runtime.computing import Computing
 from pnn_compile.runtime.failure import failure
 from pnn_compile.runtime.feed import Feed
 from pnn_compile.runtime.groups import Groups
 from pnn_compile.runtime.held import Held, refuse_conversion
-from pnn_compile.runtime.instruction import Instruction, Kind
 from pnn_compile.runtime.link import DistributedLink
 from pnn_compile.runtime.microbatches import crossing, divide
-from pnn_compile.runtime.order import check
 from pnn_compile.runtime.passing import Passing
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.replicas import Replicas

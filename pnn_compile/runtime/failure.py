@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.instruction import Instruction
+from passes.schedule.instruction import Instruction
 
 if TYPE_CHECKING:
-    from passes.plan import Plan
+    from passes.plan.schema import Plan
 
 __all__ = ["failure"]
 

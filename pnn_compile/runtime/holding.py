@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pnn_compile.artifact import tensor_readers
-from pnn_compile.graphfile import named_tensors
+from pnn_compile.artifact.directory import tensor_readers
+from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.network import Network
 from pnn_compile.runtime.rank import RankNetwork
 

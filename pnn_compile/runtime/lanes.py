@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.plan import Plan
+from passes.plan.schema import Plan
 
 __all__ = ["Lanes", "lanes"]
 
@@ -40,7 +40,7 @@ class Lanes:
 
 
 def lanes(graph: fx.Graph, plan: Plan) -> Lanes:
-    """Give every node of the graph that `passes.assemble` made of a plan its lane."""
+    """Give every node of the graph that `passes.transform.assemble` made of a plan its lane."""
     side_by_side = ("fine_", "preprocess_", *(["coarse_"] if plan.sweep == "collapsed" else []))
     lane: dict[fx.Node, int] = {}
     for node in graph.nodes:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.instruction import Instruction
-from pnn_compile.runtime.order import in_order
+from passes.schedule.instruction import Instruction
+from passes.schedule.verify import in_order
 from pnn_compile.runtime.step import Step
 from pnn_compile.runtime.workspace import Link
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
-from pnn_compile.batches import batch_size
+from pnn_compile.inputs import batch_size
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network

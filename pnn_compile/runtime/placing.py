@@ -85,7 +85,7 @@ def distribute(
     groups, home = Groups.of(group, mesh), _device(device)
     folder = None
     if isinstance(compiled, (str, Path)):
-        from pnn_compile.artifact import load
+        from pnn_compile.artifact.directory import load
 
         folder = Path(compiled)
         compiled = load(folder, without_data=True)

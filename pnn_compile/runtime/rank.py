@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from passes.errors import RuntimeFault
-from pnn_compile.batches import device_of
-from pnn_compile.runtime.instruction import Instruction
-from pnn_compile.runtime.schedule import Sweep, schedule
-from pnn_compile.walk import Walker
+from passes.schedule.instruction import Instruction
+from passes.schedule.lists import Sweep, schedule
+from pnn_compile.executor import Walker
+from pnn_compile.inputs import device_of
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network

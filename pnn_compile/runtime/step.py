@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from passes.room import with_room
+from passes.ir.frame_stack import with_room
+from passes.schedule.instruction import FORWARD, Instruction, Kind
 from pnn_compile.runtime.chain import ChainSweep
 from pnn_compile.runtime.collapsed import CollapsedSweep
-from pnn_compile.runtime.instruction import FORWARD, Instruction, Kind
 from pnn_compile.runtime.piece import Piece, leaves
 from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.workspace import Action, Like, Link, Workspace

@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from passes.errors import RuntimeFault
-from passes.interpreting import Interpreter
-from pnn_compile.batches import argument_names, device_of
+from passes.ir.interpreter import Interpreter
+from pnn_compile.inputs import argument_names, device_of
 from pnn_compile.runtime.lanes import Lanes, lanes
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.instruction import Instruction
+from passes.schedule.instruction import Instruction
+from pnn_compile.executor import State
 from pnn_compile.runtime.piece import Piece
 from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.walk import State
 
 __all__ = ["Action", "Like", "Link", "Workspace"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from passes.errors import SourceError
-from pnn_compile.sources.blame import advise, blame, first_line
+from pnn_compile.sources.errors import advise, blame, first_line
 
 __all__ = ["call", "lacks", "parse_arguments", "refuse_arguments"]
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from passes.errors import SourceError
-from pnn_compile.sources.blame import advise, blame
+from pnn_compile.sources.errors import advise, blame
 from pnn_compile.sources.libraries import require
 from pnn_compile.sources.source import Inputs, Source
 

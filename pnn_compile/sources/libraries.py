@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 from passes.errors import SourceError
-from pnn_compile.sources.blame import first_line
+from pnn_compile.sources.errors import first_line
 
 __all__ = ["require"]
 

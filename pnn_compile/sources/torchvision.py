@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from passes.errors import SourceError
-from pnn_compile.sources.blame import advise
 from pnn_compile.sources.calls import call
+from pnn_compile.sources.errors import advise
 from pnn_compile.sources.libraries import require
 from pnn_compile.sources.source import Inputs, Source
 

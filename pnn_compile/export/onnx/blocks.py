@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.program import resolve
+from passes.ir.program import resolve
 from pnn_compile.export.onnx.flat import Piece
 
 __all__ = ["Segment", "segments"]

@@ -12,9 +12,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from passes.errors import ExportError
-from passes.validate import output_leaves, relative_error
-from pnn_compile.agreement import Agreement, judged
-from pnn_compile.batches import batch_size, resized
+from passes.ir.run_step import output_leaves, relative_error
+from pnn_compile.fit.metrics import Agreement, judged
+from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
     import numpy as np

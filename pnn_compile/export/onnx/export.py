@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from passes.errors import ArtifactError, ExportError
-from passes.isolation import preserved
+from passes.ir.isolation import preserved
 from pnn_compile.export.onnx.check import Checked, check_form, check_values
 from pnn_compile.export.onnx.executor import StageExecutor, session
 from pnn_compile.export.onnx.files import drafting, save

@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.program import provenance
-from passes.validate import output_leaves
+from passes.ir.program import provenance
+from passes.ir.run_step import output_leaves
 from pnn_compile.export.onnx.observe import Spec, leaves
 
 __all__ = ["CHILD", "Origin", "Piece", "flatten"]

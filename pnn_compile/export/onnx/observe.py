@@ -10,10 +10,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.arguments import as_plain
 from passes.errors import ExportError
-from passes.validate import output_leaves
-from pnn_compile.batches import batch_size, resized
+from passes.ir.example_inputs import as_plain
+from passes.ir.run_step import output_leaves
+from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
     from pnn_compile.network import Network

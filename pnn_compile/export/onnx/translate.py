@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from passes.coarse.forms import Difference
-from passes.isolation import exclusive
-from passes.program import resolve
+from passes.coarse.wrappers import Difference
+from passes.ir.isolation import exclusive
+from passes.ir.program import resolve
 from pnn_compile.export.onnx.blocks import Segment
 from pnn_compile.export.onnx.flat import CHILD, Piece
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from passes.plan import Plan
-from passes.program import resolve
+from passes.ir.program import resolve
+from passes.plan.schema import Plan
 from pnn_compile.export.onnx.flat import Origin
 from pnn_compile.export.onnx.lower import Call, LoweredPiece
 from pnn_compile.export.onnx.observe import Spec

@@ -1,0 +1,171 @@
+"""Family `units`: the paper's coarse network, copies of the trunk's own repeating block.
+
+For a stage that covers blocks of the graph: a copy of every block that changes the shape of the
+state (down-sampling), and N_c copies of the block that the stage repeats most. The copies draw
+fresh weights at the scale of the originals (Lee, Park, Lee 2022, section IV).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.analysis.blocks import Block
+from passes.analysis.cut_points import requirements
+from passes.ir.program import Program
+from passes.ir.subgraph import extract, nodes_between
+
+__all__ = [
+    "Units",
+    "build_units",
+    "choose_blocks",
+    "copied_blocks",
+    "unit_options",
+    "whole_blocks",
+]
+
+
+class Units(nn.Module):
+    """Blocks one after another, each on the state and on the inputs that it needs.
+
+    Args:
+        units: The blocks.
+        inputs: Names of the inputs, in the order in which they are given.
+        steps: For every block B how many blocks it stands for: x + m (B(x) - x), that is, its
+            branch scaled by m. 1 leaves a block as it is, and is the default of all.
+    """
+
+    def __init__(
+        self, units: Sequence[fx.GraphModule], inputs: Sequence[str], steps: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self.steps = tuple(steps) or (1,) * len(units)
+        self._inputs = tuple(inputs)
+        self._reads = [
+            [n.name for n in unit.graph.nodes if n.op == "placeholder"][1:] for unit in units
+        ]
+
+    def forward(self, x: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """Propagate the state; `inputs` in the order given at construction."""
+        given = dict(zip(self._inputs, inputs, strict=True))
+        for unit, reads, step in zip(self.units, self._reads, self.steps, strict=True):
+            y = unit(x, *(given[name] for name in reads))
+            x = y if step == 1 else x + step * (y - x)
+        return x
+
+    def extra_repr(self) -> str:
+        """Return the steps for the module's repr."""
+        return f"steps={self.steps}"
+
+
+def whole_blocks(blocks: Sequence[Block], start: int, stop: int) -> list[Block]:
+    """The blocks that make up the nodes between two cuts; empty if they do not, end to end."""
+    inside = [block for block in blocks if block.start.index >= start and block.stop.index <= stop]
+    if not inside or inside[0].start.index != start or inside[-1].stop.index != stop:
+        return []
+    return inside
+
+
+def choose_blocks(
+    blocks: Sequence[Block], trunk: Sequence[Block], start: int, stop: int, repeats: int
+) -> list[Block]:
+    """Choose the blocks to copy for the stage between two cuts.
+
+    Args:
+        blocks: Every block of the graph, in order.
+        trunk: Those that the trunk repeats.
+        start: Index of the cut where the stage begins.
+        stop: Index of the cut where it ends.
+        repeats: N_c, the number of copies of the repeated block.
+
+    Returns:
+        The blocks in the order in which to chain them; empty if the stage is not made of whole
+        blocks or none of them repeats at the shape that the stage leaves with.
+    """
+    inside = whole_blocks(blocks, start, stop)
+    if not inside:
+        return []
+    changing = [block for block in inside if block.entering.shape != block.leaving.shape]
+    final = inside[-1].leaving.shape
+    repeated = {block.signature for block in trunk}
+    keeping = [b for b in inside if b.entering.shape == b.leaving.shape == final]
+    keeping = [b for b in keeping if b.signature in repeated] or keeping
+    if not keeping:
+        return changing
+    common, _ = Counter(block.signature for block in keeping).most_common(1)[0]
+    chosen = next(block for block in keeping if block.signature == common)
+    return [*changing, *[chosen] * repeats]
+
+
+def unit_options(
+    program: Program, blocks: Sequence[Block], cones: Mapping[fx.Node, tuple[fx.Node, ...]]
+) -> dict[str, Any]:
+    """Describe the copies as plain data: node ranges, entering values, inputs and side values."""
+    order = program.order
+    described = []
+    for block in blocks:
+        nodes = order[block.start.index : block.stop.index]
+        inputs, sides = requirements(program, nodes, cones)
+        described.append(
+            {
+                "first": nodes[0].name,
+                "last": nodes[-1].name,
+                "entering": block.start.state[0].name,
+                "leaving": block.stop.state[0].name,
+                "inputs": list(inputs),
+                "sides": list(sides),
+            }
+        )
+    used = {name for block in described for name in block["inputs"]}
+    return {"blocks": described, "inputs": [n.name for n in program.inputs if n.name in used]}
+
+
+def build_units(program: Program, options: Mapping[str, Any]) -> Units:
+    """Copy the blocks that the options name and draw fresh weights for them."""
+    return Units([_redraw(unit) for unit in copied_blocks(program, options)], options["inputs"])
+
+
+def copied_blocks(program: Program, options: Mapping[str, Any]) -> list[fx.GraphModule]:
+    """Deep copies of the blocks that the options name, trainable where the originals are frozen."""
+    copies = []
+    for block in options["blocks"]:
+        original = extract(
+            program,
+            nodes_between(program, block["first"], block["last"]),
+            [block["entering"]],
+            [block["leaving"]],
+            inputs=block["inputs"],
+            sides=block["sides"],
+            name="Unit",
+        )
+        copies.append(copy.deepcopy(original).requires_grad_())
+    return copies
+
+
+def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
+    """Draw fresh weights with the standard deviations that the block's own weights have."""
+    before = {name: p.detach().clone() for name, p in unit.named_parameters()}
+    for module in unit.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    with torch.no_grad():
+        for name, parameter in unit.named_parameters():
+            if parameter.is_meta:
+                continue  # drawn when it is materialised
+            old = before[name]
+            wanted = old.std().item() if old.numel() > 1 else 0.0
+            if parameter.dim() > 1 and torch.equal(parameter, old):
+                parameter.normal_()  # no module of its own that could draw it
+            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
+            if spread > 0 and wanted > 0:
+                parameter.mul_(wanted / spread)
+            else:
+                parameter.copy_(old)
+    return unit

@@ -1,0 +1,190 @@
+"""What a guess starts from: the inputs, a copy of the first layers, or a thinned copy of the front.
+
+The third is how classical parareal begins, with the coarse propagator run from the start (Lions,
+Maday, Turinici 2001): every m-th block of all that lies before the interface. Each device runs its
+own, at the same time as the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from passes.analysis.analysis import Analysis
+from passes.analysis.cut_points import Position, requirements
+from passes.analysis.sources import Source
+from passes.coarse.thinned_blocks import THINNED, Step, thin, thinned_options
+from passes.ir.tensor_spec import TensorSpec
+from passes.options import Options
+
+__all__ = ["Origin", "can_be_guessed", "described", "front_estimate", "origin_of", "too_dear"]
+
+_SHARE = 0.1
+"""Share of the original's cost that a thinned front may take if nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a guess starts from.
+
+    Attributes:
+        sources: The values that the preprocessing operator reads.
+        nodes: The first layers, to be copied; empty if inputs give the sources.
+        steps: The blocks behind them that are copied too, each with its step.
+        copied: All nodes that are copied.
+        flops: FLOPs of those.
+    """
+
+    sources: tuple[Source, ...]
+    nodes: tuple[fx.Node, ...] = ()
+    steps: tuple[Step, ...] = ()
+    copied: tuple[fx.Node, ...] = ()
+    flops: int = 0
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Types of the sources."""
+        return [source.spec for source in self.sources]
+
+
+def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
+    """Find what to guess the state at a cut from, within the share that may be copied.
+
+    It is the inputs where nothing may be copied, or nothing that fits can be. Sources that depend
+    on an input on which no component of the state does are left out.
+    """
+    limit = (options.prologue or 0.0) * analysis.total
+    found = None
+    if options.preprocess == THINNED:
+        found = _thinned(analysis, cut, limit if options.prologue is not None else None)
+    elif limit:
+        found = _first_layers(analysis, limit, cut)
+    found = found or Origin(analysis.sources)
+    usable = tuple(
+        source
+        for source in found.sources
+        if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
+    )
+    found = dataclasses.replace(found, sources=usable)
+    flops = sum(analysis.costs[node].flops for node in found.copied)
+    return dataclasses.replace(found, flops=flops)
+
+
+def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:
+    """Whether the family of guesses that is asked for can guess the state at a cut."""
+    if options.preprocess != THINNED:
+        return True
+    limit = None if options.prologue is None else options.prologue * analysis.total
+    return _thinned(analysis, cut, limit, most=1) is not None
+
+
+def too_dear(options: Options, where: str) -> str:
+    """Why nothing can be thinned somewhere, in words."""
+    if options.prologue is not None:
+        return (
+            f"preprocess='thinned' cannot thin what lies {where} to a share of {options.prologue} "
+            "of the cost: give it a larger prologue, or leave that out"
+        )
+    return (
+        "preprocess='thinned' copies one of every kind of block, which would take more than half "
+        f"of what lies {where}: use preprocess='auto', or cut later where cuts are given"
+    )
+
+
+def front_estimate(analysis: Analysis, options: Options, cut: Position) -> float:
+    """Estimate the FLOPs of the thinned front of a cut: what it may take, or the least it can."""
+    share = _SHARE if options.prologue is None else options.prologue
+    least = _thinned(analysis, cut, None, most=1)
+    needed = sum(analysis.costs[node].flops for node in least.copied) if least else 0
+    return max(share * analysis.flops, needed)
+
+
+def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Origin | None:
+    total, best = 0.0, None
+    ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < cut.index}
+    for index, node in enumerate(analysis.frontiers.order, 1):
+        total += analysis.costs[node].weight
+        if total > limit:
+            break
+        best = ends.get(index, best)
+    if best is None:
+        return None
+    nodes = tuple(analysis.frontiers.order[: best.index])
+    return Origin(_sources(best), nodes, copied=nodes)
+
+
+def _sources(position: Position) -> tuple[Source, ...]:
+    return tuple(Source(*pair) for pair in zip(position.state, position.specs, strict=True))
+
+
+def _thinned(
+    analysis: Analysis, cut: Position, limit: float | None, most: int | None = None
+) -> Origin | None:
+    """The blocks before a cut, thinned until they cost no more than the limit.
+
+    Without a limit they take a tenth of the original's cost; or more, up to half of what all the
+    blocks before the cut cost, if they cannot take less.
+    """
+    blocks, order = analysis.blocks, analysis.frontiers.order
+    before = [block.stop for block in blocks if block.stop.index <= cut.index]
+    if not before:
+        return None
+    start, end = blocks[0].start.index, before[-1]
+    stem, best = tuple(order[:start]), None
+    allowed = _SHARE * analysis.total if limit is None else limit
+    most_of_all = 0.5 * sum(analysis.costs[node].weight for node in order[: end.index])
+    for kept in range(1, (most or len(blocks)) + 1):
+        steps = tuple(thin(blocks, start, end.index, kept))
+        if not steps or (best is not None and steps == best.steps and kept > len(steps)):
+            break
+        copied = (*stem, *_nodes(order, steps))
+        cost = sum(analysis.costs[node].weight for node in copied)
+        if cost > allowed and (best is not None or limit is not None or cost > most_of_all):
+            break
+        best = Origin(_sources(end), stem, steps, copied)
+    return best
+
+
+def _nodes(order: Sequence[fx.Node], steps: Sequence[Step]) -> list[fx.Node]:
+    blocks = itertools.chain.from_iterable(group for group, _ in steps)
+    return [node for block in blocks for node in order[block.start.index : block.stop.index]]
+
+
+def described(analysis: Analysis, origin: Origin) -> dict[str, Any]:
+    """What a guess reads, as plain data: its sources and how to compute them from the inputs."""
+    program, cones = analysis.program, analysis.frontiers.cones
+    every = [{"name": s.node.name, **dataclasses.asdict(s.spec)} for s in origin.sources]
+    sources = [{**item, "shape": list(item["shape"])} for item in every]
+    found: dict[str, Any] = {"sources": sources}
+    used, sides = _read_by(analysis, origin)
+    if origin.nodes:
+        found["copied"] = [origin.nodes[0].name, origin.nodes[-1].name]
+    if origin.steps:
+        copies = thinned_options(program, origin.steps, cones)
+        # As they are: the map behind them scales, and their larger steps left more error.
+        found["blocks"] = [{**block, "step": 1} for block in copies["blocks"]]
+        entry = analysis.blocks[0].start.state[0].name
+        found["stem"] = {"inputs": list(used), "leaving": entry}
+        used = (*used, *copies["inputs"])
+    inputs = [node.name for node in program.inputs if node.name in used]
+    return {**found, "inputs": inputs, "sides": sides}
+
+
+def _read_by(analysis: Analysis, origin: Origin) -> tuple[Sequence[str], list[str]]:
+    """Inputs and side values that the sources, or the first layers, are computed from."""
+    program, cones = analysis.program, analysis.frontiers.cones
+    if origin.nodes:
+        inputs, sides = requirements(program, origin.nodes, cones)
+        return inputs, list(sides)
+    nodes = [source.node for source in origin.sources]
+    members = {member for node in nodes if node in cones for member in cones[node]}
+    read = {s for node in (*members, *nodes) for s in (node, *node.all_input_nodes)}
+    if all(node.op == "placeholder" for node in nodes):
+        read = set(nodes)
+    inputs = tuple(node.name for node in program.inputs if node in read)
+    return inputs, [node.name for node in program.order if node in members]

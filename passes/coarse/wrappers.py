@@ -1,0 +1,147 @@
+"""What wraps the families, or stands beside them: prologue, difference, sum, exact, zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from passes.coarse.tensor_layout import layouts, resize
+from passes.ir.tensor_spec import TensorSpec
+
+__all__ = ["Difference", "Exact", "Guess", "Sum", "Zero"]
+
+
+class Difference(nn.Module):
+    """The correction of classical parareal, `G(x + r) - G(x)`.
+
+    Both calls are one batch where that is sound, so that normalisation layers in `G` see one
+    distribution and update their statistics once.
+
+    Args:
+        coarse: The coarse propagator G, from (state, inputs).
+        width: Number of tensors in the state.
+        joint: Whether to evaluate both calls as one batch along dimension 0.
+    """
+
+    def __init__(self, coarse: nn.Module, width: int, *, joint: bool) -> None:
+        super().__init__()
+        self.coarse = coarse
+        self._width = width
+        self._joint = joint
+
+    def separate(self) -> None:
+        """Call the network twice from now on: a batch of both has no static form in ONNX."""
+        self._joint = False
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        """Return the correction from (state x, residual r, inputs)."""
+        width = self._width
+        state, residual = arguments[:width], arguments[width : 2 * width]
+        inputs = arguments[2 * width :]
+        moved = tuple(x + r for x, r in zip(state, residual, strict=True))
+        if not self._joint:
+            return self._apart(moved, state, inputs)
+        both = (torch.cat(pair) for pair in zip(moved, state, strict=True))
+        result = self.coarse(*both, *inputs)
+        if isinstance(result, torch.Tensor):
+            ahead, behind = result.chunk(2)
+            return ahead - behind
+        halves = [x.chunk(2) for x in result]
+        return tuple(ahead - behind for ahead, behind in halves)
+
+    def _apart(self, moved: tuple[Any, ...], state: tuple[Any, ...], inputs: Any) -> Any:
+        """Evaluate both calls one after the other, on the same random numbers in training."""
+        if not self.training:
+            return _minus(self.coarse(*moved, *inputs), self.coarse(*state, *inputs))
+        with torch.random.fork_rng():
+            ahead = self.coarse(*moved, *inputs)
+        return _minus(ahead, self.coarse(*state, *inputs))
+
+
+def _minus(a: Any, b: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        return a - b
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+class Guess(nn.Module):
+    """A preprocessing operator C_j: the values to guess from, then a map to the state.
+
+    Args:
+        operator: From the source tensors to the state.
+        prologue: From the program's inputs to the source tensors (the first layers, or a thinned
+            copy of all before the interface); None if they are inputs.
+    """
+
+    def __init__(self, operator: nn.Module, prologue: nn.Module | None) -> None:
+        super().__init__()
+        self.prologue = prologue
+        self.operator = operator
+
+    def forward(self, *inputs: Any) -> Any:
+        """Guess the state that enters the stage; contiguous, as a stage may take views of it."""
+        sources = inputs if self.prologue is None else self.prologue(*inputs)
+        state = self.operator(*(sources if isinstance(sources, tuple) else (sources,)))
+        if isinstance(state, torch.Tensor):
+            return state.contiguous()
+        return tuple(value.contiguous() for value in state)
+
+
+class Sum(nn.Module):
+    """Adds what its parts give for the same state.
+
+    Args:
+        parts: Networks from one state to another.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Map the entering tensors to the leaving ones (a tensor if there is one)."""
+        results = [part(*state) for part in self.parts]
+        total = results[0]
+        for result in results[1:]:
+            if isinstance(total, tuple):
+                total = tuple(a + b for a, b in zip(total, result, strict=True))
+            else:
+                total = total + result
+        return total  # type: ignore[no-any-return]  # modules are untyped
+
+
+class Exact(nn.Module):
+    """Calls the fine stage; its parameters are the stage's own."""
+
+    def __init__(self, fine: nn.Module) -> None:
+        super().__init__()
+        self.fine = fine
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        """Propagate (state, inputs) as the fine stage does."""
+        return self.fine(*arguments)
+
+
+class Zero(nn.Module):
+    """Returns zeros of the leaving types.
+
+    Args:
+        entering: Types of the tensors that it reads; the first one gives the batch size.
+        leaving: Types of the tensors that it gives.
+    """
+
+    def __init__(self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> None:
+        super().__init__()
+        self._pairs = [layouts(entering[0], target) for target in leaving]
+
+    def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return one zero tensor per leaving type."""
+        results = []
+        for source, target in self._pairs:
+            x = source.enter(state[0]) * 0
+            x = resize(x[:, :1], target.space)
+            results.append(target.leave(x.expand(-1, target.channels, *target.space)))
+        return results[0] if len(results) == 1 else tuple(results)

@@ -1,0 +1,4 @@
+"""`Plan`: every decision of the compiler as data, and how it is made, checked and edited.
+
+In: an `Analysis`, cuts and options. Out: a `Plan`. Read `schema.py` first, then `build.py`.
+"""

@@ -1,0 +1,272 @@
+"""`Plan`: every decision of the compiler as frozen, JSON-able data.
+
+Splitting, synthesis, emission, export and loading read the plan and decide nothing. Stages are
+numbered from 0 here and in generated code, from 1 in formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from passes.coarse.spec import CoarseSpec
+from passes.errors import ArtifactError
+from passes.ir.tensor_spec import Value
+
+__all__ = ["SCHEMA", "Forecast", "Head", "Interface", "Plan", "Stage"]
+
+SCHEMA = 1
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The frontier at a cut.
+
+    Attributes:
+        after: Last node before the cut.
+        before: First node behind the cut.
+        module: Qualified name of the module that starts behind the cut, for the reader.
+        state: The tensors that cross, in the order of their definition.
+        why: The next best place of the cut and what it would cost, the other cuts staying.
+    """
+
+    after: str
+    before: str
+    module: str
+    state: tuple[Value, ...]
+    why: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cross at the example inputs."""
+        return sum(value.spec.bytes for value in self.state)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One fine stage with its preprocessing operator and coarse propagator.
+
+    Attributes:
+        first: First node of the stage.
+        last: Last node of the stage.
+        first_module: Qualified name of the module that the first node belongs to.
+        last_module: Qualified name of the module that the last node belongs to.
+        nodes: Number of nodes, replicated side values not counted.
+        inputs: Placeholders of the program that the stage reads.
+        sides: Side values that the stage recomputes.
+        consumes: Components of the entering state that the stage reads.
+        produces: Components of the leaving state that the stage computes.
+        flops: Forward FLOPs of the fine stage.
+        backward_flops: Backward FLOPs of the fine stage.
+        seconds: Measured seconds: with cost "measured" of a training step, with
+            "measured-forward" of the forward pass; else None.
+        parameters: Number of parameters.
+        parameter_bytes: Their bytes.
+        activation_bytes: Bytes of the tensors that the stage's nodes write.
+        preprocess: The operator that guesses the entering state; None for the first stage.
+        coarse: The propagator that imitates the stage in the sweep; None for the first stage.
+        backward_seconds: The part of `seconds` on the way back; None where that was not measured.
+        device: Name of the profile of the device that the stage was cut for; None where there was
+            none.
+        memory: Bytes that it holds there, by the model of `passes.cost.memory`; the last one with
+            the head.
+    """
+
+    first: str
+    last: str
+    first_module: str
+    last_module: str
+    nodes: int
+    inputs: tuple[str, ...]
+    sides: tuple[str, ...]
+    consumes: tuple[str, ...]
+    produces: tuple[str, ...]
+    flops: int
+    backward_flops: int
+    seconds: float | None
+    parameters: int
+    parameter_bytes: int
+    activation_bytes: int
+    preprocess: CoarseSpec | None = None
+    coarse: CoarseSpec | None = None
+    backward_seconds: float | None = None
+    device: str | None = None
+    memory: int | None = None
+
+    @property
+    def operator_parameters(self) -> int:
+        """Number of parameters of the guess and the correction."""
+        return sum(s.parameters for s in (self.preprocess, self.coarse) if s is not None)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The cheap suffix of the graph behind the last correction; fields as of a `Stage`."""
+
+    first_module: str
+    nodes: int
+    inputs: tuple[str, ...]
+    sides: tuple[str, ...]
+    flops: int
+    seconds: float | None
+    backward_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The step-time model, in the unit of the costs that were asked for.
+
+    FLOPs are those of the forward pass; measured seconds are of a training step or, with cost
+    "measured-forward", of the forward pass.
+
+    Attributes:
+        unit: "FLOPs" or "seconds", or "cost" for a callable of the user.
+        sequential: Cost of the original network, on the device that is fastest for it.
+        makespan: Slowest stage, its preprocessing included; of a training step the slowest one
+            forward and the slowest one backward, as none goes back before all went forward.
+        serial: Coarse sweep, links and head.
+        time: `iterations` rounds of makespan and sweep, and the head.
+        speedup: `sequential / time`.
+        bound: What the speed-up would be if guesses and corrections were free.
+        imbalance: Slowest fine stage over the mean, of both ways as in the makespan.
+        serial_share: `serial / sequential`.
+        gap: Relative distance of the cut from the proven optimum of the objective.
+        link: Seconds of the serial part in which states cross links; 0 without devices.
+    """
+
+    unit: str
+    sequential: float
+    makespan: float
+    serial: float
+    time: float
+    speedup: float
+    bound: float
+    imbalance: float
+    serial_share: float
+    gap: float
+    link: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for one model.
+
+    Attributes:
+        model: Class name of the model.
+        correction: "residual" (the paper) or "difference" (classical parareal).
+        sweep: "chain", or "collapsed": each residual goes straight to the last state.
+        iterations: Number K of parareal iterations.
+        stages: The fine stages, in order.
+        interfaces: One per stage: where it ends. The last one leads into the head.
+        head: What stays behind the last correction.
+        forecast: The step-time model.
+        cost: How nodes were weighed: "flops", "measured", "measured-forward" or the name of a
+            callable.
+        seed: Seed of the initial weights of the coarse networks.
+        fingerprint: Digest of the program's structure that the plan was made for.
+        ties: Parameters that more than one stage reads, each with those stages.
+        notes: What a user should know.
+        schema: Version of this format.
+    """
+
+    model: str
+    correction: str
+    sweep: str
+    iterations: int
+    stages: tuple[Stage, ...]
+    interfaces: tuple[Interface, ...]
+    head: Head
+    forecast: Forecast
+    cost: str
+    seed: int
+    fingerprint: str
+    ties: Mapping[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def enters(self, number: int) -> tuple[Value, ...]:
+        """The values that a stage after the first reads: what its guess stands for."""
+        known = {value.name: value for value in self.interfaces[number - 1].state}
+        return tuple(known[name] for name in self.stages[number].consumes)
+
+    def reads_guess(self, coarse: CoarseSpec) -> bool:
+        """Whether a correction is called with the guess in front of the residual."""
+        return self.correction == "difference" and not coarse.linear
+
+    def corrects(self, number: int) -> tuple[Value, ...]:
+        """The values that the correction of a stage is added to.
+
+        In a chain what the stage produces; in a collapsed sweep what crosses the last interface
+        and depends on the stage.
+        """
+        names = set(self.stages[number].produces)
+        face = self.interfaces[number]
+        if self.sweep == "collapsed":
+            names = {name for stage in self.stages[number:] for name in stage.produces}
+            face = self.interfaces[-1]
+        return tuple(value for value in face.state if value.name in names)
+
+    def to_json(self) -> str:
+        """Return the plan as readable, diffable JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back from `to_json` text.
+
+        Raises:
+            ArtifactError: The text is not JSON, of another schema, or lacks a field.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"the plan is not JSON ({error})") from error
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise ArtifactError(f"the plan has schema {found!r}, this version reads {SCHEMA}")
+        plan: Plan = _decode(cls, data, "plan")
+        return plan
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    """Rebuild a value of the annotated type `kind` from plain JSON data."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if dataclasses.is_dataclass(kind):
+        return _decode_record(kind, data, where)
+    if origin is types.UnionType:
+        if data is None and type(None) in arguments:
+            return None
+        return _decode(arguments[0], data, where)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is Mapping and isinstance(data, dict):
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and type(data) is kind:
+        return data
+    wanted = getattr(kind, "__name__", str(kind))
+    raise ArtifactError(f"{where} should be {wanted}, found {type(data).__name__}")
+
+
+def _decode_record(kind: type[_T] | Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{where} should be an object, found {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ArtifactError(f"{where} has unknown fields ({', '.join(unknown)})")
+    try:
+        values = {name: _decode(hints[name], data[name], f"{where}.{name}") for name in data}
+        return kind(**values)
+    except TypeError as error:
+        raise ArtifactError(f"{where} is incomplete ({error})") from error

@@ -1,0 +1,124 @@
+"""Cut the program where the plan says: fine stages and head over the same modules."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.errors import PartitionError
+from passes.ir.program import Program
+from passes.ir.subgraph import extract, nodes_between
+from passes.plan.schema import Plan
+
+__all__ = ["Stages", "sequential", "split", "unpack"]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The pieces of a program.
+
+    Attributes:
+        fine: One GraphModule per stage, from (consumed state, inputs) to the state it produces: a
+            tensor, or a tuple where there are several.
+        head: From (state, inputs) to the output structure of the model.
+    """
+
+    fine: tuple[fx.GraphModule, ...]
+    head: fx.GraphModule
+
+
+def split(program: Program, plan: Plan) -> Stages:
+    """Build the fine stages and the head.
+
+    Submodules, parameters and buffers keep their qualified names and are shared with the
+    program, so a parameter that two stages read stays one parameter.
+
+    Raises:
+        PartitionError: The plan names nodes that the program does not have, or does not chain.
+    """
+    _check_chain(program, plan)
+    fine = []
+    for number, stage in enumerate(plan.stages):
+        nodes = nodes_between(program, stage.first, stage.last)
+        fine.append(
+            extract(
+                program,
+                nodes,
+                stage.consumes,
+                stage.produces,
+                inputs=stage.inputs,
+                sides=stage.sides,
+                name=f"Fine{number}",
+            )
+        )
+    order = program.order
+    names = [node.name for node in order]
+    rest = order[names.index(plan.stages[-1].last) + 1 :]
+    head = extract(
+        program,
+        rest,
+        [value.name for value in plan.interfaces[-1].state],
+        None,
+        inputs=plan.head.inputs,
+        sides=plan.head.sides,
+        name="Head",
+    )
+    return Stages(tuple(fine), head)
+
+
+def _check_chain(program: Program, plan: Plan) -> None:
+    """Refuse a plan whose states do not follow from each other (one that was edited)."""
+
+    def refuse(reason: str) -> PartitionError:
+        return PartitionError(f"the plan does not fit the program {program.name}: {reason}")
+
+    if not plan.stages or len(plan.stages) != len(plan.interfaces):
+        raise refuse(f"{len(plan.stages)} stages, {len(plan.interfaces)} interfaces")
+    state: set[str] = set()
+    for number, (stage, face) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
+        if face.after != stage.last:
+            raise refuse(f"stage {number} ends at {stage.last!r}, its interface at {face.after!r}")
+        if strange := sorted(set(stage.consumes) - state):
+            raise refuse(f"stage {number} consumes {strange[0]!r}, which does not cross before it")
+        crossing = {value.name for value in face.state}
+        if strange := sorted(crossing.symmetric_difference(stage.produces) - state):
+            raise refuse(
+                f"{strange[0]!r} crosses behind stage {number} or is produced by it, not both"
+            )
+        state = crossing
+
+
+def sequential(program: Program, plan: Plan, stages: Stages) -> fx.GraphModule:
+    """Compose the stages one after another; equal to the original network."""
+    root = fx.GraphModule({}, fx.Graph())
+    for number, stage in enumerate(stages.fine):
+        root.add_module(f"fine_{number}", stage)
+    root.add_module("head", stages.head)
+    graph = fx.Graph()
+    values = {node.name: graph.placeholder(str(node.target)) for node in program.inputs}
+    for number, stage_plan in enumerate(plan.stages):
+        arguments = [values[name] for name in (*stage_plan.consumes, *stage_plan.inputs)]
+        result = graph.create_node("call_module", f"fine_{number}", tuple(arguments), {})
+        values.update(unpack(graph, result, stage_plan.produces))
+    state = [values[value.name] for value in plan.interfaces[-1].state]
+    arguments = [*state, *(values[name] for name in plan.head.inputs)]
+    graph.output(graph.create_node("call_module", "head", tuple(arguments), {}))
+    graph.lint()
+    network = fx.GraphModule(root, graph, class_name=f"Sequential{program.name}")
+    network.training = program.module.training
+    return network
+
+
+def unpack(graph: fx.Graph, result: fx.Node, names: Sequence[str]) -> dict[str, fx.Node]:
+    """Name the tensors that a call returned: itself, or the elements of its tuple."""
+    if len(names) == 1:
+        return {names[0]: result}
+    return {
+        name: graph.create_node(
+            "call_function", operator.getitem, (result, i), {}, name=f"{result.name}_{name}"
+        )
+        for i, name in enumerate(names)
+    }

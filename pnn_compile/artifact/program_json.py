@@ -1,0 +1,384 @@
+"""A `Program` as JSON data and tensors, and back: no code, no pickles, no open names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.capture.train_eval import ByMode
+from passes.errors import ArtifactError
+from passes.ir.program import (
+    CaptureReport,
+    Program,
+    Provenance,
+    graph_module,
+    provenance,
+    set_provenance,
+    verify_graph,
+)
+from pnn_compile.artifact.errors import UnknownError
+from pnn_compile.artifact.functions import check_attribute, check_method, function, function_name
+from pnn_compile.artifact.modules import ModuleWriter, build, is_container, named_tensors
+from pnn_compile.artifact.tensors import Record, TensorReader, TensorWriter, assign
+from pnn_compile.artifact.values import check_identifier, check_path, decode, encode
+
+__all__ = [
+    "SCHEMA",
+    "few",
+    "fixed_from_data",
+    "inputs_from_data",
+    "modes",
+    "program_from_data",
+    "program_to_data",
+    "restore_tensors",
+    "set_modes",
+]
+
+SCHEMA = 1
+
+Data = dict[str, Any]
+
+
+def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
+    """Turn a program into JSON data and tensors.
+
+    The result is read back before it is returned. A program that holds something without a form
+    in the data has None for `modules` and `nodes`, and says under `unknown` what that is; inputs
+    and tensors are there all the same.
+
+    Raises:
+        ArtifactError: An example input or a tensor cannot be stored.
+    """
+    writer = TensorWriter()
+    _write_tensors(program, writer)
+    data: Data = {
+        "schema": SCHEMA,
+        "torch": torch.__version__,
+        "name": program.name,
+        "dynamic_batch": program.dynamic_batch,
+        "capture": {
+            "rung": program.capture.rung,
+            "rejected": list(program.capture.rejected),
+            "notes": list(program.capture.notes),
+        },
+        "unknown": [],
+        "inputs": _write_inputs(program, writer),
+        "fixed": _write_fixed(program),
+        "training": modes(program.module),
+    }
+    unknown: list[str] = []
+    modules = list(_write_modules(program.module, "", {}, ModuleWriter(), unknown))
+    nodes = [_write_node(node, unknown) for node in program.graph.nodes]
+    data |= {"modules": modules, "tensors": writer.records, "nodes": nodes}
+    if not unknown:
+        unknown += _prove(program, data, writer.values)
+    if unknown:
+        data |= {"unknown": sorted(set(unknown)), "modules": None, "nodes": None}
+    return data, writer.values
+
+
+def _prove(program: Program, data: Data, values: Mapping[str, torch.Tensor]) -> list[str]:
+    """Read the data back, without values, and say if it is another program."""
+    try:
+        shapes = {key: value.to("meta") for key, value in values.items()}
+        again = program_from_data(data, shapes)
+    except ArtifactError as error:
+        return [f"what reads back wrong ({error})"]
+    return [] if again.fingerprint == program.fingerprint else ["what reads back differently"]
+
+
+def _write_inputs(program: Program, writer: TensorWriter) -> Data:
+    def add(tensor: torch.Tensor) -> str:
+        return writer.add(f"example_inputs/{len(writer.records)}", "input", tensor)
+
+    try:
+        return {name: encode(value, add) for name, value in program.args.items()}
+    except UnknownError as error:
+        raise ArtifactError(
+            f"the example inputs hold what an artifact cannot ({error}): compile with tensors, "
+            "lists, tuples, dicts and plain values"
+        ) from error
+
+
+def _write_fixed(program: Program) -> Data:
+    """Describe the arguments without a tensor; those without a form are left out."""
+    found = {}
+    for name, value in program.fixed.items():
+        try:
+            found[name] = encode(value)
+        except UnknownError:
+            continue
+    return found
+
+
+def _write_tensors(program: Program, writer: TensorWriter) -> None:
+    saved = program.module.state_dict(keep_vars=True).keys()
+    for name, parameter in program.module.named_parameters(remove_duplicate=False):
+        writer.add(name, "parameter", parameter)
+    for name, buffer in program.module.named_buffers(remove_duplicate=False):
+        writer.add(name, "buffer", buffer, persistent=name in saved)
+    for name, tensor in program.unused.items():
+        writer.add(name, "unused", tensor)
+
+
+def _write_modules(
+    module: nn.Module, path: str, seen: dict[int, str], writer: ModuleWriter, unknown: list[str]
+) -> Iterator[Data]:
+    """Describe every module below one; plain containers need no description."""
+    for name, child in module._modules.items():
+        where = f"{path}.{name}".lstrip(".")
+        if child is None:
+            continue
+        if id(child) in seen:
+            yield {"path": where, "same_as": seen[id(child)]}
+            continue
+        seen[id(child)] = where
+        if isinstance(child, ByMode):
+            yield _write_by_mode(child, where, unknown)
+            for part, graph in child.named_children():
+                yield from _write_modules(graph, f"{where}.{part}", seen, writer, unknown)
+            continue
+        if is_container(child):
+            yield from _write_modules(child, where, seen, writer, unknown)
+            continue
+        try:
+            yield {"path": check_path(where), **writer.write(child)}
+        except UnknownError as error:
+            unknown.append(f"{where}: {error}")
+
+
+def _write_by_mode(module: ByMode, path: str, unknown: list[str]) -> Data:
+    parts = {"in_training": module.in_training, "in_evaluation": module.in_evaluation}
+    graphs = {
+        name: [_write_node(node, unknown) for node in part.graph.nodes]
+        for name, part in parts.items()
+    }
+    return {"path": check_path(path), "by_mode": graphs}
+
+
+def _write_node(node: fx.Node, unknown: list[str]) -> Data:
+    record = provenance(node)
+    data: Data = {"name": node.name, "op": node.op, "path": record.path, "source": record.source}
+    try:
+        check_identifier(node.name)
+        data["target"] = _write_target(node)
+        data["args"] = [encode(value) for value in node.args]
+        data["kwargs"] = {check_identifier(k): encode(v) for k, v in node.kwargs.items()}
+    except UnknownError as error:
+        unknown.append(f"{record.path or node.name}: {error}")
+    return data
+
+
+def _write_target(node: fx.Node) -> str:
+    if node.op == "call_function":
+        name = function_name(node.target)
+        if node.target is getattr:
+            check_attribute(node.args, node.kwargs)
+        return name
+    return _check_target(node.op, str(node.target))
+
+
+def _check_target(op: str, target: Any) -> str:
+    if op == "call_method":
+        return check_method(target)
+    if op in ("call_module", "get_attr"):
+        return check_path(target)
+    if op in ("placeholder", "output"):
+        return check_identifier(target)
+    raise UnknownError(f"operation {op!r}")
+
+
+def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
+    """Rebuild a program from the data of `program_to_data`.
+
+    Raises:
+        ArtifactError: The data is of another schema, incomplete, malformed, names an operator or
+            a module outside the lists, or does not fit the tensors; or the program was one that
+            has no form as data.
+    """
+    _check_schema(data)
+    if data.get("unknown"):
+        raise ArtifactError(f"the program holds {few(data['unknown'])}, which has no form here")
+    try:
+        return _read_program(data, tensors)
+    except UnknownError as error:
+        raise ArtifactError(f"{error} is not among what an artifact may hold") from error
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"malformed program ({type(error).__name__}: {error})") from error
+
+
+def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
+    reader = TensorReader(data["tensors"], tensors)
+    root = _read_modules(data["modules"])
+    _set_tensors(root, data["tensors"], reader)
+    name = check_identifier(data["name"])
+    module = graph_module(root, _read_graph(data["nodes"]), name)
+    set_modes(module, data["training"])
+    verify_graph(module)
+    for node in module.graph.find_nodes(op="call_module"):
+        if is_container(module.get_submodule(str(node.target))):
+            raise ArtifactError(f"node {node.name!r} calls {node.target}, which is not described")
+    capture = data["capture"]
+    return Program(
+        module=module,
+        args=inputs_from_data(data, tensors),
+        dynamic_batch=bool(data["dynamic_batch"]),
+        capture=CaptureReport(capture["rung"], tuple(capture["rejected"]), tuple(capture["notes"])),
+        name=name,
+        unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},
+        fixed=fixed_from_data(data),
+    )
+
+
+def _check_schema(data: Data) -> None:
+    found = data.get("schema")
+    if found != SCHEMA:
+        raise ArtifactError(f"the program has schema {found!r}, this version reads {SCHEMA}")
+
+
+def few(items: Sequence[str]) -> str:
+    """Join the first items, and count the rest."""
+    rest = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{'; '.join(items[:3])}{rest}"
+
+
+def _of_kind(data: Data, *kinds: str) -> list[Record]:
+    return [record for record in data["tensors"] if record["kind"] in kinds]
+
+
+def _read_modules(records: list[Data]) -> nn.Module:
+    """Build the modules on the meta device, in the order in which they were described."""
+    root = nn.Module()
+    for record in records:
+        parent, _, name = check_path(record["path"]).rpartition(".")
+        if "by_mode" in record:
+            continue
+        if "same_as" in record:
+            module = root.get_submodule(check_path(record["same_as"]))
+        else:
+            module = build(record["class"], record["arguments"])
+        _container(root, parent).add_module(name, module)
+    for record in records:
+        if "by_mode" in record:
+            _read_by_mode(root, record)
+    return root
+
+
+def _read_by_mode(root: nn.Module, record: Data) -> None:
+    """Put the two graphs of a record around the modules that were built for them."""
+    path = record["path"]
+    graphs = []
+    for name in ("in_training", "in_evaluation"):
+        inside = _container(root, f"{path}.{name}")
+        graph = graph_module(inside, _read_graph(record["by_mode"][name]), "Branch")
+        verify_graph(graph)
+        graphs.append(graph)
+    parent, _, name = path.rpartition(".")
+    _container(root, parent).add_module(name, ByMode(*graphs))
+
+
+def _container(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path, making plain containers where there is none."""
+    for atom in path.split(".") if path else ():
+        if atom not in root._modules:
+            root.add_module(atom, nn.Module())
+        found = root._modules[atom]
+        assert found is not None
+        root = found
+    return root
+
+
+def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -> None:
+    """Put every recorded parameter and buffer in its place; nothing may be left over."""
+    expected = dict(named_tensors(root))
+    for record in records:
+        name = record["name"]
+        if record["kind"] not in ("parameter", "buffer"):
+            continue
+        value = reader.read(name)
+        path, _, leaf = name.rpartition(".")
+        owner = _container(root, path)
+        wanted = expected.pop(name, None)
+        if wanted is None and not is_container(owner):
+            raise ArtifactError(f"{name} is no tensor of a {type(owner).__name__}")
+        if wanted is not None and wanted.shape != value.shape:
+            raise ArtifactError(f"{name} should be {list(wanted.shape)}, is {list(value.shape)}")
+        if record["kind"] == "parameter":
+            setattr(owner, leaf, value)
+        else:
+            owner.register_buffer(leaf, value, persistent=record.get("persistent", True))
+    if expected:
+        raise ArtifactError(f"no values are recorded for {few(sorted(expected))}")
+    for module in root.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its own list of the weights, which were replaced
+
+
+def _read_graph(records: list[Data]) -> fx.Graph:
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
+    for record in records:
+        op, name = record["op"], check_identifier(record["name"])
+        args = tuple(decode(value, nodes) for value in record["args"])
+        kwargs = {check_identifier(k): decode(v, nodes) for k, v in record["kwargs"].items()}
+        target: Any = record["target"]
+        if op == "call_function":
+            target = function(target)
+            if target is getattr:
+                check_attribute(args, kwargs)
+        else:
+            target = _check_target(op, target)
+        node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
+        if node.name != name:
+            raise ArtifactError(f"{name!r} cannot be the name of a node, or is that of two")
+        set_provenance(node, Provenance(record["path"], record["source"]))
+    return graph
+
+
+def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the example inputs by argument name.
+
+    Raises:
+        ArtifactError: The data is of another schema or does not fit the tensors.
+    """
+    _check_schema(data)
+    reader = TensorReader(data["tensors"], tensors)
+    values = {r["name"]: reader.read(r["name"]) for r in _of_kind(data, "input")}
+    return {name: decode(value, None, values) for name, value in data["inputs"].items()}
+
+
+def fixed_from_data(data: Data) -> dict[str, Any]:
+    """Return the arguments without a tensor by name; those that had no form are missing."""
+    return {name: decode(value) for name, value in data.get("fixed", {}).items()}
+
+
+def restore_tensors(program: Program, data: Data, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a program that was captured anew the stored parameters and buffers.
+
+    Raises:
+        ArtifactError: A tensor is missing or has another shape; the program is unchanged then.
+    """
+    reader = TensorReader(data["tensors"], tensors)
+    targets = dict(named_tensors(program.module)) | dict(program.unused)
+    assign(targets, _of_kind(data, "parameter", "buffer", "unused"), reader, program.name)
+
+
+def modes(module: nn.Module) -> Data:
+    """Describe which modules are in training mode."""
+    default = module.training
+    children = module.named_modules(remove_duplicate=False)
+    return {
+        "default": default,
+        "except": [name for name, child in children if child.training != default],
+    }
+
+
+def set_modes(module: nn.Module, data: Data) -> None:
+    """Put modules into the modes that `modes` described."""
+    exceptions, default = set(data["except"]), bool(data["default"])
+    for name, child in module.named_modules(remove_duplicate=False):
+        child.training = default != (name in exceptions)

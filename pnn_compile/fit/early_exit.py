@@ -1,0 +1,131 @@
+"""The strongest control of a parareal network: the original, left early through a fitted bridge.
+
+An early exit runs the first layers of the original, maps their state to the one behind the trunk
+with the families that corrections use, fitted in the same closed form, and ends in the original's
+head. It takes one device where the parareal network takes N.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from passes.analysis.cut_points import Position, requirements
+from passes.coarse.linear import Linear, linear_flops
+from passes.coarse.lowrank import LowRank, lowrank_flops
+from passes.coarse.wrappers import Sum
+from passes.ir.isolation import seeded
+from passes.ir.subgraph import extract
+from passes.ir.tensor_spec import TensorSpec
+from pnn_compile.executor import Walker
+from pnn_compile.fit.isolation import evaluating
+from pnn_compile.fit.regression_sweep import Sample, fit_networks
+from pnn_compile.inputs import CalibrationBatches, argument_names
+
+if TYPE_CHECKING:
+    from pnn_compile.network import Network
+
+__all__ = ["EarlyExit", "fit_early_exit"]
+
+_RANK = 32
+
+
+class EarlyExit(nn.Module):
+    """The first layers of a network's original, a bridge to the end of its trunk, and its head.
+
+    Its layers are copies; it takes and gives what the original does.
+
+    Args:
+        compiled: The network.
+        cut: Where to leave the original.
+    """
+
+    def __init__(self, compiled: Network, cut: Position) -> None:
+        super().__init__()
+        program, analysis = compiled.program, compiled.analysis
+        nodes = analysis.frontiers.order[: cut.index]
+        inputs, sides = requirements(program, nodes, analysis.frontiers.cones)
+        names = [node.name for node in cut.state]
+        first = extract(program, nodes, [], names, inputs=inputs, sides=sides, name="First")
+        leaving = [value.spec for value in compiled.plan.interfaces[-1].state]
+        self.first = copy.deepcopy(first)
+        self.bridge = Sum(
+            [LowRank(cut.specs, leaving, _RANK, bias=True), Linear(cut.specs, leaving, bias=True)]
+        ).to(program.device)
+        self.head = copy.deepcopy(compiled.stages.head)
+        self.share = sum(analysis.costs[node].flops for node in nodes) / analysis.flops
+        self._arguments = argument_names(program)
+        by_node = {node.name: str(node.target) for node in program.inputs}
+        self._first_reads = [by_node[name] for name in inputs]
+        self._head_reads = [by_node[name] for name in compiled.plan.head.inputs]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on what the original takes."""
+        inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        found = self.bridge(*self.state(inputs))
+        state = found if isinstance(found, tuple) else (found,)
+        return self.head(*state, *(inputs[name] for name in self._head_reads))
+
+    def state(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The state that the first layers give."""
+        found = self.first(*(inputs[name] for name in self._first_reads))
+        return found if isinstance(found, tuple) else (found,)
+
+
+def fit_early_exit(
+    compiled: Network, batches: CalibrationBatches, share: float
+) -> EarlyExit | None:
+    """Make the early exit that takes at most a share of the original's time.
+
+    Args:
+        compiled: The network.
+        batches: What to fit the bridge to; the outputs of the original are the targets.
+        share: Largest share of the original's FLOPs, head and bridge included.
+
+    Returns:
+        The early exit with the most layers in front of the end of the trunk, in evaluation mode;
+        None where even the shortest one takes more.
+    """
+    cut = _cut(compiled, share)
+    if cut is None:
+        return None
+    with seeded(compiled.plan.seed):
+        exit_ = EarlyExit(compiled, cut).eval()
+    walker = Walker(compiled)
+    names = [value.name for value in compiled.plan.interfaces[-1].state]
+
+    def samples() -> Iterator[Sample]:
+        for held, inputs in batches.split():
+            state = list(exit_.state(inputs))
+            true = walker.last_state(inputs)
+            wanted = [true[name] for name in names]
+            yield Sample(held, state, wanted, state, wanted)
+
+    with evaluating(compiled):
+        fit_networks([exit_.bridge], samples)
+    return exit_
+
+
+def _cut(compiled: Network, share: float) -> Position | None:
+    """The last position whose prefix, bridge and head take at most a share of all FLOPs."""
+    analysis = compiled.analysis
+    leaving = [value.spec for value in compiled.plan.interfaces[-1].state]
+    order = analysis.frontiers.order
+    end = [node.name for node in order].index(compiled.plan.interfaces[-1].after) + 1
+    left = share * analysis.flops - compiled.plan.head.flops
+    spent, best = 0.0, None
+    ends = {p.index: p for p in analysis.frontiers.positions if p.boundary}
+    for index, node in enumerate(order[: end - 1], 1):
+        spent += analysis.costs[node].flops
+        position = ends.get(index)
+        if position and spent + _bridge_flops(position.specs, leaving) <= left:
+            best = position
+    return best
+
+
+def _bridge_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:
+    return linear_flops(entering, leaving) + lowrank_flops(entering, leaving, _RANK)

@@ -1,0 +1,170 @@
+"""Ranks in processes of their own give what one process gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import pnn_compile as pnn
+from examples import decoder, resnet110
+from pnn_compile.inputs import named_batch
+from pnn_compile.runtime.local import LocalNetwork, run_together
+from pnn_compile.runtime.microbatches import crossing, divide
+from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.step import Step
+from tests.distributed.ranks import start
+
+STEPS, SEED, RATE = 3, 7, 0.05
+
+
+def _compiled(
+    name: str, stages: int, options: dict[str, Any] | None = None
+) -> tuple[pnn.Compiled, list[Tensor]]:
+    torch.manual_seed(0)
+    if name == "decoder":
+        model: torch.nn.Module = decoder.build_model(layers=6, width=16, context=16)
+        batches = [torch.randint(256, (4, 16)) for _ in range(STEPS)]
+    else:
+        model = resnet110.build_model(units_per_group=3, width=4)
+        batches = [torch.randn(4, 3, 16, 16) for _ in range(STEPS)]
+    compiled = pnn.compile(model, batches[0], stages=stages, coarse_budget=1.0, **(options or {}))
+    return compiled, batches
+
+
+def _loss(outputs: Tensor, batch: Any) -> Tensor:
+    return F.mse_loss(outputs, torch.ones_like(outputs))
+
+
+def _train(
+    rank: int, name: str, stages: int, micro: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    compiled, batches = _compiled(name, stages, options)
+    torch.manual_seed(SEED)
+    module = pnn.runtime.distribute(compiled, batches=micro).train()
+    optimizer = torch.optim.SGD(module.parameters(), RATE)
+    losses = [module.train_step(batch, _loss, optimizer, clip_norm=0.5).item() for batch in batches]
+    outputs = module.eval()(batches[0])
+    return {"losses": losses, "state": module.state_dict(), "outputs": outputs}
+
+
+def _train_in_one_process(
+    name: str, stages: int, micro: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    compiled, batches = _compiled(name, stages, options)
+    module = compiled.module.train()
+    optimizer = torch.optim.SGD(module.parameters(), RATE)
+    placement, losses = tuple(range(stages)), []
+    for number, batch in enumerate(batches):
+        named = [named_batch(compiled, piece) for piece in batch.chunk(micro)]
+        network = LocalNetwork()
+        ranks = [RankNetwork(compiled, placement, rank).train() for rank in placement]
+        steps = [
+            Step(
+                rank,
+                named,
+                network.link(rank.rank),
+                lambda outputs, _: _loss(outputs, None) / micro,
+                crossing(compiled, named),
+                SEED + number,
+            )
+            for rank in ranks
+        ]
+        optimizer.zero_grad()
+        run_together(network, steps, ranks[0].programs(batches=micro))
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        losses.append(sum(loss.item() for loss in steps[-1].losses.values()))
+    with torch.no_grad():
+        return {
+            "losses": losses, "state": module.state_dict(), "outputs": module.eval()(batches[0]),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "micro", "options"),
+    [
+        ("decoder", 2, 2, {}),
+        ("decoder", 3, 1, {}),
+        ("resnet", 2, 1, {}),
+        ("decoder", 3, 2, {"sweep": "collapsed"}),
+        ("decoder", 3, 1, {"iterations": 2}),
+    ],
+)
+def test_training_on_ranks_equals_training_in_one_process(
+    name: str, stages: int, micro: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    found = start(_train, stages, tmp_path, name, stages, micro, options)
+    wanted = _train_in_one_process(name, stages, micro, options)
+    for rank, each in enumerate(found):
+        assert each["losses"] == pytest.approx(wanted["losses"], rel=1e-4), rank
+        for key, value in each["state"].items():
+            expected = wanted["state"][key.removeprefix("network.")]
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=key)
+    *others, last = found
+    assert all(each["outputs"] is None for each in others)
+    torch.testing.assert_close(last["outputs"], wanted["outputs"], rtol=1e-4, atol=1e-5)
+
+
+def _several_stages(rank: int) -> Any:
+    compiled, batches = _compiled("resnet", 4)
+    module = pnn.runtime.distribute(compiled).eval()
+    found = module(batches[0])
+    with torch.no_grad():
+        wanted = compiled.module.eval()(batches[0])
+    return module.network.own, found, wanted
+
+
+def test_ranks_may_hold_several_stages(tmp_path: Path) -> None:
+    (first, nothing, _), (second, found, wanted) = start(_several_stages, 2, tmp_path)
+    assert (first, second) == ([0, 1], [2, 3])
+    assert nothing is None
+    torch.testing.assert_close(found, wanted)
+
+
+def _different(rank: int) -> str:
+    torch.manual_seed(0)
+    model = resnet110.build_model(units_per_group=3, width=4)
+    compiled = pnn.compile(model, torch.randn(2, 3, 16, 16), stages=2, seed=rank)
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        pnn.runtime.distribute(compiled)
+    return str(caught.value)
+
+
+def test_ranks_with_different_networks_are_refused(tmp_path: Path) -> None:
+    for message in start(_different, 2, tmp_path):
+        assert "ranks [1] hold another plan than rank 0" in message
+
+
+def _out_of_memory(*_: object) -> None:
+    raise MemoryError("no room for 3 GB")
+
+
+def _failing(rank: int) -> str:
+    compiled, _ = _compiled("resnet", 2)
+    module = pnn.runtime.distribute(compiled).eval()
+    compiled.stages.fine[rank].register_forward_pre_hook(_out_of_memory)
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        module(torch.randn(2, 3, 16, 16))
+    return str(caught.value)
+
+
+def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
+    first, second = start(_failing, 2, tmp_path)
+    assert "rank 0 failed at fine (stage 0, micro-batch 0), modules stem" in first
+    assert "[2, 3, 16, 16]" in first
+    assert "MemoryError: no room for 3 GB; memory is short: distribute() with more" in first
+    assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second
+
+
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
+    assert [len(piece) for piece in divide(torch.randn(5, 2), 2)] == [3, 2]
+    pieces = divide((torch.randn(4, 2), torch.arange(4), "flag"), 2)
+    assert [piece[2] for piece in pieces] == ["flag", "flag"]
+    assert pieces[1][1].tolist() == [2, 3]
+    with pytest.raises(pnn.RuntimeFault, match="a batch of 2 does not divide into 3"):
+        divide({"x": torch.randn(2, 2)}, 3)

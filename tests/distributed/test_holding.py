@@ -1,0 +1,102 @@
+"""A rank that reads an artifact holds the weights of its own stages, and no others."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pnn_compile as pnn
+from examples import decoder, resnet110
+from tests.distributed.ranks import start
+from tests.models.distributed_models import batches, loss, network
+
+
+def _held(module: nn.Module) -> set[Tensor]:
+    """The tensors that have data."""
+    return {t for t in itertools.chain(module.parameters(), module.buffers()) if not t.is_meta}
+
+
+def _train(rank: int, path: str, whole: bool) -> dict[str, Any]:
+    torch.manual_seed(4)
+    module = pnn.runtime.distribute(pnn.load(path) if whole else path).train()
+    optimizer = torch.optim.AdamW(module.parameters(), 0.01)
+    losses = [module.train_step(batch, loss, optimizer).item() for batch in batches(2)]
+    return {
+        "losses": losses,
+        "state": module.network.state_dict(),
+        "outputs": module.eval()(batches(1)[0]),
+        "original": module.original_state_dict(),
+        "alone": _held(module.whole.module) == _held(module.network),
+    }
+
+
+@pytest.mark.parametrize("kind", ["blocks", "tied"])
+def test_ranks_that_hold_their_own_stages_train_alike(kind: str, tmp_path: Path) -> None:
+    compiled = network(3, kind)
+    path = str(compiled.save(tmp_path / "artifact"))
+    wanted = start(_train, 3, tmp_path, path, True)
+    found = start(_train, 3, tmp_path, path, False)
+    for rank, (own, expected) in enumerate(zip(found, wanted, strict=True)):
+        assert own["losses"] == expected["losses"]
+        assert own["state"].keys() == expected["state"].keys()
+        for key, value in own["state"].items():
+            assert torch.equal(value, expected["state"][key]), key
+        assert (own["alone"], expected["alone"]) == (True, False), rank
+    assert torch.equal(found[2]["outputs"], wanted[2]["outputs"])
+    assert found[0]["original"].keys() == compiled.original_state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "options"),
+    [
+        (lambda: decoder.build_model(layers=6, width=16, context=16), "tokens", {}),
+        (lambda: decoder.build_model(layers=6, width=16, context=16), "tokens",
+         {"coarse": "thinned", "correction": "difference"}),
+        (lambda: resnet110.build_model(units_per_group=3, width=4), "images", {"coarse": "conv"}),
+        (lambda: nn.Sequential(*[nn.LSTM(8, 8), _First(), nn.LSTM(8, 8), _First()]), "series", {}),
+    ],
+)  # fmt: skip
+def test_every_piece_runs_on_what_its_rank_holds(
+    build: Any, inputs: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from pnn_compile.artifact.directory import load
+    from pnn_compile.runtime.holding import hold
+    from pnn_compile.runtime.rank import RankNetwork
+
+    torch.manual_seed(0)
+    example = {
+        "tokens": torch.randint(256, (2, 16)), "images": torch.randn(2, 3, 16, 16),
+        "series": torch.randn(3, 2, 8),
+    }[inputs]  # fmt: skip
+    compiled = pnn.compile(build(), example, stages=2, coarse_budget=1.0, **options)
+    path = compiled.save(tmp_path / "artifact")
+    wanted = pnn.load(path)
+    for rank in range(2):
+        held = hold(load(path, without_data=True), (0, 1), rank, path)
+        own, expected = (RankNetwork(each, (0, 1), rank).eval() for each in (held, wanted))
+        assert own.state_dict().keys() == expected.state_dict().keys()
+        for key, value in expected.state_dict().items():
+            assert torch.equal(own.state_dict()[key], value), key
+        given = held.program.args
+        fine = own.walker.fine(rank, _ones(held, rank), given)
+        for key, value in expected.walker.fine(rank, _ones(held, rank), given).items():
+            torch.testing.assert_close(fine[key], value)
+    with pytest.raises(pnn.ArtifactError, match="does not exist"):
+        load(tmp_path / "nothing", without_data=True)
+
+
+def _ones(compiled: Any, stage: int) -> dict[str, Tensor]:
+    if not stage:
+        return {}
+    state = compiled.plan.interfaces[stage - 1].state
+    return {value.name: torch.ones(value.spec.shape) for value in state}
+
+
+class _First(nn.Module):
+    def forward(self, both: tuple[Tensor, Any]) -> Tensor:
+        return both[0]

@@ -1,0 +1,246 @@
+"""The command line as a new user meets it: what it prints, writes and returns."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pnn_compile.cli import main
+
+MODEL = """
+import torch
+from torch import nn
+
+print("hello from the model file")
+
+def build_model():
+    return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)])
+
+def example_inputs():
+    return (torch.randn(4, 8),)
+"""
+
+UNCAPTURABLE = """
+import torch
+from torch import nn
+
+class Gate(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), Gate(), nn.Linear(8, 8))
+    def forward(self, x):
+        return self.layers(x)
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    file = tmp_path / "model.py"
+    file.write_text(MODEL)
+    return str(file)
+
+
+def test_the_plain_use_prints_the_report(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([model, "-n", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "3 stages" in out
+    assert out.count("passed") == 7
+    assert "hello" not in out
+
+
+def test_json_is_one_document_and_nothing_else(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([model, "-n", "2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["plan"]["stages"]) == 2
+    assert all(check["passed"] for check in document["verify"])
+    assert document["capture"]["rung"] == "torch.fx trace"
+
+
+def test_quiet_prints_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([model, "-n", "2", "-q"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_artifacts_are_saved_inspected_and_verified(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([model, "-n", "3", "-o", str(out), "--emit", "graph,onnx"]) == 0
+    assert (out / "model.onnx").stat().st_size > 0
+    assert main(["verify", str(out)]) == 0
+    dot = tmp_path / "graph.dot"
+    assert main(["inspect", str(out), "--dot", str(dot)]) == 0
+    assert dot.read_text().startswith("digraph")
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--json"]) == 0
+    nodes = json.loads(capsys.readouterr().out)["nodes"]
+    assert {"fine", "coarse"} <= {node["role"] for node in nodes}
+
+
+def test_a_sequential_is_fitted_from_an_npz_of_float64(model: str, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "data.npz"
+    np.savez(data, input=np.random.default_rng(0).standard_normal((32, 8)))
+    words = [model, "-n", "2", "--coarse", "linear", "-o", str(out), "-q"]
+    assert main(words) == 0
+    (out / "notes.txt").write_text("mine")
+    checkpoint = out / "fit.pt"
+    assert main(["fit", str(out), str(data), "--batch", "8", "--checkpoint", str(checkpoint)]) == 0
+    assert checkpoint.exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    np.savez(data, np.zeros((256, 8), np.float16))
+    assert main([*words, "--calibrate", str(data)]) == 0
+
+
+BAD_SAMPLES: dict[str, tuple[object, list[str], str]] = {
+    "features": (np.zeros((32, 9)), [], "has shape [32, 9], the network takes [samples, 8]"),
+    "a number": (np.zeros(()), [], "has shape [], the network takes [samples, 8]"),
+    "no samples": (np.zeros((0, 8)), [], "holds no samples"),
+    "whole numbers": (np.zeros((32, 8), np.uint8), [], "holds torch.uint8, the network takes"),
+    "text": (np.array(["a"]), [], "cannot be read"),
+    "checkpoint": (np.zeros((32, 8)), ["--checkpoint", "nodir/x.pt"], "nodir is no directory"),
+    "learning rate": (np.zeros((32, 8)), ["--learning-rate", "-1"], "must be above 0 (got -1.0)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_samples_that_do_not_fit_get_one_clear_error(
+    case: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array, words, text = BAD_SAMPLES[case]
+    out, data = tmp_path / "out", tmp_path / "data.npz"
+    np.savez(data, input=np.asarray(array))
+    assert main([model, "-n", "2", "-o", str(out), "-q", "--no-verify"]) == 0
+    assert main(["fit", str(out), str(data), *words]) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_the_output_directory_is_checked_before_anything_is_compiled(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("pnn_compile.cli.compiling._compile", never)
+    assert main([model, "-o", str(tmp_path)]) == 2
+    assert "something else than an artifact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--debug"], ["--json"], ["--debug", "--json"]])
+def test_flags_may_stand_in_front_of_a_command(
+    flags: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["--debug", model, "-n", "2", "-o", out, "-q"]) == 0
+    capsys.readouterr()
+    assert main([*flags, "inspect", out]) == 0
+    assert ("{" in capsys.readouterr().out) == ("--json" in flags)
+
+
+def test_a_saved_plan_is_replayed(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([model, "-n", "3", "-o", str(out), "-q"]) == 0
+    again = tmp_path / "again"
+    assert main([model, "--plan", str(out / "plan.json"), "-o", str(again), "-q"]) == 0
+    assert (again / "plan.json").read_text() == (out / "plan.json").read_text()
+
+
+def test_cuts_can_be_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([model, "--cut-at", "2,5", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert [face["module"].split(".")[0] for face in plan["interfaces"][:2]] == ["2", "5"]
+
+
+def test_inspect_takes_a_model_too(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", model, "-n", "2"]) == 0
+    assert "fine_0" in capsys.readouterr().out
+
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "no such file": (["nowhere.py"], 2, "no such file"),
+    "no stages": (["{model}", "-n", "0"], 2, "at least 1 (got 0)"),
+    "too many stages": (["{model}", "-n", "500"], 2, "legal cuts, but 500 stages need 499"),
+    "not a number": (["{model}", "-n", "many"], 2, "'many'"),
+    "wrong shape": (["{model}", "--input", "4x9"], 2, "fails on the example inputs"),
+    "unknown family": (["{model}", "--coarse", "magic"], 2, "choose one of"),
+    "unknown emission": (["{model}", "--emit", "tea"], 2, "--emit knows graph, onnx"),
+    "onnx to nowhere": (["{model}", "--emit", "onnx"], 2, "add -o DIR"),
+    "unknown option": (["{model}", "--frobnicate"], 2, "No such option"),
+    "bad input": (["{model}", "--input", "4y9"], 2, "--input"),
+    "a budget of nothing": (["{model}", "--coarse-budget", "0"], 2, "coarse_budget"),
+    "no artifact": (["verify", "nowhere"], 2, "nowhere"),
+    "missing plan": (["{model}", "--plan", "nowhere.json"], 2, "nowhere.json"),
+    "unwritable": (["{model}", "-o", "/proc/out"], 2, "/proc"),
+    "unknown cut": (["{model}", "--cut-at", "seventh"], 2, "'seventh'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=list(BAD))
+def test_a_mistake_gets_one_clear_error(
+    case: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, code, text = BAD[case]
+    assert main([word.replace("{model}", model) for word in words]) == code
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_a_module_that_cannot_be_captured_is_kept_whole_and_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gate.py"
+    file.write_text(UNCAPTURABLE)
+    assert main([f"{file}:Net", "--input", "2x8", "-n", "2"]) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "layers.1 (Gate) is kept whole" in out
+    assert f"{file}:7" in out
+
+
+def test_a_model_that_cannot_be_captured_names_module_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gate.py"
+    file.write_text(UNCAPTURABLE)
+    assert main([f"{file}:Gate", "--input", "2x8", "-n", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "Gate" in err
+    assert f"{file}:7" in err
+
+
+def test_a_corrupted_artifact_is_refused(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([model, "-n", "2", "-o", str(out), "-q"]) == 0
+    plan = out / "plan.json"
+    plan.write_text(plan.read_text()[:100])
+    assert main(["inspect", str(out)]) == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
+def test_a_failed_verification_exits_with_3(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from passes.coarse import wrappers
+
+    def wrong(self: torch.nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
+        return arguments[0] * 2
+
+    monkeypatch.setattr(wrappers.Exact, "forward", wrong)
+    assert main([model, "-n", "2"]) == 3
+    captured = capsys.readouterr()
+    assert "FAILED" in captured.out
+    assert "failed verification" in captured.err

@@ -1,0 +1,100 @@
+"""Where a rank's pieces are, in which precision, and how their tensors are passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import pnn_compile as pnn
+from pnn_compile.runtime.link import DistributedLink
+from pnn_compile.runtime.passing import Passing, backend_of
+from tests.distributed.ranks import start
+from tests.models.distributed_models import batches, loss, network
+
+
+def _said(function: Any, *arguments: Any) -> str:
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def _conversions(rank: int) -> dict[str, str]:
+    found = {}
+    module = pnn.runtime.distribute(network(2), placement=[0, 0]).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    found["half"] = _said(module.half)
+    found["to"] = _said(lambda: module.to(torch.float64))
+    assert module.to("cpu").float() is module  # changes nothing
+    after = module.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    module.network.double()  # by the back door
+    found["step"] = _said(module.forward_backward, batches(1)[0].double(), loss)
+    return found
+
+
+def test_precision_does_not_change_behind_distribute(tmp_path: Path) -> None:
+    (found,) = start(_conversions, 1, tmp_path)
+    assert "states of torch.float32, which cannot become torch.float16" in found["half"]
+    assert "cannot become torch.float64" in found["to"]
+    assert "rank 0: weights were converted from torch.float32 to torch.float64" in found["step"]
+    assert all(
+        "before distribute(), or give distribute(autocast" in said for said in found.values()
+    )
+
+
+def _placed(rank: int, path: str) -> tuple[str, str, Any]:
+    wrong = _said(lambda: pnn.runtime.distribute(path, device="cuda:77"))
+    unknown = _said(lambda: pnn.runtime.distribute(path, device="toaster"))
+    module = pnn.runtime.distribute(path, device="cpu").train()
+    assert module.network.device.type == "cpu"
+    module.forward_backward(batches(1)[0], loss)
+    return wrong, unknown, {p.device.type for p in module.parameters()}
+
+
+def test_a_device_is_given_by_name(tmp_path: Path) -> None:
+    path = str(network(2).save(tmp_path / "artifact"))
+    for wrong, unknown, types in start(_placed, 2, tmp_path, path):
+        assert "no pieces can be on device 'cuda:77'" in wrong
+        assert "no pieces can be on device 'toaster'" in unknown
+        assert types == {"cpu"}
+
+
+def test_a_device_that_the_group_cannot_send_from_is_refused(tmp_path: Path) -> None:
+    (said,) = start(_on_meta, 1, tmp_path)
+    assert "the weights are on meta" in said
+    assert "give distribute(device=...)" in said
+
+
+def _on_meta(rank: int) -> str:
+    group = dist.group.WORLD
+    assert group is not None
+    assert backend_of(group, torch.device("cpu")) == "gloo"
+    return _said(lambda: pnn.runtime.distribute(network(2), placement=[0, 0], device="meta"))
+
+
+def _by_host(rank: int) -> tuple[list[Tensor], float]:
+    """Rank 0 sends, by way of the host, what cannot be sent as it is laid out."""
+    group = dist.group.WORLD
+    assert group is not None
+    link = DistributedLink(Passing(group, through_host=True), torch.device("cpu"))
+    sent = [torch.arange(6.0).reshape(2, 3).T, torch.arange(3)]
+    like = [torch.empty(3, 2, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")]
+    if rank == 0:
+        link.send(1, sent)
+        link.send(1, sent[:1])
+        link.wait()
+        return sent, 0.0
+    link.expect(0, like)
+    link.expect(0, like[:1])
+    return link.receive(0, like), link.receive(0, like[:1])[0].sum().item()
+
+
+def test_messages_may_go_by_way_of_the_host(tmp_path: Path) -> None:
+    (sent, _), (found, total) = start(_by_host, 2, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(sent, found, strict=True))
+    assert total == 15

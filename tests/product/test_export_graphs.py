@@ -1,0 +1,130 @@
+"""Graphs for other programs: what they read is what the compiler found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import networkx as nx
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import unet
+from passes.schedule.trace import step_trace
+from pnn_compile.export.dot import to_dot
+from pnn_compile.export.format import count
+from pnn_compile.export.graphml import to_graphml, to_node_link
+from pnn_compile.export.mermaid import to_mermaid
+
+DOT = shutil.which("dot")
+
+if DOT is None and os.environ.get("CI") == "true":
+    raise RuntimeError("tests of the drawings need graphviz: apt-get install graphviz")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> pnn.Compiled:
+    return pnn.compile(unet.build_model(), unet.example_inputs(), stages=3)
+
+
+NASTY = 'say "hi" <b>\\N & ]; end\n%% {x} | \x07'
+
+
+@pytest.fixture(scope="module")
+def nasty() -> nx.DiGraph[str]:
+    """A graph with names that no format likes, as a program read from a file may have."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    graph = pnn.compile(model, torch.randn(2, 4), stages=2).graph.copy()
+    graph.name = NASTY
+    for _, data in graph.nodes(data=True):
+        data["path"] = NASTY + data["path"]
+    renamed: nx.DiGraph[str] = nx.relabel_nodes(graph, {"_0": NASTY})
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def graph(compiled: pnn.Compiled) -> nx.DiGraph[str]:
+    return compiled.graph
+
+
+def equal(one: nx.Graph[str], other: nx.Graph[str]) -> bool:
+    """Whether two graphs have the same name, nodes and edges, attributes included."""
+    return (one.name, dict(one.nodes), one.adj) == (other.name, dict(other.nodes), other.adj)
+
+
+def test_graphml_reads_back_equal(compiled: pnn.Compiled) -> None:
+    again = nx.parse_graphml(to_graphml(compiled.graph))
+    assert equal(again, compiled.graph)
+
+
+def test_graphml_holds_measured_seconds_of_the_nodes_that_have_them() -> None:
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    graph = pnn.compile(model, torch.randn(4, 16), stages=2, cost="measured").graph
+    again = nx.parse_graphml(to_graphml(graph))
+    assert equal(again, graph)
+    measured = {name for name, data in graph.nodes(data=True) if "seconds" in data}
+    assert measured == {n for n, d in graph.nodes(data=True) if d["role"] in ("fine", "head")}
+
+
+def test_graphml_takes_names_that_xml_cannot_hold(nasty: nx.DiGraph[str]) -> None:
+    again = nx.parse_graphml(to_graphml(nasty))
+    assert nx.is_isomorphic(again, nasty)
+    paths = {data["path"] for _, data in again.nodes(data=True)}
+    assert NASTY.replace("\x07", "\ufffd") + "0" in paths
+
+
+def test_node_link_json_reads_back_equal(compiled: pnn.Compiled) -> None:
+    data = json.loads(to_node_link(compiled.graph))
+    assert equal(nx.node_link_graph(data, edges="edges"), compiled.graph)
+
+
+@pytest.mark.skipif(DOT is None, reason="no graphviz on the PATH: apt-get install graphviz")
+@pytest.mark.parametrize("which", ["graph", "nasty"])
+def test_graphviz_draws_every_node(which: str, request: pytest.FixtureRequest) -> None:
+    graph = request.getfixturevalue(which)
+    drawn = subprocess.run(
+        [str(DOT), "-Tsvg"], input=to_dot(graph), capture_output=True, text=True, check=True
+    )
+    assert len(re.findall('class="node"', drawn.stdout)) == len(graph)
+    assert len(re.findall('class="edge"', drawn.stdout)) == graph.number_of_edges()
+
+
+_BOX = r'n\d+\["[^"\[\]{}|<>\n]*(<br/>[\d.]+[kMGTP]? FLOPs)?"\]:::[a-z]+'
+_LINE = re.compile(
+    rf'flowchart TB|  subgraph stage\d+ \["stage \d+"\]|    {_BOX}|  {_BOX}|  end'
+    r'|  n\d+ (-->|== "[\d.]+[kMGTP]?B" ==>) n\d+|  classDef [a-z]+ [a-z#:,\d]+'
+)
+
+
+@pytest.mark.parametrize("which", ["graph", "nasty"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_mermaid_keeps_to_its_grammar(
+    which: str, depth: int, request: pytest.FixtureRequest
+) -> None:
+    text = to_mermaid(request.getfixturevalue(which), depth)
+    for line in text.splitlines():
+        assert _LINE.fullmatch(line), line
+    assert text.count("subgraph ") == text.count("  end\n")
+
+
+def test_mermaid_collapses_modules(compiled: pnn.Compiled) -> None:
+    text = to_mermaid(compiled.graph, 1)
+    flops = sum(
+        data["flops"]
+        for _, data in compiled.graph.nodes(data=True)
+        if data["role"] == "fine" and data["path"].startswith("down.") and data["stage"] == 0
+    )
+    assert f'["down<br/>{count(flops)} FLOPs"]:::fine' in text
+    assert len(to_mermaid(compiled.graph, 0)) < len(text) < len(to_mermaid(compiled.graph, 3))
+
+
+def test_a_step_is_traced_in_the_plans_own_time(compiled: pnn.Compiled) -> None:
+    events = step_trace(compiled.plan)["traceEvents"]
+    fine = next(event for event in events if event["name"] == "fine 0")
+    assert fine["dur"] == pytest.approx(compiled.plan.stages[0].flops * 1e-6)  # at 10^12 a second
+    assert {event["tid"] for event in events} == {0, 1, 2}

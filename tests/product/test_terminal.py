@@ -1,0 +1,59 @@
+"""The terminal report: what it says, and that it fits."""
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import decoder, unet
+from pnn_compile.export import format as units
+from pnn_compile.report.terminal import checks_table, stage_tree, to_text
+
+
+@pytest.fixture(scope="module")
+def compiled() -> pnn.Compiled:
+    return pnn.compile(unet.build_model(), unet.example_inputs(), stages=3)
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 160])
+def test_the_report_fits_the_terminal(compiled: pnn.Compiled, width: int) -> None:
+    assert all(len(line) <= width for line in compiled.report(width).splitlines())
+
+
+def test_the_report_says_what_was_decided(compiled: pnn.Compiled) -> None:
+    text = compiled.report(160)
+    for stage in compiled.plan.stages:
+        assert stage.first_module in text
+        assert units.count(stage.flops) in text
+    for word in ("imbalance", "serial share", "speed-up", "bound", "linear", "convolution"):
+        assert word in text
+
+
+def test_measured_costs_add_a_column_of_times() -> None:
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+    compiled = pnn.compile(model, torch.randn(8, 64), stages=2, cost="measured")
+    assert " time " in compiled.report(160)
+    assert compiled.plan.forecast.unit == "seconds"
+
+
+def test_shared_parameters_are_named() -> None:
+    model = decoder.build_model(layers=4, width=32)
+    compiled = pnn.compile(model, decoder.example_inputs(), stages=2)
+    assert "token_embedding.weight (stages 0, head)" in compiled.report(160)
+
+
+def test_the_tree_shows_each_stage_with_its_operators(compiled: pnn.Compiled) -> None:
+    text = to_text(stage_tree(compiled), 120)
+    for name in ("fine_0", "preprocess_1", "coarse_2", "head", "up.0"):
+        assert name in text
+
+
+def test_the_table_of_checks_shows_failures(compiled: pnn.Compiled) -> None:
+    assert to_text(checks_table(compiled.verify())).count("passed") == 7
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (999.7, "1k"), (1e6, "1M"), (1.234e9, "1.23G")]
+)
+def test_counts_carry_a_prefix(number: float, text: str) -> None:
+    assert units.count(number) == text

@@ -1,0 +1,86 @@
+"""Captured and compiled models for the tests, made once: to be read, never to be changed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.analysis.analysis import Analysis, weigh
+from passes.capture.ladder import capture
+from passes.cost.node_facts import Fact, observe
+from passes.ir.program import Program
+from passes.options import Options
+from passes.pipeline import COMPILE, Compilation, run_passes
+from passes.transform.split import Stages
+from tests.models.zoo import CASES, by_name
+
+CAPTURABLE = tuple(case.name for case in CASES if "uncapturable" not in case.tags)
+
+
+@cache
+def program(name: str) -> Program:
+    """Capture a model of the zoo at batch size 2."""
+    case = by_name(name)
+    return capture(case.build(), case.args(2), case.kwargs(2))
+
+
+@cache
+def analysis(name: str) -> Analysis:
+    """Analyse a model of the zoo, by FLOPs."""
+    return weigh(program(name), observe(program(name)), "flops")
+
+
+@cache
+def compiled(name: str, **options: Any) -> Compilation:
+    """Compile a model of the zoo, with every graph verified between passes."""
+    return compile_program(program(name), **options)
+
+
+def compile_program(captured: Program, **options: Any) -> Compilation:
+    """Run all passes on a program, with every graph verified between them."""
+    result, _ = run_passes(Compilation(captured, Options(**options)), COMPILE, check=True)
+    return result
+
+
+def compile_model(model: nn.Module, *args: Any, **options: Any) -> Compilation:
+    """Capture and compile a model."""
+    return compile_program(capture(model, args), **options)
+
+
+def analyze_model(model: nn.Module, *args: Any) -> Analysis:
+    """Capture and analyse a model, by FLOPs."""
+    captured = capture(model, args)
+    return weigh(captured, observe(captured), "flops")
+
+
+def call(name: str, batch: int) -> dict[str, Any]:
+    """Return the inputs of a model of the zoo by argument name."""
+    case = by_name(name)
+    names = [str(node.target) for node in program(name).inputs]
+    return dict(zip(names, case.args(batch), strict=False)) | case.kwargs(batch)
+
+
+def parts(compilation: Compilation) -> tuple[Stages, fx.GraphModule, fx.GraphModule]:
+    """Return the stages, their composition and the parareal network."""
+    assert compilation.stages is not None
+    assert compilation.sequential is not None
+    assert compilation.module is not None
+    return compilation.stages, compilation.sequential, compilation.module
+
+
+def node(captured: Program, name: str) -> fx.Node:
+    """Return the node of this name."""
+    return next(one for one in captured.graph.nodes if one.name == name)
+
+
+def facts_by_name(captured: Program) -> dict[str, Fact]:
+    """Observe a program; facts by the names of the nodes."""
+    return {one.name: fact for one, fact in observe(captured).items()}
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share their memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

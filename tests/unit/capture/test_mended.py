@@ -1,0 +1,307 @@
+"""One test per model that could not be captured once, or was captured wrongly."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import pnn_compile as pnn
+from passes.capture.ladder import capture
+from passes.errors import CaptureError
+from tests.support.parity import assert_same_step, step
+
+WIDTH = 16
+
+
+def body(count: int = 4) -> nn.Sequential:
+    layers = [layer for _ in range(count) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
+    return nn.Sequential(*layers)
+
+
+class WithoutGradients(nn.Module):
+    """Computes a table without gradients, on the way from a layer to others."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.nested = body(), body(), nested
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) if x.shape[-1] < 100 else x
+        with torch.no_grad():
+            table, scale = y.cos(), y.mean(1, keepdim=True)
+            if self.nested:
+                with torch.enable_grad():
+                    table = table + x
+        with torch.autocast("cpu", enabled=False):
+            y = y.float() * 2.0
+        return self.last(y + table) * scale
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_computed_without_gradients_has_none(nested: bool) -> None:
+    model = WithoutGradients(nested)
+    compiled = pnn.compile(model, torch.randn(4, WIDTH), stages=3)
+    x = torch.randn(7, WIDTH)
+
+    assert compiled.program.capture.rung == "torch.export"
+    for train in (True, False):
+        expected = step(model, (x,), train=train)
+        assert_same_step(step(compiled.program.module, (x,), train=train), expected)
+    compiled.verify(strict=True)
+
+
+def test_autocast_inside_forward_is_refused_with_advice() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.body(x)
+
+    with pytest.raises(CaptureError, match=r"turns on torch\.autocast .*: turn it on around"):
+        capture(Casts(), (torch.randn(4, WIDTH),))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_parameter_has_two_names_and_the_first_is_not_used(exported: bool) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.bias = body(), nn.Parameter(torch.zeros(3))
+            self.decoder = nn.Linear(WIDTH, 3)
+            self.decoder.bias = self.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            if exported and x.shape[-1] > 100:
+                return x
+            y: Tensor = self.decoder(self.body(x))
+            return y
+
+    model = Head()
+    compiled = pnn.compile(model, torch.randn(4, WIDTH), stages=2)
+
+    compiled.verify(strict=True)
+    assert compiled.original_state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(5, WIDTH)
+    compiled.sequential(x).sum().backward()
+    gradient = compiled.program.module.get_parameter("decoder.bias").grad
+    model(x).sum().backward()
+    assert gradient is not None
+    torch.testing.assert_close(gradient, model.bias.grad)
+
+
+def mask(size: int, causal: bool) -> Tensor:
+    if causal:
+        return nn.Transformer.generate_square_subsequent_mask(size)
+    return torch.zeros(size, size).masked_fill(torch.eye(size).flip(0) > 0, float("-inf"))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_transformer_of_torch_takes_a_mask(causal: bool) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, 0.1, batch_first=True)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = self.layers(x, mask=mask)
+            return y
+
+    model = Encoder()
+    compiled = pnn.compile(model, (torch.randn(2, 5, WIDTH), mask(5, True)), stages=3)
+    x, other = torch.randn(3, 5, WIDTH), mask(5, causal)
+    torch.testing.assert_close(
+        compiled.sequential.eval()(x, other), model.eval()(x, other), rtol=1e-5, atol=1e-5
+    )
+    compiled.verify(strict=True)
+
+
+def test_buffers_may_be_expanded() -> None:
+    class Expanded(nn.Module):
+        row: Tensor
+        one: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body()
+            self.register_buffer("row", torch.arange(float(WIDTH)).expand(1, WIDTH))
+            self.register_buffer("one", torch.ones(1).expand(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x + self.row * self.one)
+            return y
+
+    pnn.compile(Expanded(), torch.randn(4, WIDTH), stages=2).verify(strict=True)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_setting_may_be_called_like_the_layer_that_is_made_of_it(exported: bool) -> None:
+    class Setting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.dropout, self.by_mode = body(), 0.1, True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x) if not exported or x.shape[-1] < 100 else x
+            y = nn.functional.dropout(y, self.dropout, self.training)
+            return y + torch.rand_like(y) if self.training else y
+
+    model = Setting()
+    captured = capture(model, (torch.randn(4, WIDTH),))
+    x = torch.randn(5, WIDTH)
+    for train in (True, False):
+        assert_same_step(step(captured.module, (x,), train=train), step(model, (x,), train=train))
+
+
+# --- containers -----------------------------------------------------------------------------------
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """A dict whose items are attributes too, as libraries have it, and torch does not know it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+@dataclass
+class Unknown:
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    loss: Tensor | None = None
+
+
+@dataclass
+class Known:
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+torch.export.register_dataclass(Known)
+
+
+class Gives(nn.Module):
+    def __init__(self, kind: type[Any], exported: bool) -> None:
+        super().__init__()
+        self.body, self.kind, self.exported = body(), kind, exported
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(x) if not self.exported or x.shape[-1] < 100 else x
+        return self.kind(logits=y.mean(1), hidden=(x * 2.0, y))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("kind", [ModelOutput, Unknown, Known, Named])
+def test_outputs_of_any_class_keep_their_fields(kind: type[Any], exported: bool) -> None:
+    model = Gives(kind, exported).eval()
+    compiled = pnn.compile(model, torch.randn(4, WIDTH), stages=2)
+    x = torch.randn(5, WIDTH)
+    found, wanted = compiled.sequential(x), model(x)
+
+    read = dict.__getitem__ if isinstance(found, dict) else getattr
+    torch.testing.assert_close(read(found, "logits"), wanted.logits)
+    torch.testing.assert_close(read(found, "hidden"), wanted.hidden)
+    told = [note for note in compiled.plan.notes if "is given as a dict of its fields" in note]
+    assert len(told) == (isinstance(found, dict))
+    compiled.verify(strict=True)
+
+
+class Reads(nn.Module):
+    def __init__(self, exported: bool) -> None:
+        super().__init__()
+        self.body, self.exported = body(), exported
+
+    def forward(self, batch: Any, late: dict[str, list[Tensor]]) -> Tensor:
+        y = self.body(batch.logits) if not self.exported or batch.logits.shape[-1] < 100 else batch
+        return y + batch.hidden[0] * late["x"][1]
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("kind", [Known, Named])
+def test_inputs_may_be_dataclasses_and_named_tuples(kind: type[Any], exported: bool) -> None:
+    def call(batch: int) -> tuple[Any, ...]:
+        a, b, c, d = torch.randn(4, batch, WIDTH)
+        return kind(a, (b,)), {"x": [c, d]}
+
+    model = Reads(exported)
+    compiled = pnn.compile(model, call(4), stages=3)
+    args = call(5)
+
+    torch.testing.assert_close(compiled.sequential.eval()(*args), model.eval()(*args))
+    compiled.verify(strict=True)
+
+
+# --- devices and types ----------------------------------------------------------------------------
+
+
+def test_a_model_on_the_meta_device_is_compiled_by_its_shapes() -> None:
+    with torch.device("meta"):
+        model, x = body(6), torch.randn(4, WIDTH)
+    compiled = pnn.compile(model, x, stages=3)
+
+    assert "shapes were compared, and no values" in compiled.plan.notes[0]
+    assert {p.device.type for p in compiled.module.parameters()} == {"meta"}
+    assert compiled.module(x).shape == (4, WIDTH)
+    real = pnn.compile(body(6), torch.randn(4, WIDTH), stages=3)
+    assert [s.first for s in real.plan.stages] == [s.first for s in compiled.plan.stages]
+
+
+def test_channels_last_stays_channels_last() -> None:
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(6)]
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    compiled = pnn.compile(model, x, stages=3)
+
+    assert compiled.sequential(x).is_contiguous(memory_format=torch.channels_last)
+    weights = [p for p in compiled.program.module.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    compiled.verify(strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_precisions_compile(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), body()).to(dtype)
+    compiled = pnn.compile(model, torch.randn(4, WIDTH, dtype=dtype), stages=3)
+
+    leaves = pytree.tree_leaves(compiled.module(torch.randn(4, WIDTH, dtype=dtype)))
+    assert {leaf.dtype for leaf in leaves} == {dtype}
+    compiled.verify(strict=True)
+
+
+class AsksForGradients(nn.Module):
+    """Sets requires_grad of its input in training mode, which no other than a leaf allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[:, None]
+        if self.training:
+            y.requires_grad = True
+        return self.body(y) * (2.0 if self.training else 1.0)
+
+
+def test_a_model_that_sets_requires_grad_is_compared_in_training_mode() -> None:
+    program = capture(AsksForGradients(), (torch.randn(3, WIDTH),))
+
+    assert not any("was not compared" in note for note in program.capture.notes)
+    x = torch.randn(2, WIDTH)
+    for train in (True, False):
+        model = AsksForGradients().train(train)
+        model.load_state_dict(program.module.state_dict())
+        torch.testing.assert_close(program.module.train(train)(x), model(x))

@@ -1,0 +1,134 @@
+"""Compilations in threads, and models that run beside them in others."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import pnn_compile as pnn
+from passes.ir.isolation import exclusive
+
+
+class ShapeBranch(nn.Module):
+    """Has a branch on a shape, so that torch.export has to capture it."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout)) for _ in range(4))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 100:
+            raise ValueError
+        return self.layers(x) + x
+
+
+def _traced() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)))
+
+
+@pytest.fixture
+def _switching() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@contextmanager
+def _beside(work: Callable[[], object]) -> Iterator[list[BaseException]]:
+    """Do something again and again in another thread; gives what went wrong there."""
+    over = threading.Event()
+    errors: list[BaseException] = []
+
+    def loop() -> None:
+        while not over.is_set() and not errors:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield errors
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.usefixtures("_switching")
+def test_four_threads_compile_while_a_model_runs() -> None:
+    torch.manual_seed(0)
+    call, getattribute = nn.Module.__call__, nn.Module.__getattr__
+    builds: list[Callable[[], nn.Module]] = [_traced, ShapeBranch]
+    models = [builds[number % 2]() for number in range(8)]
+    running, x = ShapeBranch().eval(), torch.randn(3, 8)
+    wanted = running(x)
+
+    def step() -> None:
+        assert torch.equal(running(x), wanted)
+
+    def compile_one(model: nn.Module) -> float:
+        compiled = pnn.compile(model, x, stages=2)
+        assert compiled.verify().ok
+        return float((compiled.sequential(x) - model(x)).detach().abs().max())
+
+    with _beside(step) as errors, ThreadPoolExecutor(4) as pool:
+        gaps = list(pool.map(compile_one, models))
+    assert not errors
+    assert max(gaps) < 1e-5
+    assert nn.Module.__call__ is call
+    assert nn.Module.__getattr__ is getattribute
+    nn.Linear(2, 2)(torch.ones(1, 2))
+
+
+@pytest.mark.usefixtures("_switching")
+def test_random_numbers_of_another_thread_are_no_fault_of_the_model() -> None:
+    x = torch.randn(3, 8)
+    with _beside(lambda: (nn.functional.dropout(x), threading.Event().wait(0.02))[0]):
+        assert pnn.compile(_traced(), x, stages=2).program.capture.rung == "torch.fx trace"
+
+
+def test_a_seed_gives_the_same_weights_in_every_thread() -> None:
+    x, model = torch.randn(3, 8), _traced()
+    with ThreadPoolExecutor(4) as pool:
+        made = [*pool.map(lambda _: pnn.compile(model, x, stages=2).module, range(4))]
+    for one in made[1:]:
+        for a, b in zip(made[0].parameters(), one.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_methods_that_are_patched_change_for_one_thread_and_not_for_good() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    seen: list[object] = []
+
+    class Beside(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(layer, x).result())
+            return value * 2
+
+    with exclusive():
+        graph = fx.symbolic_trace(Beside())
+    assert graph(x).equal(x * 2)
+    assert isinstance(seen[0], Tensor)
+
+
+def test_a_trace_that_fails_leaves_nothing_behind() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum() > 0:
+                raise KeyError
+            return x
+
+    call = nn.Module.__call__
+    with pytest.raises(fx.proxy.TraceError), exclusive():
+        fx.symbolic_trace(Broken())
+    assert nn.Module.__call__ is call

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from examples import decoder, resnet1001
+from passes.analysis.analysis import Analysis
+from passes.errors import PartitionError
+from passes.options import Options
+from passes.partition.choose_cuts import Cut, choose_cut
+from passes.plan.build import make_plan
+from passes.plan.num_stages import decide
+from passes.plan.schema import Plan
+from tests.support.programs import analysis, analyze_model
+
+
+def small_decoder() -> Analysis:
+    model = decoder.build_model(layers=8, width=32, heads=2, vocabulary=64, context=16)
+    return analyze_model(model, torch.randint(64, (2, 16)))
+
+
+def small_resnet() -> Analysis:
+    return analyze_model(resnet1001.build_model(4), torch.randn(2, 3, 16, 16))
+
+
+def plan_of(found: Analysis, **options: object) -> Plan:
+    asked = Options(**options)  # type: ignore[arg-type]
+    return decide(found, asked)[1]
+
+
+def starts(plan: Plan) -> list[str]:
+    return [interface.before for interface in plan.interfaces]
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def test_a_decoder_is_cut_evenly_between_its_blocks() -> None:
+    found = small_decoder()
+    for stages, blocks in ((2, [4]), (4, [2, 4, 6])):
+        plan = plan_of(found, stages=stages)
+        cuts = [f"blocks_{block}_attention_norm" for block in blocks]
+        assert starts(plan) == [*cuts, "norm"]
+        assert plan.forecast.imbalance < 1.01
+
+
+def test_a_resnet_is_cut_between_its_units_through_one_tensor() -> None:
+    plan = plan_of(small_resnet(), stages=3)
+
+    assert all(start.endswith("norm1") for start in starts(plan)[:-1])
+    assert [len(interface.state) for interface in plan.interfaces] == [1, 1, 1]
+
+
+def objective(found: Analysis, plan: Plan) -> float:
+    """What the search minimises: the predicted time, and a FLOP per byte that crosses."""
+    crossing = sum(interface.bytes for interface in plan.interfaces[:-1])
+    return plan.forecast.time + crossing * found.scale
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_inplace", "conv1d", "deep_batchnorm", "segnet"])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_no_other_cut_is_predicted_to_be_faster(name: str, stages: int) -> None:
+    found = analysis(name)
+    options = Options(stages=stages, coarse="linear")
+    chosen = choose_cut(found, options)
+    head = chosen.positions[-1]
+    candidates = [p for p in found.frontiers.positions if p.index < head.index]
+    least = min(
+        objective(found, make_plan(found, Cut((*cuts, head), 0.0), options))
+        for cuts in itertools.combinations(candidates, stages - 1)
+    )
+
+    # The search knows the operators by estimates; a cut inside a block must be a little cheaper.
+    assert objective(found, make_plan(found, chosen, options)) <= 1.05 * least
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_inplace", "unrolled_lstm", "dict_output"])
+def test_auto_takes_the_fewest_stages_that_are_nearly_best(name: str) -> None:
+    found = analysis(name)
+    chosen = len(plan_of(found, stages="auto", coarse="linear").stages)
+    times = {}
+    for stages in range(1, chosen + 4):
+        try:
+            plan = plan_of(found, stages=stages, coarse="linear")
+        except PartitionError:
+            break
+        times[stages] = objective(found, plan)
+    best = min(times.values())
+
+    assert times[chosen] <= 1.10 * best
+    assert all(times[fewer] > 1.02 * best for fewer in range(1, chosen))
+
+
+def test_auto_grows_with_the_depth_and_is_one_where_nothing_is_gained() -> None:
+    def trunk(blocks: int) -> Analysis:
+        layers = [(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 16)) for _ in range(blocks)]
+        chain = [layer for block in layers for layer in block]
+        return analyze_model(nn.Sequential(*chain), torch.randn(4, 16))
+
+    shallow, deep = (len(plan_of(trunk(blocks), stages="auto").stages) for blocks in (4, 16))
+
+    assert 1 < shallow < deep
+    assert len(plan_of(analysis("dict_output"), stages="auto").stages) == 1
+
+
+def test_units_are_cut_at_the_ends_of_whole_blocks() -> None:
+    for name in ("mixer", "container_transformer", "float_mask_encoder"):
+        plan = plan_of(analysis(name), stages=3, coarse="units")
+        assert [stage.coarse.family for stage in plan.stages[1:] if stage.coarse] == ["units"] * 2
+
+
+def seconds_each_way(found: Analysis, *ways: tuple[float, float]) -> Analysis:
+    """The analysis with these seconds, forward and backward, of its nodes."""
+    seconds = dict(zip(found.frontiers.order, ways, strict=True))
+    costs = {
+        node: dataclasses.replace(cost, weight=sum(seconds[node]), backward=seconds[node][1])
+        for node, cost in found.costs.items()
+    }
+    return dataclasses.replace(found, costs=costs, unit="seconds")
+
+
+def test_a_training_step_balances_each_way() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.Linear(4, 512), nn.Linear(512, 4))]
+    found = analyze_model(nn.Sequential(*layers), torch.randn(8, 4))
+    # Behind two blocks the sums are equal, 14 and 14, but no stage goes back before both went
+    # forward: 10 + 12. Behind the first one it is 11 + 10.
+    blocks = ((1, 6), (1, 6), (1, 1), (1, 1), (4, 1), (4, 1))
+    ways = seconds_each_way(found, *(way for block in blocks for way in (block, (0, 0))))
+    plan = plan_of(ways, stages=2, coarse="linear")
+
+    assert [stage.nodes for stage in plan.stages] == [2, 10]
+    assert [stage.seconds for stage in plan.stages] == [7, 21]
+    assert [stage.backward_seconds for stage in plan.stages] == [6, 10]
+    guess = plan.stages[1].preprocess
+    assert guess is not None
+    assert guess.seconds is not None
+    assert plan.forecast.makespan == pytest.approx(11 + 10 + guess.seconds)
+    assert plan.forecast.bound == pytest.approx(28 / 21)
+
+
+def test_measured_seconds_may_be_balanced() -> None:
+    slow = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+    found = analyze_model(slow, torch.randn(64, 256))
+    by_flops = plan_of(found, stages=3)
+
+    assert by_flops.stages[0].seconds is None
+    assert [stage.nodes for stage in by_flops.stages] == [2, 2, 2]
+
+
+# --- the head -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("resnet", "_7"),  # pooling, flatten, classifier
+        ("deep_batchnorm", "_22"),
+        ("vision_transformer", "reshape"),
+        ("mlp", "_13"),  # the last activation and the small last layer
+        ("deep_linear", "output"),  # nothing is left
+    ],
+)
+def test_the_head_begins_where_the_trunk_ends(name: str, before: str) -> None:
+    assert starts(plan_of(analysis(name), stages=2))[-1] == before
+
+
+def test_the_head_of_a_decoder_is_its_norm_and_its_vocabulary() -> None:
+    plan = plan_of(small_decoder(), stages=2)
+
+    assert (plan.head.first_module, plan.head.nodes) == ("norm", 2)
+
+
+# --- cuts by name ---------------------------------------------------------------------------------
+
+
+def test_cuts_may_be_named_by_module_or_by_node() -> None:
+    found = analysis("resnet")
+
+    assert starts(plan_of(found, cuts=("3", "5"))) == ["_3_conv1", "_5_conv1", "_7"]
+    assert starts(plan_of(found, cuts=("_3_conv1",))) == ["_3_conv1", "_7"]
+    assert starts(plan_of(found, cuts=())) == ["_7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "message"),
+    [
+        ("resnet", ("layer9",), r"no node or module is called 'layer9' in Sequential"),
+        ("resnet", ("5", "3"), r"cuts must be in the order of the graph \('3' comes too late\)"),
+        ("resnet", ("3", "3"), r"cuts must be in the order of the graph \('3' comes too late\)"),
+        (
+            "resnet",
+            ("2.relu",),  # in place
+            r"cannot be cut in front of '2.relu'; the nearest .* in front of 2\.\w+ \(node _2",
+        ),
+        ("resnet", ("9",), r"'9' lies in the head"),
+        ("mlp", ("0",), r"cannot be cut in front of '0'; the nearest .* in front of 1 \(node _1\)"),
+        ("segnet", ("middle",), r"cannot be cut in front of 'middle'; the nearest legal cut"),
+    ],
+)
+def test_a_cut_that_cannot_be_made_is_refused(
+    name: str, cuts: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(PartitionError, match=message):
+        choose_cut(analysis(name), Options(cuts=cuts))
+
+
+class Branches(nn.Module):
+    """Two towers that meet late: the second reads nothing of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        self.right = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        self.joint = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joint(self.left(x) + self.right(x))
+
+
+class Counts(nn.Module):
+    """Makes integers that are too dear to be side values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argsort(dim=1).argsort(dim=1)
+
+
+def test_a_stage_that_is_no_link_of_the_chain_is_refused() -> None:
+    found = analyze_model(Branches(), torch.randn(2, 8))
+    with pytest.raises(
+        PartitionError, match=r"begins at right\.0 \(node right_0\) would read noth"
+    ):
+        choose_cut(found, Options(cuts=("right", "right.2")))
+    choose_cut(found, Options(cuts=("left.1", "joint")))
+
+
+def test_no_stage_is_put_where_nothing_happens() -> None:
+    found = analysis("unrolled_lstm")  # between its steps it only takes the next input
+    with pytest.raises(PartitionError, match=r"UnrolledLSTM has 5 legal cuts"):
+        choose_cut(found, Options(stages=16))
+    for stages in (2, 4, 6):
+        plan = plan_of(found, stages=stages)
+        assert all(stage.consumes for stage in plan.stages[1:])
+        assert all(stage.produces for stage in plan.stages)
+
+
+# --- too few cuts ---------------------------------------------------------------------------------
+
+
+def test_too_few_cuts_are_counted_and_named() -> None:
+    with pytest.raises(PartitionError) as caught:
+        choose_cut(analysis("lstm"), Options(stages=9))
+
+    assert str(caught.value) == (
+        "LSTM has 5 legal cuts, but 9 stages need 8: ask for at most 6 stages\n"
+        "  legal in front of: lstm1 (node lstm1); getitem_8 (node getitem_8); unsqueeze (node "
+        "unsqueeze); expand_as (node expand_as); cat (node cat)\n"
+        "  not legal: 14 where a value that is not a floating-point tensor crosses\n"
+        "  widest run without a legal cut: lstm1 to getitem_7 (15 nodes, 95% of the cost)"
+    )
+
+
+def test_a_long_list_of_places_is_shortened() -> None:
+    with pytest.raises(PartitionError, match=r"\) and \d+ more\n  not legal: none\n  widest"):
+        choose_cut(analysis("mixer"), Options(stages=99))
+
+
+def test_a_graph_without_any_cut_says_why() -> None:
+    found = analyze_model(Counts(), torch.randn(2, 8))
+    with pytest.raises(
+        PartitionError, match=r"Counts has no legal cut at all \(2 x a value that is"
+    ):
+        choose_cut(found, Options(stages=1))

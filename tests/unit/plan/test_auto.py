@@ -1,0 +1,86 @@
+"""stages="auto": how many, how dear the sweep, and what the plan says about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from passes.analysis.analysis import Analysis
+from passes.errors import PartitionError
+from passes.options import Options
+from passes.plan.bottleneck import LIMITS, find_limit
+from passes.plan.num_stages import decide
+from tests.support.programs import analyze_model
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, wide: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, wide), nn.Linear(wide, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def trunk(blocks: int, width: int = 16, wide: int = 128) -> Analysis:
+    model = nn.Sequential(*[Block(width, wide) for _ in range(blocks)])
+    return analyze_model(model, torch.randn(4, width))
+
+
+def test_the_plan_says_where_more_stages_stop_paying() -> None:
+    options, plan = decide(trunk(24), Options())
+    note = plan.notes[-1]
+    assert options.stages == len(plan.stages) > 1
+    assert f"{len(plan.stages)} stages chosen" in note
+    assert f"{plan.forecast.speedup:.2f} times" in note
+    assert "more do not pay" in note
+    assert any(words in note for words in LIMITS.values())
+
+
+def test_cheaper_corrections_are_taken_where_copied_blocks_cost_too_much() -> None:
+    # Copies of a wide block fit the budget but make every hop of the sweep dear.
+    wide = trunk(24, wide=512)
+    options, plan = decide(wide, Options(coarse_budget=0.9))
+    assert {stage.coarse.family for stage in plan.stages if stage.coarse} == {"linear"}
+    assert options.coarse_budget < 0.9
+    assert f"coarse budget of {options.coarse_budget:.2%}" in plan.notes[-1]
+    units = decide(wide, Options(coarse_budget=0.9, coarse="units"))[1]
+    assert plan.forecast.time * 1.05 < units.forecast.time
+
+
+def test_a_fixed_number_keeps_the_budget_and_has_no_note() -> None:
+    options, plan = decide(trunk(8), Options(stages=2, coarse_budget=0.5))
+    assert options.coarse_budget == 0.5
+    assert not any("chosen" in note for note in plan.notes)
+
+
+def test_a_model_that_cannot_be_cut_says_why() -> None:
+    class Whole(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.argmax(-1).cumsum(0)
+
+    with pytest.raises(PartitionError, match="no legal cut"):
+        decide(analyze_model(Whole(), torch.randn(4, 3)), Options())
+
+
+def test_calibration_keeps_the_note_and_the_budget() -> None:
+    model = nn.Sequential(*[Block(8, 64) for _ in range(8)])
+    samples = [torch.randn(16, 8) for _ in range(5)]
+    compiled = pnn.compile(model, torch.randn(4, 8), calibration=samples)
+    assert sum("stages chosen" in note for note in compiled.plan.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "limit"),
+    [
+        ({"fine": 2.5, "coarse": 0.01, "head": 0.0}, "none"),
+        ({"fine": 2.5, "coarse": 0.9, "head": 0.0}, "coarse"),
+        ({"fine": 5.0, "coarse": 0.9, "head": 0.0}, "fine"),
+        ({"fine": 2.0, "coarse": 0.9, "head": 2.0}, "head"),
+        ({"fine": 2.5, "coarse": 0.9, "head": 0.0, "link": 1.0}, "link"),
+    ],
+)
+def test_the_limit_is_what_is_lost_most(parts: dict[str, float], limit: str) -> None:
+    assert find_limit(parts, 10.0, 4) == limit
