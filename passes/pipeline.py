@@ -20,8 +20,8 @@ from passes.ir.program import Program, verify_graph
 from passes.options import Options
 from passes.plan.num_stages import decide
 from passes.plan.schema import Plan
-from passes.transform.assemble import assemble
-from passes.transform.split import Stages, sequential, split
+from passes.transform.assemble import assemble, sequential
+from passes.transform.split import Stages, split
 from passes.transform.synthesize import Operators, synthesize
 
 __all__ = ["COMPILE", "REPLAY", "Compilation", "Pass", "PassResult", "run_passes"]

@@ -1,32 +1,33 @@
-"""Assemble the parareal network: a GraphModule whose code reads like the algorithm.
+"""Assemble the networks of a plan: GraphModules whose code reads like the algorithm.
 
-With U_j the corrected state behind stage j, x_j the guess of its input and y_j = g_j(x_j),
-
-    residual form     U_j = y_j + F_j(U_{j-1} - x_j)
-    difference form   U_j = y_j + G_j(U_{j-1}) - G_j(x_j)
-    collapsed sweep   U_N = y_N + sum_j P_j(y_{j-1} - x_j)
-
-The first is the paper's sweep over r~_j = U_j - x_{j+1} (Lee, Park, Lee 2022, eq. 9), the second
-classical parareal (Lions, Maday, Turinici 2001), the third what the first becomes where every F_j
-is linear: its maps run at once. Iteration k repeats the first two with x_j = U^{k-1}_{j-1}; the
-first k stages are exact by then and are not computed again, so K = N gives the original.
+Every node says in `node.meta["pnn"]` which step of the sweep (`passes.transform.sweep`) it belongs
+to: role, stage and iteration.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 from torch import fx
 
 from passes.ir.program import Program
-from passes.plan.schema import Plan, Stage
-from passes.transform.split import Stages, unpack
+from passes.plan.schema import Plan
+from passes.transform.split import Stages
+from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "sequential", "step_of"]
 
 _State = dict[str, fx.Node]
+_KEY = "pnn"
+
+
+def step_of(node: fx.Node) -> Step | None:
+    """Return the step that a node of an assembled network belongs to; None for its arguments."""
+    step = node.meta.get(_KEY)
+    return step if isinstance(step, Step) else None
 
 
 def assemble(
@@ -39,140 +40,151 @@ def assemble(
         plan: The decisions.
         stages: The fine stages and the head.
         operators: The guesses and corrections.
-        reuse: Whether iteration k takes the first k stages, which are exact by then, from the
+        reuse: Whether iteration k takes the first k states, which are exact by then, from the
             iteration before; False computes every stage every time (the oracle of K = N).
 
     Returns:
         A GraphModule with children `fine_j`, `preprocess_j`, `coarse_j` (j from 0; the first
-        stage has a fine network only) and `head`; it takes and gives what the model does.
+        stage has a fine network only) and `head`; it takes and returns what the model does.
     """
+    steps = sweep(len(plan.stages), plan.sweep, plan.iterations, reuse=reuse)
+    return _network(program, plan, stages, operators, steps, f"Parareal{program.name}")
+
+
+def sequential(program: Program, plan: Plan, stages: Stages) -> fx.GraphModule:
+    """Compose the stages one after another; equal to the original network."""
+    steps = in_sequence(len(plan.stages))
+    return _network(program, plan, stages, Operators({}, {}), steps, f"Sequential{program.name}")
+
+
+def _network(
+    program: Program,
+    plan: Plan,
+    stages: Stages,
+    operators: Operators,
+    steps: Iterable[Step],
+    name: str,
+) -> fx.GraphModule:
     root = fx.GraphModule({}, fx.Graph())
     for number, fine in enumerate(stages.fine):
         root.add_module(f"fine_{number}", fine)
-    for number, guess in operators.preprocess.items():
-        root.add_module(f"preprocess_{number}", guess)
-    for number, coarse in operators.coarse.items():
-        root.add_module(f"coarse_{number}", coarse)
+    for path, network in operators.named().named_children():
+        root.add_module(path, network)
     root.add_module("head", stages.head)
-    graph = _Writer(program, plan, reuse).write()
-    # With several iterations the last stages are not needed in the first ones.
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    graph.lint()
-    network = fx.GraphModule(root, graph, class_name=f"Parareal{program.name}")
+    writer = _Writer(program, plan)
+    for _ in walk(steps, writer.write):
+        pass
+    writer.graph.lint()
+    network = fx.GraphModule(root, writer.graph, class_name=name)
     network.training = program.module.training
     return network
 
 
 class _Writer:
-    """Writes the graph: guesses, then fine stages and sweep per iteration, then the head."""
+    """Writes the graph, step by step; a state is its components by name."""
 
-    def __init__(self, program: Program, plan: Plan, reuse: bool) -> None:
+    def __init__(self, program: Program, plan: Plan) -> None:
         self.plan = plan
-        self.reuse = reuse
         self.graph = fx.Graph()
         self.inputs = {n.name: self.graph.placeholder(str(n.target)) for n in program.inputs}
 
-    def write(self) -> fx.Graph:
-        plan = self.plan
-        guesses: list[_State] = [{} for _ in plan.stages]
-        for number, stage in enumerate(plan.stages):
-            if stage.preprocess is not None:
-                guesses[number] = self._guess(number, stage)
-        entering, corrected = guesses, [_State() for _ in plan.stages]
-        for iteration in range(min(plan.iterations, len(plan.stages))):
-            fine = {
-                number: self._fine(number, stage, entering[number])
-                for number, stage in enumerate(plan.stages)
-                if number >= (iteration if self.reuse else 0)
-            }
-            if plan.sweep == "collapsed":
-                corrected = self._collapsed(entering, fine)
-            else:
-                corrected = self._sweep(iteration, entering, fine, corrected)
-            entering = [_State(), *corrected[:-1]]
-        state = [corrected[-1][value.name] for value in plan.interfaces[-1].state]
-        self.graph.output(self._call("head", state, plan.head.inputs))
-        return self.graph
+    def write(self, step: Step, states: Sequence[_State]) -> _State:
+        """Add the nodes of a step, given the states that it reads; return what it makes."""
+        write: dict[Role, Callable[[Step, Sequence[_State]], _State]] = {
+            Role.PREPROCESS: self._preprocess,
+            Role.FINE: self._fine,
+            Role.RESIDUAL: self._residual,
+            Role.COARSE: self._coarse,
+            Role.CORRECT: self._correct,
+            Role.HEAD: self._head,
+        }
+        return write[step.role](step, states)
 
-    def _sweep(
-        self,
-        iteration: int,
-        entering: Sequence[_State],
-        fine: dict[int, _State],
-        previous: Sequence[_State],
-    ) -> list[_State]:
-        """Carry the corrections from stage to stage; stages before `iteration` are exact."""
-        corrected: list[_State] = []
-        for number, stage in enumerate(self.plan.stages):
-            if number < iteration and self.reuse:
-                corrected.append(previous[number])
-                continue
-            state = dict(corrected[-1]) if corrected else {}
-            own = dict(fine[number])
-            if number > (iteration if self.reuse else 0):
-                correction = self._correct(number, stage, entering[number], state)
-                for name in stage.produces:
-                    own[name] = self._add(
-                        own[name], correction[name], _label("u", number, name, stage.produces)
-                    )
-            state.update(own)
-            crossing = [value.name for value in self.plan.interfaces[number].state]
-            corrected.append({name: state[name] for name in crossing})
-        return corrected
-
-    def _collapsed(self, entering: Sequence[_State], fine: dict[int, _State]) -> list[_State]:
-        """Add every correction to the last state; the states between stay uncorrected."""
-        states: list[_State] = []
-        corrections: list[_State] = []
-        for number, stage in enumerate(self.plan.stages):
-            before = states[-1] if states else {}
-            if number:
-                corrections.append(self._correct(number, stage, entering[number], before))
-            crossing = [value.name for value in self.plan.interfaces[number].state]
-            both = {**before, **fine[number]}
-            states.append({name: both[name] for name in crossing})
-        last = states[-1]
-        for number, correction in enumerate(corrections, 1):
-            for name, value in correction.items():
-                last[name] = self._add(last[name], value, _label("u", number, name, last))
-        return states
-
-    def _guess(self, number: int, stage: Stage) -> _State:
+    def _preprocess(self, step: Step, states: Sequence[_State]) -> _State:
+        stage = self.plan.stages[step.stage]
         assert stage.preprocess is not None
-        inputs = stage.preprocess.options["inputs"]
-        result = self._call(f"preprocess_{number}", [], inputs, f"x_{number}")
-        return unpack(self.graph, result, stage.consumes)
+        result = self._call(step, "x", [], stage.preprocess.options["inputs"])
+        return self._unpack(step, result, stage.consumes)
 
-    def _fine(self, number: int, stage: Stage, entering: _State) -> _State:
-        state = [entering[name] for name in stage.consumes]
-        result = self._call(f"fine_{number}", state, stage.inputs, f"y_{number}")
-        return unpack(self.graph, result, stage.produces)
+    def _fine(self, step: Step, states: Sequence[_State]) -> _State:
+        stage = self.plan.stages[step.stage]
+        entering = [states[0][name] for name in stage.consumes]
+        result = self._call(step, "y", entering, stage.inputs)
+        return self._unpack(step, result, stage.produces)
 
-    def _correct(self, number: int, stage: Stage, guess: _State, true: _State) -> _State:
+    def _residual(self, step: Step, states: Sequence[_State]) -> _State:
+        before, entering = states
+        names = self.plan.stages[step.stage].consumes
+        return {
+            name: self._binary(
+                step, operator.sub, before[name], entering[name],
+                _label("r", step.stage, name, names),
+            )
+            for name in names
+        }  # fmt: skip
+
+    def _coarse(self, step: Step, states: Sequence[_State]) -> _State:
+        residual, entering = states
+        stage = self.plan.stages[step.stage]
         assert stage.coarse is not None
-        spec = stage.coarse
-        residual = [
-            self._subtract(true[name], guess[name], _label("r", number, name, stage.consumes))
-            for name in stage.consumes
-        ]
-        state = residual
-        if self.plan.reads_guess(spec):
-            state = [*(guess[name] for name in stage.consumes), *residual]
-        inputs = spec.options.get("inputs", ())
-        result = self._call(f"coarse_{number}", state, inputs, f"c_{number}")
-        return unpack(self.graph, result, [value.name for value in self.plan.corrects(number)])
+        reads_guess = self.plan.reads_guess(stage.coarse)
+        leading = [entering[name] for name in stage.consumes] if reads_guess else []
+        inputs = stage.coarse.options.get("inputs", ())
+        result = self._call(step, "c", [*leading, *residual.values()], inputs)
+        return self._unpack(step, result, [v.name for v in self.plan.corrects(step.stage)])
+
+    def _correct(self, step: Step, states: Sequence[_State]) -> _State:
+        """Put the state after a stage together; what a chain corrects is what the stage made."""
+        before, own, *corrections = states if step.stage else ({}, *states)
+        both = {**before, **own}
+        state = {value.name: both[value.name] for value in self.plan.interfaces[step.stage].state}
+        symbols = [symbol for symbol in step.reads if symbol.letter == "c"]
+        for correction, symbol in zip(corrections, symbols, strict=True):
+            among = self.plan.stages[step.stage].produces
+            if self.plan.sweep == "collapsed":
+                among = tuple(state)
+            for name, value in correction.items():
+                label = _label("u", symbol.stage, name, among)
+                state[name] = self._binary(step, operator.add, state[name], value, label)
+        return state
+
+    def _head(self, step: Step, states: Sequence[_State]) -> _State:
+        state = [*states[0].values()]
+        result = self._call(step, "output", state, self.plan.head.inputs)
+        self.graph.output(result)
+        return {"output": result}
 
     def _call(
-        self, target: str, state: Sequence[fx.Node], inputs: Sequence[str], name: str = "output"
+        self, step: Step, letter: str, state: Sequence[fx.Node], inputs: Sequence[str]
     ) -> fx.Node:
+        target, name = f"{step.role}_{step.stage}", f"{letter}_{step.stage}"
+        if step.role is Role.HEAD:
+            target, name = "head", letter
         arguments = (*state, *(self.inputs[given] for given in inputs))
-        return self.graph.create_node("call_module", target, arguments, {}, name=name)
+        return self._node(step, "call_module", target, arguments, name)
 
-    def _add(self, a: fx.Node, b: fx.Node, name: str) -> fx.Node:
-        return self.graph.create_node("call_function", operator.add, (a, b), {}, name=name)
+    def _binary(
+        self, step: Step, function: Callable[..., Any], a: fx.Node, b: fx.Node, name: str
+    ) -> fx.Node:
+        return self._node(step, "call_function", function, (a, b), name)
 
-    def _subtract(self, a: fx.Node, b: fx.Node, name: str) -> fx.Node:
-        return self.graph.create_node("call_function", operator.sub, (a, b), {}, name=name)
+    def _unpack(self, step: Step, result: fx.Node, names: Sequence[str]) -> _State:
+        """Name the tensors that a call returned: itself, or the elements of its tuple."""
+        if len(names) == 1:
+            return {names[0]: result}
+        return {
+            name: self._node(
+                step, "call_function", operator.getitem, (result, index), f"{result.name}_{name}"
+            )
+            for index, name in enumerate(names)
+        }
+
+    def _node(
+        self, step: Step, op: str, target: Any, arguments: tuple[Any, ...], name: str
+    ) -> fx.Node:
+        node = self.graph.create_node(op, target, arguments, {}, name=name)
+        node.meta[_KEY] = step
+        return node
 
 
 def _label(symbol: str, number: int, name: str, among: Collection[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -13,7 +11,7 @@ from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 from passes.plan.schema import Plan
 
-__all__ = ["Stages", "sequential", "split", "unpack"]
+__all__ = ["Stages", "split"]
 
 
 @dataclass(frozen=True)
@@ -89,36 +87,3 @@ def _check_chain(program: Program, plan: Plan) -> None:
                 f"{strange[0]!r} crosses behind stage {number} or is produced by it, not both"
             )
         state = crossing
-
-
-def sequential(program: Program, plan: Plan, stages: Stages) -> fx.GraphModule:
-    """Compose the stages one after another; equal to the original network."""
-    root = fx.GraphModule({}, fx.Graph())
-    for number, stage in enumerate(stages.fine):
-        root.add_module(f"fine_{number}", stage)
-    root.add_module("head", stages.head)
-    graph = fx.Graph()
-    values = {node.name: graph.placeholder(str(node.target)) for node in program.inputs}
-    for number, stage_plan in enumerate(plan.stages):
-        arguments = [values[name] for name in (*stage_plan.consumes, *stage_plan.inputs)]
-        result = graph.create_node("call_module", f"fine_{number}", tuple(arguments), {})
-        values.update(unpack(graph, result, stage_plan.produces))
-    state = [values[value.name] for value in plan.interfaces[-1].state]
-    arguments = [*state, *(values[name] for name in plan.head.inputs)]
-    graph.output(graph.create_node("call_module", "head", tuple(arguments), {}))
-    graph.lint()
-    network = fx.GraphModule(root, graph, class_name=f"Sequential{program.name}")
-    network.training = program.module.training
-    return network
-
-
-def unpack(graph: fx.Graph, result: fx.Node, names: Sequence[str]) -> dict[str, fx.Node]:
-    """Name the tensors that a call returned: itself, or the elements of its tuple."""
-    if len(names) == 1:
-        return {names[0]: result}
-    return {
-        name: graph.create_node(
-            "call_function", operator.getitem, (result, i), {}, name=f"{result.name}_{name}"
-        )
-        for i, name in enumerate(names)
-    }

@@ -29,8 +29,7 @@ from passes.ir.run_step import TOLERANCE, Run, compare, difference, relative_err
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan
-from passes.transform.assemble import assemble
-from passes.transform.split import sequential
+from passes.transform.assemble import assemble, sequential
 from passes.transform.synthesize import synthesize
 from pnn_compile.evaluate.rounding import even_operators, in_double
 

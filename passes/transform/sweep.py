@@ -1,0 +1,225 @@
+"""The parareal iteration, stated once: a list of typed steps over named states.
+
+With x_j the guess of what enters stage j, y_j = g_j(what enters it) and u_j the state after it
+(stages from 0; N of them), iteration k computes
+
+    y_j = g_j(e_j)                       e_j = x_j in the first iteration, later u_{j-1} of the last
+    r_j = u_{j-1} - e_j                  how wrong the stage's input was
+    c_j = F_j(r_j)                       what that does to its output
+    u_j = y_j + c_j                      chain: the paper's sweep (Lee, Park, Lee 2022, eq. 9)
+    u_{N-1} = y_{N-1} + sum_j c_j        collapsed: every correction goes straight to the last state
+
+and the head reads u_{N-1} of the last iteration. In difference form F_j reads e_j beside r_j
+(Lions, Maday, Turinici 2001). After k iterations the first k states are exact.
+
+For two stages and one iteration, `sweep(2)` is
+
+    x_1 <- preprocess_1()
+    y_0 <- fine_0()
+    y_1 <- fine_1(x_1)
+    u_0 <- correct_0(y_0)
+    r_1 <- residual_1(u_0, x_1)
+    c_1 <- coarse_1(r_1, x_1)
+    u_1 <- correct_1(u_0, y_1, c_1)
+    out <- head_1(u_1)
+
+The fx graph, the eager executor, the ONNX writer, CUDA streams and the lists of ranks walk over
+these steps; none of them states the iteration again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+__all__ = ["Role", "Step", "Symbol", "in_sequence", "sweep", "walk"]
+
+_T = TypeVar("_T")
+
+
+class Role(StrEnum):
+    """What a step does."""
+
+    PREPROCESS = "preprocess"  # guess the state that enters a stage
+    FINE = "fine"  # propagate a state through a stage
+    RESIDUAL = "residual"  # how wrong the guess was
+    COARSE = "coarse"  # what that does to the output of the stage
+    CORRECT = "correct"  # the state after a stage: what passed by, what was computed, corrections
+    HEAD = "head"  # from the last state to the outputs
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """Name of a state: a letter as in the formulas above, a stage and an iteration, from 0."""
+
+    letter: str
+    stage: int
+    iteration: int = 0
+
+    def __str__(self) -> str:
+        again = f"^{self.iteration + 1}" if self.iteration else ""
+        return f"{self.letter}_{self.stage}{again}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call, difference or sum.
+
+    Attributes:
+        role: What it does.
+        stage: Number of the stage, from 0; of the head the last one.
+        iteration: Number of the iteration, from 0.
+        reads: The states that it reads. FINE: what enters the stage, nothing for the first one.
+            RESIDUAL: the state after the stage before, and what entered the stage. COARSE: the
+            residual, and what entered the stage. CORRECT: the state after the stage before unless
+            it is the first stage, what the stage computed, and corrections. HEAD: the last state.
+        writes: The state that it makes.
+    """
+
+    role: Role
+    stage: int
+    iteration: int
+    reads: tuple[Symbol, ...]
+    writes: Symbol
+
+    def __str__(self) -> str:
+        return f"{self.writes} <- {self.role}_{self.stage}({', '.join(map(str, self.reads))})"
+
+
+def sweep(
+    stages: int,
+    kind: str = "chain",
+    iterations: int = 1,
+    *,
+    reuse: bool = True,
+    prune: bool = True,
+) -> tuple[Step, ...]:
+    """List the steps of a parareal network, in an order in which they can be done.
+
+    Args:
+        stages: Number N of stages.
+        kind: "chain" or "collapsed", which has one iteration.
+        iterations: Number K of iterations.
+        reuse: Whether iteration k takes the first k states, which are exact by then, from the
+            iteration before; False computes every stage every time.
+        prune: Whether to leave out what the outputs do not depend on: with several iterations, the
+            last stages of the first ones.
+
+    >>> for step in sweep(2):
+    ...     print(step)
+    x_1 <- preprocess_1()
+    y_0 <- fine_0()
+    y_1 <- fine_1(x_1)
+    u_0 <- correct_0(y_0)
+    r_1 <- residual_1(u_0, x_1)
+    c_1 <- coarse_1(r_1, x_1)
+    u_1 <- correct_1(u_0, y_1, c_1)
+    out_1 <- head_1(u_1)
+    """
+    entering: dict[int, Symbol] = {}
+    steps: list[Step] = []
+    for stage in range(1, stages):
+        entering[stage] = Symbol("x", stage)
+        steps.append(Step(Role.PREPROCESS, stage, 0, (), entering[stage]))
+    states: dict[int, Symbol] = {}
+    for iteration in range(min(iterations, stages)):
+        computed = range(iteration if reuse else 0, stages)
+        for stage in computed:
+            reads = (entering[stage],) if stage else ()
+            steps.append(Step(Role.FINE, stage, iteration, reads, Symbol("y", stage, iteration)))
+        add = _collapsed if kind == "collapsed" else _chain
+        steps += add(computed, iteration, entering, states)
+        entering = {stage: states[stage - 1] for stage in range(1, stages)}
+    last = states[stages - 1]
+    steps.append(Step(Role.HEAD, stages - 1, last.iteration, (last,), _out(last)))
+    return _needed(steps) if prune else tuple(steps)
+
+
+def _chain(
+    computed: range, iteration: int, entering: dict[int, Symbol], states: dict[int, Symbol]
+) -> Iterator[Step]:
+    """Correct one state after the other; the first one that is computed is exact."""
+    for stage in computed:
+        corrections: tuple[Symbol, ...] = ()
+        if stage > computed[0]:
+            yield from _correction(stage, iteration, entering[stage], states[stage - 1])
+            corrections = (Symbol("c", stage, iteration),)
+        yield _correct(stage, iteration, states, corrections)
+
+
+def _collapsed(
+    computed: range, iteration: int, entering: dict[int, Symbol], states: dict[int, Symbol]
+) -> Iterator[Step]:
+    """Leave the states between as the stages made them; add every correction to the last one."""
+    corrections: list[Symbol] = []
+    for stage in computed:
+        if stage:
+            yield from _correction(stage, iteration, entering[stage], states[stage - 1])
+            corrections.append(Symbol("c", stage, iteration))
+        last = stage == computed[-1]
+        yield _correct(stage, iteration, states, tuple(corrections) if last else ())
+
+
+def _correction(stage: int, iteration: int, entering: Symbol, before: Symbol) -> Iterator[Step]:
+    residual, correction = (Symbol(letter, stage, iteration) for letter in "rc")
+    yield Step(Role.RESIDUAL, stage, iteration, (before, entering), residual)
+    yield Step(Role.COARSE, stage, iteration, (residual, entering), correction)
+
+
+def _correct(
+    stage: int, iteration: int, states: dict[int, Symbol], corrections: tuple[Symbol, ...]
+) -> Step:
+    before = (states[stage - 1],) if stage else ()
+    states[stage] = Symbol("u", stage, iteration)
+    reads = (*before, Symbol("y", stage, iteration), *corrections)
+    return Step(Role.CORRECT, stage, iteration, reads, states[stage])
+
+
+def in_sequence(stages: int) -> tuple[Step, ...]:
+    """List the steps of the original network: the stages one after another, then the head.
+
+    >>> print(*in_sequence(2), sep="; ")
+    y_0 <- fine_0(); u_0 <- correct_0(y_0); y_1 <- fine_1(u_0); u_1 <- correct_1(u_0, y_1); \
+out_1 <- head_1(u_1)
+    """
+    steps: list[Step] = []
+    states: dict[int, Symbol] = {}
+    for stage in range(stages):
+        reads = (states[stage - 1],) if stage else ()
+        steps.append(Step(Role.FINE, stage, 0, reads, Symbol("y", stage)))
+        steps.append(_correct(stage, 0, states, ()))
+    last = states[stages - 1]
+    return (*steps, Step(Role.HEAD, stages - 1, 0, (last,), _out(last)))
+
+
+def _out(last: Symbol) -> Symbol:
+    return Symbol("out", last.stage, last.iteration)
+
+
+def _needed(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Leave out the steps that the last one does not depend on."""
+    read = {steps[-1].writes}
+    kept = []
+    for step in reversed(steps):
+        if step.writes in read:
+            read.update(step.reads)
+            kept.append(step)
+    return tuple(reversed(kept))
+
+
+def walk(
+    steps: Iterable[Step], call: Callable[[Step, Sequence[_T]], _T]
+) -> Iterator[tuple[Step, _T]]:
+    """Do steps in order, each on what earlier ones returned; yield every step with its result.
+
+    Args:
+        steps: The steps.
+        call: Does a step, given the values of the states that it reads.
+    """
+    values: dict[Symbol, _T] = {}
+    for step in steps:
+        value = call(step, [values[symbol] for symbol in step.reads])
+        values[step.writes] = value
+        yield step, value
