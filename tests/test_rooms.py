@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDERS: dict[str, tuple[str, ...]] = {
     "passes": (
         "errors", "ir", "capture", "cost", "options", "analysis", "coarse", "partition", "plan",
-        "schedule", "transform", "pipeline",
+        "transform", "schedule", "pipeline",
     ),
     "pnn_compile": (
         "compiled", "inputs", "fit", "evaluate", "forecast", "artifact", "runtime", "export",

@@ -21,7 +21,7 @@ import torch
 
 import pnn_compile as pnn
 from examples import resnet1001
-from pnn_compile.executor import Walker
+from passes.transform.executor import Executor
 
 __all__ = ["main", "measured"]
 
@@ -37,7 +37,7 @@ def measured(compiled: pnn.Compiled, images: torch.Tensor, bfloat16: bool) -> di
         bfloat16: Whether to run in mixed precision.
     """
     compiled.module.to(images.device).train()
-    walker, inputs = Walker(compiled), {"images": images}
+    walker, inputs = Executor(compiled), {"images": images}
 
     def seconds(run: Callable[[], Any]) -> float:
         found = []

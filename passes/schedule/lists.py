@@ -38,6 +38,7 @@ from typing import Protocol
 
 from passes.plan.schema import Plan
 from passes.schedule.instruction import Instruction, Kind
+from passes.transform.sweep import Role, sweep
 
 __all__ = ["CHAIN", "Sweep", "schedule"]
 
@@ -71,7 +72,9 @@ class Sweep:
 
     def computed(self, stages: int, iteration: int) -> range:
         """The stages, of so many, that an iteration computes."""
-        return range(iteration, stages - self.iterations + iteration + 1)
+        steps = sweep(stages, self.kind, self.iterations)
+        computed = [s.stage for s in steps if s.role is Role.FINE and s.iteration == iteration]
+        return range(computed[0], computed[-1] + 1)
 
     def corrected(self, stages: int, iteration: int) -> range:
         """The stages, of so many, that an iteration corrects; its first one is exact."""

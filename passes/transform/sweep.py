@@ -214,12 +214,20 @@ def walk(
 ) -> Iterator[tuple[Step, _T]]:
     """Do steps in order, each on what earlier ones returned; yield every step with its result.
 
+    A value is dropped once the last step that reads it is done.
+
     Args:
         steps: The steps.
         call: Does a step, given the values of the states that it reads.
     """
+    steps = tuple(steps)
+    last_read = {symbol: step for step in steps for symbol in step.reads}
     values: dict[Symbol, _T] = {}
     for step in steps:
         value = call(step, [values[symbol] for symbol in step.reads])
-        values[step.writes] = value
+        if step.writes in last_read:
+            values[step.writes] = value
+        for symbol in step.reads:
+            if last_read[symbol] is step:
+                values.pop(symbol, None)
         yield step, value

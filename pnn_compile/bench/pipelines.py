@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from passes.transform.executor import Executor
 from pnn_compile.bench.setting import Setting, Step, Tuned, Unfit, mean_square, optimizer_of
-from pnn_compile.executor import Walker
 from pnn_compile.runtime import place
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class _Piece(nn.Module):
 
     def __init__(self, compiled: Network, placement: tuple[int, ...], rank: int) -> None:
         super().__init__()
-        self._walker = [Walker(compiled)]  # a list hides it from nn.Module
+        self._walker = [Executor(compiled)]  # a list hides it from nn.Module
         self._own = [stage for stage, place in enumerate(placement) if place == rank]
         self._last = len(placement) - 1
         for stage in self._own:

@@ -16,7 +16,8 @@ import torch
 
 from passes.errors import OptionError
 from passes.plan.rounds import Work
-from pnn_compile.executor import State, Walker, plus
+from passes.transform.executor import Executor, State
+from passes.transform.sweep import Role, sweep
 from pnn_compile.fit.isolation import evaluating, measuring
 from pnn_compile.fit.metrics import Agreement, Energy, judged
 from pnn_compile.inputs import batch_size, named_batch
@@ -80,7 +81,7 @@ def iterate(
     plan = compiled.plan
     most = _most(plan, iterations, tolerance)
     with measuring(compiled):
-        walker, given = Walker(compiled), named_batch(compiled, inputs)
+        walker, given = Executor(compiled), named_batch(compiled, inputs)
         states = last_states(walker, given, most)
         state, changed = next(states), []
         for following in states:
@@ -148,64 +149,19 @@ def _most(plan: Plan, iterations: int | None, tolerance: float | None) -> int:
     return most
 
 
-def last_states(walker: Walker, inputs: Mapping[str, Any], most: int) -> Iterator[State]:
-    """Yield the last state without any correction, then behind iterations 1 to `most`.
-
-    Calls the pieces in the order of the assembled network (`passes.transform.assemble`).
-    """
-    count = len(walker.plan.stages)
-    entering: list[State] = [{}, *(walker.guess(n, inputs) for n in range(1, count))]
-    corrected: list[State] = []
-    for iteration in range(most):
-        fine = {n: walker.fine(n, entering[n], inputs) for n in range(iteration, count)}
-        if not iteration:
-            yield _uncorrected(walker, fine)[-1]
-        if walker.plan.sweep == "collapsed":
-            corrected = _collapsed(walker, entering, fine, inputs)
-        else:
-            corrected = _sweep(walker, entering, fine, corrected[:iteration], inputs)
-        yield corrected[-1]
-        entering = [{}, *corrected[:-1]]
-
-
-def _uncorrected(walker: Walker, fine: Mapping[int, State]) -> list[State]:
-    states: list[State] = [{}]
-    for number, produced in fine.items():
-        states.append(walker.advance(number, states[-1], produced))
-    return states[1:]
-
-
-def _sweep(
-    walker: Walker,
-    entering: Sequence[State],
-    fine: Mapping[int, State],
-    exact: Sequence[State],
-    inputs: Mapping[str, Any],
-) -> list[State]:
-    """Correct the states behind the stages that are not exact yet, one after the other."""
-    corrected = list(exact)
-    for number, produced in fine.items():
-        before = corrected[-1] if corrected else {}
-        if number > len(exact):
-            correction = walker.correct(number, entering[number], before, inputs)
-            produced = plus(produced, correction)
-        corrected.append(walker.advance(number, before, produced))
-    return corrected
-
-
-def _collapsed(
-    walker: Walker,
-    entering: Sequence[State],
-    fine: Mapping[int, State],
-    inputs: Mapping[str, Any],
-) -> list[State]:
-    """Add every correction to the last state; the states between stay uncorrected."""
-    states = _uncorrected(walker, fine)
-    last = states[-1]
-    for number in range(1, len(states)):
-        correction = walker.correct(number, entering[number], states[number - 1], inputs)
-        last = plus(last, correction)
-    return [*states[:-1], last]
+def last_states(executor: Executor, inputs: Mapping[str, Any], most: int) -> Iterator[State]:
+    """Yield the last state without any correction, then after iterations 1 to `most`."""
+    plan = executor.plan
+    last = len(plan.stages) - 1
+    uncorrected: State = {}
+    # Nothing is pruned: the last state of every iteration is looked at.
+    for step, state in executor.run(sweep(last + 1, plan.sweep, most, prune=False), inputs):
+        if step.role is Role.FINE and not step.iteration:
+            uncorrected = executor.advance(step.stage, uncorrected, state)
+            if step.stage == last:
+                yield uncorrected
+        if step.role is Role.CORRECT and step.stage == last:
+            yield state
 
 
 def _increment(plan: Plan, new: State, old: State, samples: int) -> torch.Tensor:
@@ -280,7 +236,7 @@ def dial(
     most = min(most or count, count)
     tallies = [_Tally() for _ in range(most)]
     with evaluating(compiled):
-        walker = Walker(compiled)
+        walker = Executor(compiled)
         for batch in batches:
             wanted = judged(compiled.sequential(**named_batch(compiled, batch)))
             inputs = named_batch(compiled, batch)
@@ -315,7 +271,7 @@ class _Tally:
 
 
 def _tally(
-    walker: Walker, inputs: Mapping[str, Any], wanted: torch.Tensor, tallies: Sequence[_Tally]
+    walker: Executor, inputs: Mapping[str, Any], wanted: torch.Tensor, tallies: Sequence[_Tally]
 ) -> None:
     """Count one batch at every number of iterations."""
     plan, size = walker.plan, batch_size(inputs)

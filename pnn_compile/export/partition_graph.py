@@ -9,10 +9,10 @@ import networkx as nx
 from torch import fx
 
 from passes.ir.program import provenance
+from passes.transform.sweep import Role, Step, sweep, walk
 
 if TYPE_CHECKING:
     from passes.coarse.spec import CoarseSpec
-    from passes.plan.schema import Stage
     from pnn_compile.network import Network
 
 __all__ = ["partition_graph"]
@@ -50,6 +50,10 @@ def partition_graph(compiled: Network) -> nx.DiGraph[str]:
     return _Builder(compiled).build()
 
 
+_State = dict[str, str]
+"""The components of a state, each with the node of the graph that makes it."""
+
+
 class _Builder:
     def __init__(self, compiled: Network) -> None:
         self.compiled = compiled
@@ -60,6 +64,8 @@ class _Builder:
         self.shapes = {
             node.name: str(fact.spec) if fact.spec else "" for node, fact in self.facts.items()
         }
+        # Where the head reads each component of the last state.
+        self.last: _State = {}
         # What flows along every edge, by the name of the value.
         self.flows: dict[tuple[str, str], set[str]] = {}
 
@@ -71,9 +77,9 @@ class _Builder:
         stage_of = self._stage_numbers()
         for node in program.order:
             self._add_program_node(node, stage_of[node])
-        for number, stage in enumerate(self.plan.stages):
-            if number:
-                self._add_correction(number, stage)
+        for step, state in walk(sweep(len(self.plan.stages), self.plan.sweep), self._add_step):
+            if step.role is Role.HEAD:
+                self.last = state
         self._add(":output", "output", -1, "output")
         for node in program.order:
             for source in node.all_input_nodes:
@@ -128,39 +134,54 @@ class _Builder:
             **({} if measured is None else {"seconds": measured}),
         )
 
-    def _add_correction(self, number: int, stage: Stage) -> None:
-        """Add guess, residual, coarse propagator and correction of one stage, with their edges."""
-        assert stage.preprocess is not None
-        assert stage.coarse is not None
-        corrected = [value.name for value in self.plan.corrects(number)]
-        guess, residual = f":preprocess_{number}", f":residual_{number}"
-        coarse, correct = f":coarse_{number}", self._correction(number)
-        self._add_operator(guess, "preprocess", number, stage.preprocess, stage.consumes)
-        entering = self._type(stage.consumes)
-        self._add(residual, "residual", number, "sub", **entering)
-        self._add_operator(coarse, "coarse", number, stage.coarse, corrected)
-        if correct not in self.graph:
-            where = int(correct.rpartition("_")[2])
-            self._add(correct, "correct", where, "add", **self._type(corrected))
-        for name in stage.preprocess.options["inputs"]:
-            self._edge(name, guess, name, crosses=False)
-        for name in stage.consumes:
-            self._edge(guess, residual, name, crosses=False)
-            self._edge(residual, coarse, name, crosses=False)
-        for name in corrected:
-            away = self._stage(coarse) != self._stage(correct)
-            self._edge(coarse, correct, name, crosses=away)
-            self._edge(name, correct, name, crosses=self._stage(name) != self._stage(correct))
-        for name in stage.consumes:
-            producer = self._producer(name)
-            chained = producer and self.plan.sweep == "chain"
-            source = f":correct_{producer}" if chained else name
-            self._edge(source, residual, name, crosses=True)
+    def _add_step(self, step: Step, states: Sequence[_State]) -> _State:
+        """Add the node of a step and its edges, given where the states that it reads come from."""
+        number, stage = step.stage, self.plan.stages[step.stage]
+        name = f":{step.role}_{number}"
+        if step.role is Role.PREPROCESS:
+            assert stage.preprocess is not None
+            self._add_operator(name, step, stage.preprocess, stage.consumes)
+            for source in stage.preprocess.options["inputs"]:
+                self._edge(source, name, source, crosses=False)
+            return dict.fromkeys(stage.consumes, name)
+        if step.role is Role.FINE:  # the nodes of the program
+            return {value: value for value in stage.produces}
+        if step.role is Role.RESIDUAL:
+            before, entering = states
+            self._add(name, step.role, number, "sub", **self._type(stage.consumes))
+            for value in stage.consumes:
+                self._edge(entering[value], name, value, crosses=False)
+                self._edge(before[value], name, value, crosses=True)
+            return dict.fromkeys(stage.consumes, name)
+        if step.role is Role.COARSE:
+            assert stage.coarse is not None
+            corrected = [value.name for value in self.plan.corrects(number)]
+            self._add_operator(name, step, stage.coarse, corrected)
+            for value, source in states[0].items():
+                self._edge(source, name, value, crosses=False)
+            return dict.fromkeys(corrected, name)
+        if step.role is Role.CORRECT:
+            return self._add_correct(name, step, states)
+        return states[0]
 
-    def _add_operator(
-        self, name: str, role: str, number: int, spec: CoarseSpec, gives: Sequence[str]
-    ) -> None:
-        self._add(name, role, number, spec.family, flops=spec.flops, **self._type(gives))
+    def _add_correct(self, name: str, step: Step, states: Sequence[_State]) -> _State:
+        before, own, *corrections = states if step.stage else ({}, *states)
+        both = {**before, **own}
+        face = self.plan.interfaces[step.stage]
+        state = {value.name: both[value.name] for value in face.state}
+        for correction in corrections:
+            if name not in self.graph:
+                self._add(name, step.role, step.stage, "add", **self._type(correction))
+            for value, source in correction.items():
+                self._edge(source, name, value, crosses=self._stage(source) != step.stage)
+                if state[value] != name:
+                    crosses = self._stage(state[value]) != step.stage
+                    self._edge(state[value], name, value, crosses=crosses)
+                    state[value] = name
+        return state
+
+    def _add_operator(self, name: str, step: Step, spec: CoarseSpec, values: Sequence[str]) -> None:
+        self._add(name, step.role, step.stage, spec.family, flops=spec.flops, **self._type(values))
 
     def _type(self, values: Iterable[str]) -> dict[str, str | int]:
         """Bytes and shape of several values together."""
@@ -171,16 +192,8 @@ class _Builder:
             "shape": " + ".join(filter(None, shapes)),
         }
 
-    def _correction(self, number: int) -> str:
-        """Name of the node where the correction of a stage is added."""
-        collapsed = self.plan.sweep == "collapsed"
-        return f":correct_{len(self.plan.stages) - 1 if collapsed else number}"
-
     def _stage(self, name: str) -> int:
         return int(self.graph.nodes[name]["stage"])
-
-    def _producer(self, value: str) -> int:
-        return next(i for i, stage in enumerate(self.plan.stages) if value in stage.produces)
 
     def _value(self, source: fx.Node, stage_of: dict[fx.Node, int], reader: int) -> str:
         """Name of the graph node that gives a stage the value of a program node."""
@@ -189,11 +202,7 @@ class _Builder:
         if reader < len(self.plan.stages):
             consumed = source.name in self.plan.stages[reader].consumes
             return f":preprocess_{reader}" if consumed else source.name
-        carried = {value.name for value in self.plan.interfaces[-1].state}
-        producer = stage_of[source]
-        if source.name not in carried or not (producer or self.plan.sweep == "collapsed"):
-            return source.name
-        return self._correction(producer)
+        return self.last.get(source.name, source.name)
 
     def _connect(self, source: str, target: str, value: fx.Node) -> None:
         stages = [self.graph.nodes[name]["stage"] for name in (source, target)]

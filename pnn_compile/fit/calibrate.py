@@ -7,12 +7,13 @@ really left behind its stage. Batches are streamed; only sums of products are ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from passes.transform.executor import Executor
+from passes.transform.sweep import Symbol, sweep
 from pnn_compile.evaluate.iterate import last_states
-from pnn_compile.executor import State, Walker, plus
 from pnn_compile.fit.calibration_report import CalibrationReport, InterfaceError
 from pnn_compile.fit.isolation import evaluating
 from pnn_compile.fit.metrics import Agreement, Energy, judged
@@ -43,14 +44,14 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
         OptionError: There are fewer than two batches, they come from a generator, or a batch does
             not fit the model.
     """
-    walker = Walker(compiled)
+    walker = Executor(compiled)
     return calibrate_by_choice(compiled, inputs, walker, Given(walker))
 
 
 def calibrate_by_choice(
     compiled: Network,
     inputs: Iterable[Any],
-    walker: Walker,
+    walker: Executor,
     candidates: Candidates,
     *,
     keep_better: bool = False,
@@ -96,46 +97,6 @@ def calibrate_by_choice(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One stage of the sweep on one batch.
-
-    Attributes:
-        number: Number of the stage.
-        guess: Guessed state that enters it.
-        fine: What the fine stage made of the guess.
-        corrected: What the sweep made of that.
-        true: The true state that leaves it.
-    """
-
-    number: int
-    guess: State
-    fine: State
-    corrected: State
-    true: State
-
-
-def _sweep(walker: Walker, inputs: Mapping[str, Any]) -> Iterator[_Step]:
-    """Walk one batch through stages 1 and later, with the true states beside."""
-    last = len(walker.plan.stages) - 1
-    true = walker.advance(0, {}, walker.fine(0, {}, inputs))
-    corrected = true
-    collapsed: list[State] = []
-    for number in range(1, last + 1):
-        guess = walker.guess(number, inputs)
-        fine = walker.fine(number, guess, inputs)
-        true = walker.advance(number, true, walker.fine(number, true, inputs))
-        correction = walker.correct(number, guess, corrected, inputs)
-        corrections = [correction]
-        if walker.plan.sweep == "collapsed":
-            collapsed.append(correction)
-            corrections = collapsed if number == last else []
-        corrected = walker.advance(number, corrected, fine)
-        for each in corrections:
-            corrected = plus(corrected, each)
-        yield _Step(number, guess, fine, corrected, true)
-
-
-@dataclass(frozen=True)
 class _Judgement:
     guess: dict[int, float]
     uncorrected: dict[int, float]
@@ -144,29 +105,30 @@ class _Judgement:
     output: float
 
 
-def _judge(walker: Walker, batches: CalibrationBatches) -> _Judgement:
+def _judge(walker: Executor, batches: CalibrationBatches) -> _Judgement:
     """Measure on held-out batches: states at K = 1, outputs at the K of the plan."""
     plan = walker.plan
     errors: dict[str, dict[int, Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
     outputs, agreed = Energy(), Agreement()
+    once = sweep(len(plan.stages), plan.sweep)
     for held, inputs in batches.split():
         if not held:
             continue
-        true = walker.advance(0, {}, walker.fine(0, {}, inputs))
-        for step in _sweep(walker, inputs):
-            produced = walker.plan.stages[step.number].produces
+        true = [*walker.true_states(inputs)]
+        made = {step.writes: state for step, state in walker.run(once, inputs)}
+        for number, stage in enumerate(plan.stages[1:], 1):
+            guess, fine, corrected = (made[Symbol(letter, number)] for letter in "xyu")
             for kind, found, wanted, names in (
-                ("guess", step.guess, true, tuple(step.guess)),
-                ("uncorrected", step.fine, step.true, produced),
-                ("corrected", step.corrected, step.true, produced),
+                ("guess", guess, true[number - 1], stage.consumes),
+                ("uncorrected", fine, true[number], stage.produces),
+                ("corrected", corrected, true[number], stage.produces),
             ):
-                energy = errors[kind].setdefault(step.number, Energy())
+                energy = errors[kind].setdefault(number, Energy())
                 for name in names:
                     energy.add(found[name], wanted[name])
-            true = step.true
         *_, last = last_states(walker, inputs, min(plan.iterations, len(plan.stages)))
         given = judged(walker.head(last, inputs))
-        right = judged(walker.head(true, inputs))
+        right = judged(walker.head(true[-1], inputs))
         outputs.add(given, right)
         agreed.add(given, right, batch_size(inputs))
     shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}

@@ -25,8 +25,8 @@ from torch import fx, nn
 
 from passes.errors import OptionError
 from passes.ir.mode_layers import dropouts
+from passes.transform.executor import Executor, State
 from passes.transform.split import Stages
-from pnn_compile.executor import State, Walker
 from pnn_compile.fit.optimizer import Learner, Trainer
 from pnn_compile.inputs import device_of, named_batch
 
@@ -83,7 +83,7 @@ class Distiller:
         clip_norm: float | None,
     ) -> None:
         self._compiled = compiled
-        self._walker = Walker(compiled, _stages_of(teacher, len(compiled.plan.stages)))
+        self._walker = Executor(compiled, _stages_of(teacher, len(compiled.plan.stages)))
         self._operators = compiled.operators.named()
         held = nn.ModuleList([*compiled.stages.fine, compiled.stages.head])
         self._fine = list(held.modules())

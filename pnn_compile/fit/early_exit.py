@@ -21,7 +21,7 @@ from passes.coarse.wrappers import Sum
 from passes.ir.isolation import seeded
 from passes.ir.subgraph import extract
 from passes.ir.tensor_spec import TensorSpec
-from pnn_compile.executor import Walker
+from passes.transform.executor import Executor
 from pnn_compile.fit.isolation import evaluating
 from pnn_compile.fit.regression_sweep import Sample, fit_networks
 from pnn_compile.inputs import CalibrationBatches, argument_names
@@ -95,7 +95,7 @@ def fit_early_exit(
         return None
     with seeded(compiled.plan.seed):
         exit_ = EarlyExit(compiled, cut).eval()
-    walker = Walker(compiled)
+    walker = Executor(compiled)
     names = [value.name for value in compiled.plan.interfaces[-1].state]
 
     def samples() -> Iterator[Sample]:

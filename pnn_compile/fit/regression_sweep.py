@@ -24,7 +24,7 @@ from passes.coarse.matrix_fit import MatrixFit, fitted_parts
 from passes.coarse.spec import CoarseSpec, Trial
 from passes.coarse.thinned_blocks import THINNED
 from passes.errors import OptionError
-from pnn_compile.executor import Operator, State, Walker, plus
+from passes.transform.executor import Executor, Operator, State, plus
 from pnn_compile.fit.metrics import Energy
 from pnn_compile.inputs import device_of
 
@@ -54,7 +54,7 @@ class Given:
         walker: Of the network.
     """
 
-    def __init__(self, walker: Walker) -> None:
+    def __init__(self, walker: Executor) -> None:
         self._guesses = dict(walker.guesses)
         self._corrections = dict(walker.corrections)
 
@@ -68,7 +68,7 @@ class Given:
 
 
 def fit_closed_form(
-    walker: Walker, batches: Batches, candidates: Candidates, *, keep_better: bool = False
+    walker: Executor, batches: Batches, candidates: Candidates, *, keep_better: bool = False
 ) -> tuple[str, ...]:
     """Fit what `candidates` offers for every place, and leave the best ones in the walker.
 
@@ -167,7 +167,7 @@ class _Sweep:
     """Walks all batches from stage to stage and fits what stands on the way."""
 
     def __init__(
-        self, walker: Walker, batches: Batches, memory: _Memory, *, keep_better: bool
+        self, walker: Executor, batches: Batches, memory: _Memory, *, keep_better: bool
     ) -> None:
         self.keep_better = keep_better
         self.walker = walker

@@ -17,8 +17,8 @@ from passes.ir.isolation import seeded
 from passes.options import Options
 from passes.plan.build import with_operators
 from passes.transform.assemble import assemble
+from passes.transform.executor import Executor, Operator
 from passes.transform.synthesize import Operators, build_correction
-from pnn_compile.executor import Operator, Walker
 from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.regression_sweep import Given
 from pnn_compile.network import Network
@@ -44,7 +44,7 @@ def choose(
     Raises:
         OptionError: As in `calibrate`.
     """
-    walker = Walker(network)
+    walker = Executor(network)
     report = calibrate_by_choice(
         network, inputs, walker, _Offered(network, analysis, options, walker)
     )
@@ -69,7 +69,7 @@ class _Offered:
     """Builds the candidates of the families that the options leave open."""
 
     def __init__(
-        self, network: Network, analysis: Analysis, options: Options, walker: Walker
+        self, network: Network, analysis: Analysis, options: Options, walker: Executor
     ) -> None:
         self._network = network
         self._analysis = analysis

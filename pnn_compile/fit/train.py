@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
-from pnn_compile.executor import Walker
+from passes.transform.executor import Executor
 from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.checkpoint import FitState, checkpoint_file
 from pnn_compile.fit.distill import Distiller, InterfaceLoss, train_mode
@@ -300,7 +300,7 @@ def _enough(compiled: Network, batches: Sequence[Mapping[str, Any]]) -> bool:
 def _solve(compiled: Network, batches: Sequence[Mapping[str, Any]]) -> None:
     """Fit the linear parts in closed form, where that lowers their errors on held-out batches."""
     if len(batches) >= _FEWEST:
-        walker = Walker(compiled)
+        walker = Executor(compiled)
         calibrate_by_choice(compiled, batches, walker, Given(walker), keep_better=True)
 
 

@@ -8,7 +8,7 @@ it computed, and what crosses it untouched.
 from __future__ import annotations
 
 from passes.schedule.instruction import Instruction, Kind
-from pnn_compile.executor import State, plus
+from passes.transform.executor import State, plus
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
 from pnn_compile.runtime.workspace import Action, Workspace
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from passes.schedule.instruction import Instruction, Kind
-from pnn_compile.executor import State
+from passes.transform.executor import State
 from pnn_compile.runtime.piece import Piece, added, detached, leaves
 from pnn_compile.runtime.workspace import Action, Workspace
 

@@ -7,13 +7,14 @@ of its stage. A lane runs its calls in order; where one reads what another lane 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from passes.plan.schema import Plan
+from passes.transform.assemble import step_of
+from passes.transform.sweep import Role
 
 __all__ = ["Lanes", "lanes"]
 
@@ -41,19 +42,13 @@ class Lanes:
 
 def lanes(graph: fx.Graph, plan: Plan) -> Lanes:
     """Give every node of the graph that `passes.transform.assemble` made of a plan its lane."""
-    side_by_side = ("fine_", "preprocess_", *(["coarse_"] if plan.sweep == "collapsed" else []))
+    side_by_side = {Role.PREPROCESS, Role.FINE}
+    if plan.sweep == "collapsed":  # a residual goes where its correction runs
+        side_by_side |= {Role.RESIDUAL, Role.COARSE}
     lane: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        target = str(node.target)
-        if node.op == "call_module" and target.startswith(side_by_side):
-            lane[node] = int(target.rpartition("_")[2])
-        elif node.target is operator.getitem:  # takes no time
-            lane[node] = lane[node.all_input_nodes[0]]
-        else:
-            lane[node] = 0
-    for node in graph.nodes:
-        if node.target is operator.sub:  # a residual goes where its correction runs
-            (lane[node],) = {lane[user] for user in node.users}
+        step = step_of(node)
+        lane[node] = step.stage if step and step.role in side_by_side else 0
     waits = {
         node: tuple(
             source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pnn_compile.executor import State
+from passes.transform.executor import State
 
 __all__ = ["Piece", "added", "detached", "leaves"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from passes.errors import RuntimeFault
 from passes.schedule.instruction import Instruction
 from passes.schedule.lists import Sweep, schedule
-from pnn_compile.executor import Walker
+from passes.transform.executor import Executor
 from pnn_compile.inputs import device_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class RankNetwork(nn.Module):
         self.placement = tuple(placement)
         self.rank = rank
         self.sweep = Sweep.of(compiled.plan)
-        self.walker = Walker(compiled)
+        self.walker = Executor(compiled)
         self.own = [stage for stage, place in enumerate(placement) if place == rank]
         count, rounds = len(placement), range(self.sweep.iterations)
         corrected = sorted({s for k in rounds for s in self.sweep.corrected(count, k)})

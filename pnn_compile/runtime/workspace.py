@@ -9,7 +9,7 @@ import torch
 
 from passes.errors import RuntimeFault
 from passes.schedule.instruction import Instruction
-from pnn_compile.executor import State
+from passes.transform.executor import State
 from pnn_compile.runtime.piece import Piece
 from pnn_compile.runtime.rank import RankNetwork
 

@@ -14,8 +14,8 @@ from torch import nn
 import pnn_compile as pnn
 from examples import decoder
 from passes.ir.isolation import preserved
+from passes.transform.executor import Executor, State
 from pnn_compile.cli import main
-from pnn_compile.executor import State, Walker
 from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.checkpoint import random_state, set_random_state
 from pnn_compile.fit.distill import Distiller
@@ -147,7 +147,7 @@ def test_the_goals_of_a_collapsed_sweep_add_up_to_the_original(
     with preserved(compiled.module):
         distiller.train(dropout=True)
         distiller.take(call(name, 3))
-        walker, inputs = Walker(compiled), call(name, 3)
+        walker, inputs = Executor(compiled), call(name, 3)
         true = last = walker.advance(0, {}, walker.fine(0, {}, inputs))
         for number in (1, 2):
             guess = walker.guess(number, inputs)
@@ -294,7 +294,7 @@ def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
 
 def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() -> None:
     compiled = _compiled(coarse="linear", calibration=_images(320))
-    walker = Walker(compiled)
+    walker = Executor(compiled)
     kept = calibrate_by_choice(compiled, _images(40), walker, Given(walker), keep_better=True)
     solved = pnn.calibrate(compiled, _images(40))
     for one, other in zip(kept.interfaces, solved.interfaces, strict=True):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from passes.transform.assemble import step_of
+from passes.transform.sweep import Role
 from pnn_compile.export.onnx.observe import Observed, Spec, leaves
 
 if TYPE_CHECKING:
@@ -20,9 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ROLES", "Place", "Step", "Steps", "read_steps"]
 
-ROLES = ("preprocess", "fine", "residual", "coarse", "correct", "head")
-"""What a node does: guess a state, propagate it, how wrong the guess was, what that does to the
-output of the stage, add it to the output, and what stays behind the last correction."""
+ROLES: tuple[str, ...] = tuple(Role)
+"""What a node may do, in the order of the sweep."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,9 @@ def read_steps(compiled: Network, observed: Observed) -> Steps:
 class _Reader:
     def __init__(self, compiled: Network, observed: Observed) -> None:
         self.graph = compiled.module.graph
-        self.last = len(compiled.plan.stages) - 1
-        self.collapsed = compiled.plan.sweep == "collapsed"
         self.observed = observed
         self.values = observed.values[""]
         self.names: dict[fx.Node, list[str]] = {}
-        self.places: dict[str, Place] = {}
         self.specs: dict[str, Spec] = {}
 
     def read(self) -> Steps:
@@ -110,7 +108,9 @@ class _Reader:
     def _step(self, node: fx.Node) -> Step:
         sources: list[Any] = list(node.args)
         read = [name for source in sources for name in self.names[source]]
-        place = self._place(node)
+        step = step_of(node)
+        assert step is not None
+        place = Place(step.stage, step.role, step.iteration)
         if node.target == "head":
             specs = [spec for _, spec in self.observed.outputs]
             given = [f"output_{index}" for index in range(len(specs))]
@@ -119,7 +119,6 @@ class _Reader:
             given = self._given(node, len(specs))
         self.names[node] = given
         self.specs.update(zip(given, specs, strict=True))
-        self.places.update(dict.fromkeys(given, place))
         arithmetic: dict[Any, str] = {operator.add: "Add", operator.sub: "Sub"}
         target = arithmetic.get(node.target, str(node.target))
         return Step(target, tuple(read), tuple(given), place)
@@ -144,36 +143,3 @@ class _Reader:
             if user.target is operator.getitem:
                 names[int(str(user.args[1]))] = user.name
         return names
-
-    def _place(self, node: fx.Node) -> Place:
-        kind, _, number = str(node.target).rpartition("_")
-        if node.target == "head":
-            return Place(self.last, "head", max(p.iteration for p in self.places.values()))
-        if node.op == "call_module":
-            stage = int(number)
-            if kind == "preprocess":
-                return Place(stage, "preprocess", 0)
-            read = [name for source in node.all_input_nodes for name in self.names[source]]
-            if kind == "fine":
-                return Place(stage, "fine", self._iteration(read))
-            return Place(stage, "coarse", max(self._known(read), default=0))
-        _, b = (self.names[source][0] for source in node.all_input_nodes)
-        if node.target is operator.add:
-            correction = self.places[b]
-            stage = self.last if self.collapsed else correction.stage
-            return Place(stage, "correct", correction.iteration)
-        coarse = next(user for user in node.users if user.op == "call_module")
-        stage = int(str(coarse.target).rpartition("_")[2])
-        return Place(stage, "residual", self._iteration([b]))
-
-    def _known(self, names: list[str]) -> list[int]:
-        return [
-            self.places[name].iteration
-            for name in names
-            if name in self.places and self.places[name].role == "residual"
-        ]
-
-    def _iteration(self, names: list[str]) -> int:
-        """Iteration of what starts from these values: one behind what made them, guesses apart."""
-        made = [self.places[name] for name in names if name in self.places]
-        return max((p.iteration + (p.role != "preprocess") for p in made), default=0)

@@ -1,23 +1,49 @@
-"""Runs the pieces of a compiled network one by one: the true states, the guesses, the sweep."""
+"""Runs the pieces of a compiled network one by one, on named states, outside of any graph.
+
+The steps are those of `passes.transform.sweep`; calibration, fits and iteration call the pieces
+here, and look at the states between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from passes.coarse.spec import CoarseSpec
+from passes.ir.program import Program
+from passes.plan.schema import Plan
+from passes.transform.split import Stages
+from passes.transform.sweep import Role, Step, in_sequence, walk
+from passes.transform.synthesize import Operators
 
-if TYPE_CHECKING:
-    from passes.transform.split import Stages
-    from pnn_compile.network import Network
-
-__all__ = ["Operator", "State", "Walker", "plus"]
+__all__ = ["Executor", "Operator", "Pieces", "State", "plus"]
 
 State = dict[str, torch.Tensor]
+"""The tensors of a state, by the names of their nodes."""
+
+
+class Pieces(Protocol):
+    """What an executor runs: a compiled network, or whatever holds the same parts."""
+
+    @property
+    def program(self) -> Program:
+        """The captured model."""
+
+    @property
+    def plan(self) -> Plan:
+        """Every decision."""
+
+    @property
+    def stages(self) -> Stages:
+        """The fine stages and the head."""
+
+    @property
+    def operators(self) -> Operators:
+        """The guesses and corrections."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +54,7 @@ class Operator:
     network: nn.Module
 
 
-class Walker:
+class Executor:
     """Calls fine stages, guesses and corrections by stage number on named states.
 
     Inputs go by the names of the arguments; the plan goes by the names of their nodes, which differ
@@ -45,7 +71,7 @@ class Walker:
         corrections: By stage number; may be replaced.
     """
 
-    def __init__(self, compiled: Network, stages: Stages | None = None) -> None:
+    def __init__(self, compiled: Pieces, stages: Stages | None = None) -> None:
         self.plan = compiled.plan
         self.stages = stages or compiled.stages
         self.guesses: dict[int, Operator] = {}
@@ -69,15 +95,43 @@ class Walker:
         )
         return _named(stage.produces, result)
 
+    def run(self, steps: Iterable[Step], inputs: Mapping[str, Any]) -> Iterator[tuple[Step, State]]:
+        """Do the steps of a sweep; yield each with the state that it makes, up to the head."""
+
+        def call(step: Step, states: Sequence[State]) -> State:
+            number = step.stage
+            if step.role is Role.PREPROCESS:
+                return self.guess(number, inputs)
+            if step.role is Role.FINE:
+                return self.fine(number, states[0] if number else {}, inputs)
+            if step.role is Role.RESIDUAL:
+                before, entering = states
+                names = self.plan.stages[number].consumes
+                return {name: before[name] - entering[name] for name in names}
+            if step.role is Role.COARSE:
+                residual, entering = states
+                return self.correction(number, entering, [*residual.values()], inputs)
+            before, own, *corrections = states if number else ({}, *states)
+            state = self.advance(number, before, own)
+            for correction in corrections:
+                state = plus(state, correction)
+            return state
+
+        return walk((step for step in steps if step.role is not Role.HEAD), call)
+
+    def true_states(self, inputs: Mapping[str, Any]) -> Iterator[State]:
+        """Yield the state after every stage of the original network."""
+        for step, state in self.run(in_sequence(len(self.plan.stages)), inputs):
+            if step.role is Role.CORRECT:
+                yield state
+
     def last_state(self, inputs: Mapping[str, Any]) -> State:
-        """The true state in front of the head."""
-        state: State = {}
-        for number in range(len(self.plan.stages)):
-            state = self.advance(number, state, self.fine(number, state, inputs))
-        return state
+        """Return the true state that the head reads."""
+        *_, last = self.true_states(inputs)
+        return last
 
     def advance(self, number: int, state: State, produced: State) -> State:
-        """The state behind stage `number`: what crosses from before, and what it produced."""
+        """Return the state after stage `number`: what passes by, and what the stage produced."""
         crossing = [value.name for value in self.plan.interfaces[number].state]
         both = {**state, **produced}
         return {name: both[name] for name in crossing}
