@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from dataclasses import fields as _fields
+from typing import Any, Literal, TypedDict
 
 from torch import fx
 
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
 
-__all__ = ["BLOCK_FAMILIES", "MEASURED", "ROOFLINE", "CostSource", "Options"]
+__all__ = ["BLOCK_FAMILIES", "MEASURED", "ROOFLINE", "Choices", "CostSource", "Options"]
 
 CostSource = (
     Literal["flops", "measured", "measured-forward", "roofline", "roofline-forward"]
@@ -35,6 +36,25 @@ _MOST_COPIED = 0.25
 _CORRECTIONS = ("residual", "difference")
 
 
+class Choices(TypedDict, total=False):
+    """The options by name, as `pnn.compile` takes them; `Options` describes each."""
+
+    stages: int | Literal["auto"]
+    cost: CostSource
+    cuts: Iterable[str] | None
+    coarse: str
+    coarse_budget: float
+    units: int
+    rank: int
+    preprocess: str
+    prologue: float | None
+    correction: Literal["residual", "difference"]
+    sweep: Literal["chain", "collapsed", "auto"]
+    iterations: int
+    devices: DeviceProfile | Sequence[DeviceProfile] | None
+    seed: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of one compilation.
@@ -47,12 +67,17 @@ class Options:
             "roofline" and "roofline-forward"; or a callable from a node and its forward
             FLOPs to a weight.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
-        coarse: Family of the coarse propagators, "auto", or a sum such as "linear+lowrank".
+        coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
+            these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
+            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact" or
+            "zero".
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
-        units: N_c, the copies of the repeating block in a coarse network of family "units"; of
-            family "thinned" how many of a stage's repeated blocks are kept.
+        units: Copies N_c of the repeating block in a coarse network of family "units"; of family
+            "thinned" how many of a stage's repeated blocks are kept.
         rank: Rank of family "lowrank".
-        preprocess: Family of the preprocessing operators, "auto", or a sum.
+        preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
+            "lowrank", "conv" or a sum of these four; or "thinned" (copies of the first layers and
+            of every m-th block after them, with a channel map: for trained, deep models).
         prologue: Largest share of the original's cost that a guess may spend on a copy of the
             first layers, to read what they give instead of the input, or on a thinned copy of all
             layers before its interface (`preprocess="thinned"`). None is no copy, a tenth for
@@ -85,6 +110,33 @@ class Options:
     iterations: int = 1
     devices: tuple[DeviceProfile, ...] = ()
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: Options | None, choices: Choices) -> Options:
+        """Set single options by name, in those given or else in the defaults.
+
+        A device or a list of devices becomes a tuple, and costs on devices become seconds.
+
+        Raises:
+            OptionError: An option is unknown, or a value out of range.
+        """
+        start = options or cls()
+        fields: dict[str, Any] = {field.name: getattr(start, field.name) for field in _fields(cls)}
+        if unknown := sorted(choices.keys() - fields.keys()):
+            raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(fields)}")
+        fields |= choices
+        devices, cuts = fields["devices"], fields["cuts"]
+        single = isinstance(devices, DeviceProfile)
+        fields["devices"] = (devices,) if single else tuple(devices or ())
+        if fields["devices"] and fields["cost"] == "flops":
+            fields["cost"] = "roofline"
+        if cuts is not None and not isinstance(cuts, str):
+            fields["cuts"] = tuple(cuts)
+        return cls(**fields)
+
+    def changed(self) -> list[str]:
+        """Return the names of the options that differ from the defaults."""
+        return [f.name for f in _fields(type(self)) if getattr(self, f.name) != f.default]
 
     def __post_init__(self) -> None:
         _sum_among("coarse", self.coarse, _COARSE, _COARSE_SUMS)

@@ -1,30 +1,30 @@
-"""The public face: `compile`, and `Compiled`, which it returns."""
+"""The public face: `compile` and `load`, and `Compiled`, which they return."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
+from passes.analysis.analysis import Analysis, weigh
 from passes.capture.ladder import capture
-from passes.cost.device_profile import DeviceProfile
-from passes.errors import OptionError
-from passes.ir.program import Program
-from passes.options import CostSource, Options
-from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
+from passes.cost.node_facts import observe
+from passes.errors import ArtifactError, OptionError
+from passes.ir.program import Program, graph_module, resolve
+from passes.options import Choices, Options
+from passes.pipeline import COMPILE, REPLAY, Compilation, PassResult, run_passes
 from passes.plan.edit import moved_cuts, options_of
 from passes.plan.schema import Plan
-from pnn_compile.fit.calibrate import calibrate
-from pnn_compile.fit.calibration_report import CalibrationReport
-from pnn_compile.fit.select import choose
-from pnn_compile.forecast.timing_cache import TimingCache
-from pnn_compile.inputs import example
-from pnn_compile.network import Network, gather, replay
+from passes.plan.validate import check_plan
+from passes.transform.split import Stages
+from passes.transform.synthesize import Operators
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -33,18 +33,156 @@ if TYPE_CHECKING:
     from pnn_compile.evaluate.iterate import DialRow, Iterates
     from pnn_compile.evaluate.verify import VerifyReport
     from pnn_compile.export.onnx import Exported
+    from pnn_compile.fit.calibration_report import CalibrationReport
+    from pnn_compile.fit.train import FitReport
+    from pnn_compile.forecast.table import ForecastTable
+    from pnn_compile.runtime import RankModule
 
-__all__ = ["Compiled", "compile", "load"]
+__all__ = ["Compiled", "compile", "gather", "load", "replay"]
 
 
-class Compiled(Network):
-    """A compiled network: what `Network` holds, and what users do with it."""
+@dataclass(frozen=True, repr=False)
+class Compiled:
+    """A compiled network: everything that it was made from, and what users do with it.
 
-    @classmethod
-    def of(cls, network: Network) -> Compiled:
-        """Give a network the methods of this class; nothing is copied."""
-        parts = {field.name: getattr(network, field.name) for field in fields(network)}
-        return cls(**parts)
+    Every verb is a method here, and a function of the room that does the work; a room is imported
+    when its verb is called.
+
+    Attributes:
+        program: The captured model.
+        plan: Every decision.
+        stages: The fine stages and the head.
+        operators: The preprocessing operators and coarse propagators.
+        sequential: The stages one after another; equal to the original network.
+        module: The parareal network; trainable, `train()` and `eval()` work.
+        passes: What each pass of the compiler took.
+        calibration: What calibration found, where samples were given to the compiler.
+        weighed: What the compiler cut it by; None of a network that was loaded.
+    """
+
+    program: Program
+    plan: Plan
+    stages: Stages
+    operators: Operators
+    sequential: fx.GraphModule
+    module: fx.GraphModule
+    passes: tuple[PassResult, ...]
+    calibration: CalibrationReport | None = None
+    timings: Path | None = None
+    weighed: Analysis | None = None
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return (
+            f"<{type(self).__name__} {plan.model}: {len(plan.stages)} stages, {plan.correction} "
+            f"form, K = {plan.iterations}>"
+        )
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """Shapes, costs and legal cuts of the program, by FLOPs."""
+        if self.weighed is None:
+            return weigh(self.program, observe(self.program), "flops")
+        if self.weighed.unit == "FLOPs":
+            return self.weighed
+        return weigh(self.program, self.weighed.facts, "flops")
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Measured seconds by the name of the node; empty where the compiler measured none."""
+        if self.weighed is None or self.weighed.unit != "seconds":
+            return {}
+        return {node.name: cost.weight for node, cost in self.weighed.costs.items()}
+
+    def current_program(self) -> Program:
+        """Return the program with the tensors that the stages hold now, and inputs to match.
+
+        Conversions such as `module.double()` or `module.to(...)` replace buffers in the stages,
+        where the program keeps the older ones.
+        """
+        program = self.program
+        held: dict[str, torch.Tensor] = {}
+        for piece in (*self.stages.fine, self.stages.head):
+            held.update(piece.named_parameters(remove_duplicate=False))
+            held.update(piece.named_buffers(remove_duplicate=False))
+        own = dict[str, torch.Tensor](program.module.named_parameters(remove_duplicate=False))
+        own.update(program.module.named_buffers(remove_duplicate=False))
+        stale = [name for name, tensor in own.items() if held.get(name, tensor) is not tensor]
+        module = program.module
+        if stale:
+            module = graph_module(program.module, program.graph, program.name)
+            for name in stale:
+                path, _, leaf = name.rpartition(".")
+                setattr(resolve(module, path) if path else module, leaf, held[name])
+        return replace(program, module=module, args=self._converted_inputs(module))
+
+    @property
+    def conversion(self) -> tuple[torch.dtype, torch.dtype] | None:
+        """Precision of the states when it was compiled and of all weights now, if it changed."""
+        before = {value.spec.dtype for face in self.plan.interfaces for value in face.state}
+        weights = self.program.module.parameters()
+        now = {p.dtype for p in weights if p.is_floating_point()}
+        if len(before) != 1 or len(now) != 1:
+            return None
+        pair = getattr(torch, before.pop()), now.pop()
+        return None if pair[0] == pair[1] else pair
+
+    def _converted_inputs(self, module: fx.GraphModule) -> dict[str, Any]:
+        """The example inputs, in the precision and on the device that the weights have now."""
+        device = next((p.device for p in module.parameters()), None)
+        conversion = self.conversion
+
+        def convert(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if conversion is not None and leaf.dtype == conversion[0]:
+                leaf = leaf.to(conversion[1])
+            return leaf if device is None else leaf.to(device)
+
+        return {name: pytree.tree_map(convert, value) for name, value in self.program.args.items()}
+
+    def original_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights of the fine stages and the head under the model's own keys."""
+        known = dict(self.program.unused)
+        for piece in (*self.stages.fine, self.stages.head):
+            known.update(piece.state_dict())
+        return known
+
+    def load_original_state_dict(
+        self, state: Mapping[str, torch.Tensor], *, strict: bool = True
+    ) -> None:
+        """Load a checkpoint of the original model into the fine stages and the head.
+
+        Guesses and corrections stay as they are. Those of family thinned hold copies of the
+        weights that the model had when it was compiled: load a checkpoint into it before.
+
+        Args:
+            state: A state dict with the model's own keys.
+            strict: Whether every key must be there, and no other.
+
+        Raises:
+            OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
+                is loaded then.
+        """
+        own = self.original_state_dict()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unknown):
+            raise OptionError(
+                f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
+                f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
+                "pass strict=False to load what fits"
+            )
+        common = own.keys() & state.keys()
+        wrong = [key for key in common if own[key].shape != state[key].shape]
+        if wrong:
+            key = min(wrong)
+            raise OptionError(
+                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
+                f"{list(own[key].shape)} in {self.plan.model}"
+            )
+        with torch.no_grad():
+            for key in common:
+                own[key].copy_(state[key])
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:
@@ -79,8 +217,28 @@ class Compiled(Network):
         return verify(self, strict=strict)
 
     def calibrate(self, inputs: Iterable[Any]) -> CalibrationReport:
-        """Fit guesses and corrections in closed form; see `pnn_compile.fit.calibrate.calibrate`."""
+        """Fit guesses and corrections in closed form; see `pnn_compile.fit.calibrate`."""
+        from pnn_compile.fit.calibrate import calibrate
+
         return calibrate(self, inputs)
+
+    def fit(self, batches: Iterable[Any], **options: Any) -> FitReport:
+        """Train the network end to end; `pnn_compile.fit.train.fit` lists the options."""
+        from pnn_compile.fit.train import fit
+
+        return fit(self, batches, **options)
+
+    def forecast(self, **options: Any) -> ForecastTable:
+        """Predict a step on numbers of devices; `pnn_compile.forecast.forecast` lists options."""
+        from pnn_compile.forecast.forecast import forecast
+
+        return forecast(self, **options)
+
+    def distribute(self, **options: Any) -> RankModule:
+        """Return this rank's part; `pnn_compile.runtime.distribute` lists the options."""
+        from pnn_compile.runtime import distribute
+
+        return distribute(self, **options)
 
     def assess(
         self,
@@ -158,25 +316,13 @@ def compile(
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    stages: int | Literal["auto"] = "auto",
-    cost: CostSource = "flops",
-    cuts: Iterable[str] | None = None,
-    coarse: str = "auto",
-    coarse_budget: float = 0.05,
-    units: int = 1,
-    rank: int = 32,
-    preprocess: str = "auto",
-    prologue: float | None = None,
-    correction: Literal["residual", "difference"] = "residual",
-    sweep: Literal["chain", "collapsed", "auto"] = "chain",
-    iterations: int = 1,
-    devices: DeviceProfile | Sequence[DeviceProfile] | None = None,
+    options: Options | None = None,
     dynamic_batch: bool = True,
-    seed: int = 0,
     plan: Plan | None = None,
     calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
     cache: bool | str | Path = True,
     debug: bool = False,
+    **choices: Unpack[Choices],
 ) -> Compiled:
     """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
 
@@ -185,40 +331,11 @@ def compile(
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
-        stages: Number N of stages, one a device, or "auto".
-        cost: How nodes are weighed: "flops"; seconds on this machine, "measured" of a training step
-            or "measured-forward" of the forward pass; seconds on `devices` by their profiles,
-            "roofline" or "roofline-forward"; or a callable from (node, FLOPs) to a number. What
-            counts the way back cuts for training, what says forward for inference.
-        cuts: Names of the nodes or modules that come first in the second and later stages;
-            overrides the search.
-        coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
-            these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
-            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact" or
-            "zero".
-        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
-        units: Copies of the repeating block in a coarse network of family "units"; how many of a
-            stage's repeated blocks a network of family "thinned" keeps.
-        rank: Rank of family "lowrank".
-        preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
-            "lowrank", "conv" or a sum of these four; or "thinned" (copies of the first layers and
-            of every m-th block behind them, with a channel map: for trained, deep models).
-        prologue: Largest share of the original's cost that every guess may spend on a copy of
-            the first layers, to read what they give instead of the input; for "thinned" on all
-            that it copies, a tenth or the least it needs if None.
-        correction: "residual" (the paper's form, for training) or "difference" (classical).
-        sweep: "chain", or "collapsed": every residual goes straight to the last state through a
-            linear or small map of its own, all of them at once; or "auto", the faster one by the
-            step-time model where the corrections are linear.
-        iterations: Number K of parareal iterations; K = N reproduces the original.
-        devices: Profile of the devices to cut for, one for all or a list of one per stage or more
-            (`pnn.load_profile`). Their speeds, links and memory count; costs are then seconds,
-            cost="roofline" unless another one is given.
+        options: What to decide and how; `passes.options.Options` describes every one.
         dynamic_batch: Whether the batch size stays free where the model allows it.
-        seed: Seed of the initial weights of the coarse networks.
-        plan: Replay this plan instead of deciding anew; no option of the search may be given.
-            Where a cut was moved in it (the `first` of a stage, or one of the other names of the
-            same cut), its stages are made anew for the cuts that it then has.
+        plan: Replay this plan instead of deciding anew; no option may be given. Where a cut was
+            moved in it (the `first` of a stage, or one of the other names of the same cut), its
+            stages are made anew for the cuts that it then has.
         calibration: Batches of inputs, as in `calibrate`, or a function that makes them from the
             captured program. Guesses and corrections are fitted to the model's weights, and
             "auto" families are chosen by how well they fit within the budget; a guess may copy
@@ -226,6 +343,11 @@ def compile(
         cache: Whether to keep measured seconds in files (`pnn_compile.forecast.timing_cache` says
             where), and to take those that are there; or the folder to keep them in.
         debug: Whether to verify every graph between passes.
+        **choices: The same options by their names (`stages=4, coarse="units"`), instead of
+            `options` or in addition: they replace what is set there.
+
+    Returns:
+        The compiled network; `compiled.module` is what runs and trains.
 
     Raises:
         OptionError: An option is unknown or out of range.
@@ -234,28 +356,16 @@ def compile(
         SynthesisError: No guess or correction can be made for an interface.
         ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
+    from pnn_compile.fit.calibrate import calibrate
+    from pnn_compile.fit.select import choose
+    from pnn_compile.forecast.timing_cache import TimingCache
+    from pnn_compile.inputs import example
+
     args, kwargs = example(model, example_inputs, args, kwargs)
-    profiles = (devices,) if isinstance(devices, DeviceProfile) else tuple(devices or ())
-    options = Options(
-        stages=stages,
-        cost="roofline" if profiles and cost == "flops" else cost,
-        cuts=cuts if cuts is None or isinstance(cuts, str) else tuple(cuts),  # type: ignore[arg-type]
-        coarse=coarse,
-        coarse_budget=coarse_budget,
-        units=units,
-        rank=rank,
-        preprocess=preprocess,
-        prologue=prologue,
-        correction=correction,
-        sweep=sweep,
-        iterations=iterations,
-        devices=profiles,
-        seed=seed,
-    )
-    given = [f.name for f in fields(Options) if getattr(options, f.name) != f.default]
-    if plan is not None and given:
+    options = Options.of(options, choices)
+    if plan is not None and (changed := options.changed()):
         raise OptionError(
-            f"a plan decides everything: leave out {', '.join(given)}, or leave out the plan"
+            f"a plan decides everything: leave out {', '.join(changed)}, or leave out the plan"
         )
     if calibration is not None and plan is None:
         options = options.calibrated()
@@ -267,25 +377,26 @@ def compile(
         if moved is not None:
             options, plan = options_of(plan, moved), None
     if plan is not None:
-        network = replay(program, plan, captured, debug=debug)
+        compiled = replay(program, plan, captured, debug=debug)
     else:
         timings = TimingCache.of(cache)
-        start_of = Compilation(program, options, measure=timings)
-        compilation, results = run_passes(start_of, COMPILE, check=debug)
-        network = gather(compilation, (captured, *results))
-        network = replace(network, timings=timings.path)
+        compilation, results = run_passes(
+            Compilation(program, options, measure=timings), COMPILE, check=debug
+        )
+        compiled = gather(compilation, (captured, *results))
+        compiled = replace(compiled, timings=timings.path)
     if calibration is not None:
         batches = calibration(program) if callable(calibration) else calibration
         start = time.perf_counter()
         if plan is not None:
-            network = replace(network, calibration=calibrate(network, batches))
+            compiled = replace(compiled, calibration=calibrate(compiled, batches))
         else:
             assert compilation.analysis is not None
             assert compilation.options is not None
-            network = choose(network, compilation.analysis, compilation.options, batches)
+            compiled = choose(compiled, compilation.analysis, compilation.options, batches)
         spent = PassResult("calibrate", time.perf_counter() - start)
-        network = replace(network, passes=(*network.passes, spent))
-    return Compiled.of(network)
+        compiled = replace(compiled, passes=(*compiled.passes, spent))
+    return compiled
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
@@ -300,6 +411,42 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
         ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
             is not the one that the plan was made for.
     """
-    from pnn_compile.artifact.directory import load as load_network
+    from pnn_compile.artifact.directory import load as load_artifact
 
-    return Compiled.of(load_network(path, model))
+    return load_artifact(path, model)
+
+
+def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = False) -> Compiled:
+    """Build the network that a plan describes over a program.
+
+    Raises:
+        ArtifactError: The plan was made for another program, or was edited and makes no sense.
+    """
+    if plan.fingerprint != program.fingerprint:
+        raise ArtifactError(
+            f"the plan was made for another {plan.model}: the structure of {program.name} differs "
+            "(layers, shapes or options); compile it again"
+        )
+    check_plan(program, plan)
+    compilation, results = run_passes(Compilation(program, plan=plan), REPLAY, check=debug)
+    return gather(compilation, (*before, *results))
+
+
+def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:
+    """Collect what a finished compilation made."""
+    c = compilation
+    assert c.plan is not None
+    assert c.stages is not None
+    assert c.operators is not None
+    assert c.sequential is not None
+    assert c.module is not None
+    return Compiled(
+        c.program,
+        c.plan,
+        c.stages,
+        c.operators,
+        c.sequential,
+        c.module,
+        results,
+        weighed=c.analysis,
+    )

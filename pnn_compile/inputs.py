@@ -58,7 +58,7 @@ def example(
 
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 _HELD_OUT = 5
 """Every fifth batch is held out: it judges, and is never fitted."""
@@ -76,7 +76,7 @@ def device_of(module: nn.Module, otherwise: torch.device | None = None) -> torch
 
 
 def named_batch(
-    compiled: Network, batch: Any, device: torch.device | None = None
+    compiled: Compiled, batch: Any, device: torch.device | None = None
 ) -> dict[str, Any]:
     """Name the arguments of one batch; its tensors are copied to a device.
 
@@ -120,7 +120,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     )
 
 
-def check_batch_size(compiled: Network, batch: int) -> None:
+def check_batch_size(compiled: Compiled, batch: int) -> None:
     """Refuse a number of samples that a network was not compiled for.
 
     Raises:
@@ -134,7 +134,7 @@ def check_batch_size(compiled: Network, batch: int) -> None:
         )
 
 
-def check_shapes(compiled: Network, inputs: Mapping[str, Any]) -> None:
+def check_shapes(compiled: Compiled, inputs: Mapping[str, Any]) -> None:
     """Refuse inputs of another shape than the example's, samples apart.
 
     Args:
@@ -162,7 +162,7 @@ def check_shapes(compiled: Network, inputs: Mapping[str, Any]) -> None:
                 )
 
 
-def resized(compiled: Network, batch: int, device: torch.device) -> dict[str, Any]:
+def resized(compiled: Compiled, batch: int, device: torch.device) -> dict[str, Any]:
     """The example inputs with so many samples, repeated or cut, by argument name."""
     size = batch_size(compiled.program.args)
 
@@ -188,7 +188,7 @@ class CalibrationBatches:
             not fit the model.
     """
 
-    def __init__(self, compiled: Network, inputs: Iterable[Any]) -> None:
+    def __init__(self, compiled: Compiled, inputs: Iterable[Any]) -> None:
         self._compiled = compiled
         self._inputs = inputs
         if isinstance(inputs, Iterator):

@@ -25,8 +25,7 @@ from passes.partition.choose_cuts import choose_cut
 from passes.pipeline import REPLAY, Compilation, run_passes
 from passes.plan.build import make_plan
 from passes.plan.schema import Plan
-from pnn_compile.compiled import Compiled
-from pnn_compile.network import gather
+from pnn_compile.compiled import Compiled, gather
 from pnn_compile.sources import Source, load_source
 from tests.models import zoo
 from tests.support.parity import Step, step
@@ -140,7 +139,7 @@ def _cut(analysis: Analysis, stages: int) -> Plan | str:
 def _compile(program: Program, analysis: Analysis, plan: Plan) -> Compiled:
     start = Compilation(program, Options(stages=len(plan.stages)), analysis=analysis, plan=plan)
     compilation, results = run_passes(start, REPLAY)
-    return Compiled.of(gather(compilation, results))
+    return gather(compilation, results)
 
 
 def _oracles(source: Source, compiled: Compiled, *, trains: bool) -> Iterator[tuple[str, str]]:

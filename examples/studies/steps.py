@@ -37,7 +37,7 @@ def measured(compiled: pnn.Compiled, images: torch.Tensor, bfloat16: bool) -> di
         bfloat16: Whether to run in mixed precision.
     """
     compiled.module.to(images.device).train()
-    walker, inputs = Executor(compiled), {"images": images}
+    executor, inputs = Executor(compiled), {"images": images}
 
     def seconds(run: Callable[[], Any]) -> float:
         found = []
@@ -53,23 +53,23 @@ def measured(compiled: pnn.Compiled, images: torch.Tensor, bfloat16: bool) -> di
 
     with torch.no_grad():
         guesses: list[dict[str, torch.Tensor]] = [{}]
-        guesses += [walker.guess(n, inputs) for n in range(1, len(compiled.plan.stages))]
-        last = walker.last_state(inputs)
+        guesses += [executor.guess(n, inputs) for n in range(1, len(compiled.plan.stages))]
+        last = executor.last_state(inputs)
     moved = [{k: v.detach().requires_grad_() for k, v in guess.items()} for guess in guesses]
 
     def stage(number: int) -> Any:
-        state = walker.guess(number, inputs) if number else {}
-        return walker.fine(number, state, inputs)
+        state = executor.guess(number, inputs) if number else {}
+        return executor.fine(number, state, inputs)
 
     def correct(number: int) -> Any:
         true = {name: value + 1 for name, value in moved[number].items()}
-        return walker.correct(number, guesses[number], true, inputs)
+        return executor.correct(number, guesses[number], true, inputs)
 
     ended = {name: value.detach().requires_grad_() for name, value in last.items()}
     numbers = range(len(compiled.plan.stages))
     stages = [seconds(lambda n=n: stage(n)) for n in numbers]  # type: ignore[misc]
     sweep = sum(seconds(lambda n=n: correct(n)) for n in numbers[1:])  # type: ignore[misc]
-    head = seconds(lambda: walker.head(ended, inputs))
+    head = seconds(lambda: executor.head(ended, inputs))
     original = seconds(lambda: compiled.sequential(images))
     return {
         "stages": len(stages), "batch": len(images), "original": original,

@@ -17,7 +17,7 @@ from passes.coarse.spec import CoarseSpec
 from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
-from passes.transform.sweep import Role, Step, in_sequence, walk
+from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
 
 __all__ = ["Executor", "Operator", "Pieces", "State", "plus"]
@@ -128,6 +128,12 @@ class Executor:
     def last_state(self, inputs: Mapping[str, Any]) -> State:
         """Return the true state that the head reads."""
         *_, last = self.true_states(inputs)
+        return last
+
+    def corrected_state(self, inputs: Mapping[str, Any]) -> State:
+        """Return the state that the head of the parareal network reads, after its iterations."""
+        plan = self.plan
+        *_, (_, last) = self.run(sweep(len(plan.stages), plan.sweep, plan.iterations), inputs)
         return last
 
     def advance(self, number: int, state: State, produced: State) -> State:

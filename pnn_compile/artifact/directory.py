@@ -45,7 +45,7 @@ from pnn_compile.artifact.program_json import (
 )
 from pnn_compile.artifact.tensor_file import TensorFile
 from pnn_compile.artifact.tensors import TensorReader, TensorWriter, assign
-from pnn_compile.network import Network, replay
+from pnn_compile.compiled import Compiled, replay
 
 if TYPE_CHECKING:
     from pnn_compile.forecast.table import ForecastTable
@@ -64,7 +64,7 @@ _DERIVED = ("model.onnx", "model.onnx.stage_*.data", "stages", "manifest.json")
 _AGAIN = "restore the file, or save the artifact again"
 
 
-def save(compiled: Network, path: str | Path, forecast: ForecastTable | None = None) -> Path:
+def save(compiled: Compiled, path: str | Path, forecast: ForecastTable | None = None) -> Path:
     """Write the artifact directory `path`, atomically, replacing an older one.
 
     The directory is written beside its place and then takes it: whatever fails on the way, or
@@ -117,7 +117,7 @@ def save(compiled: Network, path: str | Path, forecast: ForecastTable | None = N
     return target
 
 
-def _report(compiled: Network, forecast: ForecastTable | None) -> str | None:
+def _report(compiled: Compiled, forecast: ForecastTable | None) -> str | None:
     """The report for people, which nothing else of the artifact depends on."""
     from pnn_compile.report.html import html_report
 
@@ -134,7 +134,7 @@ def _report(compiled: Network, forecast: ForecastTable | None) -> str | None:
 
 def load(
     path: str | Path, model: nn.Module | None = None, *, without_data: bool = False
-) -> Network:
+) -> Compiled:
     """Load an artifact directory, on the CPU.
 
     Args:
@@ -292,7 +292,7 @@ def _to_json(data: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(f"{dump(k)}: {lines(v)}" for k, v in data.items()) + "\n}\n"
 
 
-def _check_modules(compiled: Network) -> None:
+def _check_modules(compiled: Compiled) -> None:
     """Refuse a network in which a module was replaced after the compilation."""
     program = compiled.program
     for piece in (*compiled.stages.fine, compiled.stages.head):
@@ -307,7 +307,7 @@ def _check_modules(compiled: Network) -> None:
                 )
 
 
-def _operator_tensors(compiled: Network) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Yield name, kind and value of what the operators do not share with the stages."""
     pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
     shared = {id(tensor) for piece in pieces for _, tensor in named_tensors(piece)}
@@ -321,7 +321,7 @@ def _operator_tensors(compiled: Network) -> Iterator[tuple[str, str, torch.Tenso
 
 
 def _restore_network(
-    compiled: Network, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+    compiled: Compiled, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> None:
     records = network["tensors"]
     stored = {record["name"] for record in records}
@@ -351,7 +351,7 @@ def _capture(
         ) from error
 
 
-def _replay_over(folder: Path, program: Program, plan: Plan, read: PassResult) -> Network:
+def _replay_over(folder: Path, program: Program, plan: Plan, read: PassResult) -> Compiled:
     try:
         return replay(program, plan, read)
     except PnnError as error:

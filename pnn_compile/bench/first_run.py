@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from pnn_compile.artifact.directory import load
 from pnn_compile.bench.setting import mean_square, optimizer_of
+from pnn_compile.compiled import Compiled
 from pnn_compile.fit.metrics import Energy
 from pnn_compile.inputs import batch_size, check_batch_size, device_of, resized
-from pnn_compile.network import Network
 from pnn_compile.runtime import distribute, place
 from pnn_compile.runtime.local_ranks import run_on_ranks
 
@@ -122,7 +122,7 @@ def first_run(
     return FirstRun(compiled.plan.model, batch, training, reports, total, error)
 
 
-def _alone(compiled: Network, batch: int) -> list[torch.Tensor]:
+def _alone(compiled: Compiled, batch: int) -> list[torch.Tensor]:
     inputs = resized(compiled, batch, device_of(compiled.module))
     with torch.no_grad():
         return _tensors(compiled.module.eval()(**inputs))

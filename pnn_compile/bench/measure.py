@@ -25,7 +25,7 @@ from pnn_compile.runtime import place
 from pnn_compile.runtime.local_ranks import TIMEOUT, run_on_ranks
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["bench"]
 
@@ -58,7 +58,7 @@ class _Turns:
 
 
 def bench(
-    compiled: Network,
+    compiled: Compiled,
     *,
     ranks: int | None = None,
     batches: Iterable[int] = (1,),
@@ -117,7 +117,7 @@ def bench(
     )  # fmt: skip
 
 
-def _check(compiled: Network, batches: Sequence[int], rounds: int) -> None:
+def _check(compiled: Compiled, batches: Sequence[int], rounds: int) -> None:
     if rounds < 1 or not batches or min(batches) < 1:
         raise OptionError("bench needs at least one round and batches of at least one sample")
     for batch in batches:
@@ -134,7 +134,7 @@ def _measure(device: torch.device, order: _Order) -> tuple[str, tuple[_Turns, ..
     return kind, tuple(_turns(order, compiled, batch, device) for batch in order.batches)
 
 
-def _turns(order: _Order, compiled: Network, batch: int, device: torch.device) -> _Turns:
+def _turns(order: _Order, compiled: Compiled, batch: int, device: torch.device) -> _Turns:
     """Let the contenders take turns at one batch size; the parts are timed in between."""
     inputs = resized(compiled, batch, device)
     ready: dict[str, Step] = {}

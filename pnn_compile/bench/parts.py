@@ -21,7 +21,7 @@ from pnn_compile.runtime.rank import RankNetwork
 from pnn_compile.runtime.step import Step
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["PartsTimer", "RankParts", "median_parts", "median_rank", "parts_of"]
 
@@ -41,7 +41,7 @@ class PartsTimer:
     """
 
     def __init__(
-        self, compiled: Network, inputs: dict[str, Any], placement: Sequence[int], training: bool
+        self, compiled: Compiled, inputs: dict[str, Any], placement: Sequence[int], training: bool
     ) -> None:
         self._inputs = [inputs]
         self._training = training

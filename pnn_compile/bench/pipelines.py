@@ -15,7 +15,7 @@ from pnn_compile.bench.setting import Setting, Step, Tuned, Unfit, mean_square, 
 from pnn_compile.runtime import place
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["COUNTS", "best_pipeline", "pipeline", "pipelines"]
 
@@ -124,9 +124,9 @@ class _Piece(nn.Module):
     next one. A tensor that the first rank is called with stands for the first argument.
     """
 
-    def __init__(self, compiled: Network, placement: tuple[int, ...], rank: int) -> None:
+    def __init__(self, compiled: Compiled, placement: tuple[int, ...], rank: int) -> None:
         super().__init__()
-        self._walker = [Executor(compiled)]  # a list hides it from nn.Module
+        self._executor = [Executor(compiled)]  # a list hides it from nn.Module
         self._own = [stage for stage, place in enumerate(placement) if place == rank]
         self._last = len(placement) - 1
         for stage in self._own:
@@ -135,14 +135,14 @@ class _Piece(nn.Module):
             self.add_module("head", compiled.stages.head)
 
     def forward(self, *crossing: torch.Tensor, **inputs: Any) -> Any:
-        walker, state = self._walker[0], {}
+        executor, state = self._executor[0], {}
         if first := self._own[0]:
-            names = [value.name for value in walker.plan.interfaces[first - 1].state]
+            names = [value.name for value in executor.plan.interfaces[first - 1].state]
             state = dict(zip(names, crossing, strict=True))
         for stage in self._own:
-            state = walker.advance(stage, state, walker.fine(stage, state, inputs))
+            state = executor.advance(stage, state, executor.fine(stage, state, inputs))
         if self._last in self._own:
-            return walker.head(state, inputs)
+            return executor.head(state, inputs)
         return tuple(state.values())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["Setting", "Step", "Tuned", "Unfit", "mean_square", "optimizer_of"]
 
@@ -34,7 +34,7 @@ class Setting:
         device: Device of this rank.
     """
 
-    compiled: Network
+    compiled: Compiled
     inputs: Mapping[str, Any]
     batch: int
     training: bool

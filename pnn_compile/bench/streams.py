@@ -23,7 +23,7 @@ from pnn_compile.runtime.captured import CapturedForward, CapturedStep
 from pnn_compile.runtime.streams import StreamNetwork
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["BASELINE", "StreamBench", "StreamTiming", "bench_streams"]
 
@@ -84,7 +84,7 @@ class StreamBench:
 
 
 def bench_streams(
-    networks: Sequence[Network],
+    networks: Sequence[Compiled],
     *,
     batches: Iterable[int] = (1,),
     training: bool = False,
@@ -122,7 +122,7 @@ def bench_streams(
 
 
 def _turns(
-    networks: Sequence[Network], batch: int, training: bool, rounds: int
+    networks: Sequence[Compiled], batch: int, training: bool, rounds: int
 ) -> list[StreamTiming]:
     steps: dict[str, _Step] = {}
     errors: dict[str, float | None] = {}

@@ -11,18 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from passes.errors import OptionError, VerificationError
-from pnn_compile.cli.common import (
-    ARG,
-    CALIBRATION_BATCH,
-    DEBUG,
-    JSON,
-    Progress,
-    checks,
-    console,
-    open_target,
-    stages_option,
-)
+from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, checks, console, open_target
 from pnn_compile.cli.exporting import is_onnx, show_onnx
+from pnn_compile.cli.options import ARG, DEBUG, JSON, stages_option
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from passes.errors import OptionError
-from pnn_compile.cli.common import (
-    ARG,
-    DEBUG,
-    JSON,
-    Progress,
-    console,
-    numbers,
-    open_target,
-    stages_option,
-)
+from pnn_compile.cli.common import Progress, console, numbers, open_target
+from pnn_compile.cli.options import ARG, DEBUG, JSON, stages_option
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled

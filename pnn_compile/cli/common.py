@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import click
 from rich.console import Console
 
 from passes.errors import OptionError
@@ -20,44 +19,16 @@ if TYPE_CHECKING:
     from pnn_compile.evaluate.verify import VerifyReport
 
 __all__ = [
-    "ARG",
-    "CACHE",
     "CALIBRATION_BATCH",
-    "DEBUG",
-    "JSON",
     "Progress",
     "checks",
     "console",
     "numbers",
     "open_target",
-    "stages_option",
 ]
 
 CALIBRATION_BATCH = 128
 """Samples of one batch of calibration."""
-
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-ARG = click.option(
-    "--arg",
-    "arguments",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Argument of what builds the model, such as num_layers=24; repeatable.",
-)
-CACHE = click.option(
-    "--cache/--no-cache", default=True, help="Keep measured seconds, and take those kept (default)."
-)
-DEBUG = click.option("--debug", is_flag=True, help="Tracebacks, and graph checks between passes.")
-
-
-def stages_option(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
-    """Read a number of stages, or auto."""
-    if value == "auto":
-        return "auto"
-    try:
-        return int(value)
-    except ValueError as error:
-        raise OptionError(f"-n must be a number or 'auto' (got {value!r})") from error
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -14,18 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from passes.errors import OptionError, VerificationError
-from pnn_compile.cli.common import (
-    ARG,
-    CACHE,
-    CALIBRATION_BATCH,
-    DEBUG,
-    JSON,
-    Progress,
-    checks,
-    console,
-    stages_option,
-)
+from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, checks, console
 from pnn_compile.cli.exporting import described, export_to
+from pnn_compile.cli.options import ARG, CACHE, DEBUG, JSON, compiler_options, stages_option
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -79,24 +70,10 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     metavar="NAME,...",
     help="Profile of all devices, or of one per stage: built in (h100) or a .toml file.",
 )
-@click.option(
-    "--coarse",
-    default="auto",
-    help="auto, linear, lowrank, conv, a sum of these (linear+lowrank), units, thinned (every m-th "
-    "trained block, its branch scaled by m), exact or zero.",
-)
-@click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
-@click.option("--units", default=1, type=int, help="Repeating blocks to copy or keep (N_c).")
-@click.option("--rank", default=32, type=int, help="Rank of family lowrank.")
-@click.option(
-    "--preprocess",
-    default="auto",
-    help="auto, thinned, or a sum of convolution, linear, lowrank, conv.",
-)
-@click.option("--prologue", default=None, type=float, help="Share of layers copied into a guess.")
-@click.option("--correction", default="residual", help="residual or difference.")
-@click.option("--sweep", default="chain", help="chain, collapsed or auto.")
-@click.option("--iterations", default=1, type=int, help="Parareal iterations K.")
+@compiler_options(
+    "coarse", "coarse_budget", "units", "rank", "preprocess", "prologue", "correction", "sweep",
+    "iterations", "seed",
+)  # fmt: skip
 @click.option("--cut-at", metavar="NAMES", help="Modules that come first in stages 1.., by comma.")
 @click.option(
     "--plan",
@@ -104,7 +81,6 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     type=click.Path(path_type=Path),
     help="Replay it; its cuts may be moved.",
 )
-@click.option("--seed", default=0, type=int, help="Seed of the coarse networks.")
 @click.option(
     "--calibrate",
     "samples",
@@ -128,7 +104,7 @@ def compile_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    r"""Compile MODEL.
+    """Compile MODEL.
 
     \b
     MODEL is one of

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from passes.errors import OptionError
-from pnn_compile.cli.common import ARG, CACHE, DEBUG, JSON, Progress, console, numbers
+from pnn_compile.cli.common import Progress, console, numbers
+from pnn_compile.cli.options import ARG, CACHE, DEBUG, JSON, compiler_options
 
 __all__ = ["counts", "forecast_command", "profile_command"]
 
@@ -47,8 +48,7 @@ def counts(text: str) -> list[int]:
     help="How nodes are weighed: roofline where --devices are given, else measured here.",
 )
 @click.option("--inference", is_flag=True, help="Forward alone, instead of training steps.")
-@click.option("--coarse", default="auto", help="Family of the corrections, as for compile.")
-@click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
+@compiler_options("coarse", "coarse_budget")
 @click.option("--micro-batches", default="4", metavar="M,...", help="Of pipelines set beside.")
 @CACHE
 @JSON

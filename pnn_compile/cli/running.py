@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from passes.errors import VerificationError
-from pnn_compile.cli.common import DEBUG, JSON, Progress, console
+from pnn_compile.cli.common import Progress, console
+from pnn_compile.cli.options import DEBUG, JSON
 
 __all__ = ["run_command"]
 

@@ -11,14 +11,8 @@ from pathlib import Path
 
 import click
 
-from pnn_compile.cli.common import (
-    CALIBRATION_BATCH,
-    DEBUG,
-    JSON,
-    Progress,
-    console,
-    numbers,
-)
+from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, console, numbers
+from pnn_compile.cli.options import DEBUG, JSON
 
 __all__ = ["assess", "dial_command", "fit_command"]
 

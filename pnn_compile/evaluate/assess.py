@@ -14,13 +14,13 @@ from typing import Any
 from passes.errors import OptionError
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
+from pnn_compile.compiled import Compiled, gather
 from pnn_compile.evaluate.iterate import dial
 from pnn_compile.fit.early_exit import EarlyExit, fit_early_exit
 from pnn_compile.fit.isolation import evaluating
 from pnn_compile.fit.metrics import Agreement, Energy, judged
 from pnn_compile.fit.select import choose
 from pnn_compile.inputs import CalibrationBatches, batch_size
-from pnn_compile.network import Network, gather
 
 __all__ = ["Fidelity", "Verdict", "VerdictRow", "assess"]
 
@@ -104,7 +104,7 @@ class Verdict:
 
 
 def assess(
-    compiled: Network,
+    compiled: Compiled,
     inputs: Iterable[Any],
     *,
     stages: Sequence[int] = (),
@@ -141,7 +141,7 @@ def assess(
     return Verdict(tuple(rows), held, _sentence(rows, held), _advice(rows, networks))
 
 
-def _compiled(compiled: Network, inputs: Iterable[Any], options: Mapping[str, Any]) -> Network:
+def _compiled(compiled: Compiled, inputs: Iterable[Any], options: Mapping[str, Any]) -> Compiled:
     plan = compiled.plan
     known = {"correction": plan.correction, "sweep": plan.sweep, "seed": plan.seed}
     try:
@@ -153,7 +153,7 @@ def _compiled(compiled: Network, inputs: Iterable[Any], options: Mapping[str, An
     return choose(gather(compilation, results), compilation.analysis, wanted, inputs)
 
 
-def _rows(network: Network, batches: CalibrationBatches, iterations: int) -> list[VerdictRow]:
+def _rows(network: Compiled, batches: CalibrationBatches, iterations: int) -> list[VerdictRow]:
     held = [inputs for held_out, inputs in batches.split() if held_out]
     rows = []
     for dialled in dial(network, held, most=iterations):
@@ -172,7 +172,7 @@ def _rows(network: Network, batches: CalibrationBatches, iterations: int) -> lis
     return rows
 
 
-def _fidelity(network: Network, exit_: EarlyExit, held: Iterable[Mapping[str, Any]]) -> Fidelity:
+def _fidelity(network: Compiled, exit_: EarlyExit, held: Iterable[Mapping[str, Any]]) -> Fidelity:
     agreed, error = Agreement(), Energy()
     with evaluating(network):
         for inputs in held:
@@ -210,7 +210,7 @@ def _largest(rows: Sequence[VerdictRow]) -> VerdictRow:
     return max((row for row in rows if row.iterations == 1), key=lambda row: row.stages)
 
 
-def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Network]) -> tuple[str, ...]:
+def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Compiled]) -> tuple[str, ...]:
     row, advice = _largest(rows), []
     if row.exit is not None and row.exit_share is not None and not row.fidelity.beats(row.exit):
         advice.append(
@@ -235,7 +235,7 @@ def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Network]) -> tupl
     return tuple(advice)
 
 
-def _at_the_limit(network: Network) -> bool:
+def _at_the_limit(network: Compiled) -> bool:
     """Whether a larger correction or guess might have fitted better still."""
     specs = [s for stage in network.plan.stages for s in (stage.preprocess, stage.coarse) if s]
     return any(s.tried and s.flops == max(trial.flops for trial in s.tried) for s in specs)

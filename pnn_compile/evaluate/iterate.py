@@ -24,7 +24,7 @@ from pnn_compile.inputs import batch_size, named_batch
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["DialRow", "Iterates", "dial", "estimated_errors", "iterate", "last_states"]
 
@@ -53,7 +53,7 @@ class Iterates:
 
 
 def iterate(
-    compiled: Network,
+    compiled: Compiled,
     inputs: Any,
     *,
     iterations: int | None = None,
@@ -81,8 +81,8 @@ def iterate(
     plan = compiled.plan
     most = _most(plan, iterations, tolerance)
     with measuring(compiled):
-        walker, given = Executor(compiled), named_batch(compiled, inputs)
-        states = last_states(walker, given, most)
+        executor, given = Executor(compiled), named_batch(compiled, inputs)
+        states = last_states(executor, given, most)
         state, changed = next(states), []
         for following in states:
             changed.append(_increment(plan, following, state, batch_size(given)))
@@ -90,7 +90,7 @@ def iterate(
             estimates = estimated_errors(torch.stack(changed), len(plan.stages))
             if tolerance is not None and bool((estimates[-1] < tolerance).all()):
                 break
-        outputs = walker.head(state, given)
+        outputs = executor.head(state, given)
     done = len(changed)
     return Iterates(
         outputs=outputs,
@@ -212,7 +212,7 @@ class DialRow:
 
 
 def dial(
-    compiled: Network, batches: Iterable[Any], *, most: int | None = None
+    compiled: Compiled, batches: Iterable[Any], *, most: int | None = None
 ) -> tuple[DialRow, ...]:
     """Measure on samples what every number of iterations from 1 to N gives, in evaluation mode.
 
@@ -236,11 +236,11 @@ def dial(
     most = min(most or count, count)
     tallies = [_Tally() for _ in range(most)]
     with evaluating(compiled):
-        walker = Executor(compiled)
+        executor = Executor(compiled)
         for batch in batches:
             wanted = judged(compiled.sequential(**named_batch(compiled, batch)))
             inputs = named_batch(compiled, batch)
-            _tally(walker, inputs, wanted, tallies)
+            _tally(executor, inputs, wanted, tallies)
     if not tallies[0].samples:
         raise OptionError("the dial needs at least one batch of samples; there is none")
     forecasts = Work.forecasts(plan, most)
@@ -271,18 +271,18 @@ class _Tally:
 
 
 def _tally(
-    walker: Executor, inputs: Mapping[str, Any], wanted: torch.Tensor, tallies: Sequence[_Tally]
+    executor: Executor, inputs: Mapping[str, Any], wanted: torch.Tensor, tallies: Sequence[_Tally]
 ) -> None:
     """Count one batch at every number of iterations."""
-    plan, size = walker.plan, batch_size(inputs)
-    states = last_states(walker, inputs, len(tallies))
+    plan, size = executor.plan, batch_size(inputs)
+    states = last_states(executor, inputs, len(tallies))
     before, changed = next(states), []
     for tally, state in zip(tallies, states, strict=True):
         changed.append(_increment(plan, state, before, size))
         before = state
         tally.estimates.append(estimated_errors(torch.stack(changed), len(plan.stages))[-1].cpu())
         # The head may write into what it is given, and the next iteration reads on.
-        found = judged(walker.head({n: v.clone() for n, v in state.items()}, inputs))
+        found = judged(executor.head({n: v.clone() for n, v in state.items()}, inputs))
         tally.output.add(found, wanted)
         tally.agreed.add(found, wanted, size)
         tally.samples += size

@@ -34,7 +34,7 @@ from passes.transform.synthesize import synthesize
 from pnn_compile.evaluate.rounding import even_operators, in_double
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["Check", "VerifyReport", "verify"]
 
@@ -78,7 +78,7 @@ class VerifyReport:
         return all(check.passed for check in self.checks)
 
 
-def verify(compiled: Network, *, strict: bool = False) -> VerifyReport:
+def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
     """Run every oracle on a compiled network.
 
     The stages one after another must equal the program in training mode (outputs, gradients,
@@ -104,16 +104,16 @@ def verify(compiled: Network, *, strict: bool = False) -> VerifyReport:
     return report
 
 
-_Oracle = Callable[["Network"], Check]
+_Oracle = Callable[["Compiled"], Check]
 
 
-def _timed(compiled: Network, check: _Oracle) -> Check:
+def _timed(compiled: Compiled, check: _Oracle) -> Check:
     start = time.perf_counter()
     result = check(compiled)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
-def _run(compiled: Network, network: nn.Module, *, train: bool, grad: bool) -> Run:
+def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> Run:
     """Run a network that shares the program's parameters, on the example inputs."""
     return _run_by(compiled.program, lambda inputs: network(**inputs), train=train, grad=grad)
 
@@ -186,7 +186,7 @@ def _rounded(value: Any, generator: torch.Generator) -> Any:
 
 
 def _held_against(
-    compiled: Network, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
+    compiled: Compiled, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
 ) -> Check:
     try:
         wanted = _run(compiled, compiled.program.module, train=train, grad=grad)
@@ -213,17 +213,17 @@ def _error(got: Run, wanted: Run, noise: Sequence[float] = ()) -> float:
     return max(errors, default=0.0)
 
 
-def _stages_train(compiled: Network) -> Check:
+def _stages_train(compiled: Compiled) -> Check:
     name = "stages in sequence = original, training (outputs, gradients, buffers)"
     return _held_against(compiled, name, compiled.sequential, train=True, grad=True, slack=1.0)
 
 
-def _stages_eval(compiled: Network) -> Check:
+def _stages_eval(compiled: Compiled) -> Check:
     name = "stages in sequence = original, evaluation"
     return _held_against(compiled, name, compiled.sequential, train=False, grad=False, slack=1.0)
 
 
-def _exact_coarse(compiled: Network) -> Check:
+def _exact_coarse(compiled: Compiled) -> Check:
     plan = compiled.plan
     stages = tuple(
         dataclasses.replace(
@@ -240,7 +240,7 @@ def _exact_coarse(compiled: Network) -> Check:
     return _oracle(compiled, "coarse = fine, difference form = original, evaluation", oracle)
 
 
-def _all_iterations(compiled: Network) -> Check:
+def _all_iterations(compiled: Compiled) -> Check:
     count = len(compiled.plan.stages)
     oracle = dataclasses.replace(
         compiled.plan, correction="difference", sweep="chain", iterations=count
@@ -249,7 +249,7 @@ def _all_iterations(compiled: Network) -> Check:
     return _oracle(compiled, name, oracle, reuse=False)
 
 
-def _oracle(compiled: Network, name: str, plan: Plan, *, reuse: bool = True) -> Check:
+def _oracle(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:
     once = _run(compiled, compiled.program.module, train=False, grad=False)
     # These networks compute stages again, which such models do not allow; see make_plan.
     if once.changed:
@@ -294,7 +294,7 @@ def _draws(program: Program) -> bool:
         return not torch.equal(state, torch.get_rng_state())
 
 
-def _without_rounding(compiled: Network, failed: Check, plan: Plan, reuse: bool) -> Check:
+def _without_rounding(compiled: Compiled, failed: Check, plan: Plan, reuse: bool) -> Check:
     """Repeat a check where rounding is no excuse, and believe that if it passes."""
     try:
         program, stages = in_double(compiled.program, compiled.stages)
@@ -317,7 +317,7 @@ def _without_rounding(compiled: Network, failed: Check, plan: Plan, reuse: bool)
     return dataclasses.replace(failed, name=name, error=largest, limit=limit, reason="")
 
 
-def _consistency(compiled: Network) -> Check:
+def _consistency(compiled: Compiled) -> Check:
     count = len(compiled.plan.stages)
     name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
     with seeded(0):
@@ -338,7 +338,7 @@ def _consistency(compiled: Network) -> Check:
     return Check(name, error, limit, reason, 0.0)
 
 
-def _network_runs(compiled: Network) -> Check:
+def _network_runs(compiled: Compiled) -> Check:
     """The network itself: whether it runs both ways and gives what the original does."""
     name = "the network runs, forward and backward: shapes of the original, finite values"
     reasons = []
@@ -375,7 +375,7 @@ def _implausible(got: Run, wanted: Run) -> list[str]:
     return reasons
 
 
-def _keys(compiled: Network) -> Check:
+def _keys(compiled: Compiled) -> Check:
     name = "checkpoint keys of the stages = keys of the original, one to one"
     wanted = {*compiled.program.module.state_dict(), *compiled.program.unused}
     found = set(compiled.original_state_dict())

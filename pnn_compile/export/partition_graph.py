@@ -13,12 +13,12 @@ from passes.transform.sweep import Role, Step, sweep, walk
 
 if TYPE_CHECKING:
     from passes.coarse.spec import CoarseSpec
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["partition_graph"]
 
 
-def partition_graph(compiled: Network) -> nx.DiGraph[str]:
+def partition_graph(compiled: Compiled) -> nx.DiGraph[str]:
     """Build the graph of one parareal iteration.
 
     Inputs, fine stages and head are the nodes of the program under their own names. What the
@@ -55,7 +55,7 @@ _State = dict[str, str]
 
 
 class _Builder:
-    def __init__(self, compiled: Network) -> None:
+    def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
         self.plan = compiled.plan
         self.facts = compiled.analysis.facts

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from passes.transform.executor import Executor
 from passes.transform.sweep import Symbol, sweep
-from pnn_compile.evaluate.iterate import last_states
 from pnn_compile.fit.calibration_report import CalibrationReport, InterfaceError
 from pnn_compile.fit.isolation import evaluating
 from pnn_compile.fit.metrics import Agreement, Energy, judged
@@ -21,12 +20,12 @@ from pnn_compile.fit.regression_sweep import Candidates, Given, fit_closed_form
 from pnn_compile.inputs import CalibrationBatches, batch_size
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["calibrate", "calibrate_by_choice"]
 
 
-def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
+def calibrate(compiled: Compiled, inputs: Iterable[Any]) -> CalibrationReport:
     """Fit the guesses and corrections of a network to its own fine stages, in closed form.
 
     Families "linear" and "lowrank" are fitted by ridge regression, sums of them one part after the
@@ -44,24 +43,24 @@ def calibrate(compiled: Network, inputs: Iterable[Any]) -> CalibrationReport:
         OptionError: There are fewer than two batches, they come from a generator, or a batch does
             not fit the model.
     """
-    walker = Executor(compiled)
-    return calibrate_by_choice(compiled, inputs, walker, Given(walker))
+    executor = Executor(compiled)
+    return calibrate_by_choice(compiled, inputs, executor, Given(executor))
 
 
 def calibrate_by_choice(
-    compiled: Network,
+    compiled: Compiled,
     inputs: Iterable[Any],
-    walker: Executor,
+    executor: Executor,
     candidates: Candidates,
     *,
     keep_better: bool = False,
 ) -> CalibrationReport:
-    """Calibrate with the best of several networks for every place; the walker holds them then.
+    """Calibrate with the best of several networks for every place; the executor holds them then.
 
     Args:
         compiled: The network.
         inputs: As in `calibrate`.
-        walker: Of the network.
+        executor: Of the network.
         candidates: What may be chosen from.
         keep_better: Whether weights stay where the closed form would not lower the error.
 
@@ -70,9 +69,9 @@ def calibrate_by_choice(
     """
     batches = CalibrationBatches(compiled, inputs)
     with evaluating(compiled):
-        before = _judge(walker, batches)
-        recalibrated = fit_closed_form(walker, batches.split, candidates, keep_better=keep_better)
-        after = _judge(walker, batches)
+        before = _judge(executor, batches)
+        recalibrated = fit_closed_form(executor, batches.split, candidates, keep_better=keep_better)
+        after = _judge(executor, batches)
     interfaces = tuple(
         InterfaceError(
             stage=number,
@@ -105,17 +104,17 @@ class _Judgement:
     output: float
 
 
-def _judge(walker: Executor, batches: CalibrationBatches) -> _Judgement:
+def _judge(executor: Executor, batches: CalibrationBatches) -> _Judgement:
     """Measure on held-out batches: states at K = 1, outputs at the K of the plan."""
-    plan = walker.plan
+    plan = executor.plan
     errors: dict[str, dict[int, Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
     outputs, agreed = Energy(), Agreement()
     once = sweep(len(plan.stages), plan.sweep)
     for held, inputs in batches.split():
         if not held:
             continue
-        true = [*walker.true_states(inputs)]
-        made = {step.writes: state for step, state in walker.run(once, inputs)}
+        true = [*executor.true_states(inputs)]
+        made = {step.writes: state for step, state in executor.run(once, inputs)}
         for number, stage in enumerate(plan.stages[1:], 1):
             guess, fine, corrected = (made[Symbol(letter, number)] for letter in "xyu")
             for kind, found, wanted, names in (
@@ -126,9 +125,9 @@ def _judge(walker: Executor, batches: CalibrationBatches) -> _Judgement:
                 energy = errors[kind].setdefault(number, Energy())
                 for name in names:
                     energy.add(found[name], wanted[name])
-        *_, last = last_states(walker, inputs, min(plan.iterations, len(plan.stages)))
-        given = judged(walker.head(last, inputs))
-        right = judged(walker.head(true[-1], inputs))
+        last = executor.corrected_state(inputs)
+        given = judged(executor.head(last, inputs))
+        right = judged(executor.head(true[-1], inputs))
         outputs.add(given, right)
         agreed.add(given, right, batch_size(inputs))
     shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}

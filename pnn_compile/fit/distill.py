@@ -31,7 +31,7 @@ from pnn_compile.fit.optimizer import Learner, Trainer
 from pnn_compile.inputs import device_of, named_batch
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["Distiller", "InterfaceLoss", "train_mode"]
 
@@ -74,7 +74,7 @@ class Distiller:
 
     def __init__(
         self,
-        compiled: Network,
+        compiled: Compiled,
         teacher: nn.Module,
         trainer: Trainer,
         total: int,
@@ -83,7 +83,7 @@ class Distiller:
         clip_norm: float | None,
     ) -> None:
         self._compiled = compiled
-        self._walker = Executor(compiled, _stages_of(teacher, len(compiled.plan.stages)))
+        self._executor = Executor(compiled, _stages_of(teacher, len(compiled.plan.stages)))
         self._operators = compiled.operators.named()
         held = nn.ModuleList([*compiled.stages.fine, compiled.stages.head])
         self._fine = list(held.modules())
@@ -120,30 +120,30 @@ class Distiller:
         Raises:
             OptionError: A loss is not finite.
         """
-        walker, found = self._walker, {}
-        collapsed = walker.plan.sweep == "collapsed"
+        executor, found = self._executor, {}
+        collapsed = executor.plan.sweep == "collapsed"
         # Copies of their own: a model may write into its inputs.
         inputs, given = (named_batch(self._compiled, batch) for _ in range(2))
         with torch.no_grad():
-            true = reached = walker.advance(0, {}, walker.fine(0, {}, inputs))
+            true = reached = executor.advance(0, {}, executor.fine(0, {}, inputs))
             end = self._end(0, reached, inputs) if collapsed else {}
-        for number in range(1, len(walker.plan.stages)):
+        for number in range(1, len(executor.plan.stages)):
             name = f"preprocess_{number}"
             with self._precision():
-                guess = walker.guess(number, given)
+                guess = executor.guess(number, given)
             found[name] = self._learn(name, guess, true)
             guess = {key: value.detach().to(true[key].dtype) for key, value in guess.items()}
             with torch.no_grad():
-                produced = walker.fine(number, guess, inputs)
-                behind = walker.advance(number, true, walker.fine(number, true, inputs))
+                produced = executor.fine(number, guess, inputs)
+                behind = executor.advance(number, true, executor.fine(number, true, inputs))
                 before, left = true, _minus(behind, produced)
                 if collapsed:
-                    before, reached = reached, walker.advance(number, reached, produced)
+                    before, reached = reached, executor.advance(number, reached, produced)
                     nearer, end = end, self._end(number, reached, inputs)
                     left = _minus(nearer, end)
             name = f"coarse_{number}"
             with self._precision():
-                correction = walker.correct(number, guess, before, inputs)
+                correction = executor.correct(number, guess, before, inputs)
             found[name] = self._learn(name, correction, left)
             true = behind
         self.step += 1
@@ -152,9 +152,9 @@ class Distiller:
 
     def _end(self, number: int, state: State, inputs: Mapping[str, Any]) -> State:
         """Where the fine stages behind stage `number` take its state."""
-        for following in range(number + 1, len(self._walker.plan.stages)):
-            produced = self._walker.fine(following, state, inputs)
-            state = self._walker.advance(following, state, produced)
+        for following in range(number + 1, len(self._executor.plan.stages)):
+            produced = self._executor.fine(following, state, inputs)
+            state = self._executor.advance(following, state, produced)
         return state
 
     def _precision(self) -> torch.autocast:
@@ -186,7 +186,7 @@ class Distiller:
                 correction_first=mean(f"coarse_{number}", first),
                 correction_last=mean(f"coarse_{number}", last),
             )
-            for number in range(1, len(self._walker.plan.stages))
+            for number in range(1, len(self._executor.plan.stages))
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from pnn_compile.fit.regression_sweep import Sample, fit_networks
 from pnn_compile.inputs import CalibrationBatches, argument_names
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["EarlyExit", "fit_early_exit"]
 
@@ -44,7 +44,7 @@ class EarlyExit(nn.Module):
         cut: Where to leave the original.
     """
 
-    def __init__(self, compiled: Network, cut: Position) -> None:
+    def __init__(self, compiled: Compiled, cut: Position) -> None:
         super().__init__()
         program, analysis = compiled.program, compiled.analysis
         nodes = analysis.frontiers.order[: cut.index]
@@ -77,7 +77,7 @@ class EarlyExit(nn.Module):
 
 
 def fit_early_exit(
-    compiled: Network, batches: CalibrationBatches, share: float
+    compiled: Compiled, batches: CalibrationBatches, share: float
 ) -> EarlyExit | None:
     """Make the early exit that takes at most a share of the original's time.
 
@@ -95,13 +95,13 @@ def fit_early_exit(
         return None
     with seeded(compiled.plan.seed):
         exit_ = EarlyExit(compiled, cut).eval()
-    walker = Executor(compiled)
+    executor = Executor(compiled)
     names = [value.name for value in compiled.plan.interfaces[-1].state]
 
     def samples() -> Iterator[Sample]:
         for held, inputs in batches.split():
             state = list(exit_.state(inputs))
-            true = walker.last_state(inputs)
+            true = executor.last_state(inputs)
             wanted = [true[name] for name in names]
             yield Sample(held, state, wanted, state, wanted)
 
@@ -110,7 +110,7 @@ def fit_early_exit(
     return exit_
 
 
-def _cut(compiled: Network, share: float) -> Position | None:
+def _cut(compiled: Compiled, share: float) -> Position | None:
     """The last position whose prefix, bridge and head take at most a share of all FLOPs."""
     analysis = compiled.analysis
     leaving = [value.spec for value in compiled.plan.interfaces[-1].state]

@@ -12,13 +12,13 @@ from passes.ir.isolation import preserved
 from pnn_compile.inputs import device_of
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["evaluating", "measuring"]
 
 
 @contextmanager
-def evaluating(compiled: Network) -> Iterator[None]:
+def evaluating(compiled: Compiled) -> Iterator[None]:
     """Put all pieces into evaluation mode, without gradients; modes come back on exit.
 
     Buffers of the fine stages and of the head come back too; those of guesses and corrections may
@@ -37,7 +37,7 @@ def evaluating(compiled: Network) -> Iterator[None]:
 
 
 @contextmanager
-def measuring(compiled: Network) -> Iterator[None]:
+def measuring(compiled: Compiled) -> Iterator[None]:
     """Run pieces in the mode of the network, without gradients; everything comes back on exit.
 
     A network of several iterations does not hold the operators whose results it does not need

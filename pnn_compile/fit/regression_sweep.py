@@ -51,12 +51,12 @@ class Given:
     """The operators that a network has: one candidate for every place.
 
     Args:
-        walker: Of the network.
+        executor: Of the network.
     """
 
-    def __init__(self, walker: Executor) -> None:
-        self._guesses = dict(walker.guesses)
-        self._corrections = dict(walker.corrections)
+    def __init__(self, executor: Executor) -> None:
+        self._guesses = dict(executor.guesses)
+        self._corrections = dict(executor.corrections)
 
     def guesses(self, number: int) -> Sequence[Operator]:
         """The guess of the stage."""
@@ -68,9 +68,9 @@ class Given:
 
 
 def fit_closed_form(
-    walker: Executor, batches: Batches, candidates: Candidates, *, keep_better: bool = False
+    executor: Executor, batches: Batches, candidates: Candidates, *, keep_better: bool = False
 ) -> tuple[str, ...]:
-    """Fit what `candidates` offers for every place, and leave the best ones in the walker.
+    """Fit what `candidates` offers for every place, and leave the best ones in the executor.
 
     Guesses are fitted to the state that really enters their stage. In a chain every correction is
     fitted, in the order of the sweep, on the residuals that really reach it, to the error that is
@@ -78,7 +78,7 @@ def fit_closed_form(
     leave of the error of the last state. All networks must be in evaluation mode.
 
     Args:
-        walker: Of the network.
+        executor: Of the network.
         batches: The calibration batches.
         candidates: What may be chosen from.
         keep_better: Whether an operator keeps its weights where the closed form would not lower
@@ -89,8 +89,8 @@ def fit_closed_form(
         it lowers the error.
     """
     with tempfile.TemporaryDirectory(prefix="pnn-calibrate-") as folder:
-        room = _room(device_of(walker.stages.head))
-        sweep = _Sweep(walker, batches, _Memory(Path(folder), room), keep_better=keep_better)
+        room = _room(device_of(executor.stages.head))
+        sweep = _Sweep(executor, batches, _Memory(Path(folder), room), keep_better=keep_better)
         sweep.run(candidates)
     return tuple(sweep.recalibrated)
 
@@ -167,19 +167,19 @@ class _Sweep:
     """Walks all batches from stage to stage and fits what stands on the way."""
 
     def __init__(
-        self, walker: Executor, batches: Batches, memory: _Memory, *, keep_better: bool
+        self, executor: Executor, batches: Batches, memory: _Memory, *, keep_better: bool
     ) -> None:
         self.keep_better = keep_better
-        self.walker = walker
+        self.executor = executor
         self.batches = batches
         self.memory = memory
-        self.collapsed = walker.plan.sweep == "collapsed"
+        self.collapsed = executor.plan.sweep == "collapsed"
         self.recalibrated: list[str] = []
 
     def run(self, candidates: Candidates) -> None:
-        walker, last = self.walker, len(self.walker.plan.stages)
+        executor, last = self.executor, len(self.executor.plan.stages)
         for index, (_, inputs) in enumerate(self.batches()):
-            first = walker.advance(0, {}, walker.fine(0, {}, inputs))
+            first = executor.advance(0, {}, executor.fine(0, {}, inputs))
             self.memory.put("true", index, first)
             self.memory.put("swept", index, first)
         for number in range(1, last):
@@ -194,7 +194,7 @@ class _Sweep:
                 self._advance_collapsed(number)
 
     def _fit_guess(self, number: int, offered: Sequence[Operator]) -> None:
-        names = self.walker.plan.stages[number].consumes
+        names = self.executor.plan.stages[number].consumes
 
         def samples(guess: Operator) -> Iterator[Sample]:
             for index, (held, inputs) in enumerate(self.batches()):
@@ -208,7 +208,7 @@ class _Sweep:
         taken = self._take(name, fitted, samples)
         if taken.spec.family == THINNED and self._refresh(taken, partial(samples, taken)):
             self.recalibrated.append(name)
-        self.walker.guesses[number] = taken
+        self.executor.guesses[number] = taken
 
     def _refresh(self, guess: Operator, samples: _Samples) -> bool:
         """Measure the statistics of a thinned front, whose blocks meet other states, if it helps.
@@ -224,7 +224,7 @@ class _Sweep:
         [known] = _errors([network], samples())
         reads = guess.spec.options["inputs"]
         calls = (
-            tuple(self.walker.given(reads, inputs)) for held, inputs in self.batches() if not held
+            tuple(self.executor.given(reads, inputs)) for held, inputs in self.batches() if not held
         )
         _measure_statistics(front, calls)
         fit_networks([network], samples)
@@ -235,7 +235,7 @@ class _Sweep:
 
     def _sources(self, guess: Operator, inputs: Mapping[str, Any]) -> list[Any]:
         """What the operator of a guess reads."""
-        given = self.walker.given(guess.spec.options["inputs"], inputs)
+        given = self.executor.given(guess.spec.options["inputs"], inputs)
         prologue = guess.network.prologue
         if not isinstance(prologue, nn.Module):
             return given
@@ -244,41 +244,41 @@ class _Sweep:
 
     def _propagate(self, number: int) -> None:
         """Note what the fine stage makes of the guess and of the true state."""
-        walker, memory = self.walker, self.memory
+        executor, memory = self.executor, self.memory
         for index, (_, inputs) in enumerate(self.batches()):
-            guess = walker.guess(number, inputs)
+            guess = executor.guess(number, inputs)
             true = memory.get("true", index)
             swept = memory.get("swept", index)
-            fine = walker.fine(number, guess, inputs)
-            produced = walker.fine(number, true, inputs)
+            fine = executor.fine(number, guess, inputs)
+            produced = executor.fine(number, true, inputs)
             memory.put(self._kind("guess", number), index, guess)
             memory.put(self._kind("entering", number), index, {name: swept[name] for name in guess})
             memory.put("fine", index, fine)
-            memory.put("true", index, walker.advance(number, true, produced))
+            memory.put("true", index, executor.advance(number, true, produced))
 
     def _kind(self, kind: str, number: int) -> str:
         """A collapsed sweep needs what entered every stage to the end, a chain does not."""
         return f"{kind}-{number}" if self.collapsed else kind
 
     def _fit_correction(self, number: int, offered: Sequence[Operator]) -> None:
-        walker, memory = self.walker, self.memory
-        names = walker.plan.stages[number].consumes
-        wanted = [value.name for value in walker.plan.corrects(number)]
+        executor, memory = self.executor, self.memory
+        names = executor.plan.stages[number].consumes
+        wanted = [value.name for value in executor.plan.corrects(number)]
         found = "swept" if self.collapsed else "fine"
 
         def samples(correction: Operator) -> Iterator[Sample]:
-            walker.corrections[number] = correction
+            executor.corrections[number] = correction
             for index, (held, inputs) in enumerate(self.batches()):
                 guess = memory.get(self._kind("guess", number), index)
                 entering = memory.get(self._kind("entering", number), index)
                 true, fine = memory.get("true", index), memory.get(found, index)
                 residual = [entering[name] - guess[name] for name in names]
-                arguments = walker.correction_arguments(number, guess, residual, inputs)
+                arguments = executor.correction_arguments(number, guess, residual, inputs)
                 left = [true[name] - fine[name] for name in wanted]
                 yield Sample(held, residual, left, arguments, [true[name] for name in wanted])
 
         fitted = [(each, each.network) for each in offered]
-        walker.corrections[number] = self._take(f"coarse_{number}", fitted, samples)
+        executor.corrections[number] = self._take(f"coarse_{number}", fitted, samples)
 
     def _take(
         self,
@@ -318,20 +318,20 @@ class _Sweep:
 
     def _advance(self, number: int) -> None:
         """Carry the swept state behind a stage: corrected in a chain, else as the stage gave it."""
-        walker, memory = self.walker, self.memory
+        executor, memory = self.executor, self.memory
         for index, (_, inputs) in enumerate(self.batches()):
             swept, fine = memory.get("swept", index), memory.get("fine", index)
             if not self.collapsed:
                 guess = memory.get(self._kind("guess", number), index)
-                fine = plus(fine, walker.correct(number, guess, swept, inputs))
-            memory.put("swept", index, walker.advance(number, swept, fine))
+                fine = plus(fine, executor.correct(number, guess, swept, inputs))
+            memory.put("swept", index, executor.advance(number, swept, fine))
 
     def _advance_collapsed(self, number: int) -> None:
         """Add the correction of one stage to the last state."""
         for index, (_, inputs) in enumerate(self.batches()):
             guess = self.memory.get(self._kind("guess", number), index)
             entering = self.memory.get(self._kind("entering", number), index)
-            correction = self.walker.correct(number, guess, entering, inputs)
+            correction = self.executor.correct(number, guess, entering, inputs)
             swept = self.memory.get("swept", index)
             self.memory.put("swept", index, plus(swept, correction))
 

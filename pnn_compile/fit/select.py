@@ -19,16 +19,16 @@ from passes.plan.build import with_operators
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, Operator
 from passes.transform.synthesize import Operators, build_correction
+from pnn_compile.compiled import Compiled
 from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.regression_sweep import Given
-from pnn_compile.network import Network
 
 __all__ = ["choose"]
 
 
 def choose(
-    network: Network, analysis: Analysis, options: Options, inputs: Iterable[Any]
-) -> Network:
+    network: Compiled, analysis: Analysis, options: Options, inputs: Iterable[Any]
+) -> Compiled:
     """Calibrate a network and choose by the measured fit whatever its options leave open.
 
     Args:
@@ -44,14 +44,14 @@ def choose(
     Raises:
         OptionError: As in `calibrate`.
     """
-    walker = Executor(network)
+    executor = Executor(network)
     report = calibrate_by_choice(
-        network, inputs, walker, _Offered(network, analysis, options, walker)
+        network, inputs, executor, _Offered(network, analysis, options, executor)
     )
-    guesses = {number: guess.spec for number, guess in walker.guesses.items()}
-    corrections = {number: coarse.spec for number, coarse in walker.corrections.items()}
+    guesses = {number: guess.spec for number, guess in executor.guesses.items()}
+    corrections = {number: coarse.spec for number, coarse in executor.corrections.items()}
     plan = with_operators(analysis, network.plan, options, guesses, corrections)
-    operators = Operators(_networks(walker.guesses), _networks(walker.corrections))
+    operators = Operators(_networks(executor.guesses), _networks(executor.corrections))
     mode = network.module.training
     for operator in (*operators.preprocess.values(), *operators.coarse.values()):
         operator.train(mode)
@@ -69,12 +69,12 @@ class _Offered:
     """Builds the candidates of the families that the options leave open."""
 
     def __init__(
-        self, network: Network, analysis: Analysis, options: Options, walker: Executor
+        self, network: Compiled, analysis: Analysis, options: Options, executor: Executor
     ) -> None:
         self._network = network
         self._analysis = analysis
         self._options = options
-        self._given = Given(walker)
+        self._given = Given(executor)
         order = analysis.frontiers.order
         ends = {order[p.index - 1].name: p for p in analysis.frontiers.positions}
         self._cuts: list[Position] = [ends[face.after] for face in network.plan.interfaces]

@@ -30,7 +30,7 @@ from pnn_compile.fit.regression_sweep import Given
 from pnn_compile.inputs import batch_size, device_of, named_batch
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["FitReport", "Loss", "distillation", "fit"]
 
@@ -91,7 +91,7 @@ def distillation(outputs: Any, wanted: Any, batch: Any) -> torch.Tensor:
 
 
 def fit(
-    compiled: Network,
+    compiled: Compiled,
     loader: Iterable[Any],
     *,
     epochs: float = 1,
@@ -193,7 +193,7 @@ def fit(
     return _report(state, distiller)
 
 
-def _trainable(compiled: Network) -> list[nn.Parameter]:
+def _trainable(compiled: Compiled) -> list[nn.Parameter]:
     parameters = [p for p in compiled.module.parameters() if p.requires_grad]
     if not parameters:
         raise OptionError(
@@ -288,7 +288,7 @@ def _rounds(loader: Iterable[Any], total: int) -> Iterator[tuple[int, Any]]:
             )
 
 
-def _enough(compiled: Network, batches: Sequence[Mapping[str, Any]]) -> bool:
+def _enough(compiled: Compiled, batches: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a closed form has enough to go on, by samples or by the size of the states."""
     samples = sum(batch_size(batch) for batch in batches)
     largest = max(sum(v.spec.bytes for v in face.state) for face in compiled.plan.interfaces)
@@ -297,15 +297,15 @@ def _enough(compiled: Network, batches: Sequence[Mapping[str, Any]]) -> bool:
     return len(batches) >= _FEWEST and (samples >= _SAMPLES or size >= _BYTES)
 
 
-def _solve(compiled: Network, batches: Sequence[Mapping[str, Any]]) -> None:
+def _solve(compiled: Compiled, batches: Sequence[Mapping[str, Any]]) -> None:
     """Fit the linear parts in closed form, where that lowers their errors on held-out batches."""
     if len(batches) >= _FEWEST:
-        walker = Executor(compiled)
-        calibrate_by_choice(compiled, batches, walker, Given(walker), keep_better=True)
+        executor = Executor(compiled)
+        calibrate_by_choice(compiled, batches, executor, Given(executor), keep_better=True)
 
 
 def _step(
-    compiled: Network,
+    compiled: Compiled,
     teacher: nn.Module,
     batch: Any,
     loss: Loss,

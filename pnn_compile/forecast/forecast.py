@@ -15,13 +15,13 @@ from passes.cost.device_profile import DeviceProfile
 from passes.cost.node_facts import observe
 from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.options import Options
+from pnn_compile.compiled import Compiled
 from pnn_compile.forecast.compare_methods import data_parallel_row, pipeline_row
 from pnn_compile.forecast.parareal import parareal_row
 from pnn_compile.forecast.setting import Setting
 from pnn_compile.forecast.table import PARAREAL, ForecastRow, ForecastTable
 from pnn_compile.forecast.timing_cache import TimingCache
 from pnn_compile.inputs import batch_size, example
-from pnn_compile.network import Network
 
 __all__ = ["ForecastRow", "ForecastTable", "forecast"]
 
@@ -29,7 +29,7 @@ _COSTS = ("flops", "roofline", "measured")
 
 
 def forecast(
-    model: nn.Module | Network,
+    model: nn.Module | Compiled,
     example_inputs: Any = None,
     *,
     args: tuple[Any, ...] = (),
@@ -138,7 +138,7 @@ def _within(counts: list[int], profiles: Sequence[DeviceProfile]) -> list[int]:
 
 
 def _analysis(
-    model: nn.Module | Network,
+    model: nn.Module | Compiled,
     example_inputs: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
@@ -150,7 +150,7 @@ def _analysis(
     options: dict[str, Any],
 ) -> tuple[Analysis, Options]:
     source: Any = cost if training or cost == "flops" else f"{cost}-forward"
-    if isinstance(model, Network):
+    if isinstance(model, Compiled):
         options = {"correction": model.plan.correction} | options
         if cost == "flops":
             return model.analysis, Options(cost=source, **options)

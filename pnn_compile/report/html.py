@@ -18,9 +18,9 @@ from passes.errors import OptionError
 from pnn_compile.report.page_data import page_data
 
 if TYPE_CHECKING:
+    from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.forecast.table import ForecastTable
-    from pnn_compile.network import Network
 
 __all__ = ["html_report", "page", "quick_forecast", "to_script_json", "write_report"]
 
@@ -34,7 +34,7 @@ _SCRIPTS = (
 
 
 def html_report(
-    compiled: Network, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
+    compiled: Compiled, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
 ) -> str:
     """Return the report of a compiled network as the text of an HTML file.
 
@@ -47,7 +47,7 @@ def html_report(
     return page(page_data(compiled, dial, forecast))
 
 
-def write_report(compiled: Network, path: str | Path, dial: Sequence[DialRow] = ()) -> Path:
+def write_report(compiled: Compiled, path: str | Path, dial: Sequence[DialRow] = ()) -> Path:
     """Write the report, with a forecast, as one HTML file.
 
     Raises:
@@ -64,7 +64,7 @@ def write_report(compiled: Network, path: str | Path, dial: Sequence[DialRow] = 
     return target
 
 
-def quick_forecast(compiled: Network) -> ForecastTable | None:
+def quick_forecast(compiled: Compiled) -> ForecastTable | None:
     """Forecast by FLOPs, at numbers of devices that lie further and further apart.
 
     Returns:

@@ -18,15 +18,15 @@ from pnn_compile.report.graph_data import graph_data
 if TYPE_CHECKING:
     from passes.coarse.spec import CoarseSpec
     from passes.plan.schema import Plan
+    from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.forecast.table import ForecastTable
-    from pnn_compile.network import Network
 
 __all__ = ["page_data"]
 
 
 def page_data(
-    compiled: Network, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
+    compiled: Compiled, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
 ) -> dict[str, Any]:
     """Gather what the page shows of a compiled network.
 

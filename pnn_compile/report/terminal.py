@@ -20,10 +20,10 @@ from pnn_compile.report.tables import figures_table
 if TYPE_CHECKING:
     from passes.coarse.spec import CoarseSpec
     from passes.plan.schema import Interface, Plan, Stage
+    from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
     from pnn_compile.fit.calibration_report import CalibrationReport
     from pnn_compile.fit.train import FitReport
-    from pnn_compile.network import Network
 
 __all__ = [
     "calibration_table", "checks_table", "interfaces_table", "render", "report", "stage_tree",
@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def render(compiled: Network, width: int = 100) -> str:
+def render(compiled: Compiled, width: int = 100) -> str:
     """Return the report as plain text of at most `width` columns."""
     return to_text(report(compiled, width), width)
 
@@ -44,7 +44,7 @@ def to_text(content: RenderableType, width: int = 100) -> str:
     return console.file.getvalue()
 
 
-def report(compiled: Network, width: int = 100) -> RenderableType:
+def report(compiled: Compiled, width: int = 100) -> RenderableType:
     """The stages as a table, then the forecast, the notes and the seconds per pass."""
     plan = compiled.plan
     parts: list[RenderableType] = [_stages(plan, width), _summary(compiled)]
@@ -134,7 +134,7 @@ def _brief_state(interface: Interface) -> str:
     return f"{'x'.join(sizes)}, {units.size(interface.bytes)}"
 
 
-def _summary(compiled: Network) -> Table:
+def _summary(compiled: Compiled) -> Table:
     plan, forecast = compiled.plan, compiled.plan.forecast
     table = Table.grid(padding=(0, 2))
     links = f"take {units.seconds(forecast.link)} of it" if forecast.link else "not counted"
@@ -244,7 +244,7 @@ def _agreed(before: float | None, after: float | None) -> str:
     return f"agreement of the outputs with the original {before:.1%} -> {after:.1%}; "
 
 
-def stage_tree(compiled: Network, depth: int = 2) -> Tree:
+def stage_tree(compiled: Compiled, depth: int = 2) -> Tree:
     """The stages as a tree of the modules inside them, with what each costs.
 
     Args:
@@ -292,7 +292,7 @@ def _add_modules(branch: Tree, costs: dict[str, int]) -> None:
             branch.add(f"[dim]... {len(items) - _MOST_MODULES} more[/dim]")
 
 
-def _costs_by_module(compiled: Network, depth: int) -> dict[int, dict[str, int]]:
+def _costs_by_module(compiled: Compiled, depth: int) -> dict[int, dict[str, int]]:
     """FLOPs by stage (-1 for the head) and by the first atoms of the module path."""
     found: dict[int, dict[str, int]] = {n: {} for n in range(-1, len(compiled.plan.stages))}
     for _, data in partition_graph(compiled).nodes(data=True):

@@ -44,7 +44,7 @@ class ChainSweep:
     def _fine(self, it: Instruction) -> None:
         step = self._step
         entering = leaves(self._entering(it))
-        produced = step.walker.fine(it.stage, entering, step.inputs[it.batch])
+        produced = step.executor.fine(it.stage, entering, step.inputs[it.batch])
         step.fine[it.key] = Piece(entering, produced)
 
     def _entering(self, it: Instruction) -> State:
@@ -73,17 +73,17 @@ class ChainSweep:
         # The next iteration reads the state that this one was corrected by, none the one before.
         for iteration in (k - 1, k) if k + 1 == self._rounds else (k - 1,):
             step.state.pop((stage - 1, batch, iteration), None)
-        step.state[it.key] = step.walker.advance(stage, before, produced)
+        step.state[it.key] = step.executor.advance(stage, before, produced)
 
     def _correction(self, it: Instruction, true: State) -> State:
         """F_j(U_{j-1} - x_j), on leaves of its own."""
         step, stage = self._step, self._step.plan.stages[it.stage]
         guess = leaves(self._entering(it))
         residual = leaves({name: true[name] - guess[name].detach() for name in stage.consumes})
-        result = step.walker.correction(
+        result = step.executor.correction(
             it.stage, guess, list(residual.values()), step.inputs[it.batch]
         )
-        read = guess if step.plan.reads_guess(step.walker.corrections[it.stage].spec) else {}
+        read = guess if step.plan.reads_guess(step.executor.corrections[it.stage].spec) else {}
         step.coarse[it.key] = Piece({**_tagged(read), **residual}, result)
         return result
 

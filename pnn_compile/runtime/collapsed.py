@@ -71,7 +71,7 @@ class CollapsedSweep:
     def _fine(self, it: Instruction) -> None:
         step = self._step
         entering = leaves(step.guess[it.key].outputs) if it.stage else {}
-        produced = step.walker.fine(it.stage, entering, step.inputs[it.batch])
+        produced = step.executor.fine(it.stage, entering, step.inputs[it.batch])
         step.fine[it.key] = Piece(entering, produced)
         crossing = {value.name for value in step.plan.interfaces[-1].state}
         self._share(it, {name: value for name, value in produced.items() if name in crossing})
@@ -106,7 +106,7 @@ class CollapsedSweep:
                 for name in step.plan.stages[it.stage].consumes
             }
         )
-        result = step.walker.correction(
+        result = step.executor.correction(
             it.stage, guess, list(residual.values()), step.inputs[it.batch]
         )
         step.coarse[it.key] = Piece(residual, result)

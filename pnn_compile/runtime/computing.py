@@ -49,19 +49,19 @@ class Computing:
 
     def prepare(self, network: RankNetwork) -> None:
         """Let a rank call its pieces in this way; its parameters and their names stay."""
-        walker, held = network.walker, set(network.children())
-        for operators in (walker.guesses, walker.corrections):
+        executor, held = network.executor, set(network.children())
+        for operators in (executor.guesses, executor.corrections):
             for number, own in operators.items():
                 if own.network in held:
                     operators[number] = replace(own, network=self._run(own.network))
-        fine: list[Any] = list(walker.stages.fine)
+        fine: list[Any] = list(executor.stages.fine)
         for number in network.own:
             run = self._run(fine[number])
             fine[number] = _Recomputed(fine[number], run) if self.recompute else run
-        head = walker.stages.head
+        head = executor.stages.head
         if head in held:
             head = self._run(head)
-        walker.stages = replace(walker.stages, fine=tuple(fine), head=head)
+        executor.stages = replace(executor.stages, fine=tuple(fine), head=head)
 
     def _run(self, piece: nn.Module) -> Any:
         """How a piece is called."""

@@ -34,7 +34,7 @@ from pnn_compile.runtime.ties import Ties
 from pnn_compile.runtime.workspace import Like
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["RankModule"]
 
@@ -62,7 +62,7 @@ class RankModule(nn.Module):
 
     def __init__(
         self,
-        compiled: Network,
+        compiled: Compiled,
         placement: Sequence[int],
         groups: Groups,
         batches: int = 1,
@@ -107,7 +107,7 @@ class RankModule(nn.Module):
         return self.network.rank
 
     @property
-    def whole(self) -> Network:
+    def whole(self) -> Compiled:
         """The network that this rank has a part of."""
         return self._compiled[0]
 
@@ -302,7 +302,7 @@ class RankModule(nn.Module):
             strict: Whether every key must be there, and no other.
 
         Raises:
-            OptionError: As `Network.load_original_state_dict`.
+            OptionError: As `Compiled.load_original_state_dict`.
             RuntimeFault: The weights are sharded.
         """
         if self._sharded:
@@ -351,6 +351,6 @@ class RankModule(nn.Module):
         return self
 
 
-def _named(compiled: Network, args: Sequence[Any]) -> dict[str, Any]:
+def _named(compiled: Compiled, args: Sequence[Any]) -> dict[str, Any]:
     names = [str(node.target) for node in compiled.program.inputs]
     return dict(zip(names, args, strict=False))

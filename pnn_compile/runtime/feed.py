@@ -103,19 +103,19 @@ class Feed:
 
 def reads(network: RankNetwork, arguments: list[str]) -> set[str]:
     """Names of the arguments of the model that the pieces of a rank read."""
-    walker, found = network.walker, set[str]()
+    executor, found = network.executor, set[str]()
     same = {name: name for name in arguments}
     for piece, _ in network.named_children():
         kind, _, number = piece.rpartition("_")
         if kind == "fine":
             inputs = network.plan.stages[int(number)].inputs
         elif kind == "preprocess":
-            inputs = walker.guesses[int(number)].spec.options["inputs"]
+            inputs = executor.guesses[int(number)].spec.options["inputs"]
         elif kind == "coarse":
-            inputs = walker.corrections[int(number)].spec.options.get("inputs", ())
+            inputs = executor.corrections[int(number)].spec.options.get("inputs", ())
         else:
             inputs = network.plan.head.inputs
-        found.update(walker.given(inputs, same))
+        found.update(executor.given(inputs, same))
     return found
 
 

@@ -15,7 +15,7 @@ from pnn_compile.runtime.passing import backend_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["Groups"]
 
@@ -95,7 +95,7 @@ class Groups:
         dist.broadcast_object_list(found, dist.get_global_rank(self.everyone, 0), self.everyone)
         return found[0]
 
-    def compare(self, compiled: Network) -> None:
+    def compare(self, compiled: Compiled) -> None:
         """Refuse processes that hold different networks.
 
         Raises:
@@ -111,6 +111,6 @@ class Groups:
             )
 
 
-def plan_digest(compiled: Network) -> str:
+def plan_digest(compiled: Compiled) -> str:
     """A short text that differs where plans do."""
     return hashlib.sha256(compiled.plan.to_json().encode()).hexdigest()

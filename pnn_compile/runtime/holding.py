@@ -15,13 +15,13 @@ from torch import nn
 
 from pnn_compile.artifact.directory import tensor_readers
 from pnn_compile.artifact.modules import named_tensors
-from pnn_compile.network import Network
+from pnn_compile.compiled import Compiled
 from pnn_compile.runtime.rank import RankNetwork
 
 __all__ = ["hold"]
 
 
-def hold(compiled: Network, placement: Sequence[int], rank: int, folder: Path) -> Network:
+def hold(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
     """Give the tensors of a rank's pieces their values, wherever the network has them.
 
     The network is changed.

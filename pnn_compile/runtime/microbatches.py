@@ -13,7 +13,7 @@ from passes.errors import RuntimeFault
 from pnn_compile.inputs import batch_size
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["crossing", "divide"]
 
@@ -48,7 +48,7 @@ def divide(batch: Any, count: int) -> list[Any]:
 
 
 def crossing(
-    compiled: Network, inputs: Sequence[Mapping[str, Any]], precision: torch.dtype | None = None
+    compiled: Compiled, inputs: Sequence[Mapping[str, Any]], precision: torch.dtype | None = None
 ) -> Callable[[int, int], dict[str, torch.Tensor]]:
     """Give tensors on the meta device like those that cross behind a stage in a micro-batch.
 

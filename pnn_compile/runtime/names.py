@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["MODEL", "Names", "key_of"]
 
@@ -35,7 +35,7 @@ class Names:
         compiled: The whole network.
     """
 
-    def __init__(self, compiled: Network) -> None:
+    def __init__(self, compiled: Compiled) -> None:
         first: dict[nn.Parameter, str] = {}
         self._first: dict[str, str] = {}
         for name, parameter in compiled.module.named_parameters(remove_duplicate=False):

@@ -17,7 +17,7 @@ from pnn_compile.runtime.groups import Groups
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["distribute", "place"]
 
@@ -37,7 +37,7 @@ def place(stages: int, ranks: int) -> tuple[int, ...]:
 
 
 def distribute(
-    compiled: Network | str | Path,
+    compiled: Compiled | str | Path,
     *,
     group: dist.ProcessGroup | None = None,
     mesh: DeviceMesh | None = None,

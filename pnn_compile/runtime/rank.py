@@ -15,7 +15,7 @@ from passes.transform.executor import Executor
 from pnn_compile.inputs import device_of
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["RankNetwork"]
 
@@ -40,7 +40,7 @@ class RankNetwork(nn.Module):
 
     def __init__(
         self,
-        compiled: Network,
+        compiled: Compiled,
         placement: Sequence[int],
         rank: int,
         device: torch.device | None = None,
@@ -51,7 +51,7 @@ class RankNetwork(nn.Module):
         self.placement = tuple(placement)
         self.rank = rank
         self.sweep = Sweep.of(compiled.plan)
-        self.walker = Executor(compiled)
+        self.executor = Executor(compiled)
         self.own = [stage for stage, place in enumerate(placement) if place == rank]
         count, rounds = len(placement), range(self.sweep.iterations)
         corrected = sorted({s for k in rounds for s in self.sweep.corrected(count, k)})
@@ -59,9 +59,9 @@ class RankNetwork(nn.Module):
         for stage in self.own:
             self.add_module(f"fine_{stage}", compiled.stages.fine[stage])
             if stage and stage in self.sweep.computed(count, 0):
-                self.add_module(f"preprocess_{stage}", self.walker.guesses[stage].network)
+                self.add_module(f"preprocess_{stage}", self.executor.guesses[stage].network)
         for stage in self.corrected:
-            self.add_module(f"coarse_{stage}", self.walker.corrections[stage].network)
+            self.add_module(f"coarse_{stage}", self.executor.corrections[stage].network)
         if self.last in self.own:
             self.add_module("head", compiled.stages.head)
         if device is not None:
@@ -86,7 +86,7 @@ class RankNetwork(nn.Module):
         return schedule(self.placement, self.sweep, batches=batches, backward=backward)
 
 
-def _check(compiled: Network, placement: Sequence[int]) -> None:
+def _check(compiled: Compiled, placement: Sequence[int]) -> None:
     plan = compiled.plan
     if len(placement) != len(plan.stages):
         raise RuntimeFault(

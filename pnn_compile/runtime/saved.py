@@ -14,7 +14,7 @@ from pnn_compile.runtime.names import MODEL, Names, key_of
 from pnn_compile.runtime.sharding import full
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
     from pnn_compile.runtime.rank import RankNetwork
     from pnn_compile.runtime.replicas import Replicas
 
@@ -37,7 +37,7 @@ class Saved:
     """
 
     def __init__(
-        self, compiled: Network, network: RankNetwork, groups: Groups, replicas: Replicas
+        self, compiled: Compiled, network: RankNetwork, groups: Groups, replicas: Replicas
     ) -> None:
         self.groups = groups
         self.rank = network.rank

@@ -17,13 +17,13 @@ from passes.errors import RuntimeFault
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
     from pnn_compile.runtime.rank import RankNetwork
 
 __all__ = ["full", "local", "shard"]
 
 
-def shard(compiled: Network, network: RankNetwork, mesh: DeviceMesh | None) -> None:
+def shard(compiled: Compiled, network: RankNetwork, mesh: DeviceMesh | None) -> None:
     """Shard the pieces of a rank over a dimension of a mesh.
 
     Args:

@@ -98,11 +98,11 @@ class Step(Workspace):
     # What every kind of sweep begins and ends with
 
     def _guess_forward(self, it: Instruction) -> None:
-        self.guess[it.key] = Piece({}, self.walker.guess(it.stage, self.inputs[it.batch]))
+        self.guess[it.key] = Piece({}, self.executor.guess(it.stage, self.inputs[it.batch]))
 
     def _head_forward(self, it: Instruction) -> None:
         entering = leaves(self.state.pop(it.key))
-        outputs = self.walker.head(entering, self.inputs[it.batch])
+        outputs = self.executor.head(entering, self.inputs[it.batch])
         self.outputs[it.batch] = outputs
         if self.loss is not None:
             loss = self.loss(outputs, it.batch)

@@ -20,7 +20,7 @@ from pnn_compile.inputs import argument_names, device_of
 from pnn_compile.runtime.lanes import Lanes, lanes
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["StreamNetwork"]
 
@@ -39,7 +39,7 @@ class StreamNetwork(nn.Module):
         RuntimeFault: The weights are not on a CUDA device.
     """
 
-    def __init__(self, compiled: Network) -> None:
+    def __init__(self, compiled: Compiled) -> None:
         super().__init__()
         device = device_of(compiled.module)
         if device.type != "cuda":

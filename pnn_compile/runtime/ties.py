@@ -15,7 +15,7 @@ from pnn_compile.runtime.passing import Passing
 from pnn_compile.runtime.rank import RankNetwork
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["Ties"]
 
@@ -30,7 +30,7 @@ class Ties:
     """
 
     def __init__(
-        self, compiled: Network, placement: Sequence[int], group: dist.ProcessGroup
+        self, compiled: Compiled, placement: Sequence[int], group: dist.ProcessGroup
     ) -> None:
         owners: dict[nn.Parameter, list[int]] = {}
         for rank in range(max(placement) + 1):

@@ -66,7 +66,7 @@ class Workspace:
         like: Like,
     ) -> None:
         self.network = network
-        self.walker = network.walker
+        self.executor = network.executor
         self.plan = network.plan
         self.inputs = inputs
         self.link = link

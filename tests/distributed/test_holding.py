@@ -83,8 +83,8 @@ def test_every_piece_runs_on_what_its_rank_holds(
         for key, value in expected.state_dict().items():
             assert torch.equal(own.state_dict()[key], value), key
         given = held.program.args
-        fine = own.walker.fine(rank, _ones(held, rank), given)
-        for key, value in expected.walker.fine(rank, _ones(held, rank), given).items():
+        fine = own.executor.fine(rank, _ones(held, rank), given)
+        for key, value in expected.executor.fine(rank, _ones(held, rank), given).items():
             torch.testing.assert_close(fine[key], value)
     with pytest.raises(pnn.ArtifactError, match="does not exist"):
         load(tmp_path / "nothing", without_data=True)

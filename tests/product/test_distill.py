@@ -147,12 +147,12 @@ def test_the_goals_of_a_collapsed_sweep_add_up_to_the_original(
     with preserved(compiled.module):
         distiller.train(dropout=True)
         distiller.take(call(name, 3))
-        walker, inputs = Executor(compiled), call(name, 3)
-        true = last = walker.advance(0, {}, walker.fine(0, {}, inputs))
+        executor, inputs = Executor(compiled), call(name, 3)
+        true = last = executor.advance(0, {}, executor.fine(0, {}, inputs))
         for number in (1, 2):
-            guess = walker.guess(number, inputs)
-            last = walker.advance(number, last, walker.fine(number, guess, inputs))
-            true = walker.advance(number, true, walker.fine(number, true, inputs))
+            guess = executor.guess(number, inputs)
+            last = executor.advance(number, last, executor.fine(number, guess, inputs))
+            true = executor.advance(number, true, executor.fine(number, true, inputs))
     assert len(goals) == 2
     for goal in goals:
         for key, value in goal.items():
@@ -294,8 +294,8 @@ def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
 
 def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() -> None:
     compiled = _compiled(coarse="linear", calibration=_images(320))
-    walker = Executor(compiled)
-    kept = calibrate_by_choice(compiled, _images(40), walker, Given(walker), keep_better=True)
+    executor = Executor(compiled)
+    kept = calibrate_by_choice(compiled, _images(40), executor, Given(executor), keep_better=True)
     solved = pnn.calibrate(compiled, _images(40))
     for one, other in zip(kept.interfaces, solved.interfaces, strict=True):
         assert one.guess_after <= min(one.guess_before, other.guess_after) + 1e-6

@@ -19,7 +19,7 @@ from pnn_compile.inputs import batch_size, resized
 if TYPE_CHECKING:
     import numpy as np
 
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["BATCHES", "LIMIT", "Checked", "check_form", "check_values", "named_inputs"]
 
@@ -73,7 +73,7 @@ def check_form(path: Path) -> None:
         )
 
 
-def check_values(compiled: Network, run: _Run, names: Sequence[str]) -> Checked:
+def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked:
     """Compare with the network, in the mode it is in, on the example inputs at several batch sizes.
 
     Args:
@@ -123,7 +123,7 @@ def _error(index: int, size: int, value: torch.Tensor, reference: torch.Tensor) 
 
 
 def named_inputs(
-    compiled: Network, inputs: Mapping[str, Any], names: Sequence[str]
+    compiled: Compiled, inputs: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The tensors of a network's inputs as arrays, by the names that they have in ONNX."""
     order = [str(node.target) for node in compiled.program.inputs]

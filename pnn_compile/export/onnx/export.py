@@ -31,7 +31,7 @@ from pnn_compile.export.onnx.translate import OPSET
 from pnn_compile.export.onnx.write import IR_VERSION, write
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 _T = TypeVar("_T")
 
@@ -85,7 +85,7 @@ class Lowered:
     pieces: Mapping[str, LoweredPiece]
 
 
-def lower_network(compiled: Network) -> Lowered:
+def lower_network(compiled: Compiled) -> Lowered:
     """Translate a network to ONNX, in evaluation mode.
 
     Raises:
@@ -100,7 +100,7 @@ def lower_network(compiled: Network) -> Lowered:
 
 
 def export_onnx(
-    compiled: Network,
+    compiled: Compiled,
     path: str | Path,
     *,
     per_stage: bool = False,
@@ -140,7 +140,7 @@ def _require_packages() -> None:
         ) from error
 
 
-def _export_whole(compiled: Network, lowered: Lowered, target: Path, verify: bool) -> Exported:
+def _export_whole(compiled: Compiled, lowered: Lowered, target: Path, verify: bool) -> Exported:
     steps = lowered.steps
     inputs = {name: steps.specs[name] for name in steps.inputs}
     name = compiled.module.__class__.__name__
@@ -162,7 +162,7 @@ def _export_whole(compiled: Network, lowered: Lowered, target: Path, verify: boo
     return Exported(target, written, nodes, OPSET, IR_VERSION, checked)
 
 
-def _export_stages(compiled: Network, lowered: Lowered, target: Path, verify: bool) -> Exported:
+def _export_stages(compiled: Compiled, lowered: Lowered, target: Path, verify: bool) -> Exported:
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file: name a directory for the stage models")
     with drafting(target) as folder:
@@ -196,7 +196,7 @@ class _StageWriter:
 
     def __init__(
         self,
-        compiled: Network,
+        compiled: Compiled,
         lowered: Lowered,
         folder: Path,
     ) -> None:

@@ -16,7 +16,7 @@ from pnn_compile.export.onnx.steps import Steps
 from pnn_compile.export.onnx.translate import Block, translate
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["Call", "LoweredPiece", "lower"]
 
@@ -44,7 +44,7 @@ class LoweredPiece:
     calls: tuple[Call, ...]
 
 
-def lower(compiled: Network, observed: Observed, steps: Steps) -> Mapping[str, LoweredPiece]:
+def lower(compiled: Compiled, observed: Observed, steps: Steps) -> Mapping[str, LoweredPiece]:
     """Translate all pieces that the steps call.
 
     Raises:

@@ -16,7 +16,7 @@ from passes.ir.run_step import output_leaves
 from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["BATCH", "Observed", "Spec", "leaves", "observe"]
 
@@ -63,7 +63,7 @@ class Observed:
     outputs: tuple[tuple[str, Spec], ...]
 
 
-def observe(compiled: Network) -> Observed:
+def observe(compiled: Compiled) -> Observed:
     """Run the network in the mode it is in, at two batch sizes where its batch is free.
 
     Raises:

@@ -18,7 +18,7 @@ from passes.transform.sweep import Role
 from pnn_compile.export.onnx.observe import Observed, Spec, leaves
 
 if TYPE_CHECKING:
-    from pnn_compile.network import Network
+    from pnn_compile.compiled import Compiled
 
 __all__ = ["ROLES", "Place", "Step", "Steps", "read_steps"]
 
@@ -75,13 +75,13 @@ class Steps:
     specs: Mapping[str, Spec]
 
 
-def read_steps(compiled: Network, observed: Observed) -> Steps:
+def read_steps(compiled: Compiled, observed: Observed) -> Steps:
     """Read the steps off the assembled network."""
     return _Reader(compiled, observed).read()
 
 
 class _Reader:
-    def __init__(self, compiled: Network, observed: Observed) -> None:
+    def __init__(self, compiled: Compiled, observed: Observed) -> None:
         self.graph = compiled.module.graph
         self.observed = observed
         self.values = observed.values[""]
