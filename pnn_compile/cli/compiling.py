@@ -112,8 +112,8 @@ def compile_command(
       timm:NAME, torchvision:NAME    random weights
       hf:NAME                        a model type or class of transformers, small and random,
                                      or a folder with a config.json
-      file.pt2                       written by torch.export.save, without pickled objects
-    """
+      file.pt2                       written by torch.export.save; nothing in it runs
+    """  # noqa: D301  # click reads the backspace
     if output is None and emit != ("graph",):
         raise OptionError(f"--emit {','.join(emit)} needs a directory to write to: add -o DIR")
     from pnn_compile.artifact.directory import check_replaceable
