@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as _fields
 from typing import Any, Literal, TypedDict
@@ -112,7 +112,7 @@ class Options:
     seed: int = 0
 
     @classmethod
-    def of(cls, options: Options | None, choices: Choices) -> Options:
+    def of(cls, options: Options | None, choices: Mapping[str, Any]) -> Options:
         """Set single options by name, in those given or else in the defaults.
 
         A device or a list of devices becomes a tuple, and costs on devices become seconds.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,12 +13,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.analysis.analysis import Analysis, weigh
-from passes.capture.ladder import capture
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, OptionError
 from passes.ir.program import Program, graph_module, resolve
 from passes.options import Choices, Options
-from passes.pipeline import COMPILE, REPLAY, Compilation, PassResult, run_passes
+from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.edit import moved_cuts, options_of
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan
@@ -321,6 +319,7 @@ def compile(
     plan: Plan | None = None,
     calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
     cache: bool | str | Path = True,
+    passes: Sequence[Pass] = COMPILE,
     debug: bool = False,
     **choices: Unpack[Choices],
 ) -> Compiled:
@@ -342,6 +341,8 @@ def compile(
             first layers worth as much again, unless `prologue` says otherwise.
         cache: Whether to keep measured seconds in files (`pnn_compile.forecast.timing_cache` says
             where), and to take those that are there; or the folder to keep them in.
+        passes: What runs between capture and calibration, in order; `passes.pipeline.insert` puts
+            a pass of your own between two others.
         debug: Whether to verify every graph between passes.
         **choices: The same options by their names (`stages=4, coarse="units"`), instead of
             `options` or in addition: they replace what is set there.
@@ -356,8 +357,6 @@ def compile(
         SynthesisError: No guess or correction can be made for an interface.
         ArtifactError: `plan` was made for another model, or was edited and makes no sense.
     """
-    from pnn_compile.fit.calibrate import calibrate
-    from pnn_compile.fit.select import choose
     from pnn_compile.forecast.timing_cache import TimingCache
     from pnn_compile.inputs import example
 
@@ -369,34 +368,51 @@ def compile(
         )
     if calibration is not None and plan is None:
         options = options.calibrated()
-    start = time.perf_counter()
-    program = capture(model, args, kwargs, dynamic_batch=dynamic_batch)
-    captured = PassResult("capture and validate", time.perf_counter() - start)
-    if plan is not None and plan.fingerprint == program.fingerprint:
-        moved = moved_cuts([node.name for node in program.order], plan)
-        if moved is not None:
-            options, plan = options_of(plan, moved), None
+    start = Compilation(
+        model=model, args=args, kwargs=kwargs, dynamic_batch=dynamic_batch, options=options
+    )
+    compilation, results = run_passes(start, [CAPTURE], check=debug)
+    program = compilation.program
+    assert program is not None
+    timings = None
     if plan is not None:
-        compiled = replay(program, plan, captured, debug=debug)
+        moved = None
+        if plan.fingerprint == program.fingerprint:
+            moved = moved_cuts([node.name for node in program.order], plan)
+        if moved is not None:
+            compilation, plan = replace(compilation, options=options_of(plan, moved)), None
+    if plan is not None:
+        check_replayed(program, plan)
+        compilation, passes = replace(compilation, plan=plan, options=None), REPLAY
     else:
         timings = TimingCache.of(cache)
-        compilation, results = run_passes(
-            Compilation(program, options, measure=timings), COMPILE, check=debug
-        )
-        compiled = gather(compilation, (captured, *results))
-        compiled = replace(compiled, timings=timings.path)
+        compilation = replace(compilation, measure=timings)
     if calibration is not None:
-        batches = calibration(program) if callable(calibration) else calibration
-        start = time.perf_counter()
-        if plan is not None:
-            compiled = replace(compiled, calibration=calibrate(compiled, batches))
-        else:
-            assert compilation.analysis is not None
-            assert compilation.options is not None
-            compiled = choose(compiled, compilation.analysis, compilation.options, batches)
-        spent = PassResult("calibrate", time.perf_counter() - start)
-        compiled = replace(compiled, passes=(*compiled.passes, spent))
-    return compiled
+        samples = calibration(program) if callable(calibration) else calibration
+        compilation, passes = replace(compilation, samples=samples), (*passes, CALIBRATE)
+    compilation, more = run_passes(compilation, passes, check=debug)
+    compiled = gather(compilation, (*results, *more))
+    return replace(compiled, timings=timings.path if timings is not None else None)
+
+
+def _calibrate(c: Compilation) -> Compilation:
+    """Fit the operators to samples; those that options leave open are chosen by how they fit."""
+    from pnn_compile.fit.calibrate import calibrate
+    from pnn_compile.fit.select import choose
+
+    assert c.samples is not None
+    compiled = gather(c, ())
+    if c.options is None or c.analysis is None:  # a plan is replayed: it decides
+        return replace(c, calibration=calibrate(compiled, c.samples))
+    chosen = choose(compiled, c.analysis, c.options, c.samples)
+    return replace(
+        c, plan=chosen.plan, operators=chosen.operators, module=chosen.module,
+        calibration=chosen.calibration,
+    )  # fmt: skip
+
+
+CALIBRATE = Pass("calibrate", ("samples", "plan", "module"), ("calibration",), _calibrate)
+"""Fit guesses and corrections to samples."""
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
@@ -422,19 +438,29 @@ def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = Fals
     Raises:
         ArtifactError: The plan was made for another program, or was edited and makes no sense.
     """
+    check_replayed(program, plan)
+    compilation, results = run_passes(Compilation(program=program, plan=plan), REPLAY, check=debug)
+    return gather(compilation, (*before, *results))
+
+
+def check_replayed(program: Program, plan: Plan) -> None:
+    """Check that a plan was made for a program, and means something over it.
+
+    Raises:
+        ArtifactError: It was made for another one, or was edited and makes no sense.
+    """
     if plan.fingerprint != program.fingerprint:
         raise ArtifactError(
             f"the plan was made for another {plan.model}: the structure of {program.name} differs "
             "(layers, shapes or options); compile it again"
         )
     check_plan(program, plan)
-    compilation, results = run_passes(Compilation(program, plan=plan), REPLAY, check=debug)
-    return gather(compilation, (*before, *results))
 
 
 def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:
     """Collect what a finished compilation made."""
     c = compilation
+    assert c.program is not None
     assert c.plan is not None
     assert c.stages is not None
     assert c.operators is not None
@@ -448,5 +474,6 @@ def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Compile
         c.sequential,
         c.module,
         results,
+        calibration=c.calibration,
         weighed=c.analysis,
     )

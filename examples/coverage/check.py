@@ -137,7 +137,9 @@ def _cut(analysis: Analysis, stages: int) -> Plan | str:
 
 
 def _compile(program: Program, analysis: Analysis, plan: Plan) -> Compiled:
-    start = Compilation(program, Options(stages=len(plan.stages)), analysis=analysis, plan=plan)
+    start = Compilation(
+        program=program, options=Options(stages=len(plan.stages)), analysis=analysis, plan=plan
+    )
     compilation, results = run_passes(start, REPLAY)
     return gather(compilation, results)
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import fx
 
+from passes.errors import SynthesisError
 from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
 from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
 
-__all__ = ["assemble", "sequential", "step_of"]
+__all__ = ["assemble", "sequential", "step_of", "verify_steps"]
 
 _State = dict[str, fx.Node]
 _KEY = "pnn"
@@ -28,6 +29,17 @@ def step_of(node: fx.Node) -> Step | None:
     """Return the step that a node of an assembled network belongs to; None for its arguments."""
     step = node.meta.get(_KEY)
     return step if isinstance(step, Step) else None
+
+
+def verify_steps(network: fx.GraphModule) -> None:
+    """Check that every node of an assembled network says which step it belongs to.
+
+    Raises:
+        SynthesisError: One does not.
+    """
+    for node in network.graph.nodes:
+        if node.op not in ("placeholder", "output") and step_of(node) is None:
+            raise SynthesisError(f"malformed graph: node {node.name!r} belongs to no step")
 
 
 def assemble(

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from passes.errors import OptionError
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from pnn_compile.compiled import Compiled, gather
@@ -143,12 +142,11 @@ def assess(
 
 def _compiled(compiled: Compiled, inputs: Iterable[Any], options: Mapping[str, Any]) -> Compiled:
     plan = compiled.plan
-    known = {"correction": plan.correction, "sweep": plan.sweep, "seed": plan.seed}
-    try:
-        wanted = Options(**{**known, **options}).calibrated()
-    except TypeError as error:
-        raise OptionError(f"assess takes the options of compile ({error})") from error
-    compilation, results = run_passes(Compilation(compiled.program, wanted), COMPILE)
+    start = Options(correction=plan.correction, sweep=plan.sweep, seed=plan.seed)
+    wanted = Options.of(start, options).calibrated()
+    compilation, results = run_passes(
+        Compilation(program=compiled.program, options=wanted), COMPILE
+    )
     assert compilation.analysis is not None
     return choose(gather(compilation, results), compilation.analysis, wanted, inputs)
 

@@ -328,7 +328,10 @@ def _consistency(compiled: Compiled) -> Check:
     network = nn.Sequential(*layers)
     program = capture(network, (x,))
     made, _ = run_passes(
-        Compilation(program, Options(stages=count, coarse="exact", correction="residual")), COMPILE
+        Compilation(
+            program=program, options=Options(stages=count, coarse="exact", correction="residual")
+        ),
+        COMPILE,
     )
     assert isinstance(made.module, fx.GraphModule)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from tests.support.programs import compiled, parts, program
 
 
 def start() -> Compilation:
-    return Compilation(program("mlp"), Options(stages=2))
+    return Compilation(program=program("mlp"), options=Options(stages=2))
 
 
 # --- the list of passes ---------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def test_the_passes_fill_the_compilation_in_order() -> None:
 
 
 def test_every_pass_requires_what_an_earlier_one_ensures() -> None:
-    for passes, known in ((COMPILE, {"options"}), (REPLAY, {"plan"})):
+    for passes, known in ((COMPILE, {"program", "options"}), (REPLAY, {"program", "plan"})):
         for step in passes:
             assert set(step.requires) <= known
             known |= set(step.ensures)
@@ -43,7 +43,7 @@ def test_a_pass_without_what_it_requires_says_what_is_missing(step: Pass) -> Non
     with pytest.raises(
         OptionError, match=rf"pass '{step.name}' requires {', '.join(step.requires)}"
     ):
-        run_passes(Compilation(program("mlp")), [step])
+        run_passes(Compilation(program=program("mlp")), [step])
 
 
 def test_a_pass_that_breaks_its_promise_is_caught() -> None:
@@ -54,7 +54,9 @@ def test_a_pass_that_breaks_its_promise_is_caught() -> None:
 
 def test_a_plan_is_replayed_to_the_same_network() -> None:
     first = compiled("resnet", stages=3)
-    again, _ = run_passes(Compilation(program("resnet"), plan=first.plan), REPLAY, check=True)
+    again, _ = run_passes(
+        Compilation(program=program("resnet"), plan=first.plan), REPLAY, check=True
+    )
     module, other = parts(first)[2], parts(again)[2]
 
     assert other.code == module.code

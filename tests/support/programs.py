@@ -41,7 +41,9 @@ def compiled(name: str, **options: Any) -> Compilation:
 
 def compile_program(captured: Program, **options: Any) -> Compilation:
     """Run all passes on a program, with every graph verified between them."""
-    result, _ = run_passes(Compilation(captured, Options(**options)), COMPILE, check=True)
+    result, _ = run_passes(
+        Compilation(program=captured, options=Options(**options)), COMPILE, check=True
+    )
     return result
 
 

@@ -108,6 +108,7 @@ def test_an_argument_may_be_called_as_the_builtins_are() -> None:
     compilation = compile_model(Net(), *given.values(), stages=2)
     _, sequential, module = parts(compilation)
 
+    assert compilation.program is not None
     torch.testing.assert_close(sequential(**given), compilation.program.module(**given))
     assert module(**given).shape == (2, 4)
 
