@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from passes.analysis.analysis import CostSource
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
 from passes.ir.program import Program
-from passes.options import CostSource, Options
+from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, PassResult, run_passes
 from passes.plan.edit import moved_cuts, options_of
 from passes.plan.schema import Plan

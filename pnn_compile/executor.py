@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.spec import OperatorSpec
 
 if TYPE_CHECKING:
     from passes.transform.split import Stages
@@ -24,7 +24,7 @@ State = dict[str, torch.Tensor]
 class Operator:
     """A guess or a correction: what the plan says of it, and the network."""
 
-    spec: CoarseSpec
+    spec: OperatorSpec
     network: nn.Module
 
 
@@ -85,7 +85,7 @@ class Walker:
     def guess(self, number: int, inputs: Mapping[str, Any]) -> State:
         """Guess the state that enters stage `number`."""
         guess = self.guesses[number]
-        result = guess.network(*self.given(guess.spec.options["inputs"], inputs))
+        result = guess.network(*self.given(guess.spec.options.inputs, inputs))
         return _named(self.plan.stages[number].consumes, result)
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
@@ -109,7 +109,7 @@ class Walker:
     ) -> list[Any]:
         """What the correction of stage `number` is called with."""
         spec = self.corrections[number].spec
-        given = self.given(spec.options.get("inputs", ()), inputs)
+        given = self.given(spec.options.inputs, inputs)
         leading = [guess[name] for name in self.plan.stages[number].consumes]
         return [*(leading if self.plan.reads_guess(spec) else []), *residual, *given]
 

@@ -18,15 +18,13 @@ from passes.coarse.regression import Solution
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["Linear", "LinearMap", "linear_flops"]
-
 
 class LinearMap(nn.Module):
     """A linear map between two tensors of one network.
 
     Args:
         source: Type of the tensor that it reads.
-        target: Type of the tensor that it gives.
+        target: Type of the tensor that it returns.
         bias: Whether to add a bias per channel.
         gain: Scale of the initial weights.
     """
@@ -97,7 +95,7 @@ class Linear(MapMatrix):
 
     Args:
         entering: Types of the tensors that it reads.
-        leaving: Types of the tensors that it gives.
+        leaving: Types of the tensors that it returns.
         bias: Whether the maps have a bias.
         reads: Which entering tensors each leaving one may depend on; all if None.
     """

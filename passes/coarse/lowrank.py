@@ -9,19 +9,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
 
 from passes.coarse.map_matrix import MapMatrix, Reads
 from passes.coarse.regression import Solution
+from passes.coarse.spec import CoarseOptions, Count, Span
 from passes.coarse.tensor_layout import Layout, layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["CAP", "LowRank", "LowRankMap", "lowrank_flops"]
-
 CAP = 2048
 """Largest number of features or targets of one regression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions(CoarseOptions):
+    """Options of family `lowrank`.
+
+    Attributes:
+        rank: Numbers per sample that each map goes through.
+    """
+
+    rank: Count
+    bias: bool = False
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Take the rank asked for; in residual form a bias may fit the mean error too."""
+        return cls(
+            rank=span.options.rank, bias=span.options.correction == "residual", reads=span.reads
+        )
 
 
 class LowRankMap(nn.Module):
@@ -125,7 +145,7 @@ class LowRank(MapMatrix):
 
     Args:
         entering: Types of the tensors that it reads.
-        leaving: Types of the tensors that it gives.
+        leaving: Types of the tensors that it returns.
         rank: Numbers per sample that each map goes through.
         bias: Whether the maps have a bias.
         reads: Which entering tensors each leaving one may depend on; all if None.

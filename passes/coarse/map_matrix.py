@@ -10,8 +10,6 @@ from torch import nn
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["MapMatrix", "Reads"]
-
 Reads = Sequence[Sequence[int]]
 """For every leaving tensor, the numbers of the entering tensors that it may depend on."""
 

@@ -12,8 +12,6 @@ from passes.coarse.lowrank import LowRankMap
 from passes.coarse.map_matrix import MapMatrix
 from passes.coarse.regression import Moments
 
-__all__ = ["MatrixFit", "fitted_parts"]
-
 
 def fitted_parts(module: nn.Module) -> list[MapMatrix]:
     """The parts of a network that a regression can fit, in the order in which to fit them."""

@@ -13,8 +13,6 @@ import torch
 
 from passes.ir.isolation import seeded
 
-__all__ = ["Moments", "Solution"]
-
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, relative to the mean variance of a feature."""
 

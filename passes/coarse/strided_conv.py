@@ -15,8 +15,6 @@ from torch import nn
 from passes.coarse.tensor_layout import resize
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["Convolution", "ConvolutionMap", "convolution_fits", "convolution_flops"]
-
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 

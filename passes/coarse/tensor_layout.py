@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["Layout", "layouts", "resize"]
-
 _POOLS: dict[int, Callable[..., torch.Tensor]] = {
     1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,

@@ -139,7 +139,7 @@ class _Writer:
 
     def _guess(self, number: int, stage: Stage) -> _State:
         assert stage.preprocess is not None
-        inputs = stage.preprocess.options["inputs"]
+        inputs = stage.preprocess.options.inputs
         result = self._call(f"preprocess_{number}", [], inputs, f"x_{number}")
         return unpack(self.graph, result, stage.consumes)
 
@@ -158,7 +158,7 @@ class _Writer:
         state = residual
         if self.plan.reads_guess(spec):
             state = [*(guess[name] for name in stage.consumes), *residual]
-        inputs = spec.options.get("inputs", ())
+        inputs = spec.options.inputs
         result = self._call(f"coarse_{number}", state, inputs, f"c_{number}")
         return unpack(self.graph, result, [value.name for value in self.plan.corrects(number)])
 

@@ -11,7 +11,7 @@ from torch import fx
 from passes.ir.program import provenance
 
 if TYPE_CHECKING:
-    from passes.coarse.spec import CoarseSpec
+    from passes.coarse.spec import OperatorSpec
     from passes.plan.schema import Stage
     from pnn_compile.network import Network
 
@@ -142,7 +142,7 @@ class _Builder:
         if correct not in self.graph:
             where = int(correct.rpartition("_")[2])
             self._add(correct, "correct", where, "add", **self._type(corrected))
-        for name in stage.preprocess.options["inputs"]:
+        for name in stage.preprocess.options.inputs:
             self._edge(name, guess, name, crosses=False)
         for name in stage.consumes:
             self._edge(guess, residual, name, crosses=False)
@@ -158,7 +158,7 @@ class _Builder:
             self._edge(source, residual, name, crosses=True)
 
     def _add_operator(
-        self, name: str, role: str, number: int, spec: CoarseSpec, gives: Sequence[str]
+        self, name: str, role: str, number: int, spec: OperatorSpec, gives: Sequence[str]
     ) -> None:
         self._add(name, role, number, spec.family, flops=spec.flops, **self._type(gives))
 

@@ -110,9 +110,9 @@ def reads(network: RankNetwork, arguments: list[str]) -> set[str]:
         if kind == "fine":
             inputs = network.plan.stages[int(number)].inputs
         elif kind == "preprocess":
-            inputs = walker.guesses[int(number)].spec.options["inputs"]
+            inputs = walker.guesses[int(number)].spec.options.inputs
         elif kind == "coarse":
-            inputs = walker.corrections[int(number)].spec.options.get("inputs", ())
+            inputs = walker.corrections[int(number)].spec.options.inputs
         else:
             inputs = network.plan.head.inputs
         found.update(walker.given(inputs, same))

@@ -49,7 +49,7 @@ def _delete(data: Any) -> None:
         (lambda d: d.update(iterations="2"), r"plan\.iterations should be int, found str"),
         (lambda d: d.update(iterations=True), r"plan\.iterations should be int, found bool"),
         (lambda d: d.update(seed=None), r"plan\.seed should be int, found NoneType"),
-        (lambda d: d.update(stages={}), r"plan\.stages should be tuple, found dict"),
+        (lambda d: d.update(stages={}), r"plan\.stages should be list, found dict"),
         (lambda d: d["stages"].__setitem__(0, 7), r"plan\.stages\[0\] should be an object, found"),
         (
             lambda d: d["interfaces"][0]["state"][0]["spec"].update(shape=[2, "wide"]),
@@ -59,8 +59,8 @@ def _delete(data: Any) -> None:
             lambda d: d["stages"][1]["coarse"].update(linear=0),
             r"plan\.stages\[1\]\.coarse\.linear should be bool, found int",
         ),
-        (lambda d: d["ties"].update(weight=0), r"plan\.ties\.weight should be tuple, found int"),
-        (_delete, r"plan is incomplete \(.*'forecast'\)"),
+        (lambda d: d["ties"].update(weight=0), r"plan\.ties\.weight should be list, found int"),
+        (_delete, r"plan\.forecast is missing: it needs model, correction, "),
     ],
 )
 def test_an_edited_plan_is_refused_where_it_is_wrong(
@@ -181,14 +181,20 @@ EDITS: tuple[tuple[Callable[[Any], None], str], ...] = (
     (_put(*_COARSE, "options", "inputs", ["y"]), r"coarse\.options\.inputs\[0\] is 'y'; possible"),
     (
         _put(*_COARSE, "options", "inputs", 3),
-        r"coarse\.options\.inputs is of type int: it should be a list",
+        r"coarse\.options\.inputs should be list, found int",
     ),
     (_drop(*_GUESS, "options", "sources"), r"preprocess\.options\.sources is missing"),
     (_drop(*_GUESS, "options", "inputs"), r"preprocess\.options\.inputs is missing"),
     (_put(*_GUESS, "options", "sources", []), r"preprocess\.options\.sources is empty"),
     (_put(*_GUESS, "options", "sources", 0, "name", "y"), r"sources\[0\]\.name is 'y'; possible"),
-    (_put(*_GUESS, "options", "sources", 0, "name", ["x"]), r"sources\[0\]\.name is \['x'\]"),
-    (_put(*_GUESS, "options", "sources", 0, "shape", ["w"]), r"shape\[0\] is 'w', no size"),
+    (
+        _put(*_GUESS, "options", "sources", 0, "name", ["x"]),
+        r"sources\[0\]\.name should be str, found list",
+    ),
+    (
+        _put(*_GUESS, "options", "sources", 0, "shape", ["w"]),
+        r"shape\[0\] should be int, found str",
+    ),
     (_drop(*_GUESS, "options", "sources", 0, "dtype"), r"sources\[0\]\.dtype is missing"),
 )
 
