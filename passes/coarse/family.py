@@ -123,7 +123,7 @@ FAMILIES: dict[str, Family] = {
         copies_blocks=True,
     ),
     "thinned": Family(
-        about="every m-th trained block, its branch scaled by m",
+        about="every m-th block of the trained trunk",
         # The front, which computes the sources, copies the blocks; its map scales them.
         preprocess=lambda options, site: Linear(
             site.entering, site.leaving, bias=True, reads=options.reads
@@ -242,13 +242,14 @@ def _built(spec: OperatorSpec, site: Site) -> nn.Module:
     for row in rows_of(spec.family):
         build: Build | None = getattr(row, spec.role)
         if build is None:
-            known = ", ".join(names_of(spec.role))
-            raise SynthesisError(f"no {spec.role} family {spec.family!r}; known: {known}")
+            names = ", ".join(names_of(spec.role))
+            raise SynthesisError(f"no {spec.role} family {spec.family!r}; known: {names}")
         parts.append(build(spec.options, site))
     return parts[0] if len(parts) == 1 else Sum(parts)
 
 
-def described(role: Role) -> str:
-    """The families of a role, a line each, for help texts."""
-    lines = [f"{name}: {FAMILIES[name].about}" for name in names_of(role)]
-    return "\n".join([*lines, f"a sum of {', '.join(names_of(role, summed=True))}: linear+lowrank"])
+def family_help(role: Role) -> str:
+    """The families of a role and what they are, for help texts."""
+    sums = names_of(role, summed=True)
+    rows = "; ".join(f"{name}: {FAMILIES[name].about}" for name in names_of(role))
+    return f"auto, a family, or a sum of {', '.join(sums)} ({'+'.join(sums[:2])}). {rows}."

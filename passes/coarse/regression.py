@@ -2,7 +2,11 @@
 
 Only the sums of products are kept, never the samples; a part of the samples is held out to choose
 the ridge. Reduced rank after Izenman (1975): the full solution, projected onto the directions in
-which its predictions vary most.
+which its predictions vary most. With X the centred features and Y the targets, row by row:
+
+    X'X = V diag(s) V'              decomposed once, after the last sample
+    W   = V diag(1 / (s + l)) V'X'Y for each of a few ridges l; the held-out rows choose
+    W_r = W D D'                    D the first r right singular vectors of X W
 """
 
 from __future__ import annotations

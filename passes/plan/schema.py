@@ -280,9 +280,9 @@ def _decode_record(kind: Any, data: Any, where: str) -> Any:
 def _options_of(kind: type[OperatorSpec], family: Any, where: str) -> type:
     """The class of the options of a family, which the family's name decides."""
     parts = _decode(str, family, where).split("+")
-    known = names_of(kind.role, summed=len(parts) > 1)
+    names = names_of(kind.role, summed=len(parts) > 1)
     for index, part in enumerate(parts):
-        if part not in known:
+        if part not in names:
             place = f"{where}[{index}]" if len(parts) > 1 else where
-            raise ArtifactError(f"{place} is {part!r}; possible here: {', '.join(known)}")
+            raise ArtifactError(f"{place} is {part!r}; possible here: {', '.join(names)}")
     return options_of(kind.role, family)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from passes.coarse.family import family_help
 from passes.errors import OptionError, VerificationError
 from pnn_compile.cli.common import (
     ARG,
@@ -79,20 +80,11 @@ def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     metavar="NAME,...",
     help="Profile of all devices, or of one per stage: built in (h100) or a .toml file.",
 )
-@click.option(
-    "--coarse",
-    default="auto",
-    help="auto, linear, lowrank, conv, a sum of these (linear+lowrank), units, thinned (every m-th "
-    "trained block, its branch scaled by m), exact or zero.",
-)
+@click.option("--coarse", default="auto", help=family_help("coarse"))
 @click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
 @click.option("--units", default=1, type=int, help="Repeating blocks to copy or keep (N_c).")
 @click.option("--rank", default=32, type=int, help="Rank of family lowrank.")
-@click.option(
-    "--preprocess",
-    default="auto",
-    help="auto, thinned, or a sum of convolution, linear, lowrank, conv.",
-)
+@click.option("--preprocess", default="auto", help=family_help("preprocess"))
 @click.option("--prologue", default=None, type=float, help="Share of layers copied into a guess.")
 @click.option("--correction", default="residual", help="residual or difference.")
 @click.option("--sweep", default="chain", help="chain, collapsed or auto.")

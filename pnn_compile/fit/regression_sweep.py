@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.coarse.batchnorm import recalibrate
 from passes.coarse.family import copies_blocks, is_fine
-from passes.coarse.matrix_fit import MatrixFit, fitted_parts
+from passes.coarse.map_matrix import MatrixFit, fitted_parts
 from passes.coarse.spec import OperatorSpec, PreprocessOptions, Trial
 from passes.errors import OptionError
 from pnn_compile.executor import Operator, State, Walker, plus

@@ -86,6 +86,52 @@ def test_whole_numbers_may_stand_for_fractions() -> None:
     assert (gap, type(gap)) == (0.0, float)
 
 
+_BLOCK = {
+    "first": "a", "last": "b", "entering": "x", "leaving": "b", "inputs": ["x"], "sides": ["s"],
+}  # fmt: skip
+_SOURCES = {
+    "rank": 32,
+    "sources": [
+        {"name": "x", "shape": [2, 8], "dtype": "float32", "batch_axis": None, "channel_axis": 1}
+    ],
+    "inputs": ["x"],
+    "sides": [],
+}
+WRITTEN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("coarse", "linear", {"inputs": []}),
+    ("coarse", "conv", {"inputs": [], "reads": [[0], [0, 1]]}),
+    ("coarse", "linear+lowrank", {"inputs": [], "rank": 5, "bias": True}),
+    ("coarse", "units", {"inputs": ["x"], "blocks": [_BLOCK, _BLOCK]}),
+    ("coarse", "thinned", {"inputs": ["x"], "blocks": [{**_BLOCK, "step": 3}]}),
+    ("coarse", "exact", {"inputs": ["x"]}),
+    ("coarse", "zero", {"inputs": []}),
+    ("preprocess", "convolution", _SOURCES),
+    ("preprocess", "lowrank+conv", {**_SOURCES, "prologue": 0.2, "reads": [[0]]}),
+    ("preprocess", "linear", {**_SOURCES, "copied": ["a", "b"]}),
+    (
+        "preprocess",
+        "thinned",
+        {
+            **_SOURCES,
+            "copied": ["a", "b"],
+            "blocks": [{**_BLOCK, "step": 1}],
+            "stem": {"inputs": ["x"], "leaving": "b"},
+        },
+    ),
+)
+"""Options of every family as schema 1 has them."""
+
+
+@pytest.mark.parametrize(("role", "family", "options"), WRITTEN)
+def test_options_are_read_and_written_under_the_same_keys(
+    role: str, family: str, options: dict[str, Any]
+) -> None:
+    data = json.loads(plan_of("mlp", stages=2).to_json())
+    data["stages"][1][role] |= {"family": family, "options": options}
+
+    assert json.loads(Plan.from_json(json.dumps(data)).to_json()) == data
+
+
 def test_a_type_knows_its_size_and_names_its_batch() -> None:
     spec = TensorSpec((2, 8, 4, 4), "float16", batch_axis=0, channel_axis=1)
 
