@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as _fields
 from typing import Any, Literal, TypedDict
 
-from torch import fx
-
+from passes.analysis.analysis import MEASURED, ROOFLINE, CostSource
+from passes.coarse.family import FAMILIES, names_of
+from passes.coarse.spec import Role
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
 
-__all__ = ["BLOCK_FAMILIES", "MEASURED", "ROOFLINE", "Choices", "CostSource", "Options"]
-
-CostSource = (
-    Literal["flops", "measured", "measured-forward", "roofline", "roofline-forward"]
-    | Callable[[fx.Node, int], float]
-)
-MEASURED = {"measured": True, "measured-forward": False}
-"""Costs in measured seconds, and whether backward is measured too."""
-ROOFLINE = {"roofline": True, "roofline-forward": False}
-"""Costs in seconds of a device profile, and whether the way back counts too."""
-
-BLOCK_FAMILIES = ("units", "thinned")
-"""Families of coarse propagators that copy blocks of the trunk."""
-_COARSE = ("auto", "linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
-_COARSE_SUMS = ("linear", "lowrank", "conv")
-_GUESS_SUMS = ("convolution", "linear", "lowrank", "conv")
-_GUESSES = ("auto", "thinned", *_GUESS_SUMS)
 _MOST_COPIED = 0.25
 """Largest share of first layers that is copied into guesses without being asked for."""
 
@@ -139,8 +123,8 @@ class Options:
         return [f.name for f in _fields(type(self)) if getattr(self, f.name) != f.default]
 
     def __post_init__(self) -> None:
-        _sum_among("coarse", self.coarse, _COARSE, _COARSE_SUMS)
-        _sum_among("preprocess", self.preprocess, _GUESSES, _GUESS_SUMS)
+        _check_family("coarse", self.coarse)
+        _check_family("preprocess", self.preprocess)
         _at_least("rank", self.rank, 1)
         _among("correction", self.correction, _CORRECTIONS)
         if not callable(self.cost):
@@ -202,7 +186,8 @@ class Options:
             )
 
     def _check_collapsed(self) -> None:
-        families = ("auto", "zero", *_COARSE_SUMS)
+        rows = ((name, FAMILIES[name]) for name in names_of("coarse"))
+        families = ("auto", *(name for name, row in rows if "collapsed" in row.sweeps))
         if not set(self.coarse.split("+")) <= set(families):
             raise OptionError(
                 f"sweep='collapsed' needs maps of its own, of family {', '.join(families)} "
@@ -217,13 +202,13 @@ def _among(name: str, value: object, known: tuple[str, ...]) -> None:
         raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(known)}")
 
 
-def _sum_among(name: str, value: str, known: tuple[str, ...], sums: tuple[str, ...]) -> None:
-    parts = str(value).split("+")
+def _check_family(role: Role, family: str) -> None:
+    parts, sums = str(family).split("+"), names_of(role, summed=True)
     if len(parts) == 1:
-        _among(name, value, known)
+        _among(role, family, ("auto", *names_of(role)))
     elif len(set(parts)) < len(parts) or not set(parts) <= set(sums):
         raise OptionError(
-            f"{name} can only sum different ones of: {', '.join(sums)} (got {value!r})"
+            f"{role} can only sum different ones of: {', '.join(sums)} (got {family!r})"
         )
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDERS: dict[str, tuple[str, ...]] = {
     "passes": (
-        "errors", "ir", "capture", "cost", "options", "analysis", "coarse", "partition", "plan",
+        "errors", "ir", "capture", "cost", "analysis", "coarse", "options", "partition", "plan",
         "transform", "schedule", "pipeline",
     ),
     "pnn_compile": (

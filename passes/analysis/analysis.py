@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -21,9 +21,16 @@ from passes.cost.node_facts import Fact
 from passes.cost.roofline import roofline
 from passes.errors import OptionError
 from passes.ir.program import Program
-from passes.options import MEASURED, ROOFLINE, CostSource
 
-__all__ = ["Analysis", "weigh"]
+CostSource = (
+    Literal["flops", "measured", "measured-forward", "roofline", "roofline-forward"]
+    | Callable[[fx.Node, int], float]
+)
+"""How nodes are weighed; a callable from a node and its forward FLOPs."""
+MEASURED = {"measured": True, "measured-forward": False}
+"""Costs in measured seconds, and whether backward is measured too."""
+ROOFLINE = {"roofline": True, "roofline-forward": False}
+"""Costs in seconds of a device profile, and whether the backward pass counts too."""
 
 _SIGNIFICANT = 0.25
 """A block or operator belongs to the trunk if it costs this share of the mean of its kind."""

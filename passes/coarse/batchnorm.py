@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["recalibrate"]
-
 
 def recalibrate(network: nn.Module, calls: Iterable[tuple[Any, ...]]) -> int:
     """Set the running statistics of every BatchNorm to their average over calls.

@@ -18,8 +18,6 @@ from passes.coarse.map_matrix import MapMatrix, Reads
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["Conv", "ConvMap"]
-
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

@@ -2,32 +2,102 @@
 
 For a stage that covers blocks of the graph: a copy of every block that changes the shape of the
 state (down-sampling), and N_c copies of the block that the stage repeats most. The copies draw
-fresh weights at the scale of the originals (Lee, Park, Lee 2022, section IV).
+fresh weights at the scale of the originals (Lee, Park, Lee 2022, section IV). By letter, with D a
+block that halves the resolution:
+
+    stage          A A A D B B B B      N_c = 2
+    coarse network       D B B          B at the shape that the stage leaves with
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
 import torch
 from torch import fx, nn
 
+from passes.analysis.analysis import Analysis
 from passes.analysis.blocks import Block
 from passes.analysis.cut_points import requirements
+from passes.coarse.spec import (
+    NON_EMPTY,
+    CoarseOptions,
+    InputName,
+    NodeName,
+    Site,
+    Span,
+    ValueName,
+)
+from passes.errors import SynthesisError
 from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 
-__all__ = [
-    "Units",
-    "build_units",
-    "choose_blocks",
-    "copied_blocks",
-    "unit_options",
-    "whole_blocks",
-]
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCopy:
+    """Nodes to copy.
+
+    Attributes:
+        first: The first one.
+        last: The last one.
+        entering: The value that they read.
+        leaving: The value that they compute.
+        inputs: Inputs of the program that they read.
+        sides: Side values that they recompute.
+    """
+
+    first: NodeName
+    last: NodeName
+    entering: ValueName
+    leaving: NodeName
+    inputs: tuple[InputName, ...]
+    sides: tuple[NodeName, ...]
+
+    @classmethod
+    def of(cls, analysis: Analysis, block: Block, **more: Any) -> Self:
+        """Describe a block; `more` are the fields of a subclass."""
+        nodes = analysis.frontiers.order[block.start.index : block.stop.index]
+        inputs, sides = requirements(analysis.program, nodes, analysis.frontiers.cones)
+        return cls(
+            first=nodes[0].name,
+            last=nodes[-1].name,
+            entering=block.start.state[0].name,
+            leaving=block.stop.state[0].name,
+            inputs=inputs,
+            sides=sides,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitsOptions(CoarseOptions):
+    """Options of family `units`.
+
+    Attributes:
+        blocks: The blocks to copy, in order.
+    """
+
+    blocks: Annotated[tuple[BlockCopy, ...], NON_EMPTY]
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Choose the blocks that change the shape of the state, and the most frequent one."""
+        check_single(span)
+        analysis, repeats = span.analysis, span.options.units
+        blocks = choose_blocks(
+            analysis.blocks, analysis.trunk_blocks, span.start.index, span.stop.index, repeats
+        )
+        copies = tuple(BlockCopy.of(analysis, block) for block in blocks)
+        check_copies(span, copies)
+        return cls(blocks=copies, inputs=read_by(analysis.program, copies))
+
+    def made_of(self, analysis: Analysis) -> Hashable:
+        """Digests of the blocks."""
+        return signatures(analysis, self.blocks)
 
 
 class Units(nn.Module):
@@ -103,45 +173,53 @@ def choose_blocks(
     return [*changing, *[chosen] * repeats]
 
 
-def unit_options(
-    program: Program, blocks: Sequence[Block], cones: Mapping[fx.Node, tuple[fx.Node, ...]]
-) -> dict[str, Any]:
-    """Describe the copies as plain data: node ranges, entering values, inputs and side values."""
-    order = program.order
-    described = []
-    for block in blocks:
-        nodes = order[block.start.index : block.stop.index]
-        inputs, sides = requirements(program, nodes, cones)
-        described.append(
-            {
-                "first": nodes[0].name,
-                "last": nodes[-1].name,
-                "entering": block.start.state[0].name,
-                "leaving": block.stop.state[0].name,
-                "inputs": list(inputs),
-                "sides": list(sides),
-            }
-        )
-    used = {name for block in described for name in block["inputs"]}
-    return {"blocks": described, "inputs": [n.name for n in program.inputs if n.name in used]}
+def check_single(span: Span) -> None:
+    """Refuse a state of several tensors: a block has one."""
+    if len(span.entering) != 1 or len(span.leaving) != 1:
+        raise SynthesisError("the state has several components")
 
 
-def build_units(program: Program, options: Mapping[str, Any]) -> Units:
+def check_copies(span: Span, copies: Sequence[BlockCopy]) -> None:
+    """Refuse a stage without blocks, and blocks that read what the leaving state must not."""
+    if not copies:
+        raise SynthesisError("the stage is not made of repeating blocks")
+    [leaving] = span.leaving
+    if not all(span.analysis.may_read(leaving.name, block.leaving) for block in copies):
+        raise SynthesisError("its blocks read an input that the state behind it does not depend on")
+
+
+def read_by(program: Program, copies: Sequence[BlockCopy]) -> tuple[str, ...]:
+    """Inputs of the program that any of the blocks reads, in the program's order."""
+    used = {name for block in copies for name in block.inputs}
+    return tuple(node.name for node in program.inputs if node.name in used)
+
+
+def signatures(analysis: Analysis, copies: Sequence[BlockCopy]) -> tuple[tuple[str, ...], ...]:
+    """Digests of the blocks of every copy: equal for copies that compute the same."""
+    order, blocks = analysis.frontiers.order, analysis.blocks
+    first = {order[block.start.index].name: number for number, block in enumerate(blocks)}
+    last = {order[block.stop.index - 1].name: number for number, block in enumerate(blocks)}
+    inside = (blocks[first[copied.first] : last[copied.last] + 1] for copied in copies)
+    return tuple(tuple(block.signature for block in group) for group in inside)
+
+
+def build_units(options: UnitsOptions, site: Site) -> Units:
     """Copy the blocks that the options name and draw fresh weights for them."""
-    return Units([_redraw(unit) for unit in copied_blocks(program, options)], options["inputs"])
+    copies = copied_blocks(site.program, options.blocks)
+    return Units([_redraw(unit) for unit in copies], options.inputs)
 
 
-def copied_blocks(program: Program, options: Mapping[str, Any]) -> list[fx.GraphModule]:
-    """Deep copies of the blocks that the options name, trainable where the originals are frozen."""
+def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.GraphModule]:
+    """Copy blocks deeply, trainable where the originals are frozen."""
     copies = []
-    for block in options["blocks"]:
+    for block in blocks:
         original = extract(
             program,
-            nodes_between(program, block["first"], block["last"]),
-            [block["entering"]],
-            [block["leaving"]],
-            inputs=block["inputs"],
-            sides=block["sides"],
+            nodes_between(program, block.first, block.last),
+            [block.entering],
+            [block.leaving],
+            inputs=block.inputs,
+            sides=block.sides,
             name="Unit",
         )
         copies.append(copy.deepcopy(original).requires_grad_())

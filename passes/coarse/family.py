@@ -1,126 +1,255 @@
-"""Build the preprocessing operators and coarse propagators that a plan describes."""
+"""The table of families: every kind of preprocessing operator C_j and coarse propagator F_j.
+
+A row says what a family is for and what the compiler may do with it; nothing outside of this room
+asks for a family by its name. `docs/write_a_coarse_family.md` adds a row.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from passes.coarse.conv_residual import Conv
-from passes.coarse.copied_blocks import build_units
-from passes.coarse.linear import Linear
-from passes.coarse.lowrank import LowRank
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.copied_blocks import UnitsOptions, build_units
+from passes.coarse.linear import Linear, linear_flops
+from passes.coarse.lowrank import LowRank, LowRankOptions
+from passes.coarse.spec import (
+    CoarseOptions,
+    CoarseSpec,
+    OperatorSpec,
+    PreprocessOptions,
+    PreprocessSpec,
+    Role,
+    Site,
+)
 from passes.coarse.strided_conv import Convolution
-from passes.coarse.thinned_blocks import THINNED, build_front, build_thinned
-from passes.coarse.wrappers import Exact, Guess, Sum, Zero
+from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
+from passes.coarse.wrappers import ExactOptions, Guess, Sum, Zero, build_exact
 from passes.errors import SynthesisError
 from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
-from passes.options import BLOCK_FAMILIES
 
-__all__ = ["FAMILIES", "GUESSES", "build_coarse", "build_guess"]
+Build = Callable[[Any, Site], nn.Module]
+"""Builds a network from the options of its family."""
 
 
-def build_guess(program: Program, spec: CoarseSpec, state: list[TensorSpec]) -> nn.Module:
-    """Build a preprocessing operator.
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of cheap networks: a row of the table.
+
+    Attributes:
+        about: One line that describes it.
+        preprocess: Builds a preprocessing operator, from the sources to the state; None if the
+            family has none.
+        coarse: Builds a coarse propagator, from the entering residual (or state) and the inputs
+            that its options name to the leaving one; None if the family has none.
+        preprocess_options: What `preprocess` takes.
+        coarse_options: What `coarse` takes. Families can be summed if the options of one of them
+            extend those of all others.
+        sums: Whether it can be summed with others: "linear+lowrank".
+        linear: Whether it is linear in the state, apart from a bias: then the difference form is
+            the residual form.
+        sweeps: The sweeps in which its coarse propagators may stand; with "auto" among them,
+            sweep="auto" chooses between the two, else it takes the chain.
+        copies_blocks: Whether it copies whole blocks of the trunk, so that cuts lie between them.
+        is_fine: Whether it is the fine stage itself, with its weights and buffers.
+        flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
+            entering and leaving state, to place the cuts. What a plan says is counted.
+    """
+
+    about: str
+    preprocess: Build | None = None
+    coarse: Build | None = None
+    preprocess_options: type[PreprocessOptions] = PreprocessOptions
+    coarse_options: type[CoarseOptions] = CoarseOptions
+    sums: bool = False
+    linear: bool = False
+    sweeps: tuple[str, ...] = ("chain",)
+    copies_blocks: bool = False
+    is_fine: bool = False
+    flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec]], float] = linear_flops
+
+
+_EITHER = ("chain", "collapsed")
+_COLLAPSES = ("chain", "collapsed", "auto")
+
+FAMILIES: dict[str, Family] = {
+    "convolution": Family(
+        about="strided convolution, BatchNorm, ReLU and 1 x 1 convolution, for images",
+        preprocess=lambda options, site: Convolution(site.entering, site.leaving),
+        sums=True,
+    ),
+    "linear": Family(
+        about="channels mixed at every position",
+        preprocess=lambda options, site: Linear(
+            site.entering, site.leaving, bias=True, reads=options.reads
+        ),
+        coarse=lambda options, site: Linear(
+            site.entering, site.leaving, bias=bool(options.bias), reads=options.reads
+        ),
+        sums=True,
+        linear=True,
+        sweeps=_COLLAPSES,
+    ),
+    "lowrank": Family(
+        about="a map of small rank between whole states",
+        preprocess=lambda options, site: LowRank(
+            site.entering, site.leaving, options.rank, bias=True, reads=options.reads
+        ),
+        coarse=lambda options, site: LowRank(
+            site.entering, site.leaving, options.rank, bias=options.bias, reads=options.reads
+        ),
+        coarse_options=LowRankOptions,
+        sums=True,
+        linear=True,
+        sweeps=_COLLAPSES,
+    ),
+    "conv": Family(
+        about="two small convolutions, or two linear layers on tokens, that start at zero",
+        preprocess=lambda options, site: Conv(site.entering, site.leaving, options.reads),
+        coarse=lambda options, site: Conv(site.entering, site.leaving, options.reads),
+        sums=True,
+        sweeps=_EITHER,
+    ),
+    "units": Family(
+        about="fresh copies of the repeating block, the paper's",
+        coarse=build_units,
+        coarse_options=UnitsOptions,
+        copies_blocks=True,
+    ),
+    "thinned": Family(
+        about="every m-th block of the trained trunk",
+        # The front, which computes the sources, copies the blocks; its map scales them.
+        preprocess=lambda options, site: Linear(
+            site.entering, site.leaving, bias=True, reads=options.reads
+        ),
+        coarse=build_thinned,
+        preprocess_options=FrontOptions,
+        coarse_options=ThinnedOptions,
+        copies_blocks=True,
+    ),
+    "exact": Family(
+        about="the fine stage itself, the oracle",
+        coarse=build_exact,
+        coarse_options=ExactOptions,
+        is_fine=True,
+    ),
+    "zero": Family(
+        about="no correction",
+        coarse=lambda options, site: Zero(site.entering, site.leaving),
+        linear=True,
+        sweeps=_EITHER,
+        flops=lambda entering, leaving: 0.0,
+    ),
+}
+"""The families by name. A user adds rows before compiling."""
+
+
+def names_of(role: Role, *, summed: bool = False) -> tuple[str, ...]:
+    """Names of the families that serve as one role, or of those of them that can be summed."""
+    return tuple(
+        name
+        for name, row in FAMILIES.items()
+        if getattr(row, role) is not None and (row.sums or not summed)
+    )
+
+
+def rows_of(family: str) -> list[Family]:
+    """The rows of a family or of a sum of families; none for "auto".
+
+    Raises:
+        SynthesisError: A family is unknown.
+    """
+    parts = [] if family == "auto" else family.split("+")
+    for part in parts:
+        if part not in FAMILIES:
+            raise SynthesisError(f"unknown family {part!r}; known: {', '.join(FAMILIES)}")
+    return [FAMILIES[part] for part in parts]
+
+
+def copies_blocks(family: str) -> bool:
+    """Whether networks of a family are made of whole blocks of the trunk."""
+    return any(row.copies_blocks for row in rows_of(family))
+
+
+def is_fine(family: str) -> bool:
+    """Whether coarse propagators of a family are the fine stages themselves."""
+    return any(row.is_fine for row in rows_of(family))
+
+
+def options_of(role: Role, family: str) -> type[PreprocessOptions] | type[CoarseOptions]:
+    """The class of the options of a family, or of a sum: the one that extends all others."""
+    classes = [getattr(row, f"{role}_options") for row in rows_of(family)]
+    widest: type[PreprocessOptions] | type[CoarseOptions] = max(
+        classes, key=lambda one: len(one.__mro__)
+    )
+    if not all(issubclass(widest, one) for one in classes):
+        raise SynthesisError(f"the families of {family!r} have options that do not go together")
+    return widest
+
+
+def build_preprocess(program: Program, spec: PreprocessSpec, state: Sequence[TensorSpec]) -> Guess:
+    """Build a preprocessing operator for a state.
 
     Raises:
         SynthesisError: The family is unknown.
     """
-    sources = [_decode(item) for item in spec.options["sources"]]
-    parts = [_guess_part(name, spec, sources, state) for name in spec.family.split("+")]
-    operator = parts[0] if len(parts) == 1 else Sum(parts)
-    if spec.family == THINNED:
-        return Guess(operator, build_front(program, spec.options))
-    names = [item["name"] for item in spec.options["sources"]]
-    inputs = spec.options["inputs"]
-    if names == inputs:
-        return Guess(operator, None)
-    ends = spec.options.get("copied")
+    operator = _built(spec, Site(program, spec.options.sources, state))
+    return Guess(operator, _prologue(program, spec.options))
+
+
+def _prologue(program: Program, options: PreprocessOptions) -> nn.Module | None:
+    """From the inputs to the sources: copied layers, or an embedding that the program owns."""
+    if isinstance(options, FrontOptions):
+        return build_front(program, options)
+    names = [source.name for source in options.sources]
+    if names == list(options.inputs):
+        return None
     prologue = extract(
         program,
-        nodes_between(program, *ends) if ends else [],
+        nodes_between(program, *options.copied) if options.copied else [],
         [],
         names,
-        inputs=inputs,
-        sides=spec.options["sides"],
+        inputs=options.inputs,
+        sides=options.sides,
         name="Prologue",
     )
-    return Guess(operator, copy.deepcopy(prologue).requires_grad_() if ends else prologue)
-
-
-def _guess_part(
-    name: str, spec: CoarseSpec, sources: list[TensorSpec], state: list[TensorSpec]
-) -> nn.Module:
-    reads = spec.options.get("reads")
-    if name == "convolution":
-        return Convolution(sources, state)
-    if name in ("linear", THINNED):
-        return Linear(sources, state, bias=True, reads=reads)
-    if name == "lowrank":
-        return LowRank(sources, state, int(spec.options["rank"]), bias=True, reads=reads)
-    if name == "conv":
-        return Conv(sources, state, reads)
-    raise SynthesisError(f"unknown preprocessing family {name!r}; known: {', '.join(GUESSES)}")
-
-
-def _decode(item: Mapping[str, object]) -> TensorSpec:
-    fields = {key: item[key] for key in ("shape", "dtype", "batch_axis", "channel_axis")}
-    shape = fields.pop("shape")
-    assert isinstance(shape, (list, tuple))
-    return TensorSpec(shape=tuple(shape), **fields)  # type: ignore[arg-type]
+    return copy.deepcopy(prologue).requires_grad_() if options.copied else prologue
 
 
 def build_coarse(
     program: Program,
     spec: CoarseSpec,
-    entering: list[TensorSpec],
-    leaving: list[TensorSpec],
+    entering: Sequence[TensorSpec],
+    leaving: Sequence[TensorSpec],
     fine: nn.Module,
 ) -> nn.Module:
-    """Build a coarse propagator.
+    """Build a coarse propagator between two states.
 
     Raises:
         SynthesisError: The family is unknown.
     """
-    parts = [
-        _coarse_part(name, program, spec, entering, leaving, fine)
-        for name in spec.family.split("+")
-    ]
+    return _built(spec, Site(program, entering, leaving, fine))
+
+
+def _built(spec: OperatorSpec, site: Site) -> nn.Module:
+    parts = []
+    for row in rows_of(spec.family):
+        build: Build | None = getattr(row, spec.role)
+        if build is None:
+            names = ", ".join(names_of(spec.role))
+            raise SynthesisError(f"no {spec.role} family {spec.family!r}; known: {names}")
+        parts.append(build(spec.options, site))
     return parts[0] if len(parts) == 1 else Sum(parts)
 
 
-def _coarse_part(
-    name: str,
-    program: Program,
-    spec: CoarseSpec,
-    entering: list[TensorSpec],
-    leaving: list[TensorSpec],
-    fine: nn.Module,
-) -> nn.Module:
-    bias, reads = bool(spec.options.get("bias", False)), spec.options.get("reads")
-    if name == "linear":
-        return Linear(entering, leaving, bias=bias, reads=reads)
-    if name == "lowrank":
-        return LowRank(entering, leaving, int(spec.options["rank"]), bias=bias, reads=reads)
-    if name == "conv":
-        return Conv(entering, leaving, reads)
-    if name == "units":
-        return build_units(program, spec.options)
-    if name == "thinned":
-        return build_thinned(program, spec.options)
-    if name == "exact":
-        return Exact(fine)
-    if name == "zero":
-        return Zero(entering, leaving)
-    raise SynthesisError(f"unknown coarse family {name!r}; known: {', '.join(FAMILIES)}")
-
-
-FAMILIES = ("linear", "lowrank", "conv", *BLOCK_FAMILIES, "exact", "zero")
-"""Names of the families of coarse propagators; the first three combine: "linear+lowrank"."""
-
-GUESSES = ("convolution", "linear", "lowrank", "conv", THINNED)
-"""Names of the families of preprocessing operators; all but the last combine."""
+def family_help(role: Role) -> str:
+    """The families of a role and what they are, for help texts."""
+    sums = names_of(role, summed=True)
+    rows = "; ".join(f"{name}: {FAMILIES[name].about}" for name in names_of(role))
+    return f"auto, a family, or a sum of {', '.join(sums)} ({'+'.join(sums[:2])}). {rows}."

@@ -3,6 +3,10 @@
 Linear in the state, no bias, so that the correction of a zero residual is zero. Serves images,
 token sequences, flat states and tuples of them; initialised to the identity where the channels
 agree (the skip of a residual network), else to a map that keeps norms. Fitted by least squares.
+
+From an image [B, 16, 32, 32] to the next one [B, 32, 16, 16]: pool to [B, 16, 16, 16], then apply a
+32 x 16 matrix at each of the 256 positions. Where the target is the finer one, the matrix comes
+first: it acts on fewer positions.
 """
 
 from __future__ import annotations
@@ -13,20 +17,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from passes.coarse.map_matrix import MapMatrix, Reads
+from passes.coarse.map_matrix import FittedMap, MapMatrix, Reads
 from passes.coarse.regression import Solution
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["Linear", "LinearMap", "linear_flops"]
 
-
-class LinearMap(nn.Module):
+class LinearMap(FittedMap):
     """A linear map between two tensors of one network.
 
     Args:
         source: Type of the tensor that it reads.
-        target: Type of the tensor that it gives.
+        target: Type of the tensor that it returns.
         bias: Whether to add a bias per channel.
         gain: Scale of the initial weights.
     """
@@ -68,6 +70,11 @@ class LinearMap(nn.Module):
         """Number of features per row of the regression."""
         return self._source.channels
 
+    @property
+    def biased(self) -> bool:
+        """Whether it has a bias."""
+        return self.bias is not None
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of the regression that a source tensor gives: one per position of the target."""
         return _rows(resize(self._source.enter(x), self._target.space))
@@ -97,7 +104,7 @@ class Linear(MapMatrix):
 
     Args:
         entering: Types of the tensors that it reads.
-        leaving: Types of the tensors that it gives.
+        leaving: Types of the tensors that it returns.
         bias: Whether the maps have a bias.
         reads: Which entering tensors each leaving one may depend on; all if None.
     """

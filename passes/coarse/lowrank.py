@@ -3,28 +3,52 @@
 An image is pooled until channels x positions fit a cap, flattened, mapped through `rank` numbers,
 and repeated to the next state's resolution. A token sequence is mapped position by position, so
 that no token sees another (a causal model stays causal). Fitted by reduced-rank regression.
+
+From an image [B, 16, 32, 32] to the next one [B, 32, 16, 16] with rank 8: pool by halves to
+[B, 16, 8, 8], 1024 features (16 x 16 x 16 would be over the cap); 1024 -> 8 -> 32 x 8 x 8 numbers,
+repeated to [B, 32, 16, 16].
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
 
-from passes.coarse.map_matrix import MapMatrix, Reads
+from passes.coarse.map_matrix import FittedMap, MapMatrix, Reads
 from passes.coarse.regression import Solution
+from passes.coarse.spec import CoarseOptions, Count, Span
 from passes.coarse.tensor_layout import Layout, layouts, resize
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["CAP", "LowRank", "LowRankMap", "lowrank_flops"]
 
 CAP = 2048
 """Largest number of features or targets of one regression."""
 
 
-class LowRankMap(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class LowRankOptions(CoarseOptions):
+    """Options of family `lowrank`.
+
+    Attributes:
+        rank: Numbers per sample that each map goes through.
+    """
+
+    rank: Count
+    bias: bool = False
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Take the rank asked for; in residual form a bias may fit the mean error too."""
+        return cls(
+            rank=span.options.rank, bias=span.options.correction == "residual", reads=span.reads
+        )
+
+
+class LowRankMap(FittedMap):
     """From one tensor to another through `rank` numbers per sample (per token in a sequence).
 
     The initial map is zero, so that it adds nothing until it is trained or fitted.
@@ -42,6 +66,7 @@ class LowRankMap(nn.Module):
             features *= math.prod(self._grids[0])
             targets *= math.prod(self._grids[1])
         rank = min(rank, targets)
+        self.rank = rank
         self.down = nn.Linear(features, rank, bias=False)
         self.up = nn.Linear(rank, targets, bias=bias)
         nn.init.orthogonal_(self.down.weight)
@@ -74,6 +99,11 @@ class LowRankMap(nn.Module):
     def width(self) -> int:
         """Number of features per row of the regression."""
         return self.down.in_features
+
+    @property
+    def biased(self) -> bool:
+        """Whether it has a bias."""
+        return self.up.bias is not None
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of the regression that a source tensor gives."""
@@ -125,7 +155,7 @@ class LowRank(MapMatrix):
 
     Args:
         entering: Types of the tensors that it reads.
-        leaving: Types of the tensors that it gives.
+        leaving: Types of the tensors that it returns.
         rank: Numbers per sample that each map goes through.
         bias: Whether the maps have a bias.
         reads: Which entering tensors each leaving one may depend on; all if None.

@@ -1,4 +1,14 @@
-"""A matrix of maps between the tensors of two states: one row per leaving tensor."""
+"""A matrix of maps between the tensors of two states, and its fit in closed form.
+
+One row per leaving tensor. A state (image, tokens) that becomes (image, tokens), where tokens may
+not depend on the image (reads = ((0, 1), (1,))):
+
+    image'  = map_00(image) + map_01(tokens)
+    tokens' =                 map_10(tokens)
+
+A fit is one regression per row: the features of its maps stand side by side, and every map takes
+the columns of the solution that are its own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from passes.coarse.regression import Moments, Solution
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["MapMatrix", "Reads"]
 
 Reads = Sequence[Sequence[int]]
 """For every leaving tensor, the numbers of the entering tensors that it may depend on."""
@@ -64,3 +73,87 @@ class MapMatrix(nn.Module):
     def rows(self) -> list[list[nn.Module]]:
         """The maps, row by row."""
         return [list(row) for row in self.maps if isinstance(row, nn.ModuleList)]
+
+
+class FittedMap(nn.Module):
+    """A map between two tensors that a regression can fit."""
+
+    rank: int | None = None
+    """Largest rank of its matrix; None for full rank."""
+
+    @property
+    def width(self) -> int:
+        """Number of features per row of the regression."""
+        raise NotImplementedError
+
+    @property
+    def biased(self) -> bool:
+        """Whether it has a bias."""
+        raise NotImplementedError
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the regression that a source tensor gives, `[n, width]`."""
+        raise NotImplementedError
+
+    def targets(self, y: torch.Tensor) -> torch.Tensor:
+        """Rows of the regression that a target tensor gives, `[n, targets]`."""
+        raise NotImplementedError
+
+    def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
+        """Take over the fitted coefficients of these columns, and the bias if it is the first."""
+        raise NotImplementedError
+
+
+def fitted_parts(module: nn.Module) -> list[MapMatrix]:
+    """The parts of a network that a regression can fit, in the order in which to fit them."""
+    matrices = [part for part in module.modules() if isinstance(part, MapMatrix)]
+    return [m for m in matrices if all(isinstance(x, FittedMap) for row in m.rows() for x in row)]
+
+
+class MatrixFit:
+    """Collects samples for every row of a matrix of maps and solves for its weights.
+
+    Args:
+        matrix: A matrix of `FittedMap`.
+    """
+
+    def __init__(self, matrix: MapMatrix) -> None:
+        self._rows = _fitted_rows(matrix)
+        self._reads = matrix.reads
+        self._moments: dict[int, Moments] = {}
+
+    def add(
+        self, state: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], *, held_out: bool
+    ) -> None:
+        """Add one batch: the entering tensors and what the leaving ones should be."""
+        for number, (row, reads) in enumerate(zip(self._rows, self._reads, strict=True)):
+            if not row:
+                continue
+            pairs = zip(row, reads, strict=True)
+            x = torch.cat([single.features(state[source]) for single, source in pairs], 1)
+            y = row[0].targets(targets[number])
+            if number not in self._moments:
+                sizes = x.shape[1], y.shape[1]
+                self._moments[number] = Moments(*sizes, device=x.device, bias=row[0].biased)
+            self._moments[number].add(x, y, held_out=held_out)
+
+    def finish(self, matrix: MapMatrix | None = None) -> None:
+        """Solve and set the weights.
+
+        Args:
+            matrix: One that differs by its rank alone, to fit to the same samples.
+        """
+        rows = self._rows if matrix is None else _fitted_rows(matrix)
+        for number, moments in self._moments.items():
+            row = rows[number]
+            ranks = [single.rank for single in row if single.rank is not None]
+            solution = moments.solve(min(ranks, default=None))
+            start = 0
+            for single in row:
+                stop = start + single.width
+                single.assign(solution, slice(start, stop), first=start == 0)
+                start = stop
+
+
+def _fitted_rows(matrix: MapMatrix) -> list[list[FittedMap]]:
+    return [[x for x in row if isinstance(x, FittedMap)] for row in matrix.rows()]

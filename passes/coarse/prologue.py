@@ -1,28 +1,35 @@
-"""What a guess starts from: the inputs, a copy of the first layers, or a thinned copy of the front.
+"""What a preprocessing operator starts from: inputs, copied first layers, or a thinned front.
 
 The third is how classical parareal begins, with the coarse propagator run from the start (Lions,
 Maday, Turinici 2001): every m-th block of all that lies before the interface. Each device runs its
-own, at the same time as the others.
+own, at the same time as the others. With a state at `|`, stem S and blocks A:
+
+    original      S A A A A A A | A A A
+    first layers  S A           -> map to the state at |
+    thinned       S   A     A   -> map to the state at |
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
 from passes.analysis.sources import Source
-from passes.coarse.thinned_blocks import THINNED, Step, thin, thinned_options
+from passes.coarse.family import copies_blocks
+from passes.coarse.spec import PreprocessOptions, Reads, SourceSpec
+from passes.coarse.thinned_blocks import FrontOptions, Stem, Step, stepped_copies, thin
 from passes.ir.tensor_spec import TensorSpec
-from passes.options import Options
 
-__all__ = ["Origin", "can_be_guessed", "described", "front_estimate", "origin_of", "too_dear"]
+if TYPE_CHECKING:
+    from passes.options import Options
+
 
 _SHARE = 0.1
 """Share of the original's cost that a thinned front may take if nothing else is said."""
@@ -60,7 +67,7 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
     """
     limit = (options.prologue or 0.0) * analysis.total
     found = None
-    if options.preprocess == THINNED:
+    if copies_blocks(options.preprocess):
         found = _thinned(analysis, cut, limit if options.prologue is not None else None)
     elif limit:
         found = _first_layers(analysis, limit, cut)
@@ -76,22 +83,23 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
 
 
 def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:
-    """Whether the family of guesses that is asked for can guess the state at a cut."""
-    if options.preprocess != THINNED:
+    """Whether the preprocessing operators asked for can guess the state at a cut."""
+    if not copies_blocks(options.preprocess):
         return True
     limit = None if options.prologue is None else options.prologue * analysis.total
     return _thinned(analysis, cut, limit, most=1) is not None
 
 
-def too_dear(options: Options, where: str) -> str:
+def too_expensive(options: Options, where: str) -> str:
     """Why nothing can be thinned somewhere, in words."""
+    asked = f"preprocess={options.preprocess!r}"
     if options.prologue is not None:
         return (
-            f"preprocess='thinned' cannot thin what lies {where} to a share of {options.prologue} "
+            f"{asked} cannot thin what lies {where} to a share of {options.prologue} "
             "of the cost: give it a larger prologue, or leave that out"
         )
     return (
-        "preprocess='thinned' copies one of every kind of block, which would take more than half "
+        f"{asked} copies one of every kind of block, which would take more than half "
         f"of what lies {where}: use preprocess='auto', or cut later where cuts are given"
     )
 
@@ -155,24 +163,34 @@ def _nodes(order: Sequence[fx.Node], steps: Sequence[Step]) -> list[fx.Node]:
     return [node for block in blocks for node in order[block.start.index : block.stop.index]]
 
 
-def described(analysis: Analysis, origin: Origin) -> dict[str, Any]:
-    """What a guess reads, as plain data: its sources and how to compute them from the inputs."""
-    program, cones = analysis.program, analysis.frontiers.cones
-    every = [{"name": s.node.name, **dataclasses.asdict(s.spec)} for s in origin.sources]
-    sources = [{**item, "shape": list(item["shape"])} for item in every]
-    found: dict[str, Any] = {"sources": sources}
+def options_from(
+    analysis: Analysis, options: Options, origin: Origin, reads: Reads | None
+) -> PreprocessOptions:
+    """Describe what a preprocessing operator reads, and how to compute it from the inputs."""
     used, sides = _read_by(analysis, origin)
-    if origin.nodes:
-        found["copied"] = [origin.nodes[0].name, origin.nodes[-1].name]
-    if origin.steps:
-        copies = thinned_options(program, origin.steps, cones)
-        # As they are: the map behind them scales, and their larger steps left more error.
-        found["blocks"] = [{**block, "step": 1} for block in copies["blocks"]]
-        entry = analysis.blocks[0].start.state[0].name
-        found["stem"] = {"inputs": list(used), "leaving": entry}
-        used = (*used, *copies["inputs"])
-    inputs = [node.name for node in program.inputs if node.name in used]
-    return {**found, "inputs": inputs, "sides": sides}
+    plain = PreprocessOptions(
+        rank=options.rank,
+        sources=tuple(SourceSpec(**vars(s.spec), name=s.node.name) for s in origin.sources),
+        copied=(origin.nodes[0].name, origin.nodes[-1].name) if origin.nodes else None,
+        inputs=_in_order(analysis, used),
+        sides=tuple(sides),
+        prologue=options.prologue,
+        reads=reads,
+    )
+    if not origin.steps:
+        return plain
+    # Blocks stay as they are: the map after them scales, and their larger steps left more error.
+    blocks = stepped_copies(analysis, [(group, 1) for group, _ in origin.steps])
+    return FrontOptions(
+        **vars(plain)
+        | {"inputs": _in_order(analysis, {*used, *(n for block in blocks for n in block.inputs)})},
+        blocks=blocks,
+        stem=Stem(inputs=tuple(used), leaving=analysis.blocks[0].start.state[0].name),
+    )
+
+
+def _in_order(analysis: Analysis, names: Collection[str]) -> tuple[str, ...]:
+    return tuple(node.name for node in analysis.program.inputs if node.name in names)
 
 
 def _read_by(analysis: Analysis, origin: Origin) -> tuple[Sequence[str], list[str]]:

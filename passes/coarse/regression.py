@@ -2,7 +2,11 @@
 
 Only the sums of products are kept, never the samples; a part of the samples is held out to choose
 the ridge. Reduced rank after Izenman (1975): the full solution, projected onto the directions in
-which its predictions vary most.
+which its predictions vary most. With X the centred features and Y the targets, row by row:
+
+    X'X = V diag(s) V'              decomposed once, after the last sample
+    W   = V diag(1 / (s + l)) V'X'Y for each of a few ridges l; the held-out rows choose
+    W_r = W D D'                    D the first r right singular vectors of X W
 """
 
 from __future__ import annotations
@@ -12,8 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from passes.ir.isolation import seeded
-
-__all__ = ["Moments", "Solution"]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, relative to the mean variance of a feature."""

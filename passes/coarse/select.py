@@ -1,53 +1,72 @@
-"""Choice of a family for every guess and every correction, by its cost under the budget."""
+"""Choose a family for every preprocessing operator and coarse propagator, by its cost.
+
+"auto" takes the paper's families where they fit: a strided convolution from an image and copies of
+the repeating block, and channel maps elsewhere. With samples, `pnn_compile.fit.select` chooses
+among the candidates of this file by their errors.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from passes.analysis.analysis import Analysis
-from passes.analysis.cut_points import Position, requirements
-from passes.coarse.copied_blocks import choose_blocks, unit_options
-from passes.coarse.family import build_coarse, build_guess
+from passes.analysis.cut_points import Position
+from passes.coarse.family import (
+    build_coarse,
+    build_preprocess,
+    copies_blocks,
+    is_fine,
+    options_of,
+    rows_of,
+)
 from passes.coarse.linear import linear_flops
-from passes.coarse.prologue import Origin, described, front_estimate, origin_of, too_dear
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.prologue import (
+    Origin,
+    front_estimate,
+    options_from,
+    origin_of,
+    too_expensive,
+)
+from passes.coarse.spec import (
+    CoarseOptions,
+    CoarseSpec,
+    OperatorSpec,
+    PreprocessSpec,
+    Span,
+    dependence,
+)
 from passes.coarse.strided_conv import convolution_fits, convolution_flops
-from passes.coarse.thinned_blocks import THINNED, thin, thinned_options
 from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
 from passes.errors import SynthesisError
 from passes.ir.isolation import seeded
 from passes.ir.program import provenance
 from passes.ir.tensor_spec import TensorSpec, Value
-from passes.options import BLOCK_FAMILIES, Options
 
-__all__ = [
-    "choose_coarse",
-    "choose_guess",
-    "coarse_candidates",
-    "coarse_estimate",
-    "guess_candidates",
-    "guess_estimate",
-    "stage_budget",
-]
+if TYPE_CHECKING:
+    from passes.options import Options
 
+_Spec = TypeVar("_Spec", bound=OperatorSpec)
 
-_GUESS_REASONS = {
+_REASONS = {
     "convolution": "strided convolution from the input",
     "linear": "channel map from the source",
 }
+_RANKS = (16, 32, 64, 128)
+"""Ranks that calibration tries."""
 
 
-def guess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
+def preprocess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
     """Estimate the FLOPs of guessing the state at a position."""
-    if options.preprocess == THINNED:
+    if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
         return front_estimate(analysis, options, position) + mapped
     origin = origin_of(analysis, options, position)
@@ -60,13 +79,12 @@ def coarse_estimate(
     analysis: Analysis, options: Options, position: Position, budget: float = math.inf
 ) -> float:
     """Estimate the FLOPs of correcting the state at a position, under the budget of a stage."""
-    if options.coarse == "zero":
-        return 0.0
-    copies = options.coarse in BLOCK_FAMILIES
+    copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and (copies or units <= budget):
         return units
-    return linear_flops(position.specs, position.specs)
+    estimates = [row.flops for row in rows_of(options.coarse)] or [linear_flops]
+    return max(flops(position.specs, position.specs) for flops in estimates)
 
 
 def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
@@ -74,14 +92,14 @@ def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
     return options.coarse_budget * analysis.flops / max(1, stages - 1)
 
 
-def choose_guess(
+def choose_preprocess(
     analysis: Analysis, options: Options, cut: Position, state: Sequence[Value]
-) -> CoarseSpec:
+) -> PreprocessSpec:
     """Choose the preprocessing operator that guesses a state.
 
     Args:
-        analysis: What is known of the program.
-        options: What was asked for.
+        analysis: The facts about the program.
+        options: What the user asked for.
         cut: Where the stage begins.
         state: The components that it reads.
 
@@ -95,13 +113,13 @@ def choose_guess(
             f"cheap embedding of its inputs, that {cut.state[0].name} depends on: the interfaces "
             "cannot be guessed"
         )
-    reads = _reads(analysis, [source.node.name for source in origin.sources], state)
+    reads = dependence(analysis, [source.node.name for source in origin.sources], state)
     types = [value.spec for value in state]
-    convolves = not reads and _convolves(origin, options, types)
+    convolves = reads is None and _convolves(origin, options, types)
     family = options.preprocess
-    if family == THINNED and not origin.steps:
+    if copies_blocks(family) and not origin.steps:
         node = cut.state[0]
-        raise SynthesisError(too_dear(options, f"before {provenance(node).path or node.name}"))
+        raise SynthesisError(too_expensive(options, f"before {provenance(node).path or node.name}"))
     if family == "auto":
         family = "convolution" if convolves else "linear"
     elif "convolution" in family.split("+") and not convolves:
@@ -109,47 +127,36 @@ def choose_guess(
             "preprocess='convolution' needs one image-like input of no lower resolution than the "
             f"state ({', '.join(map(str, types))}); use preprocess='linear' or 'auto'"
         )
-    draft = CoarseSpec(
+    draft = PreprocessSpec(
         family=family,
-        options={"rank": options.rank, **described(analysis, origin), **_share(options), **reads},
+        options=options_from(analysis, options, origin, reads),
         flops=0,
         parameters=0,
         linear=False,
-        why="asked for" if options.preprocess != "auto" else _GUESS_REASONS[family],
+        why="asked for" if options.preprocess != "auto" else _REASONS[family],
     )
-    made_of = (
-        family, options.rank, origin.copied, tuple(origin.specs), tuple(types), str(reads)
-    )  # fmt: skip
+    # Of the options, the share that the user named changes nothing in the network.
+    made_of = family, dataclasses.replace(draft.options, prologue=None), tuple(types)
     if made_of not in analysis.measured:
-        with seeded(0):
-            module = build_guess(analysis.program, draft, types)
-        assert isinstance(module.operator, nn.Module)
-        found = _run(analysis, module.operator, origin.specs, [])
-        copied = [analysis.costs[node] for node in origin.copied]
-        found["flops"] += origin.flops
-        if "seconds" in found:
-            found["seconds"] += sum(cost.weight for cost in copied)
-            found["backward_seconds"] += sum(cost.backward for cost in copied)
-        owned = module if origin.copied else module.operator
-        found["parameters"] = sum(p.numel() for p in owned.parameters())
-        analysis.measured[made_of] = found
+        analysis.measured[made_of] = _measure_preprocess(analysis, draft, origin, types)
     return dataclasses.replace(draft, **analysis.measured[made_of])
 
 
-def _reads(
-    analysis: Analysis, entering: Sequence[str], leaving: Sequence[Value]
-) -> dict[str, list[list[int]]]:
-    """Which entering values each leaving one may depend on; nothing where that is all of them."""
-    reads = [
-        [number for number, name in enumerate(entering) if analysis.may_read(value.name, name)]
-        for value in leaving
-    ]
-    return {} if all(len(row) == len(entering) for row in reads) else {"reads": reads}
-
-
-def _share(options: Options) -> dict[str, float]:
-    """What a plan notes of the share that may be copied, for when its cuts are moved."""
-    return {} if options.prologue is None else {"prologue": options.prologue}
+def _measure_preprocess(
+    analysis: Analysis, draft: PreprocessSpec, origin: Origin, types: Sequence[TensorSpec]
+) -> dict[str, Any]:
+    """Build the operator and count what one call takes, with the layers that are copied for it."""
+    with seeded(0):
+        module = build_preprocess(analysis.program, draft, types)
+    work = _run(analysis, module.operator, origin.specs, [])
+    copied = [analysis.costs[node] for node in origin.copied]
+    work["flops"] += origin.flops
+    if "seconds" in work:
+        work["seconds"] += sum(cost.weight for cost in copied)
+        work["backward_seconds"] += sum(cost.backward for cost in copied)
+    # A prologue that is no copy is the program's own embedding.
+    counted = module if origin.copied else module.operator
+    return work | {"parameters": sum(p.numel() for p in counted.parameters())}
 
 
 def _convolves(origin: Origin, options: Options, state: Sequence[TensorSpec]) -> bool:
@@ -159,25 +166,21 @@ def _convolves(origin: Origin, options: Options, state: Sequence[TensorSpec]) ->
     return all(convolution_fits(origin.sources[0].spec, spec) for spec in state)
 
 
-_RANKS = (16, 32, 64, 128)
-"""Ranks that calibration tries."""
-
-
-def guess_candidates(
+def preprocess_candidates(
     analysis: Analysis,
     options: Options,
     stages: int,
     cut: Position,
     state: Sequence[Value],
-) -> list[CoarseSpec]:
-    """Guesses that a closed-form fit may choose from, within the coarse budget.
+) -> list[PreprocessSpec]:
+    """Preprocessing operators that a closed-form fit may choose from, within the coarse budget.
 
     Every device makes its guess at the same time, so each may take the whole budget, and
     `options.prologue` for a copy of the first layers, which is tried with and without.
     """
     share = options.prologue or 0.0
-    found = [
-        choose_guess(
+    specs = [
+        choose_preprocess(
             analysis,
             dataclasses.replace(options, preprocess=family, rank=rank, prologue=share),
             cut,
@@ -188,172 +191,116 @@ def guess_candidates(
     ]
     # A guess that takes longer than half a stage would eat the speed-up.
     most = min(options.coarse_budget + share, max(share, 0.5 / stages))
-    return _affordable(found, most * analysis.flops)
+    return _affordable(specs, most * analysis.flops)
 
 
-def coarse_candidates(
-    analysis: Analysis,
-    options: Options,
-    stages: int,
-    span: tuple[Position, Position],
-    entering: Sequence[Value],
-    leaving: Sequence[Value],
-) -> list[CoarseSpec]:
-    """Corrections that a closed-form fit may choose from, within the budget of one stage."""
-    found = [
-        _measure(
-            analysis, _draft(dataclasses.replace(options, rank=rank), family), entering, leaving
-        )
-        for family, rank in _variants(options)
-    ]
-    if options.correction == "difference":
+def coarse_candidates(span: Span, stages: int) -> list[CoarseSpec]:
+    """Coarse propagators that a closed-form fit may choose from, within the budget of one stage."""
+    specs = []
+    for family, rank in _variants(span.options):
+        options = dataclasses.replace(span.options, rank=rank)
+        ranked = dataclasses.replace(span, options=options)
+        draft = dataclasses.replace(_draft(ranked, family), why="")
+        specs.append(_measure(ranked, draft))
+    if span.options.correction == "difference":
         # In its natural form it needs no fit.
-        thinned = dataclasses.replace(options, coarse="thinned")
-        found += filter(None, [_copied(analysis, thinned, span, entering, leaving)[0]])
-    return _affordable(found, stage_budget(analysis, options, stages))
+        with contextlib.suppress(SynthesisError):
+            specs.append(_measure(span, _draft(span, "thinned")))
+    return _affordable(specs, stage_budget(span.analysis, span.options, stages))
 
 
 def _variants(options: Options) -> list[tuple[str, int]]:
     return [("linear", options.rank), *(("lowrank+linear", rank) for rank in _RANKS)]
 
 
-def _affordable(found: Sequence[CoarseSpec], limit: float) -> list[CoarseSpec]:
+def _affordable(specs: Sequence[_Spec], limit: float) -> list[_Spec]:
     """Those within a number of FLOPs, each cost once; the cheapest one if none is."""
-    by_cost = {(s.flops, s.family): s for s in sorted(found, key=lambda s: s.flops)}
+    by_cost = {(s.flops, s.family): s for s in sorted(specs, key=lambda s: s.flops)}
     within = [spec for spec in by_cost.values() if spec.flops <= limit]
     return within or [next(iter(by_cost.values()))]
 
 
-def choose_coarse(
-    analysis: Analysis,
-    options: Options,
-    span: tuple[Position, Position],
-    entering: Sequence[Value],
-    leaving: Sequence[Value],
-    budget: float,
-) -> CoarseSpec:
+def choose_coarse(span: Span, budget: float) -> CoarseSpec:
     """Choose the coarse propagator of a stage.
 
     Args:
-        analysis: What is known of the program.
-        options: What was asked for.
-        span: The cuts where the stage begins and ends.
-        entering: The components that it reads.
-        leaving: The components that it produces.
+        span: The stage.
         budget: FLOPs that this propagator may take.
 
     Raises:
         SynthesisError: The family asked for by name does not fit the stage.
     """
-    if options.coarse == "exact":
-        return _exact(analysis, span)
-    if options.coarse not in ("auto", *BLOCK_FAMILIES):
-        draft = _draft(options, options.coarse, "asked for")
-        return _measure(analysis, draft, entering, leaving)
-    linear = _measure(analysis, _draft(options, "linear"), entering, leaving)
-    if options.sweep == "collapsed":
-        return dataclasses.replace(linear, why=_fit(linear, budget, "collapsed sweep"))
-    units, obstacle = _copied(analysis, options, span, entering, leaving)
-    if units is None:
-        if options.coarse in BLOCK_FAMILIES:
+    family = span.options.coarse
+    if family != "auto":
+        try:
+            draft = _draft(span, family)
+        except SynthesisError as obstacle:
             raise SynthesisError(
-                f"coarse={options.coarse!r} does not fit the stage: {obstacle}; cut it from whole "
+                f"coarse={family!r} does not fit the stage: {obstacle}; cut it from whole "
                 "blocks (cuts=... names the modules that stages begin with), ask for another "
                 "number of stages, or use coarse='linear' or 'auto'"
-            )
-        return dataclasses.replace(linear, why=_fit(linear, budget, obstacle))
-    if options.coarse in BLOCK_FAMILIES:
-        return units
+            ) from obstacle
+        return _measure(span, draft)
+    linear = _measure(span, _draft(span, "linear"))
+    if span.options.sweep == "collapsed":
+        return _because(linear, budget, "collapsed sweep")
+    try:
+        draft = _draft(span, "units")
+    except SynthesisError as obstacle:
+        return _because(linear, budget, str(obstacle))
+    units = _measure(span, draft)
     if units.flops <= budget:
-        return dataclasses.replace(units, why=_fit(units, budget, "repeating block found"))
-    over = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
-    return dataclasses.replace(linear, why=_fit(linear, budget, over))
+        return _because(units, budget, "repeating block found")
+    return _because(linear, budget, f"units would take {units.flops:.2e} FLOPs of {budget:.2e}")
 
 
-def _fit(spec: CoarseSpec, budget: float, reason: str) -> str:
+def _because(spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:
     verdict = "within" if spec.flops <= budget else "OVER"
-    return f"{reason}; {verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)"
+    cost = f"{verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)"
+    return dataclasses.replace(spec, why=f"{reason}; {cost}")
 
 
-def _exact(analysis: Analysis, span: tuple[Position, Position]) -> CoarseSpec:
-    nodes = analysis.frontiers.order[span[0].index : span[1].index]
-    inputs, _ = requirements(analysis.program, nodes, analysis.frontiers.cones)
-    costs = [analysis.costs[node] for node in nodes]
-    flops = sum(cost.flops for cost in costs)
-    spec = CoarseSpec("exact", {"inputs": list(inputs)}, flops, 0, False, "the oracle")
-    if analysis.unit != "seconds":
-        return spec
-    seconds, back = (
-        sum(each) for each in zip(*((c.weight, c.backward) for c in costs), strict=True)
-    )
-    return dataclasses.replace(spec, seconds=seconds, backward_seconds=back)
+def _draft(span: Span, family: str) -> CoarseSpec:
+    """A coarse propagator that was not built yet.
+
+    Raises:
+        SynthesisError: The family does not fit the stage.
+    """
+    kind = options_of("coarse", family)
+    assert issubclass(kind, CoarseOptions)
+    options = kind.choose(span)
+    linear = all(row.linear for row in rows_of(family)) and not options.bias
+    return CoarseSpec(family, options, 0, 0, linear, options.why)
 
 
-def _copied(
-    analysis: Analysis,
-    options: Options,
-    span: tuple[Position, Position],
-    entering: Sequence[Value],
-    leaving: Sequence[Value],
-) -> tuple[CoarseSpec | None, str]:
-    """Copies of blocks, of family units unless thinned is asked for, or why there are none."""
-    if len(entering) != 1 or len(leaving) != 1:
-        return None, "the state has several components"
-    start, stop = span
-    place = start.index, stop.index, options.units
-    program, cones, why = analysis.program, analysis.frontiers.cones, "asked for"
-    if options.coarse == "thinned":
-        steps = thin(analysis.blocks, *place)
-        made_of = tuple((block.signature, step) for group, step in steps for block in group)
-        described = thinned_options(program, steps, cones)
-        why += f"; steps of {', '.join(str(step) for _, step in steps)} blocks"
-    else:
-        blocks = choose_blocks(analysis.blocks, analysis.trunk_blocks, *place)
-        made_of = tuple((block.signature, 1) for block in blocks)
-        described = unit_options(program, blocks, cones)
-    if not described["blocks"]:
-        return None, "the stage is not made of repeating blocks"
-    if not all(analysis.may_read(leaving[0].name, b["leaving"]) for b in described["blocks"]):
-        return None, "its blocks read an input that the state behind it does not depend on"
-    family = "thinned" if options.coarse == "thinned" else "units"
-    draft = CoarseSpec(family, described, 0, 0, False, why)
-    return _measure(analysis, draft, entering, leaving, made_of), ""
-
-
-def _draft(options: Options, family: str, why: str = "") -> CoarseSpec:
-    """A family without inputs of its own; low rank in residual form may fit a mean error too."""
-    parts = family.split("+")
-    bias = "lowrank" in parts and options.correction == "residual"
-    linear = not bias and "conv" not in parts
-    described: dict[str, Any] = {"inputs": []}
-    if "lowrank" in parts:
-        described |= {"rank": options.rank, "bias": bias}
-    return CoarseSpec(family, described, 0, 0, linear, why)
-
-
-def _measure(
-    analysis: Analysis,
-    draft: CoarseSpec,
-    entering: Sequence[Value],
-    leaving: Sequence[Value],
-    blocks: tuple[tuple[str, int], ...] = (),
-) -> CoarseSpec:
+def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     """Build the network once, unless it was before, and note what one call costs."""
-    copies = draft.family in BLOCK_FAMILIES  # of one tensor, into one that depends on it
-    reads = {} if copies else _reads(analysis, [value.name for value in entering], leaving)
-    draft = dataclasses.replace(draft, options={**draft.options, **reads})
-    sources, targets = ([value.spec for value in state] for state in (entering, leaving))
-    plain = draft.options.get("rank"), draft.options.get("bias"), str(reads)
-    made_of = draft.family, plain, blocks, tuple(sources), tuple(targets)
+    analysis = span.analysis
+    if is_fine(draft.family):
+        return dataclasses.replace(draft, **_fine_work(span))
+    sources, targets = ([value.spec for value in state] for state in (span.entering, span.leaving))
+    key = draft.options.made_of(analysis)
+    made_of = draft.family, key, tuple(sources), tuple(targets)
     if made_of not in analysis.measured:
         with seeded(0):
             module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
         given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
-        inputs = [given[name] for name in draft.options.get("inputs", ())]
-        found = _run(analysis, module, sources, inputs, corrects=True)
-        found["parameters"] = sum(p.numel() for p in module.parameters())
-        analysis.measured[made_of] = found
+        inputs = [given[name] for name in draft.options.inputs]
+        work = _run(analysis, module, sources, inputs, corrects=True)
+        work["parameters"] = sum(p.numel() for p in module.parameters())
+        analysis.measured[made_of] = work
     return dataclasses.replace(draft, **analysis.measured[made_of])
+
+
+def _fine_work(span: Span) -> dict[str, Any]:
+    """What the stage itself takes."""
+    nodes = span.analysis.frontiers.order[span.start.index : span.stop.index]
+    costs = [span.analysis.costs[node] for node in nodes]
+    work: dict[str, Any] = {"flops": sum(cost.flops for cost in costs)}
+    if span.analysis.unit == "seconds":
+        work["seconds"] = sum(cost.weight for cost in costs)
+        work["backward_seconds"] = sum(cost.backward for cost in costs)
+    return work
 
 
 def _run(

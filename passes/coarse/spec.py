@@ -1,12 +1,159 @@
-"""What a plan says of a guess or a coarse propagator: family, options, cost."""
+"""What a plan says of a preprocessing operator or a coarse propagator: family, options, cost.
+
+The options of a family are a frozen dataclass. The JSON text of a plan holds it as an object, in
+which a field that is None is left out. The plan's decoder checks types; what stands in
+`Annotated` below is what it cannot see, and `passes.plan.validate` checks it against the program.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-__all__ = ["CoarseSpec", "Trial"]
+from torch import nn
+
+from passes.analysis.analysis import Analysis
+from passes.analysis.cut_points import Position
+from passes.ir.program import Program
+from passes.ir.tensor_spec import TensorSpec, Value
+
+if TYPE_CHECKING:
+    from passes.options import Options
+
+Role = Literal["preprocess", "coarse"]
+
+NodeName = Annotated[str, "node"]
+"""Name of a node of the program that computes something."""
+ValueName = Annotated[str, "value"]
+"""Name of a node or of an input of the program."""
+InputName = Annotated[str, "input"]
+"""Name of an input of the program; inside of options, of one that those options list."""
+Count = Annotated[int, "count"]
+"""A whole number of at least 1."""
+NON_EMPTY = "non-empty"
+"""Mark of a tuple that has at least one item: `Annotated[tuple[X, ...], NON_EMPTY]`."""
+
+Reads = tuple[tuple[int, ...], ...]
+"""For every leaving tensor, the numbers of the entering tensors that it may depend on."""
+
+
+@dataclass(frozen=True)
+class SourceSpec(TensorSpec):
+    """A value that a preprocessing operator reads: its type and its name."""
+
+    name: ValueName
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """What a preprocessing operator reads, and how that follows from the program's inputs.
+
+    Attributes:
+        rank: Rank of family "lowrank".
+        sources: The values that it maps to the state.
+        copied: First and last node of the first layers, if a copy of them computes the sources.
+        inputs: The inputs of the program that it is called with.
+        sides: Side values that are recomputed from these.
+        prologue: Share of the original's cost that the copy may take, if the user named one.
+        reads: Which sources each component of the state may depend on; all if None.
+    """
+
+    rank: Count
+    sources: Annotated[tuple[SourceSpec, ...], NON_EMPTY]
+    copied: tuple[NodeName, NodeName] | None = None
+    inputs: tuple[InputName, ...]
+    sides: tuple[NodeName, ...]
+    prologue: float | None = None
+    reads: Reads | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseOptions:
+    """Options of a coarse propagator; families with more of them extend this class.
+
+    Attributes:
+        inputs: The inputs of the program that it is called with, after the state.
+        reads: Which entering tensors each leaving one may depend on; all if None.
+        bias: Whether its linear maps have a bias.
+    """
+
+    inputs: tuple[InputName, ...] = ()
+    reads: Reads | None = None
+    bias: bool | None = None
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Choose the options for a stage.
+
+        Raises:
+            SynthesisError: The family does not fit the stage; the message says why.
+        """
+        return cls(reads=span.reads)
+
+    def made_of(self, analysis: Analysis) -> Hashable:
+        """A key that equal networks share, between types that are equal too."""
+        return self
+
+    @property
+    def why(self) -> str:
+        """Why the plan has such a network, where the user asked for the family."""
+        return "asked for"
+
+
+@dataclass(frozen=True)
+class Span:
+    """The stage that a coarse propagator is chosen for.
+
+    Attributes:
+        analysis: The facts about the program.
+        options: What the user asked for.
+        start: Where the stage begins.
+        stop: Where it ends.
+        entering: The components of the state that it reads.
+        leaving: The components that the propagator corrects.
+    """
+
+    analysis: Analysis
+    options: Options
+    start: Position
+    stop: Position
+    entering: tuple[Value, ...]
+    leaving: tuple[Value, ...]
+
+    @property
+    def reads(self) -> Reads | None:
+        """Which entering tensors each leaving one may depend on; None where that is all."""
+        names = [value.name for value in self.entering]
+        return dependence(self.analysis, names, self.leaving)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a network is built for.
+
+    Attributes:
+        program: The captured model.
+        entering: Types of the tensors that it reads.
+        leaving: Types of the tensors that it returns.
+        fine: The stage that a coarse propagator imitates.
+    """
+
+    program: Program
+    entering: Sequence[TensorSpec]
+    leaving: Sequence[TensorSpec]
+    fine: nn.Module | None = None
+
+
+def dependence(
+    analysis: Analysis, entering: Sequence[str], leaving: Sequence[Value]
+) -> Reads | None:
+    """Which entering values each leaving one may depend on; None where that is all of them."""
+    reads = tuple(
+        tuple(i for i, name in enumerate(entering) if analysis.may_read(value.name, name))
+        for value in leaving
+    )
+    return None if all(len(row) == len(entering) for row in reads) else reads
 
 
 @dataclass(frozen=True)
@@ -25,11 +172,11 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class CoarseSpec:
+class OperatorSpec:
     """A cheap network and what it costs: a preprocessing operator or a coarse propagator.
 
     Attributes:
-        family: Name of the family in `passes.coarse`.
+        family: Name of the family in `passes.coarse.family`, or a sum of names.
         options: What the family needs to build the same network again.
         flops: Forward FLOPs of one call at the example inputs.
         parameters: Number of parameters that it does not share with the fine stages.
@@ -37,11 +184,13 @@ class CoarseSpec:
         why: Why this family was chosen.
         tried: What it was chosen from, where calibration chose it.
         seconds: Of one call, as of a `Stage`: measured by itself, or by roofline; else None.
-        backward_seconds: The part of `seconds` on the way back.
+        backward_seconds: The part of `seconds` that the backward pass takes.
     """
 
+    role: ClassVar[Role]
+
     family: str
-    options: Mapping[str, Any]
+    options: PreprocessOptions | CoarseOptions
     flops: int
     parameters: int
     linear: bool
@@ -49,3 +198,24 @@ class CoarseSpec:
     tried: tuple[Trial, ...] = ()
     seconds: float | None = None
     backward_seconds: float | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the part of family "lowrank"; None if there is none."""
+        return getattr(self.options, "rank", None) if "lowrank" in self.family.split("+") else None
+
+
+@dataclass(frozen=True)
+class PreprocessSpec(OperatorSpec):
+    """A preprocessing operator C_j."""
+
+    role = "preprocess"
+    options: PreprocessOptions
+
+
+@dataclass(frozen=True)
+class CoarseSpec(OperatorSpec):
+    """A coarse propagator F_j."""
+
+    role = "coarse"
+    options: CoarseOptions

@@ -1,7 +1,8 @@
 """Family `convolution` of preprocessing operators: the paper's, for images and other grids.
 
 A strided convolution to the state's resolution, BatchNorm, ReLU, and a 1 x 1 convolution to the
-state's channels (Lee, Park, Lee 2022, section IV).
+state's channels (Lee, Park, Lee 2022, section IV). From [B, 3, 224, 224] to [B, 64, 56, 56]: stride
+4, kernel 5 (odd, and no smaller than the stride, so that no pixel is skipped), then 64 -> 64.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from torch import nn
 
 from passes.coarse.tensor_layout import resize
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["Convolution", "ConvolutionMap", "convolution_fits", "convolution_flops"]
 
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

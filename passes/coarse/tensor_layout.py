@@ -1,7 +1,11 @@
 """One layout for every kind of state: `[batch, channels, *space]`.
 
 Images, sequences, flat vectors, batches folded into windows, and any order of their axes are
-brought into it and back, so that a family of coarse networks is written once.
+brought into it and back, so that a family of coarse networks is written once:
+
+    image    [B, 64, 56, 56]  as it is           tokens     [B, 128, 512] -> [B, 512, 128]
+    flat     [B, 1000]        no space           time first [128, B, 512] -> [B, 512, 128]
+    windows  [B * 4, 49, 96] -> [B, 96, 4, 49]   beside an image, whose batch is B
 """
 
 from __future__ import annotations
@@ -13,8 +17,6 @@ import torch
 from torch.nn import functional as F
 
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["Layout", "layouts", "resize"]
 
 _POOLS: dict[int, Callable[..., torch.Tensor]] = {
     1: F.adaptive_avg_pool1d,

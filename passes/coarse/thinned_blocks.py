@@ -9,30 +9,117 @@ It copies weights and buffers as they are at compilation, so the model must be t
 is not linear. Its natural form is the difference form, where it is a good propagator from the
 start; in residual form its answer to a residual of zero is not zero, a bias that training has to
 remove. A network with BatchNorm wants its statistics recalibrated (`passes.coarse.batchnorm`).
+
+By letter, with D a block that halves the resolution:
+
+    stage           A A A A A D B B B    N_c = 3
+    coarse network  2A   3A   D   3B     3B is x + 3 (B(x) - x), with the weights of the middle B
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
 import torch
 from torch import fx, nn
 
+from passes.analysis.analysis import Analysis
 from passes.analysis.blocks import Block
-from passes.coarse.copied_blocks import Units, copied_blocks, unit_options, whole_blocks
+from passes.coarse.copied_blocks import (
+    BlockCopy,
+    Units,
+    check_copies,
+    check_single,
+    copied_blocks,
+    read_by,
+    signatures,
+    whole_blocks,
+)
+from passes.coarse.spec import (
+    NON_EMPTY,
+    CoarseOptions,
+    Count,
+    InputName,
+    NodeName,
+    PreprocessOptions,
+    Site,
+    Span,
+    ValueName,
+)
 from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 
-__all__ = ["THINNED", "Front", "Step", "build_front", "build_thinned", "thin", "thinned_options"]
-
-THINNED = "thinned"
-"""Name of the family."""
-
 Step = tuple[tuple[Block, ...], int]
 """The neighbouring blocks that are kept, one unless they alternate, and how many such it is for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedCopy(BlockCopy):
+    """Nodes to copy, and how many such runs of nodes the copy stands for."""
+
+    step: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinnedOptions(CoarseOptions):
+    """Options of family `thinned`.
+
+    Attributes:
+        blocks: The blocks to copy, in order.
+    """
+
+    blocks: Annotated[tuple[SteppedCopy, ...], NON_EMPTY]
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Keep the block in the middle of all that it stands for."""
+        check_single(span)
+        analysis = span.analysis
+        steps = thin(analysis.blocks, span.start.index, span.stop.index, span.options.units)
+        copies = stepped_copies(analysis, steps)
+        check_copies(span, copies)
+        return cls(blocks=copies, inputs=read_by(analysis.program, copies))
+
+    def made_of(self, analysis: Analysis) -> Hashable:
+        """Digests of the blocks, and their steps."""
+        return signatures(analysis, self.blocks), tuple(block.step for block in self.blocks)
+
+    @property
+    def why(self) -> str:
+        """Say how large the steps are."""
+        return f"asked for; steps of {', '.join(str(block.step) for block in self.blocks)} blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stem:
+    """The first layers.
+
+    Attributes:
+        inputs: Inputs of the program that they read.
+        leaving: The value that they compute, which the first block reads.
+    """
+
+    inputs: tuple[InputName, ...]
+    leaving: ValueName
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontOptions(PreprocessOptions):
+    """Options of a preprocessing operator that reads what a `Front` computes.
+
+    Attributes:
+        copied: First and last node of the first layers.
+        blocks: The blocks to copy after them, in order.
+        stem: What the first layers read and compute.
+    """
+
+    copied: tuple[NodeName, NodeName] = field()
+    blocks: Annotated[tuple[SteppedCopy, ...], NON_EMPTY]
+    stem: Stem
 
 
 def thin(blocks: Sequence[Block], start: int, stop: int, kept: int) -> list[Step]:
@@ -103,14 +190,9 @@ def _spread(run: Sequence[tuple[Block, ...]], count: int) -> list[Step]:
     return [(run[(low + high - 1) // 2], high - low) for low, high in itertools.pairwise(bounds)]
 
 
-def thinned_options(
-    program: Program, steps: Sequence[Step], cones: Mapping[fx.Node, tuple[fx.Node, ...]]
-) -> dict[str, Any]:
-    """Describe the kept blocks as plain data, as for `units`, each with its step."""
-    described = unit_options(program, [_joined(group) for group, _ in steps], cones)
-    for block, (_, step) in zip(described["blocks"], steps, strict=True):
-        block["step"] = step
-    return described
+def stepped_copies(analysis: Analysis, steps: Sequence[Step]) -> tuple[SteppedCopy, ...]:
+    """Describe the kept blocks, each with its step."""
+    return tuple(SteppedCopy.of(analysis, _joined(group), step=step) for group, step in steps)
 
 
 def _joined(group: Sequence[Block]) -> Block:
@@ -118,10 +200,13 @@ def _joined(group: Sequence[Block]) -> Block:
     return Block(first.start, last.stop, first.entering, last.leaving, first.signature)
 
 
-def build_thinned(program: Program, options: Mapping[str, Any]) -> Units:
+def build_thinned(options: ThinnedOptions, site: Site) -> Units:
     """Copy the blocks that the options name, with their weights, and let them take their steps."""
-    steps = [int(block["step"]) for block in options["blocks"]]
-    return Units(copied_blocks(program, options), options["inputs"], steps)
+    return _units(site.program, options.blocks, options.inputs)
+
+
+def _units(program: Program, blocks: Sequence[SteppedCopy], inputs: Sequence[str]) -> Units:
+    return Units(copied_blocks(program, blocks), inputs, [block.step for block in blocks])
 
 
 class Front(nn.Module):
@@ -156,19 +241,18 @@ class Front(nn.Module):
         return guess
 
 
-def build_front(program: Program, options: Mapping[str, Any]) -> Front:
-    """Copy the first layers and the blocks that the options of a guess name."""
-    blocks, first = options["blocks"], options["stem"]
+def build_front(program: Program, options: FrontOptions) -> Front:
+    """Copy the first layers and the blocks that the options name."""
     stem = extract(
         program,
-        nodes_between(program, *options["copied"]),
+        nodes_between(program, *options.copied),
         [],
-        [first["leaving"]],
-        inputs=first["inputs"],
-        sides=options["sides"],
+        [options.stem.leaving],
+        inputs=options.stem.inputs,
+        sides=options.sides,
         name="Stem",
     )
-    inputs = options["inputs"]
-    reads = [name for name in inputs if any(name in block["inputs"] for block in blocks)]
-    units = build_thinned(program, {"blocks": blocks, "inputs": reads})
-    return Front(copy.deepcopy(stem).requires_grad_(), units, inputs, first["inputs"], reads)
+    stem = copy.deepcopy(stem).requires_grad_()
+    reads = [name for name in options.inputs if name in read_by(program, options.blocks)]
+    units = _units(program, options.blocks, reads)
+    return Front(stem, units, options.inputs, options.stem.inputs, reads)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from passes.analysis.cut_points import requirements
+from passes.coarse.spec import CoarseOptions, Site, Span
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["Difference", "Exact", "Guess", "Sum", "Zero"]
 
 
 class Difference(nn.Module):
@@ -91,7 +92,7 @@ class Guess(nn.Module):
 
 
 class Sum(nn.Module):
-    """Adds what its parts give for the same state.
+    """Adds what its parts return for the same state.
 
     Args:
         parts: Networks from one state to another.
@@ -113,6 +114,23 @@ class Sum(nn.Module):
         return total  # type: ignore[no-any-return]  # modules are untyped
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExactOptions(CoarseOptions):
+    """Options of family `exact`: the inputs that the stage reads."""
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Read what the stage reads."""
+        nodes = span.analysis.frontiers.order[span.start.index : span.stop.index]
+        inputs, _ = requirements(span.analysis.program, nodes, span.analysis.frontiers.cones)
+        return cls(inputs=inputs)
+
+    @property
+    def why(self) -> str:
+        """Say what it is for."""
+        return "the oracle"
+
+
 class Exact(nn.Module):
     """Calls the fine stage; its parameters are the stage's own."""
 
@@ -125,12 +143,18 @@ class Exact(nn.Module):
         return self.fine(*arguments)
 
 
+def build_exact(options: ExactOptions, site: Site) -> Exact:
+    """Wrap the stage."""
+    assert site.fine is not None
+    return Exact(site.fine)
+
+
 class Zero(nn.Module):
     """Returns zeros of the leaving types.
 
     Args:
-        entering: Types of the tensors that it reads; the first one gives the batch size.
-        leaving: Types of the tensors that it gives.
+        entering: Types of the tensors that it reads; the first one has the batch size.
+        leaving: Types of the tensors that it returns.
     """
 
     def __init__(self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
+from passes.coarse.family import copies_blocks
 from passes.coarse.prologue import origin_of
-from passes.coarse.select import coarse_estimate, guess_estimate, stage_budget
+from passes.coarse.select import coarse_estimate, preprocess_estimate, stage_budget
 from passes.coarse.tensor_layout import layouts
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.memory import Memory, fitting
 from passes.errors import PartitionError
-from passes.options import BLOCK_FAMILIES, Options
+from passes.options import Options
 from passes.partition.problem import CutProblem, Prices
 
 __all__ = ["Pricing", "transfer"]
@@ -41,7 +42,7 @@ class Pricing:
         self.options = options
         self.ends = [*candidates, head]
         self.head = head
-        self.guesses = [guess_estimate(analysis, options, p) for p in self.ends]
+        self.guesses = [preprocess_estimate(analysis, options, p) for p in self.ends]
         self.training = options.training
         self._memory: Memory | None = None
         self._room: dict[DeviceProfile, tuple[list[int], int, list[int]]] = {}
@@ -141,8 +142,7 @@ class Pricing:
         maps = sum(a.channels * b.channels for a, b in itertools.starmap(layouts, pairs))
         origin = origin_of(self.analysis, self.options, position)
         maps += sum(self.analysis.costs[node].parameter_bytes for node in origin.copied) // 4
-        copies = self.options.coarse in BLOCK_FAMILIES
-        if copies and (blocks := self.analysis.trunk_blocks):
+        if copies_blocks(self.options.coarse) and (blocks := self.analysis.trunk_blocks):
             order = self.analysis.frontiers.order
             read = sum(
                 self.analysis.costs[node].parameter_bytes

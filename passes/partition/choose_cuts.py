@@ -11,12 +11,12 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
-from passes.coarse.prologue import can_be_guessed, too_dear
-from passes.coarse.thinned_blocks import THINNED
+from passes.coarse.family import copies_blocks
+from passes.coarse.prologue import can_be_guessed, too_expensive
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import PartitionError, SynthesisError
 from passes.ir.program import provenance
-from passes.options import BLOCK_FAMILIES, Options
+from passes.options import Options
 from passes.partition.alternatives import alternatives
 from passes.partition.build_problem import Pricing
 from passes.partition.infeasible import explain
@@ -90,9 +90,9 @@ def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Po
         if position.index < head.index and can_be_guessed(analysis, options, position)
     ]
     wanted = 1 if options.cuts is not None or options.stages == "auto" else options.stages - 1
-    if options.preprocess == THINNED and len(found) < wanted:
-        raise SynthesisError(too_dear(options, f"before {wanted} cuts"))
-    if options.coarse in BLOCK_FAMILIES:
+    if copies_blocks(options.preprocess) and len(found) < wanted:
+        raise SynthesisError(too_expensive(options, f"before {wanted} cuts"))
+    if copies_blocks(options.coarse):
         return [p for p in found if p.boundary and len(p.state) == 1]
     return found
 

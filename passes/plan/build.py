@@ -10,8 +10,9 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.coarse.select import choose_coarse, choose_guess, stage_budget
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.family import is_fine, rows_of
+from passes.coarse.select import choose_coarse, choose_preprocess, stage_budget
+from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.flops import parameters
 from passes.cost.memory import Memory
@@ -40,7 +41,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     """
     if options.sweep == "auto":
         return _faster_sweep(analysis, cut, options)
-    if options.iterations > 1 or options.coarse == "exact":
+    if options.iterations > 1 or is_fine(options.coarse):
         _check_repeatable(analysis.program)
     positions = cut.positions
     reasons = (*cut.why, *[""] * (len(positions) - len(cut.why)))
@@ -52,18 +53,19 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     budget = stage_budget(analysis, options, len(stages))
     for number in range(1, len(stages)):
         known = {value.name: value for value in interfaces[number - 1].state}
-        entering = [known[name] for name in stages[number].consumes]
+        entering = tuple(known[name] for name in stages[number].consumes)
         produced = set(stages[number].produces)
         last = number
         if options.sweep == "collapsed":
             produced = {name for stage in stages[number:] for name in stage.produces}
             last = len(stages) - 1
-        leaving = [value for value in interfaces[last].state if value.name in produced]
-        span = positions[number - 1], positions[number]
+        leaving = tuple(value for value in interfaces[last].state if value.name in produced)
+        start, stop = positions[number - 1], positions[number]
+        span = Span(analysis, options, start, stop, entering, leaving)
         stages[number] = dataclasses.replace(
             stages[number],
-            preprocess=choose_guess(analysis, options, span[0], entering),
-            coarse=choose_coarse(analysis, options, span, entering, leaving, budget),
+            preprocess=choose_preprocess(analysis, options, start, entering),
+            coarse=choose_coarse(span, budget),
         )
     if any(cut.devices):
         stages = _with_memory(analysis, cut, stages, interfaces, options)
@@ -93,23 +95,20 @@ def _faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     Either has cuts of its own, as what a cut costs depends on the sweep.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
-    families = {f for s in chain.stages if s.coarse for f in s.coarse.family.split("+")}
+    rows = [row for s in chain.stages if s.coarse for row in rows_of(s.coarse.family)]
     once = chain.correction == "residual" and chain.iterations == 1
-    if not once or not families <= _COLLAPSE:
+    if not once or not all("auto" in row.sweeps for row in rows):
         return chain
     other = dataclasses.replace(options, sweep="collapsed")
     collapsed = make_plan(analysis, choose_cut(analysis, other), other)
     return collapsed if collapsed.forecast.time < chain.forecast.time else chain
 
 
-_COLLAPSE = {"linear", "lowrank"}
-
-
 def with_operators(
     analysis: Analysis,
     plan: Plan,
     options: Options,
-    guesses: Mapping[int, CoarseSpec],
+    guesses: Mapping[int, PreprocessSpec],
     corrections: Mapping[int, CoarseSpec],
 ) -> Plan:
     """The plan with other guesses and corrections, by stage number, and the forecast for them."""
@@ -255,7 +254,7 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
             "the cuts are not proven to be the best: the search was stopped, and another cut "
             f"could be faster by up to {forecast.gap:.1%}"
         )
-    if forecast.serial_share > options.coarse_budget and options.coarse != "exact":
+    if forecast.serial_share > options.coarse_budget and not is_fine(options.coarse):
         notes.append(
             f"the serial part takes {forecast.serial_share:.1%} of the original's cost, more than "
             f"the coarse budget of {options.coarse_budget:.1%}: fewer stages or a cheaper coarse "

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from passes.analysis.analysis import MEASURED, ROOFLINE
+from passes.coarse.copied_blocks import UnitsOptions
+from passes.coarse.lowrank import LowRankOptions
 from passes.errors import ArtifactError, PartitionError
-from passes.options import MEASURED, ROOFLINE, Options
+from passes.options import Options
 from passes.plan.schema import Plan
 
 __all__ = ["moved_cuts", "options_of"]
@@ -104,16 +107,14 @@ def _families(plan: Plan) -> dict[str, Any]:
         families = {spec.family for spec in specs if spec is not None}
         if len(families) == 1:
             found[name] = families.pop()
-    ranks = {s.options["rank"] for stage in later if (s := stage.coarse) and "rank" in s.options}
+    coarse = [stage.coarse.options for stage in later if stage.coarse]
+    ranks = {options.rank for options in coarse if isinstance(options, LowRankOptions)}
     if len(ranks) == 1:
         found["rank"] = ranks.pop()
-    shares = {
-        s.options["prologue"]
-        for stage in later
-        if (s := stage.preprocess) and "prologue" in s.options
-    }
+    shares = {stage.preprocess.options.prologue for stage in later if stage.preprocess} - {None}
     if len(shares) == 1:
         found["prologue"] = shares.pop()
-    if found.get("coarse") == "units":
-        found["units"] = max(len(s.options["blocks"]) for stage in later if (s := stage.coarse))
+    units = [len(options.blocks) for options in coarse if isinstance(options, UnitsOptions)]
+    if units and "coarse" in found:
+        found["units"] = max(units)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from passes.analysis.analysis import Analysis
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.spec import OperatorSpec
 from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
 from passes.partition.build_problem import transfer
@@ -101,7 +101,7 @@ class _Place:
         """What a run of nodes costs."""
         return Phases(sum(self.forward[start:stop]), sum(self.backward[start:stop]))
 
-    def price(self, spec: CoarseSpec | None) -> Phases:
+    def price(self, spec: OperatorSpec | None) -> Phases:
         """What a guess or a correction costs: its own seconds, or else by its FLOPs."""
         if spec is not None and self.timed and spec.seconds is not None:
             back = spec.backward_seconds or 0.0

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.family import names_of, options_of
+from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec
 from passes.errors import ArtifactError
 from passes.ir.tensor_spec import Value
 
 __all__ = ["SCHEMA", "Forecast", "Head", "Interface", "Plan", "Stage"]
 
 SCHEMA = 1
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Stage:
     parameters: int
     parameter_bytes: int
     activation_bytes: int
-    preprocess: CoarseSpec | None = None
+    preprocess: PreprocessSpec | None = None
     coarse: CoarseSpec | None = None
     backward_seconds: float | None = None
     device: str | None = None
@@ -196,7 +194,7 @@ class Plan:
         known = {value.name: value for value in self.interfaces[number - 1].state}
         return tuple(known[name] for name in self.stages[number].consumes)
 
-    def reads_guess(self, coarse: CoarseSpec) -> bool:
+    def reads_guess(self, coarse: OperatorSpec) -> bool:
         """Whether a correction is called with the guess in front of the residual."""
         return self.correction == "difference" and not coarse.linear
 
@@ -215,14 +213,20 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as readable, diffable JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        data = dataclasses.asdict(self)
+        for stage in data["stages"]:
+            for spec in filter(None, (stage["preprocess"], stage["coarse"])):
+                options = spec["options"].items()
+                spec["options"] = {key: value for key, value in options if value is not None}
+        return json.dumps(data, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan back from `to_json` text.
 
         Raises:
-            ArtifactError: The text is not JSON, of another schema, or lacks a field.
+            ArtifactError: The text is not JSON, of another schema, or a field of it is missing,
+                unknown or of another type; the message names the place.
         """
         try:
             data = json.loads(text)
@@ -238,35 +242,47 @@ class Plan:
 def _decode(kind: Any, data: Any, where: str) -> Any:
     """Rebuild a value of the annotated type `kind` from plain JSON data."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return data
     if dataclasses.is_dataclass(kind):
         return _decode_record(kind, data, where)
-    if origin is types.UnionType:
-        if data is None and type(None) in arguments:
-            return None
-        return _decode(arguments[0], data, where)
+    if type(None) in arguments:
+        return None if data is None else _decode(arguments[0], data, where)
     if origin is tuple and isinstance(data, list):
-        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+        kinds = arguments[:1] * len(data) if ... in arguments else arguments
+        if len(kinds) != len(data):
+            raise ArtifactError(f"{where} should have {len(kinds)} items, found {len(data)}")
+        pairs = enumerate(zip(kinds, data, strict=True))
+        return tuple(_decode(inner, item, f"{where}[{i}]") for i, (inner, item) in pairs)
     if origin is Mapping and isinstance(data, dict):
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if isinstance(kind, type) and type(data) is kind:
         return data
-    wanted = getattr(kind, "__name__", str(kind))
-    raise ArtifactError(f"{where} should be {wanted}, found {type(data).__name__}")
+    name = "list" if origin is tuple else getattr(kind, "__name__", str(kind))
+    raise ArtifactError(f"{where} should be {name}, found {type(data).__name__}")
 
 
-def _decode_record(kind: type[_T] | Any, data: Any, where: str) -> Any:
+def _decode_record(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ArtifactError(f"{where} should be an object, found {type(data).__name__}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
+    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in fields(kind)}
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    for name in needed:
+        if name not in data:
+            raise ArtifactError(f"{where}.{name} is missing: it needs {', '.join(needed)}")
+    if unknown := sorted(set(data) - set(hints)):
         raise ArtifactError(f"{where} has unknown fields ({', '.join(unknown)})")
-    try:
-        values = {name: _decode(hints[name], data[name], f"{where}.{name}") for name in data}
-        return kind(**values)
-    except TypeError as error:
-        raise ArtifactError(f"{where} is incomplete ({error})") from error
+    if issubclass(kind, OperatorSpec):
+        hints["options"] = _options_of(kind, data["family"], f"{where}.family")
+    return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in data})
+
+
+def _options_of(kind: type[OperatorSpec], family: Any, where: str) -> type:
+    """The class of the options of a family, which the family's name decides."""
+    parts = _decode(str, family, where).split("+")
+    names = names_of(kind.role, summed=len(parts) > 1)
+    for index, part in enumerate(parts):
+        if part not in names:
+            place = f"{where}[{index}]" if len(parts) > 1 else where
+            raise ArtifactError(f"{place} is {part!r}; possible here: {', '.join(names)}")
+    return options_of(kind.role, family)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+import dataclasses
+import typing
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from passes.coarse.family import FAMILIES, GUESSES
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.spec import NON_EMPTY, OperatorSpec, PreprocessOptions
 from passes.errors import ArtifactError
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
-from passes.options import BLOCK_FAMILIES
 from passes.plan.schema import Interface, Plan
-
-__all__ = ["check_plan"]
 
 _Problems = Iterator[tuple[str, str]]
 """Where in the JSON text, and what is wrong there."""
-
-_ALONE = (*BLOCK_FAMILIES, "exact", "zero")
-_SOURCE_FIELDS = ("name", "shape", "dtype", "batch_axis", "channel_axis")
-_BLOCK_FIELDS = ("first", "last", "entering", "leaving", "inputs", "sides")
 
 
 def check_plan(program: Program, plan: Plan) -> None:
@@ -95,104 +89,64 @@ class _Checker:
                     f"plan.interfaces[{number}].state[{index}].name",
                     f"is {name!r}, which is neither in {place}.produces nor crosses before it",
                 )
-        if not number:
-            for field, spec in (("preprocess", stage.preprocess), ("coarse", stage.coarse)):
-                if spec is not None:
-                    yield f"{place}.{field}", "must be null: the first stage starts from the inputs"
-            return
-        summed = [family for family in GUESSES if family not in BLOCK_FAMILIES]
-        yield from self._operator(number, "preprocess", stage.preprocess, GUESSES, summed)
-        sums = [family for family in FAMILIES if family not in _ALONE]
-        yield from self._operator(number, "coarse", stage.coarse, FAMILIES, sums)
+        specs: dict[str, OperatorSpec | None] = {
+            "preprocess": stage.preprocess,
+            "coarse": stage.coarse,
+        }
+        for role, spec in specs.items():
+            if spec is not None and not number:
+                yield f"{place}.{role}", "must be null: the first stage starts from the inputs"
+            elif spec is not None:
+                yield from self._operator(number, f"{place}.{role}.options", spec)
+            elif number:
+                yield f"{place}.{role}", "is null: every stage after the first has one"
 
     def _reads(self, place: str, inputs: Sequence[str], sides: Sequence[str]) -> _Problems:
         yield from _each_among(f"{place}.inputs", inputs, self.inputs)
         yield from _each_among(f"{place}.sides", sides, self.nodes)
 
-    def _operator(
-        self,
-        number: int,
-        field: str,
-        spec: CoarseSpec | None,
-        known: Sequence[str],
-        sums: Sequence[str],
-    ) -> _Problems:
-        place = f"plan.stages[{number}].{field}"
-        if spec is None:
-            yield place, "is null: every stage after the first has one"
+    def _operator(self, number: int, place: str, spec: OperatorSpec) -> _Problems:
+        options, leaving = spec.options, self.plan.corrects(number)
+        entering = len(self.plan.stages[number].consumes)
+        if isinstance(options, PreprocessOptions):
+            entering, leaving = len(options.sources), self.plan.enters(number)
+        yield from _each_among(f"{place}.inputs", options.inputs, self.inputs)
+        yield from self._annotated(place, options, type(options), options.inputs)
+        if options.reads is not None:
+            if len(options.reads) != len(leaving):
+                rows = f"has {len(options.reads)} rows: one for each of {len(leaving)} values"
+                yield f"{place}.reads", rows
+            for index, row in enumerate(options.reads):
+                yield from _each_among(f"{place}.reads[{index}]", row, range(entering))
+
+    def _annotated(self, place: str, value: Any, kind: Any, inputs: Sequence[str]) -> _Problems:
+        """Check what `Annotated` says of a value and of all that it consists of."""
+        arguments = typing.get_args(kind)
+        if value is None:
             return
-        parts = spec.family.split("+")
-        if len(parts) > 1:
-            yield from _each_among(f"{place}.family", parts, sums)
-        yield from _among(f"{place}.family", parts[0], known)
-        options, here = spec.options, f"{place}.options"
-        guess, copies = known is GUESSES, spec.family in BLOCK_FAMILIES
-        names = ["inputs"] * (guess or copies) + ["sides", "sources"] * guess
-        names += ["rank"] * ("lowrank" in parts) + ["blocks"] * copies
-        names += ["copied", "stem"] * (guess and copies)
-        yield from _fields(here, options, names)
-        if "rank" in names:
-            yield from _at_least_one(f"{here}.rank", options["rank"])
-        for name in {"inputs", "sides", "sources", "blocks"} & options.keys():
-            yield from _list(f"{here}.{name}", options[name])
-        yield from self._reads(here, options.get("inputs", ()), options.get("sides", ()))
-        if guess and "copied" in options:
-            yield from _list(f"{here}.copied", options["copied"])
-            yield from _each_among(f"{here}.copied", options["copied"], self.nodes)
-            if len(options["copied"]) != 2:
-                yield f"{here}.copied", "should name two nodes, the first and the last"
-        if guess:
-            yield from self._sources(f"{here}.sources", options["sources"])
-        if "reads" in options:
-            entering = len(options["sources"]) if guess else len(self.plan.stages[number].consumes)
-            leaving = self.plan.enters(number) if guess else self.plan.corrects(number)
-            yield from _reads(f"{here}.reads", options["reads"], entering, len(leaving))
-        if guess and copies:
-            stem = options["stem"]
-            yield from _fields(f"{here}.stem", stem, ("inputs", "leaving"))
-            yield from _list(f"{here}.stem.inputs", stem["inputs"])
-            yield from _each_among(f"{here}.stem.inputs", stem["inputs"], options["inputs"])
-            yield from _among(f"{here}.stem.leaving", stem["leaving"], self.every)
-        if copies:
-            yield from self._blocks(here, spec.family, options["blocks"], options["inputs"])
+        if type(None) in arguments:
+            yield from self._annotated(place, value, arguments[0], inputs)
+        elif typing.get_origin(kind) is typing.Annotated:
+            yield from self._rule(kind.__metadata__[0], place, value, inputs)
+            yield from self._annotated(place, value, arguments[0], inputs)
+        elif isinstance(value, tuple):
+            kinds = arguments[:1] * len(value) if ... in arguments else arguments
+            for index, (item, inner) in enumerate(zip(value, kinds, strict=True)):
+                yield from self._annotated(f"{place}[{index}]", item, inner, inputs)
+        elif dataclasses.is_dataclass(value):
+            if isinstance(value, TensorSpec):
+                yield from _tensor(place, value)
+            for name, hint in typing.get_type_hints(type(value), include_extras=True).items():
+                yield from self._annotated(f"{place}.{name}", getattr(value, name), hint, inputs)
 
-    def _sources(self, place: str, sources: Sequence[Any]) -> _Problems:
-        if not sources:
-            yield place, "is empty: a guess needs something to read"
-        for index, source in enumerate(sources):
-            here = f"{place}[{index}]"
-            yield from _fields(here, source, _SOURCE_FIELDS)
-            yield from _among(f"{here}.name", source["name"], self.every)
-            yield from _list(f"{here}.shape", source["shape"])
-            axes = {name: source[name] for name in ("dtype", "batch_axis", "channel_axis")}
-            yield from _tensor(here, TensorSpec(shape=tuple(source["shape"]), **axes))
-
-    def _blocks(
-        self, place: str, family: str, blocks: Sequence[Any], inputs: Sequence[str]
-    ) -> _Problems:
-        thinned = family == "thinned"
-        if not blocks:
-            yield f"{place}.blocks", f"is empty: family {family} copies at least one block"
-        for index, block in enumerate(blocks):
-            here = f"{place}.blocks[{index}]"
-            yield from _fields(here, block, (*_BLOCK_FIELDS, *["step"] * thinned))
-            if thinned:
-                yield from _at_least_one(f"{here}.step", block["step"])
-            for name in ("first", "last", "leaving"):
-                yield from _among(f"{here}.{name}", block[name], self.nodes)
-            yield from _among(f"{here}.entering", block["entering"], self.every)
-            for name, known in (("inputs", inputs), ("sides", self.nodes)):
-                yield from _list(f"{here}.{name}", block[name])
-                yield from _each_among(f"{here}.{name}", block[name], known)
-
-
-def _reads(place: str, rows: Any, entering: int, leaving: int) -> _Problems:
-    yield from _list(place, rows)
-    if len(rows) != leaving:
-        yield place, f"has {len(rows)} rows: one for each of {leaving} values"
-    for index, row in enumerate(rows):
-        yield from _list(f"{place}[{index}]", row)
-        yield from _each_among(f"{place}[{index}]", row, range(entering))
+    def _rule(self, rule: str, place: str, value: Any, inputs: Sequence[str]) -> _Problems:
+        if rule == NON_EMPTY and not value:
+            yield place, "is empty: it needs at least one item"
+        elif rule == "count":
+            yield from _at_least_one(place, value)
+        elif rule in ("node", "value", "input"):
+            names = {"node": self.nodes, "value": self.every, "input": inputs}
+            yield from _among(place, value, names[rule])
 
 
 def _state(plan: Plan, number: int) -> list[str]:
@@ -203,7 +157,7 @@ def _tensor(place: str, spec: TensorSpec) -> _Problems:
     if not isinstance(getattr(torch, str(spec.dtype), None), torch.dtype):
         yield f"{place}.dtype", f"is {spec.dtype!r}, no dtype of torch: float32, for example"
     for index, size in enumerate(spec.shape):
-        if not _is_whole(size) or size < 0:
+        if size < 0:
             yield f"{place}.shape[{index}]", f"is {size!r}, no size"
     axes = tuple(range(-len(spec.shape), len(spec.shape)))
     yield from _among(f"{place}.batch_axis", spec.batch_axis, (None, *axes))
@@ -211,26 +165,9 @@ def _tensor(place: str, spec: TensorSpec) -> _Problems:
         yield from _among(f"{place}.channel_axis", spec.channel_axis, axes)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _at_least_one(place: str, value: Any) -> _Problems:
-    if not _is_whole(value) or value < 1:
+def _at_least_one(place: str, value: int) -> _Problems:
+    if value < 1:
         yield place, f"is {value!r}: it should be a whole number of at least 1"
-
-
-def _list(place: str, value: Any) -> _Problems:
-    if not isinstance(value, (list, tuple)):
-        yield place, f"is of type {type(value).__name__}: it should be a list"
-
-
-def _fields(place: str, record: Any, names: Sequence[str]) -> _Problems:
-    if not isinstance(record, Mapping):
-        yield place, f"is of type {type(record).__name__}: it should be an object"
-    for name in names:
-        if name not in record:
-            yield f"{place}.{name}", f"is missing: it needs {', '.join(names)}"
 
 
 def _each_among(place: str, values: Sequence[Any], known: Collection[Any]) -> _Problems:
@@ -242,7 +179,7 @@ _FEW = 8
 
 
 def _among(place: str, value: Any, known: Collection[Any], why: str = "") -> _Problems:
-    if isinstance(value, Hashable) and value in known:
+    if value in known:
         return
     if isinstance(known, set):
         allowed = "a node of the program"

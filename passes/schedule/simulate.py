@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.spec import OperatorSpec
 from passes.errors import RuntimeFault
 from passes.plan.schema import Head, Plan, Stage
 from passes.schedule.instruction import RECEIVES, SENDS, Instruction, Kind
@@ -82,12 +82,12 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
         once = weight / (1 + slower) if both_ways else weight
         found[forward, stage], found[backward, stage] = once, slower * once
 
-    def slowing(piece: Stage | Head | CoarseSpec, default: float) -> float:
+    def slowing(piece: Stage | Head | OperatorSpec, default: float) -> float:
         """Backward over forward of a piece."""
         back, both = piece.backward_seconds, piece.seconds
         return back / (both - back) if back is not None and both and both > back else default
 
-    def small(forward: Kind, backward: Kind, stage: int, spec: CoarseSpec, calls: int) -> None:
+    def small(forward: Kind, backward: Kind, stage: int, spec: OperatorSpec, calls: int) -> None:
         """Note a guess or a correction: by its own seconds, or else by its FLOPs."""
         weight = scale * spec.flops if spec.seconds is None else spec.seconds
         put(forward, backward, stage, calls * weight, slowing(spec, ratio))

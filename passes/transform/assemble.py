@@ -115,7 +115,7 @@ class _Writer:
     def _preprocess(self, step: Step, states: Sequence[_State]) -> _State:
         stage = self.plan.stages[step.stage]
         assert stage.preprocess is not None
-        result = self._call(step, "x", [], stage.preprocess.options["inputs"])
+        result = self._call(step, "x", [], stage.preprocess.options.inputs)
         return self._unpack(step, result, stage.consumes)
 
     def _fine(self, step: Step, states: Sequence[_State]) -> _State:
@@ -141,7 +141,7 @@ class _Writer:
         assert stage.coarse is not None
         reads_guess = self.plan.reads_guess(stage.coarse)
         leading = [entering[name] for name in stage.consumes] if reads_guess else []
-        inputs = stage.coarse.options.get("inputs", ())
+        inputs = stage.coarse.options.inputs
         result = self._call(step, "c", [*leading, *residual.values()], inputs)
         return self._unpack(step, result, [v.name for v in self.plan.corrects(step.stage)])
 

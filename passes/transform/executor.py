@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.spec import OperatorSpec
 from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
@@ -50,7 +50,7 @@ class Pieces(Protocol):
 class Operator:
     """A guess or a correction: what the plan says of it, and the network."""
 
-    spec: CoarseSpec
+    spec: OperatorSpec
     network: nn.Module
 
 
@@ -145,7 +145,7 @@ class Executor:
     def guess(self, number: int, inputs: Mapping[str, Any]) -> State:
         """Guess the state that enters stage `number`."""
         guess = self.guesses[number]
-        result = guess.network(*self.given(guess.spec.options["inputs"], inputs))
+        result = guess.network(*self.given(guess.spec.options.inputs, inputs))
         return _named(self.plan.stages[number].consumes, result)
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
@@ -169,7 +169,7 @@ class Executor:
     ) -> list[Any]:
         """What the correction of stage `number` is called with."""
         spec = self.corrections[number].spec
-        given = self.given(spec.options.get("inputs", ()), inputs)
+        given = self.given(spec.options.inputs, inputs)
         leading = [guess[name] for name in self.plan.stages[number].consumes]
         return [*(leading if self.plan.reads_guess(spec) else []), *residual, *given]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from passes.coarse.family import build_coarse, build_guess
+from passes.coarse.family import build_coarse, build_preprocess, is_fine
 from passes.coarse.spec import CoarseSpec
 from passes.coarse.wrappers import Difference
 from passes.ir.isolation import seeded
@@ -48,7 +48,7 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
             if stage.preprocess is None or stage.coarse is None:
                 continue
             entering = [value.spec for value in plan.enters(number)]
-            guess = build_guess(program, stage.preprocess, entering)
+            guess = build_preprocess(program, stage.preprocess, entering)
             preprocess[number] = guess.to(program.device).train(program.module.training)
             fine = stages.fine[number]
             coarse[number] = build_correction(program, plan, number, stage.coarse, fine)
@@ -66,10 +66,10 @@ def build_correction(
     entering = [value.spec for value in plan.enters(number)]
     leaving = [value.spec for value in plan.corrects(number)]
     network = build_coarse(program, spec, entering, leaving, fine)
-    own = spec.family == "exact"
+    own = is_fine(spec.family)
     if plan.correction == "difference" and not spec.linear:
         plain = all(one.batch_axis == 0 for one in (*entering, *leaving))
         plain = plain and program.dynamic_batch and not dropouts(network)
-        joint = plain and not own and not spec.options.get("inputs")
+        joint = plain and not own and not spec.options.inputs
         network = Difference(network, len(entering), joint=joint)
     return network if own else network.to(program.device).train(program.module.training)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from passes.capture.ladder import capture
 from passes.coarse.spec import CoarseSpec
+from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved, seeded
@@ -228,7 +229,7 @@ def _exact_coarse(compiled: Compiled) -> Check:
     stages = tuple(
         dataclasses.replace(
             stage,
-            coarse=CoarseSpec("exact", {"inputs": list(stage.inputs)}, 0, 0, linear=False),
+            coarse=CoarseSpec("exact", ExactOptions(inputs=stage.inputs), 0, 0, linear=False),
         )
         if stage.coarse
         else stage

@@ -12,7 +12,7 @@ from passes.ir.program import provenance
 from passes.transform.sweep import Role, Step, sweep, walk
 
 if TYPE_CHECKING:
-    from passes.coarse.spec import CoarseSpec
+    from passes.coarse.spec import OperatorSpec
     from pnn_compile.compiled import Compiled
 
 __all__ = ["partition_graph"]
@@ -141,7 +141,7 @@ class _Builder:
         if step.role is Role.PREPROCESS:
             assert stage.preprocess is not None
             self._add_operator(name, step, stage.preprocess, stage.consumes)
-            for source in stage.preprocess.options["inputs"]:
+            for source in stage.preprocess.options.inputs:
                 self._edge(source, name, source, crosses=False)
             return dict.fromkeys(stage.consumes, name)
         if step.role is Role.FINE:  # the nodes of the program
@@ -180,7 +180,9 @@ class _Builder:
                     state[value] = name
         return state
 
-    def _add_operator(self, name: str, step: Step, spec: CoarseSpec, values: Sequence[str]) -> None:
+    def _add_operator(
+        self, name: str, step: Step, spec: OperatorSpec, values: Sequence[str]
+    ) -> None:
         self._add(name, step.role, step.stage, spec.family, flops=spec.flops, **self._type(values))
 
     def _type(self, values: Iterable[str]) -> dict[str, str | int]:

@@ -9,7 +9,7 @@ those that do best is taken.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.coarse.batchnorm import recalibrate
-from passes.coarse.matrix_fit import MatrixFit, fitted_parts
-from passes.coarse.spec import CoarseSpec, Trial
-from passes.coarse.thinned_blocks import THINNED
+from passes.coarse.family import copies_blocks, is_fine
+from passes.coarse.map_matrix import MatrixFit, fitted_parts
+from passes.coarse.spec import OperatorSpec, PreprocessOptions, Trial
 from passes.errors import OptionError
 from passes.transform.executor import Executor, Operator, State, plus
 from pnn_compile.fit.metrics import Energy
@@ -206,7 +206,7 @@ class _Sweep:
         name = f"preprocess_{number}"
         fitted = [(each, each.network.operator) for each in offered]
         taken = self._take(name, fitted, samples)
-        if taken.spec.family == THINNED and self._refresh(taken, partial(samples, taken)):
+        if copies_blocks(taken.spec.family) and self._refresh(taken, partial(samples, taken)):
             self.recalibrated.append(name)
         self.executor.guesses[number] = taken
 
@@ -222,7 +222,7 @@ class _Sweep:
             return False
         before = _state_of(guess.network)
         [known] = _errors([network], samples())
-        reads = guess.spec.options["inputs"]
+        reads = guess.spec.options.inputs
         calls = (
             tuple(self.executor.given(reads, inputs)) for held, inputs in self.batches() if not held
         )
@@ -235,7 +235,7 @@ class _Sweep:
 
     def _sources(self, guess: Operator, inputs: Mapping[str, Any]) -> list[Any]:
         """What the operator of a guess reads."""
-        given = self.executor.given(guess.spec.options["inputs"], inputs)
+        given = self.executor.given(guess.spec.options.inputs, inputs)
         prologue = guess.network.prologue
         if not isinstance(prologue, nn.Module):
             return given
@@ -307,7 +307,7 @@ class _Sweep:
                     if b >= a:
                         _set_state(network, old)
             for operator, network in group:
-                if operator.spec.family != "exact" and _recalibrate(network, given):
+                if not is_fine(operator.spec.family) and _recalibrate(network, given):
                     changed.add(operator)
             if len(offered) > 1:
                 found += zip(operators, _errors(networks, given()), strict=True)
@@ -336,7 +336,7 @@ class _Sweep:
             self.memory.put("swept", index, plus(swept, correction))
 
 
-def _cheapest(found: Sequence[tuple[Operator, float]]) -> tuple[Operator, CoarseSpec]:
+def _cheapest(found: Sequence[tuple[Operator, float]]) -> tuple[Operator, OperatorSpec]:
     """The cheapest operator that nearly reaches the smallest error, and what its plan says then."""
     found = sorted(found, key=lambda pair: pair[0].spec.flops)
     least = min(error for _, error in found)
@@ -348,13 +348,13 @@ def _cheapest(found: Sequence[tuple[Operator, float]]) -> tuple[Operator, Coarse
 
 def _by_rank(offered: Sequence[tuple[Operator, Any]]) -> list[list[tuple[Operator, Any]]]:
     """Operators in groups that differ by their rank alone; the largest rank first."""
-    groups: dict[str, list[tuple[Operator, Any]]] = {}
-    for each in offered:
-        spec = each[0].spec
-        rest = {key: value for key, value in spec.options.items() if key != "rank"}
-        groups.setdefault(f"{spec.family} {rest}", []).append(each)
+    groups: dict[Hashable, list[tuple[Operator, Any]]] = {}
+    for pair in offered:
+        spec = pair[0].spec
+        rest = tuple((key, value) for key, value in vars(spec.options).items() if key != "rank")
+        groups.setdefault((spec.family, rest), []).append(pair)
     return [
-        sorted(group, key=lambda each: -int(each[0].spec.options.get("rank", 0)))
+        sorted(group, key=lambda pair: pair[0].spec.rank or 0, reverse=True)
         for group in groups.values()
     ]
 
@@ -437,7 +437,7 @@ def _tensors(value: Any) -> Sequence[torch.Tensor]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _label(spec: CoarseSpec) -> str:
-    rank = f", rank {spec.options['rank']}" if "lowrank" in spec.family else ""
-    copied = spec.options.get("copied")
+def _label(spec: OperatorSpec) -> str:
+    rank = f", rank {spec.rank}" if spec.rank is not None else ""
+    copied = spec.options.copied if isinstance(spec.options, PreprocessOptions) else None
     return spec.family + rank + (f", behind a copy of {copied[0]} to {copied[1]}" if copied else "")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
-from passes.coarse.family import build_guess
-from passes.coarse.select import coarse_candidates, guess_candidates
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.family import build_preprocess
+from passes.coarse.select import coarse_candidates, preprocess_candidates
+from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec, Span
 from passes.ir.isolation import seeded
 from passes.options import Options
 from passes.plan.build import with_operators
@@ -23,7 +23,7 @@ from pnn_compile.compiled import Compiled
 from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.regression_sweep import Given
 
-__all__ = ["choose"]
+_Spec = TypeVar("_Spec", bound=OperatorSpec)
 
 
 def choose(
@@ -48,9 +48,13 @@ def choose(
     report = calibrate_by_choice(
         network, inputs, executor, _Offered(network, analysis, options, executor)
     )
-    guesses = {number: guess.spec for number, guess in executor.guesses.items()}
-    corrections = {number: coarse.spec for number, coarse in executor.corrections.items()}
-    plan = with_operators(analysis, network.plan, options, guesses, corrections)
+    plan = with_operators(
+        analysis,
+        network.plan,
+        options,
+        _specs(executor.guesses, PreprocessSpec),
+        _specs(executor.corrections, CoarseSpec),
+    )
     operators = Operators(_networks(executor.guesses), _networks(executor.corrections))
     mode = network.module.training
     for operator in (*operators.preprocess.values(), *operators.coarse.values()):
@@ -59,6 +63,11 @@ def choose(
     return dataclasses.replace(
         network, plan=plan, operators=operators, module=module, calibration=report
     )
+
+
+def _specs(operators: dict[int, Operator], kind: type[_Spec]) -> dict[int, _Spec]:
+    pairs = ((number, operator.spec) for number, operator in operators.items())
+    return {number: spec for number, spec in pairs if isinstance(spec, kind)}
 
 
 def _networks(operators: dict[int, Operator]) -> dict[int, nn.Module]:
@@ -87,8 +96,10 @@ class _Offered:
         entering = plan.enters(number)
         types = [value.spec for value in entering]
         cut = self._cuts[number - 1]
-        found = guess_candidates(self._analysis, self._options, len(plan.stages), cut, entering)
-        return self._built(found, lambda spec: build_guess(program, spec, types))
+        specs = preprocess_candidates(
+            self._analysis, self._options, len(plan.stages), cut, entering
+        )
+        return self._built(specs, lambda spec: build_preprocess(program, spec, types))
 
     def corrections(self, number: int) -> Sequence[Operator]:
         """Corrections of every family and rank that the budget allows."""
@@ -96,18 +107,20 @@ class _Offered:
             return self._given.corrections(number)
         network, plan = self._network, self._network.plan
         fine = network.stages.fine[number]
-        span = self._cuts[number - 1], self._cuts[number]
-        found = coarse_candidates(
-            self._analysis, self._options, len(plan.stages), span,
-            plan.enters(number), plan.corrects(number),
-        )  # fmt: skip
+        span = Span(
+            self._analysis,
+            self._options,
+            self._cuts[number - 1],
+            self._cuts[number],
+            plan.enters(number),
+            plan.corrects(number),
+        )
         return self._built(
-            found, lambda spec: build_correction(network.program, plan, number, spec, fine)
+            coarse_candidates(span, len(plan.stages)),
+            lambda spec: build_correction(network.program, plan, number, spec, fine),
         )
 
-    def _built(
-        self, found: Sequence[CoarseSpec], build: Callable[[CoarseSpec], nn.Module]
-    ) -> list[Operator]:
+    def _built(self, specs: Sequence[_Spec], build: Callable[[_Spec], nn.Module]) -> list[Operator]:
         device = self._network.program.device
         with seeded(self._network.plan.seed):
-            return [Operator(spec, build(spec).to(device).eval()) for spec in found]
+            return [Operator(spec, build(spec).to(device).eval()) for spec in specs]

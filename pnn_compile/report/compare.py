@@ -13,7 +13,7 @@ from pnn_compile.export import format as units
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from passes.coarse.spec import CoarseSpec
+    from passes.coarse.spec import OperatorSpec
     from passes.plan.schema import Plan, Stage
 
 __all__ = ["Change", "Comparison", "StageChange", "compare", "comparison_table"]
@@ -130,7 +130,7 @@ def _span(stage: Stage) -> str:
     return first if first == last else f"{first} .. {last}"
 
 
-def _family(spec: CoarseSpec | None) -> str | None:
+def _family(spec: OperatorSpec | None) -> str | None:
     return f"{spec.family} {units.count(spec.flops)}" if spec else None
 
 

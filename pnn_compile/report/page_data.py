@@ -16,7 +16,7 @@ from pnn_compile.forecast.table import PARAREAL
 from pnn_compile.report.graph_data import graph_data
 
 if TYPE_CHECKING:
-    from passes.coarse.spec import CoarseSpec
+    from passes.coarse.spec import OperatorSpec
     from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.iterate import DialRow
@@ -66,11 +66,12 @@ def _plan(plan: Plan) -> dict[str, Any]:
     return data
 
 
-def _operator(spec: CoarseSpec | None) -> dict[str, Any] | None:
+def _operator(spec: OperatorSpec | None) -> dict[str, Any] | None:
     if spec is None:
         return None
-    plain = {key: value for key, value in spec.options.items() if _is_plain(value)}
-    return dataclasses.asdict(dataclasses.replace(spec, options=plain))
+    data = dataclasses.asdict(spec)
+    data["options"] = {key: value for key, value in data["options"].items() if _is_plain(value)}
+    return data
 
 
 def _is_plain(value: object) -> bool:

@@ -18,7 +18,7 @@ from pnn_compile.export.partition_graph import partition_graph
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from passes.coarse.spec import CoarseSpec
+    from passes.coarse.spec import OperatorSpec
     from passes.plan.schema import Interface, Plan, Stage
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
@@ -116,7 +116,7 @@ def _span(stage: Stage) -> str:
     return first if first == last else f"{first} .. {last}"
 
 
-def _operator(spec: CoarseSpec | None) -> str:
+def _operator(spec: OperatorSpec | None) -> str:
     return f"{spec.family} {units.count(spec.flops)}" if spec else "-"
 
 

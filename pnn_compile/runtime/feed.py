@@ -110,9 +110,9 @@ def reads(network: RankNetwork, arguments: list[str]) -> set[str]:
         if kind == "fine":
             inputs = network.plan.stages[int(number)].inputs
         elif kind == "preprocess":
-            inputs = executor.guesses[int(number)].spec.options["inputs"]
+            inputs = executor.guesses[int(number)].spec.options.inputs
         elif kind == "coarse":
-            inputs = executor.corrections[int(number)].spec.options.get("inputs", ())
+            inputs = executor.corrections[int(number)].spec.options.inputs
         else:
             inputs = network.plan.head.inputs
         found.update(executor.given(inputs, same))

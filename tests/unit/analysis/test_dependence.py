@@ -185,7 +185,7 @@ def test_a_guess_takes_no_argument_that_its_state_does_not_depend_on() -> None:
     plan = pnn.compile(Target(), kwargs=_floats("source", "target"), stages=3).plan
     for stage in plan.stages[1:]:
         assert stage.preprocess is not None
-        assert stage.preprocess.options["inputs"] == ["source"]
+        assert stage.preprocess.options.inputs == ("source",)
 
 
 COMPILED = [

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.coarse.conv_residual import Conv
-from passes.coarse.copied_blocks import Units, build_units
+from passes.coarse.copied_blocks import Units, UnitsOptions, build_units
 from passes.coarse.linear import Linear, linear_flops
 from passes.coarse.lowrank import LowRank
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.spec import CoarseSpec, Site
 from passes.coarse.strided_conv import Convolution, convolution_fits, convolution_flops
 from passes.coarse.tensor_layout import layouts, resize
 from passes.coarse.wrappers import Difference, Guess, Zero
@@ -263,11 +263,16 @@ def units_of(name: str, stage: int, **options: object) -> tuple[Units, CoarseSpe
     return module, spec
 
 
+def options_of(spec: CoarseSpec) -> UnitsOptions:
+    assert isinstance(spec.options, UnitsOptions)
+    return spec.options
+
+
 def test_units_are_the_down_sampling_and_copies_of_the_repeated_block() -> None:
     module, spec = units_of("resnet", 1, stages=2, cuts=("2",), units=2)
 
     # Stage 1 begins with a block of eight channels, then halves the resolution.
-    names = [(block["first"], block["last"]) for block in spec.options["blocks"]]
+    names = [(block.first, block.last) for block in options_of(spec).blocks]
     assert names == [
         ("_3_conv1", "_3_relu_1"),
         ("_4_conv1", "_4_relu_1"),
@@ -308,7 +313,7 @@ def test_a_unit_is_given_the_inputs_that_its_block_reads() -> None:
     masked = ids.clone()
     masked[:, 5:] = 0
 
-    assert spec.options["inputs"] == ["tokens"]
+    assert spec.options.inputs == ("tokens",)
     assert module(x, ids).shape == x.shape
     assert not torch.allclose(module(x, ids), module(x, masked))
 
@@ -317,8 +322,9 @@ def test_a_block_is_not_changed_by_being_copied() -> None:
     before = copy.deepcopy(program("resnet").module.state_dict())
     plan = compiled("resnet", coarse="units", cuts=("4",)).plan
     assert plan is not None
-    assert plan.stages[1].coarse is not None
-    unit = build_units(program("resnet"), plan.stages[1].coarse.options)
+    spec = plan.stages[1].coarse
+    assert spec is not None
+    unit = build_units(options_of(spec), Site(program("resnet"), [], []))
     unit.train()(torch.randn(3, 16, 4, 4)).sum().backward()
     with torch.no_grad():
         for parameter in unit.parameters():

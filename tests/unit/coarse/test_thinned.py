@@ -14,8 +14,8 @@ import pnn_compile as pnn
 from examples import decoder, resnet110
 from passes.coarse.batchnorm import recalibrate
 from passes.coarse.copied_blocks import Units
-from passes.coarse.spec import CoarseSpec
-from passes.coarse.thinned_blocks import build_thinned, thin
+from passes.coarse.spec import CoarseSpec, Site
+from passes.coarse.thinned_blocks import ThinnedOptions, build_thinned, thin
 from passes.errors import ArtifactError, OptionError, SynthesisError
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan
@@ -47,6 +47,11 @@ def coarse_of(network: pnn.Compiled, stage: int = 1) -> tuple[Units, CoarseSpec]
     module = getattr(module, "coarse", module)  # of a difference
     assert isinstance(module, Units)
     return module, spec
+
+
+def options_of(spec: CoarseSpec) -> ThinnedOptions:
+    assert isinstance(spec.options, ThinnedOptions)
+    return spec.options
 
 
 # --- which blocks ---------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ def test_a_kept_block_takes_the_step_of_all_it_stands_for() -> None:
     network = trained()
     module, spec = coarse_of(network)
     # Stage 1 is units 2, 3 of the first group, and four of each other: the first one widens.
-    assert [block["step"] for block in spec.options["blocks"]] == [2, 1, 3, 1, 3]
+    assert [block.step for block in options_of(spec).blocks] == [2, 1, 3, 1, 3]
     assert module.steps == (2, 1, 3, 1, 3)
     trunk = trained_model().trunk
     x = torch.randn(3, 4, 16, 16)
@@ -233,12 +238,12 @@ def test_a_kept_block_is_given_the_inputs_that_it_reads() -> None:
     assert plan is not None
     spec = plan.stages[1].coarse
     assert spec is not None
-    module = build_thinned(program("float_mask_encoder"), spec.options).eval()
+    module = build_thinned(options_of(spec), Site(program("float_mask_encoder"), [], [])).eval()
     ids, x = torch.randint(1, 9, (3, 10)), torch.randn(3, 10, 16)
     masked = ids.clone()
     masked[:, 5:] = 0
 
-    assert spec.options["inputs"] == ["tokens"]
+    assert spec.options.inputs == ("tokens",)
     assert not torch.allclose(module(x, ids), module(x, masked))
 
 
@@ -292,8 +297,8 @@ def test_it_verifies_and_is_loaded_as_it_was_saved(
     ("field", "value", "message"),
     [
         ("step", 0, r"blocks\[0\]\.step is 0: it should be a whole number of at least 1"),
-        ("step", 1.5, r"blocks\[0\]\.step is 1\.5"),
-        ("step", None, r"blocks\[0\]\.step is None"),
+        ("step", 1.5, r"blocks\[0\]\.step should be int, found float"),
+        ("step", None, r"blocks\[0\]\.step should be int, found NoneType"),
         ("last", "nowhere", r"blocks\[0\]\.last is 'nowhere'; possible here"),
     ],
 )
@@ -308,7 +313,9 @@ def test_its_plan_is_checked_before_it_is_replayed(field: str, value: Any, messa
     with pytest.raises(ArtifactError, match=r"blocks\[0\]\.step is missing"):
         check_plan(network.program, Plan.from_json(json.dumps(data)))
     blocks.clear()
-    with pytest.raises(ArtifactError, match=r"is empty: family thinned copies at least one block"):
+    with pytest.raises(
+        ArtifactError, match=r"coarse\.options\.blocks is empty: it needs at least one item"
+    ):
         check_plan(network.program, Plan.from_json(json.dumps(data)))
 
 

@@ -49,7 +49,7 @@ def _delete(data: Any) -> None:
         (lambda d: d.update(iterations="2"), r"plan\.iterations should be int, found str"),
         (lambda d: d.update(iterations=True), r"plan\.iterations should be int, found bool"),
         (lambda d: d.update(seed=None), r"plan\.seed should be int, found NoneType"),
-        (lambda d: d.update(stages={}), r"plan\.stages should be tuple, found dict"),
+        (lambda d: d.update(stages={}), r"plan\.stages should be list, found dict"),
         (lambda d: d["stages"].__setitem__(0, 7), r"plan\.stages\[0\] should be an object, found"),
         (
             lambda d: d["interfaces"][0]["state"][0]["spec"].update(shape=[2, "wide"]),
@@ -59,8 +59,8 @@ def _delete(data: Any) -> None:
             lambda d: d["stages"][1]["coarse"].update(linear=0),
             r"plan\.stages\[1\]\.coarse\.linear should be bool, found int",
         ),
-        (lambda d: d["ties"].update(weight=0), r"plan\.ties\.weight should be tuple, found int"),
-        (_delete, r"plan is incomplete \(.*'forecast'\)"),
+        (lambda d: d["ties"].update(weight=0), r"plan\.ties\.weight should be list, found int"),
+        (_delete, r"plan\.forecast is missing: it needs model, correction, "),
     ],
 )
 def test_an_edited_plan_is_refused_where_it_is_wrong(
@@ -84,6 +84,52 @@ def test_whole_numbers_may_stand_for_fractions() -> None:
     gap = Plan.from_json(json.dumps(data)).forecast.gap
 
     assert (gap, type(gap)) == (0.0, float)
+
+
+_BLOCK = {
+    "first": "a", "last": "b", "entering": "x", "leaving": "b", "inputs": ["x"], "sides": ["s"],
+}  # fmt: skip
+_SOURCES = {
+    "rank": 32,
+    "sources": [
+        {"name": "x", "shape": [2, 8], "dtype": "float32", "batch_axis": None, "channel_axis": 1}
+    ],
+    "inputs": ["x"],
+    "sides": [],
+}
+WRITTEN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("coarse", "linear", {"inputs": []}),
+    ("coarse", "conv", {"inputs": [], "reads": [[0], [0, 1]]}),
+    ("coarse", "linear+lowrank", {"inputs": [], "rank": 5, "bias": True}),
+    ("coarse", "units", {"inputs": ["x"], "blocks": [_BLOCK, _BLOCK]}),
+    ("coarse", "thinned", {"inputs": ["x"], "blocks": [{**_BLOCK, "step": 3}]}),
+    ("coarse", "exact", {"inputs": ["x"]}),
+    ("coarse", "zero", {"inputs": []}),
+    ("preprocess", "convolution", _SOURCES),
+    ("preprocess", "lowrank+conv", {**_SOURCES, "prologue": 0.2, "reads": [[0]]}),
+    ("preprocess", "linear", {**_SOURCES, "copied": ["a", "b"]}),
+    (
+        "preprocess",
+        "thinned",
+        {
+            **_SOURCES,
+            "copied": ["a", "b"],
+            "blocks": [{**_BLOCK, "step": 1}],
+            "stem": {"inputs": ["x"], "leaving": "b"},
+        },
+    ),
+)
+"""Options of every family as schema 1 has them."""
+
+
+@pytest.mark.parametrize(("role", "family", "options"), WRITTEN)
+def test_options_are_read_and_written_under_the_same_keys(
+    role: str, family: str, options: dict[str, Any]
+) -> None:
+    data = json.loads(plan_of("mlp", stages=2).to_json())
+    data["stages"][1][role] |= {"family": family, "options": options}
+
+    assert json.loads(Plan.from_json(json.dumps(data)).to_json()) == data
 
 
 def test_a_type_knows_its_size_and_names_its_batch() -> None:
@@ -181,14 +227,20 @@ EDITS: tuple[tuple[Callable[[Any], None], str], ...] = (
     (_put(*_COARSE, "options", "inputs", ["y"]), r"coarse\.options\.inputs\[0\] is 'y'; possible"),
     (
         _put(*_COARSE, "options", "inputs", 3),
-        r"coarse\.options\.inputs is of type int: it should be a list",
+        r"coarse\.options\.inputs should be list, found int",
     ),
     (_drop(*_GUESS, "options", "sources"), r"preprocess\.options\.sources is missing"),
     (_drop(*_GUESS, "options", "inputs"), r"preprocess\.options\.inputs is missing"),
     (_put(*_GUESS, "options", "sources", []), r"preprocess\.options\.sources is empty"),
     (_put(*_GUESS, "options", "sources", 0, "name", "y"), r"sources\[0\]\.name is 'y'; possible"),
-    (_put(*_GUESS, "options", "sources", 0, "name", ["x"]), r"sources\[0\]\.name is \['x'\]"),
-    (_put(*_GUESS, "options", "sources", 0, "shape", ["w"]), r"shape\[0\] is 'w', no size"),
+    (
+        _put(*_GUESS, "options", "sources", 0, "name", ["x"]),
+        r"sources\[0\]\.name should be str, found list",
+    ),
+    (
+        _put(*_GUESS, "options", "sources", 0, "shape", ["w"]),
+        r"shape\[0\] should be int, found str",
+    ),
     (_drop(*_GUESS, "options", "sources", 0, "dtype"), r"sources\[0\]\.dtype is missing"),
 )
 

@@ -68,7 +68,7 @@ def test_a_moved_cut_is_honoured(edit: Callable[[Any], None], starts: list[str])
     assert [stage.coarse.family for stage in again.plan.stages[1:] if stage.coarse] == [
         "lowrank"
     ] * 2
-    assert all(s.coarse.options["rank"] == 5 for s in again.plan.stages[1:] if s.coarse)
+    assert all(s.coarse.rank == 5 for s in again.plan.stages[1:] if s.coarse)
     named = f"first is {starts[0]} in stage 1, {starts[1]} in stage 2"
     assert f"cuts are where they were named: {named}" in again.plan.notes
     assert torch.equal(again.sequential(X), model()(X))
