@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnn_compile as pnn
-from pnn_compile.runtime.feed import reads
+from pnn_compile.runtime.input_scatter import arguments_read
+from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
 
 
@@ -54,7 +55,7 @@ def _train(rank: int, inputs: Any, micro: int) -> dict[str, Any]:
     arguments = (batch["x"],) if given is not None else ()
     kwargs = {"late": batch["late"]} if given is not None else {}
     outputs = module.eval()(*arguments, **kwargs)
-    fed = None if module._feed is None else module._feed(given)
+    fed = None if module._scatter is None else module._scatter(given)
     return {"losses": losses, "outputs": outputs, "fed": fed}
 
 
@@ -74,11 +75,13 @@ def test_ranks_that_are_fed_train_alike(micro: int, tmp_path: Path) -> None:
 
 
 def test_what_a_rank_reads_is_in_its_plan() -> None:
-    from pnn_compile.runtime.rank import RankNetwork
-
     compiled = _compiled()
-    found = [reads(RankNetwork(compiled, (0, 1, 2), rank), ["x", "late"]) for rank in range(3)]
-    assert found == [{"x"}, {"x"}, {"x", "late"}]
+    ranks = [RankPieces(compiled, (0, 1, 2), rank) for rank in range(3)]
+    assert [arguments_read(pieces, ["x", "late"]) for pieces in ranks] == [
+        {"x"},
+        {"x"},
+        {"x", "late"},
+    ]
 
 
 def _strange(rank: int) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import pnn_compile as pnn
 from passes.errors import RuntimeFault
 from pnn_compile.inputs import check_shapes
-from pnn_compile.runtime.microbatches import divide
+from pnn_compile.runtime.input_scatter import divide
 from tests.distributed.ranks import start
 
 

@@ -22,10 +22,8 @@ from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.verify import check, in_order
 from pnn_compile.inputs import named_batch
-from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.microbatches import crossing
-from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.engine import run_in_one_process
+from pnn_compile.runtime.rank_pieces import RankPieces
 
 _PLACEMENTS = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
     lambda ranks: [sorted(set(ranks)).index(rank) for rank in ranks]
@@ -184,24 +182,17 @@ def _loss(outputs: Any) -> Tensor:
 
 def _run(
     compiled: pnn.Compiled, inputs: list[Any], placement: tuple[int, ...], *, train: bool = True
-) -> tuple[list[Any], list[RankNetwork]]:
+) -> tuple[list[Any], list[RankPieces]]:
     """Run a step over micro-batches on ranks in one process; give outputs by micro-batch."""
-    ranks = [RankNetwork(compiled, placement, rank) for rank in range(max(placement) + 1)]
+    ranks = [RankPieces(compiled, placement, rank) for rank in range(max(placement) + 1)]
     named = [named_batch(compiled, each) for each in inputs]
-    network = LocalNetwork()
 
     def share(outputs: Any, number: int) -> Tensor:
         return _loss(outputs) / len(inputs)
 
-    steps = [
-        Step(rank, named, network.link(rank.rank), share if train else None,
-             crossing(compiled, named))
-        for rank in ranks
-    ]  # fmt: skip
-    programs = ranks[0].programs(batches=len(inputs), backward=train)
-    check(programs)
-    run_together(network, steps, programs)
-    last = steps[placement[-1]]
+    check(ranks[0].instruction_lists(batches=len(inputs), backward=train))
+    engines = run_in_one_process(compiled, ranks, named, share if train else None)
+    last = engines[placement[-1]]
     return [last.outputs[number] for number in range(len(inputs))], ranks
 
 
@@ -289,7 +280,7 @@ def test_forward_alone_keeps_no_graph() -> None:
 def test_a_rank_owns_its_stages_and_nothing_else() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3)
-    ranks = [RankNetwork(compiled, (0, 0, 1), rank) for rank in range(2)]
+    ranks = [RankPieces(compiled, (0, 0, 1), rank) for rank in range(2)]
     names = [{name for name, _ in rank.named_children()} for rank in ranks]
     assert names[0] == {"fine_0", "fine_1", "preprocess_1", "coarse_1"}
     assert names[1] == {"fine_2", "preprocess_2", "coarse_2", "head"}
@@ -298,7 +289,7 @@ def test_a_rank_owns_its_stages_and_nothing_else() -> None:
 def test_the_map_of_a_collapsed_sweep_lives_where_its_residual_is_computed() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3, sweep="collapsed")
-    ranks = [RankNetwork(compiled, (0, 1, 2), rank) for rank in range(3)]
+    ranks = [RankPieces(compiled, (0, 1, 2), rank) for rank in range(3)]
     names = [{name for name, _ in rank.named_children()} for rank in ranks]
     assert names[0] == {"fine_0", "coarse_1"}
     assert names[1] == {"fine_1", "preprocess_1", "coarse_2"}
@@ -308,7 +299,7 @@ def test_the_map_of_a_collapsed_sweep_lives_where_its_residual_is_computed() -> 
 def test_what_crosses_several_stages_is_sent_to_the_corrections_that_read_it() -> None:
     model, example = _unet()
     compiled = pnn.compile(model, example, stages=3, sweep="collapsed")
-    program = RankNetwork(compiled, (0, 1, 2), 0).programs()[0]
+    program = RankPieces(compiled, (0, 1, 2), 0).instruction_lists()[0]
     sent = [i for i in program if i.kind is Kind.SEND_OUTPUT]
     assert [(i.stage, i.peer) for i in sent] == [(0, 1)]
 
@@ -317,9 +308,9 @@ def test_placements_that_do_not_fit_are_refused() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3)
     with pytest.raises(pnn.RuntimeFault, match="3 stages, but 2 were placed"):
-        RankNetwork(compiled, (0, 1), 0)
+        RankPieces(compiled, (0, 1), 0)
     with pytest.raises(pnn.RuntimeFault, match="every rank needs a stage"):
-        RankNetwork(compiled, (0, 2, 2), 0)
+        RankPieces(compiled, (0, 2, 2), 0)
     with pytest.raises(pnn.RuntimeFault, match="4 ranks for 3 stages"):
         pnn.runtime.place(3, 4)
     with pytest.raises(pnn.RuntimeFault, match="init_process_group"):

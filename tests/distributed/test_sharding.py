@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import pnn_compile as pnn
-from pnn_compile.runtime.sharding import full, local
+from pnn_compile.runtime.data_parallel import full, local
 from tests.distributed.ranks import start
 from tests.models.distributed_models import batches, loss, network
 
