@@ -154,7 +154,7 @@ class Replicas:
             self._broadcast(self._module.buffers())
 
     def average_gradients(self) -> None:
-        """Average the gradients over the replicas; each gets one where any of them has one."""
+        """Average the gradients over the replicas; all get one where any of them has one."""
         if self._group is None or self._sharded:
             return
         parameters = [p for p in self._module.parameters() if p.requires_grad]
@@ -200,14 +200,14 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     for tensor in tensors:
         bucket = open_buckets.setdefault(tensor.dtype, [])
         bucket.append(tensor)
-        if sum(each.nbytes for each in bucket) >= _BUCKET:
+        if sum(member.nbytes for member in bucket) >= _BUCKET:
             yield open_buckets.pop(tensor.dtype)
     yield from open_buckets.values()
 
 
 def _split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    pieces = torch.split(flat, [each.numel() for each in like])
-    return [piece.view(each.shape) for piece, each in zip(pieces, like, strict=True)]
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def shard_weights(compiled: Network, pieces: RankPieces, mesh: DeviceMesh | None) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def place(stages: int, ranks: int) -> tuple[int, ...]:
-    """Place stages on ranks, neighbours together, as evenly as possible; return the rank of each.
+    """Place stages on ranks, neighbours together, as evenly as possible; return their ranks.
 
     Raises:
         RuntimeFault: There are more ranks than stages.

@@ -313,7 +313,7 @@ def state_shapes(
         precision: In which states are sent; None for that of the weights.
     """
     example = batch_size(compiled.program.args)
-    sizes = [batch_size(each) for each in inputs]
+    sizes = [*map(batch_size, inputs)]
     conversion = compiled.conversion
 
     def type_of(name: str) -> torch.dtype:

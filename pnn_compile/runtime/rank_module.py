@@ -153,7 +153,7 @@ class RankModule(nn.Module):
         """
         pieces = divide(self._scattered(batch), self._batches)
         inputs = [self._inputs(piece) for piece in pieces]
-        samples = [batch_size(each) for each in inputs]
+        samples = [*map(batch_size, inputs)]
         weights = [count / max(1, sum(samples)) for count in samples]
         scale = self._scale(scaler)
 

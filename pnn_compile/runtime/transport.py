@@ -92,10 +92,10 @@ class PointToPoint:
 
     def _post(self, peer: int, like: Sequence[torch.Tensor]) -> list[_Posted]:
         posted = []
-        for each in like:
-            home = self._device or each.device
+        for expected in like:
+            home = self._device or expected.device
             device = torch.device("cpu") if self._by_host(home) else home
-            tensor = torch.empty(each.shape, dtype=each.dtype, device=device)
+            tensor = torch.empty(expected.shape, dtype=expected.dtype, device=device)
             work = dist.irecv(tensor, group=self._group, group_src=peer)
             posted.append(_Posted(tensor, work, home))
         return posted
@@ -108,7 +108,7 @@ class PointToPoint:
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Name the backend that a group has for a kind of device; None if there is none."""
-    pairs = (each.partition(":") for each in dist.get_backend_config(group).split(","))
+    pairs = (part.partition(":") for part in dist.get_backend_config(group).split(","))
     return {kind: backend for kind, _, backend in pairs}.get(device.type)
 
 
@@ -130,7 +130,7 @@ class InProcess:
 
     @classmethod
     def of(cls, ranks: int) -> list[InProcess]:
-        """Connect a number of ranks; return the end of each."""
+        """Connect a number of ranks; return their ends."""
         queues: _Queues = defaultdict(deque)
         return [cls(rank, queues) for rank in range(ranks)]
 

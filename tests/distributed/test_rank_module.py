@@ -14,7 +14,6 @@ import pnn_compile as pnn
 from examples import decoder, resnet110
 from pnn_compile.inputs import named_batch
 from pnn_compile.runtime.engine import run_in_one_process
-from pnn_compile.runtime.input_scatter import divide
 from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
 
@@ -152,12 +151,3 @@ def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
     assert "[2, 3, 16, 16]" in first
     assert "MemoryError: no room for 3 GB; memory is short: distribute() with more" in first
     assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second
-
-
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    assert [len(piece) for piece in divide(torch.randn(5, 2), 2)] == [3, 2]
-    pieces = divide((torch.randn(4, 2), torch.arange(4), "flag"), 2)
-    assert [piece[2] for piece in pieces] == ["flag", "flag"]
-    assert pieces[1][1].tolist() == [2, 3]
-    with pytest.raises(pnn.RuntimeFault, match="a batch of 2 does not divide into 3"):
-        divide({"x": torch.randn(2, 2)}, 3)
