@@ -153,10 +153,10 @@ def _look(_: torch.device, order: _Order) -> tuple[RankReport, list[torch.Tensor
 
     seconds = _timed(run, order.steps)
     held = [*module.parameters(), *module.buffers()]
-    stages = [module.whole.plan.stages[number] for number in module.network.own]
+    stages = [module.whole.plan.stages[number] for number in module.network.stages]
     report = RankReport(
         module.rank,
-        tuple(module.network.own),
+        tuple(module.network.stages),
         (stages[0].first_module, stages[-1].last_module),
         sum(tensor.numel() for tensor in held if isinstance(tensor, nn.Parameter)),
         sum(tensor.nbytes for tensor in held),

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from passes.schedule.instruction import Instruction, Kind
+from passes.schedule.instruction import Kind
 from pnn_compile.bench.result import Parts
 from pnn_compile.bench.setting import mean_square, optimizer_of
 from pnn_compile.inputs import batch_size
-from pnn_compile.runtime.computing import Computing
-from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.microbatches import crossing
-from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.engine import run_in_one_process
+from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -43,18 +39,16 @@ class PartsTimer:
     def __init__(
         self, compiled: Compiled, inputs: dict[str, Any], placement: Sequence[int], training: bool
     ) -> None:
+        self._compiled = compiled
         self._inputs = [inputs]
         self._training = training
-        self._networks = [
-            RankNetwork(compiled, placement, rank).train(training)
+        self._ranks = [
+            RankPieces(compiled, placement, rank).train(training)
             for rank in range(max(placement) + 1)
         ]
-        for network in self._networks:
-            Computing().prepare(network)
-        self._optimizers = [optimizer_of(network) for network in self._networks]
-        self._programs = self._networks[0].programs(backward=training)
-        self._sweep = compiled.plan.sweep
-        self._like = crossing(compiled, self._inputs)
+        for pieces in self._ranks:
+            PieceOptions().apply(pieces)
+        self._optimizers = [optimizer_of(pieces) for pieces in self._ranks]
 
     def __call__(self) -> Parts:
         """Run one step and give its seconds."""
@@ -62,24 +56,21 @@ class PartsTimer:
         optimizers = [self._stepped(optimizer) for optimizer in self._optimizers]
         self._forget()
         ranks = [*map(RankParts, seconds, optimizers)]
-        return parts_of(batch_size(self._inputs[0]), self._sweep, ranks)
+        return parts_of(batch_size(self._inputs[0]), self._compiled.plan.sweep, ranks)
 
     def instructions(self) -> tuple[Mapping[Kind, float], ...]:
         """Run one step, but for the optimizers, and give its seconds by rank and kind."""
         self._forget()
-        link = LocalNetwork()
-        loss = _loss if self._training else None
-        steps = [
-            _TimedStep(network, self._inputs, link.link(rank), loss, self._like)
-            for rank, network in enumerate(self._networks)
-        ]
+        loss = mean_square if self._training else None
         with torch.set_grad_enabled(self._training):
-            run_together(link, steps, self._programs)
-        return tuple(step.seconds for step in steps)
+            engines = run_in_one_process(
+                self._compiled, self._ranks, self._inputs, loss, synchronize=True
+            )
+        return tuple(engine.seconds for engine in engines)
 
     def _forget(self) -> None:
-        for network in self._networks:
-            network.zero_grad(set_to_none=True)
+        for pieces in self._ranks:
+            pieces.zero_grad(set_to_none=True)
 
     def _stepped(self, optimizer: torch.optim.Optimizer | None) -> float:
         if optimizer is None or not self._training:
@@ -89,21 +80,6 @@ class PartsTimer:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-
-class _TimedStep(Step):
-    """A step that keeps the seconds of its instructions, by kind."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.seconds: dict[Kind, float] = defaultdict(float)
-
-    def run(self, instruction: Instruction) -> None:
-        start = time.perf_counter()
-        super().run(instruction)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[instruction.kind] += time.perf_counter() - start
 
 
 class RankParts(NamedTuple):
@@ -155,7 +131,3 @@ def median_parts(found: Sequence[Parts]) -> Parts:
 
 def _medians(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(statistics.median(each) for each in zip(*rows, strict=True))
-
-
-def _loss(outputs: Any, _: int) -> torch.Tensor:
-    return mean_square(outputs)

@@ -19,8 +19,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import OptionError, RuntimeFault
 from pnn_compile.bench.contenders import mean_square, optimizer_of
 from pnn_compile.inputs import check_batch_size, device_of, resized
-from pnn_compile.runtime.captured import CapturedForward, CapturedStep
-from pnn_compile.runtime.streams import StreamNetwork
+from pnn_compile.runtime import CapturedForward, CapturedStep, StreamNetwork
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled

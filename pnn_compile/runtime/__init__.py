@@ -1,15 +1,20 @@
-"""Runs a parareal network on several ranks at once, forward and backward."""
+"""Runs a parareal network on several ranks at once, forward and backward, or on one GPU's streams.
+
+In: a compiled network or an artifact. Out: a `RankModule` a rank, whose `train_step` runs the
+instruction lists of `passes.schedule`. Start at `distribute.py`; `engine.py` shows one step, and
+`transport.py` is all that the engine needs to know of other ranks.
+"""
 
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Timeline, Times, simulate
 from passes.schedule.trace import chrome_trace
 from passes.schedule.verify import check
-from pnn_compile.runtime.captured import CapturedForward, CapturedStep
 from pnn_compile.runtime.checkpoint import Checkpoints
-from pnn_compile.runtime.distributed import RankModule
-from pnn_compile.runtime.placing import distribute, place
-from pnn_compile.runtime.streams import StreamNetwork
+from pnn_compile.runtime.cuda_graphs import CapturedForward, CapturedStep
+from pnn_compile.runtime.cuda_streams import StreamNetwork
+from pnn_compile.runtime.distribute import distribute, place
+from pnn_compile.runtime.rank_module import RankModule
 
 __all__ = [
     "CapturedForward",

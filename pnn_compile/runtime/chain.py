@@ -1,142 +1,135 @@
-"""`ChainSweep`: what a rank does with fine stages and corrections in a chain of K iterations.
+"""Handlers of the chain sweep: what the engine does with fine stages and corrections, K times.
 
-In iteration k a stage j reads the state behind stage j - 1 of the iteration before, x_j (the guess
-where k = 0), and is corrected to U_j = y_j + F_j(U_{j-1} - x_j). Stage k is exact: nothing but what
-it computed, and what crosses it untouched.
+In iteration k a stage j reads the state after stage j - 1 of the iteration before, x_j (the guess
+where k = 0), and is corrected to U_j = y_j + F_j(U_{j-1} - x_j). Stage k is exact: it has no
+correction, and its state is what it computed and what crosses it untouched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from passes.schedule.instruction import Instruction, Kind
 from passes.transform.executor import State, plus
-from pnn_compile.runtime.piece import Piece, added, detached, leaves
-from pnn_compile.runtime.workspace import Action, Workspace
+from pnn_compile.runtime.rank_pieces import PieceGraph, add_to, added, as_leaves, detached
 
-__all__ = ["ChainSweep"]
+if TYPE_CHECKING:
+    from pnn_compile.runtime.engine import Engine
 
 
-class ChainSweep:
-    """The instructions of a chain, on what a step holds.
+# Forward
 
-    Args:
-        step: The step.
 
-    Attributes:
-        actions: By kind of instruction.
-    """
+def _fine(engine: Engine, it: Instruction) -> None:
+    entering = as_leaves(_entering(engine, it))
+    produced = engine.executor.fine(it.stage, entering, engine.inputs[it.batch])
+    engine.fine[it.key] = PieceGraph(entering, produced)
 
-    def __init__(self, step: Workspace) -> None:
-        self._step = step
-        self._rounds = step.network.sweep.iterations
-        self.actions: dict[Kind, Action] = {
-            Kind.FINE: self._fine,
-            Kind.RECEIVE: self._receive,
-            Kind.CORRECT: self._correct,
-            Kind.SEND: self._send,
-            Kind.RECEIVE_ADJOINT: self._receive_adjoint,
-            Kind.COARSE_BACKWARD: self._coarse_backward,
-            Kind.SEND_ADJOINT: self._send_adjoint,
-            Kind.FINE_BACKWARD: self._fine_backward,
-        }
 
-    # Forward
+def _entering(engine: Engine, it: Instruction) -> State:
+    """Return what a stage reads in an iteration, x_j."""
+    if not it.stage:
+        return {}
+    if not it.iteration:
+        return engine.guesses[it.key].outputs
+    state = engine.states[it.stage - 1, it.batch, it.iteration - 1]
+    return {name: state[name] for name in engine.plan.stages[it.stage].consumes}
 
-    def _fine(self, it: Instruction) -> None:
-        step = self._step
-        entering = leaves(self._entering(it))
-        produced = step.executor.fine(it.stage, entering, step.inputs[it.batch])
-        step.fine[it.key] = Piece(entering, produced)
 
-    def _entering(self, it: Instruction) -> State:
-        """What a stage reads in an iteration, x_j."""
-        if not it.stage:
-            return {}
-        if not it.iteration:
-            return self._step.guess[it.key].outputs
-        known = self._step.state[it.stage - 1, it.batch, it.iteration - 1]
-        return {name: known[name] for name in self._step.plan.stages[it.stage].consumes}
+def _receive(engine: Engine, it: Instruction) -> None:
+    engine.states[it.key] = engine.receive(it.peer, engine.shapes(it.stage, it.batch))
 
-    def _receive(self, it: Instruction) -> None:
-        like = self._step.like(it.stage, it.batch)
-        self._step.state[it.key] = self._step.receive(it.peer, like)
 
-    def _correct(self, it: Instruction) -> None:
-        step, (stage, batch, k) = self._step, it.key
-        produced = detached(step.fine[it.key].outputs)
-        before: State = {}
-        if stage > k:
-            before = step.state[stage - 1, batch, k]
-            correction = self._correction(it, before)
-            produced = plus(produced, detached(correction))
-        elif stage:
-            before = step.state[stage - 1, batch, k - 1]
-        # The next iteration reads the state that this one was corrected by, none the one before.
-        for iteration in (k - 1, k) if k + 1 == self._rounds else (k - 1,):
-            step.state.pop((stage - 1, batch, iteration), None)
-        step.state[it.key] = step.executor.advance(stage, before, produced)
+def _correct(engine: Engine, it: Instruction) -> None:
+    stage, batch, k = it.key
+    produced = detached(engine.fine[it.key].outputs)
+    before: State = {}
+    if stage > k:
+        before = engine.states[stage - 1, batch, k]
+        produced = plus(produced, detached(_correction(engine, it, before)))
+    elif stage:
+        before = engine.states[stage - 1, batch, k - 1]
+    # The next iteration reads the state that corrected this one; nothing reads the one before it.
+    last = k + 1 == engine.pieces.sweep.iterations
+    for iteration in (k - 1, k) if last else (k - 1,):
+        engine.states.pop((stage - 1, batch, iteration), None)
+    engine.states[it.key] = engine.executor.advance(stage, before, produced)
 
-    def _correction(self, it: Instruction, true: State) -> State:
-        """F_j(U_{j-1} - x_j), on leaves of its own."""
-        step, stage = self._step, self._step.plan.stages[it.stage]
-        guess = leaves(self._entering(it))
-        residual = leaves({name: true[name] - guess[name].detach() for name in stage.consumes})
-        result = step.executor.correction(
-            it.stage, guess, list(residual.values()), step.inputs[it.batch]
-        )
-        read = guess if step.plan.reads_guess(step.executor.corrections[it.stage].spec) else {}
-        step.coarse[it.key] = Piece({**_tagged(read), **residual}, result)
-        return result
 
-    def _send(self, it: Instruction) -> None:
-        state = self._step.state.pop(it.key)
-        self._step.send(it.peer, state, self._step.like(it.stage, it.batch))
-
-    # Backward
-
-    def _receive_adjoint(self, it: Instruction) -> None:
-        self._step.adjoint[it.key] = self._step.receive_adjoint(it)
-
-    def _coarse_backward(self, it: Instruction) -> None:
-        """Carry the adjoint through the coarse network to the state behind the stage before."""
-        step, stage = self._step, self._step.plan.stages[it.stage]
-        adjoint = step.adjoint[it.key]
-        moved = step.coarse[it.key].backward(adjoint)
-        residual = {name: moved[name] for name in stage.consumes if name in moved}
-        self._add(it.stage - 1, it.batch, it.iteration, added(self._carried(it), residual))
-
-    def _send_adjoint(self, it: Instruction) -> None:
-        self._step.send_adjoint(it, self._step.adjoint.pop(it.key))
-
-    def _fine_backward(self, it: Instruction) -> None:
-        """Run the fine stage backward; give the adjoint of what it read to where that came from."""
-        step, (stage, batch, k) = self._step, it.key
-        total = step.fine.pop(it.key).backward(step.adjoint[it.key])
-        if stage > k:
-            coarse = step.coarse.pop(it.key).gradients
-            for name in step.plan.stages[stage].consumes:
-                if _TAG + name in coarse:
-                    total = added(total, {name: coarse[_TAG + name]})
-                if name in coarse:
-                    total = added(total, {name: -coarse[name]})
-        if k:
-            carried = self._carried(it) if stage == k else {}
-            self._add(stage - 1, batch, k - 1, added(total, carried))
-        elif stage:
-            step.guess_adjoint[it.key] = total
-        del step.adjoint[it.key]
-
-    def _carried(self, it: Instruction) -> State:
-        """The adjoint of what crosses a stage without being computed there."""
-        produces = self._step.plan.stages[it.stage].produces
-        return {n: a for n, a in self._step.adjoint[it.key].items() if n not in produces}
-
-    def _add(self, stage: int, batch: int, iteration: int, adjoint: State) -> None:
-        known = self._step.adjoint.get((stage, batch, iteration), {})
-        self._step.adjoint[stage, batch, iteration] = added(known, adjoint)
+def _correction(engine: Engine, it: Instruction, true: State) -> State:
+    """Compute F_j(U_{j-1} - x_j) as a graph of its own."""
+    executor, consumes = engine.executor, engine.plan.stages[it.stage].consumes
+    guess = as_leaves(_entering(engine, it))
+    residual = as_leaves({name: true[name] - guess[name].detach() for name in consumes})
+    result = executor.correction(it.stage, guess, list(residual.values()), engine.inputs[it.batch])
+    reads_guess = engine.plan.reads_guess(executor.corrections[it.stage].spec)
+    tagged = {_TAG + name: value for name, value in guess.items()} if reads_guess else {}
+    engine.coarse[it.key] = PieceGraph({**tagged, **residual}, result)
+    return result
 
 
 _TAG = "guess of "
+"""Tells a leaf for the guess from the leaf for its residual, of the same name."""
 
 
-def _tagged(state: State) -> State:
-    return {_TAG + name: value for name, value in state.items()}
+def _send(engine: Engine, it: Instruction) -> None:
+    engine.send(it.peer, engine.states.pop(it.key), engine.shapes(it.stage, it.batch))
+
+
+# Backward
+
+
+def _receive_adjoint(engine: Engine, it: Instruction) -> None:
+    engine.receive_adjoint(it)
+
+
+def _coarse_backward(engine: Engine, it: Instruction) -> None:
+    """Carry the adjoint through the coarse network to the state after the stage before."""
+    moved = engine.coarse[it.key].backward(engine.adjoints[it.key])
+    consumes = engine.plan.stages[it.stage].consumes
+    residual = {name: moved[name] for name in consumes if name in moved}
+    before = it.stage - 1, it.batch, it.iteration
+    add_to(engine.adjoints, before, added(_untouched(engine, it), residual))
+
+
+def _send_adjoint(engine: Engine, it: Instruction) -> None:
+    engine.send_adjoint(it, engine.adjoints.pop(it.key))
+
+
+def _fine_backward(engine: Engine, it: Instruction) -> None:
+    """Run the fine stage backward; add the adjoint of what it read to where that came from."""
+    stage, batch, k = it.key
+    total = engine.fine.pop(it.key).backward(engine.adjoints[it.key])
+    if stage > k:
+        coarse = engine.coarse.pop(it.key).gradients
+        for name in engine.plan.stages[stage].consumes:
+            if _TAG + name in coarse:
+                total = added(total, {name: coarse[_TAG + name]})
+            if name in coarse:
+                total = added(total, {name: -coarse[name]})
+    if k:
+        untouched = _untouched(engine, it) if stage == k else {}
+        add_to(engine.adjoints, (stage - 1, batch, k - 1), added(total, untouched))
+    elif stage:
+        engine.guess_adjoints[it.key] = total
+    del engine.adjoints[it.key]
+
+
+def _untouched(engine: Engine, it: Instruction) -> State:
+    """Return the adjoint of what crosses a stage without being computed there."""
+    produces = engine.plan.stages[it.stage].produces
+    return {n: a for n, a in engine.adjoints[it.key].items() if n not in produces}
+
+
+HANDLERS: dict[Kind, Callable[[Engine, Instruction], None]] = {
+    Kind.FINE: _fine,
+    Kind.RECEIVE: _receive,
+    Kind.CORRECT: _correct,
+    Kind.SEND: _send,
+    Kind.RECEIVE_ADJOINT: _receive_adjoint,
+    Kind.COARSE_BACKWARD: _coarse_backward,
+    Kind.SEND_ADJOINT: _send_adjoint,
+    Kind.FINE_BACKWARD: _fine_backward,
+}
+"""What runs each kind of instruction of a chain."""

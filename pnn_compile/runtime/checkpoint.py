@@ -1,7 +1,14 @@
-"""`Checkpoints`: save a distributed run, and go on from where it stopped.
+"""Checkpoints: saves a distributed run, and resumes it from where it stopped.
 
-A checkpoint is a directory of torch.distributed.checkpoint: every rank writes its own tensors.
-Its keys do not depend on the placement of the stages, so another number of ranks can read it.
+A checkpoint is a directory of torch.distributed.checkpoint: every rank writes its own tensors. Its
+keys do not depend on the placement of the stages, so another number of ranks can read it: tensors
+of fine stages and the head go by the keys of the original model under `model.`, those of guesses
+and corrections by piece and stage under `operators.`, and the state of the optimizer by the key of
+its parameter.
+
+torch's own `set_optimizer_state_dict` would do the last of these, but takes an optimizer step at
+rate zero to make room for the state, which runs the hooks of the step, and goes by names that
+depend on the placement where weights are tied.
 """
 
 from __future__ import annotations
@@ -10,37 +17,39 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.optimizer_state import OptimizerState
+from pnn_compile.runtime.data_parallel import full
 
 if TYPE_CHECKING:
-    from pnn_compile.runtime.distributed import RankModule
-
-__all__ = ["Checkpoints"]
+    from pnn_compile.runtime.rank_module import RankModule
 
 _log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d+)")
+_MODEL, _STATE, _OPTIONS = "model.", "optimizer.state.", "optimizer.options."
+_ORIGINAL = re.compile(r"(?:fine_\d+|head)\.(.+)", re.DOTALL)
 
 
 class Stateful(Protocol):
     """Anything with a state that is the same on all ranks: a schedule of learning rates."""
 
     def state_dict(self) -> Any:
-        """The state, as plain data."""
+        """Return the state, as plain data."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take up a state."""
+        """Go on from a state."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, one directory `step-N` each; all ranks make this and call it alike.
+    """Save and resume a run, one directory `step-N` a checkpoint; all ranks call this alike.
 
     A checkpoint is complete or absent: it is written beside its place and then renamed, and older
     ones go only after that. It holds the network, the optimizer, the number of steps and the seed,
@@ -71,9 +80,9 @@ class Checkpoints:
         if keep < 1:
             raise RuntimeFault(f"at least one checkpoint must be kept (keep is {keep})")
         self._folder = Path(folder)
-        self._saved = module.saved
-        self._group = module.saved.groups.everyone
-        self._optimizer = OptimizerState(optimizer, module.saved.parameter_keys())
+        self._module = module
+        self._group = module.groups.everyone
+        self._optimizer = _OptimizerState(optimizer, _parameter_keys(module))
         self._parts = dict(parts or {})
         self._keep = keep
         self._leads = dist.get_rank(self._group) == 0
@@ -88,21 +97,22 @@ class Checkpoints:
             RuntimeFault: There is one of a later step, or it could not be written; older ones are
                 as they were.
         """
-        target = self._folder / f"step-{self._saved.steps:08d}"
+        steps = self._module.steps
+        target = self._folder / f"step-{steps:08d}"
         try:
             newest = self._newest()
-            if newest is None or newest <= self._saved.steps:
+            if newest is None or newest <= steps:
                 self._write(target)
         except Exception as error:
             raise RuntimeFault(
-                f"rank {self._saved.rank} could not write the checkpoint {target} "
+                f"rank {self._module.rank} could not write the checkpoint {target} "
                 f"({type(error).__name__}: {error}): check permissions and free space of "
                 f"{self._folder}, and that no rank has died"
             ) from error
-        if newest is not None and newest > self._saved.steps:
+        if newest is not None and newest > steps:
             raise RuntimeFault(
                 f"{self._folder} holds a checkpoint of step {newest}, and this run has taken "
-                f"{self._saved.steps}: resume() from it, or choose another folder"
+                f"{steps}: resume() from it, or choose another folder"
             )
         return target
 
@@ -129,14 +139,13 @@ class Checkpoints:
                 "from an older checkpoint or from the start"
             ) from error
         _log.info("resumed %s", target)
-        return self._saved.steps
+        return self._module.steps
 
     def _write(self, target: Path) -> None:
-        from pnn_compile.runtime.storage import write
-
-        self._saved.share_buffers()  # any replica may be the one that writes
-        values: dict[str, Any] = {**self._saved.tensors(), **self._optimizer.values()}
-        values["run"] = self._saved.counters()
+        module = self._module
+        module.replicas.share_buffers()  # any replica may be the one that writes
+        values: dict[str, Any] = {**_tensors(module), **self._optimizer.values()}
+        values["run"] = {"steps": module.steps, "seed": module.seed, "plan": module.plan_digest}
         for name, part in self._parts.items():
             values[f"parts.{name}"] = part.state_dict()
         draft = target.with_name(f".{target.name}.part")
@@ -144,7 +153,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._drop(".step-*.part")
         dist.barrier(self._group)
-        write(draft, values, self._group)
+        _write(draft, values, self._group)
         if self._leads:
             aside = target.with_name(f".{target.name}.old")
             if target.exists():
@@ -156,25 +165,29 @@ class Checkpoints:
         dist.barrier(self._group)
 
     def _load(self, target: Path) -> None:
-        from pnn_compile.runtime.storage import read
-
-        run = read(target, {"run": None}, self._group)["run"]
-        self._saved.load_counters(run)
-        wanted: dict[str, Any] = dict(self._saved.tensors())  # they are read in place
-        wanted |= {f"parts.{name}": None for name in self._parts}
-        found = read(target, wanted, self._group, self._optimizer.keys_in, self._optimizer.empty)
-        self._optimizer.load({key: found[key] for key in found.keys() - wanted.keys()})
+        module = self._module
+        run = _read(target, {"run": None}, self._group)["run"]
+        if run["plan"] != module.plan_digest:
+            raise RuntimeFault(
+                "the checkpoint is of another plan: compile with the options that it was made "
+                "with, or load its weights alone, by their original names"
+            )
+        module.steps, module.seed = run["steps"], run["seed"]
+        named: dict[str, Any] = dict(_tensors(module))  # they are read in place
+        named |= {f"parts.{name}": None for name in self._parts}
+        values = _read(target, named, self._group, self._optimizer)
+        self._optimizer.load({key: values[key] for key in values.keys() - named.keys()})
         for name, part in self._parts.items():
-            part.load_state_dict(found[f"parts.{name}"])
+            part.load_state_dict(values[f"parts.{name}"])
 
     def _newest(self) -> int | None:
-        """Number of steps of the newest checkpoint, on all ranks; None if there is none."""
-        found: list[int | None] = [None]
+        """Return the step of the newest checkpoint, on all ranks; None if there is none."""
+        newest: list[int | None] = [None]
         if self._leads:
             self._put_back()
-            found = [*self._steps()[-1:]] or [None]
-        dist.broadcast_object_list(found, dist.get_global_rank(self._group, 0), self._group)
-        return found[0]
+            newest = [*self._steps()[-1:]] or [None]
+        dist.broadcast_object_list(newest, dist.get_global_rank(self._group, 0), self._group)
+        return newest[0]
 
     def _put_back(self) -> None:
         """Undo a replacement that was cut off between its two renames."""
@@ -184,7 +197,7 @@ class Checkpoints:
                 os.rename(aside, target)
 
     def _steps(self) -> list[int]:
-        """Numbers of the steps of all checkpoints, in order."""
+        """List the steps of all checkpoints, in order."""
         if not self._folder.is_dir():
             return []
         matches = [_STEP.fullmatch(entry.name) for entry in self._folder.iterdir()]
@@ -197,3 +210,199 @@ class Checkpoints:
     def _drop_older(self) -> None:
         for step in self._steps()[: -self._keep]:
             shutil.rmtree(self._folder / f"step-{step:08d}", ignore_errors=True)
+
+
+def _key_of(name: str) -> str:
+    """Turn the name of a tensor of the pieces (`fine_0.stem.weight`) into its key."""
+    original = _ORIGINAL.fullmatch(name)
+    return _MODEL + original[1] if original else f"operators.{name}"
+
+
+def _parameter_keys(module: RankModule) -> dict[nn.Parameter, str]:
+    """Return the key of every parameter of a rank.
+
+    One with several keys (a tied weight) goes by the first of the whole network, on all ranks.
+    """
+    first: dict[nn.Parameter, str] = {}
+    keys: dict[str, str] = {}
+    for name, parameter in module.whole.module.named_parameters(remove_duplicate=False):
+        key = _key_of(name)
+        keys[key] = first.setdefault(parameter, key)
+    return {p: keys[_key_of(name)] for name, p in module.network.named_parameters()}
+
+
+def _tensors(module: RankModule) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers of a rank by key; they share its memory."""
+    # Weights of the model that no stage reads stay with the first rank.
+    unused = {} if module.rank else module.whole.program.unused
+    return {
+        **{_MODEL + name: tensor for name, tensor in unused.items()},
+        **{_key_of(name): tensor for name, tensor in module.network.state_dict().items()},
+    }
+
+
+def gather_original_weights(module: RankModule) -> dict[str, torch.Tensor]:
+    """Collect the weights of all stages and the head by the model's own keys, on rank 0."""
+    weights = {
+        key.removeprefix(_MODEL): full(tensor.detach()).cpu()
+        for key, tensor in _tensors(module).items()
+        if key.startswith(_MODEL)
+    }
+    group = module.groups.stages
+    parts: list[Any] | None = None if module.rank else [None] * dist.get_world_size(group)
+    dist.gather_object(weights, parts, dist.get_global_rank(group, 0), group)
+    return {key: tensor for part in parts or () for key, tensor in part.items()}
+
+
+class _OptimizerState:
+    """The state of an optimizer by the keys of its parameters, as one flat dict.
+
+    Args:
+        optimizer: The optimizer of a rank.
+        keys: Key of every parameter of the rank.
+
+    Raises:
+        RuntimeFault: The optimizer has parameters that are not of this rank.
+    """
+
+    def __init__(self, optimizer: Optimizer, keys: Mapping[nn.Parameter, str]) -> None:
+        self._optimizer = optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        strange = [p for p in parameters if p not in keys]
+        if strange:
+            raise RuntimeFault(
+                f"the optimizer has {len(strange)} parameters that are not of this rank, the "
+                f"first of shape {list(strange[0].shape)}: make it of module.parameters()"
+            )
+        self._keys = keys
+        self._parameters = {key: parameter for parameter, key in keys.items()}
+
+    def values(self) -> dict[str, Any]:
+        """Return state and options of every parameter."""
+        values: dict[str, Any] = {}
+        for group in self._optimizer.param_groups:
+            options = {name: value for name, value in group.items() if name != "params"}
+            for parameter in group["params"]:
+                key = self._keys[parameter]
+                values[_OPTIONS + key] = options
+                for name, value in self._optimizer.state.get(parameter, {}).items():
+                    values[f"{_STATE}{key}.{name}"] = value
+        return values
+
+    def keys_in(self, stored: Iterable[str]) -> list[str]:
+        """Select the keys that belong to parameters of this rank."""
+        local = {self._keys[p] for group in self._optimizer.param_groups for p in group["params"]}
+
+        def belongs(key: str) -> bool:
+            if key.startswith(_OPTIONS):
+                return key.removeprefix(_OPTIONS) in local
+            return key.startswith(_STATE) and _split(key)[0] in local
+
+        return [key for key in stored if belongs(key)]
+
+    def empty(self, key: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Make a tensor to read a state into, sharded as its parameter where it has its shape."""
+        parameter = self._parameters[_split(key)[0]]
+        if parameter.shape == size:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(size, dtype=dtype)
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Load what `values` returned, on this or another rank.
+
+        Raises:
+            RuntimeFault: A parameter is missing, or the parameters of one group had different
+                options.
+        """
+        states: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name.startswith(_STATE):
+                key, leaf = _split(name)
+                states.setdefault(key, {})[leaf] = value
+        saved = self._optimizer.state_dict()
+        by_number: dict[Any, dict[str, Any]] = {}
+        groups = zip(self._optimizer.param_groups, saved["param_groups"], strict=True)
+        for group, described in groups:
+            keys = [self._keys[parameter] for parameter in group["params"]]
+            described.update(_common_options(keys, values))
+            numbers = zip(keys, described["params"], strict=True)
+            by_number |= {number: states[key] for key, number in numbers if key in states}
+        self._optimizer.load_state_dict({**saved, "state": by_number})
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Split the key of an optimizer's state into that of the parameter and a name."""
+    parameter, _, name = key.removeprefix(_STATE).rpartition(".")
+    return parameter, name
+
+
+def _common_options(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [key for key in keys if _OPTIONS + key not in values]
+    if missing:
+        raise RuntimeFault(
+            f"the checkpoint knows no optimizer of {missing[0]} ({len(missing)} such): give the "
+            "optimizer the parameters that it had"
+        )
+    options = [values[_OPTIONS + key] for key in keys]
+    for key, other in zip(keys, options, strict=True):
+        if other != options[0]:
+            raise RuntimeFault(
+                f"{keys[0]} and {key} are in one group of the optimizer, and had different "
+                "options in the checkpoint: make the groups as they were"
+            )
+    return options[0] if options else {}
+
+
+# torch.distributed.checkpoint is slow to import: the functions below do it when they are called.
+
+
+def _write(folder: Path, values: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Write the values of all ranks of a group; those of several ranks are written once."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    save(values, checkpoint_id=folder, planner=planner, process_group=group)
+
+
+def _read(
+    folder: Path,
+    values: dict[str, Any],
+    group: dist.ProcessGroup,
+    optimizer: _OptimizerState | None = None,
+) -> dict[str, Any]:
+    """Read values, on all ranks of a group alike.
+
+    Args:
+        folder: The checkpoint.
+        values: Tensors to read into, in place, and None for values that are no tensors.
+        group: All its ranks call this alike.
+        optimizer: Says which further values to read.
+
+    Returns:
+        All that was read, by key.
+
+    Raises:
+        RuntimeFault: A key is missing.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    missing = sorted(values.keys() - stored.keys())
+    if missing:
+        raise RuntimeFault(
+            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} in all): it is no checkpoint "
+            "of this run"
+        )
+    values = dict(values)
+    for key in optimizer.keys_in(stored) if optimizer is not None else ():
+        described = stored[key]
+        values[key] = None
+        if optimizer is not None and isinstance(described, TensorStorageMetadata):
+            values[key] = optimizer.empty(key, described.size, described.properties.dtype)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    load(values, checkpoint_id=folder, planner=planner, process_group=group)
+    return values

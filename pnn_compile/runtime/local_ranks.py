@@ -1,4 +1,4 @@
-"""Starts local processes that reach each other through torch.distributed."""
+"""Local ranks: starts processes on this machine that reach each other by torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import RuntimeFault
-
-__all__ = ["KEEP_MEMORY", "TIMEOUT", "run_on_ranks"]
 
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -40,14 +38,14 @@ def run_on_ranks(
     threads: int = 1,
     cuda: bool = False,
 ) -> list[Any]:
-    """Run `function(device, *arguments)` in one process a rank, and give what each returned.
+    """Run `function(device, *arguments)` in one process a rank; return what each returned.
 
     Args:
         function: A function of a module; what it takes and returns is pickled.
         ranks: Number of processes.
         arguments: What it is called with, alike on every rank.
         threads: Threads of each process.
-        cuda: Give every rank a GPU of its own if there are enough; else all compute on the CPU.
+        cuda: Use one GPU a rank if there are enough; else all compute on the CPU.
 
     Raises:
         RuntimeFault: It failed on a rank; the message holds the traceback.
@@ -93,9 +91,9 @@ def _result(folder: Path, rank: int) -> Path:
 
 
 @contextmanager
-def _environment(wanted: dict[str, str]) -> Iterator[None]:
+def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set variables that are not set, for processes that start inside."""
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield

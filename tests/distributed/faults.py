@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import filesystem
 
 import pnn_compile as pnn
 from passes.schedule.instruction import Instruction, Kind
-from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.engine import Engine
 from tests.models.distributed_models import batches, loss, network
 
 __all__ = ["PHASES", "RANKS", "train"]
@@ -61,18 +61,18 @@ class Fault:
             self._at(INSTRUCTIONS[phase])
 
     def _fire(self, already: int) -> None:
-        if self._module.saved.steps == FAULT_STEP + already:
+        if self._module.steps == FAULT_STEP + already:
             os.kill(os.getpid(), self._number)
 
     def _at(self, kind: Kind) -> None:
-        run = Step.run
+        run = Engine.run
 
-        def faulty(step: Step, instruction: Instruction) -> None:
+        def faulty(engine: Engine, instruction: Instruction) -> None:
             if instruction.kind is kind:
                 self._fire(1)  # it counts before it runs
-            run(step, instruction)
+            run(engine, instruction)
 
-        Step.run = faulty  # type: ignore[method-assign, assignment]
+        Engine.run = faulty  # type: ignore[method-assign, assignment]
 
     def _in_the_write(self) -> None:
         write = filesystem._write_item

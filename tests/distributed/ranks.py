@@ -19,7 +19,7 @@ _NUMBERS = itertools.count()
 
 # The server imports torch once and has no threads: ranks forked from it start in no time.
 multiprocessing.set_forkserver_preload(
-    ["pnn_compile.runtime.storage", "torch.testing", "tests.distributed.ranks"]
+    ["torch.distributed.checkpoint", "torch.testing", "tests.distributed.ranks"]
 )
 
 

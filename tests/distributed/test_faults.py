@@ -1,6 +1,6 @@
 """A rank that dies or hangs ends all others, and the run goes on from its checkpoint.
 
-`pytest -m "slow or not slow" tests/test_faults.py` kills every rank in every phase.
+`pytest -m "slow or not slow" tests/distributed/test_faults.py` kills every rank in every phase.
 """
 
 from __future__ import annotations

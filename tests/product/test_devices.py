@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import pnn_compile as pnn
-from pnn_compile.runtime.link import DistributedLink
-from pnn_compile.runtime.passing import Passing, backend_of
+from pnn_compile.runtime.transport import PointToPoint, backend_of
 from tests.distributed.ranks import start
 from tests.models.distributed_models import batches, loss, network
 
@@ -81,17 +80,17 @@ def _by_host(rank: int) -> tuple[list[Tensor], float]:
     """Rank 0 sends, by way of the host, what cannot be sent as it is laid out."""
     group = dist.group.WORLD
     assert group is not None
-    link = DistributedLink(Passing(group, through_host=True), torch.device("cpu"))
+    transport = PointToPoint(group, torch.device("cpu"), through_host=True)
     sent = [torch.arange(6.0).reshape(2, 3).T, torch.arange(3)]
     like = [torch.empty(3, 2, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")]
     if rank == 0:
-        link.send(1, sent)
-        link.send(1, sent[:1])
-        link.wait()
+        transport.send(1, sent)
+        transport.send(1, sent[:1])
+        transport.wait()
         return sent, 0.0
-    link.expect(0, like)
-    link.expect(0, like[:1])
-    return link.receive(0, like), link.receive(0, like[:1])[0].sum().item()
+    transport.expect(0, like)
+    transport.expect(0, like[:1])
+    return transport.receive(0, like), transport.receive(0, like[:1])[0].sum().item()
 
 
 def test_messages_may_go_by_way_of_the_host(tmp_path: Path) -> None:

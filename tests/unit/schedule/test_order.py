@@ -19,9 +19,8 @@ from passes.schedule.instruction import EXPECTS, RECEIVES, SENDS, Instruction, K
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.verify import check, in_order, meet
 from pnn_compile.inputs import named_batch
-from pnn_compile.runtime.microbatches import crossing
-from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.engine import Engine, state_shapes
+from pnn_compile.runtime.rank_pieces import RankPieces
 
 Programs = Sequence[Sequence[Instruction]]
 
@@ -139,7 +138,7 @@ class _Meeting:
         return found
 
 
-class _MeetingLink:
+class _MeetingTransport:
     def __init__(self, meeting: _Meeting, rank: int) -> None:
         self._meeting = meeting
         self._rank = rank
@@ -190,29 +189,27 @@ def test_ranks_that_meet_for_every_message_end_with_the_same_gradients(
     gradients = {key: p.grad for key, p in compiled.module.named_parameters()}
     compiled.module.zero_grad(set_to_none=True)
     meeting, inputs = _Meeting(), [named_batch(compiled, example)]
-    steps = [
-        Step(RankNetwork(compiled, placement, rank), inputs, _MeetingLink(meeting, rank),
-             lambda outputs, _: outputs.square().mean(), crossing(compiled, inputs))
+    engines = [
+        Engine(RankPieces(compiled, placement, rank), inputs, _MeetingTransport(meeting, rank),
+               state_shapes(compiled, inputs), lambda outputs, _: outputs.square().mean())
         for rank in range(max(placement) + 1)
     ]  # fmt: skip
     problems: list[BaseException] = []
 
-    def run(step: Step, program: Sequence[Instruction]) -> None:
+    def run(engine: Engine, instructions: Sequence[Instruction]) -> None:
         try:
-            for instruction in program:
-                step.run(instruction)
+            engine.run_list(instructions)
         except BaseException as error:
             problems.append(error)
 
-    programs = steps[0].network.programs()
-    both = zip(steps, programs, strict=True)
+    both = zip(engines, engines[0].pieces.instruction_lists(), strict=True)
     threads = [threading.Thread(target=run, args=each) for each in both]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not problems
-    torch.testing.assert_close(steps[placement[-1]].outputs[0], wanted)
+    torch.testing.assert_close(engines[placement[-1]].outputs[0], wanted)
     for key, parameter in compiled.module.named_parameters():
         zero = torch.zeros_like(parameter)  # a gradient that is not there
         own, expected = parameter.grad, gradients[key]

@@ -29,7 +29,7 @@ from pnn_compile.runtime import (
     schedule,
     simulate,
 )
-from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
 
 TWO: dict[tuple[Kind, int], float] = {
@@ -169,7 +169,7 @@ def test_seconds_of_a_training_step_are_those_of_both_ways() -> None:
 def test_bytes_on_the_link_cost_time() -> None:
     compiled = pnn.compile(unet.build_model(width=4), torch.randn(2, 1, 32, 32), stages=3)
     plan = compiled.plan
-    programs = RankNetwork(compiled, (0, 1, 2), 0).programs()
+    programs = RankPieces(compiled, (0, 1, 2), 0).instruction_lists()
     free = simulate(programs, Times.of(plan)).time
     slow = Times.of(plan, bandwidth=1e-6)  # bytes per FLOP
     crossed = sum(2 * face.bytes for face in plan.interfaces[:-1])
@@ -253,7 +253,7 @@ def _measured(rank: int) -> list[tuple[float, float]]:
             for kind, seconds in SLEEPS.items()
             for stage in range(kind in (Kind.CORRECT, Kind.COARSE_BACKWARD), 4)
         }
-        programs = module.network.programs(batches=batches)
+        programs = module.network.instruction_lists(batches=batches)
         simulated = simulate(programs, Times(compute)).time
         best, steps = math.inf, 0
         while best > CLOSE * simulated and steps < STEPS:  # others may have the cores for a while

@@ -1,4 +1,4 @@
-"""A network, or a whole training step of one, as a CUDA graph that is launched at once.
+"""CUDA graphs: launches a network, or a whole training step of one, as one graph.
 
 The graph holds addresses: inputs are copied to where they were at capture, shapes stay, and outputs
 are overwritten by the next call. Of torch's own two ways, `torch.cuda.graph` is taken (the other,
@@ -15,8 +15,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
-
-__all__ = ["CapturedForward", "CapturedStep"]
 
 _WARM_UP = 3
 """Runs before capture, in which libraries choose their kernels and take their workspaces."""
@@ -66,7 +64,7 @@ class CapturedStep:
     Args:
         module: Any module on a CUDA device, in training mode.
         inputs: An example: a tensor, or a tuple of positional arguments.
-        target: What the loss function is given beside the outputs, on that device.
+        target: Second argument of the loss function, after the outputs, on that device.
         loss_function: From outputs and target to a scalar.
         optimizer: Of the module's parameters; Adam and its kin need `capturable=True`. Its learning
             rate may change between steps if it is a tensor.
@@ -85,22 +83,22 @@ class CapturedStep:
     ) -> None:
         self._inputs = _Inputs((_positional(inputs), target))
         # Weights, gradients and moments stand in the graph by their addresses.
-        self._held = module, optimizer
+        self._addressed = module, optimizer
 
         def run() -> torch.Tensor:
-            args, wanted = self._inputs.value
+            args, target = self._inputs.value
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_function(module(*args), wanted)
+            loss = loss_function(module(*args), target)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             return loss.detach()
 
-        before = _Held(module, optimizer)
+        before = _Snapshot(module, optimizer)
         self._graph, self._loss = _captured(run)
         before.restore()
 
     def __call__(self, inputs: Any, target: Any) -> torch.Tensor:
-        """Take a step; give its loss, which holds until the next one.
+        """Take a step; return its loss, which holds until the next one.
 
         Raises:
             RuntimeFault: As `CapturedForward.__call__`.
@@ -123,34 +121,35 @@ class _Inputs:
         self._leaves = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         self.value = pytree.tree_unflatten(self._leaves, self._spec)
 
-    def fill(self, given: Any) -> None:
+    def fill(self, inputs: Any) -> None:
         """Copy other inputs there."""
-        leaves, spec = pytree.tree_flatten(given)
+        leaves, spec = pytree.tree_flatten(inputs)
         if spec != self._spec:
             raise RuntimeFault("the inputs have another structure than those that were captured")
-        for own, leaf in zip(self._leaves, leaves, strict=True):
-            if isinstance(own, torch.Tensor):
-                if not isinstance(leaf, torch.Tensor) or own.shape != leaf.shape:
-                    found = list(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
+        for captured, leaf in zip(self._leaves, leaves, strict=True):
+            if isinstance(captured, torch.Tensor):
+                if not isinstance(leaf, torch.Tensor) or captured.shape != leaf.shape:
+                    other = list(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
                     raise RuntimeFault(
-                        f"an input is {found}, but {list(own.shape)} was captured: a CUDA graph "
-                        "has fixed shapes; capture one for each"
+                        f"an input is {other}, but {list(captured.shape)} was captured: a CUDA "
+                        "graph has fixed shapes; capture one for each"
                     )
-                own.copy_(leaf, non_blocking=True)
-            elif own != leaf:
+                captured.copy_(leaf, non_blocking=True)
+            elif captured != leaf:
                 raise RuntimeFault(
-                    f"an argument is {leaf!r}, but {own!r} was captured: capture a graph for each"
+                    f"an argument is {leaf!r}, but {captured!r} was captured: capture a graph for "
+                    "each"
                 )
 
 
-class _Held:
+class _Snapshot:
     """Weights, buffers and state of an optimizer, to be put back after trial steps."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         tensors = [*module.parameters(), *module.buffers(), *_state(optimizer)]
         self._before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self._known = {id(tensor) for tensor in tensors}
+        self._copied = {id(tensor) for tensor in tensors}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -158,7 +157,7 @@ class _Held:
         for tensor, value in self._before:
             tensor.copy_(value)
         for tensor in _state(self._optimizer):
-            if id(tensor) not in self._known:
+            if id(tensor) not in self._copied:
                 tensor.zero_()
 
 
@@ -168,7 +167,7 @@ def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Warm a function up, and capture it."""
+    """Warm a function up, and capture it; return the graph and where the outputs are."""
     if not torch.cuda.is_available():
         raise RuntimeFault("CUDA graphs need a CUDA device, and torch sees none here")
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

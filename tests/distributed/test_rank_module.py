@@ -13,10 +13,8 @@ from torch.nn import functional as F
 import pnn_compile as pnn
 from examples import decoder, resnet110
 from pnn_compile.inputs import named_batch
-from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.microbatches import crossing, divide
-from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.step import Step
+from pnn_compile.runtime.engine import run_in_one_process
+from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
 
 STEPS, SEED, RATE = 3, 7, 0.05
@@ -61,24 +59,18 @@ def _train_in_one_process(
     placement, losses = tuple(range(stages)), []
     for number, batch in enumerate(batches):
         named = [named_batch(compiled, piece) for piece in batch.chunk(micro)]
-        network = LocalNetwork()
-        ranks = [RankNetwork(compiled, placement, rank).train() for rank in placement]
-        steps = [
-            Step(
-                rank,
-                named,
-                network.link(rank.rank),
-                lambda outputs, _: _loss(outputs, None) / micro,
-                crossing(compiled, named),
-                SEED + number,
-            )
-            for rank in ranks
-        ]
+        ranks = [RankPieces(compiled, placement, rank).train() for rank in placement]
         optimizer.zero_grad()
-        run_together(network, steps, ranks[0].programs(batches=micro))
+        engines = run_in_one_process(
+            compiled,
+            ranks,
+            named,
+            lambda outputs, _: _loss(outputs, None) / micro,
+            seed=SEED + number,
+        )
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
-        losses.append(sum(loss.item() for loss in steps[-1].losses.values()))
+        losses.append(sum(loss.item() for loss in engines[-1].losses.values()))
     with torch.no_grad():
         return {
             "losses": losses, "state": module.state_dict(), "outputs": module.eval()(batches[0]),
@@ -116,7 +108,7 @@ def _several_stages(rank: int) -> Any:
     found = module(batches[0])
     with torch.no_grad():
         wanted = compiled.module.eval()(batches[0])
-    return module.network.own, found, wanted
+    return module.network.stages, found, wanted
 
 
 def test_ranks_may_hold_several_stages(tmp_path: Path) -> None:
@@ -159,12 +151,3 @@ def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
     assert "[2, 3, 16, 16]" in first
     assert "MemoryError: no room for 3 GB; memory is short: distribute() with more" in first
     assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second
-
-
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    assert [len(piece) for piece in divide(torch.randn(5, 2), 2)] == [3, 2]
-    pieces = divide((torch.randn(4, 2), torch.arange(4), "flag"), 2)
-    assert [piece[2] for piece in pieces] == ["flag", "flag"]
-    assert pieces[1][1].tolist() == [2, 3]
-    with pytest.raises(pnn.RuntimeFault, match="a batch of 2 does not divide into 3"):
-        divide({"x": torch.randn(2, 2)}, 3)

@@ -11,7 +11,7 @@ from torch import fx, nn
 import pnn_compile as pnn
 from examples import resnet110, unet
 from pnn_compile.runtime import Sweep
-from pnn_compile.runtime.lanes import Lanes, lanes
+from pnn_compile.runtime.cuda_streams import StreamAssignment, assign_streams
 
 FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
@@ -30,18 +30,18 @@ def _compiled(name: str, form: str) -> pnn.Compiled:
     return pnn.compile(model, example, stages=3, **FORMS[form])
 
 
-def _started_before(graph: fx.Graph, found: Lanes) -> dict[fx.Node, set[fx.Node]]:
+def _started_before(graph: fx.Graph, found: StreamAssignment) -> dict[fx.Node, set[fx.Node]]:
     """By node, everything that is done when it starts: before it on its lane, or awaited."""
     done: dict[fx.Node, set[fx.Node]] = {}
     on_lane: dict[int, set[fx.Node]] = {}
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        before = set(on_lane.get(found.lane[node], set()))
+        before = set(on_lane.get(found.stream[node], set()))
         for source in found.waits[node]:
             before |= done[source] | {source}
         done[node] = before
-        on_lane[found.lane[node]] = before | {node}
+        on_lane[found.stream[node]] = before | {node}
     return done
 
 
@@ -50,7 +50,7 @@ def _started_before(graph: fx.Graph, found: Lanes) -> dict[fx.Node, set[fx.Node]
 def test_everything_read_is_done(name: str, form: str) -> None:
     compiled = _compiled(name, form)
     graph = compiled.module.graph
-    found = lanes(graph, compiled.plan)
+    found = assign_streams(graph, compiled.plan)
     done = _started_before(graph, found)
     for node, before in done.items():
         read = {n for n in node.all_input_nodes if n.op != "placeholder"}
@@ -63,7 +63,7 @@ def test_fine_stages_of_the_first_iteration_wait_for_their_guess_alone(
     name: str, form: str
 ) -> None:
     compiled = _compiled(name, form)
-    found = lanes(compiled.module.graph, compiled.plan)
+    found = assign_streams(compiled.module.graph, compiled.plan)
     done = _started_before(compiled.module.graph, found)
     computed = [f"fine_{j}" for j in Sweep.of(compiled.plan).computed(found.count, 0)]
     first = {str(node.target): before for node, before in reversed(done.items())}
@@ -76,7 +76,9 @@ def test_fine_stages_of_the_first_iteration_wait_for_their_guess_alone(
 
 def test_maps_of_a_collapsed_sweep_do_not_wait_for_each_other() -> None:
     compiled = _compiled("resnet", "collapsed")
-    done = _started_before(compiled.module.graph, lanes(compiled.module.graph, compiled.plan))
+    done = _started_before(
+        compiled.module.graph, assign_streams(compiled.module.graph, compiled.plan)
+    )
     for node, before in done.items():
         if str(node.target).startswith("coarse_"):
             assert not [n for n in before if str(n.target).startswith("coarse_")]

@@ -1,7 +1,7 @@
-"""Loads an artifact on a rank so that it holds the tensors of its own pieces alone.
+"""Partial load: reads from an artifact the tensors of one rank's pieces, and no others.
 
-The network is first made without data, on the meta device; then the tensors that the rank's pieces
-have take their values from the file. What other ranks hold is never read.
+The network is first made without data, on the meta device; then the tensors of the rank's pieces
+take their values from the file. What other ranks hold is never read.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from torch import nn
 from pnn_compile.artifact.directory import tensor_readers
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.compiled import Compiled
-from pnn_compile.runtime.rank import RankNetwork
-
-__all__ = ["hold"]
+from pnn_compile.runtime.rank_pieces import RankPieces
 
 
-def hold(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
+def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
     """Give the tensors of a rank's pieces their values, wherever the network has them.
 
     The network is changed.
 
     Args:
-        compiled: What `artifact.load(folder, without_data=True)` gave.
+        compiled: What `artifact.load(folder, without_data=True)` returned.
         placement: Rank of every stage.
         rank: This rank.
         folder: The artifact.
@@ -45,7 +43,7 @@ def hold(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) 
     in_program = {id(tensor): name for piece in stages for name, tensor in named_tensors(piece)}
     in_operators = {id(tensor): name for name, tensor in named_tensors(operators)}
     values: dict[int, torch.Tensor] = {}
-    for _, tensor in named_tensors(RankNetwork(compiled, placement, rank)):
+    for _, tensor in named_tensors(RankPieces(compiled, placement, rank)):
         if not tensor.is_meta or id(tensor) in values:
             continue
         if id(tensor) in in_program:
@@ -63,7 +61,7 @@ def hold(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) 
 def _replace(roots: Iterable[nn.Module], values: Mapping[int, torch.Tensor]) -> None:
     """Put tensors in place of others, by identity, so that what is shared stays so."""
     for module in {module for root in roots for module in root.modules()}:
-        for held in (module._parameters, module._buffers):
-            for name, tensor in list(held.items()):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
                 if tensor is not None and id(tensor) in values:
                     setattr(module, name, values[id(tensor)])  # modules may keep lists of them

@@ -1,4 +1,4 @@
-"""`Ties`: parameters that several ranks hold, kept equal."""
+"""Tied weights: parameters that several ranks hold, kept equal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch.distributed as dist
 from torch import nn
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.passing import Passing
-from pnn_compile.runtime.rank import RankNetwork
+from pnn_compile.runtime.rank_pieces import RankPieces
+from pnn_compile.runtime.transport import PointToPoint
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["Ties"]
 
+class TiedWeights:
+    """Parameters that several ranks hold; they start with the values of the first of these ranks.
 
-class Ties:
-    """Parameters that several ranks hold; they get the values of the first of these ranks.
+    Messages between the holders, not collectives: those would need a process group for every set
+    of ranks, whose creation all processes of the run would have to take part in.
 
     Args:
         compiled: The whole network.
@@ -32,46 +33,46 @@ class Ties:
     def __init__(
         self, compiled: Compiled, placement: Sequence[int], group: dist.ProcessGroup
     ) -> None:
-        owners: dict[nn.Parameter, list[int]] = {}
+        holders: dict[nn.Parameter, list[int]] = {}
         for rank in range(max(placement) + 1):
-            for parameter in RankNetwork(compiled, placement, rank).parameters():
-                owners.setdefault(parameter, []).append(rank)
-        self._passing = Passing(group)
+            for parameter in RankPieces(compiled, placement, rank).parameters():
+                holders.setdefault(parameter, []).append(rank)
+        self._transport = PointToPoint(group)
         self._rank = dist.get_rank(group)
-        self._counted = {p for p, ranks in owners.items() if ranks[0] == self._rank}
+        self._counted = {p for p, ranks in holders.items() if ranks[0] == self._rank}
         # In the same order on all ranks, so that messages meet.
-        self._shared: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for parameter, ranks in owners.items():
+        self._tied: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for parameter, ranks in holders.items():
             if len(ranks) > 1 and self._rank in ranks:
-                self._shared.setdefault(tuple(ranks), []).append(parameter)
-        for holders, parameters in self._shared.items():
+                self._tied.setdefault(tuple(ranks), []).append(parameter)
+        for members, parameters in self._tied.items():
             for parameter in parameters:
-                self._give(parameter.detach(), holders)
+                self._broadcast(parameter.detach(), members)
 
     def counts(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the one that counts a parameter where all are counted once."""
+        """Tell whether a parameter counts here, in a sum that counts each of them once."""
         return parameter in self._counted
 
     def set_aside(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Take away the gradients of earlier steps, which are summed already, and give them."""
+        """Take away the gradients of earlier passes, which are summed already, and return them."""
         earlier = {}
-        for parameter in itertools.chain.from_iterable(self._shared.values()):
+        for parameter in itertools.chain.from_iterable(self._tied.values()):
             if parameter.grad is not None:
                 earlier[parameter], parameter.grad = parameter.grad, None
         return earlier
 
     def sum_gradients(self, earlier: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        """Add up the gradients of every shared parameter over the ranks that hold it.
+        """Add up the gradients of every tied parameter over the ranks that hold it.
 
         A parameter that got no gradient on any rank is left without.
 
         Args:
-            earlier: What `set_aside` gave before the step; it is added to the sums.
+            earlier: What `set_aside` returned before the pass; it is added to the sums.
 
         Raises:
             RuntimeFault: A parameter is frozen on some of its ranks only.
         """
-        for ranks, parameters in self._shared.items():
+        for ranks, parameters in self._tied.items():
             for parameter in self._trained(parameters, ranks):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -82,11 +83,11 @@ class Ties:
     def _trained(
         self, parameters: Sequence[nn.Parameter], ranks: Sequence[int]
     ) -> list[nn.Parameter]:
-        """Those of the parameters that have a gradient on some of the ranks."""
+        """Select the parameters that have a gradient on some of the ranks."""
         flags = [[p.grad is not None, not p.requires_grad] for p in parameters]
         counts = torch.tensor(flags, dtype=torch.int32, device=parameters[0].device)
         self._sum(counts, ranks)
-        found = []
+        selected = []
         for parameter, (trained, frozen) in zip(parameters, counts.tolist(), strict=True):
             if 0 < frozen < len(ranks):
                 raise RuntimeFault(
@@ -94,26 +95,24 @@ class Ties:
                     f"the ranks {list(ranks)}: set its requires_grad alike on all of them"
                 )
             if trained:
-                found.append(parameter)
-        return found
+                selected.append(parameter)
+        return selected
 
     def _sum(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
-        """Add tensors up on the first of the ranks, in their order, and give all the sum.
-
-        Messages need no process group for every set of ranks, whose creation all processes of the
-        run would have to take part in.
-        """
+        """Add tensors up on the first of the ranks, in their order, and copy the sum to all."""
         if self._rank == ranks[0]:
             for peer in ranks[1:]:
-                tensor += self._passing.receive(peer, tensor).wait()
+                tensor += self._transport.receive(peer, [tensor])[0]
         else:
-            self._passing.send(ranks[0], tensor).wait()
-        self._give(tensor, ranks)
+            self._transport.send(ranks[0], [tensor])
+            self._transport.wait()
+        self._broadcast(tensor, ranks)
 
-    def _give(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
-        """Give all ranks the tensor of the first one."""
+    def _broadcast(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
+        """Copy the tensor of the first rank to all others."""
         if self._rank == ranks[0]:
             for peer in ranks[1:]:
-                self._passing.send(peer, tensor).wait()
-            return
-        tensor.copy_(self._passing.receive(ranks[0], tensor).wait())
+                self._transport.send(peer, [tensor])
+            self._transport.wait()
+        else:
+            tensor.copy_(self._transport.receive(ranks[0], [tensor])[0])

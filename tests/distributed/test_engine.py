@@ -1,142 +1,26 @@
-"""The runtime: instructions that fit together, and ranks that equal one process."""
+"""The engine: ranks that take turns in one process equal the network, forward and backward."""
 
 from __future__ import annotations
 
 import copy
-import itertools
-import math
-from collections import Counter
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
-from passes.schedule.instruction import Instruction, Kind
-from passes.schedule.lists import Sweep, schedule
-from passes.schedule.verify import check, in_order
+from passes.schedule.instruction import Kind
+from passes.schedule.lists import schedule
+from passes.schedule.verify import check
 from pnn_compile.inputs import named_batch
-from pnn_compile.runtime.local import LocalNetwork, run_together
-from pnn_compile.runtime.microbatches import crossing
-from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.step import Step
-
-_PLACEMENTS = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
-    lambda ranks: [sorted(set(ranks)).index(rank) for rank in ranks]
-)
-
-
-@given(_PLACEMENTS, st.integers(1, 5), st.booleans(), st.integers(1, 12))
-def test_every_chain_is_free_of_deadlock(
-    placement: list[int], batches: int, backward: bool, rounds: int
-) -> None:
-    stages = len(placement)
-    rounds = min(rounds, stages)
-    programs = schedule(
-        placement, Sweep(iterations=rounds), batches=batches, backward=backward
-    )  # fmt: skip
-    band = range(stages - rounds + 1)  # stages that one iteration computes, from its own number on
-    borders = [a != b for a, b in itertools.pairwise(placement)]
-    crossing = sum(sum(borders[k : k + len(band)]) for k in range(rounds))
-    assert check(programs) == crossing * batches * (2 if backward else 1)
-    done = Counter((i.kind, i.stage) for program in programs for i in program)
-    for stage in range(stages):
-        times = sum(stage - k in band for k in range(rounds))
-        assert done[Kind.FINE, stage] == times * batches
-        assert done[Kind.FINE_BACKWARD, stage] == times * batches * backward
-        assert done[Kind.GUESS, stage] == (stage in band and stage > 0) * batches
-
-
-@st.composite
-def _sources(draw: st.DrawFn) -> tuple[list[int], Sweep]:
-    """A placement, and stages that read what any stages before them compute."""
-    placement = draw(_PLACEMENTS)
-    read = [
-        tuple(sorted(draw(st.sets(st.integers(0, stage - 1), max_size=3)))) if stage else ()
-        for stage in range(len(placement))
-    ]
-    return placement, Sweep("collapsed", sources=tuple(read))
-
-
-@given(_sources(), st.integers(1, 5), st.booleans())
-def test_every_collapsed_sweep_is_free_of_deadlock(
-    drawn: tuple[list[int], Sweep], batches: int, backward: bool
-) -> None:
-    placement, sweep = drawn
-    programs = schedule(placement, sweep, batches=batches, backward=backward)
-    check(programs)
-    done = Counter(i.kind for program in programs for i in program)
-    assert done[Kind.SEND_SUM] == (max(placement) * batches)
-    assert done[Kind.CORRECT] == (len(placement) - 1) * batches
-    for forward in (Kind.SEND_GUESS, Kind.SEND_OUTPUT, Kind.SEND_SUM):
-        assert done[Kind[forward.name + "_ADJOINT"]] == done[forward] * backward
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8, 13, 64, 100])
-def test_the_sum_is_a_tree_of_logarithmic_depth(ranks: int) -> None:
-    programs = schedule(range(ranks), Sweep("collapsed"))
-    depth: dict[int | None, int] = {}
-    for rank, it in in_order(programs):  # the longest line of sums that this rank's is made of
-        if it.kind is Kind.RECEIVE_SUM:
-            depth[rank] = max(depth.get(rank, 0), depth.get(it.peer, 0)) + 1
-    assert depth.get(ranks - 1, 0) == math.ceil(math.log2(ranks))
-
-
-def test_the_guess_crosses_before_the_fine_stage_begins() -> None:
-    """Neither direction of a collapsed sweep waits for a residual to cross."""
-    for program in schedule((0, 1, 2), Sweep("collapsed")):
-        kinds = [i.kind for i in program]
-        assert Kind.SEND_OUTPUT not in kinds
-        if Kind.SEND_GUESS in kinds:
-            assert kinds.index(Kind.SEND_GUESS) < kinds.index(Kind.FINE)
-            late = kinds.index(Kind.RECEIVE_GUESS_ADJOINT)
-            assert kinds.index(Kind.FINE_BACKWARD) < late
-
-
-def test_fine_stages_wait_for_nobody_and_the_adjoints_travel_first() -> None:
-    for program in schedule((0, 1, 2, 3), batches=3):
-        kinds = [i.kind for i in program]
-        assert Kind.FINE in kinds[:2]
-        for batch in range(1, 3):  # the next micro-batch computes before this one's sweep
-            fine = next(n for n, i in enumerate(program) if (i.kind, i.batch) == (Kind.FINE, batch))
-            correct = next(
-                n for n, i in enumerate(program) if (i.kind, i.batch) == (Kind.CORRECT, batch - 1)
-            )
-            assert fine < correct
-    middle = schedule((0, 1, 2))[1]
-    order = [i.kind for i in middle]
-    assert order.index(Kind.SEND_ADJOINT) < order.index(Kind.FINE_BACKWARD)
-
-
-def _message(kind: Kind, stage: int, peer: int) -> Instruction:
-    return Instruction(kind, stage, 0, peer)
-
-
-@pytest.mark.parametrize(
-    ("programs", "message"),
-    [
-        ([[_message(Kind.RECEIVE, 0, 1)], [_message(Kind.RECEIVE, 0, 0)]], "wait for messages"),
-        ([[_message(Kind.SEND, 0, 1)], []], "nobody takes: .*rank 0 to 1"),
-        (
-            [
-                [_message(Kind.SEND, 0, 1), _message(Kind.SEND, 1, 1)],
-                [_message(Kind.RECEIVE, 1, 0), _message(Kind.RECEIVE, 0, 0)],
-            ],
-            "comes first",
-        ),
-    ],
-)
-def test_programs_that_do_not_fit_are_refused(
-    programs: list[list[Instruction]], message: str
-) -> None:
-    with pytest.raises(pnn.RuntimeFault, match=message):
-        check(programs)
+from pnn_compile.runtime import engine
+from pnn_compile.runtime.engine import run_in_one_process
+from pnn_compile.runtime.rank_pieces import RankPieces
 
 
 class Masked(nn.Module):
@@ -184,24 +68,17 @@ def _loss(outputs: Any) -> Tensor:
 
 def _run(
     compiled: pnn.Compiled, inputs: list[Any], placement: tuple[int, ...], *, train: bool = True
-) -> tuple[list[Any], list[RankNetwork]]:
+) -> tuple[list[Any], list[RankPieces]]:
     """Run a step over micro-batches on ranks in one process; give outputs by micro-batch."""
-    ranks = [RankNetwork(compiled, placement, rank) for rank in range(max(placement) + 1)]
+    ranks = [RankPieces(compiled, placement, rank) for rank in range(max(placement) + 1)]
     named = [named_batch(compiled, each) for each in inputs]
-    network = LocalNetwork()
 
     def share(outputs: Any, number: int) -> Tensor:
         return _loss(outputs) / len(inputs)
 
-    steps = [
-        Step(rank, named, network.link(rank.rank), share if train else None,
-             crossing(compiled, named))
-        for rank in ranks
-    ]  # fmt: skip
-    programs = ranks[0].programs(batches=len(inputs), backward=train)
-    check(programs)
-    run_together(network, steps, programs)
-    last = steps[placement[-1]]
+    check(ranks[0].instruction_lists(batches=len(inputs), backward=train))
+    engines = run_in_one_process(compiled, ranks, named, share if train else None)
+    last = engines[placement[-1]]
     return [last.outputs[number] for number in range(len(inputs))], ranks
 
 
@@ -276,6 +153,17 @@ def test_micro_batches_add_up_to_the_batch(options: dict[str, Any]) -> None:
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=key)
 
 
+def test_the_drawing_of_a_step_is_what_two_ranks_do() -> None:
+    """The drawing on top of the engine: left what rank 0 does, right what rank 1 does."""
+    assert engine.__doc__ is not None
+    _, *lines = engine.__doc__.partition("rank 0")[2].split("\n\n")[0].splitlines()
+    column = lines[0].index("GUESS")
+    columns = [line[:column] for line in lines], [line[column:] for line in lines]
+    for cells, instructions in zip(columns, schedule((0, 1)), strict=True):
+        drawn = re.findall(r"[A-Z_]{4,} \d", "\n".join(cells))
+        assert drawn == [f"{it.kind.name} {it.stage}" for it in instructions]
+
+
 def test_forward_alone_keeps_no_graph() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3)
@@ -289,7 +177,7 @@ def test_forward_alone_keeps_no_graph() -> None:
 def test_a_rank_owns_its_stages_and_nothing_else() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3)
-    ranks = [RankNetwork(compiled, (0, 0, 1), rank) for rank in range(2)]
+    ranks = [RankPieces(compiled, (0, 0, 1), rank) for rank in range(2)]
     names = [{name for name, _ in rank.named_children()} for rank in ranks]
     assert names[0] == {"fine_0", "fine_1", "preprocess_1", "coarse_1"}
     assert names[1] == {"fine_2", "preprocess_2", "coarse_2", "head"}
@@ -298,7 +186,7 @@ def test_a_rank_owns_its_stages_and_nothing_else() -> None:
 def test_the_map_of_a_collapsed_sweep_lives_where_its_residual_is_computed() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3, sweep="collapsed")
-    ranks = [RankNetwork(compiled, (0, 1, 2), rank) for rank in range(3)]
+    ranks = [RankPieces(compiled, (0, 1, 2), rank) for rank in range(3)]
     names = [{name for name, _ in rank.named_children()} for rank in ranks]
     assert names[0] == {"fine_0", "coarse_1"}
     assert names[1] == {"fine_1", "preprocess_1", "coarse_2"}
@@ -308,7 +196,7 @@ def test_the_map_of_a_collapsed_sweep_lives_where_its_residual_is_computed() -> 
 def test_what_crosses_several_stages_is_sent_to_the_corrections_that_read_it() -> None:
     model, example = _unet()
     compiled = pnn.compile(model, example, stages=3, sweep="collapsed")
-    program = RankNetwork(compiled, (0, 1, 2), 0).programs()[0]
+    program = RankPieces(compiled, (0, 1, 2), 0).instruction_lists()[0]
     sent = [i for i in program if i.kind is Kind.SEND_OUTPUT]
     assert [(i.stage, i.peer) for i in sent] == [(0, 1)]
 
@@ -317,9 +205,9 @@ def test_placements_that_do_not_fit_are_refused() -> None:
     model, example = _resnet()
     compiled = pnn.compile(model, example, stages=3)
     with pytest.raises(pnn.RuntimeFault, match="3 stages, but 2 were placed"):
-        RankNetwork(compiled, (0, 1), 0)
+        RankPieces(compiled, (0, 1), 0)
     with pytest.raises(pnn.RuntimeFault, match="every rank needs a stage"):
-        RankNetwork(compiled, (0, 2, 2), 0)
+        RankPieces(compiled, (0, 2, 2), 0)
     with pytest.raises(pnn.RuntimeFault, match="4 ranks for 3 stages"):
         pnn.runtime.place(3, 4)
     with pytest.raises(pnn.RuntimeFault, match="init_process_group"):

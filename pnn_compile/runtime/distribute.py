@@ -1,4 +1,4 @@
-"""`distribute`: puts the stages of a network on the ranks of a group or mesh."""
+"""`distribute`: the entry of the runtime; puts a network on the ranks of a group or mesh."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.computing import Computing
-from pnn_compile.runtime.distributed import RankModule
-from pnn_compile.runtime.groups import Groups
+from pnn_compile.runtime.data_parallel import Groups
+from pnn_compile.runtime.rank_module import RankModule
+from pnn_compile.runtime.rank_pieces import PieceOptions
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from pnn_compile.compiled import Compiled
 
-__all__ = ["distribute", "place"]
-
 
 def place(stages: int, ranks: int) -> tuple[int, ...]:
-    """Rank of every stage: neighbours together, as evenly as can be.
+    """Place stages on ranks, neighbours together, as evenly as possible; return their ranks.
 
     Raises:
         RuntimeFault: There are more ranks than stages.
@@ -62,8 +60,8 @@ def distribute(
         compiled: The whole network, made alike on every rank; or the directory of an artifact, of
             which a rank reads and holds the weights of its own stages alone.
         group: Process group with one process a rank; the default one if None.
-        mesh: In place of a group, what `init_device_mesh("cpu", (replicas, ranks),
-            mesh_dim_names=("data", "stage"))` gives.
+        mesh: In place of a group, `init_device_mesh("cpu", (replicas, ranks),
+            mesh_dim_names=("data", "stage"))`.
         placement: Rank of every stage; neighbours together, evenly, if None.
         batches: Number of micro-batches of a step.
         autocast: Precision of torch.autocast around every piece, and of the states that cross
@@ -75,7 +73,10 @@ def distribute(
         device: Where this rank's pieces are moved to, and batches with them; where the weights are
             if None, which of an artifact is the CPU.
         inputs: Who has the batches: every rank the same one, or rank 0 of a network alone, which
-            hands out to every rank what its stages read.
+            hands every rank what its stages read.
+
+    Returns:
+        This rank's module; train it with `RankModule.train_step`.
 
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, the
@@ -95,24 +96,29 @@ def distribute(
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
     if folder is not None:
-        from pnn_compile.runtime.holding import hold
+        from pnn_compile.runtime.partial_load import load_part
 
-        compiled = hold(compiled, placement, dist.get_rank(groups.stages), folder)
+        compiled = load_part(compiled, placement, dist.get_rank(groups.stages), folder)
     if inputs not in ("every rank", "rank 0"):
         raise RuntimeFault(f"inputs are with 'every rank' or 'rank 0' (got {inputs!r})")
-    computing = Computing(autocast, recompute, compile_backend)
-    feed = inputs == "rank 0"
     return RankModule(
-        compiled, placement, groups, batches, computing, shard=shard, feed=feed, device=home
+        compiled,
+        placement,
+        groups,
+        batches,
+        PieceOptions(autocast, recompute, compile_backend),
+        shard=shard,
+        scatter=inputs == "rank 0",
+        device=home,
     )
 
 
-def _device(wanted: torch.device | str | None) -> torch.device | None:
-    """The device of that name, if there is one."""
-    if wanted is None:
+def _device(name: torch.device | str | None) -> torch.device | None:
+    """Return the device of that name, with its number, if there is one."""
+    if name is None:
         return None
     try:
-        return torch.empty(0, device=wanted).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeFault(f"no pieces can be on device {str(wanted)!r}: {reason}") from error
+        raise RuntimeFault(f"no pieces can be on device {str(name)!r}: {reason}") from error

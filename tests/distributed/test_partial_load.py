@@ -65,8 +65,8 @@ def test_every_piece_runs_on_what_its_rank_holds(
     build: Any, inputs: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     from pnn_compile.artifact.directory import load
-    from pnn_compile.runtime.holding import hold
-    from pnn_compile.runtime.rank import RankNetwork
+    from pnn_compile.runtime.partial_load import load_part
+    from pnn_compile.runtime.rank_pieces import RankPieces
 
     torch.manual_seed(0)
     example = {
@@ -77,8 +77,8 @@ def test_every_piece_runs_on_what_its_rank_holds(
     path = compiled.save(tmp_path / "artifact")
     wanted = pnn.load(path)
     for rank in range(2):
-        held = hold(load(path, without_data=True), (0, 1), rank, path)
-        own, expected = (RankNetwork(each, (0, 1), rank).eval() for each in (held, wanted))
+        held = load_part(load(path, without_data=True), (0, 1), rank, path)
+        own, expected = (RankPieces(each, (0, 1), rank).eval() for each in (held, wanted))
         assert own.state_dict().keys() == expected.state_dict().keys()
         for key, value in expected.state_dict().items():
             assert torch.equal(own.state_dict()[key], value), key

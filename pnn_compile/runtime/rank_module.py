@@ -1,8 +1,8 @@
-"""`RankModule`: one rank a process, over torch.distributed."""
+"""`RankModule`: what a user holds of a parareal network on one rank of torch.distributed."""
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -16,27 +16,21 @@ from passes.errors import OptionError, RuntimeFault
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.verify import check
 from pnn_compile.inputs import argument_names, batch_size, check_shapes, named_batch
-from pnn_compile.runtime import sharding
-from pnn_compile.runtime.computing import Computing
-from pnn_compile.runtime.failure import failure
-from pnn_compile.runtime.feed import Feed
-from pnn_compile.runtime.groups import Groups
-from pnn_compile.runtime.held import Held, refuse_conversion
-from pnn_compile.runtime.link import DistributedLink
-from pnn_compile.runtime.microbatches import crossing, divide
-from pnn_compile.runtime.passing import Passing
-from pnn_compile.runtime.rank import RankNetwork
-from pnn_compile.runtime.replicas import Replicas
-from pnn_compile.runtime.saved import Saved
-from pnn_compile.runtime.sharding import local
-from pnn_compile.runtime.step import Step
-from pnn_compile.runtime.ties import Ties
-from pnn_compile.runtime.workspace import Like
+from pnn_compile.runtime.checkpoint import gather_original_weights
+from pnn_compile.runtime.data_parallel import Groups, Replicas, local, plan_digest, shard_weights
+from pnn_compile.runtime.engine import Engine, Loss, StateShapes, state_shapes
+from pnn_compile.runtime.input_scatter import InputScatter, divide
+from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
+from pnn_compile.runtime.tied_weights import TiedWeights
+from pnn_compile.runtime.transport import PointToPoint
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["RankModule"]
+_ADVICE = (
+    "convert the network before distribute(), or give distribute(autocast=torch.bfloat16), which "
+    "keeps the weights as they are"
+)
 
 
 class RankModule(nn.Module):
@@ -50,12 +44,18 @@ class RankModule(nn.Module):
         placement: Rank of every stage.
         groups: The processes of the run.
         batches: Number of micro-batches of a step.
-        computing: How the pieces run.
+        options: How the pieces are called.
         shard: Whether replicas hold a share of the weights each.
-        feed: Whether rank 0 hands the batches out.
+        scatter: Whether rank 0 hands the batches out.
         device: Where the pieces are moved to; None to leave them where they are.
 
     Attributes:
+        network: The pieces of this rank.
+        groups: The processes of the run.
+        replicas: Other processes with the same pieces.
+        steps: Number of training steps that were begun.
+        seed: Of the random numbers of the run.
+        plan_digest: Differs where plans do.
         seconds: How long each kind of instruction took in the last step; a receive waits for other
             ranks. On a GPU that is the time to launch it.
     """
@@ -66,39 +66,40 @@ class RankModule(nn.Module):
         placement: Sequence[int],
         groups: Groups,
         batches: int = 1,
-        computing: Computing | None = None,
+        options: PieceOptions | None = None,
         *,
         shard: bool = False,
-        feed: bool = False,
+        scatter: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.network = RankNetwork(compiled, placement, dist.get_rank(groups.stages), device)
+        self.network = RankPieces(compiled, placement, dist.get_rank(groups.stages), device)
         groups.check_backend(self.network.device)
         self._compiled = [compiled]  # a list hides it from nn.Module
         self.groups = groups
-        self._group = groups.stages
         self._batches = batches
-        self._computing = computing or Computing()
-        self._computing.prepare(self.network)
-        self._training = self.network.programs(batches=batches)
-        self._evaluation = self.network.programs(backward=False)
-        for programs in (self._training, self._evaluation):
-            check(programs)
-        groups.compare(compiled)
-        self._ties = Ties(compiled, placement, groups.stages)
-        self._replicas = Replicas(self.network, groups.replicas, sharded=shard)
-        self.saved = Saved(compiled, self.network, groups, self._replicas)
-        self._feed = None
-        if feed:
+        (options or PieceOptions()).apply(self.network)
+        self._training = self.network.instruction_lists(batches=batches)
+        self._evaluation = self.network.instruction_lists(backward=False)
+        for lists in (self._training, self._evaluation):
+            check(lists)
+        self.plan_digest = plan_digest(compiled)
+        groups.check_plan(self.plan_digest)
+        self._tied = TiedWeights(compiled, placement, groups.stages)
+        self.replicas = Replicas(self.network, groups.replicas, sharded=shard)
+        self.steps = 0
+        self.seed = groups.common_seed()
+        self._scatter = None
+        if scatter:
             names = argument_names(compiled.program)
-            self._feed = Feed(self.network, names, groups.stages)
+            self._scatter = InputScatter(self.network, names, groups.stages)
         self._sharded = shard
         if shard:
-            sharding.shard(compiled, self.network, groups.data)
-        self._passing = Passing(groups.stages)
-        self._held = Held(self.network)
-        self._likes: dict[tuple[int, ...], Like] = {}
+            shard_weights(compiled, self.network, groups.data)
+        # Listed once: walking through a thousand modules takes longer than some of their steps.
+        self._parameters_here = tuple(self.network.parameters())
+        self._precisions = tuple(parameter.dtype for parameter in self._parameters_here)
+        self._shapes: dict[tuple[int, ...], StateShapes] = {}
         self.seconds: dict[Kind, float] = {}
 
     @property
@@ -111,26 +112,23 @@ class RankModule(nn.Module):
         """The network that this rank has a part of."""
         return self._compiled[0]
 
-    @property
-    def holds_output(self) -> bool:
-        """Whether this rank holds the last stage, and so outputs and loss."""
-        return self.network.last in self.network.own
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward on what the model takes; outputs on the rank of the last stage, else None.
 
-        Every rank gives the same inputs, or rank 0 alone where it feeds the others. Without
+        Every rank passes the same inputs, or rank 0 alone where it feeds the others. Without
         gradients; `forward_backward` trains.
 
         Raises:
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
-        inputs = self._inputs(self._fed({**_named(self.whole, args), **kwargs}))
+        names = argument_names(self.whole.program)
+        batch = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = self._inputs(self._scattered(batch))
         with self._exchanging("buffers of replicas"):
-            self._replicas.share_buffers()
+            self.replicas.share_buffers()
         with torch.no_grad():
-            step = self._run([inputs], None, self._evaluation)
-        return step.outputs.get(0)
+            engine = self._run([inputs], None, self._evaluation)
+        return engine.outputs.get(0)
 
     def forward_backward(
         self,
@@ -153,27 +151,26 @@ class RankModule(nn.Module):
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
-        pieces = divide(self._fed(batch), self._batches)
+        pieces = divide(self._scattered(batch), self._batches)
         inputs = [self._inputs(piece) for piece in pieces]
-        shares = [batch_size(each) for each in inputs]
-        weights = [share / max(1, sum(shares)) for share in shares]
-
+        samples = [*map(batch_size, inputs)]
+        weights = [count / max(1, sum(samples)) for count in samples]
         scale = self._scale(scaler)
 
-        def weighed(outputs: Any, number: int) -> torch.Tensor:
+        def weighted(outputs: Any, number: int) -> torch.Tensor:
             return loss(outputs, pieces[number]) * (weights[number] * scale)
 
         with self._exchanging("buffers of replicas"):
-            self._replicas.share_buffers()
-        earlier = self._ties.set_aside()
-        step = self._run(inputs, weighed, self._training)
+            self.replicas.share_buffers()
+        earlier = self._tied.set_aside()
+        engine = self._run(inputs, weighted, self._training)
         with self._exchanging("gradients"):
-            self._ties.sum_gradients(earlier)
-            self._replicas.average_gradients()
-        losses = [step.losses[number].double() for number in range(self._batches)]
+            self._tied.sum_gradients(earlier)
+            self.replicas.average_gradients()
+        losses = [engine.losses[number].double() for number in range(self._batches)]
         total = (torch.stack(losses).sum() / scale).float()
         with self._exchanging("the loss"):
-            return self._replicas.mean(total)
+            return self.replicas.mean(total)
 
     def train_step(
         self,
@@ -184,25 +181,26 @@ class RankModule(nn.Module):
         clip_norm: float | None = None,
         scaler: GradScaler | None = None,
     ) -> torch.Tensor:
-        """Take one optimizer step; give the loss, on every rank.
+        """Take one optimizer step; return the loss, on every rank.
 
         Args:
             batch: As in `forward_backward`.
             loss: As in `forward_backward`.
             optimizer: Of this rank's parameters; None for a rank that has none.
             clip_norm: Largest norm of the gradient of the whole network, or None.
-            scaler: What `grad_scaler` gave, for float16: where a gradient overflows on one rank,
-                no rank takes the step.
+            scaler: Made by `grad_scaler`, for float16: where a gradient overflows on one rank, no
+                rank takes the step.
 
         Raises:
             RuntimeFault: As in `forward_backward`; or the loss is not finite, without a scaler:
                 then no rank has taken the step.
         """
-        self._held.clear_gradients()
+        for parameter in self._parameters_here:
+            parameter.grad = None
         value = self.forward_backward(batch, loss, scaler)
         if scaler is None and not torch.isfinite(value):
             raise RuntimeFault(
-                f"the loss of step {self.saved.steps} is {value.item()} on all ranks: lower the "
+                f"the loss of step {self.steps} is {value.item()} on all ranks: lower the "
                 "learning rate, or check the inputs; the weights are as they were before"
             )
         if scaler is not None and optimizer is not None:
@@ -238,51 +236,24 @@ class RankModule(nn.Module):
         return scaler.get_scale()
 
     def clip_gradients(self, most: float) -> torch.Tensor:
-        """Scale all gradients to a norm over all ranks of at most `most`; give their norm."""
-        held = self._held.parameters
-        gradients = {p: local(p.grad) for p in held if p.grad is not None}
-        squares = [g.double().square().sum() for p, g in gradients.items() if self._counts(p)]
+        """Scale all gradients to a norm over all ranks of at most `most`; return their norm."""
+        gradients = {p: local(p.grad) for p in self._parameters_here if p.grad is not None}
+        # A tied parameter counts on one of its ranks; no sharded one is tied.
+        squares = [
+            gradient.double().square().sum()
+            for parameter, gradient in gradients.items()
+            if self._sharded or self._tied.counts(parameter)
+        ]
         total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
         total = total.to(self.network.device)
+        group = self.groups.everyone if self._sharded else self.groups.stages
         with self._exchanging("the norm of the gradient"):
-            dist.all_reduce(total, group=self.groups.everyone if self._sharded else self._group)
+            dist.all_reduce(total, group=group)
         norm = total.sqrt()
         scale = (most / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients.values():
             gradient.mul_(scale.to(gradient.dtype))
         return norm
-
-    def _counts(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter counts here; no sharded one is tied."""
-        return self._sharded or self._ties.counts(parameter)
-
-    def _fed(self, batch: Any) -> Any:
-        if isinstance(batch, Mapping):
-            batch = dict(batch)  # torch looks into no other mapping
-        if self._feed is None:
-            return batch
-        with self._exchanging("the batch"):
-            return self._feed(batch)
-
-    def _inputs(self, batch: Any) -> dict[str, Any]:
-        # Of the whole network the first weights may be those of another rank, without data.
-        inputs = named_batch(self.whole, batch, self.network.device)
-        try:
-            check_shapes(self.whole, inputs)
-        except OptionError as error:
-            raise RuntimeFault(f"rank {self.rank}: {error}") from error
-        return inputs
-
-    @contextmanager
-    def _exchanging(self, what: str) -> Iterator[None]:
-        """Name rank and stages where an exchange fails because another rank is gone."""
-        try:
-            yield
-        except Exception as error:
-            raise RuntimeFault(
-                f"rank {self.rank} (stages {self.network.own}) failed to exchange {what}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Collect the weights of the fine stages and the head under the model's own keys.
@@ -290,7 +261,7 @@ class RankModule(nn.Module):
         Every rank calls it; rank 0 of the network gets all of them, on the CPU, the others none.
         """
         with self._exchanging("weights"):
-            return self.saved.original_state_dict()
+            return gather_original_weights(self)
 
     def load_original_state_dict(
         self, state: Mapping[str, torch.Tensor], *, strict: bool = True
@@ -302,7 +273,7 @@ class RankModule(nn.Module):
             strict: Whether every key must be there, and no other.
 
         Raises:
-            OptionError: As `Compiled.load_original_state_dict`.
+            OptionError: As `Network.load_original_state_dict`.
             RuntimeFault: The weights are sharded.
         """
         if self._sharded:
@@ -311,46 +282,79 @@ class RankModule(nn.Module):
             )
         self.whole.load_original_state_dict(state, strict=strict)
 
+    def _scattered(self, batch: Any) -> Any:
+        """Return this rank's batch: as it is, or from rank 0."""
+        if isinstance(batch, Mapping):
+            batch = dict(batch)  # torch looks into no other mapping
+        if self._scatter is None:
+            return batch
+        with self._exchanging("the batch"):
+            return self._scatter(batch)
+
+    def _inputs(self, batch: Any) -> dict[str, Any]:
+        # Of the whole network the first weights may be those of another rank, without data.
+        inputs = named_batch(self.whole, batch, self.network.device)
+        try:
+            check_shapes(self.whole, inputs)
+        except OptionError as error:
+            raise RuntimeFault(f"rank {self.rank}: {error}") from error
+        return inputs
+
     def _run(
         self,
         inputs: Sequence[Mapping[str, Any]],
-        loss: Callable[[Any, int], torch.Tensor] | None,
-        programs: Sequence[Sequence[Instruction]],
-    ) -> Step:
-        self._held.check(self.rank)
-        device = self.network.device
-        link = DistributedLink(self._passing, device)
-        seed = self.saved.step_seed()
-        step = Step(self.network, inputs, link, loss, self._crossing(inputs), seed)
-        self.saved.steps += loss is not None
-        self.seconds = dict.fromkeys(Kind, 0.0)
-        for instruction in programs[self.rank]:
-            start = time.perf_counter()
-            try:
-                with self._computing.around(instruction.kind, device):
-                    step.run(instruction)
-            except RuntimeFault:
-                raise
-            except Exception as error:
-                raise failure(self.whole.plan, self.rank, instruction, inputs, error) from error
-            self.seconds[instruction.kind] += time.perf_counter() - start
+        loss: Loss | None,
+        lists: Sequence[Sequence[Instruction]],
+    ) -> Engine:
+        """Run this rank's list on micro-batches."""
+        self._check_precision()
+        transport = PointToPoint(self.groups.stages, self.network.device)
+        # Replicas draw different numbers.
+        seed = self.seed + self.steps + (self.groups.replica << 50)
+        engine = Engine(self.network, inputs, transport, self._state_shapes(inputs), loss, seed)
+        self.steps += loss is not None
+        self.seconds = engine.seconds
+        engine.run_list(lists[self.rank])
         with self._exchanging("the last messages"):
-            link.wait()
-        return step
+            transport.wait()
+        return engine
 
-    def _crossing(self, inputs: Sequence[Mapping[str, Any]]) -> Like:
-        """What crosses between stages, found once for every size of the micro-batches."""
+    def _state_shapes(self, inputs: Sequence[Mapping[str, Any]]) -> StateShapes:
+        """Return what crosses between stages, made once for all sizes of the micro-batches."""
         sizes = tuple(map(batch_size, inputs))
-        if sizes not in self._likes:
-            self._likes[sizes] = crossing(self.whole, inputs, self._computing.autocast)
-        return self._likes[sizes]
+        if sizes not in self._shapes:
+            self._shapes[sizes] = state_shapes(self.whole, inputs, self.network.autocast)
+        return self._shapes[sizes]
+
+    @contextmanager
+    def _exchanging(self, what: str) -> Iterator[None]:
+        """Name rank and stages where an exchange fails because another rank is gone."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeFault(
+                f"rank {self.rank} (stages {self.network.stages}) failed to exchange {what}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _check_precision(self) -> None:
+        """Refuse converted weights: states would cross as no other rank expects them."""
+        for parameter, dtype in zip(self._parameters_here, self._precisions, strict=True):
+            if parameter.dtype is not dtype:
+                raise RuntimeFault(
+                    f"rank {self.rank}: weights were converted from {dtype} to {parameter.dtype} "
+                    f"behind distribute(): {_ADVICE}"
+                )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        refuse_conversion(self.network, fn)
+        """Refuse a conversion to another precision before it happens."""
+        tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+        for dtype in {tensor.dtype for tensor in tensors}:
+            after = fn(torch.empty(0, dtype=dtype)).dtype
+            if after != dtype:
+                raise RuntimeFault(
+                    f"the ranks agreed on states of {dtype}, which cannot become {after} behind "
+                    f"distribute(): {_ADVICE}"
+                )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _named(compiled: Compiled, args: Sequence[Any]) -> dict[str, Any]:
-    names = [str(node.target) for node in compiled.program.inputs]
-    return dict(zip(names, args, strict=False))

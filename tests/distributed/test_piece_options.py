@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pnn_compile as pnn
-from pnn_compile.runtime.link import DistributedLink
+from pnn_compile.runtime.transport import PointToPoint
 from tests.distributed.ranks import start
 from tests.models.distributed_models import batches, loss, network
 
@@ -66,13 +66,13 @@ def test_compiled_pieces_train_alike(recompute: bool, tmp_path: Path) -> None:
 
 def _bfloat16(rank: int) -> dict[str, Any]:
     sent: set[torch.dtype] = set()
-    send = DistributedLink.send
+    send = PointToPoint.send
 
-    def record(link: DistributedLink, peer: int, tensors: Any) -> None:
+    def record(transport: PointToPoint, peer: int, tensors: Any) -> None:
         sent.update(tensor.dtype for tensor in tensors if tensor.dim())  # all but the loss
-        send(link, peer, tensors)
+        send(transport, peer, tensors)
 
-    DistributedLink.send = record  # type: ignore[method-assign, assignment]
+    PointToPoint.send = record  # type: ignore[method-assign, assignment]
     losses, state, _ = _train({"autocast": torch.bfloat16}, norm=False, dropout=0.0)
     return {"losses": losses, "state": state, "sent": sent}
 
@@ -104,7 +104,7 @@ def _overflow(rank: int) -> dict[str, Any]:
     scaler = module.grad_scaler(init_scale=8.0)
     if rank == 0:
         first = next(module.parameters())
-        first.register_hook(lambda g: g * float("inf") if module.saved.steps == 2 else g)
+        first.register_hook(lambda g: g * float("inf") if module.steps == 2 else g)
     moved, losses = [], []
     for batch in batches(STEPS):
         before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -139,7 +139,7 @@ def test_states_cross_in_the_precision_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_other_types_are_refused() -> None:
-    from pnn_compile.runtime.computing import Computing
+    from pnn_compile.runtime.rank_pieces import PieceOptions
 
     with pytest.raises(pnn.RuntimeFault, match=r"got torch\.int8"):
-        Computing(autocast=torch.int8)
+        PieceOptions(autocast=torch.int8)

@@ -1,0 +1,260 @@
+"""Data parallelism: the process groups of a run, replicas of a network, and their shards (FSDP2).
+
+A run is a grid of processes: along "stage" the ranks of one network, along "data" the processes
+that hold the same pieces and see other samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from passes.errors import RuntimeFault
+from pnn_compile.runtime.transport import backend_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from pnn_compile.compiled import Compiled
+    from pnn_compile.runtime.rank_pieces import RankPieces
+
+DATA, STAGE = "data", "stage"
+"""Names of the dimensions of a mesh."""
+
+_BUCKET = 25 * 2**20
+"""Bytes of one message; what DistributedDataParallel takes."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups of one rank.
+
+    Attributes:
+        stages: Its network: one process a rank of the placement.
+        replicas: Those that hold the same stages and see other data; None where there are none.
+        everyone: All processes of the run.
+        data: The dimension of the replicas; None where there are none.
+    """
+
+    stages: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None
+    everyone: dist.ProcessGroup
+    data: DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Groups:
+        """Take the groups of a mesh, or one group for everything (the default one if None).
+
+        Raises:
+            RuntimeFault: torch.distributed is not initialised, both are given, or the mesh has
+                other dimensions than "data" and "stage".
+        """
+        if not dist.is_initialized():
+            raise RuntimeFault(
+                "torch.distributed is not initialised: call dist.init_process_group() first, in a "
+                "script that torchrun starts"
+            )
+        world = dist.group.WORLD
+        assert world is not None
+        if mesh is None:
+            return cls(group or world, None, group or world)
+        names = mesh.mesh_dim_names or ()
+        if group is not None or STAGE not in names or not set(names) <= {DATA, STAGE}:
+            raise RuntimeFault(
+                f"a mesh has the dimensions ({DATA!r}, {STAGE!r}), or {STAGE!r} alone, and stands "
+                f"in place of a group (it has {tuple(names)}): make it with "
+                'init_device_mesh("cpu", (replicas, ranks), mesh_dim_names=("data", "stage"))'
+            )
+        members = sorted(mesh.mesh.flatten().tolist())
+        everyone = world
+        if len(members) < dist.get_world_size():
+            everyone = dist.new_group(members, use_local_synchronization=True)
+        data = mesh[DATA] if DATA in names and mesh[DATA].size() > 1 else None
+        replicas = None if data is None else data.get_group()
+        return cls(mesh[STAGE].get_group(), replicas, everyone, data)
+
+    @property
+    def replica(self) -> int:
+        """Number of this replica of the network."""
+        return 0 if self.replicas is None else dist.get_rank(self.replicas)
+
+    def check_backend(self, device: torch.device) -> None:
+        """Refuse weights that the ranks could not send each other.
+
+        Raises:
+            RuntimeFault: The group has no backend for this kind of device.
+        """
+        if backend_of(self.stages, device) is None:
+            raise RuntimeFault(
+                f"the weights are on {device}, and the process group sends nothing from there "
+                f"(backend {dist.get_backend(self.stages)}): give distribute(device=...), or start "
+                'it with init_process_group("cpu:gloo,cuda:nccl")'
+            )
+
+    def common_seed(self) -> int:
+        """Return the seed of the first process, on all of them."""
+        seed = [torch.initial_seed() % 2**48]
+        dist.broadcast_object_list(seed, dist.get_global_rank(self.everyone, 0), self.everyone)
+        return seed[0]
+
+    def check_plan(self, digest: str) -> None:
+        """Refuse processes that hold different networks.
+
+        Raises:
+            RuntimeFault: The digests of the plans differ.
+        """
+        digests: list[Any] = [None] * dist.get_world_size(self.everyone)
+        dist.all_gather_object(digests, digest, group=self.everyone)
+        if len(set(digests)) > 1:
+            different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+            raise RuntimeFault(
+                f"ranks {different} hold another plan than rank 0: compile with the same model, "
+                "options and seed on all of them, or load one artifact"
+            )
+
+
+def plan_digest(compiled: Compiled) -> str:
+    """Return a short text that differs where plans do."""
+    return hashlib.sha256(compiled.plan.to_json().encode()).hexdigest()
+
+
+class Replicas:
+    """Keep the copies of a rank's pieces alike that other processes hold and feed with other data.
+
+    They start with the weights of the first replica, average their gradients after every backward
+    pass, and take the buffers of the first replica (statistics of BatchNorm) before every forward
+    pass.
+
+    Args:
+        module: The pieces of this rank.
+        group: The processes that hold the same pieces; None for this one alone.
+        sharded: Whether the weights will be sharded, and their gradients come averaged.
+    """
+
+    def __init__(
+        self, module: nn.Module, group: dist.ProcessGroup | None, *, sharded: bool = False
+    ) -> None:
+        self._module = module
+        self._group = group
+        self._sharded = sharded
+        if group is not None:
+            with torch.no_grad():
+                self._broadcast(module.parameters())
+                self._broadcast(module.buffers())
+
+    def share_buffers(self) -> None:
+        """Give all replicas the buffers of the first one."""
+        if self._group is not None:
+            self._broadcast(self._module.buffers())
+
+    def average_gradients(self) -> None:
+        """Average the gradients over the replicas; all get one where any of them has one."""
+        if self._group is None or self._sharded:
+            return
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        device = next((p.device for p in parameters), torch.device("cpu"))
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        has = has.to(device)
+        dist.all_reduce(has, dist.ReduceOp.MAX, self._group)
+        gradients = []
+        for parameter, somewhere in zip(parameters, has.tolist(), strict=True):
+            if somewhere:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat, group=self._group)
+            flat /= dist.get_world_size(self._group)
+            for gradient, mean in zip(bucket, _split(flat, bucket), strict=True):
+                gradient.copy_(mean)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Average a value over the replicas."""
+        if self._group is None:
+            return value
+        dist.all_reduce(value, group=self._group)
+        return value / dist.get_world_size(self._group)
+
+    def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy tensors of the first replica to all others."""
+        assert self._group is not None
+        source = dist.get_global_rank(self._group, 0)
+        for bucket in _buckets([tensor.detach() for tensor in tensors]):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.broadcast(flat.view(torch.uint8), source, self._group)  # not all types are sent
+            for tensor, value in zip(bucket, _split(flat, bucket), strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Group tensors of one type until a message is full."""
+    open_buckets: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_buckets.setdefault(tensor.dtype, [])
+        bucket.append(tensor)
+        if sum(member.nbytes for member in bucket) >= _BUCKET:
+            yield open_buckets.pop(tensor.dtype)
+    yield from open_buckets.values()
+
+
+def _split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def shard_weights(compiled: Compiled, pieces: RankPieces, mesh: DeviceMesh | None) -> None:
+    """Shard the weights of a rank over the replicas, every piece as one unit of FSDP2.
+
+    FSDP2's hooks gather the weights of a piece before it runs, forward and backward, and scatter
+    the averaged gradients after its backward pass. They work on modules, so the explicit backward
+    of the engine meets them as any backward does.
+
+    Args:
+        compiled: The whole network.
+        pieces: The pieces of the rank; their parameters become DTensors of the same names.
+        mesh: The dimension of the replicas.
+
+    Raises:
+        RuntimeFault: There are no replicas, or a parameter is in several pieces, which FSDP2 would
+            take for several parameters.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if mesh is None:
+        raise RuntimeFault(
+            "weights are sharded over replicas, and there are none: give a mesh with a dimension "
+            '"data" of at least two, or leave shard=False'
+        )
+    seen: dict[nn.Parameter, str] = {}
+    for piece, child in compiled.module.named_children():
+        for name, parameter in child.named_parameters():
+            if parameter in seen:
+                raise RuntimeFault(
+                    f"{seen[parameter]} and {piece}.{name} are one tied parameter, which cannot be "
+                    "sharded piece by piece: leave shard=False"
+                )
+            seen[parameter] = f"{piece}.{name}"
+    for child in pieces.children():
+        # Every piece is a root, which would otherwise stay gathered after a forward pass, and an
+        # optimizer made then would take parameters that nobody trains.
+        fully_shard(child, mesh=mesh, reshard_after_forward=True)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a tensor, which shares its memory; a plain tensor as it is."""
+    shard: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a tensor; all ranks that have a shard of it call this alike."""
+    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole

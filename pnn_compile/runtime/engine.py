@@ -1,0 +1,370 @@
+"""The engine of a rank: runs its list of instructions, forward and backward.
+
+One training step of two stages on two ranks, one micro-batch (x_1 guess, y_j fine output, U_j
+corrected state, a_j adjoint of U_j), top to bottom in time:
+
+    rank 0                                    rank 1
+    FINE 0             y_0 = g_0(inputs)      GUESS 1            x_1 = C_1(inputs)
+                                              FINE 1             y_1 = g_1(x_1)
+    CORRECT 0          U_0 = y_0, exact
+    SEND 0             ---- U_0 ------------> RECEIVE 0
+                                              CORRECT 1          U_1 = y_1 + F_1(U_0 - x_1)
+                                              HEAD 1             loss = L(h(U_1))
+                                              HEAD_BACKWARD 1    a_1 = dloss / dU_1
+                                              COARSE_BACKWARD 1  a_0 = F_1'(U_0 - x_1)^T a_1
+    RECEIVE_ADJOINT 0  <--- a_0 and loss ---- SEND_ADJOINT 0
+    FINE_BACKWARD 0    weights of g_0         FINE_BACKWARD 1    weights of g_1: g_1'(x_1)^T a_1
+                                              GUESS_BACKWARD 1   weights of C_1: that minus a_0
+
+Both fine stages run at the same time in both directions; only the lines between them wait for the
+other rank. `passes/schedule/lists.py` has the order of the messages for any number of ranks.
+
+Backward is explicit. Every piece is an autograd graph of its own: its inputs are cut off from what
+came before, and the engine carries their gradients on. So no message hides in autograd, and the
+order of messages is the order of the instructions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from passes.errors import RuntimeFault
+from passes.ir.frame_stack import with_room
+from passes.schedule.instruction import FORWARD, Instruction, Kind
+from passes.schedule.verify import in_order
+from passes.transform.executor import State
+from pnn_compile.inputs import batch_size
+from pnn_compile.runtime import chain, collapsed
+from pnn_compile.runtime.rank_pieces import PieceGraph, RankPieces, as_leaves
+from pnn_compile.runtime.transport import InProcess, Transport
+
+if TYPE_CHECKING:
+    from pnn_compile.compiled import Compiled
+
+Loss = Callable[[Any, int], torch.Tensor]
+"""From the outputs of one micro-batch, and its number, to a scalar."""
+
+StateShapes = Callable[[int, int], dict[str, torch.Tensor]]
+"""From a stage and a micro-batch to meta tensors like the state after that stage."""
+
+Handler = Callable[["Engine", Instruction], None]
+"""Runs an instruction of one kind."""
+
+_Key = tuple[int, int, int]
+"""Stage, micro-batch and iteration."""
+
+
+class Engine:
+    """Run one step of a rank over micro-batches.
+
+    Values are kept by `Instruction.key`, for as long as a later instruction needs them.
+
+    Args:
+        pieces: What the rank holds.
+        inputs: Inputs of every micro-batch, by argument name.
+        transport: Messages to and from the other ranks.
+        shapes: What crosses between stages.
+        loss: Of the last stage; None to run forward alone.
+        seed: Of the random numbers of this step. Every piece draws its own in training mode, so
+            that dropout does not depend on which rank a piece is on.
+        synchronize: Wait for the GPU after every instruction, for exact `seconds`.
+
+    Attributes:
+        guesses: Preprocessing operators that ran here.
+        fine: Fine stages that ran here.
+        coarse: Corrections that ran here.
+        states: States after stages. In a collapsed sweep, at the last stage: this rank's share.
+        adjoints: Adjoints of these states, as far as they are added up.
+        guess_adjoints: What the guesses made here go backward from.
+        remote_guesses: Collapsed sweep: guesses that other ranks made.
+        remote_outputs: Collapsed sweep: what stages of other ranks computed.
+        output_adjoints: Collapsed sweep: adjoints of outputs, from the corrections that read them.
+        outputs: Outputs of the model by micro-batch, where the last stage is.
+        losses: By micro-batch, once the head ran here or an adjoint arrived.
+        seconds: How long each kind of instruction took. On a GPU: to launch it, unless
+            synchronized.
+    """
+
+    def __init__(
+        self,
+        pieces: RankPieces,
+        inputs: Sequence[Mapping[str, Any]],
+        transport: Transport,
+        shapes: StateShapes,
+        loss: Loss | None = None,
+        seed: int = 0,
+        *,
+        synchronize: bool = False,
+    ) -> None:
+        self.pieces = pieces
+        self.plan = pieces.plan
+        self.executor = pieces.executor
+        self.device = pieces.device
+        self.inputs = inputs
+        self.transport = transport
+        self.shapes = shapes
+        self.loss = loss
+        self._seed = seed
+        self._synchronize = synchronize and torch.cuda.is_available()
+        self._handlers = _HANDLERS["collapsed" if self.plan.sweep == "collapsed" else "chain"]
+        self.guesses: dict[_Key, PieceGraph] = {}
+        self.fine: dict[_Key, PieceGraph] = {}
+        self.coarse: dict[_Key, PieceGraph] = {}
+        self.heads: dict[_Key, PieceGraph] = {}
+        self.states: dict[_Key, State] = {}
+        self.adjoints: dict[_Key, State] = {}
+        self.guess_adjoints: dict[_Key, State] = {}
+        self.remote_guesses: dict[_Key, State] = {}
+        self.remote_outputs: dict[_Key, State] = {}
+        self.output_adjoints: dict[_Key, State] = {}
+        self.outputs: dict[int, Any] = {}
+        self.losses: dict[int, torch.Tensor] = {}
+        self.seconds: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
+
+    def run_list(self, instructions: Sequence[Instruction]) -> None:
+        """Run the list of this rank.
+
+        Raises:
+            RuntimeFault: An instruction failed; it names rank, stage, modules and shapes.
+        """
+        for instruction in instructions:
+            try:
+                self.run(instruction)
+            except RuntimeFault:
+                raise
+            except Exception as error:
+                raise self._failure(instruction, error) from error
+
+    def run(self, it: Instruction) -> None:
+        """Run one instruction."""
+        start = time.perf_counter()
+        handler = self._handlers[it.kind]
+        if it.kind in FORWARD:
+            with self._autocast(), self._random_numbers(it):
+                with_room(handler, self, it)
+        else:
+            with_room(handler, self, it)
+        if self._synchronize:
+            torch.cuda.synchronize()
+        self.seconds[it.kind] += time.perf_counter() - start
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.pieces.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.pieces.autocast)
+
+    @contextmanager
+    def _random_numbers(self, it: Instruction) -> Iterator[None]:
+        """Seed the generators for one piece in training mode, and put their states back."""
+        if not self.pieces.training:
+            yield
+            return
+        text = f"{self._seed} {it.kind.name} {it.stage} {it.batch} {it.iteration}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        # torch.manual_seed would take a millisecond: it looks for every kind of device.
+        generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+        before = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(int.from_bytes(digest))
+            yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+
+    # Messages
+
+    def send(self, peer: int | None, state: State, like: Mapping[str, torch.Tensor]) -> None:
+        """Send the components that `like` names, in its precision; a missing one is zero."""
+        assert peer is not None
+        for name, value in like.items():
+            if name in state and state[name].shape != value.shape:
+                raise RuntimeFault(
+                    f"{name} is {[*state[name].shape]}, but rank {peer} waits for "
+                    f"{[*value.shape]}: the shapes of the inputs are not those of the example"
+                )
+        self.transport.send(
+            peer,
+            [
+                state[name].to(value.dtype)
+                if name in state
+                else torch.zeros_like(value, device=self.device)
+                for name, value in like.items()
+            ],
+        )
+
+    def expect(self, peer: int | None, like: Mapping[str, torch.Tensor]) -> None:
+        """Post a receive for the components that `like` names; `receive` waits for them."""
+        assert peer is not None
+        self.transport.expect(peer, [*like.values()])
+
+    def receive(self, peer: int | None, like: Mapping[str, torch.Tensor]) -> State:
+        """Wait for the components that `like` names."""
+        assert peer is not None
+        tensors = self.transport.receive(peer, [*like.values()])
+        return dict(zip(like, tensors, strict=True))
+
+    def send_adjoint(self, it: Instruction, adjoint: State) -> None:
+        """Send the adjoint of the state after a stage, and the loss with it.
+
+        So every rank knows the loss before its fine stages run backward, and none waits for it
+        after them.
+        """
+        like = {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER}
+        self.send(it.peer, {**adjoint, _LOSS: self.losses[it.batch]}, like)
+
+    def receive_adjoint(self, it: Instruction) -> None:
+        """Wait for what `send_adjoint` sends."""
+        adjoint = self.receive(it.peer, {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER})
+        self.losses[it.batch] = adjoint.pop(_LOSS)
+        self.adjoints[it.key] = adjoint
+
+    def _failure(self, it: Instruction, error: Exception) -> RuntimeFault:
+        """Name rank, phase, stage, modules and shapes of a failure."""
+        stage = self.plan.stages[it.stage]
+        shapes = {
+            name: list(value.shape)
+            for name, value in self.inputs[it.batch].items()
+            if isinstance(value, torch.Tensor)
+        }
+        advice = ""
+        if _is_memory(error):
+            advice = (
+                "; memory is short: distribute() with more micro-batches (batches=) or "
+                "recompute=True, or compile more stages for more ranks"
+            )
+        return RuntimeFault(
+            f"rank {self.pieces.rank} failed at {it}, modules {stage.first_module} to "
+            f"{stage.last_module}, inputs {shapes}: {type(error).__name__}: {error}{advice}"
+        )
+
+
+_LOSS = "the loss"
+_NUMBER = torch.empty((), dtype=torch.float64, device="meta")
+
+
+def _is_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; torch says so on the CPU in words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+# What every sweep begins and ends with
+
+
+def _guess(engine: Engine, it: Instruction) -> None:
+    guess = engine.executor.guess(it.stage, engine.inputs[it.batch])
+    engine.guesses[it.key] = PieceGraph({}, guess)
+
+
+def _head(engine: Engine, it: Instruction) -> None:
+    entering = as_leaves(engine.states.pop(it.key))
+    outputs = engine.executor.head(entering, engine.inputs[it.batch])
+    engine.outputs[it.batch] = outputs
+    if engine.loss is not None:
+        loss = engine.loss(outputs, it.batch)
+        engine.losses[it.batch] = loss.detach()
+        engine.heads[it.key] = PieceGraph(entering, {"loss": loss})
+
+
+def _head_backward(engine: Engine, it: Instruction) -> None:
+    one = torch.ones_like(engine.losses[it.batch])
+    engine.adjoints[it.key] = engine.heads.pop(it.key).backward({"loss": one})
+
+
+def _guess_backward(engine: Engine, it: Instruction) -> None:
+    """Run the guess backward, which residual and fine stage both read."""
+    engine.guesses.pop(it.key).backward(engine.guess_adjoints.pop(it.key))
+
+
+_ENDS: dict[Kind, Handler] = {
+    Kind.GUESS: _guess,
+    Kind.HEAD: _head,
+    Kind.HEAD_BACKWARD: _head_backward,
+    Kind.GUESS_BACKWARD: _guess_backward,
+}
+
+_HANDLERS: dict[str, dict[Kind, Handler]] = {
+    "chain": {**_ENDS, **chain.HANDLERS},
+    "collapsed": {**_ENDS, **collapsed.HANDLERS},
+}
+"""By kind of sweep, what runs each kind of instruction."""
+
+
+def state_shapes(
+    compiled: Compiled, inputs: Sequence[Mapping[str, Any]], precision: torch.dtype | None = None
+) -> StateShapes:
+    """Make the function from a stage and a micro-batch to meta tensors like the state after it.
+
+    Args:
+        compiled: The network.
+        inputs: Inputs of every micro-batch, by argument name.
+        precision: In which states are sent; None for that of the weights.
+    """
+    example = batch_size(compiled.program.args)
+    sizes = [*map(batch_size, inputs)]
+    conversion = compiled.conversion
+
+    def type_of(name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, name)
+        if conversion is not None and dtype == conversion[0]:
+            dtype = conversion[1]
+        return dtype if precision is None else precision
+
+    @cache
+    def shapes(stage: int, batch: int) -> dict[str, torch.Tensor]:
+        state = {}
+        for value in compiled.plan.interfaces[stage].state:
+            shape = list(value.spec.shape)
+            axis = value.spec.batch_axis
+            if axis is not None and example:
+                shape[axis] = shape[axis] * sizes[batch] // example
+            dtype = type_of(value.spec.dtype)
+            state[value.name] = torch.empty(shape, dtype=dtype, device="meta")
+        return state
+
+    return shapes
+
+
+def run_in_one_process(
+    compiled: Compiled,
+    ranks: Sequence[RankPieces],
+    inputs: Sequence[Mapping[str, Any]],
+    loss: Loss | None = None,
+    *,
+    seed: int = 0,
+    synchronize: bool = False,
+) -> list[Engine]:
+    """Run one step of all ranks in turns in this process: the oracle of the distributed runtime.
+
+    Args:
+        compiled: The network.
+        ranks: The pieces of every rank.
+        inputs: Inputs of every micro-batch, by argument name.
+        loss: Of the last stage; None to run forward alone.
+        seed: Of the random numbers of this step.
+        synchronize: Wait for the GPU after every instruction.
+
+    Returns:
+        The engine of every rank, with outputs, losses and seconds.
+    """
+    shapes = state_shapes(compiled, inputs)
+    engines = [
+        Engine(pieces, inputs, transport, shapes, loss, seed, synchronize=synchronize)
+        for pieces, transport in zip(ranks, InProcess.of(len(ranks)), strict=True)
+    ]
+    lists = ranks[0].instruction_lists(batches=len(inputs), backward=loss is not None)
+    for rank, instruction in in_order(lists):
+        engines[rank].run(instruction)
+    return engines

@@ -1,0 +1,157 @@
+"""Point-to-point transport of tensors between ranks: torch.distributed, or queues in one process.
+
+Messages of two ranks arrive in the order in which they were sent, so they carry no tags.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from passes.errors import RuntimeFault
+
+
+class Transport(Protocol):
+    """One rank's end of the messages to and from all others."""
+
+    def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start to send tensors, without waiting for the receiver."""
+
+    def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
+        """Post a receive for tensors of these shapes and types, without waiting for them."""
+
+    def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Wait for tensors of these shapes and types, posted before or not."""
+
+
+class _Posted(NamedTuple):
+    """A receive under way: the tensor it fills, what to wait for, and where the tensor belongs."""
+
+    tensor: torch.Tensor
+    work: dist.Work | None
+    device: torch.device
+
+
+class PointToPoint:
+    """Messages over a process group of torch.distributed.
+
+    Tensors go by way of the host where the backend cannot do otherwise: Gloo takes tensors on a GPU
+    in its collectives, and in no message between two ranks.
+
+    Args:
+        group: Process group with one process a rank.
+        device: Where received tensors belong; where `like` is if None.
+        through_host: Whether messages go by way of the host; None if the backend needs it.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device | None = None,
+        *,
+        through_host: bool | None = None,
+    ) -> None:
+        self._group = group
+        self._device = device
+        self._through_host = through_host
+        self._sent: list[tuple[torch.Tensor, dist.Work | None]] = []
+        self._expected: dict[int, deque[list[_Posted]]] = defaultdict(deque)
+
+    def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start to send tensors; they may be written again after `wait`."""
+        for tensor in tensors:
+            ready = tensor.detach().contiguous()
+            if self._by_host(ready.device):
+                ready = ready.to("cpu")
+            self._sent.append((ready, dist.isend(ready, group=self._group, group_dst=peer)))
+
+    def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
+        """Post a receive; `receive` waits for posted ones in order."""
+        self._expected[peer].append(self._post(peer, like))
+
+    def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Wait for tensors of these shapes and types."""
+        ahead = self._expected[peer]
+        received = []
+        for tensor, work, device in ahead.popleft() if ahead else self._post(peer, like):
+            if work is not None:
+                work.wait()
+            received.append(tensor.to(device))
+        return received
+
+    def wait(self) -> None:
+        """Wait until everything is sent."""
+        for _, work in self._sent:
+            if work is not None:
+                work.wait()
+        self._sent.clear()
+
+    def _post(self, peer: int, like: Sequence[torch.Tensor]) -> list[_Posted]:
+        posted = []
+        for expected in like:
+            home = self._device or expected.device
+            device = torch.device("cpu") if self._by_host(home) else home
+            tensor = torch.empty(expected.shape, dtype=expected.dtype, device=device)
+            work = dist.irecv(tensor, group=self._group, group_src=peer)
+            posted.append(_Posted(tensor, work, home))
+        return posted
+
+    def _by_host(self, device: torch.device) -> bool:
+        if self._through_host is not None:
+            return self._through_host
+        return device.type != "cpu" and backend_of(self._group, device) == "gloo"
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Name the backend that a group has for a kind of device; None if there is none."""
+    pairs = (part.partition(":") for part in dist.get_backend_config(group).split(","))
+    return {kind: backend for kind, _, backend in pairs}.get(device.type)
+
+
+_Queues = defaultdict[tuple[int, int], deque[list[torch.Tensor]]]
+"""Messages on their way, by sender and receiver."""
+
+
+class InProcess:
+    """Messages between ranks that take turns in one process: for tests, timings and simulation.
+
+    Args:
+        rank: The rank whose end this is.
+        queues: Shared by all ranks.
+    """
+
+    def __init__(self, rank: int, queues: _Queues) -> None:
+        self._rank = rank
+        self._queues = queues
+
+    @classmethod
+    def of(cls, ranks: int) -> list[InProcess]:
+        """Connect a number of ranks; return their ends."""
+        queues: _Queues = defaultdict(deque)
+        return [cls(rank, queues) for rank in range(ranks)]
+
+    def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Put copies into the queue of the peer."""
+        self._queues[self._rank, peer].append([tensor.detach().clone() for tensor in tensors])
+
+    def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
+        """Do nothing: a queue has room."""
+
+    def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Take the next message of the peer.
+
+        Raises:
+            RuntimeFault: It has other shapes or types.
+        """
+        tensors = self._queues[peer, self._rank].popleft()
+        for tensor, expected in zip(tensors, like, strict=True):
+            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+                raise RuntimeFault(
+                    f"rank {self._rank} expected {list(expected.shape)} {expected.dtype} from rank "
+                    f"{peer} and got {list(tensor.shape)} {tensor.dtype}"
+                )
+        return tensors
