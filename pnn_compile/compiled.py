@@ -195,8 +195,8 @@ def compile(
             overrides the search.
         coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
             these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
-            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact" or
-            "zero".
+            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact",
+            "zero", or one of your own (docs/write_a_coarse_family.md).
         coarse_budget: Largest share of the original's cost that the coarse sweep may take.
         units: Copies of the repeating block in a coarse network of family "units"; how many of a
             stage's repeated blocks a network of family "thinned" keeps.
