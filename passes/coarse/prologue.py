@@ -66,20 +66,19 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
     on an input on which no component of the state does are left out.
     """
     limit = (options.prologue or 0.0) * analysis.total
-    found = None
+    origin = None
     if copies_blocks(options.preprocess):
-        found = _thinned(analysis, cut, limit if options.prologue is not None else None)
+        origin = _thinned(analysis, cut, limit if options.prologue is not None else None)
     elif limit:
-        found = _first_layers(analysis, limit, cut)
-    found = found or Origin(analysis.sources)
+        origin = _first_layers(analysis, limit, cut)
+    origin = origin or Origin(analysis.sources)
     usable = tuple(
         source
-        for source in found.sources
+        for source in origin.sources
         if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
     )
-    found = dataclasses.replace(found, sources=usable)
-    flops = sum(analysis.costs[node].flops for node in found.copied)
-    return dataclasses.replace(found, flops=flops)
+    flops = sum(analysis.costs[node].flops for node in origin.copied)
+    return dataclasses.replace(origin, sources=usable, flops=flops)
 
 
 def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from passes.coarse.family import family_help
 from passes.errors import OptionError
 from passes.options import Options
 
@@ -52,7 +53,9 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
 
     def decorate(command: _Command) -> _Command:
         for name in reversed(names):
-            field, text = defaults[name], descriptions()[name]
+            field = defaults[name]
+            families = name in ("coarse", "preprocess")
+            text = family_help(name) if families else descriptions()[name]
             kind = float if "float" in str(field.type) else type(field.default)
             flag = f"--{name.replace('_', '-')}"
             command = click.option(flag, default=field.default, type=kind, help=text)(command)
