@@ -51,22 +51,13 @@ class Options:
             "roofline" and "roofline-forward"; or a callable from a node and its forward
             FLOPs to a weight.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
-    <<<<<<< HEAD
-        coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
-            these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
-            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact" or
-            "zero".
-    =======
-        coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
+            coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
             sum such as "linear+lowrank".
-    >>>>>>> 0aa1e73513e46389fdcaadcb4acc909a10789e1a
-        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
+            coarse_budget: Largest share of the original's cost that the coarse sweep may take.
         units: Copies N_c of the repeating block in a coarse network of family "units"; of family
             "thinned" how many of a stage's repeated blocks are kept.
         rank: Rank of family "lowrank".
-        preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
-            "lowrank", "conv" or a sum of these four; or "thinned" (copies of the first layers and
-            of every m-th block after them, with a channel map: for trained, deep models).
+        preprocess: Family of the preprocessing operators, from the same list, "auto", or a sum.
         prologue: Largest share of the original's cost that a guess may spend on a copy of the
             first layers, to read what they give instead of the input, or on a thinned copy of all
             layers before its interface (`preprocess="thinned"`). None is no copy, a tenth for

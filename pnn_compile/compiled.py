@@ -330,40 +330,8 @@ def compile(
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
-    <<<<<<< HEAD
-        options: What to decide and how; `passes.options.Options` describes every one.
-    =======
-        stages: Number N of stages, one a device, or "auto".
-        cost: How nodes are weighed: "flops"; seconds on this machine, "measured" of a training step
-            or "measured-forward" of the forward pass; seconds on `devices` by their profiles,
-            "roofline" or "roofline-forward"; or a callable from (node, FLOPs) to a number. What
-            counts the way back cuts for training, what says forward for inference.
-        cuts: Names of the nodes or modules that come first in the second and later stages;
-            overrides the search.
-        coarse: Family of the coarse propagators: "auto", "linear", "lowrank", "conv", a sum of
-            these three ("linear+lowrank"), "units" (fresh copies of the repeating block, the
-            paper's), "thinned" (every m-th trained block, its branch scaled by m), "exact",
-            "zero", or one of your own (docs/write_a_coarse_family.md).
-        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
-        units: Copies of the repeating block in a coarse network of family "units"; how many of a
-            stage's repeated blocks a network of family "thinned" keeps.
-        rank: Rank of family "lowrank".
-        preprocess: Family of the preprocessing operators: "auto", "convolution", "linear",
-            "lowrank", "conv" or a sum of these four; or "thinned" (copies of the first layers and
-            of every m-th block behind them, with a channel map: for trained, deep models).
-        prologue: Largest share of the original's cost that every guess may spend on a copy of
-            the first layers, to read what they give instead of the input; for "thinned" on all
-            that it copies, a tenth or the least it needs if None.
-        correction: "residual" (the paper's form, for training) or "difference" (classical).
-        sweep: "chain", or "collapsed": every residual goes straight to the last state through a
-            linear or small map of its own, all of them at once; or "auto", the faster one by the
-            step-time model where the corrections are linear.
-        iterations: Number K of parareal iterations; K = N reproduces the original.
-        devices: Profile of the devices to cut for, one for all or a list of one per stage or more
-            (`pnn.load_profile`). Their speeds, links and memory count; costs are then seconds,
-            cost="roofline" unless another one is given.
-    >>>>>>> 0aa1e73513e46389fdcaadcb4acc909a10789e1a
-        dynamic_batch: Whether the batch size stays free where the model allows it.
+            options: What to decide and how; `passes.options.Options` describes every one.
+            dynamic_batch: Whether the batch size stays free where the model allows it.
         plan: Replay this plan instead of deciding anew; no option may be given. Where a cut was
             moved in it (the `first` of a stage, or one of the other names of the same cut), its
             stages are made anew for the cuts that it then has.

@@ -54,8 +54,9 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
     def decorate(command: _Command) -> _Command:
         for name in reversed(names):
             field = defaults[name]
-            families = name in ("coarse", "preprocess")
-            text = family_help(name) if families else descriptions()[name]
+            text = descriptions()[name]
+            if name == "coarse" or name == "preprocess":
+                text = family_help(name)
             kind = float if "float" in str(field.type) else type(field.default)
             flag = f"--{name.replace('_', '-')}"
             command = click.option(flag, default=field.default, type=kind, help=text)(command)
