@@ -51,9 +51,9 @@ class Options:
             "roofline" and "roofline-forward"; or a callable from a node and its forward
             FLOPs to a weight.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
-            coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
+        coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
             sum such as "linear+lowrank".
-            coarse_budget: Largest share of the original's cost that the coarse sweep may take.
+        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
         units: Copies N_c of the repeating block in a coarse network of family "units"; of family
             "thinned" how many of a stage's repeated blocks are kept.
         rank: Rank of family "lowrank".

@@ -330,8 +330,8 @@ def compile(
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
-            options: What to decide and how; `passes.options.Options` describes every one.
-            dynamic_batch: Whether the batch size stays free where the model allows it.
+        options: What to decide and how; `passes.options.Options` describes every one.
+        dynamic_batch: Whether the batch size stays free where the model allows it.
         plan: Replay this plan instead of deciding anew; no option may be given. Where a cut was
             moved in it (the `first` of a stage, or one of the other names of the same cut), its
             stages are made anew for the cuts that it then has.

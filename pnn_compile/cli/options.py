@@ -55,8 +55,10 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
         for name in reversed(names):
             field = defaults[name]
             text = descriptions()[name]
-            if name == "coarse" or name == "preprocess":
-                text = family_help(name)
+            if name == "coarse":
+                text = family_help("coarse")
+            elif name == "preprocess":
+                text = family_help("preprocess")
             kind = float if "float" in str(field.type) else type(field.default)
             flag = f"--{name.replace('_', '-')}"
             command = click.option(flag, default=field.default, type=kind, help=text)(command)
