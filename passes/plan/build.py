@@ -24,7 +24,7 @@ from passes.ir.tensor_spec import Value
 from passes.options import Options
 from passes.partition.choose_cuts import Cut, choose_cut
 from passes.plan.estimate import predict
-from passes.plan.schema import Forecast, Head, Interface, Plan, Stage
+from passes.plan.schema import Asked, Forecast, Head, Interface, Plan, Stage
 
 __all__ = ["make_plan", "with_operators"]
 
@@ -85,7 +85,11 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
         notes=_notes(analysis, options, forecast),
-    )
+        asked=Asked(
+            options.coarse, options.coarse_budget, options.units, options.rank,
+            options.preprocess, options.prologue,
+        ),
+    )  # fmt: skip
 
 
 def _faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:

@@ -7,12 +7,10 @@ it began when the plan was made. Whoever moves one of the names moves the cut.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from passes.analysis.analysis import MEASURED, ROOFLINE
-from passes.coarse.copied_blocks import UnitsOptions
-from passes.coarse.lowrank import LowRankOptions
 from passes.errors import ArtifactError, PartitionError
 from passes.options import Options
 from passes.plan.schema import Plan
@@ -74,7 +72,7 @@ def _within(place: int | None, order: Sequence[str]) -> int:
 
 
 def options_of(plan: Plan, cuts: tuple[str, ...]) -> Options:
-    """What a plan was asked for, as far as it says, with other cuts.
+    """Return what a plan was asked for, with other cuts.
 
     Raises:
         PartitionError: It does not say enough.
@@ -85,6 +83,11 @@ def options_of(plan: Plan, cuts: tuple[str, ...]) -> Options:
             f"does not hold the figures: compile with cuts={list(cuts)} (--cut-at "
             f"{','.join(cuts)}) and the same cost and devices instead"
         )
+    if plan.asked is None:
+        raise PartitionError(
+            "the cuts of the plan were moved, but it was made by a version that did not store what "
+            f"was asked for: compile with cuts={list(cuts)} (--cut-at {','.join(cuts)}) instead"
+        )
     return Options(
         cuts=cuts,
         cost=plan.cost,  # type: ignore[arg-type]  # one of those above
@@ -92,29 +95,5 @@ def options_of(plan: Plan, cuts: tuple[str, ...]) -> Options:
         sweep=plan.sweep,
         iterations=plan.iterations,
         seed=plan.seed,
-        **_families(plan),
+        **dataclasses.asdict(plan.asked),
     )
-
-
-def _families(plan: Plan) -> dict[str, Any]:
-    """Families of guesses and corrections that all stages have in common; the others are chosen."""
-    found: dict[str, Any] = {}
-    later = plan.stages[1:]
-    for name, specs in (
-        ("coarse", [stage.coarse for stage in later]),
-        ("preprocess", [stage.preprocess for stage in later]),
-    ):
-        families = {spec.family for spec in specs if spec is not None}
-        if len(families) == 1:
-            found[name] = families.pop()
-    coarse = [stage.coarse.options for stage in later if stage.coarse]
-    ranks = {options.rank for options in coarse if isinstance(options, LowRankOptions)}
-    if len(ranks) == 1:
-        found["rank"] = ranks.pop()
-    shares = {stage.preprocess.options.prologue for stage in later if stage.preprocess} - {None}
-    if len(shares) == 1:
-        found["prologue"] = shares.pop()
-    units = [len(options.blocks) for options in coarse if isinstance(options, UnitsOptions)]
-    if units and "coarse" in found:
-        found["units"] = max(units)
-    return found

@@ -12,7 +12,6 @@ from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
 from passes.partition.build_problem import transfer
 from passes.partition.problem import Phases
-from passes.plan.rounds import Work
 from passes.plan.schema import Forecast, Head, Interface, Stage
 
 __all__ = ["predict"]
@@ -54,24 +53,22 @@ def predict(
     sweep, link = sum(hops), sum(links)
     if options.sweep == "collapsed":
         sweep, link = max(hops), max(links, default=0.0) * math.ceil(math.log2(len(stages)))
-    tail = sum(places[-1].cost(order[stages[-1].last] + 1, len(order)))
+    tail = math.fsum(places[-1].cost(order[stages[-1].last] + 1, len(order)))
     fastest = min({id(place): place for place in places}.values(), key=lambda p: p.total)
     slowest = _slowest(fine)
     rounds = min(options.iterations, len(stages))
-    work = Work(
-        total=fastest.total,
+    share = (fastest.total - tail) / len(fine)
+    return Forecast.of(
+        rounds,
+        unit=analysis.unit,
+        sequential=fastest.total,
         makespan=_slowest([_sum(*pair) for pair in zip(fine, guesses, strict=True)]),
         slowest=slowest,
         sweep=sweep + link,
         tail=tail,
-    )
-    share = (work.total - tail) / len(fine)
-    return work.forecast(
-        rounds,
-        unit=analysis.unit,
         imbalance=slowest / share if share > 0 else 1.0,
         gap=gap,
-        link=rounds * link,
+        link=link,
     )
 
 

@@ -12,7 +12,6 @@ from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
 from passes.plan.bottleneck import LIMITS, find_limit, is_block
 from passes.plan.build import make_plan
-from passes.plan.rounds import Work
 from passes.plan.schema import Plan
 
 __all__ = ["decide"]
@@ -166,16 +165,16 @@ class _Search:
         )
 
     def _limit(self, plan: Plan) -> str:
-        work, count = Work.of(plan), len(plan.stages)
-        link = plan.forecast.link / min(plan.iterations, count)
+        forecast, count = plan.forecast, len(plan.stages)
+        link = forecast.link / min(plan.iterations, count)
         parts = {
-            "fine": work.slowest,
-            "preprocessing": work.makespan - work.slowest,
-            "coarse": work.sweep - link,
+            "fine": forecast.slowest,
+            "preprocessing": forecast.makespan - forecast.slowest,
+            "coarse": forecast.sweep - link,
             "link": link,
-            "head": work.tail,
+            "head": forecast.tail,
         }
-        found = find_limit(parts, work.total, count)
+        found = find_limit(parts, forecast.sequential, count)
         if found != "fine":
             return found
         costs = self._analysis.costs

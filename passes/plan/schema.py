@@ -137,6 +137,9 @@ class Forecast:
         serial_share: `serial / sequential`.
         gap: Relative distance of the cut from the proven optimum of the objective.
         link: Seconds of the serial part in which states cross links; 0 without devices.
+        slowest: Slowest fine stage alone, of both ways as in the makespan.
+        sweep: One coarse sweep, links included.
+        tail: The head.
     """
 
     unit: str
@@ -150,6 +153,73 @@ class Forecast:
     serial_share: float
     gap: float
     link: float = 0.0
+    slowest: float = 0.0
+    sweep: float = 0.0
+    tail: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        iterations: int,
+        *,
+        unit: str,
+        sequential: float,
+        makespan: float,
+        slowest: float,
+        sweep: float,
+        tail: float,
+        imbalance: float,
+        gap: float,
+        link: float,
+    ) -> Forecast:
+        """Put the figures of K iterations together; the guesses are made in the first one only.
+
+        Args:
+            iterations: K, at most the number of stages.
+            unit: As above, and so are the others;
+            sequential: the original network,
+            makespan: the slowest stage with its guess,
+            slowest: the slowest stage alone,
+            sweep: one sweep,
+            tail: the head,
+            imbalance: of the stages,
+            gap: of the cut,
+            link: the part of one sweep in which states cross links.
+        """
+        serial = iterations * sweep + tail
+        time = makespan + (iterations - 1) * slowest + serial
+        free = iterations * slowest + tail
+        return cls(
+            unit=unit,
+            sequential=sequential,
+            makespan=makespan,
+            serial=serial,
+            time=time,
+            speedup=sequential / time if time else 1.0,
+            bound=sequential / free if slowest else 1.0,
+            imbalance=imbalance,
+            serial_share=serial / sequential if sequential else 0.0,
+            gap=gap,
+            link=iterations * link,
+            slowest=slowest,
+            sweep=sweep,
+            tail=tail,
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the operators were asked for, so that a plan can be made anew for other cuts.
+
+    The fields are those of `passes.options.Options`.
+    """
+
+    coarse: str
+    coarse_budget: float
+    units: int
+    rank: int
+    preprocess: str
+    prologue: float | None
 
 
 @dataclass(frozen=True)
@@ -171,6 +241,7 @@ class Plan:
         fingerprint: Digest of the program's structure that the plan was made for.
         ties: Parameters that more than one stage reads, each with those stages.
         notes: What a user should know.
+        asked: What the operators were asked for; None in plans of versions that did not store it.
         schema: Version of this format.
     """
 
@@ -187,7 +258,20 @@ class Plan:
     fingerprint: str
     ties: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
+    asked: Asked | None = None
     schema: int = SCHEMA
+
+    def forecasts(self, most: int) -> tuple[Forecast, ...]:
+        """Forecast 1 to `most` iterations, with everything else as it is."""
+        known, rounds = self.forecast, min(self.iterations, len(self.stages))
+        return tuple(
+            Forecast.of(
+                count, unit=known.unit, sequential=known.sequential, makespan=known.makespan,
+                slowest=known.slowest, sweep=known.sweep, tail=known.tail,
+                imbalance=known.imbalance, gap=known.gap, link=known.link / rounds,
+            )
+            for count in range(1, most + 1)
+        )  # fmt: skip
 
     def enters(self, number: int) -> tuple[Value, ...]:
         """The values that a stage after the first reads: what its guess stands for."""
@@ -236,7 +320,26 @@ class Plan:
         if found != SCHEMA:
             raise ArtifactError(f"the plan has schema {found!r}, this version reads {SCHEMA}")
         plan: Plan = _decode(cls, data, "plan")
+        if plan.forecast.sequential and not plan.forecast.slowest:
+            plan = dataclasses.replace(plan, forecast=_with_parts(plan))
         return plan
+
+
+def _with_parts(plan: Plan) -> Forecast:
+    """Compute the parts of a forecast from a version that stored their sums alone."""
+    known, count = plan.forecast, len(plan.stages)
+    rounds = min(plan.iterations, count)
+    free = known.sequential / known.bound  # rounds * slowest + tail
+    if rounds > 1:
+        slowest = (known.time - known.makespan - known.serial) / (rounds - 1)
+    elif known.imbalance < count:
+        # With it, the imbalance, which is slowest * count / (sequential - tail).
+        slowest = known.imbalance * (known.sequential - free) / (count - known.imbalance)
+    else:
+        slowest = free  # one stage has all the cost
+    tail = free - rounds * slowest
+    sweep = (known.serial - tail) / rounds
+    return dataclasses.replace(known, slowest=slowest, sweep=sweep, tail=tail)
 
 
 def _decode(kind: Any, data: Any, where: str) -> Any:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from passes.errors import OptionError
-from passes.plan.rounds import Work
 from passes.transform.executor import Executor, State
 from passes.transform.sweep import Role, sweep
 from pnn_compile.fit.isolation import evaluating, measuring
@@ -98,7 +97,7 @@ def iterate(
         exact=done == len(plan.stages),
         estimates=estimates,
         increments=torch.stack(changed),
-        times=tuple(forecast.time for forecast in Work.forecasts(plan, done)),
+        times=tuple(forecast.time for forecast in plan.forecasts(done)),
     )
 
 
@@ -243,7 +242,7 @@ def dial(
             _tally(executor, inputs, wanted, tallies)
     if not tallies[0].samples:
         raise OptionError("the dial needs at least one batch of samples; there is none")
-    forecasts = Work.forecasts(plan, most)
+    forecasts = plan.forecasts(most)
     rows = enumerate(zip(tallies, forecasts, strict=True), 1)
     return tuple(
         DialRow(

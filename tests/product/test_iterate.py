@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 import pnn_compile as pnn
 from examples import resnet110
 from passes.ir.isolation import preserved
-from passes.plan.rounds import Work
 from passes.transform.assemble import assemble
 from pnn_compile.cli import main
 from pnn_compile.evaluate.iterate import DialRow, estimated_errors
@@ -262,7 +261,7 @@ def test_forecasts_are_those_of_a_network_compiled_for_k(
             coarse_budget=1.0, **options,
         ).plan  # fmt: skip
 
-    found = Work.forecasts(plan(compiled_for), stages)
+    found = plan(compiled_for).forecasts(stages)
     for iterations, forecast in enumerate(found, 1):
         wanted = plan(iterations).forecast
         assert forecast.unit == wanted.unit
