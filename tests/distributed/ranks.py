@@ -29,6 +29,7 @@ multiprocessing.set_forkserver_preload(
         "pytest",
         "tests.distributed.ranks",
         "tests.models.distributed_models",
+        "torch._dynamo",
         "torch.distributed.checkpoint",
         "torch.distributed.device_mesh",
         "torch.distributed.fsdp",

@@ -27,8 +27,14 @@ from tests.support.sourcefiles import refusal
 Members = dict[str, bytes]
 
 
-def dropping(*, norm: bool = False) -> nn.Module:
-    return nn.Sequential(*block_list(6, 6, norm=norm, dropout=0.5))
+class Dropping(nn.Sequential):
+    """Six layers with dropout; batch norm on demand. Its input is called x."""
+
+    def __init__(self, *, norm: bool = False) -> None:
+        super().__init__(*block_list(6, 6, norm=norm, dropout=0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
 
 
 def save(model: nn.Module, path: Path, *, dynamic: bool = False) -> Path:
@@ -39,7 +45,7 @@ def save(model: nn.Module, path: Path, *, dynamic: bool = False) -> Path:
 
 
 def test_a_saved_program_trains_and_evaluates(tmp_path: Path) -> None:
-    model = dropping()
+    model = Dropping()
     source = load_source(str(save(model, tmp_path / "model.pt2")))
     assert torch.equal(source.args[0], torch.ones(4, 6))
     assert torch.equal(source.model.eval()(*source.args), model.eval()(*source.args))
@@ -50,7 +56,7 @@ def test_a_saved_program_trains_and_evaluates(tmp_path: Path) -> None:
 
 
 def test_a_saved_program_switches_its_batchnorm_too(tmp_path: Path) -> None:
-    model = dropping(norm=True)
+    model = Dropping(norm=True)
     x = torch.randn(4, 6)
     for mode in (True, False):
         source = load_source(str(save(model.train(mode), tmp_path / f"{mode}.pt2")))
@@ -60,7 +66,7 @@ def test_a_saved_program_switches_its_batchnorm_too(tmp_path: Path) -> None:
 
 
 def test_a_program_takes_no_arguments(tmp_path: Path) -> None:
-    path = save(dropping(), tmp_path / "model.pt2")
+    path = save(Dropping(), tmp_path / "model.pt2")
     with pytest.raises(SourceError, match=r"takes no --arg \(width\)"):
         load_source(str(path), (), ["width=3"])
 
@@ -186,7 +192,7 @@ CRAFTED: dict[str, tuple[Callable[[Members], None], str]] = {
 @functools.cache
 def _good() -> Members:
     with tempfile.TemporaryDirectory() as folder:
-        good = save(dropping(), Path(folder) / "good.pt2", dynamic=True)
+        good = save(Dropping(), Path(folder) / "good.pt2", dynamic=True)
         with zipfile.ZipFile(good) as archive:
             return {
                 f"model/{name.partition('/')[2]}": archive.read(name) for name in archive.namelist()
@@ -228,7 +234,7 @@ def test_the_canaries_sing_in_the_loader_of_torch(
 
 
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = save(dropping(), tmp_path / "model.pt2")
+    path = save(Dropping(), tmp_path / "model.pt2")
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in archive.namelist() if name.endswith("model.json"))
         data = archive.read(name)
@@ -238,7 +244,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_compressed_member_is_refused(tmp_path: Path) -> None:
-    path = save(dropping(), tmp_path / "model.pt2")
+    path = save(Dropping(), tmp_path / "model.pt2")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model/data/weights/weight_999", bytes(10**6))
     assert "weight_999" in refusal(str(path))
