@@ -70,7 +70,11 @@ class Sweep:
         return self.sources[stage] if self.sources else (stage - 1,)
 
     def computed(self, stages: int, iteration: int) -> range:
-        """The stages, of so many, that an iteration computes."""
+        """The stages, of so many, that an iteration computes.
+
+        >>> [list(Sweep(iterations=2).computed(4, iteration)) for iteration in (0, 1)]
+        [[0, 1, 2], [1, 2, 3]]
+        """
         return range(iteration, stages - self.iterations + iteration + 1)
 
     def corrected(self, stages: int, iteration: int) -> range:
@@ -101,6 +105,11 @@ def schedule(
 
     Returns:
         The instructions, by rank.
+
+    >>> for program in schedule((0, 1), backward=False):
+    ...     print([instruction.kind.value for instruction in program])
+    ['fine', 'correct', 'send state']
+    ['guess', 'fine', 'receive state', 'correct', 'head']
     """
     own: list[list[int]] = [[] for _ in range(max(placement) + 1)]
     for stage, rank in enumerate(placement):
