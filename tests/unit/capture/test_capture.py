@@ -83,11 +83,11 @@ def test_the_users_model_is_left_as_it_was(name: str) -> None:
     [
         (
             "data_branch",
-            r"in DataBranch \(DataBranch\) at .*models\.py:\d+\n  torch.export: .*Guard",
+            r"in DataBranch \(DataBranch\) at .*hard_models\.py:\d+\n  torch.export: .*Guard",
         ),
         (
             "data_branch",
-            r"torch.export: .* in DataBranch \(DataBranch\) at .*models\.py:\d+\n",
+            r"torch.export: .* in DataBranch \(DataBranch\) at .*hard_models\.py:\d+\n",
         ),
         ("data_branch", r"kept whole: no submodule alone stands in the way\ncompile the submodule"),
     ],
