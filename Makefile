@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # The interpreter asked for comes first, then whatever supported one the machine has.
 CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13
@@ -14,17 +15,20 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean check-python
+.PHONY: help demo test test-slow lint clean check-python
 
 help: ## say what the targets do
-	@sed -n 's/^\([a-z][a-z]*\):[^#]*## /\1	/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 8
 
 demo: $(STAMP) ## compile ResNet-1001 into four stages, in build/resnet1001
 	@mkdir -p build
 	$(BIN)/pnn-compile examples/resnet1001.py -n 4 -o build/resnet1001
 
-test: $(STAMP) ## run the tests, a process a core
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## run the tests but the slow ones, a process a core
+	$(PYTEST)
+
+test-slow: $(STAMP) ## run the slow tests alone: long sweeps and large models
+	$(PYTEST) -m slow
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

@@ -6,18 +6,8 @@ from torch import Tensor, nn
 
 import pnn_compile as pnn
 from passes.cost.flops import count_flops
+from tests.models.builders import Exported, LanguageModel, Residual, block_chain, residual_chain
 from tests.models.zoo import by_name
-
-
-class Residual(nn.Module):
-    """x + tanh(linear(x))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
 
 
 def _blocks(count: int = 6, width: int = 16) -> nn.ModuleList:
@@ -241,8 +231,8 @@ def test_options_that_are_misread_are_refused() -> None:
 
 
 def test_statistics_that_are_updated_more_than_once_are_noted() -> None:
-    layers = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(6)]
-    plan = pnn.compile(nn.Sequential(*layers), torch.randn(4, 8), stages=3, iterations=2).plan
+    model = block_chain(6, 8, norm=True)
+    plan = pnn.compile(model, torch.randn(4, 8), stages=3, iterations=2).plan
     assert any("BatchNorm" in note for note in plan.notes)
 
 
@@ -302,24 +292,9 @@ def test_a_guess_has_the_layout_that_a_stage_takes_views_of() -> None:
     assert compiled.verify(strict=True).ok
 
 
-class LanguageModel(nn.Module):
-    """Takes ids and labels; has a branch on a shape, so that torch.export has to capture it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 16)
-        self.blocks = nn.Sequential(*_blocks())
-        self.head = nn.Linear(16, 20)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if ids.shape[1] > 100:
-            raise ValueError
-        logits = self.head(self.blocks(self.embedding(ids)))
-        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
 def test_one_tensor_given_twice_stays_two_inputs() -> None:
-    model, ids = LanguageModel().eval(), torch.randint(0, 20, (4, 6))
+    model = LanguageModel(Exported(residual_chain(6, 16)), 16).eval()
+    ids = torch.randint(0, 20, (4, 6))
     compiled = pnn.compile(model, (ids, ids), stages=2)
     assert compiled.program.capture.rung == "torch.export"
     inputs = torch.randint(0, 20, (2, 4, 6)).unbind()

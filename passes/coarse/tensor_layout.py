@@ -93,6 +93,11 @@ def layouts(source: TensorSpec, target: TensorSpec) -> tuple[Layout, Layout]:
     """Return the layouts of two tensors of one network, made to agree on the batch.
 
     A flat target that has as many elements as the source is the same image unrolled.
+
+    >>> image = TensorSpec((2, 8, 4, 4), "float32", batch_axis=0, channel_axis=1)
+    >>> flat = TensorSpec((2, 128), "float32", batch_axis=0, channel_axis=1)
+    >>> [layout.space for layout in layouts(image, flat)]
+    [(4, 4), (4, 4)]
     """
     entering = source.shape[source.batch_axis or 0] if source.shape else 1
     leaving = target.shape[target.batch_axis or 0] if target.shape else 1
@@ -107,7 +112,13 @@ def layouts(source: TensorSpec, target: TensorSpec) -> tuple[Layout, Layout]:
 
 
 def resize(x: torch.Tensor, space: tuple[int, ...]) -> torch.Tensor:
-    """Pool or repeat `[B, C, *S]` to `[B, C, *space]`."""
+    """Pool or repeat `[B, C, *S]` to `[B, C, *space]`.
+
+    >>> resize(torch.tensor([[[1.0, 3.0, 5.0, 7.0]]]), (2,))
+    tensor([[[2., 6.]]])
+    >>> resize(torch.ones(4, 8), (3, 3)).shape
+    torch.Size([4, 8, 3, 3])
+    """
     if tuple(x.shape[2:]) == space:
         return x
     batch, channels = x.shape[:2]

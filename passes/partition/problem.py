@@ -172,11 +172,24 @@ def phases(problem: CutProblem, cuts: Sequence[int]) -> Phases:
 
 
 def makespan(problem: CutProblem, cuts: Sequence[int]) -> float:
-    """Return the cost of the slowest stage forward and of the slowest stage backward."""
+    """Return the cost of the slowest stage forward and of the slowest stage backward.
+
+    >>> four_layers = {"work": [2, 3, 5, 6], "entry": [1] * 4, "hop": [0.5] * 4, "tail": [0] * 4}
+    >>> problem = CutProblem.alike(stages=2, **four_layers)
+    >>> makespan(problem, (1, 3))  # the first stage costs 3, the second 3 and a guess that costs 1
+    4.0
+    >>> makespan(problem, (0, 3))
+    5.0
+    """
     return phases(problem, cuts).makespan
 
 
 def serial(problem: CutProblem, cuts: Sequence[int]) -> float:
-    """Return the price of the serial sweep, sum_j(t(F_j) + link) + t(h), of a partition."""
+    """Return the price of the serial sweep, sum_j(t(F_j) + link) + t(h), of a partition.
+
+    >>> prices = {"work": [1, 2, 3], "entry": [0] * 3, "hop": [0.5, 0.25, 0], "tail": [9, 9, 1]}
+    >>> serial(CutProblem.alike(stages=2, **prices), (1, 2))  # one hop, and the head
+    1.25
+    """
     hops = (d.hop[c] for d, c in zip(problem.devices[1:], cuts[:-1], strict=True))
     return math.fsum([*hops, problem.devices[-1].tail[cuts[-1]]])

@@ -71,7 +71,11 @@ class Sweep:
         return self.sources[stage] if self.sources else (stage - 1,)
 
     def computed(self, stages: int, iteration: int) -> range:
-        """The stages, of so many, that an iteration computes."""
+        """Return the stages, of so many, that an iteration computes.
+
+        >>> [list(Sweep(iterations=2).computed(4, iteration)) for iteration in (0, 1)]
+        [[0, 1, 2], [1, 2, 3]]
+        """
         steps = sweep(stages, self.kind, self.iterations)
         computed = [s.stage for s in steps if s.role is Role.FINE and s.iteration == iteration]
         return range(computed[0], computed[-1] + 1)
@@ -104,6 +108,11 @@ def schedule(
 
     Returns:
         The instructions, by rank.
+
+    >>> for program in schedule((0, 1), backward=False):
+    ...     print([instruction.kind.value for instruction in program])
+    ['fine', 'correct', 'send state']
+    ['guess', 'fine', 'receive state', 'correct', 'head']
     """
     own: list[list[int]] = [[] for _ in range(max(placement) + 1)]
     for stage, rank in enumerate(placement):

@@ -13,13 +13,27 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-__all__ = ["begin", "start"]
+__all__ = ["begin", "spawn", "start"]
 
 _NUMBERS = itertools.count()
 
 # The server imports torch once and has no threads: ranks forked from it start in no time.
 multiprocessing.set_forkserver_preload(
-    ["torch.distributed.checkpoint", "torch.testing", "tests.distributed.ranks"]
+    [
+        "examples.decoder",
+        "examples.resnet110",
+        "hypothesis",
+        "pnn_compile.bench",
+        "pnn_compile.runtime",
+        "pytest",
+        "tests.distributed.ranks",
+        "tests.models.distributed_models",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "torch.testing",
+    ]
 )
 
 
@@ -34,6 +48,11 @@ def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: An
     while not context.join():
         pass
     return [torch.load(results / f"{rank}.pt") for rank in range(ranks)]
+
+
+def spawn(function: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> None:
+    """Take the place of torch's `spawn`, whose processes import everything anew."""
+    start_processes(function, args, nprocs, start_method="forkserver")
 
 
 def begin(

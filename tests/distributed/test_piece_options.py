@@ -55,7 +55,7 @@ def _compiled(rank: int, recompute: bool) -> list[Any]:
     return [plain, _train(options, norm=False, dropout=0.0)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_pieces_train_alike(recompute: bool, tmp_path: Path) -> None:
     for plain, compiled in start(_compiled, 2, tmp_path, recompute):
         assert plain[0] == pytest.approx(compiled[0], rel=1e-5)

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import pnn_compile as pnn
 from pnn_compile.artifact import atomic
+from tests.models.builders import block_chain
 
 EVENTS = ("os.", "shutil.", "open", "ctypes.call_function", "fcntl.flock")
 
 
 def _network(width: int) -> pnn.Compiled:
-    layers = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)]
-    return pnn.compile(nn.Sequential(*layers), torch.randn(3, width), stages=2)
+    return pnn.compile(block_chain(4, width), torch.randn(3, width), stages=2)
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,16 @@ from pnn_compile.inputs import resized
 from pnn_compile.report.bench import bench_table
 from pnn_compile.report.terminal import to_text
 from pnn_compile.runtime import Kind
+from tests.models.builders import block_chain
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("_forked_ranks")
 
 
 def _compiled() -> pnn.Compiled:
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)]
-    return pnn.compile(nn.Sequential(*blocks), torch.randn(3, 8), stages=2, coarse_budget=1.0)
+    model = block_chain(6, 8, activation=nn.ReLU)
+    return pnn.compile(model, torch.randn(3, 8), stages=2, coarse_budget=1.0)
 
 
 def test_contenders_take_turns_on_the_same_ranks() -> None:

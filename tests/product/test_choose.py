@@ -15,7 +15,7 @@ def samples() -> list[torch.Tensor]:
     """Smooth images, so that there is something to learn from few samples."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(640, 3, 4, 4, generator=generator)
-    return list(nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear").split(64))
+    return list(nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear").split(64))
 
 
 def _network() -> nn.Module:

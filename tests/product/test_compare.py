@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import pnn_compile as pnn
 from pnn_compile.cli import main
 from pnn_compile.report.compare import compare, comparison_table
 from pnn_compile.report.terminal import to_text
+from tests.models.builders import linear_chain
 
 
 def build(stages: int, *cuts: str, **options: object) -> pnn.Compiled:
     torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(8)])
+    model = linear_chain(8, 8)
     where: dict[str, object] = {"cuts": list(cuts)} if cuts else {}
     return pnn.compile(model, torch.randn(2, 8), stages=stages, **where, **options)  # type: ignore[arg-type]
 

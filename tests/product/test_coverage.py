@@ -47,7 +47,7 @@ def test_a_model_of_the_zoo_is_green(name: str) -> None:
     ("library", "text"),
     [
         ("timm", "timm:test_vit"),
-        ("timm", "timm:resnet10t --input 2x3x64x64"),
+        pytest.param("timm", "timm:resnet10t --input 2x3x64x64", marks=pytest.mark.slow),
         ("torchvision", "torchvision:squeezenet1_1 --input 2x3x64x64"),
         ("transformers", "hf:bert"),
     ],

@@ -20,6 +20,7 @@ from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.checkpoint import random_state, set_random_state
 from pnn_compile.fit.distill import Distiller
 from pnn_compile.fit.regression_sweep import Given
+from tests.models.builders import Shifts, block_list
 from tests.models.zoo import by_name
 from tests.support.programs import call
 
@@ -161,8 +162,10 @@ def test_the_goals_of_a_collapsed_sweep_add_up_to_the_original(
         torch.testing.assert_close(last[key], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stop_at", [7, 16, 27])
-@pytest.mark.parametrize("options", [{}, {"iterations": 2}, {"sweep": "collapsed"}])
+@pytest.mark.parametrize(
+    ("options", "stop_at"),
+    [({}, 7), ({"iterations": 2}, 16), ({"sweep": "collapsed"}, 27)],  # before, at, after the turn
+)
 def test_an_interrupted_fit_goes_on_bit_for_bit(
     options: dict[str, Any], stop_at: int, tmp_path: Path
 ) -> None:
@@ -306,12 +309,8 @@ def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() ->
 
 
 def test_batches_are_left_as_they_are() -> None:
-    class Shifts(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.sub_(0.5)
-
-    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
-    compiled = pnn.compile(nn.Sequential(Shifts(), *blocks), torch.randn(2, 8), stages=2)
+    model = nn.Sequential(Shifts(), *block_list(4, 8))
+    compiled = pnn.compile(model, torch.randn(2, 8), stages=2)
     x = torch.randn(16, 8)
     before = x.clone()
     pnn.fit(compiled, [x], interface_epochs=1)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
-from examples import unet
 from passes.schedule.trace import step_trace
 from pnn_compile.export.dot import to_dot
 from pnn_compile.export.format import count
@@ -25,11 +24,6 @@ DOT = shutil.which("dot")
 
 if DOT is None and os.environ.get("CI") == "true":
     raise RuntimeError("tests of the drawings need graphviz: apt-get install graphviz")
-
-
-@pytest.fixture(scope="module")
-def compiled() -> pnn.Compiled:
-    return pnn.compile(unet.build_model(), unet.example_inputs(), stages=3)
 
 
 NASTY = 'say "hi" <b>\\N & ]; end\n%% {x} | \x07'
@@ -48,8 +42,8 @@ def nasty() -> nx.DiGraph[str]:
 
 
 @pytest.fixture(scope="module")
-def graph(compiled: pnn.Compiled) -> nx.DiGraph[str]:
-    return compiled.graph
+def graph(unet_compiled: pnn.Compiled) -> nx.DiGraph[str]:
+    return unet_compiled.graph
 
 
 def equal(one: nx.Graph[str], other: nx.Graph[str]) -> bool:
@@ -57,9 +51,9 @@ def equal(one: nx.Graph[str], other: nx.Graph[str]) -> bool:
     return (one.name, dict(one.nodes), one.adj) == (other.name, dict(other.nodes), other.adj)
 
 
-def test_graphml_reads_back_equal(compiled: pnn.Compiled) -> None:
-    again = nx.parse_graphml(to_graphml(compiled.graph))
-    assert equal(again, compiled.graph)
+def test_graphml_reads_back_equal(unet_compiled: pnn.Compiled) -> None:
+    again = nx.parse_graphml(to_graphml(unet_compiled.graph))
+    assert equal(again, unet_compiled.graph)
 
 
 def test_graphml_holds_measured_seconds_of_the_nodes_that_have_them() -> None:
@@ -78,9 +72,9 @@ def test_graphml_takes_names_that_xml_cannot_hold(nasty: nx.DiGraph[str]) -> Non
     assert NASTY.replace("\x07", "\ufffd") + "0" in paths
 
 
-def test_node_link_json_reads_back_equal(compiled: pnn.Compiled) -> None:
-    data = json.loads(to_node_link(compiled.graph))
-    assert equal(nx.node_link_graph(data, edges="edges"), compiled.graph)
+def test_node_link_json_reads_back_equal(unet_compiled: pnn.Compiled) -> None:
+    data = json.loads(to_node_link(unet_compiled.graph))
+    assert equal(nx.node_link_graph(data, edges="edges"), unet_compiled.graph)
 
 
 @pytest.mark.skipif(DOT is None, reason="no graphviz on the PATH: apt-get install graphviz")
@@ -112,19 +106,25 @@ def test_mermaid_keeps_to_its_grammar(
     assert text.count("subgraph ") == text.count("  end\n")
 
 
-def test_mermaid_collapses_modules(compiled: pnn.Compiled) -> None:
-    text = to_mermaid(compiled.graph, 1)
+def test_mermaid_collapses_modules(unet_compiled: pnn.Compiled) -> None:
+    text = to_mermaid(unet_compiled.graph, 1)
     flops = sum(
         data["flops"]
-        for _, data in compiled.graph.nodes(data=True)
+        for _, data in unet_compiled.graph.nodes(data=True)
         if data["role"] == "fine" and data["path"].startswith("down.") and data["stage"] == 0
     )
     assert f'["down<br/>{count(flops)} FLOPs"]:::fine' in text
-    assert len(to_mermaid(compiled.graph, 0)) < len(text) < len(to_mermaid(compiled.graph, 3))
+    assert (
+        len(to_mermaid(unet_compiled.graph, 0))
+        < len(text)
+        < len(to_mermaid(unet_compiled.graph, 3))
+    )
 
 
-def test_a_step_is_traced_in_the_plans_own_time(compiled: pnn.Compiled) -> None:
-    events = step_trace(compiled.plan)["traceEvents"]
+def test_a_step_is_traced_in_the_plans_own_time(unet_compiled: pnn.Compiled) -> None:
+    events = step_trace(unet_compiled.plan)["traceEvents"]
     fine = next(event for event in events if event["name"] == "fine 0")
-    assert fine["dur"] == pytest.approx(compiled.plan.stages[0].flops * 1e-6)  # at 10^12 a second
+    assert fine["dur"] == pytest.approx(
+        unet_compiled.plan.stages[0].flops * 1e-6
+    )  # at 10^12 a second
     assert {event["tid"] for event in events} == {0, 1, 2}

@@ -15,6 +15,8 @@ from pnn_compile.report.first_run import first_run_table
 from pnn_compile.report.terminal import to_text
 from tests.models.distributed_models import network
 
+pytestmark = pytest.mark.usefixtures("_forked_ranks")
+
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -19,6 +19,7 @@ from pnn_compile.forecast.compare_methods import balanced, gpipe_lists
 from pnn_compile.forecast.forecast import forecast
 from pnn_compile.forecast.table import ForecastRow, ForecastTable
 from pnn_compile.runtime import Sweep, Times, schedule, simulate
+from tests.models.builders import residual_chain
 from tests.unit.cost.test_device import profile
 
 TIMES = st.floats(min_value=0, max_value=10)
@@ -37,15 +38,7 @@ def table(*rows: ForecastRow) -> ForecastTable:
 
 
 def blocks(count: int = 12, width: int = 8) -> tuple[nn.Module, torch.Tensor]:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(width, width)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + torch.relu(self.linear(x))
-
-    return nn.Sequential(*[Block() for _ in range(count)]), torch.randn(8, width)
+    return residual_chain(count, width), torch.randn(8, width)
 
 
 def test_more_devices_stop_paying_where_five_percent_are_left() -> None:

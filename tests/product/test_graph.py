@@ -2,7 +2,6 @@
 
 import networkx as nx
 import pydot
-import pytest
 import torch
 from torch import nn
 
@@ -11,15 +10,10 @@ from examples import unet
 from pnn_compile.export.dot import to_dot
 
 
-@pytest.fixture(scope="module")
-def compiled() -> pnn.Compiled:
-    return pnn.compile(unet.build_model(), unet.example_inputs(), stages=3)
-
-
-def test_the_graph_is_acyclic_and_complete(compiled: pnn.Compiled) -> None:
-    graph = compiled.graph
+def test_the_graph_is_acyclic_and_complete(unet_compiled: pnn.Compiled) -> None:
+    graph = unet_compiled.graph
     assert nx.is_directed_acyclic_graph(graph)
-    assert {node.name for node in compiled.program.order} <= set(graph)
+    assert {node.name for node in unet_compiled.program.order} <= set(graph)
     roles = {data["role"] for _, data in graph.nodes(data=True)}
     assert roles == {
         "input", "preprocess", "fine", "residual", "coarse", "correct", "head", "output",
@@ -27,18 +21,18 @@ def test_the_graph_is_acyclic_and_complete(compiled: pnn.Compiled) -> None:
     assert all(nx.has_path(graph, "images", name) for name in graph if name != "images")
 
 
-def test_stage_flops_in_the_graph_are_those_of_the_plan(compiled: pnn.Compiled) -> None:
-    for number, stage in enumerate(compiled.plan.stages):
+def test_stage_flops_in_the_graph_are_those_of_the_plan(unet_compiled: pnn.Compiled) -> None:
+    for number, stage in enumerate(unet_compiled.plan.stages):
         fine = [
             data["flops"]
-            for _, data in compiled.graph.nodes(data=True)
+            for _, data in unet_compiled.graph.nodes(data=True)
             if data["stage"] == number and data["role"] == "fine"
         ]
         assert sum(fine) == stage.flops
 
 
-def test_only_states_cross_between_stages(compiled: pnn.Compiled) -> None:
-    graph = compiled.graph
+def test_only_states_cross_between_stages(unet_compiled: pnn.Compiled) -> None:
+    graph = unet_compiled.graph
     for source, target, data in graph.edges(data=True):
         stages = graph.nodes[source]["stage"], graph.nodes[target]["stage"]
         if data["crosses"]:
@@ -48,13 +42,13 @@ def test_only_states_cross_between_stages(compiled: pnn.Compiled) -> None:
             assert stages[0] == stages[1] or -1 in stages
 
 
-def test_dot_is_read_back_with_every_node_and_cluster(compiled: pnn.Compiled) -> None:
-    (drawing,) = pydot.graph_from_dot_data(to_dot(compiled.graph)) or []
+def test_dot_is_read_back_with_every_node_and_cluster(unet_compiled: pnn.Compiled) -> None:
+    (drawing,) = pydot.graph_from_dot_data(to_dot(unet_compiled.graph)) or []
     clusters = drawing.get_subgraphs()
     assert len(clusters) == 3
     nodes = len(drawing.get_nodes()) + sum(len(cluster.get_nodes()) for cluster in clusters)
-    assert nodes == len(compiled.graph)
-    assert len(drawing.get_edges()) == compiled.graph.number_of_edges()
+    assert nodes == len(unet_compiled.graph)
+    assert len(drawing.get_edges()) == unet_compiled.graph.number_of_edges()
 
 
 class Names(nn.Module):

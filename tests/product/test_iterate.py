@@ -1,6 +1,7 @@
 """Iterations one by one: the numbers of the assembled network, the estimate, the dial."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from passes.ir.isolation import preserved
 from passes.transform.assemble import assemble
 from pnn_compile.cli import main
 from pnn_compile.evaluate.iterate import DialRow, estimated_errors
+from tests.models.builders import residual_chain
 from tests.models.zoo import by_name
 from tests.support.programs import call
 
@@ -27,6 +29,7 @@ MODELS = (
 )  # fmt: skip
 
 
+@functools.cache
 def _compiled(name: str, **options: Any) -> pnn.Compiled:
     case = by_name(name)
     torch.manual_seed(0)
@@ -35,21 +38,9 @@ def _compiled(name: str, **options: Any) -> pnn.Compiled:
     )
 
 
-class Step(nn.Module):
-    """A time step of an ordinary differential equation, of length h."""
-
-    def __init__(self, width: int, h: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.h = h
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.h * torch.tanh(self.linear(x))
-
-
-def _flow(*last: nn.Module, h: float = 0.5) -> nn.Sequential:
+def _flow(*last: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[Step(8, h) for _ in range(12)], *last)
+    return nn.Sequential(*residual_chain(12, 8, scale=0.5), *last)
 
 
 def _rows(count: int = 512) -> torch.Tensor:
@@ -215,7 +206,7 @@ def test_the_estimate_follows_the_true_error_where_it_contracts() -> None:
 def test_the_estimate_tells_hard_samples_where_it_does_not_contract() -> None:
     torch.manual_seed(0)
     small = torch.randn(520, 3, 4, 4)
-    x = nn.functional.interpolate(small, size=(16, 16), mode="bilinear")
+    x = nn.functional.interpolate(small, size=(8, 8), mode="bilinear")
     model = resnet110.build_model(units_per_group=3, width=4).eval()
     compiled = _calibrated(model, x[:320], preprocess="lowrank+linear")
     exact = compiled.iterate(x[320:], iterations=STAGES)
@@ -247,23 +238,25 @@ def test_a_tolerance_stops_as_soon_as_every_sample_is_below_it() -> None:
 # --- times and the dial ---------------------------------------------------------------------------
 
 
+@functools.cache
+def _plan(stages: int, iterations: int, cost: Any) -> pnn.Plan:
+    options: dict[str, Any] = {"correction": "difference", "coarse": "conv"}
+    model = resnet110.build_model(units_per_group=2, width=4)
+    return pnn.compile(
+        model, torch.randn(2, 3, 8, 8), stages=stages, cost=cost, iterations=iterations,
+        coarse_budget=1.0, **options,
+    ).plan  # fmt: skip
+
+
 @pytest.mark.parametrize("cost", ["flops", lambda node, flops: 1.0 + flops])
 @pytest.mark.parametrize("compiled_for", [1, 2, 3])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_forecasts_are_those_of_a_network_compiled_for_k(
     stages: int, compiled_for: int, cost: Any
 ) -> None:
-    def plan(iterations: int) -> pnn.Plan:
-        options: dict[str, Any] = {"correction": "difference", "coarse": "conv"}
-        model = resnet110.build_model(units_per_group=2, width=4)
-        return pnn.compile(
-            model, torch.randn(2, 3, 8, 8), stages=stages, cost=cost, iterations=iterations,
-            coarse_budget=1.0, **options,
-        ).plan  # fmt: skip
-
-    found = plan(compiled_for).forecasts(stages)
+    found = _plan(stages, compiled_for, cost).forecasts(stages)
     for iterations, forecast in enumerate(found, 1):
-        wanted = plan(iterations).forecast
+        wanted = _plan(stages, iterations, cost).forecast
         assert forecast.unit == wanted.unit
         figures = [dataclasses.astuple(one)[1:] for one in (forecast, wanted)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-9)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import pnn_compile as pnn
 from pnn_compile.fit.optimizer import Learner
+from tests.models.builders import block_chain
 
 
 def _trainer(
@@ -65,8 +66,7 @@ def test_without_parameters_nothing_happens() -> None:
 
 
 def test_a_fit_in_half_precision_brings_the_outputs_closer() -> None:
-    blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)]
-    compiled = pnn.compile(nn.Sequential(*blocks), torch.randn(4, 8), stages=2)
+    compiled = pnn.compile(block_chain(6, 8), torch.randn(4, 8), stages=2)
     batches = [torch.randn(16, 8) for _ in range(20)]
     report = pnn.fit(compiled, batches, epochs=5, autocast=torch.float16, interface_epochs=1)
     assert report.last_loss < 0.7 * report.first_loss

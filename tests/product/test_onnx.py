@@ -211,8 +211,8 @@ def test_inspect_shows_stages_and_roles(
 def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
     options: dict[str, object], tmp_path: Path
 ) -> None:
-    model = resnet110.build_model(2)
-    compiled = pnn.compile(model, resnet110.example_inputs(), **options)  # type: ignore[arg-type]
+    model, example = resnet110.build_model(1, 4), resnet110.example_inputs(size=16)
+    compiled = pnn.compile(model, example, **options)  # type: ignore[arg-type]
     exported = compiled.export_onnx(tmp_path, per_stage=True)
     assert exported.checked is not None
     assert exported.checked.error < 1e-4

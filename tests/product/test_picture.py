@@ -6,19 +6,17 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from torch import nn
 
 import pnn_compile as pnn
 from pnn_compile.report.picture import picture
-
-
-def sequence(layers: int) -> nn.Module:
-    return nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+from tests.models.builders import linear_chain
 
 
 @pytest.mark.parametrize("sweep", ["chain", "collapsed"])
 def test_it_is_well_formed_and_stays_inside(sweep: Literal["chain", "collapsed"]) -> None:
-    compiled = pnn.compile(sequence(8), torch.randn(2, 8), stages=4, sweep=sweep, coarse="linear")
+    compiled = pnn.compile(
+        linear_chain(8, 8), torch.randn(2, 8), stages=4, sweep=sweep, coarse="linear"
+    )
     text = compiled._repr_html_()
     root = ElementTree.fromstring(text.replace("<br>", "<br/>"))
     (svg,) = root.iter("svg")
@@ -30,14 +28,14 @@ def test_it_is_well_formed_and_stays_inside(sweep: Literal["chain", "collapsed"]
 
 
 def test_names_are_text() -> None:
-    compiled = pnn.compile(sequence(4), torch.randn(2, 8), stages=2)
+    compiled = pnn.compile(linear_chain(4, 8), torch.randn(2, 8), stages=2)
     plan = dataclasses.replace(compiled.plan, model="<script>alert(1)</script>")
     assert "<script" not in picture(plan)
     ElementTree.fromstring(picture(plan).replace("<br>", "<br/>"))
 
 
 def test_many_stages_stay_compact() -> None:
-    compiled = pnn.compile(sequence(24), torch.randn(2, 8), stages=20)
+    compiled = pnn.compile(linear_chain(24, 8), torch.randn(2, 8), stages=20)
     text = picture(compiled.plan)
     assert "4 more not drawn" in text
     assert len(text) < 20_000

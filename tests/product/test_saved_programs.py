@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,22 +21,20 @@ import pnn_compile as pnn
 from passes.errors import SourceError
 from pnn_compile.sources import load_source
 from pnn_compile.sources.exported_archive import check_expression
+from tests.models.builders import block_list
 from tests.support.sourcefiles import refusal
 
 Members = dict[str, bytes]
 
 
-class Dropped(nn.Module):
-    """Six layers with dropout; batch norm on demand."""
+class Dropping(nn.Sequential):
+    """Six layers with dropout; batch norm on demand. Its input is called x."""
 
     def __init__(self, *, norm: bool = False) -> None:
-        super().__init__()
-        layers = [(nn.Linear(6, 6), nn.Dropout(0.5), nn.Tanh()) for _ in range(6)]
-        self.layers = nn.Sequential(*(layer for each in layers for layer in each))
-        self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
+        super().__init__(*block_list(6, 6, norm=norm, dropout=0.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.layers(x))
+        return super().forward(x)
 
 
 def save(model: nn.Module, path: Path, *, dynamic: bool = False) -> Path:
@@ -45,7 +45,7 @@ def save(model: nn.Module, path: Path, *, dynamic: bool = False) -> Path:
 
 
 def test_a_saved_program_trains_and_evaluates(tmp_path: Path) -> None:
-    model = Dropped()
+    model = Dropping()
     source = load_source(str(save(model, tmp_path / "model.pt2")))
     assert torch.equal(source.args[0], torch.ones(4, 6))
     assert torch.equal(source.model.eval()(*source.args), model.eval()(*source.args))
@@ -56,7 +56,7 @@ def test_a_saved_program_trains_and_evaluates(tmp_path: Path) -> None:
 
 
 def test_a_saved_program_switches_its_batchnorm_too(tmp_path: Path) -> None:
-    model = Dropped(norm=True)
+    model = Dropping(norm=True)
     x = torch.randn(4, 6)
     for mode in (True, False):
         source = load_source(str(save(model.train(mode), tmp_path / f"{mode}.pt2")))
@@ -66,7 +66,7 @@ def test_a_saved_program_switches_its_batchnorm_too(tmp_path: Path) -> None:
 
 
 def test_a_program_takes_no_arguments(tmp_path: Path) -> None:
-    path = save(Dropped(), tmp_path / "model.pt2")
+    path = save(Dropping(), tmp_path / "model.pt2")
     with pytest.raises(SourceError, match=r"takes no --arg \(width\)"):
         load_source(str(path), (), ["width=3"])
 
@@ -178,7 +178,7 @@ CRAFTED: dict[str, tuple[Callable[[Members], None], str]] = {
     "operator of an extension": (_call("#extension.a", "a"), "#extension.a"),
     "name of an input": (_rename("x", f"x={TOUCH}"), "the name"),
     "name of a parameter": (
-        _rename("layers.0.weight", f'layers.0.a"),{TOUCH})#'), "the name"
+        _rename("0.0.weight", f'0.0.a"),{TOUCH})#'), "the name"
     ),
     "name of an argument": (_model(_argument_names), "the name"),
     "key of an argument": (_model(_structure), "the name"),
@@ -189,12 +189,18 @@ CRAFTED: dict[str, tuple[Callable[[Members], None], str]] = {
 """What each crafted file holds, and what its refusal names."""
 
 
+@functools.cache
+def _good() -> Members:
+    with tempfile.TemporaryDirectory() as folder:
+        good = save(Dropping(), Path(folder) / "good.pt2", dynamic=True)
+        with zipfile.ZipFile(good) as archive:
+            return {
+                f"model/{name.partition('/')[2]}": archive.read(name) for name in archive.namelist()
+            }
+
+
 def _crafted(tmp_path: Path, craft: Callable[[Members], None]) -> Path:
-    good, bad = save(Dropped(), tmp_path / "good.pt2", dynamic=True), tmp_path / "bad.pt2"
-    with zipfile.ZipFile(good) as archive:
-        members = {
-            f"model/{name.partition('/')[2]}": archive.read(name) for name in archive.namelist()
-        }
+    members, bad = dict(_good()), tmp_path / "bad.pt2"
     craft(members)
     with zipfile.ZipFile(bad, "w") as archive:
         for name, data in members.items():
@@ -228,7 +234,7 @@ def test_the_canaries_sing_in_the_loader_of_torch(
 
 
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = save(Dropped(), tmp_path / "model.pt2")
+    path = save(Dropping(), tmp_path / "model.pt2")
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in archive.namelist() if name.endswith("model.json"))
         data = archive.read(name)
@@ -238,7 +244,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_compressed_member_is_refused(tmp_path: Path) -> None:
-    path = save(Dropped(), tmp_path / "model.pt2")
+    path = save(Dropping(), tmp_path / "model.pt2")
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model/data/weights/weight_999", bytes(10**6))
     assert "weight_999" in refusal(str(path))
@@ -247,7 +253,7 @@ def test_a_compressed_member_is_refused(tmp_path: Path) -> None:
 def test_a_tensor_is_no_larger_than_its_bytes(tmp_path: Path) -> None:
     def craft(members: Members) -> None:
         def enlarge(table: Any) -> None:
-            table["config"]["layers.0.weight"]["tensor_meta"]["sizes"][0]["as_int"] = 10**12
+            table["config"]["0.0.weight"]["tensor_meta"]["sizes"][0]["as_int"] = 10**12
 
         _json("_weights_config.json", enlarge)(members)
         members["model/data/weights/weight_0"] = b""

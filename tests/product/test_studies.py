@@ -47,7 +47,9 @@ def _text() -> Task:
     return make_task("text", None, PRESET)
 
 
-@pytest.mark.parametrize("make", [_task, _vgg, _text])
+@pytest.mark.parametrize(
+    "make", [_task, *(pytest.param(make, marks=pytest.mark.slow) for make in (_vgg, _text))]
+)
 @pytest.mark.parametrize("study", ["scratch", "conversion", "iterations"])
 def test_every_network_and_control_is_trained_and_measured(
     study: str, make: Callable[[], Task], tmp_path: Path
@@ -63,7 +65,14 @@ def test_every_network_and_control_is_trained_and_measured(
     assert table(file).count("\n") == len(rows) + 1
 
 
-@pytest.mark.parametrize("name", ["interfaces first", "unit in difference form", "all together"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all together",
+        pytest.param("interfaces first", marks=pytest.mark.slow),
+        pytest.param("unit in difference form", marks=pytest.mark.slow),
+    ],
+)
 def test_attempts_are_fitted_and_measured(name: str) -> None:
     study = accuracy.Study(_vgg(), PRESET, seed=0, only=(name,))
     names = [row["network"] for row in accuracy.attempts(study)]

@@ -5,24 +5,19 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
-from examples import decoder, unet
+from examples import decoder
 from pnn_compile.export import format as units
 from pnn_compile.report.terminal import checks_table, stage_tree, to_text
 
 
-@pytest.fixture(scope="module")
-def compiled() -> pnn.Compiled:
-    return pnn.compile(unet.build_model(), unet.example_inputs(), stages=3)
-
-
 @pytest.mark.parametrize("width", [50, 80, 100, 160])
-def test_the_report_fits_the_terminal(compiled: pnn.Compiled, width: int) -> None:
-    assert all(len(line) <= width for line in compiled.report(width).splitlines())
+def test_the_report_fits_the_terminal(unet_compiled: pnn.Compiled, width: int) -> None:
+    assert all(len(line) <= width for line in unet_compiled.report(width).splitlines())
 
 
-def test_the_report_says_what_was_decided(compiled: pnn.Compiled) -> None:
-    text = compiled.report(160)
-    for stage in compiled.plan.stages:
+def test_the_report_says_what_was_decided(unet_compiled: pnn.Compiled) -> None:
+    text = unet_compiled.report(160)
+    for stage in unet_compiled.plan.stages:
         assert stage.first_module in text
         assert units.count(stage.flops) in text
     for word in ("imbalance", "serial share", "speed-up", "bound", "linear", "convolution"):
@@ -42,14 +37,14 @@ def test_shared_parameters_are_named() -> None:
     assert "token_embedding.weight (stages 0, head)" in compiled.report(160)
 
 
-def test_the_tree_shows_each_stage_with_its_operators(compiled: pnn.Compiled) -> None:
-    text = to_text(stage_tree(compiled), 120)
+def test_the_tree_shows_each_stage_with_its_operators(unet_compiled: pnn.Compiled) -> None:
+    text = to_text(stage_tree(unet_compiled), 120)
     for name in ("fine_0", "preprocess_1", "coarse_2", "head", "up.0"):
         assert name in text
 
 
-def test_the_table_of_checks_shows_failures(compiled: pnn.Compiled) -> None:
-    assert to_text(checks_table(compiled.verify())).count("passed") == 7
+def test_the_table_of_checks_shows_failures(unet_compiled: pnn.Compiled) -> None:
+    assert to_text(checks_table(unet_compiled.verify())).count("passed") == 7
 
 
 @pytest.mark.parametrize(

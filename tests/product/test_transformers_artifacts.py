@@ -15,9 +15,10 @@ from examples.coverage.operators import declare
 from pnn_compile.sources import load_source
 from tests.distributed.ranks import start
 
-NAMES = (
-    "bert", "BertForSequenceClassification", "roberta", "distilbert", "gpt2", "GPT2LMHeadModel",
-    "llama", "LlamaForCausalLM", "t5", "vit",
+QUICK = ("distilbert", "LlamaForCausalLM")
+OTHERS = (
+    "bert", "BertForSequenceClassification", "roberta", "gpt2", "GPT2LMHeadModel", "llama", "t5",
+    "vit",
 )  # fmt: skip
 
 LOAD = """
@@ -55,11 +56,14 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def test_ten_models_save_load_verify_and_run_on_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_models_save_load_verify_and_run_on_two_ranks(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
     declare()
     pytest.importorskip("transformers")
     folders, sums = [], []
-    for name in NAMES:
+    for name in names:
         source = load_source(f"hf:{name}")
         compiled = pnn.compile(source.model, args=source.args, kwargs=source.kwargs, stages=2)
         folders.append(str(compiled.save(tmp_path / name)))

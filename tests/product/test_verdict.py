@@ -1,5 +1,6 @@
 """The verdict: parareal networks beside early exits of the same latency, and what to try next."""
 
+import functools
 import json
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import pnn_compile as pnn
 from passes.cost.flops import count_flops
 from pnn_compile.cli import main
-from pnn_compile.evaluate.assess import Fidelity, _advice, _sentence
+from pnn_compile.evaluate.assess import Fidelity, VerdictRow, _advice, _sentence
 from pnn_compile.fit.early_exit import fit_early_exit
 from pnn_compile.inputs import CalibrationBatches
 from pnn_compile.report.terminal import to_text
@@ -47,14 +48,19 @@ class Deep(nn.Module):
 BATCHES = list(torch.randn(800, WIDTH, generator=torch.Generator().manual_seed(1)).split(80))
 
 
-def _compiled(model: nn.Module, stages: int = 3) -> pnn.Compiled:
-    return pnn.compile(
-        model.eval(), BATCHES[0][:2], stages=stages, coarse_budget=0.3, calibration=BATCHES
-    )
+@functools.cache
+def _compiled(stages: int = 3, idle_from: int = 12) -> pnn.Compiled:
+    model = Deep(idle_from=idle_from).eval()
+    return pnn.compile(model, BATCHES[0][:2], stages=stages, coarse_budget=0.3, calibration=BATCHES)
+
+
+@functools.cache
+def _assessed() -> tuple[VerdictRow, ...]:
+    return _compiled().assess(BATCHES).rows
 
 
 def test_every_size_stands_beside_an_exit_of_its_latency() -> None:
-    compiled = _compiled(Deep())
+    compiled = _compiled()
     verdict = compiled.assess(BATCHES, stages=[2, 4], coarse_budget=0.3)
     assert [(row.stages, row.iterations) for row in verdict.rows] == [
         (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2),
@@ -76,7 +82,7 @@ def test_every_size_stands_beside_an_exit_of_its_latency() -> None:
 
 
 def test_a_network_that_idles_is_told_to_be_cut_short() -> None:
-    verdict = _compiled(Deep(idle_from=3)).assess(BATCHES)
+    verdict = _compiled(idle_from=3).assess(BATCHES)
     row = verdict.rows[0]
     assert row.exit is not None
     assert row.exit.agreement == 1
@@ -86,7 +92,7 @@ def test_a_network_that_idles_is_told_to_be_cut_short() -> None:
 
 def test_an_early_exit_behind_all_that_matters_is_the_original() -> None:
     model = Deep(idle_from=3).eval()
-    compiled = _compiled(model)
+    compiled = _compiled(idle_from=3)
     exit_ = fit_early_exit(compiled, CalibrationBatches(compiled, BATCHES), 0.4)
     assert exit_ is not None
     with torch.no_grad():
@@ -97,8 +103,7 @@ def test_an_early_exit_behind_all_that_matters_is_the_original() -> None:
 
 
 def test_what_the_sentence_says_follows_from_the_numbers() -> None:
-    compiled = _compiled(Deep())
-    (row, _) = compiled.assess(BATCHES).rows
+    (row, _) = _assessed()
     good, fair, poor = (Fidelity(share, 0.1) for share in (0.995, 0.95, 0.5))
     cases: list[tuple[Fidelity, Fidelity | None, float, str]] = [
         (good, fair, 2.0, "can be run in parallel as it is"),
@@ -117,8 +122,8 @@ def test_what_the_sentence_says_follows_from_the_numbers() -> None:
 
 
 def test_the_advice_names_what_did_better() -> None:
-    compiled = _compiled(Deep())
-    (row, _) = compiled.assess(BATCHES).rows
+    compiled = _compiled()
+    (row, _) = _assessed()
     row = replace(row, fidelity=Fidelity(0.7, 0.3), exit=Fidelity(0.6, 0.4))
     twice = replace(row, iterations=2, fidelity=Fidelity(0.8, 0.2), speedup=1.4)
     rows = [replace(row, stages=2, fidelity=Fidelity(0.9, 0.1), speedup=1.9), row, twice]
@@ -170,9 +175,9 @@ def test_single_numbers_are_judged_by_their_error_and_nothing_is_changed() -> No
 
 
 def test_assess_makes_the_networks_that_compile_makes() -> None:
-    compiled = _compiled(Deep(), stages=2)
+    compiled = _compiled(stages=2)
     verdict = compiled.assess(BATCHES, stages=[3], coarse_budget=0.3)
-    again = _compiled(Deep(), stages=3)
+    again = _compiled()
     row = verdict.rows[2]
     assert (row.stages, row.iterations) == (3, 1)
     assert row.speedup == again.plan.forecast.speedup
@@ -181,7 +186,7 @@ def test_assess_makes_the_networks_that_compile_makes() -> None:
 
 
 def test_an_early_exit_takes_no_longer_than_it_may() -> None:
-    compiled = _compiled(Deep())
+    compiled = _compiled()
     for share in (0.4, 0.6, 0.8):
         exit_ = fit_early_exit(compiled, CalibrationBatches(compiled, BATCHES), share)
         assert exit_ is not None
@@ -190,7 +195,7 @@ def test_an_early_exit_takes_no_longer_than_it_may() -> None:
 
 def test_an_unknown_option_is_named() -> None:
     with pytest.raises(pnn.OptionError, match="cuttings"):
-        _compiled(Deep()).assess(BATCHES, stages=[2], cuttings=3)
+        _compiled().assess(BATCHES, stages=[2], cuttings=3)
 
 
 @pytest.fixture

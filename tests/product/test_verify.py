@@ -12,11 +12,11 @@ from torch import fx, nn
 
 import pnn_compile as pnn
 from examples import decoder, unet, vgg16
+from tests.models.builders import Table, block_chain, residual_chain
 
 
 def _compiled() -> pnn.Compiled:
-    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)]
-    return pnn.compile(nn.Sequential(*layers), torch.randn(3, 6), stages=3)
+    return pnn.compile(block_chain(6, 6), torch.randn(3, 6), stages=3)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,8 @@ def test_every_oracle_holds_on_real_models(
 
 @pytest.mark.parametrize("correction", ["residual", "difference"])
 def test_the_oracles_hold_for_both_forms(correction: str) -> None:
-    layers = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)]
     compiled = pnn.compile(
-        nn.Sequential(*layers),
+        block_chain(6, 6),
         torch.randn(3, 6),
         stages=3,
         correction=correction,  # type: ignore[arg-type]
@@ -85,27 +84,12 @@ def test_verify_leaves_modes_buffers_and_gradients_alone() -> None:
         assert torch.equal(value, before[key]), key
 
 
-class Table(nn.Module):
-    """Reads a buffer of its own, beside layers that have some."""
-
-    table: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers = [nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh()) for _ in range(6)]
-        self.layers = nn.Sequential(*layers)
-        self.register_buffer("table", torch.ones(3, 16))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.layers(x + self.table[:1])
-        return y
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_network_is_verified_in_the_precision_that_it_was_converted_to(
     dtype: torch.dtype,
 ) -> None:
-    compiled = pnn.compile(Table(), torch.randn(4, 16), stages=3)
+    model = Table(block_chain(6, 16, norm=True), 16)  # buffers of its own and of its layers
+    compiled = pnn.compile(model, torch.randn(4, 16), stages=3)
     compiled.module.to(dtype)
     assert compiled.module(torch.randn(4, 16, dtype=dtype)).dtype == dtype
     compiled.verify(strict=True)
@@ -170,15 +154,8 @@ def test_oracles_that_compute_a_stage_twice_are_not_run_where_every_call_draws()
     assert len(skipped) == 2
 
 
-class Residual(nn.Module):
-    """x + tanh(linear(x)) / 4."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.tanh(self.linear(x)) / 4
+def _chain(blocks: int) -> nn.Module:
+    return residual_chain(blocks, 6, scale=0.25)
 
 
 class Centred(nn.Module):
@@ -186,7 +163,7 @@ class Centred(nn.Module):
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(Residual() for _ in range(blocks)))
+        self.blocks = _chain(blocks)
         self.norm = nn.LayerNorm(6)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,11 +176,10 @@ class OnlyNoise(Centred):
         return super().forward(x)[1]
 
 
-def _chain(blocks: int) -> nn.Module:
-    return nn.Sequential(*(Residual() for _ in range(blocks)))
+DEEP = pytest.param(50, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("stages", [3, 25, 50])
+@pytest.mark.parametrize("stages", [3, 25, DEEP])
 @pytest.mark.parametrize("build", [_chain, Centred, OnlyNoise])
 def test_the_oracles_hold_for_many_stages_and_for_outputs_that_are_noise(
     build: Callable[[int], nn.Module], stages: int
@@ -241,7 +217,7 @@ def _wrong_weight(network: fx.GraphModule) -> None:
         weight[0, 0] += 0.1
 
 
-@pytest.mark.parametrize("stages", [3, 25, 50])
+@pytest.mark.parametrize("stages", [3, 12, DEEP])
 @pytest.mark.parametrize(
     ("mutate", "seen_by"),
     [

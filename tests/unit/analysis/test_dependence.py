@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 import pnn_compile as pnn
 from passes.errors import PnnError
+from tests.models.builders import LanguageModel, block_chain, block_list
 from tests.models.zoo import CASES, Case
 
 WIDTH = 8
@@ -47,7 +48,7 @@ class Target(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(WIDTH, 16)
-        self.body = nn.Sequential(*(_layer() for _ in range(6)))
+        self.body = block_chain(6, 16)
         self.head = nn.Linear(16, WIDTH)
 
     def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +61,8 @@ class Towers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.ModuleList(_layer() for _ in range(6))
-        self.right = nn.ModuleList(_layer() for _ in range(6))
+        self.left = nn.ModuleList(block_list(6, 16))
+        self.right = nn.ModuleList(block_list(6, 16))
         self.enter = nn.Linear(WIDTH, 16)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,24 +101,15 @@ class WrittenState(Towers):
         return a, b
 
 
-class Labels(nn.Module):
-    """A language model that is given its labels, token ids as its input is."""
+class Labels(LanguageModel):
+    """A language model that embeds its labels too, token ids as its input is."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 16)
-        self.body = nn.Sequential(*(_layer() for _ in range(6)))
-        self.head = nn.Linear(16, 20)
+        super().__init__(block_chain(6, 16), 16)
 
     def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.head(self.body(self.embedding(ids)))
-        noise = self.embedding(labels).mean()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return logits, loss + noise
-
-
-def _layer() -> nn.Module:
-    return nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+        logits, loss = super().forward(ids, labels)
+        return logits, loss + self.embedding(labels).mean()
 
 
 def _floats(*names: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
 from passes.ir.subgraph import extract
+from tests.models.builders import ResidualMLP
 from tests.support.parity import assert_same_step, step
 from tests.support.programs import CAPTURABLE, analysis, analyze_model, program
 
@@ -276,19 +277,10 @@ def boundaries(found: Analysis) -> set[str]:
     }
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(x)
-
-
 class Trunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(ResidualMLP(8, 8, nn.Tanh) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import linecache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.utils import _pytree as pytree
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
 from passes.ir.program import Program, provenance
+from tests.models.builders import Exported, Table, linear_chain
+from tests.models.topologies import WIDTH, tied_linear
 from tests.models.zoo import by_name, with_tag
 from tests.support.parity import assert_same_step, step
 from tests.support.programs import CAPTURABLE, call, node, program
@@ -21,16 +24,6 @@ FX, EXPORT = "torch.fx trace", "torch.export"
 WHOLE = "torch.fx trace, modules kept whole"
 EXPORTED = tuple(case.name for case in with_tag("export"))
 RUNGS = {"fx": FX, "export": EXPORT, "whole": WHOLE}
-
-
-class Forced(nn.Module):
-    """A model that asks for a shape, so that only torch.export can capture it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if x.shape[-1] < 100 else x
-
-    def body(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 # --- every model of the zoo -----------------------------------------------------------------------
@@ -155,14 +148,6 @@ class AttentionDropout(nn.Module):
         return F.scaled_dot_product_attention(y, y, y, is_causal=True, dropout_p=p)
 
 
-class ExportedFunctionalDropout(Forced, FunctionalDropout):
-    body = FunctionalDropout.forward
-
-
-class ExportedAttentionDropout(Forced, AttentionDropout):
-    body = AttentionDropout.forward
-
-
 class InPlaceInput(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -173,20 +158,20 @@ class InPlaceInput(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rung"),
+    ("build", "rung"),
     [
         (FunctionalDropout, FX),
-        (ExportedFunctionalDropout, EXPORT),
+        (lambda: Exported(FunctionalDropout()), EXPORT),
         (AttentionDropout, FX),
-        (ExportedAttentionDropout, EXPORT),
+        (lambda: Exported(AttentionDropout()), EXPORT),
         (InPlaceInput, FX),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_both_modes_are_in_the_graph_whatever_the_models_mode_was(
-    kind: type[nn.Module], rung: str, training: bool
+    build: Callable[[], nn.Module], rung: str, training: bool
 ) -> None:
-    model = kind().train(training)
+    model = build().train(training)
     captured = capture(model, (torch.randn(2, 5, 8),))
 
     assert captured.capture.rung == rung
@@ -224,20 +209,16 @@ def test_a_buffer_that_both_front_ends_lose_is_never_lost_silently() -> None:
 
 
 def test_a_failed_front_end_leaves_nothing_behind() -> None:
-    class Caches(Forced):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 8)
-            self.sizes: dict[str, Any] = {}
-
-        def body(self, x: Tensor) -> Tensor:
-            return self.linear(x)
+    class Caches(nn.Linear):
+        sizes: dict[str, Any]
 
         def forward(self, x: Tensor) -> Tensor:
             width = self.sizes.setdefault("width", x.shape[-1])
-            return self.body(x) if width < 100 else x
+            return super().forward(x) if width < 100 else x
 
-    assert capture(Caches(), (torch.randn(2, 8),)).capture.rung == EXPORT
+    model = Caches(8, 8)
+    model.sizes = {}
+    assert capture(model, (torch.randn(2, 8),)).capture.rung == EXPORT
 
 
 # --- inputs and outputs ---------------------------------------------------------------------------
@@ -396,29 +377,18 @@ def test_tensors_outside_the_state_dict_stay_outside() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x) * self.scale + self.quiet
 
-    class ExportedPlain(Forced, Plain):
-        body = Plain.forward
-
-    for model, rung in ((Plain(), FX), (ExportedPlain(), EXPORT)):
+    for model, rung, prefix in ((Plain(), FX, ""), (Exported(Plain()), EXPORT, "body.")):
         captured = capture(model, (torch.randn(2, 8),))
         assert captured.capture.rung == rung
-        assert list(captured.module.state_dict()) == ["linear.weight", "linear.bias"]
+        keys = [f"{prefix}linear.weight", f"{prefix}linear.bias"]
+        assert list(captured.module.state_dict()) == keys
 
 
 def test_a_tied_parameter_stays_one() -> None:
-    class ExportedTied(Forced):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.second.weight = self.first.weight
-
-        def body(self, x: Tensor) -> Tensor:
-            return self.second(torch.tanh(self.first(x)))
-
-    exported = capture(ExportedTied(), (torch.randn(2, 8),))
+    exported = capture(Exported(tied_linear()), (torch.randn(2, WIDTH),))
     assert exported.capture.rung == EXPORT
     for captured, first, second in (
-        (exported, "first.weight", "second.weight"),
+        (exported, "body.2.weight", "body.10.weight"),
         (program("tied_linear"), "2.weight", "10.weight"),
     ):
         get = captured.module.get_parameter
@@ -436,16 +406,11 @@ def test_the_fingerprint_tells_structures_apart_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_recurrent_layer_is_exported_without_a_warning(dynamic: bool) -> None:
-    class Recurrent(Forced):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm = nn.LSTM(8, 8, num_layers=2, batch_first=True)
+    class Recurrent(nn.LSTM):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[0]
 
-        def body(self, x: Tensor) -> Tensor:
-            y, _ = self.lstm(x)
-            return y
-
-    model = Recurrent()
+    model = Exported(Recurrent(8, 8, num_layers=2, batch_first=True))
     captured = capture(model, (torch.randn(2, 5, 8),), dynamic_batch=dynamic)
     x = torch.randn(7 if dynamic else 2, 5, 8)
 
@@ -454,22 +419,8 @@ def test_a_recurrent_layer_is_exported_without_a_warning(dynamic: bool) -> None:
         assert_same_step(step(captured.module, (x,), train=train), step(model, (x,), train=train))
 
 
-class Table(nn.Module):
-    """Adds a row of a buffer, so that a checkpoint with another table must change the output."""
-
-    table: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
-        self.register_buffer("table", torch.ones(3, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x + self.table[:1])
-
-
 def test_what_follows_from_a_buffer_is_not_a_frozen_table() -> None:
-    captured = capture(Table(), (torch.randn(2, 4),))
+    captured = capture(Table(linear_chain(4, 4), 4), (torch.randn(2, 4),))
     assert "table" in captured.module.state_dict()
     assert not captured.unused
     x = torch.randn(2, 4)

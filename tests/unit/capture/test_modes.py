@@ -12,6 +12,7 @@ import pnn_compile as pnn
 from passes.capture.ladder import capture
 from passes.capture.train_eval import ByMode, merge_modes
 from passes.errors import CaptureError
+from tests.models.builders import Exported
 from tests.support.parity import assert_same_step, step
 
 WIDTH = 16
@@ -124,17 +125,10 @@ class Block(nn.Module):
         return x + self.inner(self.last(torch.tanh(self.first(x))))
 
 
-class Network(nn.Sequential):
-    """Six blocks; `exported` asks for a shape, which only torch.export can answer."""
-
-    def __init__(self, kind: type[nn.Module], exported: bool) -> None:
-        super().__init__(*(Block(kind()) for _ in range(6)))
-        self.exported = exported
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.exported and x.shape[-1] > 100:
-            return x
-        return super().forward(x)
+def network(kind: type[nn.Module], *, exported: bool = False) -> nn.Module:
+    """Chain six blocks."""
+    chain = nn.Sequential(*(Block(kind()) for _ in range(6)))
+    return Exported(chain) if exported else chain
 
 
 KINDS = (Drops, Floors, Noise, OwnStatistics, ByHand, AlwaysOn, Skips, TwoValues)
@@ -146,7 +140,7 @@ KINDS = (Drops, Floors, Noise, OwnStatistics, ByHand, AlwaysOn, Skips, TwoValues
 def test_a_branch_on_the_mode_is_kept_whatever_the_models_mode_was(
     kind: type[nn.Module], exported: bool, training: bool
 ) -> None:
-    model = Network(kind, exported).train(training)
+    model = network(kind, exported=exported).train(training)
     captured = capture(model, (torch.randn(4, WIDTH),))
     x = torch.randn(7, WIDTH)
 
@@ -162,7 +156,7 @@ def test_a_branch_on_the_mode_is_kept_whatever_the_models_mode_was(
 @pytest.mark.parametrize("kind", [Drops, Skips, TwoValues])
 def test_a_branch_on_the_mode_is_told_cut_and_stored(kind: type[nn.Module], tmp_path: Path) -> None:
     x = torch.randn(4, WIDTH)
-    compiled = pnn.compile(Network(kind, exported=False), x, stages=3)
+    compiled = pnn.compile(network(kind), x, stages=3)
 
     assert any("branch on self.training in 0.inner" in note for note in compiled.plan.notes)
     compiled.verify(strict=True)
@@ -174,7 +168,7 @@ def test_a_branch_on_the_mode_is_told_cut_and_stored(kind: type[nn.Module], tmp_
 
 
 def test_equal_blocks_stay_equal() -> None:
-    compiled = pnn.compile(Network(Drops, exported=False), torch.randn(4, WIDTH), stages=3)
+    compiled = pnn.compile(network(Drops), torch.randn(4, WIDTH), stages=3)
     assert len(compiled.analysis.trunk_blocks) >= 4
 
 

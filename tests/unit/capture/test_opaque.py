@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import pnn_compile as pnn
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
+from tests.models.builders import mlp
 from tests.support.parity import assert_same_step, step
 from tests.support.programs import facts_by_name
 
@@ -18,9 +19,8 @@ WIDTH = 16
 WHOLE = "torch.fx trace, modules kept whole"
 
 
-def body(count: int = 6) -> nn.Sequential:
-    layers = [layer for _ in range(count) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
-    return nn.Sequential(*layers)
+def body() -> nn.Sequential:
+    return mlp(6, WIDTH)
 
 
 class Packed(nn.Module):

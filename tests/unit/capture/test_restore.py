@@ -12,19 +12,9 @@ from passes.capture.ladder import capture
 from passes.capture.refold import RULES, attach, toggle
 from passes.ir.mode_layers import Attention
 from passes.ir.program import graph_module
+from tests.models.builders import Exported
 
 aten = torch.ops.aten
-
-
-class Exported(nn.Module):
-    """Layers that only torch.export can see: the model asks for a shape."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if x.shape[-1] < 100 else x
 
 
 def calls_of(graph: fx.Graph) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -13,6 +14,7 @@ import pnn_compile as pnn
 from examples import decoder, resnet110
 
 
+@functools.cache
 def fresh(kind: str, stages: int, coarse: str) -> tuple[pnn.Compiled, Tensor]:
     """An untrained network in so many stages, with a batch for it."""
     torch.manual_seed(0)

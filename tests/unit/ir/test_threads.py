@@ -12,25 +12,15 @@ from torch import Tensor, fx, nn
 
 import pnn_compile as pnn
 from passes.ir.isolation import exclusive
-
-
-class ShapeBranch(nn.Module):
-    """Has a branch on a shape, so that torch.export has to capture it."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout)) for _ in range(4))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] > 100:
-            raise ValueError
-        return self.layers(x) + x
+from tests.models.builders import Exported, block_chain, residual_chain
 
 
 def _traced() -> nn.Module:
-    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)))
+    return block_chain(4, 8, activation=nn.ReLU)
+
+
+def _exported() -> nn.Module:
+    return Exported(residual_chain(4, 8))
 
 
 @pytest.fixture
@@ -67,9 +57,9 @@ def _beside(work: Callable[[], object]) -> Iterator[list[BaseException]]:
 def test_four_threads_compile_while_a_model_runs() -> None:
     torch.manual_seed(0)
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
-    builds: list[Callable[[], nn.Module]] = [_traced, ShapeBranch]
-    models = [builds[number % 2]() for number in range(8)]
-    running, x = ShapeBranch().eval(), torch.randn(3, 8)
+    builds: list[Callable[[], nn.Module]] = [_traced, _exported]
+    models = [builds[number % 2]() for number in range(4)]
+    running, x = _exported().eval(), torch.randn(3, 8)
     wanted = running(x)
 
     def step() -> None:

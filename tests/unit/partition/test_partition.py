@@ -106,7 +106,7 @@ def exhaustive(problem: CutProblem) -> float:
     return best
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(problem=problems(), gap=st.sampled_from([0.0, 1e-6, 0.1]))
 def test_equals_exhaustive_search(problem: CutProblem, gap: float) -> None:
     solution = solve(problem, gap=gap)
@@ -118,7 +118,7 @@ def test_equals_exhaustive_search(problem: CutProblem, gap: float) -> None:
     assert solution.gap <= max(gap, 1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(problem=tight_problems())
 def test_memory_is_obeyed(problem: CutProblem) -> None:
     least = exhaustive(problem)
@@ -135,7 +135,7 @@ def test_memory_is_obeyed(problem: CutProblem) -> None:
         assert device.fits(begin, end, last=stage == problem.stages - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem=problems(), evaluations=st.integers(1, 4))
 def test_is_honest_when_the_budget_ends_early(problem: CutProblem, evaluations: int) -> None:
     solution = solve(problem, gap=0, evaluations=evaluations)
@@ -146,7 +146,7 @@ def test_is_honest_when_the_budget_ends_early(problem: CutProblem, evaluations: 
     assert 0 <= solution.gap <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem=problems())
 def test_reports_the_price_of_its_own_cuts(problem: CutProblem) -> None:
     solution = solve(problem)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from passes.analysis.analysis import Analysis, weigh
 from passes.capture.ladder import capture
@@ -18,6 +17,7 @@ from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
 from passes.plan.build import make_plan
 from passes.plan.schema import Plan
+from tests.models.builders import linear_chain
 
 FAST = DeviceProfile(
     name="fast",
@@ -34,8 +34,7 @@ WIDTH = 64
 
 def found() -> Analysis:
     """Ten equal layers."""
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(10)))
-    program = capture(model, (torch.randn(32, WIDTH),))
+    program = capture(linear_chain(10, WIDTH), (torch.randn(32, WIDTH),))
     return weigh(program, observe(program), "roofline", FAST)
 
 

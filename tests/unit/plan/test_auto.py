@@ -12,20 +12,12 @@ from passes.errors import PartitionError
 from passes.options import Options
 from passes.plan.bottleneck import LIMITS, find_limit
 from passes.plan.num_stages import decide
+from tests.models.builders import ResidualMLP
 from tests.support.programs import analyze_model
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, wide: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, wide), nn.Linear(wide, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(x)))
-
-
 def trunk(blocks: int, width: int = 16, wide: int = 128) -> Analysis:
-    model = nn.Sequential(*[Block(width, wide) for _ in range(blocks)])
+    model = nn.Sequential(*[ResidualMLP(width, wide) for _ in range(blocks)])
     return analyze_model(model, torch.randn(4, width))
 
 
@@ -66,7 +58,7 @@ def test_a_model_that_cannot_be_cut_says_why() -> None:
 
 
 def test_calibration_keeps_the_note_and_the_budget() -> None:
-    model = nn.Sequential(*[Block(8, 64) for _ in range(8)])
+    model = nn.Sequential(*[ResidualMLP(8, 64) for _ in range(8)])
     samples = [torch.randn(16, 8) for _ in range(5)]
     compiled = pnn.compile(model, torch.randn(4, 8), calibration=samples)
     assert sum("stages chosen" in note for note in compiled.plan.notes) == 1
