@@ -8,7 +8,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import unet
-from pnn_compile.export.dot import to_dot
+from pnn_compile.export.graph_formats import to_dot
 
 
 @pytest.fixture(scope="module")
