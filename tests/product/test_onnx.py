@@ -16,9 +16,9 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
+from passes.transform.sweep import Role
 from pnn_compile.cli import main
 from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
-from pnn_compile.export.onnx.steps import ROLES
 
 
 class Exports:
@@ -56,7 +56,7 @@ def test_every_node_has_configuration_stage_and_role(exports: Exports) -> None:
         assert own.configuration_id == configuration.name
         facts = metadata(node)
         assert own.pipeline_stage == int(facts["pnn.stage"])
-        assert facts["pnn.role"] in ROLES
+        assert facts["pnn.role"] in set(Role)
         found.add((own.pipeline_stage, facts["pnn.role"]))
     later = {"preprocess", "fine", "residual", "coarse", "correct"}
     assert found == {(0, "fine"), (2, "head")} | {(s, r) for s in (1, 2) for r in later}
@@ -78,7 +78,7 @@ def test_onnx_ir_keeps_what_is_said_of_the_nodes(exports: Exports, tmp_path: Pat
 def test_names_say_stage_role_and_module(exports: Exports) -> None:
     nodes = exports.model.graph.node
     assert len({node.name for node in nodes}) == len(nodes)
-    form = re.compile(rf"stage_[0-2]/({'|'.join(ROLES)})/([\w.]+/)?[A-Z]\w+")
+    form = re.compile(rf"stage_[0-2]/({'|'.join(Role)})/([\w.]+/)?[A-Z]\w+")
     assert [node.name for node in nodes if not form.fullmatch(node.name)] == []
     assert "stage_0/fine/blocks.0.mlp.1/Gelu" in {node.name for node in nodes}
     weights = {tensor.name for tensor in exports.model.graph.initializer}
@@ -194,7 +194,7 @@ def test_inspect_shows_stages_and_roles(
     assert main(["inspect", str(exports.stages.path), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["placed"] == data["nodes"] == exports.stages.nodes
-    assert {part["role"] for part in data["parts"]} == set(ROLES)
+    assert {part["role"] for part in data["parts"]} == set(Role)
     foreign = exports.folder / "foreign.onnx"
     foreign.write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
     assert main(["inspect", str(foreign)]) == 2
@@ -228,7 +228,7 @@ def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
 def test_large_weights_stand_beside_the_model_stage_by_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pnn_compile.export.onnx.files.LARGE", 1000)
+    monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
     compiled = pnn.compile(unet.build_model(depth=1, width=4), unet.example_inputs(), stages=2)
     exported = compiled.export_onnx(tmp_path / "model.onnx")
     names = [file.name for file in exported.files]
@@ -262,7 +262,7 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: 
 
 
 def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pnn_compile.export.onnx.check.LIMIT", 0.0)
+    monkeypatch.setattr("pnn_compile.export.onnx.verify.LIMIT", 0.0)
     compiled = pnn.compile(
         nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8), stages=2
     )
