@@ -284,7 +284,7 @@ def _merge_leaf(first: Any, second: Any) -> Any:
 
 
 def _dimension(first: int, second: int) -> int | str:
-    """Write a size as a linear function of the batch size, given it at the two of `_SIZES`.
+    """Write a size as a linear function of the batch size, from its values at the two of `_SIZES`.
 
     >>> _dimension(7, 7), _dimension(3, 5), _dimension(48, 80), _dimension(7, 11)
     (7, 'batch', '16*batch', '2*batch + 1')
@@ -418,9 +418,9 @@ def _bound_weights(model: Segment, segment: Segment, template: Template) -> tupl
     if model is segment:
         return template.weights
     renamed = {
-        str(theirs.target): str(ours.target)
-        for theirs, ours in zip(model.nodes, segment.nodes, strict=True)
-        if theirs.op in ("call_module", "get_attr")
+        str(translated.target): str(node.target)
+        for translated, node in zip(model.nodes, segment.nodes, strict=True)
+        if node.op in ("call_module", "get_attr")
     }
     return tuple(_renamed(name, renamed) for name in template.weights)
 

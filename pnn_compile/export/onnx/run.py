@@ -188,7 +188,7 @@ class StageExecutor:
 
 
 def open_streams(path: str | Path, *, options: Callable[[Any], None] | None = None) -> Any:
-    """Open an exported model so that its fine stages run side by side, one thread each.
+    """Open an exported model so that its fine stages run side by side, one thread per stage.
 
     Args:
         path: The file that `export_onnx` wrote, without `per_stage`.
@@ -240,7 +240,7 @@ def _stream_of(path: Path) -> dict[str, int]:
 
     ONNX Runtime orders the nodes inside a stream by itself, and would put the correction of a
     stage, which waits for other stages, before the fine stage. So the corrections of all stages
-    share a stream of their own.
+    share another stream.
     """
     streams: dict[str, int] = {}
     for node in load_proto(path).graph.node:
@@ -261,16 +261,16 @@ def _streams(path: Path, stream_of: Mapping[str, int]) -> list[list[str]]:
     writers: dict[str, int] = {}
     for node in load_proto(path).graph.node:
         names = (node.name, *node.output)
-        known = [stream_of[old] for name in names for old in _former(name) if old in stream_of]
-        # A node with a new name is in the stream of the first node that it reads.
-        readable = (writers[name] for name in node.input if name in writers)
-        stream = known[0] if known else next(readable, 0)
+        by_name = (stream_of[old] for n in names for old in _former_names(n) if old in stream_of)
+        # A node without a former name joins the stream of the first value that it reads.
+        by_input = (writers[name] for name in node.input if name in writers)
+        stream = next(by_name, next(by_input, 0))
         writers.update(dict.fromkeys(node.output, stream))
         streams.setdefault(stream, []).append(node.name)
     return [names for _, names in sorted(streams.items())]
 
 
-def _former(name: str) -> Iterator[str]:
+def _former_names(name: str) -> Iterator[str]:
     """Iterate over what a name may have been before the optimizer appended words to it."""
     while name:
         yield name

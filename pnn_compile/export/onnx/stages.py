@@ -1,6 +1,6 @@
 """Write a network as stage models: groups of operations that run without waiting for other stages.
 
-The operations of a stage and iteration form up to two groups, each of which becomes one model:
+The operations of a stage form groups, each of which becomes one model:
 
     stage_1          preprocess_1, fine_1       needs inputs of the network alone
     stage_1_correct  residual, coarse, correct  needs the state after stage 0
@@ -133,7 +133,7 @@ class _StageWriter:
         self.folder = folder
         self.nodes = 0
         self.models: dict[tuple[object, ...], ModelEntry] = {}
-        # The network's own output names replace the names of the values.
+        # Outputs of the network have their public names in the models as well.
         self.public = {value: name for name, value in lowered.outputs}
 
     def write(self) -> Manifest:
