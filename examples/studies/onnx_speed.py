@@ -25,7 +25,7 @@ import onnxruntime
 import pnn_compile as pnn
 from examples.studies.onnx_export import load
 from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
-from pnn_compile.export.onnx.executor import session
+from pnn_compile.export.onnx.run import session
 
 Feeds = Mapping[str, np.ndarray]
 Run = Callable[[Feeds], object]

@@ -75,7 +75,7 @@ def inspect(
     if against is not None:
         _compare(_plan(against, opened), compiled.plan, (against, target), as_json)
     elif as_json:
-        from pnn_compile.export.graphml import to_node_link
+        from pnn_compile.export.graph_formats import to_node_link
 
         click.echo(to_node_link(compiled.graph), nl=False)
     else:
@@ -109,15 +109,15 @@ def _write_files(
         with progress("writing the report"):
             write_report(compiled, html, rows)
     if dot is not None:
-        from pnn_compile.export.dot import to_dot
+        from pnn_compile.export.graph_formats import to_dot
 
         _write(dot, to_dot(compiled.graph))
     if mermaid is not None:
-        from pnn_compile.export.mermaid import to_mermaid
+        from pnn_compile.export.graph_formats import to_mermaid
 
         _write(mermaid, to_mermaid(compiled.graph, depth))
     if graphml is not None:
-        from pnn_compile.export.graphml import to_graphml
+        from pnn_compile.export.graph_formats import to_graphml
 
         _write(graphml, to_graphml(compiled.graph))
     if trace is not None:

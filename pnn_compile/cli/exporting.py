@@ -90,12 +90,12 @@ def is_onnx(target: str) -> bool:
 
 def show_onnx(target: str, as_json: bool) -> None:
     """Show stages and roles of an ONNX file or of stage models."""
-    from pnn_compile.export.onnx.read import read
+    from pnn_compile.export.onnx import read_summary
 
-    found = read(Path(target))
+    summary = read_summary(Path(target))
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        click.echo(json.dumps(asdict(summary), indent=2))
         return
     from pnn_compile.report.onnx import onnx_table
 
-    console().print(onnx_table(found))
+    console().print(onnx_table(summary))

@@ -1,28 +1,25 @@
-"""Numbers for people: counts, bytes and seconds with a prefix."""
+"""Format numbers for readers: counts, bytes and seconds with a prefix."""
 
 from __future__ import annotations
-
-__all__ = ["count", "flops", "seconds", "size"]
 
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 def count(number: float) -> str:
-    """Write a count with a decimal prefix.
+    """Format a count with a decimal prefix.
 
     >>> count(1234567)
     '1.23M'
     """
-    step = 0
-    while abs(number) >= 999.5 and step < len(_PREFIXES) - 1:
+    power = 0
+    while abs(number) >= 999.5 and power < len(_PREFIXES) - 1:  # 999.5 would print as 1e+03
         number /= 1000
-        step += 1
-    text = f"{number:.3g}"
-    return f"{text}{_PREFIXES[step]}"
+        power += 1
+    return f"{number:.3g}{_PREFIXES[power]}"
 
 
 def flops(number: float) -> str:
-    """Write a number of FLOPs; empty for none.
+    """Format a number of FLOPs; "" for 0.
 
     >>> flops(2.5e9)
     '2.5G'
@@ -31,7 +28,7 @@ def flops(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Write a number of bytes.
+    """Format a number of bytes.
 
     >>> size(131072)
     '131kB'
@@ -40,7 +37,7 @@ def size(number: float) -> str:
 
 
 def seconds(number: float) -> str:
-    """Write a duration.
+    """Format a duration that is given in seconds.
 
     >>> seconds(0.0123)
     '12.3ms'

@@ -1,4 +1,15 @@
-"""The partition graph: what runs where, as a networkx graph that users can query."""
+"""Build the partition graph: what runs on which stage, as a networkx graph that users can query.
+
+Nodes of the program keep their names; the steps that the compiler added come from a walk over the
+sweep (`passes.transform.sweep`). Two Linear layers on two stages, edges that cross marked =>:
+
+    input_1       -> _0, :preprocess_1
+    _0            => :residual_1
+    :preprocess_1 -> _1, :residual_1
+    :residual_1   -> :coarse_1
+    _1, :coarse_1 -> :correct_1
+    :correct_1    -> :output
+"""
 
 from __future__ import annotations
 
@@ -15,15 +26,13 @@ if TYPE_CHECKING:
     from passes.coarse.spec import OperatorSpec
     from pnn_compile.compiled import Compiled
 
-__all__ = ["partition_graph"]
-
 
 def partition_graph(compiled: Compiled) -> nx.DiGraph[str]:
     """Build the graph of one parareal iteration.
 
-    Inputs, fine stages and head are the nodes of the program under their own names. What the
-    compiler added starts with a colon, which no name of the program can: `:preprocess_1`,
-    `:residual_1`, `:coarse_1`, `:correct_1`, `:output`.
+    Inputs, fine stages and head are the nodes of the program, under the names that they have
+    there. What the compiler added starts with a colon, which no name of the program can:
+    `:preprocess_1`, `:residual_1`, `:coarse_1`, `:correct_1`, `:output`.
 
     Node attributes:
         role: "input", "preprocess", "fine", "residual", "coarse", "correct", "head" or "output".
@@ -31,27 +40,27 @@ def partition_graph(compiled: Compiled) -> nx.DiGraph[str]:
         op: What it computes: a module class or a function name.
         path: Qualified name of the module that it came from.
         source: `file:line` of the user's code.
-        shape: Shape and type of its value, with B for the batch; empty where it is not one tensor.
+        shape: Shape and type of its value, with B for the batch; "" if it is not one tensor.
         flops, backward_flops, parameter_bytes, bytes: Costs at the example inputs.
-        seconds: Measured seconds; of nodes of the program alone, and only where this network was
-            compiled with `cost="measured"` or `"measured-forward"` (an artifact keeps those of the
-            stages, in its plan).
+        seconds: Measured seconds; only on nodes of the program, and only if this network was
+            compiled with `cost="measured"` or `"measured-forward"` (an artifact keeps the seconds
+            of stages, in its plan).
 
     Edge attributes:
-        bytes: Bytes of the tensors that flow.
+        bytes: Bytes of the tensors that flow along the edge.
         shape: Their shapes and types, joined by " + ".
         crosses: Whether they flow from one stage to another.
 
-    >>> # the most expensive layers of stage 2, in three lines
-    >>> # stage = [n for n, d in compiled.graph.nodes(data=True) if d["stage"] == 2]
-    >>> # cost = lambda n: compiled.graph.nodes[n]["flops"]
-    >>> # print(sorted(stage, key=cost)[-3:])
+    The three most expensive layers of stage 2:
+
+        stage = [n for n, d in compiled.graph.nodes(data=True) if d["stage"] == 2]
+        print(sorted(stage, key=lambda n: compiled.graph.nodes[n]["flops"])[-3:])
     """
     return _Builder(compiled).build()
 
 
 _State = dict[str, str]
-"""The components of a state, each with the node of the graph that makes it."""
+"""Name of the graph node that computes each component of a state."""
 
 
 class _Builder:
@@ -64,9 +73,9 @@ class _Builder:
         self.shapes = {
             node.name: str(fact.spec) if fact.spec else "" for node, fact in self.facts.items()
         }
-        # Where the head reads each component of the last state.
+        # The state that the head reads.
         self.last: _State = {}
-        # What flows along every edge, by the name of the value.
+        # Names of the values that flow along each edge.
         self.flows: dict[tuple[str, str], set[str]] = {}
 
     def build(self) -> nx.DiGraph[str]:
@@ -92,7 +101,7 @@ class _Builder:
         return self.graph
 
     def _stage_numbers(self) -> dict[fx.Node, int]:
-        """Number of the stage of every node; the head counts as one stage more."""
+        """Number the stages of all nodes; the head counts as one stage more."""
         numbers: dict[fx.Node, int] = {}
         number = 0
         for node in self.compiled.program.order:
@@ -104,11 +113,11 @@ class _Builder:
     def _add(
         self, name: str, role: str, stage: int, op: str, **attributes: str | int | float
     ) -> None:
-        blank: dict[str, str | int | float] = {
+        defaults: dict[str, str | int | float] = {
             "path": "", "source": "", "shape": "", "flops": 0, "backward_flops": 0,
             "parameter_bytes": 0, "bytes": 0,
         }  # fmt: skip
-        self.graph.add_node(name, role=role, stage=stage, op=op, **(blank | attributes))
+        self.graph.add_node(name, role=role, stage=stage, op=op, **(defaults | attributes))
 
     def _add_program_node(self, node: fx.Node, stage: int) -> None:
         analysis = self.compiled.analysis
@@ -135,7 +144,7 @@ class _Builder:
         )
 
     def _add_step(self, step: Step, states: Sequence[_State]) -> _State:
-        """Add the node of a step and its edges, given where the states that it reads come from."""
+        """Add the node of a step and the edges of the states that it reads; return its state."""
         number, stage = step.stage, self.plan.stages[step.stage]
         name = f":{step.role}_{number}"
         if step.role is Role.PREPROCESS:
@@ -165,10 +174,10 @@ class _Builder:
         return states[0]
 
     def _add_correct(self, name: str, step: Step, states: Sequence[_State]) -> _State:
-        before, own, *corrections = states if step.stage else ({}, *states)
-        both = {**before, **own}
-        face = self.plan.interfaces[step.stage]
-        state = {value.name: both[value.name] for value in face.state}
+        before, computed, *corrections = states if step.stage else ({}, *states)
+        components = {**before, **computed}
+        interface = self.plan.interfaces[step.stage]
+        state = {value.name: components[value.name] for value in interface.state}
         for correction in corrections:
             if name not in self.graph:
                 self._add(name, step.role, step.stage, "add", **self._type(correction))
@@ -186,7 +195,7 @@ class _Builder:
         self._add(name, step.role, step.stage, spec.family, flops=spec.flops, **self._type(values))
 
     def _type(self, values: Iterable[str]) -> dict[str, str | int]:
-        """Bytes and shape of several values together."""
+        """Sum the bytes of several values, and join their shapes."""
         names = list(values)
         shapes = [self.shapes[name] for name in names]
         return {
@@ -198,7 +207,7 @@ class _Builder:
         return int(self.graph.nodes[name]["stage"])
 
     def _value(self, source: fx.Node, stage_of: dict[fx.Node, int], reader: int) -> str:
-        """Name of the graph node that gives a stage the value of a program node."""
+        """Return the graph node from which a stage reads the value of a program node."""
         if source not in stage_of or stage_of[source] == reader:
             return source.name
         if reader < len(self.plan.stages):
@@ -212,17 +221,17 @@ class _Builder:
         self._edge(source, target, value.name, crosses=crosses)
 
     def _edge(self, source: str, target: str, value: str, *, crosses: bool) -> None:
-        """Let a value flow along an edge, beside what flows there already."""
+        """Add a value to what flows along an edge."""
         values = self.flows.setdefault((source, target), set())
         if value in values:
             return
         values.add(value)
         flow = self._type([value])
         if self.graph.has_edge(source, target):
-            known = self.graph.edges[source, target]
-            both = [known["shape"], str(flow["shape"])]
+            edge = self.graph.edges[source, target]
+            shapes = [edge["shape"], str(flow["shape"])]
             flow = {
-                "bytes": known["bytes"] + flow["bytes"],
-                "shape": " + ".join(filter(None, both)),
+                "bytes": edge["bytes"] + flow["bytes"],
+                "shape": " + ".join(filter(None, shapes)),
             }
         self.graph.add_edge(source, target, **flow, crosses=crosses)

@@ -11,7 +11,7 @@ from pnn_compile.export.format import size
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from pnn_compile.export.onnx.read import OnnxSummary, Part
+    from pnn_compile.export.onnx.read import OnnxSummary, RoleSummary
 
 __all__ = ["onnx_table"]
 
@@ -42,6 +42,6 @@ def onnx_table(found: OnnxSummary) -> RenderableType:
     return Group(table, *map(Text, lines))
 
 
-def _operators(part: Part) -> str:
+def _operators(part: RoleSummary) -> str:
     shown = [f"{count} {name}" for name, count in part.operators[:_OPERATORS]]
     return ", ".join([*shown, *(["..."] if len(part.operators) > _OPERATORS else [])])

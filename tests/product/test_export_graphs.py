@@ -1,4 +1,4 @@
-"""Graphs for other programs: what they read is what the compiler found."""
+"""The partition graph in the formats of other programs reads back as it was written."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from torch import nn
 
 import pnn_compile as pnn
 from passes.schedule.trace import step_trace
-from pnn_compile.export.dot import to_dot
 from pnn_compile.export.format import count
-from pnn_compile.export.graphml import to_graphml, to_node_link
-from pnn_compile.export.mermaid import to_mermaid
+from pnn_compile.export.graph_formats import to_dot, to_graphml, to_mermaid, to_node_link
 
 DOT = shutil.which("dot")
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import unet
-from pnn_compile.export.dot import to_dot
+from pnn_compile.export.graph_formats import to_dot
 
 
 def test_the_graph_is_acyclic_and_complete(unet_compiled: pnn.Compiled) -> None:

@@ -16,9 +16,9 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
+from passes.transform.sweep import Role
 from pnn_compile.cli import main
 from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
-from pnn_compile.export.onnx.steps import ROLES
 
 
 class Exports:
@@ -40,8 +40,20 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return Exports(compiled, tmp_path_factory.mktemp("onnx"))
 
 
-def metadata(holder: onnx.NodeProto | onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in holder.metadata_props}
+def metadata(proto: onnx.NodeProto | onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def tokens(samples: int) -> torch.Tensor:
+    """Random inputs of the decoder, of any batch size up to 8."""
+    return decoder.example_inputs()[0].repeat(4, 1)[:samples]
+
+
+def assert_equals_torch(output: np.ndarray, exports: Exports, inputs: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = exports.compiled.module.eval()(inputs).numpy()
+    assert output.shape == expected.shape
+    np.testing.assert_allclose(output, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 def test_every_node_has_configuration_stage_and_role(exports: Exports) -> None:
@@ -50,42 +62,42 @@ def test_every_node_has_configuration_stage_and_role(exports: Exports) -> None:
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
     (configuration,) = model.configuration
     assert (configuration.name, configuration.num_devices) == ("pnn", 3)
-    found = set()
+    places = set()
     for node in model.graph.node:
-        (own,) = node.device_configurations
-        assert own.configuration_id == configuration.name
+        (placement,) = node.device_configurations
+        assert placement.configuration_id == configuration.name
         facts = metadata(node)
-        assert own.pipeline_stage == int(facts["pnn.stage"])
-        assert facts["pnn.role"] in ROLES
-        found.add((own.pipeline_stage, facts["pnn.role"]))
+        assert placement.pipeline_stage == int(facts["pnn.stage"])
+        assert facts["pnn.role"] in set(Role)
+        places.add((placement.pipeline_stage, facts["pnn.role"]))
     later = {"preprocess", "fine", "residual", "coarse", "correct"}
-    assert found == {(0, "fine"), (2, "head")} | {(s, r) for s in (1, 2) for r in later}
+    assert places == {(0, "fine"), (2, "head")} | {(s, r) for s in (1, 2) for r in later}
 
 
-def test_onnx_ir_keeps_what_is_said_of_the_nodes(exports: Exports, tmp_path: Path) -> None:
+def test_onnx_ir_keeps_the_annotations_of_the_nodes(exports: Exports, tmp_path: Path) -> None:
     ir.save(ir.load(exports.whole.path), tmp_path / "again.onnx")
     again = onnx.load(tmp_path / "again.onnx")
     assert again.ir_version == 11
     assert [c.SerializeToString() for c in again.configuration] == [
         c.SerializeToString() for c in exports.model.configuration
     ]
-    for ours, theirs in zip(exports.model.graph.node, again.graph.node, strict=True):
-        assert ours.name == theirs.name
-        assert metadata(ours) == metadata(theirs)
-        assert ours.device_configurations == theirs.device_configurations
+    for node, copy in zip(exports.model.graph.node, again.graph.node, strict=True):
+        assert node.name == copy.name
+        assert metadata(node) == metadata(copy)
+        assert node.device_configurations == copy.device_configurations
 
 
 def test_names_say_stage_role_and_module(exports: Exports) -> None:
     nodes = exports.model.graph.node
     assert len({node.name for node in nodes}) == len(nodes)
-    form = re.compile(rf"stage_[0-2]/({'|'.join(ROLES)})/([\w.]+/)?[A-Z]\w+")
-    assert [node.name for node in nodes if not form.fullmatch(node.name)] == []
+    pattern = re.compile(rf"stage_[0-2]/({'|'.join(Role)})/([\w.]+/)?[A-Z]\w+")
+    assert [node.name for node in nodes if not pattern.fullmatch(node.name)] == []
     assert "stage_0/fine/blocks.0.mlp.1/Gelu" in {node.name for node in nodes}
     weights = {tensor.name for tensor in exports.model.graph.initializer}
-    own = set(exports.compiled.original_state_dict())
+    keys = set(exports.compiled.original_state_dict())
     named = {name for name in weights if not name.startswith(("constant_", "preprocess", "coarse"))}
-    assert named <= own
-    assert len(own - named) <= 1  # the head is tied to the embedding
+    assert named <= keys
+    assert len(keys - named) <= 1  # the head is tied to the embedding
 
 
 def test_the_plan_stands_in_the_metadata(exports: Exports) -> None:
@@ -101,35 +113,32 @@ def test_one_file_agrees_with_torch_at_other_batch_sizes(exports: Exports) -> No
     assert exports.whole.checked.error < 1e-5
     assert exports.whole.checked.agreement == 1.0
     session = onnxruntime.InferenceSession(exports.whole.path)
-    tokens = decoder.example_inputs()[0].repeat(4, 1)[:7]
-    (found,) = session.run(None, {"tokens": tokens.numpy()})
-    with torch.no_grad():
-        wanted = exports.compiled.module.eval()(tokens).numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+    inputs = tokens(7)
+    (output,) = session.run(None, {"tokens": inputs.numpy()})
+    assert_equals_torch(output, exports, inputs)
 
 
 def test_stage_models_agree_with_torch(exports: Exports) -> None:
     assert exports.stages.checked is not None
     assert exports.stages.checked.error < 1e-5
-    tokens = decoder.example_inputs()[0].repeat(4, 1)[:7]
-    with torch.no_grad():
-        wanted = exports.compiled.module.eval()(tokens).numpy()
+    inputs = tokens(7)
+    array = inputs.numpy()
     with StageExecutor(exports.folder) as executor:
         for _ in range(2):
-            found = executor.run({"tokens": tokens.numpy()})
+            outputs = executor.run({"tokens": array})
+        assert_equals_torch(outputs["output"], exports, inputs)
         with pytest.raises(pnn.OptionError, match=r"takes tokens \(got images\)"):
-            executor.run({"images": tokens.numpy()})
+            executor.run({"images": array})
         with pytest.raises(Exception, match="INVALID_ARGUMENT"):
-            executor.run({"tokens": tokens.numpy().astype(np.float32)})
-        assert executor.run({"tokens": tokens.numpy()})["output"].shape == wanted.shape
-    np.testing.assert_allclose(found["output"], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+            executor.run({"tokens": array.astype(np.float32)})
+        assert_equals_torch(executor.run({"tokens": array})["output"], exports, inputs)
 
 
 def test_the_manifest_is_enough_to_run_the_models(exports: Exports) -> None:
     """What a reader in another language does: the runs in order, by position."""
     manifest = json.loads((exports.folder / "manifest.json").read_text())
-    tokens = decoder.example_inputs()[0].numpy()
-    values = {manifest["inputs"][0]["name"]: tokens}
+    inputs = tokens(2)
+    values = {manifest["inputs"][0]["name"]: inputs.numpy()}
     models = {model["name"]: model for model in manifest["models"]}
     for run in manifest["runs"]:
         model = models[run["model"]]
@@ -140,10 +149,7 @@ def test_the_manifest_is_enough_to_run_the_models(exports: Exports) -> None:
         }
         results = session.run([slot["name"] for slot in model["outputs"]], feeds)
         values.update(zip(run["outputs"], results, strict=True))
-    with torch.no_grad():
-        wanted = exports.compiled.module.eval()(torch.from_numpy(tokens)).numpy()
-    found = values[manifest["outputs"][0]["name"]]
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+    assert_equals_torch(values[manifest["outputs"][0]["name"]], exports, inputs)
 
 
 def test_a_stream_a_stage_runs_the_single_file_on_several_threads(
@@ -153,16 +159,14 @@ def test_a_stream_a_stage_runs_the_single_file_on_several_threads(
         options.enable_profiling = True
         options.profile_file_prefix = str(tmp_path / "profile")
 
-    tokens = decoder.example_inputs()[0].repeat(4, 1)
+    inputs = tokens(8)
     session = open_streams(exports.whole.path, options=profile)
-    for _ in range(50):  # on busy cores one thread may do all that is to do in a run
-        (found,) = session.run(None, {"tokens": tokens.numpy()})
-    with torch.no_grad():
-        wanted = exports.compiled.module.eval()(tokens).numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+    for _ in range(50):  # on busy cores one thread may do all the work of a run
+        (output,) = session.run(None, {"tokens": inputs.numpy()})
+    assert_equals_torch(output, exports, inputs)
     events = json.loads(Path(session.end_profiling()).read_text())
-    kernels = [each for each in events if each["name"].endswith("_kernel_time")]
-    assert len({each["tid"] for each in kernels}) > 1
+    kernels = [event for event in events if event["name"].endswith("_kernel_time")]
+    assert len({event["tid"] for event in kernels}) > 1
     with pytest.raises(pnn.ArtifactError, match="cannot be read"):
         open_streams(tmp_path / "missing.onnx")
 
@@ -194,7 +198,7 @@ def test_inspect_shows_stages_and_roles(
     assert main(["inspect", str(exports.stages.path), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["placed"] == data["nodes"] == exports.stages.nodes
-    assert {part["role"] for part in data["parts"]} == set(ROLES)
+    assert {part["role"] for part in data["parts"]} == set(Role)
     foreign = exports.folder / "foreign.onnx"
     foreign.write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
     assert main(["inspect", str(foreign)]) == 2
@@ -228,7 +232,7 @@ def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
 def test_large_weights_stand_beside_the_model_stage_by_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pnn_compile.export.onnx.files.LARGE", 1000)
+    monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
     compiled = pnn.compile(unet.build_model(depth=1, width=4), unet.example_inputs(), stages=2)
     exported = compiled.export_onnx(tmp_path / "model.onnx")
     names = [file.name for file in exported.files]
@@ -262,7 +266,7 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: 
 
 
 def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pnn_compile.export.onnx.check.LIMIT", 0.0)
+    monkeypatch.setattr("pnn_compile.export.onnx.verify.LIMIT", 0.0)
     compiled = pnn.compile(
         nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8), stages=2
     )

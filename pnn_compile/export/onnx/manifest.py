@@ -1,4 +1,7 @@
-"""The manifest of a set of stage models: all that is needed to run them, as plain data."""
+"""The manifest of a set of stage models: all that a program needs to run them, as plain data.
+
+It is one JSON file, one model and one run a line; docs/onnx.md describes its keys.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from typing import Any
 
 from passes.errors import ArtifactError
 
-__all__ = ["MANIFEST", "SCHEMA", "File", "Manifest", "ModelEntry", "Run", "Tensor", "checksum"]
-
 SCHEMA = 1
 """Version of the format."""
 
@@ -22,8 +23,8 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor: its name, its sizes (numbers, or text over the batch size), its element type."""
+class TensorEntry:
+    """Name of a tensor, sizes (numbers, or text over the batch size), and type of its elements."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -31,8 +32,8 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class File:
-    """A file: its path from the manifest's directory, its bytes and their SHA-256."""
+class FileEntry:
+    """Path of a file from the manifest's directory, number of bytes, and their SHA-256."""
 
     path: str
     bytes: int
@@ -46,30 +47,30 @@ class ModelEntry:
     Attributes:
         name: Its name in the runs.
         stage: The stage that it belongs to.
-        roles: What it does: "preprocess", "fine", "residual", "coarse", "correct", "head".
-        inputs: What it reads, in the order of a run's inputs.
-        outputs: What it gives, in the order of a run's outputs.
+        roles: Roles of its nodes: "preprocess", "fine", "residual", "coarse", "correct", "head".
+        inputs: Its inputs, in the order of a run's inputs.
+        outputs: Its outputs, in the order of a run's outputs.
         files: The model first, then the files of its weights, if any.
     """
 
     name: str
     stage: int
     roles: tuple[str, ...]
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    files: tuple[File, ...]
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    files: tuple[FileEntry, ...]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunEntry:
     """One run of a model.
 
     Attributes:
         model: Name of the model.
-        stage: The stage that does it.
+        stage: The stage that runs it.
         iteration: Number of the parareal iteration, from 0.
         inputs: Names of the values that it reads, by position.
-        outputs: Names of the values that it gives, by position.
+        outputs: Names of the values that it computes, by position.
     """
 
     model: str
@@ -91,11 +92,11 @@ class Manifest:
         iterations: Number of parareal iterations.
         opset: Version of the default operator set.
         ir_version: Version of the ONNX format.
-        inputs: What the network takes; their names are values that runs read.
-        outputs: What the network gives; their names are values that runs give.
+        inputs: Inputs of the network; runs read the values of these names.
+        outputs: Outputs of the network; runs compute the values of these names.
         models: The models.
-        runs: What every stage does, in an order in which one thread could do it. A stage does its
-            own in this order, each as soon as its inputs are there.
+        runs: The runs of all stages, in an order in which one thread could do them. A stage does
+            its runs in this order, each as soon as its inputs are there.
         schema: Version of this format.
     """
 
@@ -106,14 +107,14 @@ class Manifest:
     iterations: int
     opset: int
     ir_version: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
     models: tuple[ModelEntry, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RunEntry, ...]
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        """Write it as text, one model and one run a line."""
+        """Return the text of the file."""
         data = {"schema": self.schema} | dataclasses.asdict(self)
         lines = []
         for key, value in data.items():
@@ -126,10 +127,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str | Path) -> Manifest:
-        """Read a manifest, given as a file or as the directory that it is in.
+        """Read a manifest from a file, or from the directory that it is in.
 
         Raises:
-            ArtifactError: There is none, or it is of another version or damaged.
+            ArtifactError: It is missing, damaged, or of another version.
         """
         file = Path(path)
         file = file / MANIFEST if file.is_dir() else file
@@ -175,13 +176,13 @@ class Manifest:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tensors(items: Iterable[dict[str, Any]]) -> tuple[Tensor, ...]:
-    return tuple(Tensor(i["name"], tuple(i["shape"]), i["dtype"]) for i in items)
+def _tensors(items: Iterable[dict[str, Any]]) -> tuple[TensorEntry, ...]:
+    return tuple(TensorEntry(i["name"], tuple(i["shape"]), i["dtype"]) for i in items)
 
 
 def _model(item: dict[str, Any]) -> ModelEntry:
@@ -191,12 +192,12 @@ def _model(item: dict[str, Any]) -> ModelEntry:
         roles=tuple(item["roles"]),
         inputs=_tensors(item["inputs"]),
         outputs=_tensors(item["outputs"]),
-        files=tuple(File(f["path"], f["bytes"], f["sha256"]) for f in item["files"]),
+        files=tuple(FileEntry(f["path"], f["bytes"], f["sha256"]) for f in item["files"]),
     )
 
 
-def _run(item: dict[str, Any]) -> Run:
-    return Run(
+def _run(item: dict[str, Any]) -> RunEntry:
+    return RunEntry(
         item["model"],
         int(item["stage"]),
         int(item["iteration"]),

@@ -1,34 +1,33 @@
-"""Reads exported ONNX files back: which stage and which role every node has."""
+"""Read exported ONNX files back, and summarize their nodes by stage and role."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import ArtifactError, ExportError
+from passes.transform.sweep import Role
 from pnn_compile.export.onnx.manifest import MANIFEST, Manifest
-from pnn_compile.export.onnx.steps import ROLES
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxSummary", "Part", "load_proto", "read"]
-
 
 @dataclass(frozen=True)
-class Part:
-    """The nodes of one stage and role.
+class RoleSummary:
+    """Nodes of one stage and role.
 
     Attributes:
         stage: The stage.
         role: The role.
         nodes: Number of nodes.
-        operators: How often each operator occurs, the most frequent first.
-        modules: The first and the last module that they come from.
-        weight_bytes: Bytes of the weights that they read; what several parts read counts once.
+        operators: Number of occurrences of each operator, the most frequent one first.
+        modules: The first and the last module that they come from, if known.
+        weight_bytes: Bytes of the weights that they read; one that several roles read counts once.
     """
 
     stage: int
@@ -41,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class OnnxSummary:
-    """What an exported network holds.
+    """Contents of an exported network.
 
     Attributes:
         path: The file that was read.
@@ -51,10 +50,10 @@ class OnnxSummary:
         stages: Number of stages.
         nodes: Number of nodes.
         placed: Number of nodes with a device configuration and a pipeline stage.
-        inputs: Names and shapes.
-        outputs: Names and shapes.
-        metadata: What the file says of the plan, the plan itself apart.
-        parts: The nodes by stage and role.
+        inputs: Names, shapes and types of the inputs.
+        outputs: Names, shapes and types of the outputs.
+        metadata: Metadata of the model, without the plan.
+        parts: Its nodes by stage and role.
     """
 
     path: str
@@ -67,10 +66,10 @@ class OnnxSummary:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     metadata: dict[str, str]
-    parts: tuple[Part, ...]
+    parts: tuple[RoleSummary, ...]
 
 
-def read(path: Path) -> OnnxSummary:
+def read_summary(path: Path) -> OnnxSummary:
     """Read an exported model, or the models of a manifest, without their weights.
 
     Raises:
@@ -79,16 +78,16 @@ def read(path: Path) -> OnnxSummary:
     """
     if path.name != MANIFEST:
         model = _load(path)
-        inputs = tuple(map(_described, model.graph.input))
-        outputs = tuple(map(_described, model.graph.output))
+        inputs = tuple(map(_value_text, model.graph.input))
+        outputs = tuple(map(_value_text, model.graph.output))
         return _summary(path, {path: model}, inputs, outputs)
     manifest = Manifest.read(path)
     files = [path.parent / entry.files[0].path for entry in manifest.models]
     return _summary(
         path,
         {file: _load(file) for file in files},
-        tuple(f"{t.name} {_shape(t.shape)} {t.dtype}" for t in manifest.inputs),
-        tuple(f"{t.name} {_shape(t.shape)} {t.dtype}" for t in manifest.outputs),
+        tuple(_text(t.name, t.shape, t.dtype) for t in manifest.inputs),
+        tuple(_text(t.name, t.shape, t.dtype) for t in manifest.outputs),
     )
 
 
@@ -115,15 +114,16 @@ def load_proto(path: Path) -> onnx.ModelProto:
 
 def _load(path: Path) -> onnx.ModelProto:
     model = load_proto(path)
-    if "pnn.stages" not in _metadata(model):
+    if "pnn.stages" not in node_metadata(model):
         raise ArtifactError(
             f"{path} says nothing of stages: inspect reads what `pnn-compile export` wrote"
         )
     return model
 
 
-def _metadata(holder: Any) -> dict[str, str]:
-    return {entry.key: entry.value for entry in holder.metadata_props}
+def node_metadata(proto: Any) -> dict[str, str]:
+    """Return the metadata of a node or a model."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
 
 
 def _summary(
@@ -133,7 +133,7 @@ def _summary(
     outputs: tuple[str, ...],
 ) -> OnnxSummary:
     first = next(iter(models.values()))
-    facts = _metadata(first)
+    metadata = node_metadata(first)
     nodes = [node for model in models.values() for node in _nodes(model.graph)]
     placed = [node for node in nodes if any(map(_is_placed, node.device_configurations))]
     return OnnxSummary(
@@ -141,13 +141,13 @@ def _summary(
         files=tuple(str(file) for file in models),
         ir_version=first.ir_version,
         opset=next(o.version for o in first.opset_import if not o.domain),
-        stages=int(facts["pnn.stages"]),
+        stages=int(metadata["pnn.stages"]),
         nodes=len(nodes),
         placed=len(placed),
         inputs=inputs,
         outputs=outputs,
-        metadata={key: value for key, value in facts.items() if key != "pnn.plan"},
-        parts=tuple(_parts(models)),
+        metadata={key: value for key, value in metadata.items() if key != "pnn.plan"},
+        parts=tuple(_role_summaries(models)),
     )
 
 
@@ -155,22 +155,22 @@ def _is_placed(configuration: onnx.NodeDeviceConfigurationProto) -> bool:
     return bool(configuration.configuration_id) and configuration.HasField("pipeline_stage")
 
 
-def _parts(models: dict[Path, onnx.ModelProto]) -> Iterator[Part]:
+def _role_summaries(models: dict[Path, onnx.ModelProto]) -> Iterator[RoleSummary]:
     groups: dict[tuple[int, str], list[onnx.NodeProto]] = {}
     weights: dict[tuple[int, str], int] = {}
     for model in models.values():
         sizes = {t.name: _bytes(t) for t in model.graph.initializer}
         for node in _nodes(model.graph):
-            facts = _metadata(node)
-            key = int(facts.get("pnn.stage", -1)), facts.get("pnn.role", "")
+            metadata = node_metadata(node)
+            key = int(metadata.get("pnn.stage", -1)), metadata.get("pnn.role", "")
             groups.setdefault(key, []).append(node)
             for name in node.input:
                 weights[key] = weights.get(key, 0) + sizes.pop(name, 0)
-    order = {role: index for index, role in enumerate(ROLES)}
+    order: dict[str, int] = {role: index for index, role in enumerate(Role)}
     for key in sorted(groups, key=lambda key: (key[0], order.get(key[1], -1))):
         nodes = groups[key]
-        modules = [m for node in nodes if (m := _metadata(node).get("pnn.module"))]
-        yield Part(
+        modules = [m for node in nodes if (m := node_metadata(node).get("pnn.module"))]
+        yield RoleSummary(
             stage=key[0],
             role=key[1],
             nodes=len(nodes),
@@ -181,7 +181,7 @@ def _parts(models: dict[Path, onnx.ModelProto]) -> Iterator[Part]:
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of the graphs inside them."""
+    """Iterate over the nodes of a graph and of the graphs inside them."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -192,20 +192,17 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def _bytes(tensor: onnx.TensorProto) -> int:
     import onnx
 
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return int(math.prod(tensor.dims) * dtype.itemsize)
 
 
-def _described(value: onnx.ValueInfoProto) -> str:
+def _value_text(value: onnx.ValueInfoProto) -> str:
     import onnx
 
     kind = value.type.tensor_type
     sizes = [d.dim_param if d.HasField("dim_param") else d.dim_value for d in kind.shape.dim]
-    name = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    return f"{value.name} {_shape(sizes)} {name}"
+    return _text(value.name, sizes, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
 
 
-def _shape(sizes: Any) -> str:
-    return f"[{', '.join(map(str, sizes))}]"
+def _text(name: str, sizes: Iterable[int | str], dtype: str) -> str:
+    return f"{name} [{', '.join(map(str, sizes))}] {dtype}"

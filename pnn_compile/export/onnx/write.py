@@ -1,132 +1,158 @@
-"""Writes steps as an ONNX model in which every node says its stage, its role and its origin."""
+"""Write operations as an ONNX model in which every node says its stage, role and origin.
+
+A node of the model, as ONNX prints it:
+
+    name                  stage_1/fine/layers.3.conv1/Conv
+    device_configurations {configuration_id: "pnn", pipeline_stage: 1}
+    metadata_props        {pnn.stage: 1, pnn.role: fine, pnn.iteration: 0,
+                           pnn.module: layers.3.conv1, pnn.source: model.py:41}
+
+A piece is a row of templates, each copied and bound to its values and weights. A tensor that
+several pieces read is one initializer.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from passes.ir.program import resolve
+from passes.ir.program import Provenance, resolve
 from passes.plan.schema import Plan
-from pnn_compile.export.onnx.flat import Origin
-from pnn_compile.export.onnx.lower import Call, LoweredPiece
-from pnn_compile.export.onnx.observe import Spec
-from pnn_compile.export.onnx.steps import Place, Step
-from pnn_compile.export.onnx.translate import INNER, NODE, OPSET
+from passes.transform.sweep import Step, sweep
+from pnn_compile.export.onnx.lower import Instance, Lowered, LoweredPiece, Operation
+from pnn_compile.export.onnx.pieces import SymbolicSpec
+from pnn_compile.export.onnx.translate import INNER, NODE, OPSET, inner_nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CONFIGURATION", "IR_VERSION", "write"]
-
 IR_VERSION = 11
-"""The first version of the format with device configurations; younger ones few runtimes read."""
+"""The first version of the format with device configurations; few runtimes read later ones."""
 
 CONFIGURATION = "pnn"
 """Name of the device configuration: stage j on device j."""
 
+LARGE = 100 * 2**20
+"""Bytes of weights from which on they are stored beside the model; protobuf ends at 2 GiB."""
+
+_INLINE = 1024
+"""Bytes up to which a tensor stays in the model: shape inference may need its values."""
+
+_INLINE_INTEGERS = 2**20
+"""The same of integers, such as tables of indices, whose values shape inference follows further."""
+
+_MERGED = 1024
+"""Bytes up to which equal constants become one."""
+
 _PRODUCER = "pnn-compile"
-_SMALL = 1024  # bytes
 
 
-def write(
+def write_model(
     plan: Plan,
-    lowered: Mapping[str, LoweredPiece],
-    steps: Iterable[Step],
-    inputs: Mapping[str, Spec],
+    lowered: Lowered,
+    operations: Iterable[Operation],
+    inputs: Iterable[str],
     outputs: Sequence[tuple[str, str]],
     name: str,
 ) -> ir.Model:
-    """Write steps as a model.
+    """Write operations as a model.
 
     Args:
-        plan: What was decided; it goes into the metadata of the model.
-        lowered: The pieces in ONNX.
-        steps: What to write.
-        inputs: Types of the values that the steps do not compute, by name.
-        outputs: Public names of what the model gives, and the values that they stand for.
+        plan: The plan, which goes into the metadata of the model.
+        lowered: The network that the operations belong to.
+        operations: What to write.
+        inputs: Names of the values that the operations read and do not compute.
+        outputs: Public names of the outputs, each with the value that it stands for.
         name: Name of the graph.
     """
-    writer = _Writer(plan, lowered)
-    for value, spec in inputs.items():
-        writer.add_input(value, spec)
-    for step in steps:
-        writer.add_step(step)
+    writer = _ModelWriter(plan, lowered)
+    for value in inputs:
+        writer.add_input(value, lowered.specs[value])
+    for operation in operations:
+        writer.add_operation(operation)
     return writer.finish(outputs, name)
 
 
-class _Writer:
-    def __init__(self, plan: Plan, lowered: Mapping[str, LoweredPiece]) -> None:
-        self.plan = plan
-        self.lowered = lowered
-        self.inputs: list[ir.Value] = []
-        self.nodes: list[tuple[ir.Node, Place, Origin]] = []
-        self.values: dict[str, ir.Value] = {}
-        self.weights: dict[int, ir.Value] = {}
-        self.constants: dict[tuple[object, ...], ir.Value] = {}
-        self.initializers: list[ir.Value] = []
-        self.taken: set[str] = set()
-        self.public: set[str] = set()
-        # A tensor that a guess shares with the model has the name that it has in the model.
-        self.names: dict[int, str] = {}
-        for each in sorted(lowered.values(), key=lambda each: bool(each.piece.prefix)):
-            for name in (name for call in each.calls for name in call.weights):
-                tensor = resolve(each.piece.module, name)
-                self.names.setdefault(id(tensor), each.piece.key(name))
+class _ModelWriter:
+    """Writes operations one after another.
 
-    def add_input(self, name: str, spec: Spec) -> None:
+    Attributes:
+        inputs: The inputs of the model.
+        nodes: Its nodes, each with the step that it belongs to and its origin.
+        initializers: Its weights and constants.
+    """
+
+    def __init__(self, plan: Plan, lowered: Lowered) -> None:
+        self.plan = plan
+        self.pieces = lowered.pieces
+        self.inputs: list[ir.Value] = []
+        self.nodes: list[tuple[ir.Node, Step, Provenance]] = []
+        self.initializers: list[ir.Value] = []
+        self._values: dict[str, ir.Value] = {}
+        self._weights: dict[int, ir.Value] = {}
+        self._constants: dict[tuple[object, ...], ir.Value] = {}
+        self._names: set[str] = set()
+        self._public: set[str] = set()
+        self._weight_names = _weight_names(lowered)
+
+    def add_input(self, name: str, spec: SymbolicSpec) -> None:
+        """Declare a value that is read from outside."""
         import onnx_ir as ir
 
-        value = ir.Value(
-            name=name, shape=ir.Shape(spec.dims), type=ir.TensorType(_data_type(spec.dtype))
-        )
-        self.taken.add(name)
+        data_type = ir.tensor_adapters.from_torch_dtype(spec.dtype)
+        value = ir.Value(name=name, shape=ir.Shape(spec.dims), type=ir.TensorType(data_type))
+        self._names.add(name)
         self.inputs.append(value)
-        self.values[name] = value
+        self._values[name] = value
 
-    def add_step(self, step: Step) -> None:
-        read = [self.values[name] for name in step.inputs]
-        if step.target in ("Add", "Sub"):
-            given = [self._arithmetic(step, read)]
+    def add_operation(self, operation: Operation) -> None:
+        """Write a call, a sum or a difference."""
+        read = [self._values[name] for name in operation.inputs]
+        if operation.target in ("Add", "Sub"):
+            results = [self._arithmetic(operation, read)]
         else:
-            given = self._call(self.lowered[step.target], read, step.place)
-        for name, value in zip(step.outputs, given, strict=True):
-            self.values[name] = value
-            if value.producer() is not None:
+            results = self._call(self.pieces[operation.target], read, operation.step)
+        for name, value in zip(operation.outputs, results, strict=True):
+            self._values[name] = value
+            if value.producer() is not None:  # not an input that a piece passes on
                 value.name = self._unique(name)
 
-    def _arithmetic(self, step: Step, read: list[ir.Value]) -> ir.Value:
+    def _arithmetic(self, operation: Operation, read: list[ir.Value]) -> ir.Value:
         import onnx_ir as ir
 
-        node = ir.node(step.target, read)
-        node.outputs[0].type = read[0].type
-        node.outputs[0].shape = read[0].shape.copy() if read[0].shape else None
-        self.nodes.append((node, step.place, Origin()))
-        return node.outputs[0]
+        node = ir.node(operation.target, read)
+        (result,) = node.outputs
+        result.type = read[0].type
+        result.shape = read[0].shape.copy() if read[0].shape else None
+        self.nodes.append((node, operation.step, Provenance()))
+        return result
 
-    def _call(self, lowered: LoweredPiece, read: list[ir.Value], place: Place) -> list[ir.Value]:
-        """Write the blocks of a piece one after the other."""
+    def _call(self, lowered: LoweredPiece, read: list[ir.Value], step: Step) -> list[ir.Value]:
+        """Write the instances of a piece one after another."""
         piece = lowered.piece
         values = dict(zip(piece.inputs, read, strict=True))
-        for call in lowered.calls:
-            given = [values[node] for node in call.segment.entering]
-            given += [self._weight(lowered, name) for name in call.weights]
-            found = self._instance(call, given, lowered, place)
-            values.update(zip(call.segment.leaving, found, strict=True))
+        for instance in lowered.instances:
+            arguments = [values[node] for node in instance.segment.inputs]
+            arguments += [self._weight(lowered, name) for name in instance.weights]
+            results = self._instantiate(instance, arguments, lowered, step)
+            values.update(zip(instance.segment.outputs, results, strict=True))
         return [values[node] for node in piece.outputs]
 
-    def _instance(
-        self, call: Call, given: list[ir.Value], lowered: LoweredPiece, place: Place
+    def _instantiate(
+        self, instance: Instance, arguments: list[ir.Value], lowered: LoweredPiece, step: Step
     ) -> list[ir.Value]:
-        """Write a copy of a block over other inputs and weights."""
+        """Write a copy of a template over other inputs and weights."""
         import onnx_ir as ir
 
-        graph = call.block.graph.clone()
+        graph = instance.template.graph.clone()
         outputs = [*graph.outputs]
         graph.outputs.clear()
-        bound = dict(zip(graph.inputs, given, strict=True))
+        bound = dict(zip(graph.inputs, arguments, strict=True))
         graph.inputs.clear()
         for value in [*graph.initializers.values()]:
             graph.initializers.pop(value.name or "")
@@ -135,22 +161,15 @@ class _Writer:
         nodes = [*graph]
         graph.remove(nodes)
         for node in nodes:
-            number = int(node.metadata_props.get(NODE, 0))
-            origin = Origin()
-            if call.segment.nodes:
-                source = call.segment.nodes[min(number, len(call.segment.nodes) - 1)]
-                origin = lowered.piece.origins.get(source, origin)
-            if not origin.path:
-                origin = Origin(node.metadata_props.get(INNER, ""))
-            self.nodes.append((node, place, origin))
+            self.nodes.append((node, step, _origin(node, instance, lowered)))
         return [bound.get(value, value) for value in outputs]
 
     def _weight(self, lowered: LoweredPiece, name: str) -> ir.Value:
-        """The initializer of a parameter or buffer; one for all that read the same tensor."""
+        """Return the initializer of a parameter or buffer; one for all that read the tensor."""
         tensor = resolve(lowered.piece.module, name)
-        if id(tensor) not in self.weights:
-            self.weights[id(tensor)] = self._initializer(self.names[id(tensor)], tensor)
-        return self.weights[id(tensor)]
+        if id(tensor) not in self._weights:
+            self._weights[id(tensor)] = self._initializer(self._weight_names[id(tensor)], tensor)
+        return self._weights[id(tensor)]
 
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
         import onnx_ir as ir
@@ -167,129 +186,173 @@ class _Writer:
         return value
 
     def _constant(self, value: ir.Value) -> ir.Value:
-        """A constant of a block; small ones are written once."""
+        """Return the initializer of a constant of a template; small ones are written once."""
         import onnx_ir as ir
 
         data = value.const_value
         assert data is not None
         key: tuple[object, ...] = (id(data),)
-        if data.nbytes <= _SMALL:
+        if data.nbytes <= _MERGED:
             key = (data.dtype, tuple(data.shape), data.tobytes())
-        if key not in self.constants:
-            name = self._unique(f"constant_{len(self.constants)}")
+        if key not in self._constants:
+            name = self._unique(f"constant_{len(self._constants)}")
             array = data.numpy()
-            kept = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(data.dtype),
+            constant = ir.Value(
+                name=name,
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(data.dtype),
                 const_value=ir.tensor(array, name=name, dtype=data.dtype),
-            )  # fmt: skip
-            self.constants[key] = kept
-            self.initializers.append(kept)
-        return self.constants[key]
+            )
+            self._constants[key] = constant
+            self.initializers.append(constant)
+        return self._constants[key]
 
     def finish(self, outputs: Sequence[tuple[str, str]], name: str) -> ir.Model:
-        """Name and annotate everything, and make the model."""
+        """Name and annotate everything, and return the model."""
         import onnx_ir as ir
 
-        given = [self._output(*pair) for pair in outputs]
+        graph_outputs = [self._output(*pair) for pair in outputs]
         graph = ir.Graph(
             self.inputs,
-            given,
+            graph_outputs,
             nodes=[node for node, _, _ in self.nodes],
             initializers=self.initializers,
             opset_imports={"": OPSET},
             name=name,
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name=_PRODUCER)
-        stages = len(self.plan.stages)
-        devices = [f"stage_{stage}" for stage in range(stages)]
+        devices = [f"stage_{stage}" for stage in range(len(self.plan.stages))]
         configuration = model.add_device_configuration(CONFIGURATION, device_names=devices)
-        for node, place, origin in self.nodes:
-            self._annotate(node, place, origin)
-            for each in (node, *_inside(node)):
-                each.set_pipeline_stage(configuration, place.stage)
-        model.metadata_props.update(_facts(self.plan))
+        for node, step, origin in self.nodes:
+            self._annotate(node, step, origin)
+            for part in (node, *inner_nodes(node)):
+                part.set_pipeline_stage(configuration, step.stage)
+        model.metadata_props.update(_model_metadata(self.plan))
         return model
 
     def _output(self, public: str, name: str) -> ir.Value:
-        """Give a value its public name; a value that has one already is copied."""
+        """Give a value its public name; an input, or a value with a public name, is copied."""
         import onnx_ir as ir
 
-        value = self.values[name]
-        if value.producer() is None or value.name in self.public:
-            place = Place(len(self.plan.stages) - 1, "head", self.plan.iterations - 1)
+        value = self._values[name]
+        if value.producer() is None or value.name in self._public:
+            # The head makes the copy; K may exceed the iterations that the sweep needs.
+            head = sweep(len(self.plan.stages), self.plan.sweep, self.plan.iterations)[-1]
+            step = replace(head, iteration=self.plan.iterations - 1)
             node = ir.node("Identity", [value])
             node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
-            self.nodes.append((node, place, Origin()))
+            self.nodes.append((node, step, Provenance()))
             value = node.outputs[0]
         if value.name != public:
             value.name = self._unique(public)
-        self.public.add(value.name or "")
+        self._public.add(value.name or "")
         return value
 
-    def _annotate(self, node: ir.Node, place: Place, origin: Origin) -> None:
-        """Write where a node belongs, and a name that says it."""
-        words = [f"stage_{place.stage}", place.role]
+    def _annotate(self, node: ir.Node, step: Step, origin: Provenance) -> None:
+        """Name a node and its values after the place that it belongs to, and write its metadata."""
+        words: list[str] = [f"stage_{step.stage}", step.role]
         if self.plan.iterations > 1:
-            words.append(f"iteration_{place.iteration}")
+            words.append(f"iteration_{step.iteration}")
         words += [origin.path] if origin.path else []
         node.name = self._unique("/".join([*words, node.op_type]))
         for index, value in enumerate(node.outputs):
-            if value.name not in self.taken:
+            if value.name not in self._names:
                 value.name = self._unique(node.name + (f"_{index}" if index else "") + "_out")
-        for each in (node, *_inside(node)):
-            each.metadata_props.clear()
-            each.metadata_props.update(
-                {
-                    "pnn.stage": str(place.stage),
-                    "pnn.role": place.role,
-                    "pnn.iteration": str(place.iteration),
-                }
-            )
-            if origin.path:
-                each.metadata_props["pnn.module"] = origin.path
-            if origin.source:
-                each.metadata_props["pnn.source"] = origin.source
-        for number, inner in enumerate(_inside(node)):
+        metadata = {
+            "pnn.stage": str(step.stage),
+            "pnn.role": str(step.role),
+            "pnn.iteration": str(step.iteration),
+        }
+        if origin.path:
+            metadata["pnn.module"] = origin.path
+        if origin.source:
+            metadata["pnn.source"] = origin.source
+        for part in (node, *inner_nodes(node)):
+            part.metadata_props.clear()
+            part.metadata_props.update(metadata)
+        for number, inner in enumerate(inner_nodes(node)):
             inner.name = f"{node.name}/{number}_{inner.op_type}"
             for value in (*(inner.graph.inputs if inner.graph else ()), *inner.outputs):
                 if not (value.name or "").startswith(node.name):
                     value.name = f"{node.name}/{value.name}"
 
     def _unique(self, name: str) -> str:
-        """A name that no value and no node has yet."""
-        found, number = name, 1
-        while found in self.taken:
+        """Return a name that no value and no node has yet, and take it."""
+        unique, number = name, 1
+        while unique in self._names:
             number += 1
-            found = f"{name}_{number}"
-        self.taken.add(found)
-        return found
+            unique = f"{name}_{number}"
+        self._names.add(unique)
+        return unique
 
 
-def _inside(node: ir.Node) -> list[ir.Node]:
-    """Nodes of the subgraphs of a node."""
-    import onnx_ir as ir
+def _weight_names(lowered: Lowered) -> dict[int, str]:
+    """Name the tensors that the pieces read, by their ids.
 
-    found: list[ir.Node] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            found += attribute.as_graph().all_nodes()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            found += [inner for graph in attribute.as_graphs() for inner in graph.all_nodes()]
-    return found
+    A tensor that a preprocessing operator shares with the model has the name that it has in the
+    model.
+    """
+    names: dict[int, str] = {}
+    for piece in sorted(lowered.pieces.values(), key=lambda lowered: bool(lowered.piece.prefix)):
+        for name in (name for instance in piece.instances for name in instance.weights):
+            tensor = resolve(piece.piece.module, name)
+            names.setdefault(id(tensor), piece.piece.onnx_name(name))
+    return names
 
 
-def _facts(plan: Plan) -> dict[str, str]:
-    """What the metadata of a model says of the plan."""
+def _origin(node: ir.Node, instance: Instance, lowered: LoweredPiece) -> Provenance:
+    """Return where a node of a copied template came from."""
+    origin = Provenance()
+    if nodes := instance.segment.nodes:
+        number = int(node.metadata_props.get(NODE, 0))
+        origin = lowered.piece.origins.get(nodes[min(number, len(nodes) - 1)], origin)
+    return origin if origin.path else Provenance(node.metadata_props.get(INNER, ""))
+
+
+def _model_metadata(plan: Plan) -> dict[str, str]:
     return {
         "pnn.stages": str(len(plan.stages)),
         "pnn.correction": plan.correction,
         "pnn.sweep": plan.sweep,
         "pnn.iterations": str(plan.iterations),
-        "pnn.plan": json.dumps(json.loads(plan.to_json())),
+        "pnn.plan": json.dumps(json.loads(plan.to_json())),  # on one line
     }
 
 
-def _data_type(dtype: torch.dtype) -> ir.DataType:
+def save_model(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """Save a model, with its weights beside it, one file a stage, if they are large.
+
+    A weight that several stages read is stored with the first of them.
+
+    Returns:
+        The files, the model first.
+    """
     import onnx_ir as ir
 
-    return ir.tensor_adapters.from_torch_dtype(dtype)
+    weights = [*model.graph.initializers.values()]
+    sizes = {value: value.const_value.nbytes for value in weights if value.const_value is not None}
+    files = [path]
+    if sum(sizes.values()) > LARGE:
+        by_stage: dict[int, list[ir.Value]] = {}
+        for value, size in sizes.items():
+            if size > _inline_limit(value):
+                by_stage.setdefault(_first_stage(value), []).append(value)
+        for stage, values in sorted(by_stage.items()):
+            name = f"{path.name}.stage_{stage}.data"
+            tensors = [value.const_value for value in values if value.const_value is not None]
+            external = ir.external_data.convert_tensors_to_external(tensors, path.parent, name)
+            for value, tensor in zip(values, external, strict=True):
+                value.const_value = tensor
+            files.append(path.parent / name)
+    ir.save(model, path)
+    return tuple(files)
+
+
+def _inline_limit(value: ir.Value) -> int:
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return _INLINE if floating else _INLINE_INTEGERS
+
+
+def _first_stage(value: ir.Value) -> int:
+    readers = [int(node.metadata_props.get("pnn.stage", 0)) for node, _ in value.uses()]
+    return min(readers, default=0)

@@ -1,4 +1,8 @@
-"""Holds ONNX models against torch: their form, their types, and what ONNX Runtime computes."""
+"""Verify ONNX models: their form, the types of their values, and their outputs against torch.
+
+Outputs are compared at batch sizes 1, 2 and 5 if the batch is dynamic: an exporter that takes the
+batch of the example for a constant fails at one of them.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +25,23 @@ if TYPE_CHECKING:
 
     from pnn_compile.compiled import Compiled
 
-__all__ = ["BATCHES", "LIMIT", "Checked", "check_form", "check_values", "named_inputs"]
-
 LIMIT = 1e-3
-"""Largest error over the largest magnitude that ONNX Runtime may differ from torch by, float32."""
+"""Largest relative error of ONNX Runtime against torch that passes, float32."""
 
 BATCHES = (1, 2, 5)
-"""Batch sizes of the comparison, where the batch is free."""
+"""Batch sizes of the comparison if the batch is dynamic."""
 
 _Run = Callable[[Mapping[str, "np.ndarray"]], Sequence["np.ndarray"]]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How far ONNX Runtime is from torch.
+    """Difference between ONNX Runtime and torch.
 
     Attributes:
         batches: Batch sizes that were compared.
-        error: Largest error over the largest magnitude of an output, over all of them.
-        agreement: Share of samples with the same largest output; None where there is none.
+        error: Largest error of an output over its largest magnitude, at any batch size.
+        agreement: Share of samples with the same top-1 class; None if the output has no classes.
     """
 
     batches: tuple[int, ...]
@@ -48,10 +50,10 @@ class Checked:
 
 
 def check_form(path: Path) -> None:
-    """Check a model file, its types and shapes included.
+    """Check a model file, including the types and shapes of its values.
 
     Raises:
-        ExportError: The checker of onnx refuses it, or the types of some values do not follow.
+        ExportError: The checker of onnx rejects it, or shape inference leaves a value untyped.
     """
     import onnx
 
@@ -63,9 +65,9 @@ def check_form(path: Path) -> None:
         raise ExportError(
             f"onnx refuses {path.name}: {_first_line(error)}; the file was not kept"
         ) from error
-    known = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
-    untyped = [name for node in inferred.graph.node for name in node.output if name not in known]
-    untyped = [name for name in untyped if name]
+    typed = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    computed = [name for node in inferred.graph.node for name in node.output]
+    untyped = [name for name in computed if name and name not in typed]
     if untyped:
         raise ExportError(
             f"shape inference finds no type for {len(untyped)} values of {path.name} "
@@ -74,69 +76,71 @@ def check_form(path: Path) -> None:
 
 
 def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked:
-    """Compare with the network, in the mode it is in, on the example inputs at several batch sizes.
+    """Compare a model with the network, in the mode it is in, on the example inputs.
 
     Args:
         compiled: The network.
-        run: Runs the model on inputs by name, and gives its outputs in order.
+        run: Runs the model on arrays by input name, and returns its outputs in order.
         names: Names of the inputs.
 
     Raises:
-        ExportError: They disagree, or the runtime cannot run the model.
+        ExportError: An output differs, or the runtime cannot run the model.
     """
     sizes = BATCHES if compiled.program.dynamic_batch else (batch_size(compiled.program.args),)
-    worst, agreed = 0.0, Agreement()
+    worst, agreement = 0.0, Agreement()
     for size in sizes:
         inputs = resized(compiled, size, compiled.program.device)
-        feeds = named_inputs(compiled, inputs, names)
+        feeds = _arrays(compiled, inputs, names)
         try:
-            found = [torch.from_numpy(value) for value in run(feeds)]
+            outputs = [torch.from_numpy(value) for value in run(feeds)]
         except Exception as error:
             raise ExportError(
                 f"ONNX Runtime cannot run the model at batch {size}: {_first_line(error)}; "
                 "--no-verify (verify=False) keeps the file all the same"
             ) from error
         with torch.no_grad():
-            output = compiled.module(**_copied(inputs))
-        wanted = [leaf.cpu() for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
-        for index, (value, reference) in enumerate(zip(found, wanted, strict=True)):
+            leaves = output_leaves(compiled.module(**_cloned(inputs)))
+        references = [leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        for index, (value, reference) in enumerate(zip(outputs, references, strict=True)):
             worst = max(worst, _error(index, size, value, reference))
-        agreed.add(judged(found), judged(wanted), size)
-    return Checked(sizes, worst, agreed.share)
+        agreement.add(judged(outputs), judged(references), size)
+    return Checked(sizes, worst, agreement.share)
 
 
 def _error(index: int, size: int, value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative error of an output."""
-    what = f"output {index} at batch {size}"
+    """Return the relative error of an output, if it is small enough."""
+    output = f"output {index} at batch {size}"
     if value.shape != reference.shape or value.dtype != reference.dtype:
         raise ExportError(
-            f"ONNX Runtime gives {what} as {[*value.shape]} {value.dtype}, torch as "
+            f"ONNX Runtime returns {output} as {[*value.shape]} {value.dtype}, torch as "
             f"{[*reference.shape]} {reference.dtype}; the file was not kept"
         )
     error = relative_error(value, reference)
     if not error <= LIMIT or math.isnan(error):
         raise ExportError(
-            f"ONNX Runtime disagrees with torch on {what}: relative error {error:.1e}, "
+            f"ONNX Runtime disagrees with torch on {output}: relative error {error:.1e}, "
             f"limit {LIMIT:.0e}; the file was not kept"
         )
     return error
 
 
-def named_inputs(
+def _arrays(
     compiled: Compiled, inputs: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The tensors of a network's inputs as arrays, by the names that they have in ONNX."""
+    """Return the tensors of a network's inputs as arrays, by their names in ONNX."""
     order = [str(node.target) for node in compiled.program.inputs]
     leaves = pytree.tree_leaves([inputs[name] for name in order])
     arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return dict(zip(names, arrays, strict=True))
 
 
-def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    def fresh(value: Any) -> Any:
+def _cloned(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Clone the inputs, for a model may write into them."""
+
+    def clone(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
-    return {name: pytree.tree_map(fresh, value) for name, value in inputs.items()}
+    return {name: pytree.tree_map(clone, value) for name, value in inputs.items()}
 
 
 def _first_line(error: Exception) -> str:
