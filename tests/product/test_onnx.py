@@ -246,6 +246,46 @@ class Unexportable(nn.Module):
         return torch.linalg.eigvals(x @ x.mT).real + x.sum(-1)
 
 
+class _NamesClash(nn.Module):
+    """Outputs that have the names of an input and of a weight, and are an input and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+        self.last = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        y = self.last(self.body(x))
+        return {
+            "x": y,
+            "last.weight": y + 1,
+            "copy": x,
+            "bias": self.last.bias,
+            "all": [self.scale],
+        }
+
+
+@pytest.mark.parametrize("per_stage", [False, True], ids=["one_file", "per_stage"])
+def test_outputs_may_be_weights_and_have_any_name(tmp_path: Path, *, per_stage: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    compiled = pnn.compile(_NamesClash().eval(), x, stages=2)
+    exported = export_onnx(compiled, tmp_path / "net.onnx", per_stage=per_stage)
+    names = ["output.x", "last.weight", "copy", "bias", "all.0"]
+    if per_stage:
+        read = json.loads(exported.path.read_text())
+        assert [tensor["name"] for tensor in read["outputs"]] == names
+        return
+    session = onnxruntime.InferenceSession(exported.path)
+    assert [output.name for output in session.get_outputs()] == names
+    values = session.run(None, {"x": x.numpy()})
+    result = compiled.module.eval()(x)
+    wanted = [result["x"], result["last.weight"], x, result["bias"], result["all"][0]]
+    for value, tensor in zip(values, wanted, strict=True):
+        np.testing.assert_allclose(value, tensor.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: Path) -> None:
     blocks = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), Unexportable()]
     compiled = pnn.compile(nn.Sequential(*blocks), torch.randn(2, 4, 4), stages=2)

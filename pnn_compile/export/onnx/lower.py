@@ -18,7 +18,7 @@ Two stages with two tensors in the state between them become
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +128,7 @@ def lower_network(compiled: Compiled) -> Lowered:
         reader = _OperationReader(compiled.module.graph, types)
         operations = reader.read()
         pieces = _lower_pieces(compiled, types, operations)
-    public = [name for name, _ in types.outputs]
+    public = _unlike([name for name, _ in types.outputs], reader.specs)
     outputs = tuple(zip(public, operations[-1].outputs, strict=True))
     return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces)
 
@@ -234,6 +234,23 @@ def _named_outputs(output: Any) -> list[tuple[str, Any]]:
         tensors = [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
         pairs = [((pytree.SequenceKey(index),), leaf) for index, leaf in enumerate(tensors)]
     return [(_path_name(path), _sketch(leaf)) for path, leaf in pairs]
+
+
+def _unlike(names: Sequence[str], taken: Collection[str]) -> list[str]:
+    """Make names of outputs differ from each other and from all other values.
+
+    >>> _unlike(["x", "y", "y"], {"x"})
+    ['output.x', 'y', 'y_2']
+    """
+    unique: list[str] = []
+    for name in names:
+        stem = candidate = f"output.{name}" if name in taken else name
+        number = 1
+        while candidate in taken or candidate in unique:
+            number += 1
+            candidate = f"{stem}_{number}"
+        unique.append(candidate)
+    return unique
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

@@ -70,7 +70,7 @@ def write_model(
         outputs: Public names of the outputs, each with the value that it stands for.
         name: Name of the graph.
     """
-    writer = _ModelWriter(plan, lowered)
+    writer = _ModelWriter(plan, lowered, {public for public, _ in outputs})
     for value in inputs:
         writer.add_input(value, lowered.specs[value])
     for operation in operations:
@@ -87,7 +87,7 @@ class _ModelWriter:
         initializers: Its weights and constants.
     """
 
-    def __init__(self, plan: Plan, lowered: Lowered) -> None:
+    def __init__(self, plan: Plan, lowered: Lowered, reserved: set[str]) -> None:
         self.plan = plan
         self.pieces = lowered.pieces
         self.inputs: list[ir.Value] = []
@@ -96,7 +96,7 @@ class _ModelWriter:
         self._values: dict[str, ir.Value] = {}
         self._weights: dict[int, ir.Value] = {}
         self._constants: dict[tuple[object, ...], ir.Value] = {}
-        self._names: set[str] = set()
+        self._names = reserved  # of outputs, which are named last
         self._public: set[str] = set()
         self._weight_names = _weight_names(lowered)
 
@@ -119,7 +119,7 @@ class _ModelWriter:
             results = self._call(self.pieces[operation.target], read, operation.step)
         for name, value in zip(operation.outputs, results, strict=True):
             self._values[name] = value
-            if value.producer() is not None:  # not an input that a piece passes on
+            if value.producer() is not None:  # not an input or a weight that a piece passes on
                 value.name = self._unique(name)
 
     def _arithmetic(self, operation: Operation, read: list[ir.Value]) -> ir.Value:
@@ -141,6 +141,9 @@ class _ModelWriter:
             arguments += [self._weight(lowered, name) for name in instance.weights]
             results = self._instantiate(instance, arguments, lowered, step)
             values.update(zip(instance.segment.outputs, results, strict=True))
+        for node in piece.outputs:
+            if node.op == "get_attr":  # a parameter or a buffer that forward returns
+                values[node] = self._weight(lowered, str(node.target))
         return [values[node] for node in piece.outputs]
 
     def _instantiate(
@@ -243,9 +246,8 @@ class _ModelWriter:
             node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
             self.nodes.append((node, step, Provenance()))
             value = node.outputs[0]
-        if value.name != public:
-            value.name = self._unique(public)
-        self._public.add(value.name or "")
+        value.name = public
+        self._public.add(public)
         return value
 
     def _annotate(self, node: ir.Node, step: Step, origin: Provenance) -> None:
@@ -294,7 +296,9 @@ def _weight_names(lowered: Lowered) -> dict[int, str]:
     """
     names: dict[int, str] = {}
     for piece in sorted(lowered.pieces.values(), key=lambda lowered: bool(lowered.piece.prefix)):
-        for name in (name for instance in piece.instances for name in instance.weights):
+        bound = [name for instance in piece.instances for name in instance.weights]
+        bound += [str(node.target) for node in piece.piece.outputs if node.op == "get_attr"]
+        for name in bound:
             tensor = resolve(piece.piece.module, name)
             names.setdefault(id(tensor), piece.piece.onnx_name(name))
     return names
