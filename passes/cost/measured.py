@@ -15,8 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from passes.ir.direct_call import Direct
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import DirectCaller, with_frame_headroom
 from passes.ir.isolation import preserved
 from passes.ir.program import Program, graph_module
 
@@ -99,7 +98,7 @@ def measure_network(
             marks = [read()]
             outputs = [
                 x
-                for x in pytree.tree_leaves(with_room(run, *leaves))
+                for x in pytree.tree_leaves(with_frame_headroom(run, *leaves))
                 if isinstance(x, torch.Tensor)
             ]
             marks.append(read())
@@ -167,7 +166,7 @@ class _Clock:
         self._passed: list[Any] = []
         self._complete: dict[int, Any] = {}
 
-    def _marked(self, program: Program, segments: Sequence[Sequence[fx.Node]]) -> Direct:
+    def _marked(self, program: Program, segments: Sequence[Sequence[fx.Node]]) -> DirectCaller:
         """The program with a call behind the last node of every segment."""
         graph = copy.deepcopy(program.graph)
         copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
@@ -184,12 +183,12 @@ class _Clock:
             node = copies[segment[-1]]
             with graph.inserting_after(node):
                 graph.call_function(mark, (node, index))
-        return Direct(graph_module(program.module, graph, "Clocked"))
+        return DirectCaller(graph_module(program.module, graph, "Clocked"))
 
     def time(self, inputs: Sequence[Any], *, backward: bool) -> list[Seconds]:
         """Run once and give the seconds of every segment."""
         self._complete = {}
-        outputs = with_room(self._module, *inputs)
+        outputs = with_frame_headroom(self._module, *inputs)
         returned = self._back(outputs) if backward else []
         passed = self._seconds(self._passed)
         forward = [b - a for a, b in itertools.pairwise(passed)]

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, bind
+from passes.ir.example_inputs import ExampleInputs, bind
 from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import preserved
 from passes.ir.program import Program, provenance
@@ -132,12 +132,12 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
         spec = None
         if isinstance(value, torch.Tensor):
             grown = other.values[node].shape if other is not None else None
-            spec = _spec(program, node, value, grown, arguments.batch)
+            spec = _spec(program, node, value, grown, arguments.batch_size)
         facts[node] = replace(fact, spec=spec)
     return facts
 
 
-def _train(program: Program, arguments: Arguments) -> _Observer | None:
+def _train(program: Program, arguments: ExampleInputs) -> _Observer | None:
     """Run in training mode; a batch of one sample may be too small for it, so try one more."""
     for attempt in (arguments, arguments.varied(grow=program.dynamic_batch)):
         try:
@@ -147,7 +147,7 @@ def _train(program: Program, arguments: Arguments) -> _Observer | None:
     return None
 
 
-def _run(program: Program, arguments: Arguments, *, train: bool) -> _Observer:
+def _run(program: Program, arguments: ExampleInputs, *, train: bool) -> _Observer:
     observer = _Observer(program.module)
     values = [tensor.detach().clone() for tensor in arguments.tensors()]
     _, kwargs = arguments.with_leaves(values)

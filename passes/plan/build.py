@@ -19,7 +19,7 @@ from passes.cost.memory import Memory
 from passes.errors import OptionError
 from passes.ir.example_inputs import bind
 from passes.ir.program import Program, provenance
-from passes.ir.run_step import run
+from passes.ir.run_step import run_one_step
 from passes.ir.tensor_spec import Value
 from passes.options import Options
 from passes.partition.choose_cuts import Cut, choose_cut
@@ -133,7 +133,9 @@ def _check_repeatable(program: Program) -> None:
     """Refuse to compute stages again whose buffers are another after every call."""
     arguments = bind(program.module, (), dict(program.args))
     module = program.module
-    done = run(module, lambda c: module(**c.tensor_arguments()), arguments, train=False, grad=False)
+    done = run_one_step(
+        module, lambda c: module(**c.tensor_arguments()), arguments, train=False, grad=False
+    )
     if done.changed:
         raise OptionError(
             f"{program.name} changes {len(done.changed)} buffers at every call, in evaluation mode "

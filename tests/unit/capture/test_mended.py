@@ -215,8 +215,8 @@ def test_outputs_of_any_class_keep_their_fields(kind: type[Any], exported: bool)
     read = dict.__getitem__ if isinstance(found, dict) else getattr
     torch.testing.assert_close(read(found, "logits"), wanted.logits)
     torch.testing.assert_close(read(found, "hidden"), wanted.hidden)
-    told = [note for note in compiled.plan.notes if "is given as a dict of its fields" in note]
-    assert len(told) == (isinstance(found, dict))
+    notes = [note for note in compiled.plan.notes if "becomes a dict of its fields" in note]
+    assert len(notes) == (isinstance(found, dict))
     compiled.verify(strict=True)
 
 

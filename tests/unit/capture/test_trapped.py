@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from passes.capture.equivalence import Reference
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, bind
+from passes.ir.example_inputs import ExampleInputs, bind
 from passes.ir.program import graph_module
 from tests.models.hard_models import (
     CustomGradient,
@@ -97,7 +97,7 @@ def normed() -> nn.Module:
 def test_a_wrong_graph_is_caught(build: Callable[[], nn.Module], wrong: Wrong, reason: str) -> None:
     model = build()
     x = torch.linspace(-2.0, 2.0, 4 * WIDTH).view(4, WIDTH)
-    arguments: Arguments = bind(model, (x,), {})
+    arguments: ExampleInputs = bind(model, (x,), {})
     reference = Reference(build_like(model), arguments, dynamic_batch=False)
 
     assert reference.mismatch(build_like(model)) == ""

@@ -6,7 +6,7 @@ from types import FunctionType
 
 import pytest
 
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import with_frame_headroom
 
 _CALLS = 500
 
@@ -32,7 +32,7 @@ def _loops() -> list[FunctionType]:
 
 
 def test_no_call_maps_memory_behind_a_large_frame() -> None:
-    assert max(with_room(loop) for loop in _loops()) < _CALLS
+    assert max(with_frame_headroom(loop) for loop in _loops()) < _CALLS
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="newer versions may keep a chunk")
@@ -41,7 +41,7 @@ def test_without_room_some_frame_ends_where_every_call_maps_memory() -> None:
 
 
 def test_arguments_results_and_errors_pass_through() -> None:
-    assert with_room(divmod, 7, 2) == (3, 1)
-    assert with_room(sorted, [1, 2], reverse=True) == [2, 1]
+    assert with_frame_headroom(divmod, 7, 2) == (3, 1)
+    assert with_frame_headroom(sorted, [1, 2], reverse=True) == [2, 1]
     with pytest.raises(ZeroDivisionError):
-        with_room(divmod, 1, 0)
+        with_frame_headroom(divmod, 1, 0)
