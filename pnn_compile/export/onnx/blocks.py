@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from passes.ir.program import resolve
+from passes.ir.structure_hash import digest, node_lines
 from pnn_compile.export.onnx.flat import Piece
 
 __all__ = ["Segment", "segments"]
@@ -118,57 +119,58 @@ def _bounded(piece: Piece, runs: Sequence[tuple[list[fx.Node], Hashable]]) -> li
 
 
 def _key(piece: Piece, nodes: Sequence[fx.Node]) -> Hashable:
-    """Describe a run of nodes up to names and values of weights; None where that is impossible."""
-    number: dict[fx.Node, int] = {}
-    seen: dict[int, int] = {}
+    """Describe consecutive nodes up to names and values of weights; None if that is impossible."""
+    modules = {
+        node: resolve(piece.module, str(node.target)) for node in nodes if node.op == "call_module"
+    }
+    if not all(map(_is_describable, modules.values())):
+        return None
+    number = {node: f"%{index}" for index, node in enumerate(nodes)}
+    entering: dict[fx.Node, str] = {}
+    weights: dict[int, int] = {}
 
-    def describe(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            if value.op == "get_attr":
-                tensor = resolve(piece.module, str(value.target))
-                return _weight(tensor, seen)
-            if value not in number:
-                number[value] = len(number)
-                return ("enters", number[value], piece.specs.get(value))
-            return number[value]
-        if isinstance(value, (list, tuple)):
-            return tuple(map(describe, value))
-        if isinstance(value, dict):
-            return tuple((key, describe(item)) for key, item in value.items())
-        return repr(value)
-
-    lines = []
-    for node in nodes:
-        target: Any = node.target
+    def describe_target(node: fx.Node) -> str:
         if node.op == "call_module":
-            target = _module(resolve(piece.module, str(target)), seen)
-            if target is None:
-                return None
-        lines.append((node.op, target, describe(node.args), describe(node.kwargs)))
-        number[node] = len(number)
-    return tuple(lines)
+            return repr(_describe_module(modules[node], weights))
+        return node.target if isinstance(node.target, str) else f"{node.target} {id(node.target)}"
+
+    def describe_source(node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return repr(_describe_weight(resolve(piece.module, str(node.target)), weights))
+        if node in number:
+            return number[node]
+        return entering.setdefault(node, f"entering {len(entering)} {piece.specs.get(node)}")
+
+    return digest(node_lines(nodes, describe_target, describe_source))
 
 
-def _module(module: nn.Module, seen: dict[int, int]) -> Hashable:
-    """Describe a module of torch or of the compiler; None for one of the user."""
-    facts: list[Hashable] = []
+def _is_describable(module: nn.Module) -> bool:
+    """Whether a module consists of modules of torch and of the compiler, without hooks."""
+    return all(
+        type(child).__module__.startswith(("torch.nn.", "passes."))
+        and not child._forward_hooks
+        and not child._forward_pre_hooks
+        for child in module.modules()
+    )
+
+
+def _describe_module(module: nn.Module, weights: dict[int, int]) -> tuple[Any, ...]:
+    """Describe a module by the classes and options of its submodules and by its weights."""
+    facts: list[Any] = []
     for name, child in module.named_modules():
-        hooked = child._forward_hooks or child._forward_pre_hooks
-        if hooked or not type(child).__module__.startswith(("torch.nn.", "passes.")):
-            return None
-        plain = sorted(
+        options = sorted(
             (key, repr(value))
             for key, value in vars(child).items()
             if not key.startswith("_") and not isinstance(value, torch.Tensor)
         )
-        facts.append((name, type(child), tuple(plain)))
+        facts.append((name, type(child), options))
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        facts.append((name, _weight(tensor, seen)))
+        facts.append((name, _describe_weight(tensor, weights)))
     return tuple(facts)
 
 
-def _weight(tensor: Any, seen: dict[int, int]) -> Hashable:
-    """Type of a weight, and which of those before it it is."""
+def _describe_weight(tensor: Any, weights: dict[int, int]) -> tuple[Any, ...]:
+    """Describe a weight by shape, dtype and the number of its first appearance in the block."""
     if not isinstance(tensor, torch.Tensor):
-        return repr(tensor)
-    return tuple(tensor.shape), tensor.dtype, seen.setdefault(id(tensor), len(seen))
+        return (repr(tensor),)
+    return tuple(tensor.shape), tensor.dtype, weights.setdefault(id(tensor), len(weights))

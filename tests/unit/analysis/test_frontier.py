@@ -175,17 +175,19 @@ def test_the_legal_cuts_and_their_states(
 def test_side_values_are_recomputed_where_they_are_read() -> None:
     found = analyze_model(Mask(), torch.randn(4, WIDTH))
     order = found.frontiers.order
-    cones = {n.name: [m.name for m in cone] for n, cone in found.frontiers.cones.items()}
+    recomputable = {
+        n.name: [m.name for m in cone] for n, cone in found.frontiers.recomputable.items()
+    }
 
-    assert cones == {
+    assert recomputable == {
         "getitem": ["getitem"],
         "gt": ["getitem", "gt"],
         "float_1": ["getitem", "gt", "float_1"],
     }
-    assert requirements(found.program, order[:5], found.frontiers.cones) == (("x",), ())
-    behind = requirements(found.program, order[5:], found.frontiers.cones)
+    assert requirements(found.program, order[:5], found.frontiers.recomputable) == (("x",), ())
+    behind = requirements(found.program, order[5:], found.frontiers.recomputable)
     assert behind == (("x",), ("getitem", "gt", "float_1"))
-    assert requirements(found.program, order[7:], found.frontiers.cones) == ((), ())
+    assert requirements(found.program, order[7:], found.frontiers.recomputable) == ((), ())
 
 
 def test_what_is_dear_or_impure_is_no_side_value() -> None:
@@ -196,8 +198,8 @@ def test_what_is_dear_or_impure_is_no_side_value() -> None:
 
     found = analyze_model(Dear(), torch.randn(4, WIDTH))
 
-    assert [node.name for node in found.frontiers.cones] == ["getitem"]
-    assert "a" not in [node.name for node in found.frontiers.cones]
+    assert [node.name for node in found.frontiers.recomputable] == ["getitem"]
+    assert "a" not in [node.name for node in found.frontiers.recomputable]
 
 
 def test_statistics_are_updated_once_though_what_they_are_of_is_cheap() -> None:
@@ -212,7 +214,7 @@ def test_statistics_are_updated_once_though_what_they_are_of_is_cheap() -> None:
 
     found = analyze_model(Early().train(), torch.randn(4, WIDTH))
 
-    assert [node.name for node in found.frontiers.cones] == ["getitem"]
+    assert [node.name for node in found.frontiers.recomputable] == ["getitem"]
 
 
 # --- the oracle -----------------------------------------------------------------------------------
@@ -220,11 +222,15 @@ def test_statistics_are_updated_once_though_what_they_are_of_is_cheap() -> None:
 
 def halves(found: Analysis, position: Position) -> Callable[..., Any]:
     """Return a function that runs the program in two pieces, cut at a position."""
-    captured, order, cones = found.program, found.frontiers.order, found.frontiers.cones
+    captured, order, recomputable = (
+        found.program,
+        found.frontiers.order,
+        found.frontiers.recomputable,
+    )
     first, rest = order[: position.index], order[position.index :]
     names = [node.name for node in position.state]
-    inputs, sides = requirements(captured, first, cones)
-    later_inputs, later_sides = requirements(captured, [*rest, captured.output], cones)
+    inputs, sides = requirements(captured, first, recomputable)
+    later_inputs, later_sides = requirements(captured, [*rest, captured.output], recomputable)
     before = extract(captured, first, [], names, inputs=inputs, sides=sides, name="Before")
     behind = extract(
         captured, rest, names, None, inputs=later_inputs, sides=later_sides, name="Behind"

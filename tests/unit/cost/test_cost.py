@@ -13,16 +13,16 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.analysis.analysis import weigh
+from passes.analysis.analysis import analyze
 from passes.capture.ladder import capture
-from passes.cost.flops import Cost, _plain_kernels, count_flops, measure_costs, parameters
+from passes.cost.flops import NodeCost, _plain_kernels, count_flops, measure_costs, parameters
 from passes.cost.measured import measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
 from tests.support.programs import CAPTURABLE, analysis, analyze_model, node, program
 
 
-def registered(cost: Cost) -> int:
+def registered(cost: NodeCost) -> int:
     """The part of the FLOPs that torch's registry knows: that part counts twice backward."""
     return cost.backward_flops - cost.flops
 
@@ -123,7 +123,7 @@ def test_flops_of_a_function_are_counted() -> None:
     assert count_flops(lambda: None) == 0
 
 
-def test_a_user_may_weigh_nodes() -> None:
+def test_users_may_supply_the_cost_of_nodes() -> None:
     seen: list[tuple[str, int]] = []
 
     def one_each(node: fx.Node, flops: int) -> float:
@@ -131,9 +131,9 @@ def test_a_user_may_weigh_nodes() -> None:
         return 1.0 if node.op == "call_module" else 0.0
 
     captured = program("mlp")
-    found = weigh(captured, observe(captured), one_each)
+    found = analyze(captured, observe(captured), one_each)
 
-    assert [cost.weight for cost in found.costs.values()] == [1.0] * len(captured.order)
+    assert [cost.cost for cost in found.costs.values()] == [1.0] * len(captured.order)
     assert seen == [(n.name, analysis("mlp").costs[n].flops) for n in captured.order]
     assert (found.unit, found.total) == ("cost", 15.0)
     assert found.scale == pytest.approx(15.0 / found.flops)
@@ -150,10 +150,10 @@ def test_a_weight_that_is_no_cost_is_refused(weight: float) -> None:
 
 def test_measured_seconds_are_positive_and_cover_everything() -> None:
     captured = program("unet")
-    found = weigh(captured, observe(captured), "measured")
+    found = analyze(captured, observe(captured), "measured")
 
     assert set(found.costs) == set(captured.order)
-    assert all(cost.weight > 0 for cost in found.costs.values() if cost.flops)
+    assert all(cost.cost > 0 for cost in found.costs.values() if cost.flops)
     assert found.unit == "seconds"
     assert 1e-5 < found.total < 10
     flops = {n: cost.flops for n, cost in analysis("unet").costs.items()}

@@ -8,7 +8,7 @@ from torch import nn
 
 from passes.analysis.analysis import Analysis
 from passes.cost.flops import parameters
-from passes.cost.memory import Memory, fitting
+from passes.cost.memory import Memory, last_fitting_ends
 from tests.support.programs import analysis
 
 
@@ -47,7 +47,7 @@ def test_the_last_end_that_fits_is_found(training: bool) -> None:
     ends = list(range(0, size + 1, 2))
     entry = [100.0 * (place % 3) for place in ends]
     for limit in (0.0, 2e3, 1e5, 1e6, 1e9):
-        found = fitting(memory, ends, entry, ends, limit)
+        found = last_fitting_ends(memory, ends, entry, ends, limit)
         for begin, extra, last in zip(ends, entry, found, strict=True):
             fits = [
                 i

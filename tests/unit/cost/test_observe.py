@@ -117,11 +117,12 @@ def test_randomness_is_seen() -> None:
         assert {at for at, fact in found.items() if fact.random} == expected, name
 
 
-def test_pure_means_no_write_and_no_randomness() -> None:
+def test_layers_that_write_and_layers_that_draw_are_told_apart() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout(), nn.Tanh())
-    found = facts(model, torch.randn(2, 4))
+    nodes = [facts(model, torch.randn(2, 4))[f"_{i}"] for i in range(4)]
 
-    assert [found[f"_{i}"].pure for i in range(4)] == [True, False, False, True]
+    assert [bool(node.writes) for node in nodes] == [False, True, False, False]
+    assert [node.random for node in nodes] == [False, False, True, False]
 
 
 def test_looking_changes_nothing() -> None:

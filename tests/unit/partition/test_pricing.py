@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.node_facts import observe
@@ -36,7 +36,7 @@ def found() -> Analysis:
     """Ten equal layers."""
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(10)))
     program = capture(model, (torch.randn(32, WIDTH),))
-    return weigh(program, observe(program), "roofline", FAST)
+    return analyze(program, observe(program), "roofline", FAST)
 
 
 ANALYSIS = found()
