@@ -63,8 +63,8 @@ def test_same_to_the_bit(training: bool) -> None:
     x = torch.randn(5, 3, 8)
     for _ in range(2):
         expected = _step(module, module, x)
-        found = _step(other, DirectCaller(other), x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        actual = _step(other, DirectCaller(other), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_calls_of_plain_layers_pass_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,16 +83,16 @@ def test_calls_of_plain_layers_pass_no_module(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_hook_is_called() -> None:
     module = _traced(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    run, seen = DirectCaller(module), []
-    handle = module.get_submodule("0").register_forward_hook(lambda *_: seen.append("layer"))
+    run, observed = DirectCaller(module), []
+    handle = module.get_submodule("0").register_forward_hook(lambda *_: observed.append("layer"))
     run(torch.ones(1, 4))
     handle.remove()
     run(torch.ones(1, 4))
-    with nn.modules.module.register_module_forward_hook(lambda *_: seen.append("any")):
+    with nn.modules.module.register_module_forward_hook(lambda *_: observed.append("any")):
         run(torch.ones(1, 4))
-    module.register_forward_pre_hook(lambda *_: seen.append("module"))
+    module.register_forward_pre_hook(lambda *_: observed.append("module"))
     run(torch.ones(1, 4))
-    assert seen == ["layer", "any", "any", "any", "module"]
+    assert observed == ["layer", "any", "any", "any", "module"]
 
 
 class Block(nn.Module):
@@ -131,8 +131,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "evaluation": lambda m: m.eval(),
     "a parametrization": lambda m: register_parametrization(m.last, "weight", nn.Tanh()),
     "a hook that changes the output": lambda m: m.last.register_forward_hook(lambda *_: _[2] * 2),
-    "a forward of its own": lambda m: setattr(m.last, "forward", torch.neg),
-    "a convolution of its own": lambda m: setattr(
+    "an overridden forward": lambda m: setattr(m.last, "forward", torch.neg),
+    "an overridden convolution": lambda m: setattr(
         m.get_submodule("body.0"), "_conv_forward", lambda x, *_: -x
     ),
     "a forward of the module": lambda m: setattr(m, "forward", torch.neg),
@@ -162,10 +162,10 @@ def test_whatever_is_changed_is_seen(change: str, before: bool) -> None:
     state = copy.deepcopy(module.state_dict())
     expected = module(x), copy.deepcopy(module.state_dict())
     module.load_state_dict(state)
-    found = run(x), module.state_dict()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    actual = run(x), module.state_dict()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     only_later = ("no count", "an average of all", "no statistics", "no statistics from now on")
-    assert change in only_later or not torch.equal(found[0], plain(x))
+    assert change in only_later or not torch.equal(actual[0], plain(x))
 
 
 def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Wrong graphs are caught: one test per way in which a front end gives another network."""
+"""Wrong graphs are caught: one test for each kind of error of a front end."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def test_a_wrong_graph_is_caught(build: Callable[[], nn.Module], wrong: Wrong, r
     reference = Reference(build_like(model), arguments, dynamic_batch=False)
 
     assert reference.mismatch(build_like(model)) == ""
-    found = reference.mismatch(wrong(build_like(model), x))
-    assert re.search(reason, found), found
+    difference = reference.mismatch(wrong(build_like(model), x))
+    assert re.search(reason, difference), difference
 
 
 def build_like(model: nn.Module) -> nn.Module:

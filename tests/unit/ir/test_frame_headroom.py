@@ -1,4 +1,4 @@
-"""Calls behind a large frame have room, wherever the caller's own frame ends."""
+"""Calls from a large frame have headroom, wherever the frame of the caller ends."""
 
 import resource
 import sys
@@ -31,12 +31,12 @@ def _loops() -> list[FunctionType]:
     ]
 
 
-def test_no_call_maps_memory_behind_a_large_frame() -> None:
+def test_no_call_maps_memory_after_a_large_frame() -> None:
     assert max(with_frame_headroom(loop) for loop in _loops()) < _CALLS
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="newer versions may keep a chunk")
-def test_without_room_some_frame_ends_where_every_call_maps_memory() -> None:
+def test_without_headroom_some_frame_ends_where_every_call_maps_memory() -> None:
     assert max(loop() for loop in _loops()) >= _CALLS
 
 

@@ -126,10 +126,10 @@ def one_run(**changes: object) -> StepResult:
     ],
 )
 def test_a_difference_is_named(candidate: StepResult, reason: str) -> None:
-    found = compare(candidate, one_run())
+    difference = compare(candidate, one_run())
 
-    assert re.search(reason, found)
-    assert bool(found) == bool(reason)
+    assert re.search(reason, difference)
+    assert bool(difference) == bool(reason)
 
 
 def reference(model: nn.Module, *args: Tensor, dynamic_batch: bool = True) -> Reference:
@@ -156,9 +156,9 @@ def test_a_candidate_is_held_against_both_modes_and_two_inputs() -> None:
 def test_a_model_that_cannot_train_on_the_example_is_noted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert not reference(model, torch.rand(1, 4)).notes  # a second sample makes it train
-    found = reference(model, torch.rand(1, 4), dynamic_batch=False)
+    result = reference(model, torch.rand(1, 4), dynamic_batch=False)
 
-    assert found.notes == [
+    assert result.notes == [
         "training mode was not compared: the model fails in it (ValueError: Expected more than 1 "
         "value per channel when training, got input size torch.Size([1, 4])); give an example that "
         "it can train on"
