@@ -5,7 +5,7 @@ Read `node_facts.py` first, then `flops.py`, which defines the cost of an operat
 """
 
 from passes.cost.device_profile import DeviceProfile, read_profile, write_profile
-from passes.cost.flops import NodeCost, count_flops, measure_costs
+from passes.cost.flops import NodeCost, count_work, measure_costs
 from passes.cost.measured import Seconds, measure_network, measure_seconds
 from passes.cost.memory import Memory, last_fitting_ends
 from passes.cost.node_facts import Fact, observe
@@ -17,7 +17,7 @@ __all__ = [
     "Memory",
     "NodeCost",
     "Seconds",
-    "count_flops",
+    "count_work",
     "last_fitting_ends",
     "measure_costs",
     "measure_network",

@@ -6,8 +6,9 @@ twice the forward FLOPs for operators of the registry (one gradient per operand)
 for others.
 
 >>> x, weight = torch.randn(2, 4), torch.randn(4, 8)
->>> count_flops(lambda: (x @ weight).relu())  # 2 * 2 * 4 * 8 of the product, 2 * 8 of the ReLU
-144
+>>> flops, moved, operators = count_work(lambda: (x @ weight).relu())
+>>> flops, operators  # 2 * 2 * 4 * 8 of the product and 2 * 8 of the ReLU
+(144, 2)
 """
 
 from __future__ import annotations
@@ -132,11 +133,6 @@ def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
         children = module.get_submodule(str(node.target)).modules()
         return any(isinstance(child, torch.nn.RNNBase) for child in children)
     return any(name in str(node.target) for name in _RECURRENT)
-
-
-def count_flops(function: Callable[[], Any]) -> int:
-    """Run a function and return the forward FLOPs of the operators that it calls."""
-    return count_work(function)[0]
 
 
 def count_work(function: Callable[[], Any]) -> tuple[int, int, int]:
