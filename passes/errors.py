@@ -1,51 +1,38 @@
-"""Errors of the compiler: one base class, one kind per thing that can go wrong.
+"""Errors of the compiler: one base class, and one class per part that can fail.
 
-A message says what failed, where, the numbers involved, and what to do next. The command line
+A message says what failed, where, with which numbers, and what to do next. The command line
 prints it in one piece, without a traceback, and exits with 2 (3 for `VerificationError`).
 """
 
 from __future__ import annotations
 
-__all__ = [
-    "ArtifactError",
-    "CaptureError",
-    "ExportError",
-    "OptionError",
-    "PartitionError",
-    "PnnError",
-    "RuntimeFault",
-    "SourceError",
-    "SynthesisError",
-    "VerificationError",
-]
-
 
 class PnnError(Exception):
-    """Base class of every error that a user of the compiler can meet."""
+    """Base class of all errors of the compiler."""
 
 
 class OptionError(PnnError):
-    """An option has a value that the compiler does not know or cannot use."""
+    """An option has an unknown or unusable value."""
 
 
 class SourceError(PnnError):
-    """The model, or inputs to trace it with, could not be found where the user pointed."""
+    """The model or its example inputs could not be found at the given place."""
 
 
 class CaptureError(PnnError):
-    """No capture front end produced a graph that equals the model."""
+    """No capture front end produced a graph that is equal to the model."""
 
 
 class PartitionError(PnnError):
-    """The graph cannot be cut into the stages asked for."""
+    """The graph cannot be cut into the requested stages."""
 
 
 class SynthesisError(PnnError):
-    """No preprocessing operator or coarse propagator can be made for an interface."""
+    """No preprocessing operator or coarse propagator can be built for an interface."""
 
 
 class VerificationError(PnnError):
-    """A compiled network disagrees with the model it was made from."""
+    """A compiled network disagrees with its model."""
 
 
 class ArtifactError(PnnError):
@@ -53,8 +40,8 @@ class ArtifactError(PnnError):
 
 
 class RuntimeFault(PnnError):
-    """A network cannot be distributed, or a step of it failed on some rank."""
+    """A network cannot be distributed, or a step failed on a rank."""
 
 
 class ExportError(PnnError):
-    """A compiled network cannot be written in the format asked for."""
+    """A compiled network cannot be written in the requested format."""

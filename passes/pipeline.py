@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import observe
@@ -181,7 +181,7 @@ def _analyze(c: Compilation) -> Compilation:
     assert c.program is not None
     facts = observe(c.program)
     device = next(iter(c.options.devices), None)
-    analysis = weigh(c.program, facts, c.options.cost, device, measure=c.measure)
+    analysis = analyze(c.program, facts, c.options.cost, device, measure=c.measure)
     return replace(c, analysis=analysis)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, OptionError
 from passes.ir.program import Program, graph_module, resolve
@@ -80,17 +80,17 @@ class Compiled:
     def analysis(self) -> Analysis:
         """Shapes, costs and legal cuts of the program, by FLOPs."""
         if self.weighed is None:
-            return weigh(self.program, observe(self.program), "flops")
+            return analyze(self.program, observe(self.program), "flops")
         if self.weighed.unit == "FLOPs":
             return self.weighed
-        return weigh(self.program, self.weighed.facts, "flops")
+        return analyze(self.program, self.weighed.facts, "flops")
 
     @property
     def seconds(self) -> Mapping[str, float]:
         """Measured seconds by the name of the node; empty where the compiler measured none."""
         if self.weighed is None or self.weighed.unit != "seconds":
             return {}
-        return {node.name: cost.weight for node, cost in self.weighed.costs.items()}
+        return {node.name: cost.cost for node, cost in self.weighed.costs.items()}
 
     def current_program(self) -> Program:
         """Return the program with the tensors that the stages hold now, and inputs to match.

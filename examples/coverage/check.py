@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from examples.coverage.catalog import Specification
 from examples.coverage.operators import declare
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.node_facts import observe
 from passes.errors import CaptureError, PnnError
@@ -84,7 +84,7 @@ def _phases(specification: Specification) -> Iterator[tuple[str, dict[str, Any]]
     report = program.capture
     facts = {"rung": report.rung, "rejected": report.rejected, "notes": report.notes}
     yield "analyze", facts | ({"evaluation_alone": reason} if reason else {})
-    analysis = weigh(program, observe(program), "flops")
+    analysis = analyze(program, observe(program), "flops")
     frontiers = analysis.frontiers
     facts = {
         "nodes": len(frontiers.order),

@@ -25,7 +25,7 @@ import torch
 
 from examples import decoder, resnet1001, unet, vgg16
 from examples.studies.blocks import block_partition, equal_count
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.node_facts import observe
 from passes.errors import PnnError
@@ -65,7 +65,7 @@ def measured(build: Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]) -
     """The analysis of a model, by seconds of a training step."""
     model, args, kwargs = build()
     program = capture(model, args, kwargs)
-    return weigh(program, observe(program), "measured")
+    return analyze(program, observe(program), "measured")
 
 
 def rows(name: str, analysis: Analysis) -> Iterator[dict[str, Any]]:

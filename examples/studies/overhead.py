@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from passes.capture.ladder import capture
-from passes.ir.direct_call import Direct
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import DirectCaller, with_frame_headroom
 from pnn_compile.bench.setting import mean_square, optimizer_of
 from pnn_compile.runtime.local_ranks import run_on_ranks
 from pnn_compile.sources import load_source
@@ -37,7 +36,7 @@ def study(
     runs: dict[str, Callable[..., Any]] = {MODEL: source.model.train()}
     runs[CAPTURED] = captured = copy.deepcopy(program.module).train()
     direct = copy.deepcopy(captured)
-    runs[DIRECT] = Direct(direct)
+    runs[DIRECT] = DirectCaller(direct)
     modules = {MODEL: source.model, CAPTURED: captured, DIRECT: direct}
     optimizers = {name: optimizer_of(module) for name, module in modules.items()}
 
@@ -56,7 +55,7 @@ def study(
         for turn in range(_WARM_UP + rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 start = time.perf_counter()
-                with_room(step, name, batch)
+                with_frame_headroom(step, name, batch)
                 seconds[name].append(time.perf_counter() - start)
         found.append({name: own[_WARM_UP:] for name, own in seconds.items()})
     return found

@@ -1,8 +1,7 @@
-"""Find the blocks that a trunk repeats."""
+"""Find the repeated blocks of a trunk by the digests of their structure."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +11,17 @@ from torch import fx
 from passes.analysis.cut_points import Frontiers, Position
 from passes.cost.node_facts import Fact
 from passes.ir.program import Program
+from passes.ir.structure_hash import digest, node_lines
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["Block", "repeated_blocks"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of nodes between two legal cuts through one tensor.
+    """Nodes between two legal cuts through a single tensor.
 
     Attributes:
-        start: Index of the cut that it begins at.
-        stop: Index of the cut that it ends at.
+        start: The cut where the block begins.
+        stop: The cut where it ends.
         entering: Type of the tensor that enters.
         leaving: Type of the tensor that leaves.
         signature: Digest of its operators, options and shapes; equal for isomorphic blocks.
@@ -39,10 +37,15 @@ class Block:
 def repeated_blocks(
     program: Program, frontiers: Frontiers, facts: Mapping[fx.Node, Fact]
 ) -> list[Block]:
-    """Find the blocks that the trunk repeats: equal neighbours between module boundaries.
+    """Divide a program at the boundaries of repeated modules through which one tensor passes.
+
+    Args:
+        program: The program.
+        frontiers: Its legal cuts.
+        facts: Observed facts by node.
 
     Returns:
-        Every run between two neighbouring single-tensor module boundaries, in order.
+        The blocks between consecutive boundaries, in order; those that repeat have one signature.
     """
     single = [p for p in frontiers.positions if len(p.state) == 1 and p.boundary]
     blocks = []
@@ -55,18 +58,15 @@ def repeated_blocks(
 
 
 def _signature(program: Program, nodes: Sequence[fx.Node], facts: Mapping[fx.Node, Fact]) -> str:
-    """Digest of a run of nodes that does not depend on names."""
+    """Digest consecutive nodes; names of nodes and modules do not matter, types of values do."""
     number = {node: index for index, node in enumerate(nodes)}
 
-    def reference(node: fx.Node) -> str:
+    def describe_target(node: fx.Node) -> str:
+        if node.op == "call_module":
+            return f"{program.module.get_submodule(str(node.target))!r} {facts[node].spec}"
+        return f"{node.target} {facts[node].spec}"
+
+    def describe_source(node: fx.Node) -> str:
         return f"%{number[node]}" if node in number else f"<{facts[node].spec}>"
 
-    lines = []
-    for node in nodes:
-        if node.op == "call_module":
-            operator = repr(program.module.get_submodule(str(node.target)))
-        else:
-            operator = f"{node.op} {node.target}"
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: reference(n))
-        lines.append(f"{operator} {arguments} {facts[node].spec}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return digest(node_lines(nodes, describe_target, describe_source))

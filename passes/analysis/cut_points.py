@@ -1,4 +1,15 @@
-"""Where the graph can be cut: positions, their frontiers, side values, repeated blocks."""
+"""Find the legal cuts of a program and the values that cross each of them.
+
+A cut falls between two consecutive nodes. Its frontier is the set of live values: those computed
+before the cut and read after it. Side values are exempt, because every stage recomputes them from
+the inputs:
+
+    mask  = lengths > 0          side value: depends on the inputs alone, and is cheap
+    a     = embed(tokens)
+    b     = block(a, mask)
+    ------------------------     a legal cut: b crosses, mask does not
+    c     = block(b, mask)
+"""
 
 from __future__ import annotations
 
@@ -8,29 +19,27 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.analysis.recomputable import find_cones
-from passes.cost.flops import Cost
+from passes.analysis.recomputable import find_recomputable
+from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact, memory_of
 from passes.ir.program import Program, provenance
 from passes.ir.tensor_spec import TensorSpec
 
-__all__ = ["SIDE_SHARE", "Frontiers", "Position", "analyze", "requirements"]
+MAX_SIDE_SHARE = 0.01
+"""Largest share of all FLOPs that a stage may spend to recompute one side value."""
 
-SIDE_SHARE = 0.01
-"""Largest share of all FLOPs that may be spent to recompute one side value in a stage."""
-
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Position:
-    """A legal cut, between two nodes that follow each other.
+    """A legal cut between two consecutive nodes.
 
     Attributes:
         index: Number of compute nodes before the cut.
         state: The tensors that cross, in the order of their definition.
         specs: Their types.
-        boundary: Whether the cut falls between two calls of the modules of a repeated structure.
+        boundary: Whether the cut falls between two units of a repeated structure, not inside one.
     """
 
     index: int
@@ -40,101 +49,108 @@ class Position:
 
     @property
     def bytes(self) -> int:
-        """Bytes that cross at the example inputs."""
+        """Bytes that cross the cut at the example inputs."""
         return sum(spec.bytes for spec in self.specs)
 
 
 @dataclass(frozen=True)
 class Frontiers:
-    """What the analysis of a program found.
+    """Legal cuts of a program.
 
     Attributes:
         order: The compute nodes in topological order.
         positions: The legal cuts, in order; the last one is the end of the graph.
-        cones: For every cheap, pure value that depends on the inputs alone: the nodes to
-            recompute it from them, itself included, in order.
-        refused: How many positions each reason made illegal.
+        recomputable: For every side value, the nodes that recompute it from the inputs, itself
+            included, in order.
+        refused: Number of illegal positions by reason.
     """
 
     order: tuple[fx.Node, ...]
     positions: tuple[Position, ...]
-    cones: Mapping[fx.Node, tuple[fx.Node, ...]]
+    recomputable: Mapping[fx.Node, tuple[fx.Node, ...]]
     refused: Mapping[str, int]
 
 
-def analyze(
-    program: Program, facts: Mapping[fx.Node, Fact], costs: Mapping[fx.Node, Cost]
+def find_frontiers(
+    program: Program, facts: Mapping[fx.Node, Fact], costs: Mapping[fx.Node, NodeCost]
 ) -> Frontiers:
     """Find every legal cut of a program and the state that crosses it.
 
-    A cut is legal where every live value is a floating-point tensor that follows the batch, no
-    side value left aside, at least one such tensor is live, and no memory that is live, or shared
-    by both sides, is written behind the cut.
+    A cut is legal if at least one value is live, side values aside, every live value is a
+    floating-point tensor with a batch axis, and no memory that is live or used on both sides is
+    written after the cut.
+
+    Args:
+        program: The program.
+        facts: Observed facts by node.
+        costs: Costs by node.
     """
     order = tuple(program.order)
     number = {node: index for index, node in enumerate(order)}
-    kept = _kept(program, facts)
-    cones = find_cones(order, facts, costs, kept, SIDE_SHARE)
+    persistent = _persistent_memory(program, facts)
+    recomputable = find_recomputable(order, facts, costs, persistent, MAX_SIDE_SHARE)
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order
     }
-    barred = _barred(order, facts, kept)
-    units = _units(order)
+    memory_conflicts = _memory_conflicts(order, facts, persistent)
+    units = _repeated_units(order)
     positions: list[Position] = []
     refused: dict[str, int] = {}
     live: dict[fx.Node, None] = {}
     for index in range(1, len(order) + 1):
         node = order[index - 1]
-        if last_use[node] >= index and node not in cones:
+        if last_use[node] >= index and node not in recomputable:
             live[node] = None
-        for gone in [n for n in live if last_use[n] < index]:
-            del live[gone]
-        reason = _illegal(live, facts) or barred[index]
+        for dead in [n for n in live if last_use[n] < index]:
+            del live[dead]
+        reason = _why_illegal(live, facts) or memory_conflicts[index]
         if reason:
             refused[reason] = refused.get(reason, 0) + 1
             continue
-        specs = tuple(_require(facts[n].spec) for n in live)
+        specs = tuple(spec for n in live if (spec := facts[n].spec) is not None)
         positions.append(Position(index, tuple(live), specs, _is_boundary(order, index, units)))
-    return Frontiers(order, tuple(positions), cones, refused)
+    return Frontiers(order, tuple(positions), recomputable, refused)
 
 
-def _require(spec: TensorSpec | None) -> TensorSpec:
-    assert spec is not None
-    return spec
-
-
-def _illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) -> str:
+def _why_illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) -> str:
+    """Return why the live values forbid a cut, "" if they do not."""
     if not live:
         return "nothing crosses"
     for node in live:
         spec = facts[node].spec
-        if spec is None or spec.dtype not in _FLOATS:
+        if spec is None or spec.dtype not in FLOAT_DTYPES:
             return "a value that is not a floating-point tensor crosses"
         if spec.batch_axis is None:
             return "a tensor without a batch axis crosses"
     return ""
 
 
-def _kept(program: Program, facts: Mapping[fx.Node, Fact]) -> frozenset[int]:
-    """Memory that outlives the run: of inputs, parameters and buffers, of called modules too."""
-    owners = (*program.inputs, *_attributes(program))
-    given = frozenset(memory for node in owners for memory in facts[node].storages)
+def _persistent_memory(program: Program, facts: Mapping[fx.Node, Fact]) -> frozenset[int]:
+    """Return the memory that outlives a run: inputs, parameters and buffers, also of layers."""
+    owners = (*program.inputs, *program.graph.find_nodes(op="get_attr"))
+    memory = frozenset(memory for node in owners for memory in facts[node].storages)
     layers = [
         program.module.get_submodule(str(node.target))
         for node in program.order
         if node.op == "call_module"
     ]
-    held = (tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
-    return given.union(map(memory_of, held))
+    state = (tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+    return memory.union(map(memory_of, state))
 
 
-def _barred(
-    order: Sequence[fx.Node], facts: Mapping[fx.Node, Fact], kept: frozenset[int]
+def _memory_conflicts(
+    order: Sequence[fx.Node], facts: Mapping[fx.Node, Fact], persistent: frozenset[int]
 ) -> list[str]:
-    """For each position, why memory written on one side and touched on the other forbids it."""
-    touched: dict[int, list[int]] = {}
-    writes: dict[int, int] = {}
+    """Return, for each position, why memory that one side writes forbids a cut, else "".
+
+    Args:
+        order: The compute nodes.
+        facts: Observed facts by node.
+        persistent: Memory that outlives a run.
+    """
+    touched: dict[int, list[int]] = {}  # by memory: the first and the last node that uses it
+    writes: dict[int, int] = {}  # by memory: the last node that writes it
     for index, node in enumerate(order):
         memory = facts[node].storages | facts[node].writes
         for source in node.all_input_nodes:
@@ -144,40 +160,38 @@ def _barred(
             span[1] = index
         for storage in facts[node].writes:
             writes[storage] = index
-    barred = [""] * (len(order) + 1)
-    for storage, written in writes.items():
+    conflicts = [""] * (len(order) + 1)
+    for storage, last_write in writes.items():
         first, last = touched[storage]
-        # Before the write the memory may not be carried over; what owns memory for good (an
-        # input, a parameter, a buffer) may not be touched on another side at all.
-        stop = last if storage in kept else written
+        # A temporary may cross after its last write, when its value no longer changes. Persistent
+        # memory (an input, a parameter, a buffer) does not cross a cut: one side would miss the
+        # writes of the other, so that all its uses must be on one side.
+        stop = last if storage in persistent else last_write
         for index in range(first + 1, stop + 1):
-            barred[index] = "memory written on one side is used on the other"
-    return barred
-
-
-def _attributes(program: Program) -> list[fx.Node]:
-    return [node for node in program.graph.nodes if node.op == "get_attr"]
+            conflicts[index] = "memory written on one side is used on the other"
+    return conflicts
 
 
 def _is_boundary(order: Sequence[fx.Node], index: int, units: frozenset[str]) -> bool:
-    """Whether a cut leaves no unit of a repeated structure open on both of its sides."""
+    """Whether no unit of a repeated structure has nodes on both sides of a cut."""
     if index >= len(order):
         return True
-    before, behind = (_prefixes(order[i]) for i in (index - 1, index))
-    return not units.intersection(before).intersection(behind)
+    before, after = (_enclosing_modules(order[i]) for i in (index - 1, index))
+    return not units.intersection(before).intersection(after)
 
 
-def _units(order: Sequence[fx.Node]) -> frozenset[str]:
-    """Numbered modules (`blocks.3`) that repeat: a sibling has a part of the same name.
+def _repeated_units(order: Sequence[fx.Node]) -> frozenset[str]:
+    """Return the numbered modules (`blocks.3`) with a sibling that has a child of the same name.
 
-    So a container is none, in a model that is a sequence of an embedding, a container and a head.
+    The condition excludes the children of a model that is itself a sequence of an embedding (`0`),
+    a container of blocks (`1`) and a head (`2`).
     """
-    parts: dict[str, set[str]] = {}
-    for prefixes in map(_prefixes, order):
-        for outer, inner in itertools.pairwise([*prefixes, ""]):
-            parts.setdefault(outer, set()).add(inner.removeprefix(outer))
+    children: dict[str, set[str]] = {}
+    for paths in map(_enclosing_modules, order):
+        for outer, inner in itertools.pairwise([*paths, ""]):
+            children.setdefault(outer, set()).add(inner.removeprefix(outer))
     siblings: dict[str, list[str]] = {}
-    for path in parts:
+    for path in children:
         container, _, name = path.rpartition(".")
         if name.isdigit():
             siblings.setdefault(container, []).append(path)
@@ -185,12 +199,12 @@ def _units(order: Sequence[fx.Node]) -> frozenset[str]:
         path
         for paths in siblings.values()
         for path in paths
-        if any(other != path and parts[path] & parts[other] for other in paths)
+        if any(other != path and children[path] & children[other] for other in paths)
     )
 
 
-def _prefixes(node: fx.Node) -> list[str]:
-    """Qualified names of the modules that a node is in, from the outermost."""
+def _enclosing_modules(node: fx.Node) -> list[str]:
+    """Return the qualified names of the modules that a node is in, from the outermost."""
     atoms = provenance(node).path.split(".")
     return [".".join(atoms[: depth + 1]) for depth in range(len(atoms))]
 
@@ -198,16 +212,25 @@ def _prefixes(node: fx.Node) -> list[str]:
 def requirements(
     program: Program,
     nodes: Sequence[fx.Node],
-    cones: Mapping[fx.Node, tuple[fx.Node, ...]],
+    recomputable: Mapping[fx.Node, tuple[fx.Node, ...]],
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the placeholders that a run of nodes reads and the side values it recomputes."""
+    """Find the inputs and side values that consecutive nodes need.
+
+    Args:
+        program: The program.
+        nodes: The nodes.
+        recomputable: For every side value, the nodes that recompute it.
+
+    Returns:
+        Names of the placeholders to read, and names of the nodes to recompute, in order.
+    """
     inside = set(nodes)
     sides: set[fx.Node] = set()
     for node in nodes:
         for source in node.all_input_nodes:
-            if source not in inside and source in cones:
-                sides.update(cones[source])
+            if source not in inside and source in recomputable:
+                sides.update(recomputable[source])
     sides -= inside
-    read = {s for node in (*nodes, *sides) for s in node.all_input_nodes if s.op == "placeholder"}
-    inputs = tuple(node.name for node in program.inputs if node in read)
+    sources = {source for node in (*nodes, *sides) for source in node.all_input_nodes}
+    inputs = tuple(node.name for node in program.inputs if node in sources)
     return inputs, tuple(node.name for node in program.order if node in sides)

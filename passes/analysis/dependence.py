@@ -1,7 +1,7 @@
-"""Which inputs every value of a program depends on, through memory that is written in place too.
+"""Find the inputs that every value of a program depends on, in-place writes included.
 
-A guess or a correction may read no input that the state it stands for does not depend on: a
-prediction would move with the labels otherwise.
+A preprocessing operator or coarse propagator may read no input that the state it approximates does
+not depend on: otherwise a prediction could depend on the labels.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from torch import fx
 from passes.cost.node_facts import Fact
 from passes.ir.program import Program
 
-__all__ = ["input_dependence", "input_leaves"]
-
 
 def input_leaves(program: Program, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
-    """Input tensors: placeholders, and elements of placeholders that hold several."""
+    """Return the input tensors: placeholders, or elements of placeholders that hold several."""
     leaves, pending = [], list(program.inputs)
     while pending:
         node = pending.pop(0)
@@ -33,18 +31,23 @@ def input_dependence(
 ) -> Mapping[fx.Node, frozenset[fx.Node]]:
     """Return, for every node, the input tensors that its value may depend on.
 
-    Example: in `a = f(x); b = g(y); a.add_(b); c = h(a)` the value of `c` depends on x and y.
+    Example: in `a = f(x); b = g(y); a.add_(b); c = h(a)` the value of `c` depends on x and y,
+    although `h` reads `a` and not the result of `add_`.
+
+    Args:
+        program: The program.
+        facts: Observed facts by node.
     """
     leaves = frozenset(input_leaves(program, facts))
     depends: dict[fx.Node, frozenset[fx.Node]] = {}
-    written: dict[int, frozenset[fx.Node]] = {}  # by memory: what writes put into it so far
+    written: dict[int, frozenset[fx.Node]] = {}  # by memory: inputs that writes to it depend on
     for node in program.graph.nodes:
-        own = frozenset({node}) if node in leaves else frozenset[fx.Node]()
-        sources = [node, *node.all_input_nodes]
-        memory = {m for n in sources if n in facts for m in facts[n].storages}
-        own = own.union(*(depends[n] for n in node.all_input_nodes))
-        own = own.union(*(written.get(m, frozenset()) for m in memory))
-        depends[node] = own
-        for m in facts[node].writes if node in facts else ():
-            written[m] = written.get(m, frozenset()) | own
+        inputs = frozenset({node}) if node in leaves else frozenset[fx.Node]()
+        nodes = [node, *node.all_input_nodes]
+        memory = {storage for n in nodes if n in facts for storage in facts[n].storages}
+        inputs = inputs.union(*(depends[source] for source in node.all_input_nodes))
+        inputs = inputs.union(*(written.get(storage, frozenset()) for storage in memory))
+        depends[node] = inputs
+        for storage in facts[node].writes if node in facts else ():
+            written[storage] = written.get(storage, frozenset()) | inputs
     return depends

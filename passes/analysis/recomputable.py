@@ -1,4 +1,12 @@
-"""Side values: cheap values that can be recomputed from the inputs, and the nodes that it takes."""
+"""Find side values: values that are cheap to recompute from the inputs of the program.
+
+A stage that reads such a value (an attention mask, a position embedding) recomputes it with its
+recomputable subgraph, and the value need not cross a cut:
+
+    a = embed(tokens)         subgraph of a: {a, b}, because b writes the memory of a
+    b = a.mul_(scale)         subgraph of b: {a, b}
+    m = dropout(b)            none: it draws random numbers
+"""
 
 from __future__ import annotations
 
@@ -6,69 +14,68 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from passes.cost.flops import Cost
+from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
 
-__all__ = ["find_cones"]
-
-_Cone = frozenset[fx.Node]
+_Subgraph = frozenset[fx.Node]
 
 
-def find_cones(
+def find_recomputable(
     order: Sequence[fx.Node],
     facts: Mapping[fx.Node, Fact],
-    costs: Mapping[fx.Node, Cost],
-    kept: frozenset[int],
-    share: float,
+    costs: Mapping[fx.Node, NodeCost],
+    persistent: frozenset[int],
+    max_share: float,
 ) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Find every value that depends on the inputs alone, with the nodes to recompute it.
+    """Find every value that can be recomputed from the inputs, and the nodes that this takes.
 
-    A value may live in memory that is written in place (an embedding scaled by `mul_`, a mask
-    filled by `fill_`) once the last write is done: its cone then holds every one of the writes.
+    A value may be in memory that is written in place (an embedding scaled by `mul_`, a mask filled
+    by `fill_`): its subgraph then contains every write, and it counts as a side value if all of
+    them are recomputable.
 
     Args:
         order: The compute nodes in topological order.
-        facts: What was observed of every node.
-        costs: What every node costs.
-        kept: Memory that outlives the run; what is written there cannot be recomputed.
-        share: Largest share of all FLOPs that one cone may take.
+        facts: Observed facts by node.
+        costs: Costs by node.
+        persistent: Memory that outlives a run; values written there cannot be recomputed.
+        max_share: Largest share of all FLOPs in one subgraph.
 
     Returns:
-        For each such value its cone, itself included, in order.
+        For each such value its subgraph, itself included, in order.
     """
-    limit = share * sum(cost.flops for cost in costs.values())
+    limit = max_share * sum(cost.flops for cost in costs.values())
     number = {node: index for index, node in enumerate(order)}
     last_write = {s: index for index, node in enumerate(order) for s in facts[node].writes}
-    settled: dict[fx.Node, _Cone] = {}
-    unsettled: dict[fx.Node, _Cone] = {}  # in memory that is still to be written
-    writers: dict[int, _Cone] = {}
-    spoilt = set(kept & last_write.keys())
+    final: dict[fx.Node, _Subgraph] = {}
+    unfinished: dict[fx.Node, _Subgraph] = {}  # values in memory with writes still to come
+    writers: dict[int, _Subgraph] = {}  # by memory: the subgraph of all writes so far
+    tainted = set(persistent & last_write.keys())  # memory with a write that is not recomputable
     for index, node in enumerate(order):
-        own = facts[node].storages | facts[node].writes
-        memory = own.union(*(facts[n].storages for n in node.all_input_nodes))
+        result_memory = facts[node].storages | facts[node].writes
+        memory = result_memory.union(*(facts[n].storages for n in node.all_input_nodes))
         written = memory & last_write.keys()
-        parts = [_part(n, settled, unsettled) for n in node.all_input_nodes if n in number]
+        sources = [n for n in node.all_input_nodes if n in number]
+        parts = [final.get(source) or unfinished.get(source) for source in sources]
         parts += [writers[storage] for storage in written if storage in writers]
-        known = [part for part in parts if part is not None]
-        cone = _Cone((node,)).union(*known)
-        sound = len(known) == len(parts) and not facts[node].random and not written & spoilt
-        if not sound or sum(costs[member].flops for member in cone) > limit:
-            spoilt |= facts[node].writes
+        recomputable = [part for part in parts if part is not None]
+        subgraph = _Subgraph((node,)).union(*recomputable)
+        pure = not facts[node].random and not written & tainted
+        if (
+            len(recomputable) < len(parts)
+            or not pure
+            or sum(costs[member].flops for member in subgraph) > limit
+        ):
+            tainted |= facts[node].writes
             continue
-        writers.update(dict.fromkeys(facts[node].writes, cone))
+        writers.update(dict.fromkeys(facts[node].writes, subgraph))
         if all(last_write[storage] <= index for storage in written):
-            settled[node] = cone
-        elif own & written:
-            unsettled[node] = cone
-    for node, cone in unsettled.items():  # who reads it later sees what was written
+            final[node] = subgraph
+        elif result_memory & written:
+            unfinished[node] = subgraph
+    # A later reader of an unfinished value sees all writes: they become part of its subgraph.
+    for node, subgraph in unfinished.items():
         memory = facts[node].storages & last_write.keys()
-        if not memory & spoilt:
-            settled[node] = cone.union(*(writers[storage] for storage in memory))
-    found = sorted(settled, key=number.__getitem__)
-    return {node: tuple(sorted(settled[node], key=number.__getitem__)) for node in found}
-
-
-def _part(
-    source: fx.Node, settled: Mapping[fx.Node, _Cone], unsettled: Mapping[fx.Node, _Cone]
-) -> _Cone | None:
-    return settled.get(source) or unsettled.get(source)
+        if not memory & tainted:
+            final[node] = subgraph.union(*(writers[storage] for storage in memory))
+    values = sorted(final, key=number.__getitem__)
+    return {node: tuple(sorted(final[node], key=number.__getitem__)) for node in values}

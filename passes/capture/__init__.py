@@ -1,9 +1,10 @@
-"""From a module to a `Program`: front ends from the best to the last, each held against the model.
+"""From a module to a `Program`: front ends from the best to the last, each validated.
 
 In: a module with example inputs. Out: a validated `Program`. Read `ladder.py` first, then
-`equivalence.py` for what makes the compiler believe a graph.
+`equivalence.py`, which decides whether a graph equals the model.
 """
 
 from passes.capture.ladder import capture
+from passes.capture.train_eval import ByMode
 
-__all__ = ["capture"]
+__all__ = ["ByMode", "capture"]

@@ -1,4 +1,10 @@
-"""One front end at work: its graph, made to follow the mode, and held against the model."""
+"""Run one capture front end and validate its graph against the model.
+
+A front end sees the model in one mode. Its graph is taken in training mode, where every random
+operator is part of it; operators with a training flag then become modules that follow the mode
+(`refold.toggle`). If the result still differs in evaluation mode, because forward branches on
+`self.training`, the graph of evaluation mode is merged into it (`train_eval.merge_modes`).
+"""
 
 from __future__ import annotations
 
@@ -15,36 +21,25 @@ from passes.capture.equivalence import Reference
 from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, Leaf, placeholders
-from passes.ir.isolation import masks_kept, preserved
+from passes.ir.example_inputs import ExampleInputs, Leaf, placeholder_names
+from passes.ir.isolation import preserved, without_causal_detection
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
-__all__ = [
-    "TRIES",
-    "Attempt",
-    "FrontEnd",
-    "MismatchError",
-    "Place",
-    "copied",
-    "explain",
-    "few",
-    "locate",
-]
+FrontEnd = Callable[[nn.Module, ExampleInputs, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
+"""Maps a model, its inputs and whether the batch size is free to a graph and its constants."""
 
-FrontEnd = Callable[[nn.Module, Arguments, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
-"""From a model, its inputs and whether the batch size is free to a graph and its constants."""
-
-TRIES = 3
-"""How often to look again where another thread may have drawn from the generator meanwhile."""
+MAX_TRIES = 3
+"""Attempts before random numbers count as the model's own: another thread may have drawn them."""
 
 _CONSTANTS = "traced_constants"
+"""Name of the submodule that holds the tensor constants of a graph."""
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model.
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model.
 
     Raises:
-        CaptureError: It cannot be copied.
+        CaptureError: The model cannot be copied.
     """
     try:
         return copy.deepcopy(model)
@@ -53,35 +48,32 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 class MismatchError(Exception):
-    """The graph of a front end is not the model."""
+    """The graph of a front end differs from the model."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One front end at work on a model.
+    """One run of one front end on a model.
 
     Attributes:
         model: A copy of the model, which becomes the root of the graph.
         original: The model.
-        arguments: Its example inputs.
-        front_end: What makes the graph.
-        reference: What the graph is held against.
+        inputs: Its example inputs.
+        front_end: Makes the graph.
+        reference: Runs of the model to compare the graph with.
     """
 
     model: nn.Module
     original: nn.Module
-    arguments: Arguments
+    inputs: ExampleInputs
     front_end: FrontEnd
     reference: Reference
 
     def run(self) -> tuple[fx.GraphModule, list[str]]:
-        """Return the graph that equals the model in both modes, with what there is to say of it.
-
-        The graph is made in training mode, where everything random is in it, and merged with that
-        of evaluation mode where flags alone do not make it follow the mode.
+        """Return a graph that equals the model in both modes, with notes for the user.
 
         Raises:
-            MismatchError: The graph is not the model.
+            MismatchError: The graph differs from the model.
             Exception: Whatever the front end raises.
         """
         graph = self._trace(train=True)
@@ -100,15 +92,15 @@ class Attempt:
         if reason := self.reference.mismatch(module):
             raise MismatchError(reason)
         return module, [
-            f"forward has a branch on self.training in {few(paths)}: both branches are kept, and "
-            "the mode chooses"
+            f"forward has a branch on self.training in {join_few(paths)}: both branches are kept, "
+            "and the mode chooses"
         ]
 
     def run_in_one_mode(self) -> fx.GraphModule:
-        """Return the graph that equals the model in the mode that the model is in.
+        """Return a graph that equals the model in the model's current mode.
 
         Raises:
-            MismatchError: The graph is not the model.
+            MismatchError: The graph differs from the model.
             Exception: Whatever the front end raises.
         """
         graph = self._trace(train=self.original.training)
@@ -119,98 +111,101 @@ class Attempt:
         return module
 
     def _trace(self, *, train: bool) -> fx.Graph:
-        pristine = self.model if train else copied(self.original)
-        for _ in range(TRIES):
-            with preserved(pristine), masks_kept():
-                pristine.train(train)
-                state = torch.get_rng_state(), random.getstate()
-                graph, constants = self.front_end(
-                    pristine, self.arguments, self.reference.dynamic_batch
-                )
+        """Run the front end in one mode; its constants become buffers of the model."""
+        model = self.model if train else copy_model(self.original)
+        for _ in range(MAX_TRIES):
+            with preserved(model), without_causal_detection():
+                model.train(train)
+                before = torch.get_rng_state(), random.getstate()
+                graph, constants = self.front_end(model, self.inputs, self.reference.dynamic_batch)
                 after = torch.get_rng_state(), random.getstate()
-            if torch.equal(state[0], after[0]) and state[1] == after[1]:
+            # Numbers that forward itself drew while it was traced are constants of the graph; if
+            # another thread drew them, the next attempt will most likely see none.
+            if torch.equal(before[0], after[0]) and before[1] == after[1]:
                 break
-            # Or another thread drew them: then they are not drawn every time.
         else:
-            raise MismatchError(
-                "forward decides by random numbers that it draws outside of the graph"
-            )
-        _adopt(self.model, graph, constants, "" if train else "evaluation_")
+            raise MismatchError("forward depends on random numbers that it draws outside the graph")
+        _adopt_constants(self.model, graph, constants, "" if train else "evaluation_")
         for index in self.reference.written:
-            _protect(graph, self.arguments.leaves[index])
+            _copy_before_write(graph, self.inputs.leaves[index])
         return graph
 
     def _finish(self, graph: fx.Graph) -> fx.GraphModule:
         module = graph_module(self.model, graph, type(self.model).__name__)
         verify_graph(module)
-        unknown = [n for n in placeholders(self.arguments) if not _has_placeholder(graph, n)]
-        if unknown:
-            raise CaptureError(f"arguments lost ({', '.join(unknown)})")
+        targets = {node.target for node in graph.nodes if node.op == "placeholder"}
+        missing = [name for name in placeholder_names(self.inputs) if name not in targets]
+        if missing:
+            raise CaptureError(f"the graph does not take the arguments {', '.join(missing)}")
         return module
 
 
-def few(paths: Sequence[str]) -> str:
-    """Join the first paths, and count the rest."""
+def join_few(paths: Sequence[str]) -> str:
+    """Join the first three paths and count the others.
+
+    >>> join_few(["a", "b.0", "", "b.1", "b.2"])
+    'a, b.0, the model itself and 2 more'
+    """
     shown = ", ".join(path or "the model itself" for path in paths[:3])
     return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _adopt(
+def _adopt_constants(
     model: nn.Module, graph: fx.Graph, constants: Mapping[str, torch.Tensor], prefix: str
 ) -> None:
-    """Give the model the tensors that the graph holds as constants, as buffers not saved.
+    """Register the tensors that a graph holds as constants as buffers that are not saved.
 
-    A constant that is there already is not taken twice.
+    Args:
+        model: Gets a submodule with the buffers.
+        graph: Its nodes are made to read the buffers.
+        constants: The tensors by the targets of the nodes that read them.
+        prefix: Prefix for a name that already has another value, from the graph of the other mode.
     """
     if _CONSTANTS not in dict(model.named_children()):
         attach(model, _CONSTANTS, nn.Module())
     holder = model.get_submodule(_CONSTANTS)
     for node in graph.nodes:
         if node.op == "get_attr" and (value := constants.get(str(node.target))) is not None:
-            leaf = str(node.target).replace(".", "_").lstrip("_")
-            known = holder._buffers.get(leaf)
-            if known is not None and not _equal(known, value):
-                leaf = f"{prefix}{leaf}"
-            holder.register_buffer(leaf, value, persistent=False)
-            node.target = f"{_CONSTANTS}.{leaf}"
+            name = str(node.target).replace(".", "_").lstrip("_")
+            existing = holder._buffers.get(name)
+            if existing is not None and not _equal(existing, value):
+                name = f"{prefix}{name}"
+            holder.register_buffer(name, value, persistent=False)
+            node.target = f"{_CONSTANTS}.{name}"
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
-def _protect(graph: fx.Graph, leaf: Leaf) -> None:
-    """Let the graph write into a copy of an input, which others read at the same time."""
+def _copy_before_write(graph: fx.Graph, leaf: Leaf) -> None:
+    """Make the graph write into a copy of an input, which other stages read concurrently."""
     node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == leaf.argument)
     for key in leaf.path:
         node = next(user for user in node.users if user.args == (node, key))
-    place = node
-    while place.next.op == "placeholder":
-        place = place.next
-    with graph.inserting_after(place):
-        own = graph.call_method("clone", (node,))
-    node.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
+    last_placeholder = node
+    while last_placeholder.next.op == "placeholder":
+        last_placeholder = last_placeholder.next
+    with graph.inserting_after(last_placeholder):
+        clone = graph.call_method("clone", (node,))
+    node.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
 
 
-def _has_placeholder(graph: fx.Graph, name: str) -> bool:
-    return any(node.op == "placeholder" and node.target == name for node in graph.nodes)
-
-
-def explain(model: nn.Module, error: BaseException) -> str:
-    """Say in one line what went wrong, in which module, on which line of the user's code."""
+def describe_error(model: nn.Module, error: BaseException) -> str:
+    """Describe in one line what failed, in which module, at which line of the user's code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MismatchError):
         return lines[0]
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    if (place := locate(model, error)) is None:
+    if (location := locate_error(model, error)) is None:
         return message
-    kind = type(model.get_submodule(place.path)).__name__
-    return f"{message} in {place.path or kind} ({kind}) at {place.source}"
+    class_name = type(model.get_submodule(location.path)).__name__
+    return f"{message} in {location.path or class_name} ({class_name}) at {location.source}"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in a model an error came from.
+class ErrorLocation:
+    """Where in a model an error was raised.
 
     Attributes:
         path: Qualified name of the innermost module whose code was running.
@@ -221,14 +216,17 @@ class Place:
     source: str
 
 
-def locate(model: nn.Module, error: BaseException) -> Place | None:
-    """Find the innermost module whose forward an error came out of; None if it does not say."""
+def locate_error(model: nn.Module, error: BaseException) -> ErrorLocation | None:
+    """Find the innermost module in whose forward an error was raised; None if there is none.
+
+    A frame belongs to a module if its first argument (`self`) is that module.
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    found = None
+    location = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        names_of = frame.f_code.co_varnames
-        owner = frame.f_locals.get(names_of[0]) if names_of else None
+        arguments = frame.f_code.co_varnames
+        owner = frame.f_locals.get(arguments[0]) if arguments else None
         filename = frame.f_code.co_filename
         if id(owner) in names and is_user_code(filename):
-            found = Place(names[id(owner)], f"{filename}:{line}")
-    return found
+            location = ErrorLocation(names[id(owner)], f"{filename}:{line}")
+    return location

@@ -1,4 +1,8 @@
-"""First rung of the capture ladder: a torch.fx trace that keeps torch.nn modules whole."""
+"""First rung of the capture ladder: a torch.fx trace that keeps torch.nn modules whole.
+
+Every front end calls the model through `Entry`, which takes the tensors of the example inputs one
+by one. The qualified names that it records therefore begin with `model.`, which `strip` removes.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.ir.example_inputs import Arguments, Field, as_plain, placeholders
+from passes.ir.example_inputs import AttributeKey, ExampleInputs, as_plain, placeholder_names
 from passes.ir.isolation import exclusive
 from passes.ir.program import Provenance, is_user_code, set_provenance
-
-__all__ = ["Entry", "is_leaf", "trace"]
 
 _CONTAINERS = (
     nn.Sequential,
@@ -28,24 +30,30 @@ _CONTAINERS = (
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module stays one call in the graph: torch.nn's own, containers excepted."""
+    """Whether a module stays one call in the graph: modules of torch.nn other than containers."""
     return type(module).__module__.startswith("torch.nn.") and not isinstance(module, _CONTAINERS)
 
 
 class Entry(nn.Module):
-    """Calls a model from its flat tensors, so that every front end sees the same signature."""
+    """Call a model from its flat tensors, so that every front end sees the same signature.
 
-    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+    Args:
+        model: The model.
+        inputs: Its example inputs, which say where each tensor belongs.
+    """
+
+    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
         super().__init__()
         self.model = model
-        self._arguments = arguments
+        self._inputs = inputs
 
     def forward(self, *leaves: Any) -> Any:
         """Call the model with `leaves` in place of the tensors of its example inputs.
 
-        Containers that torch does not know become dicts of their fields in the output.
+        Mappings and dataclasses that are no pytree nodes become dicts of their fields in the
+        output.
         """
-        args, kwargs = self._arguments.with_leaves(leaves)
+        args, kwargs = self._inputs.with_leaves(leaves)
         return pytree.tree_map(_plain, self.model(*args, **kwargs))
 
 
@@ -55,19 +63,19 @@ def _plain(value: Any) -> Any:
 
 
 class ModuleTracer(fx.Tracer):
-    """Records module calls as they are, and where in the user's code each node was made."""
+    """Record module calls as single nodes, with the line of the user's code of each node."""
 
-    # Else what is computed from a buffer alone would be frozen at its value of today.
+    # Otherwise values computed from buffers alone would be constants of the graph.
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: Arguments, whole: Collection[type[nn.Module]]) -> None:
+    def __init__(self, inputs: ExampleInputs, opaque: Collection[type[nn.Module]]) -> None:
         super().__init__()
-        self._arguments = arguments
-        self._whole = whole
+        self._inputs = inputs
+        self._opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep torch.nn modules whole, except the traced model itself and containers."""
-        return module_qualified_name != "model" and (is_leaf(m) or type(m) in self._whole)
+        """Keep modules of torch.nn whole, except containers and the traced model itself."""
+        return module_qualified_name != "model" and (is_leaf(m) or type(m) in self._opaque)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -75,13 +83,13 @@ class ModuleTracer(fx.Tracer):
         """Make one placeholder per tensor argument and one proxy per tensor inside it."""
         proxies = {
             name: self.create_proxy("placeholder", name, (), {})
-            for name in placeholders(self._arguments)
+            for name in placeholder_names(self._inputs)
         }
         leaves = []
-        for leaf in self._arguments.leaves:
+        for leaf in self._inputs.leaves:
             proxy: Any = proxies[leaf.argument]
             for key in leaf.path:
-                proxy = getattr(proxy, key) if isinstance(key, Field) else proxy[key]
+                proxy = getattr(proxy, key) if isinstance(key, AttributeKey) else proxy[key]
             leaves.append(proxy)
         return root_fn, [self.root, *leaves]
 
@@ -94,7 +102,7 @@ class ModuleTracer(fx.Tracer):
         name: str | None = None,
         type_expr: Any = None,
     ) -> fx.Node:
-        """Create the node and note its module path and source line."""
+        """Create the node and record its module path and source line."""
         if kind in ("call_module", "get_attr"):
             name = strip(str(target)).replace(".", "_") or name
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -109,7 +117,7 @@ def strip(path: str) -> str:
 
 
 def _user_line(frame: FrameType | None) -> str:
-    """Innermost line of the model's own code; what called the compiler is not the model's."""
+    """Return the innermost line of user code, up to the frame of `trace`; "" if there is none."""
     while frame is not None and frame.f_code is not trace.__code__:
         if is_user_code(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -118,24 +126,25 @@ def _user_line(frame: FrameType | None) -> str:
 
 
 def trace(
-    model: nn.Module, arguments: Arguments, *, whole: Collection[type[nn.Module]] = ()
+    model: nn.Module, inputs: ExampleInputs, *, opaque: Collection[type[nn.Module]] = ()
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
-    """Trace a model symbolically; torch.nn modules stay calls.
+    """Trace a model symbolically; modules of torch.nn stay calls.
 
     Args:
         model: The model.
-        arguments: Its example inputs.
-        whole: Further classes of modules that stay calls.
+        inputs: Its example inputs.
+        opaque: Further classes of modules that stay calls.
 
     Returns:
-        The graph, with targets relative to the model, and the tensors that it holds as constants.
+        The graph, with targets relative to the model, and its constant tensors by the targets of
+        the nodes that read them.
 
     Raises:
         Exception: Whatever the model's own code raises on symbolic values.
     """
-    entry = Entry(model, arguments)
+    entry = Entry(model, inputs)
     with exclusive():
-        graph = ModuleTracer(arguments, whole).trace(entry)
+        graph = ModuleTracer(inputs, opaque).trace(entry)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and not str(node.target).startswith("model."):

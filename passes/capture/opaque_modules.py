@@ -1,4 +1,11 @@
-"""Find the smallest modules that no front end can enter: they stay whole, one call each."""
+"""Find the smallest modules that no front end can enter: they stay whole, as one call each.
+
+Example: in `Sequential(body, Around(linear, Gate()), body)` a `Gate` branches on a value of its
+input, so no front end captures the model. `find_untraceable` captures one module of every class by
+itself, from the inside out: `Gate` fails and is opaque; `Around` passes once `Gate` is one call,
+and is traced as usual. `find_unexportable` exports the whole model and makes the class of the
+module that raised opaque, until the export passes.
+"""
 
 from __future__ import annotations
 
@@ -11,182 +18,200 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.capture.attempt import Attempt, copied, explain, few, locate
+from passes.capture.attempt import Attempt, copy_model, describe_error, join_few, locate_error
 from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import is_leaf, trace
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, bind
-from passes.ir.isolation import masks_kept, preserved
+from passes.ir.example_inputs import ExampleInputs, bind
+from passes.ir.isolation import preserved, without_causal_detection
 
-__all__ = ["Whole", "find_sealed", "find_whole"]
+_MAX_SHARE = 0.5
+"""Largest share of the parameters in one opaque module: with more, too little is left to cut."""
 
-_LARGEST = 0.5
-"""Share of the parameters in one module above which keeping it whole leaves too little to cut."""
+_MAX_CLASSES = 4
+"""Most opaque classes in an exported graph: each of them costs another export."""
 
-_MOST = 4
-"""Classes of modules that stay whole in an exported graph at most: every one is another export."""
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
+_ModuleCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module call."""
 
 
 @dataclass(frozen=True)
-class Whole:
+class OpaqueClass:
     """A class of modules that stay whole.
 
     Attributes:
-        kind: The class.
-        paths: Qualified names of the modules of it.
-        reason: What stands in the way of a trace, with the line.
+        module_type: The class.
+        paths: Qualified names of its modules in the model.
+        reason: Why a front end cannot enter it, with the line.
     """
 
-    kind: type[nn.Module]
+    module_type: type[nn.Module]
     paths: tuple[str, ...]
     reason: str
 
     @property
     def label(self) -> str:
-        """The modules and their class, for messages."""
-        return f"{few(self.paths)} ({self.kind.__name__})"
+        """Modules and class, for messages."""
+        return f"{join_few(self.paths)} ({self.module_type.__name__})"
 
 
-def find_whole(model: nn.Module, arguments: Arguments) -> tuple[Whole, ...]:
-    """Find the modules that must stay whole, the innermost first.
+def find_untraceable(model: nn.Module, inputs: ExampleInputs) -> tuple[OpaqueClass, ...]:
+    """Find the classes of modules that a symbolic trace must keep whole, the innermost first.
 
-    One module of every class is captured alone, on what it is called with in the model, from the
-    inside to the outside; a class that fails although its failing parts are kept whole is one.
+    One module of every class is captured by itself, on the arguments that it gets in the model,
+    from the inside out. A class is opaque if it fails although its opaque parts are kept whole.
 
     Raises:
-        CaptureError: No submodule alone stands in the way, or one holds most of the parameters.
+        CaptureError: No submodule fails by itself, or one holds most of the parameters.
     """
-    calls = _recorded(model, arguments)
-    found: dict[type[nn.Module], Whole] = {}
+    calls = _record_calls(model, inputs)
+    opaque: dict[type[nn.Module], OpaqueClass] = {}
     tried: set[type[nn.Module]] = set()
     for path, module in _inside_out(model):
-        kind = type(module)
-        if kind in tried or path not in calls or is_leaf(module):
+        module_type = type(module)
+        if module_type in tried or path not in calls or is_leaf(module):
             continue
-        tried.add(kind)
-        if reason := _obstacle(module, calls[path], tuple(found)):
-            paths = tuple(p for p, m in model.named_modules() if type(m) is kind)
-            found[kind] = Whole(kind, paths, reason)
-    if not found:
-        raise CaptureError("no submodule alone stands in the way")
-    return _small_enough(model, tuple(found.values()))
+        tried.add(module_type)
+        if reason := _try_tracing(module, calls[path], tuple(opaque)):
+            paths = _paths_of(model, module_type)
+            opaque[module_type] = OpaqueClass(module_type, paths, reason)
+    return _check_sizes(model, tuple(opaque.values()))
 
 
-def find_sealed(
-    model: nn.Module, arguments: Arguments, *, dynamic_batch: bool
-) -> tuple[Whole, ...]:
-    """Find the modules that torch.export must not look into.
+def find_unexportable(
+    model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool
+) -> tuple[OpaqueClass, ...]:
+    """Find the classes of modules that torch.export must not enter.
 
-    The model is exported in both modes; where that stops, the innermost module whose code was
-    running stays whole from then on, with the others of its class, until it goes through.
+    The model is exported in both modes. When that fails, the class of the innermost module whose
+    code was running becomes opaque, and the export starts again.
 
     Args:
         model: The model.
-        arguments: Its example inputs.
+        inputs: Its example inputs.
         dynamic_batch: Whether to leave the batch size free.
 
     Raises:
-        CaptureError: The model's own forward stands in the way, or too much would stay whole.
+        CaptureError: The model's own forward fails, or too much would stay whole.
     """
-    found: dict[type[nn.Module], Whole] = {}
+    opaque: dict[type[nn.Module], OpaqueClass] = {}
     while True:
-        own = copied(model)
+        candidate = copy_model(model)
         try:
-            with preserved(own), masks_kept():
+            with preserved(candidate), without_causal_detection():
                 for train in (True, False):
-                    export(own.train(train), arguments, dynamic_batch=dynamic_batch, whole=found)
+                    export(
+                        candidate.train(train), inputs, dynamic_batch=dynamic_batch, opaque=opaque
+                    )
         except Exception as error:
-            place = locate(own, error)
-            reason = explain(own, error)
-            if not found and (place is None or not place.path):
-                raise CaptureError("no submodule alone stands in the way") from error
-            if place is None or not place.path or len(found) == _MOST:
-                raise CaptureError(reason) from error
-            kind = type(own.get_submodule(place.path))
-            paths = tuple(p for p, m in model.named_modules() if type(m) is kind)
-            if kind in found:
-                raise CaptureError(reason) from error
-            inside = tuple(f"{path}." for path in paths)
-            found = {
-                k: w for k, w in found.items() if not all(p.startswith(inside) for p in w.paths)
-            }
-            found[kind] = Whole(kind, paths, reason)
-            continue
-        if not found:
-            raise CaptureError("no submodule alone stands in the way")
-        return _small_enough(model, tuple(found.values()))
+            opaque = _with_failing_class(model, candidate, opaque, error)
+        else:
+            return _check_sizes(model, tuple(opaque.values()))
 
 
-def _small_enough(model: nn.Module, found: tuple[Whole, ...]) -> tuple[Whole, ...]:
-    """Give them back, if enough is left to cut."""
-    for one in found:
-        sizes = [_size(model.get_submodule(path)) for path in one.paths]
-        share = max(sizes) / max(_size(model), 1)
-        if share > _LARGEST:
+def _with_failing_class(
+    model: nn.Module,
+    candidate: nn.Module,
+    opaque: Mapping[type[nn.Module], OpaqueClass],
+    error: Exception,
+) -> dict[type[nn.Module], OpaqueClass]:
+    """Add the class whose code raised an error, in place of the opaque classes inside it."""
+    location = locate_error(candidate, error)
+    reason = describe_error(candidate, error)
+    if location is None or not location.path:
+        message = reason if opaque else "no submodule alone stands in the way"
+        raise CaptureError(message) from error
+    module_type = type(candidate.get_submodule(location.path))
+    if module_type in opaque or len(opaque) == _MAX_CLASSES:
+        raise CaptureError(reason) from error
+    paths = _paths_of(model, module_type)
+    prefixes = tuple(f"{path}." for path in paths)
+    outside = {
+        other: record
+        for other, record in opaque.items()
+        if not all(path.startswith(prefixes) for path in record.paths)
+    }
+    return {**outside, module_type: OpaqueClass(module_type, paths, reason)}
+
+
+def _paths_of(model: nn.Module, module_type: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(path for path, module in model.named_modules() if type(module) is module_type)
+
+
+def _check_sizes(model: nn.Module, classes: tuple[OpaqueClass, ...]) -> tuple[OpaqueClass, ...]:
+    """Return the classes if there are any, and enough of the model is left to cut.
+
+    Raises:
+        CaptureError: There are none, or one module holds most of the parameters.
+    """
+    if not classes:
+        raise CaptureError("no submodule alone stands in the way")
+    for opaque in classes:
+        sizes = [_num_parameters(model.get_submodule(path)) for path in opaque.paths]
+        share = max(sizes) / max(_num_parameters(model), 1)
+        if share > _MAX_SHARE:
             raise CaptureError(
                 f"one module with {share:.0%} of the parameters would stay whole, "
-                f"{one.label}: {one.reason}"
+                f"{opaque.label}: {opaque.reason}"
             )
-    return found
+    return classes
 
 
-def _size(module: nn.Module) -> int:
+def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _inside_out(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The submodules, each behind its own."""
+    """Return the submodules with their paths, each one after its own submodules."""
     named = [(path, module) for path, module in model.named_modules() if path]
     return sorted(named, key=lambda pair: -pair[0].count("."))
 
 
-def _recorded(model: nn.Module, arguments: Arguments) -> Mapping[str, _Call]:
-    """What every submodule is called with first, in training mode if the model runs in it."""
-    own = copied(model)
-    calls: dict[str, _Call] = {}
+def _record_calls(model: nn.Module, inputs: ExampleInputs) -> Mapping[str, _ModuleCall]:
+    """Record the first call of every submodule, in training mode if the model runs in it."""
+    recorder = copy_model(model)
+    calls: dict[str, _ModuleCall] = {}
 
     def record(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(path, pytree.tree_map(_kept, (args, kwargs)))
+            calls.setdefault(path, pytree.tree_map(_copy_value, (args, kwargs)))
 
         return hook
 
-    for path, module in own.named_modules():
+    for path, module in recorder.named_modules():
         module.register_forward_pre_hook(record(path), with_kwargs=True)
     for train in (True, False):
-        args, kwargs = pytree.tree_map(_kept, (tuple(arguments.args), dict(arguments.kwargs)))
-        own.train(train)
+        args, kwargs = pytree.tree_map(_copy_value, (tuple(inputs.args), dict(inputs.kwargs)))
+        recorder.train(train)
         try:
-            with preserved(own), torch.no_grad():
-                own(*args, **kwargs)
+            with preserved(recorder), torch.no_grad():
+                recorder(*args, **kwargs)
         except Exception:
             continue
     return calls
 
 
-def _kept(value: Any) -> Any:
+def _copy_value(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
 
 
-def _obstacle(module: nn.Module, call: _Call, whole: tuple[type[nn.Module], ...]) -> str:
-    """Why a module cannot be traced alone; "" if it can, or does not run alone."""
+def _try_tracing(module: nn.Module, call: _ModuleCall, opaque: tuple[type[nn.Module], ...]) -> str:
+    """Return why a module cannot be traced by itself; "" if it can, or does not run by itself."""
 
     def front_end(
-        model: nn.Module, arguments: Arguments, dynamic: bool
+        model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool
     ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
-        return trace(model, arguments, whole=whole)
+        return trace(model, inputs, opaque=opaque)
 
-    own = copied(module)
+    candidate = copy_model(module)
     try:
-        arguments = bind(module, *call)
-        reference = Reference(copied(module), arguments, dynamic_batch=True)
+        inputs = bind(module, *call)
+        reference = Reference(copy_model(module), inputs, dynamic_batch=True)
     except CaptureError:
         return ""
     try:
-        Attempt(own, module, arguments, front_end, reference).run()
+        Attempt(candidate, module, inputs, front_end, reference).run()
     except Exception as error:
-        return explain(own, error)
+        return describe_error(candidate, error)
     return ""

@@ -1,8 +1,13 @@
 """Restore torch.nn modules in a captured graph, so that train() and eval() work on it again.
 
-Two passes: `outline` folds the operators of one module call back into the call, for modules that
-take one tensor and give one; `toggle` turns what is left of operators with a training flag into
-modules that follow the mode. The rules of `toggle` are data.
+Two passes: `outline` folds the operators of one module call back into the call, for modules with
+one tensor as argument and one as result. `toggle` replaces the remaining operators that have a
+training flag by modules that follow the mode, by a table of rules:
+
+>>> model = nn.Sequential()
+>>> graph = fx.symbolic_trace(lambda x: F.dropout(x, 0.1, True)).graph
+>>> toggle(model, graph), model.get_submodule("dropout")
+(1, Dropout(p=0.1, inplace=False))
 """
 
 from __future__ import annotations
@@ -23,17 +28,17 @@ from passes.capture.fx_trace import is_leaf
 from passes.ir.mode_layers import Attention, BatchNorm
 from passes.ir.program import Provenance, provenance, resolve, set_provenance
 
-__all__ = ["CALL_KEY", "attach", "flagged_call", "free_path", "outline", "rule_key", "toggle"]
-
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Turns calls of `targets` into a call of the module that `build` makes.
+    """Replacement of an operator by a module that follows the mode.
 
-    `build` gets the call's arguments by name and returns the module, and the names of the
-    arguments that the module is called with; None where the call has nothing to toggle.
+    Attributes:
+        targets: Functions and operators that the rule covers.
+        build: Called with the arguments of the call by name; returns the module and the names of
+            the arguments that the module is called with, or None if there is nothing to toggle.
     """
 
     targets: tuple[Any, ...]
@@ -64,13 +69,13 @@ def _attention(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | N
 
 def _batch_norm(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | None:
     if call.get("running_mean") is None or call.get("running_var") is None:
-        return None  # without statistics the batch's own are used in either mode
+        return None  # without running statistics, both modes normalize by the batch
     module = BatchNorm(float(call.get("momentum", 0.1)), float(call.get("eps", 1e-5)))
     return module, ("input", "running_mean", "running_var", "weight", "bias")
 
 
 RULES: tuple[Rule, ...] = (
-    # Dropout by function or by operator: the probability stays, the flag follows the mode.
+    # Dropout: the probability stays, the flag follows the mode.
     Rule((F.dropout, torch.dropout, aten.dropout.default), _dropout(nn.Dropout)),
     Rule((torch.dropout_, aten.dropout_.default), _dropout(nn.Dropout, inplace=True)),
     Rule(
@@ -81,7 +86,7 @@ RULES: tuple[Rule, ...] = (
         (F.feature_alpha_dropout, torch.feature_alpha_dropout, aten.feature_alpha_dropout.default),
         _dropout(nn.FeatureAlphaDropout),
     ),
-    # Whole channels; the three functions differ only in the ranks that they accept.
+    # Dropout of whole channels; the functions differ only in the ranks that they accept.
     Rule((F.dropout1d,), _dropout(nn.Dropout1d)),
     Rule(
         (F.dropout2d, torch.feature_dropout, aten.feature_dropout.default), _dropout(nn.Dropout2d)
@@ -91,19 +96,22 @@ RULES: tuple[Rule, ...] = (
     Rule((F.rrelu, torch.rrelu, aten.rrelu.default), _rrelu),
     # Attention drops probabilities inside the kernel.
     Rule((F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default), _attention),
-    # Written with its own buffers, as layers that fuse norm and activation do.
+    # Functional batch norm on the layer's own buffers, as in fused norm and activation layers.
     Rule((F.batch_norm, torch.batch_norm, aten.batch_norm.default), _batch_norm),
 )
+
+CALL_KEY = "pnn_module_call"
+"""Key of node.meta under which a front end records which call of which module made the node."""
 
 _FLAGS = ("training", "train", "dropout_p", "cudnn_enabled")
 _RULE_KEY = "pnn_rule"
 
 
 def rule_key(node: fx.Node) -> tuple[Any, ...] | None:
-    """What a call has in common in both modes, if a rule covers it and its flag is off.
+    """Return a key that is equal for the same call in both modes; None if no rule covers it.
 
-    A module that `toggle` made has the key of the call that it replaced, for it is off in
-    evaluation mode.
+    In evaluation mode the flag of the call is off; in training mode `toggle` has replaced the call
+    by a module, which carries the key of the call.
     """
     if (key := node.meta.get(_RULE_KEY)) is not None:
         return tuple(key)
@@ -114,16 +122,20 @@ def rule_key(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _key_of(node: fx.Node, call: Mapping[str, Any]) -> tuple[Any, ...]:
-    given = [f"{name}={_sign(value)}" for name, value in call.items() if name not in _FLAGS]
-    return provenance(node).path, node.target, *given
-
-
-def _sign(value: Any) -> str:
-    return "%" if isinstance(value, fx.Node) else repr(value)
+    options = [
+        f"{name}={'%' if isinstance(value, fx.Node) else repr(value)}"
+        for name, value in call.items()
+        if name not in _FLAGS
+    ]
+    return provenance(node).path, node.target, *options
 
 
 def flagged_call(node: fx.Node) -> Mapping[str, Any] | None:
-    """Return the arguments, in the order of the signature, of a call that a rule covers."""
+    """Return the arguments of a call that a rule covers by name, in the order of the signature.
+
+    Returns:
+        The arguments; None if no rule covers the call.
+    """
     target = node.target
     if isinstance(target, str) or not any(target in rule.targets for rule in RULES):
         return None
@@ -134,13 +146,17 @@ def flagged_call(node: fx.Node) -> Mapping[str, Any] | None:
 
 
 def toggle(model: nn.Module, graph: fx.Graph) -> int:
-    """Replace operators that carry a training flag by modules that follow the mode.
+    """Replace operators that have a training flag by modules that follow the mode.
 
-    The new modules are added to `model` under the path that the operator came from. A flag that
-    is already off in a graph captured in training mode never turns on, and stays.
+    A flag that is off in a graph captured in training mode is off in both modes, and stays.
+
+    Args:
+        model: Root of the graph; it gets the new modules, under the path that the operator came
+            from.
+        graph: The graph in training mode; it is changed in place.
 
     Returns:
-        How many nodes were replaced.
+        Number of nodes replaced.
     """
     rules = {target: rule for rule in RULES for target in rule.targets}
     count = 0
@@ -148,10 +164,10 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
         call = flagged_call(node)
         if call is None or call.get("training", call.get("train")) is False:
             continue
-        made = rules[node.target].build(call)
-        if made is None:
+        replacement = rules[node.target].build(call)
+        if replacement is None:
             continue
-        module, names = made
+        module, names = replacement
         path = free_path(model, provenance(node).path, node.name)
         attach(model, path, module)
         values = {name: value for name, value in call.items() if name in names[1:]}
@@ -162,7 +178,7 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
 
 
 def free_path(model: nn.Module, parent: str, name: str) -> str:
-    """Return a qualified name below `parent` that no attribute has, much like `name`."""
+    """Return an unused qualified name below `parent`: `name`, with underscores as needed."""
     try:
         owner = resolve(model, parent) if parent else model
     except AttributeError:
@@ -173,9 +189,12 @@ def free_path(model: nn.Module, parent: str, name: str) -> str:
 
 
 def attach(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` under a qualified name, making the modules on the way as needed.
+    """Register a module under a qualified name, and create the missing modules on the path.
 
-    What is new follows the mode of the module that it is put in.
+    Args:
+        model: Root of the path.
+        path: Qualified name.
+        module: The module; it and the created ones get the mode of the module that holds them.
     """
     *parents, name = path.split(".")
     for atom in parents:
@@ -188,42 +207,43 @@ def attach(model: nn.Module, path: str, module: nn.Module) -> None:
 def outline(model: nn.Module, graph: fx.Graph) -> int:
     """Fold the operators of each torch.nn module call back into one call of that module.
 
-    Operators belong together when they were made by the same call of the same module; they are
-    folded if they follow each other, and the module takes one tensor and gives one tensor. The
-    operators of other modules (recurrent ones, attention) stay.
+    The operators of one call (`CALL_KEY`) are folded if they are consecutive and the module has one
+    tensor as argument and one as result. Operators of other modules (recurrent layers, attention)
+    stay.
+
+    Args:
+        model: Root of the graph.
+        graph: The graph; it is changed in place.
 
     Returns:
-        How many module calls were restored.
+        Number of module calls restored.
     """
     calls = [node for node in graph.nodes if node.op == "call_function"]
     groups = [
         (call, list(nodes))
         for call, nodes in itertools.groupby(calls, lambda node: node.meta.get(CALL_KEY, ""))
     ]
-    times = Counter(call for call, _ in groups)
-    return sum(_fold(model, nodes) for call, nodes in groups if call and times[call] == 1)
-
-
-CALL_KEY = "pnn_module_call"
-"""Key of node.meta under which a front end notes which call of which module made the node."""
+    num_groups = Counter(call for call, _ in groups)
+    return sum(_fold(model, nodes) for call, nodes in groups if call and num_groups[call] == 1)
 
 
 def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
+    """Replace the operators of one module call by the call; return whether that was possible."""
     path = provenance(nodes[0]).path
-    if not path or not _takes_and_gives_one(resolve(model, path)):
+    if not path or not _is_unary(resolve(model, path)):
         return False
     inside = set(nodes)
-    read = {
+    sources = {
         source
         for node in nodes
         for source in node.all_input_nodes
         if source not in inside and source.op != "get_attr"
     }
     results = [node for node in nodes if any(user not in inside for user in node.users)]
-    if len(read) != 1 or len(results) > 1:
+    if len(sources) != 1 or len(results) > 1:
         return False
-    (source,) = read
-    result = results[0] if results else nodes[-1]  # a result that nothing reads: statistics alone
+    (source,) = sources
+    result = results[0] if results else nodes[-1]  # called only for its running statistics
     _replace_by_call(result, path, (source,), {})
     for node in reversed(nodes):
         if node is not result:
@@ -231,7 +251,8 @@ def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
     return True
 
 
-def _takes_and_gives_one(module: nn.Module) -> bool:
+def _is_unary(module: nn.Module) -> bool:
+    """Whether a module of torch.nn has one argument and one tensor as result."""
     if not is_leaf(module) or getattr(module, "return_indices", False):
         return False
     return len(inspect.signature(module.forward).parameters) == 1

@@ -1,4 +1,9 @@
-"""Second rung of the capture ladder: torch.export, with the torch.nn modules restored."""
+"""Second rung of the capture ladder: torch.export, with the torch.nn modules restored.
+
+The exported graph is copied operator by operator: nested graphs of regions (`torch.no_grad`,
+autocast) go in the place of their calls, opaque modules become calls again, and `refold.outline`
+folds the operators of torch.nn modules back into calls.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +21,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.capture.fx_trace import Entry, strip
+from passes.capture.opaque_operator import OPERATOR, OpaqueCalls, replace_by_operators
 from passes.capture.refold import CALL_KEY, outline
-from passes.capture.sealed_modules import OPERATOR, Seals, seal
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, Field, placeholders
+from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import exclusive
 from passes.ir.program import Provenance, is_user_code, resolve, set_provenance
-
-__all__ = ["export"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,64 +35,73 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn")
 
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _REGIONS: Mapping[Any, int] = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, _AUTOCAST: 4}
-"""Calls of a nested graph, and how many arguments stand before it."""
+"""Operators that call a nested graph, and the number of their arguments before it."""
 
 
 def export(
     model: nn.Module,
-    arguments: Arguments,
+    inputs: ExampleInputs,
     *,
     dynamic_batch: bool,
-    whole: Collection[type[nn.Module]] = (),
+    opaque: Collection[type[nn.Module]] = (),
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
-    """Export a model in the mode that it is in and fold operators back into module calls.
+    """Export a model in its current mode and fold operators back into module calls.
 
     Args:
         model: The model.
-        arguments: Its example inputs.
+        inputs: Its example inputs.
         dynamic_batch: Whether to leave the batch size free.
-        whole: Classes of modules that stay calls, and are not looked into.
+        opaque: Classes of modules that stay calls; their code is not run.
 
     Returns:
-        The graph, with targets relative to the model, and the tensors that it holds as constants.
+        The graph, with targets relative to the model, and its constant tensors by the targets of
+        the nodes that read them.
 
     Raises:
         Exception: Whatever torch.export raises.
     """
-    entry = Entry(model, arguments)
+    entry = Entry(model, inputs)
     dynamic = torch.export.Dim.AUTO if dynamic_batch else None
-    if dynamic_batch and arguments.batch == 1:
-        arguments = arguments.varied(grow=True)  # torch.export never keeps a size of 1 free
+    if dynamic_batch and inputs.batch_size == 1:
+        inputs = inputs.varied(grow=True)  # torch.export specializes sizes of 1
     shapes = tuple(
-        {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == arguments.batch else None
-        for leaf in arguments.leaves
+        {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == inputs.batch_size else None
+        for leaf in inputs.leaves
     )
-    with exclusive(), _quiet(), seal(model, arguments, whole) as seals:
+    with exclusive(), _quiet(), replace_by_operators(model, inputs, opaque) as opaque_calls:
         exported = torch.export.export(
-            entry, tuple(arguments.tensors()), dynamic_shapes=(shapes,), strict=False
+            entry, tuple(inputs.tensors()), dynamic_shapes=(shapes,), strict=False
         )
         module = exported.module(check_guards=False)
     spec = exported.call_spec.out_spec
     if spec is None:
         raise CaptureError("torch.export returned no graph")
-    graph, constants = _convert(_Copier(model, fx.Graph(), seals), module, arguments, spec)
+    copier = _Copier(model, fx.Graph(), opaque_calls)
+    graph, constants = _convert(copier, module, inputs, spec)
     outline(model, graph)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     return graph, constants
 
 
 def _convert(
-    copier: _Copier, module: fx.GraphModule, arguments: Arguments, spec: pytree.TreeSpec
+    copier: _Copier, module: fx.GraphModule, inputs: ExampleInputs, spec: pytree.TreeSpec
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
-    """Copy the exported graph, with the model's own arguments and output structure."""
+    """Copy the exported graph, with the arguments and the output structure of the model.
+
+    Args:
+        copier: Copies the nodes.
+        module: The exported graph, which takes flat tensors.
+        inputs: The example inputs.
+        spec: Structure of the output.
+    """
     graph = copier.graph
     mapping: dict[fx.Node, Any] = {}
-    old = [node for node in module.graph.nodes if node.op == "placeholder"]
-    new = {name: graph.placeholder(name) for name in placeholders(arguments)}
-    for node, leaf in zip(old, arguments.leaves, strict=True):
-        value = new[leaf.argument]
+    placeholders = module.graph.find_nodes(op="placeholder")
+    arguments = {name: graph.placeholder(name) for name in placeholder_names(inputs)}
+    for node, leaf in zip(placeholders, inputs.leaves, strict=True):
+        value = arguments[leaf.argument]
         for key in leaf.path:
-            read = getattr if isinstance(key, Field) else operator.getitem
+            read = getattr if isinstance(key, AttributeKey) else operator.getitem
             value = graph.call_function(read, (value, key))
         mapping[node] = value
     copier.copy(module, mapping)
@@ -100,105 +112,113 @@ def _convert(
 
 
 def _constructed(graph: fx.Graph, value: Any, mapping: Mapping[fx.Node, Any]) -> Any:
-    """The output with a call of the class in the place of every dataclass."""
+    """Replace every dataclass in an output by a node that calls its class."""
 
-    def inside(part: Any) -> Any:
-        return _constructed(graph, part, mapping)
+    def construct(item: Any) -> Any:
+        return _constructed(graph, item, mapping)
 
     if is_dataclass(value) and not isinstance(value, Mapping | type):
-        parts = {field.name: inside(getattr(value, field.name)) for field in fields(value)}
-        parts = fx.node.map_arg(parts, lambda n: mapping.get(n, n))
-        return graph.call_function(type(value), (), parts)
+        items = {field.name: construct(getattr(value, field.name)) for field in fields(value)}
+        items = fx.node.map_arg(items, lambda n: mapping.get(n, n))
+        return graph.call_function(type(value), (), items)
     if type(value) in (list, tuple):
-        return type(value)(map(inside, value))
+        return type(value)(map(construct, value))
     if isinstance(value, Mapping):
-        return {key: inside(part) for key, part in value.items()}
+        return {key: construct(item) for key, item in value.items()}
     return value
 
 
 class _Copier:
-    """Copies exported graphs into one, those of nested regions in the place of their calls.
+    """Copy an exported graph, with nested graphs in the place of their calls.
 
     Attributes:
-        graph: The graph that grows.
-        constants: The tensors that belong to the graph and not to the model, by name.
+        graph: The copy.
+        constants: Tensors that belong to the graph and not to the model, by name.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, seals: Seals) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, opaque_calls: OpaqueCalls) -> None:
         self.graph = graph
-        self._seals = seals
-        self._owned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._owned |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self._opaque_calls = opaque_calls
+        self._model_tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._model_tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.constants: dict[str, torch.Tensor] = {}
 
     def copy(self, module: fx.GraphModule, mapping: dict[fx.Node, Any], prefix: str = "") -> None:
-        """Copy the compute nodes of `module`; `mapping` has its placeholders, and gets the rest."""
+        """Copy the nodes of a graph between its placeholders and its output.
+
+        Args:
+            module: The graph.
+            mapping: Nodes of the copy by the nodes of `module`: it has the placeholders, and the
+                copied nodes are added.
+            prefix: Prefix for the names of constants of a nested graph.
+        """
         for node in module.graph.nodes:
-            skipped = node.op in ("placeholder", "output")
-            if skipped or any(check in str(node.target) for check in _CHECKS):
+            if node.op in ("placeholder", "output"):
+                continue
+            if any(check in str(node.target) for check in _CHECKS):
                 continue
             if node.op == "get_attr" and isinstance(resolve(module, str(node.target)), nn.Module):
-                mapping[node] = None  # the graph of a region, which its call copies
+                mapping[node] = None  # a nested graph, which the call that runs it copies
             elif node.target in _REGIONS:
                 mapping[node] = self._region(module, node, mapping, prefix)
             elif node.target is OPERATOR:
-                mapping[node] = self._seals.read(self.graph, node, mapping)
-            elif (found := _element(node, mapping)) is not None:
-                mapping[node] = found
+                mapping[node] = self._opaque_calls.insert(self.graph, node, mapping)
+            elif (element := _element(node, mapping)) is not None:
+                mapping[node] = element
             else:
-                mapping[node] = self._node(module, node, mapping, prefix)
+                mapping[node] = self._copy_node(module, node, mapping, prefix)
 
-    def _node(
+    def _copy_node(
         self, module: fx.GraphModule, node: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
     ) -> fx.Node:
         copied = self.graph.node_copy(node, mapping.__getitem__)
         copied.meta.clear()
         if node.op == "get_attr":
             name = str(node.target)
-            if strip(name) in self._owned:
+            if strip(name) in self._model_tensors:
                 copied.target = strip(name)
             else:
                 copied.target = f"{prefix}{name}"
                 self.constants[f"{prefix}{name}"] = resolve(module, name)
-        _note_origin(copied, node)
+        _set_origin(copied, node)
         return _alias(copied)
 
     def _region(
         self, module: fx.GraphModule, call: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
     ) -> tuple[Any, ...]:
-        """Copy the graph that a region runs; give its results.
+        """Copy the graph that a region runs and return its results.
 
-        What is computed without gradients is cut off behind the region instead of inside it.
+        Results of a region without gradients are detached after the region, not inside it.
         """
-        given: Any = call.args
-        settings = _REGIONS[call.target]
-        options, (held, *values) = given[:settings], given[settings:]
+        arguments: Any = call.args
+        num_options = _REGIONS[call.target]
+        options, (graph, *values) = arguments[:num_options], arguments[num_options:]
         if call.target is _AUTOCAST and options[2]:
             raise CaptureError(
                 f"forward turns on torch.autocast ({options[0]}, {options[1]}): turn it on around "
                 "the call of the model instead"
             )
-        name = str(held.target)
-        inside: fx.GraphModule = resolve(module, name)
-        starts = [node for node in inside.graph.nodes if node.op == "placeholder"]
-        inner = dict(zip(starts, (mapping[value] for value in values), strict=True))
-        self.copy(inside, inner, f"{prefix}{name}_")
-        ends: Any = inside.graph.output_node().args[0]
-        results = [inner[node] for node in ends]
+        name = str(graph.target)
+        nested: fx.GraphModule = resolve(module, name)
+        placeholders = nested.graph.find_nodes(op="placeholder")
+        inner = dict(zip(placeholders, (mapping[value] for value in values), strict=True))
+        self.copy(nested, inner, f"{prefix}{name}_")
+        outputs: Any = nested.graph.output_node().args[0]
+        results = [inner[node] for node in outputs]
         if call.target is _AUTOCAST or options[0]:
             return tuple(results)
-        return tuple(self._cut_off(result, call) for result in results)
+        return tuple(self._detach(result, call) for result in results)
 
-    def _cut_off(self, value: Any, call: fx.Node) -> Any:
+    def _detach(self, value: Any, call: fx.Node) -> Any:
         if not isinstance(value, fx.Node):
             return value
         detached = self.graph.call_function(torch.ops.aten.detach.default, (value,))
-        _note_origin(detached, call)
+        _set_origin(detached, call)
         return detached
 
 
 def _element(node: fx.Node, mapping: Mapping[fx.Node, Any]) -> Any:
-    """The result of a region, or of a whole module, that a node takes, else None."""
+    """Return the result of a region or opaque module that a `getitem` selects, else None."""
     if node.target is not operator.getitem:
         return None
     source, index = node.args[0], cast("int", node.args[1])
@@ -207,9 +227,9 @@ def _element(node: fx.Node, mapping: Mapping[fx.Node, Any]) -> Any:
 
 
 def _alias(node: fx.Node) -> fx.Node:
-    """The buffer that a node writes in place and returns, else the node itself.
+    """Return the buffer that a node writes in place and returns, else the node itself.
 
-    Calls of one layer that write one buffer would otherwise hang together by what they return.
+    Several calls of one layer that write the same buffer would otherwise depend on each other.
     """
     written = node.args[0] if node.args else None
     if not isinstance(written, fx.Node) or written.op != "get_attr":
@@ -219,7 +239,8 @@ def _alias(node: fx.Node) -> fx.Node:
     return written if in_place else node
 
 
-def _note_origin(copied: fx.Node, node: fx.Node) -> None:
+def _set_origin(copied: fx.Node, node: fx.Node) -> None:
+    """Record the module call and the line of the user's code that an exported node came from."""
     stack = node.meta.get("nn_module_stack", {})
     entries = [(key, path) for key, (path, _) in stack.items() if path.startswith("model")]
     path = ""
@@ -230,26 +251,26 @@ def _note_origin(copied: fx.Node, node: fx.Node) -> None:
 
 
 def _source(trace: str | None) -> str:
-    """Innermost `file:line` of a stack trace that is in the user's code."""
+    """Return the innermost `file:line` of a stack trace in the user's code, "" if none."""
     for line in reversed((trace or "").splitlines()):
         text = line.strip()
-        filename, _, rest = text.removeprefix('File "').partition('", line ')
+        filename, _, position = text.removeprefix('File "').partition('", line ')
         if text.startswith('File "') and is_user_code(filename):
-            return f"{filename}:{rest.split(',')[0]}"
+            return f"{filename}:{position.split(',')[0]}"
     return ""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch says of errors that end in an exception anyway, and of its own layers."""
+    """Silence logs of errors that end in an exception anyway, and warnings about torch's layers."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said:
-        # Recurrent layers put their own list of weights together again in forward; it is the same.
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as stderr:
+        # Recurrent layers assign their list of weights again in forward; its contents are the same.
         warnings.filterwarnings("ignore", r"The tensor attributes? self\.([\w.]+\.)?_flat_weights")
         try:
             yield
         finally:
             logger.setLevel(level)
-            _log.debug("torch.export: %s", said.getvalue())
+            _log.debug("torch.export: %s", stderr.getvalue())

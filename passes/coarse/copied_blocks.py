@@ -61,7 +61,7 @@ class BlockCopy:
     def of(cls, analysis: Analysis, block: Block, **more: Any) -> Self:
         """Describe a block; `more` are the fields of a subclass."""
         nodes = analysis.frontiers.order[block.start.index : block.stop.index]
-        inputs, sides = requirements(analysis.program, nodes, analysis.frontiers.cones)
+        inputs, sides = requirements(analysis.program, nodes, analysis.frontiers.recomputable)
         return cls(
             first=nodes[0].name,
             last=nodes[-1].name,

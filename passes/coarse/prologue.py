@@ -21,7 +21,7 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.analysis.sources import Source
+from passes.analysis.sources import PreprocessingSource
 from passes.coarse.family import copies_blocks
 from passes.coarse.spec import PreprocessOptions, Reads, SourceSpec
 from passes.coarse.thinned_blocks import FrontOptions, Stem, Step, stepped_copies, thin
@@ -47,7 +47,7 @@ class Origin:
         flops: FLOPs of those.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[PreprocessingSource, ...]
     nodes: tuple[fx.Node, ...] = ()
     steps: tuple[Step, ...] = ()
     copied: tuple[fx.Node, ...] = ()
@@ -115,7 +115,7 @@ def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Origin | N
     total, best = 0.0, None
     ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < cut.index}
     for index, node in enumerate(analysis.frontiers.order, 1):
-        total += analysis.costs[node].weight
+        total += analysis.costs[node].cost
         if total > limit:
             break
         best = ends.get(index, best)
@@ -125,8 +125,10 @@ def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Origin | N
     return Origin(_sources(best), nodes, copied=nodes)
 
 
-def _sources(position: Position) -> tuple[Source, ...]:
-    return tuple(Source(*pair) for pair in zip(position.state, position.specs, strict=True))
+def _sources(position: Position) -> tuple[PreprocessingSource, ...]:
+    return tuple(
+        PreprocessingSource(*pair) for pair in zip(position.state, position.specs, strict=True)
+    )
 
 
 def _thinned(
@@ -144,13 +146,13 @@ def _thinned(
     start, end = blocks[0].start.index, before[-1]
     stem, best = tuple(order[:start]), None
     allowed = _SHARE * analysis.total if limit is None else limit
-    most_of_all = 0.5 * sum(analysis.costs[node].weight for node in order[: end.index])
+    most_of_all = 0.5 * sum(analysis.costs[node].cost for node in order[: end.index])
     for kept in range(1, (most or len(blocks)) + 1):
         steps = tuple(thin(blocks, start, end.index, kept))
         if not steps or (best is not None and steps == best.steps and kept > len(steps)):
             break
         copied = (*stem, *_nodes(order, steps))
-        cost = sum(analysis.costs[node].weight for node in copied)
+        cost = sum(analysis.costs[node].cost for node in copied)
         if cost > allowed and (best is not None or limit is not None or cost > most_of_all):
             break
         best = Origin(_sources(end), stem, steps, copied)
@@ -194,12 +196,12 @@ def _in_order(analysis: Analysis, names: Collection[str]) -> tuple[str, ...]:
 
 def _read_by(analysis: Analysis, origin: Origin) -> tuple[Sequence[str], list[str]]:
     """Inputs and side values that the sources, or the first layers, are computed from."""
-    program, cones = analysis.program, analysis.frontiers.cones
+    program, recomputable = analysis.program, analysis.frontiers.recomputable
     if origin.nodes:
-        inputs, sides = requirements(program, origin.nodes, cones)
+        inputs, sides = requirements(program, origin.nodes, recomputable)
         return inputs, list(sides)
     nodes = [source.node for source in origin.sources]
-    members = {member for node in nodes if node in cones for member in cones[node]}
+    members = {member for node in nodes if node in recomputable for member in recomputable[node]}
     read = {s for node in (*members, *nodes) for s in (node, *node.all_input_nodes)}
     if all(node.op == "placeholder" for node in nodes):
         read = set(nodes)

@@ -152,7 +152,7 @@ def _measure_preprocess(
     copied = [analysis.costs[node] for node in origin.copied]
     work["flops"] += origin.flops
     if "seconds" in work:
-        work["seconds"] += sum(cost.weight for cost in copied)
+        work["seconds"] += sum(cost.cost for cost in copied)
         work["backward_seconds"] += sum(cost.backward for cost in copied)
     # A prologue that is no copy is the program's own embedding.
     counted = module if origin.copied else module.operator
@@ -298,7 +298,7 @@ def _fine_work(span: Span) -> dict[str, Any]:
     costs = [span.analysis.costs[node] for node in nodes]
     work: dict[str, Any] = {"flops": sum(cost.flops for cost in costs)}
     if span.analysis.unit == "seconds":
-        work["seconds"] = sum(cost.weight for cost in costs)
+        work["seconds"] = sum(cost.cost for cost in costs)
         work["backward_seconds"] = sum(cost.backward for cost in costs)
     return work
 

@@ -122,7 +122,7 @@ class ExactOptions(CoarseOptions):
     def choose(cls, span: Span) -> Self:
         """Read what the stage reads."""
         nodes = span.analysis.frontiers.order[span.start.index : span.stop.index]
-        inputs, _ = requirements(span.analysis.program, nodes, span.analysis.frontiers.cones)
+        inputs, _ = requirements(span.analysis.program, nodes, span.analysis.frontiers.recomputable)
         return cls(inputs=inputs)
 
     @property

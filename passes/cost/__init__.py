@@ -1,5 +1,29 @@
-"""What every node costs: shapes and aliases, FLOPs, bytes, seconds, memory.
+"""Costs of every node: shapes and aliases, FLOPs, bytes, seconds, memory.
 
-In: a `Program`, and a device profile where seconds are asked for. Out: facts and costs by node.
-Read `node_facts.py` first, then `flops.py`, which says what an operator costs.
+In: a `Program`, and a device profile for seconds on another device. Out: facts and costs by node.
+Read `node_facts.py` first, then `flops.py`, which defines the cost of an operator.
 """
+
+from passes.cost.device_profile import DeviceProfile, read_profile, write_profile
+from passes.cost.flops import NodeCost, count_work, measure_costs
+from passes.cost.measured import Seconds, measure_network, measure_seconds
+from passes.cost.memory import Memory, last_fitting_ends
+from passes.cost.node_facts import Fact, observe
+from passes.cost.roofline import roofline_costs
+
+__all__ = [
+    "DeviceProfile",
+    "Fact",
+    "Memory",
+    "NodeCost",
+    "Seconds",
+    "count_work",
+    "last_fitting_ends",
+    "measure_costs",
+    "measure_network",
+    "measure_seconds",
+    "observe",
+    "read_profile",
+    "roofline_costs",
+    "write_profile",
+]

@@ -1,4 +1,16 @@
-"""What is known of a device: how fast it computes, reads, launches and talks to its neighbour."""
+"""Device profiles: rates of compute, memory, launches and links, read from and written to TOML.
+
+>>> profile = DeviceProfile(
+...     name="example", flops={"float32": 1e9}, bandwidth=1e8, launch=1e-3, memory=1e9,
+...     link_bandwidth=1e7, link_latency=1e-4,
+... )
+>>> profile.seconds(flops=1e9, moved=0)  # compute-bound: 1 s and one launch
+1.001
+>>> profile.seconds(flops=10, moved=2e8)  # memory-bound
+2.001
+>>> read_profile(write_profile(profile), "text") == profile
+True
+"""
 
 from __future__ import annotations
 
@@ -10,9 +22,7 @@ from typing import Any
 
 from passes.errors import OptionError
 
-__all__ = ["DeviceProfile", "read_profile", "write_profile"]
-
-_DEFAULT = "float32"
+_DEFAULT_DTYPE = "float32"
 _MAY_BE_ZERO = ("launch", "link_latency")
 _UNITS = {
     "bandwidth": "bytes per second of memory",
@@ -25,22 +35,22 @@ _UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """Figures of one device, and of the link to its neighbours.
+    """Rates of one device and of the links to its neighbors.
 
     Attributes:
-        name: What to call it.
-        flops: FLOP/s of matrix products by dtype ("float32", "bfloat16", ...); a dtype that is not
-            listed runs at the rate of float32, which must be.
-        bandwidth: Bytes per second that its memory reads and writes.
-        launch: Seconds that every operator takes at least.
-        memory: Bytes it holds.
-        link_bandwidth: Bytes per second to another device, each way.
-        link_latency: Seconds that a message takes at least.
-        asynchronous: Whether operators are launched ahead, so that the launch of one hides behind
-            the work of another (GPUs); else it comes on top.
+        name: Name for reports.
+        flops: FLOP/s of matrix products by dtype ("float32", "bfloat16", ...). "float32" is
+            required; dtypes that are not listed run at its rate.
+        bandwidth: Bytes per second of reads and writes of its memory.
+        launch: Seconds to launch one operator.
+        memory: Size of its memory in bytes.
+        link_bandwidth: Bytes per second to another device, in each direction.
+        link_latency: Seconds per message, besides its bytes.
+        asynchronous: Whether operators are launched ahead, so that launches overlap with the work
+            of other operators (GPUs); otherwise they add to it.
 
     Raises:
-        OptionError: A figure is missing, no number or not positive.
+        OptionError: A value is missing, not a number or not positive.
     """
 
     name: str
@@ -57,9 +67,9 @@ class DeviceProfile:
         rates: object = self.flops
         if not isinstance(name, str) or not name.strip():
             raise OptionError(f"a device profile needs a name ({name!r})")
-        if not isinstance(rates, Mapping) or _DEFAULT not in rates:
+        if not isinstance(rates, Mapping) or _DEFAULT_DTYPE not in rates:
             raise OptionError(
-                f"the device profile {self.name!r} needs FLOP/s of {_DEFAULT} at least "
+                f"the device profile {self.name!r} needs FLOP/s of {_DEFAULT_DTYPE} at least "
                 f"(flops={self.flops!r}): other dtypes run at that rate unless they are listed"
             )
         for dtype, rate in self.flops.items():
@@ -87,26 +97,28 @@ class DeviceProfile:
             raise OptionError(f"{key} must be finite in device profile {self.name!r}")
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s of a dtype, by its name with or without `torch.` in front."""
-        return self.flops.get(dtype.removeprefix("torch."), self.flops[_DEFAULT])
+        """Return the FLOP/s of a dtype, by its name with or without the prefix `torch.`."""
+        return self.flops.get(dtype.removeprefix("torch."), self.flops[_DEFAULT_DTYPE])
 
     def seconds(
-        self, flops: float, moved: float, dtype: str = _DEFAULT, operators: float = 1
+        self, flops: float, moved: float, dtype: str = _DEFAULT_DTYPE, operators: float = 1
     ) -> float:
-        """Seconds of operators by the roofline model (Williams et al. 2009), with their launches.
+        """Return the seconds of operators by the roofline model, launches included.
+
+        Source: Williams et al., "Roofline: an insightful visual performance model", 2009.
 
         Args:
-            flops: FLOPs they compute.
-            moved: Bytes they read and write.
-            dtype: Name of the dtype they compute in.
-            operators: How many they are.
+            flops: FLOPs of the operators.
+            moved: Bytes that they read and write.
+            dtype: Name of the dtype of the computation.
+            operators: Number of operators.
         """
         work = max(flops / self.rate(dtype), moved / self.bandwidth)
         launch = operators * self.launch
         return max(work, launch) if self.asynchronous else work + launch
 
     def transfer(self, size: float) -> float:
-        """Seconds of a message of so many bytes to another device."""
+        """Return the seconds of a message of `size` bytes to another device."""
         return self.link_latency + size / self.link_bandwidth
 
 
@@ -114,32 +126,32 @@ def read_profile(text: str, origin: str) -> DeviceProfile:
     """Read a profile from the text of a TOML file.
 
     Args:
-        text: The text.
-        origin: Where it is from, for messages.
+        text: Contents of the file.
+        origin: Name of the file, for messages.
 
     Raises:
-        OptionError: It is no TOML, or not a whole profile.
+        OptionError: The text is no TOML, or lacks values of a profile.
     """
     try:
-        found: dict[str, Any] = tomllib.loads(text)
+        values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"{origin} is no TOML: {error}") from error
-    known = {each.name for each in fields(DeviceProfile)}
-    missing = sorted(known - found.keys() - {"asynchronous"})
-    if missing or found.keys() - known:
-        unknown = ", ".join(sorted(found.keys() - known)) or "none"
+    names = {field.name for field in fields(DeviceProfile)}
+    missing = sorted(names - values.keys() - {"asynchronous"})
+    if missing or values.keys() - names:
+        unknown = ", ".join(sorted(values.keys() - names)) or "none"
         raise OptionError(
             f"{origin} is no device profile (missing: {', '.join(missing) or 'none'}; unknown: "
             f"{unknown}): `pnn-compile profile -o FILE` writes one to start from"
         )
     try:
-        return DeviceProfile(**found)
+        return DeviceProfile(**values)
     except OptionError as error:
         raise OptionError(f"{origin}: {error}") from error
 
 
 def write_profile(profile: DeviceProfile) -> str:
-    """Write a profile as the text of a TOML file, which `read_profile` reads back the same."""
+    """Return a profile as the text of a TOML file, which `read_profile` reads back unchanged."""
     lines = [f"name = {_quoted(profile.name)}"]
     if profile.asynchronous:
         lines.append("asynchronous = true  # launches hide behind the work of other operators")

@@ -1,11 +1,17 @@
-"""What a stage holds in the memory of its device, in bytes.
+"""Estimate the memory that a stage needs on its device, in bytes.
 
-A device that trains holds every parameter of its stage four times (weight, gradient and the two
-moments of Adam), all that its nodes write until the way back has used it, and the tensors of the
-sweep: of the entering state the guess, what arrives, the residual and the correction, and the
-gradient of each. In inference it holds the parameters once, twice what the largest node writes,
-and the four tensors of the sweep. The parameters of its guess and its correction count like those
-of the stage; what these two compute inside is small beside a stage and does not count.
+A device that trains holds
+
+- every parameter of its stage four times: weight, gradient and the two moments of Adam;
+- the outputs of all its nodes, until the backward pass has used them;
+- of the entering state the guess x_j, the arriving state, the residual and the correction, and the
+  gradient of each.
+
+In inference it holds every parameter once, twice the largest output of a node, and the four tensors
+of the entering state.
+
+Parameters of the preprocessing operator C_j and of the coarse propagator F_j count like those of
+the stage. Their activations are small beside those of a stage, and do not count.
 """
 
 from __future__ import annotations
@@ -16,28 +22,32 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from passes.cost.flops import Cost, parameters
+from passes.cost.flops import NodeCost, parameters
 from passes.ir.program import Program
 
-__all__ = ["Memory", "fitting"]
-
-_COPIES = 4
-_SWEEP = 4
-_ITEM = 4
+_TRAINING_COPIES = 4
+_SWEEP_TENSORS = 4
+_BYTES_PER_PARAMETER = 4
 
 
 class Memory:
-    """Bytes of runs of nodes, many at once."""
+    """Bytes that consecutive nodes need, for many spans of nodes at once.
 
-    def __init__(self, program: Program, costs: Mapping[fx.Node, Cost], *, training: bool) -> None:
-        """Note what every node reads and writes.
+    Args:
+        program: The program; its order numbers the nodes.
+        costs: Costs by node.
+        training: Whether the devices train.
 
-        Args:
-            program: The program; its order numbers the nodes.
-            costs: What every node costs.
-            training: Whether the devices train.
-        """
-        self.copies, self.sweep = (_COPIES, 2 * _SWEEP) if training else (1, _SWEEP)
+    Attributes:
+        copies: Tensors of the size of each parameter that a device holds.
+        sweep: Tensors of the size of the entering state that a device holds.
+    """
+
+    def __init__(
+        self, program: Program, costs: Mapping[fx.Node, NodeCost], *, training: bool
+    ) -> None:
+        self.copies = _TRAINING_COPIES if training else 1
+        self.sweep = 2 * _SWEEP_TENSORS if training else _SWEEP_TENSORS
         self.training = training
         order = program.order
         sizes: dict[int, int] = {}
@@ -48,86 +58,106 @@ class Memory:
                 readers[id(parameter)].append(index)
         read = [0.0] * len(order)
         shared: dict[tuple[int, ...], float] = defaultdict(float)
-        for key, places in readers.items():
-            for place in places:
-                read[place] += sizes[key]
-            if len(places) > 1:
-                shared[tuple(places)] += sizes[key]
+        for key, positions in readers.items():
+            for position in positions:
+                read[position] += sizes[key]
+            if len(positions) > 1:
+                shared[tuple(positions)] += sizes[key]
         written = [float(costs[node].activation_bytes) for node in order]
-        self._read = _sums(read)
-        self._shared = [(torch.tensor(places), size) for places, size in shared.items()]
-        self._written = _sums(written)
-        self._most = _Most(torch.tensor(written, dtype=torch.float64))
+        self._read = _prefix_sums(read)
+        self._shared = [(torch.tensor(positions), size) for positions, size in shared.items()]
+        self._written = _prefix_sums(written)
+        self._max_written = _RangeMaximum(torch.tensor(written, dtype=torch.float64))
 
     def nodes(self, begin: Tensor, end: Tensor) -> Tensor:
-        """Bytes that a device holds for the nodes from `begin` to before `end`, pair by pair."""
+        """Return the bytes for the nodes from `begin` to before `end`, pair by pair.
+
+        Args:
+            begin: Numbers of first nodes, `[pairs]`.
+            end: Numbers of the nodes after the last ones, `[pairs]`.
+
+        Returns:
+            Bytes, `[pairs]`, float64.
+        """
         owned = self._read[end] - self._read[begin]
-        for places, size in self._shared:
-            first, stop = (torch.searchsorted(places, at) for at in (begin, end))
+        # The prefix sums count a shared parameter once per reader; a device holds it once.
+        for positions, size in self._shared:
+            first, stop = (torch.searchsorted(positions, bound) for bound in (begin, end))
             owned = owned - size * (stop - first - 1).clamp(min=0)
         if self.training:
             return self.copies * owned + self._written[end] - self._written[begin]
-        return self.copies * owned + 2 * self._most(begin, end)
+        return self.copies * owned + 2 * self._max_written(begin, end)
 
     def span(self, begin: int, end: int) -> float:
-        """Bytes that a device holds for the nodes from `begin` to before `end`."""
+        """Return the bytes for the nodes from `begin` to before `end`."""
         return float(self.nodes(torch.tensor([begin]), torch.tensor([end])))
 
     def entry(self, parameters: int, state: int) -> float:
-        """Bytes for the guess and the correction of a stage.
+        """Return the bytes for the preprocessing operator and coarse propagator of a stage.
 
         Args:
             parameters: Number of parameters of both.
             state: Bytes of the entering state.
         """
-        return float(self.copies * _ITEM * parameters + self.sweep * state)
+        return float(self.copies * _BYTES_PER_PARAMETER * parameters + self.sweep * state)
 
 
-def fitting(
+def last_fitting_ends(
     memory: Memory, begins: Sequence[int], entry: Sequence[float], ends: Sequence[int], limit: float
 ) -> list[int]:
-    """For each begin: the last of the ends up to which the nodes fit; -1 where none does.
+    """Find, for each begin, the last end up to which the nodes fit into a device.
 
     Args:
-        memory: What nodes hold.
+        memory: Memory of the nodes.
         begins: First nodes of stages.
-        entry: Bytes of the guess and the correction of each.
-        ends: Nodes behind the stages, in order.
-        limit: Bytes of the device.
+        entry: Bytes of the preprocessing operator and coarse propagator of each stage.
+        ends: Candidates for the nodes after the stages, ascending.
+        limit: Memory of the device in bytes.
+
+    Returns:
+        For each begin an index into `ends`; -1 if no end fits.
     """
     first, extra = torch.tensor(begins), torch.tensor(entry, dtype=torch.float64)
-    behind = torch.tensor(ends)
-    # More nodes never hold less: a binary search for all begins at once.
+    stops = torch.tensor(ends)
+    # More nodes never need less memory: one binary search for all begins at once.
     low, high = torch.zeros_like(first), torch.full_like(first, len(ends))
     while bool((low < high).any()):
         middle = (low + high) // 2
-        stop = torch.maximum(behind[middle.clamp(max=len(ends) - 1)], first)
+        stop = torch.maximum(stops[middle.clamp(max=len(ends) - 1)], first)
         fits = memory.nodes(first, stop) + extra <= limit
-        open_ = low < high
-        low = torch.where(open_ & fits, middle + 1, low)
-        high = torch.where(open_ & ~fits, middle, high)
-    return [int(place) - 1 for place in low]
+        searching = low < high
+        low = torch.where(searching & fits, middle + 1, low)
+        high = torch.where(searching & ~fits, middle, high)
+    return [int(count) - 1 for count in low]
 
 
-def _sums(values: Sequence[float]) -> Tensor:
+def _prefix_sums(values: Sequence[float]) -> Tensor:
     return torch.cat([torch.zeros(1), torch.tensor(values, dtype=torch.float64).cumsum(0)])
 
 
-class _Most:
-    """The largest of a run of values, for many runs at once: a sparse table."""
+class _RangeMaximum:
+    """Maximum over many ranges of values at once, by a sparse table.
+
+    Level k holds the maxima of all ranges of 2**k values. Two of them that overlap cover any range:
+
+    >>> maximum = _RangeMaximum(torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]))
+    >>> maximum(torch.tensor([0, 1, 2]), torch.tensor([2, 4, 2]))  # of an empty range: 0
+    tensor([3., 4., 0.])
+    """
 
     def __init__(self, values: Tensor) -> None:
-        self.levels = [values]
-        while (half := 1 << (len(self.levels) - 1)) * 2 <= len(values):
-            below = self.levels[-1]
-            self.levels.append(torch.maximum(below[:-half], below[half:]))
+        levels = [values]
+        while (half := 1 << (len(levels) - 1)) * 2 <= len(values):
+            below = levels[-1]
+            levels.append(torch.maximum(below[:-half], below[half:]))
         size = len(values)
         self.table = torch.stack(
-            [torch.cat([row, row.new_zeros(size - len(row))]) for row in self.levels]
+            [torch.cat([row, row.new_zeros(size - len(row))]) for row in levels]
         )
 
     def __call__(self, begin: Tensor, end: Tensor) -> Tensor:
         length = end - begin
+        # The largest power of two that is at most the length.
         level = (torch.frexp(length.clamp(min=1).double()).exponent.long() - 1).clamp(min=0)
         last = self.table.shape[1] - 1
         left = self.table[level, begin.clamp(max=last)]

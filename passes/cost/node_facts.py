@@ -1,9 +1,13 @@
-"""One run of the program that notes what static analysis cannot: shapes, aliases and writes."""
+"""Run a program and record facts that static analysis cannot tell: shapes, aliases and writes.
+
+Memory is identified by the storage of tensors. In `y = x.view(-1); y.add_(1)` the nodes `x`, `view`
+and `add_` have one storage in common, and `add_` writes it: no cut may separate them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +15,11 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, bind
+from passes.ir.example_inputs import ExampleInputs, bind
 from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import preserved
-from passes.ir.program import Program, provenance
+from passes.ir.program import Program, is_compute, provenance
 from passes.ir.tensor_spec import TensorSpec
-
-__all__ = ["Fact", "memory_of", "observe"]
 
 _CHANNELS_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -25,22 +27,24 @@ _CHANNELS_FIRST = (
 )  # fmt: skip
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
 _MAYBE_VIEWS = ("contiguous", "flatten", "ravel", "reshape")
-"""Operators that copy or not as the strides of their operand are: those of a guess may differ."""
-_KNOWN = ("torch.nn.", "passes.")
-_NEAR = 4
-"""How many nodes away a layer may be that tells which axis of a tensor holds the channels."""
+"""Operators that copy or make a view depending on the strides of their operand. The strides of a
+preprocessing operator's output may differ from those observed."""
+_TRUSTED_PACKAGES = ("torch.nn.", "passes.")
+"""Packages whose modules alias memory in the same way for all values of their inputs."""
+_MAX_DISTANCE = 4
+"""Largest number of nodes to a layer that tells which axis of a tensor holds the channels."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What was seen of one node.
+    """Observed facts of one node.
 
     Attributes:
-        spec: Type of its value if that is one tensor, else None.
-        storages: Identities of the memory that its value occupies, or may occupy where the strides
-            of its operands decide whether it is a view.
-        writes: Identities of the memory that running it changed, in training mode.
-        random: Whether it drew random numbers, in training mode.
+        spec: Type of its value if that is a single tensor, else None.
+        storages: Identities of the memory that its value occupies, or may occupy if the strides of
+            its operands decide whether it is a view.
+        writes: Identities of the memory that it wrote, in either mode.
+        random: Whether it drew random numbers in training mode.
         bytes: Bytes of the tensors in its value.
     """
 
@@ -50,14 +54,9 @@ class Fact:
     random: bool
     bytes: int
 
-    @property
-    def pure(self) -> bool:
-        """Whether running it twice gives the same value and changes nothing."""
-        return not self.writes and not self.random
-
 
 class _Observer(Interpreter):
-    """Interpreter that records one `Fact` per node and keeps every value alive meanwhile."""
+    """Record one `Fact` per node; keep every value alive, so that no memory is used twice."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -65,7 +64,7 @@ class _Observer(Interpreter):
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        # What is read, with the memory that it may share.
+        # Every tensor that the node reads, with the memory that it may occupy.
         reads = [
             (self.facts[source].storages, tensor)
             for source in n.all_input_nodes
@@ -73,84 +72,88 @@ class _Observer(Interpreter):
         ]
         if n.op == "call_module":
             owner = self.module.get_submodule(str(n.target))
-            held = (*owner.parameters(), *owner.buffers())
-            reads += [(frozenset({memory_of(tensor)}), tensor) for tensor in held]
+            state = (*owner.parameters(), *owner.buffers())
+            reads += [(frozenset({memory_of(tensor)}), tensor) for tensor in state]
         versions = [tensor._version for _, tensor in reads]
-        state = _random_state()
+        random_state = _random_state()
         value = super().run_node(n)
         written = [
             memory
             for (memory, tensor), version in zip(reads, versions, strict=True)
             if tensor._version != version
         ]
-        found = _tensors(value)
-        storages = frozenset(map(memory_of, found))
-        unsure = self._may_be_view(n)
-        shared = [memory for memory, _ in reads if unsure or memory & storages]
+        tensors = _tensors(value)
+        storages = frozenset(map(memory_of, tensors))
+        uncertain = self._may_be_view(n)
+        shared = [memory for memory, _ in reads if uncertain or memory & storages]
         self.values[n] = value
         self.facts[n] = Fact(
             spec=None,
             storages=storages.union(*shared),
             writes=frozenset[int]().union(*written),
-            random=not all(map(torch.equal, state, _random_state())),
-            bytes=sum(tensor.numel() * tensor.element_size() for tensor in found),
+            random=not all(map(torch.equal, random_state, _random_state())),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         )
         return value
 
     def _may_be_view(self, n: fx.Node) -> bool:
+        """Whether strides or values decide if the result of a node shares memory with an input."""
         if n.op == "call_module":
             layer = self.module.get_submodule(str(n.target))
-            # What a module that was kept whole returns may depend on its values.
-            return isinstance(layer, nn.Flatten) or not type(layer).__module__.startswith(_KNOWN)
+            # An opaque module may return its argument or a copy, depending on values.
+            trusted = type(layer).__module__.startswith(_TRUSTED_PACKAGES)
+            return isinstance(layer, nn.Flatten) or not trusted
         name = getattr(n.target, "__name__", str(n.target))
         return name.partition(".")[0] in _MAYBE_VIEWS
 
 
 def observe(program: Program) -> Mapping[fx.Node, Fact]:
-    """Run the program and return what was seen of every node.
+    """Run a program and return the facts of every node.
 
-    It runs in evaluation mode and, if it can, in training mode, where layers update statistics and
-    draw random numbers: memory is shared if it is in one of them. It runs once more with another
-    batch size where that is free, to see which axes follow the batch.
+    The program runs in evaluation mode and, if possible, in training mode, where layers update
+    statistics and draw random numbers; memory counts as shared if it is in either mode. If the
+    batch size is free, the program runs once more with another one, to find the batch axes.
+
+    Raises:
+        CaptureError: The rank of a tensor depends on the batch size.
     """
-    arguments = bind(program.module, (), dict(program.args))
-    first = _run(program, arguments, train=False)
-    other = None
+    inputs = bind(program.module, (), dict(program.args))
+    evaluated = _run(program, inputs, train=False)
+    larger = None
     if program.dynamic_batch:
-        other = _run(program, arguments.varied(grow=True), train=False)
-    trained = _train(program, arguments) or first
+        larger = _run(program, inputs.varied(grow=True), train=False)
+    trained = _run_training(program, inputs) or evaluated
     facts: dict[fx.Node, Fact] = {}
     for node, fact in trained.facts.items():
-        value = first.values[node]
-        still = first.facts[node]
-        fact = replace(
-            fact,
-            storages=fact.storages | still.storages,
-            writes=fact.writes | still.writes,
-            bytes=still.bytes,
-        )
+        value = evaluated.values[node]
         spec = None
         if isinstance(value, torch.Tensor):
-            grown = other.values[node].shape if other is not None else None
-            spec = _spec(program, node, value, grown, arguments.batch)
-        facts[node] = replace(fact, spec=spec)
+            larger_shape = larger.values[node].shape if larger is not None else None
+            spec = _spec(program, node, value, larger_shape, inputs.batch_size)
+        facts[node] = Fact(
+            spec=spec,
+            storages=fact.storages | evaluated.facts[node].storages,
+            writes=fact.writes | evaluated.facts[node].writes,
+            random=fact.random,
+            bytes=evaluated.facts[node].bytes,
+        )
     return facts
 
 
-def _train(program: Program, arguments: Arguments) -> _Observer | None:
-    """Run in training mode; a batch of one sample may be too small for it, so try one more."""
-    for attempt in (arguments, arguments.varied(grow=program.dynamic_batch)):
+def _run_training(program: Program, inputs: ExampleInputs) -> _Observer | None:
+    """Run in training mode, with one more sample if it fails: BatchNorm may refuse a batch of 1."""
+    for candidate in (inputs, inputs.varied(grow=program.dynamic_batch)):
         try:
-            return _run(program, attempt, train=True)
+            return _run(program, candidate, train=True)
         except (RuntimeError, ValueError):
             continue
     return None
 
 
-def _run(program: Program, arguments: Arguments, *, train: bool) -> _Observer:
+def _run(program: Program, inputs: ExampleInputs, *, train: bool) -> _Observer:
     observer = _Observer(program.module)
-    values = [tensor.detach().clone() for tensor in arguments.tensors()]
-    _, kwargs = arguments.with_leaves(values)
+    values = [tensor.detach().clone() for tensor in inputs.tensors()]
+    _, kwargs = inputs.with_leaves(values)
     with preserved(program.module), torch.no_grad():
         program.module.train(train)
         observer.run(*(kwargs[str(node.target)] for node in program.inputs))
@@ -165,19 +168,19 @@ def _random_state() -> list[torch.Tensor]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
 
     def visit(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
+            tensors.append(leaf)
         return leaf
 
     map_aggregate(value, visit)
-    return found
+    return tensors
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Identity of the memory of a tensor."""
+    """Return the identity of a tensor's memory."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -185,18 +188,27 @@ def _spec(
     program: Program,
     node: fx.Node,
     value: torch.Tensor,
-    grown: torch.Size | None,
-    batch: int | None,
+    larger_shape: torch.Size | None,
+    batch_size: int | None,
 ) -> TensorSpec:
-    axis: int | None = 0 if value.dim() and value.shape[0] == batch else None
-    if grown is not None and len(grown) != value.dim():
+    """Describe a tensor; the batch axis is the first one that differs in the larger batch.
+
+    Args:
+        program: The program.
+        node: The node that computes the tensor.
+        value: The tensor.
+        larger_shape: Its shape at a larger batch; None if the batch size is fixed.
+        batch_size: The batch size; if it is fixed, dimension 0 of this size is the batch axis.
+    """
+    axis: int | None = 0 if value.dim() and value.shape[0] == batch_size else None
+    if larger_shape is not None and len(larger_shape) != value.dim():
         raise CaptureError(
             f"the rank of {node.name!r} ({provenance(node).source or 'no source'}) depends on the "
             "batch size: give an example of at least two samples"
         )
-    if grown is not None:
-        changed = [i for i, (a, b) in enumerate(zip(value.shape, grown, strict=True)) if a != b]
-        axis = changed[0] if changed else None
+    if larger_shape is not None:
+        pairs = zip(value.shape, larger_shape, strict=True)
+        axis = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
     return TensorSpec(
         shape=tuple(value.shape),
         dtype=str(value.dtype).removeprefix("torch."),
@@ -206,24 +218,27 @@ def _spec(
 
 
 def _channel_axis(program: Program, node: fx.Node, rank: int) -> int:
-    """Find the axis that layers mix, from the nearest layer that says it."""
+    """Find the axis that layers mix, by a breadth-first search for the nearest layer with one."""
     if rank < 3:
         return max(rank - 1, 0)
-    frontier, seen = [node], {node}
-    for _ in range(_NEAR):
+    frontier, visited = [node], {node}
+    for _ in range(_MAX_DISTANCE):
         for candidate in frontier:
-            if (axis := _mixes(program.module, candidate, rank)) is not None:
+            if (axis := _mixed_axis(program.module, candidate, rank)) is not None:
                 return axis
-        around = [
-            n for c in frontier for n in (*c.users, *c.all_input_nodes)
-            if n not in seen and n.op not in ("placeholder", "get_attr", "output")
-        ]  # fmt: skip
-        frontier = list(dict.fromkeys(around))
-        seen.update(frontier)
+        neighbors = [
+            neighbor
+            for candidate in frontier
+            for neighbor in (*candidate.users, *candidate.all_input_nodes)
+            if neighbor not in visited and is_compute(neighbor)
+        ]
+        frontier = list(dict.fromkeys(neighbors))
+        visited.update(frontier)
     return 1 if rank >= 4 else rank - 1
 
 
-def _mixes(module: fx.GraphModule, node: fx.Node, rank: int) -> int | None:
+def _mixed_axis(module: fx.GraphModule, node: fx.Node, rank: int) -> int | None:
+    """Return the axis that a layer mixes; None if it mixes none."""
     if node.op == "call_module":
         layer = module.get_submodule(str(node.target))
         if isinstance(layer, _CHANNELS_FIRST):

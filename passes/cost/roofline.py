@@ -1,4 +1,4 @@
-"""Seconds of every node on a device that is not at hand, by the roofline model."""
+"""Estimate the seconds of every node on a device that is not at hand, by the roofline model."""
 
 from __future__ import annotations
 
@@ -8,43 +8,46 @@ from collections.abc import Mapping
 from torch import fx
 
 from passes.cost.device_profile import DeviceProfile
-from passes.cost.flops import Cost
+from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
 
-__all__ = ["roofline"]
-
-_BACK = 2
-"""Operators and bytes of the way back per one of the way forward: a gradient for each operand."""
+_BACKWARD_FACTOR = 2
+"""Operators and bytes of the backward pass per one of the forward pass: a gradient per operand."""
 
 
-def roofline(
-    costs: Mapping[fx.Node, Cost],
+def roofline_costs(
+    costs: Mapping[fx.Node, NodeCost],
     facts: Mapping[fx.Node, Fact],
     profile: DeviceProfile,
     *,
     backward: bool,
-) -> dict[fx.Node, Cost]:
-    """Weigh nodes by the seconds that a device would take.
+) -> dict[fx.Node, NodeCost]:
+    """Replace the cost of every node by its seconds on a device.
 
-    A node takes what its FLOPs need at the rate of its dtype or what its bytes need in memory,
-    whichever is more, and the launches of its operators (`DeviceProfile.seconds`). The way back
-    launches twice the operators and moves twice the bytes.
+    A node takes the time of its FLOPs at the rate of its dtype or the time of its bytes in memory,
+    whichever is longer, and the launches of its operators (`DeviceProfile.seconds`). The backward
+    pass launches twice the operators and moves twice the bytes.
 
     Args:
-        costs: What every node costs.
-        facts: What was observed of it.
+        costs: Counted costs by node.
+        facts: Observed facts by node.
         profile: The device.
-        backward: Whether the way back counts too.
+        backward: Whether the backward pass counts too.
     """
-    found = {}
+    estimated = {}
     for node, cost in costs.items():
         spec = facts[node].spec
         dtype = spec.dtype if spec is not None else "float32"
         forward = profile.seconds(cost.flops, cost.moved, dtype, cost.operators)
-        back = 0.0
+        backward_seconds = 0.0
         if backward and cost.operators:
-            back = profile.seconds(
-                cost.backward_flops, _BACK * cost.moved, dtype, _BACK * cost.operators
+            backward_seconds = profile.seconds(
+                cost.backward_flops,
+                _BACKWARD_FACTOR * cost.moved,
+                dtype,
+                _BACKWARD_FACTOR * cost.operators,
             )
-        found[node] = dataclasses.replace(cost, weight=forward + back, backward=back)
-    return found
+        estimated[node] = dataclasses.replace(
+            cost, cost=forward + backward_seconds, backward=backward_seconds
+        )
+    return estimated

@@ -1,4 +1,15 @@
-"""Example inputs of a model: bound to its signature, flattened, and varied for validation."""
+"""Example inputs of a model: bind them to its signature, flatten them, vary them for validation.
+
+>>> class Model(nn.Module):
+...     def forward(self, x, batch, scale=1.0): ...
+>>> inputs = bind(Model(), (torch.zeros(3, 4), {"mask": torch.ones(3)}), {"scale": 2.0})
+>>> [(leaf.argument, leaf.path) for leaf in inputs.leaves]
+[('x', ()), ('batch', ('mask',))]
+>>> placeholder_names(inputs), inputs.constants(), inputs.batch_size
+(['x', 'batch'], {'scale': 2.0}, 3)
+>>> [tuple(tensor.shape) for tensor in inputs.varied(grow=True).tensors()]
+[(4, 4), (4,)]
+"""
 
 from __future__ import annotations
 
@@ -14,11 +25,9 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
 
-__all__ = ["Arguments", "Field", "Leaf", "as_plain", "bind", "placeholders"]
 
-
-class Field(str):
-    """A key of a nested argument that is read as an attribute: a field of a dataclass."""
+class AttributeKey(str):
+    """Key of a nested argument that is read as an attribute: a field of a dataclass."""
 
     __slots__ = ()
 
@@ -28,7 +37,7 @@ class Leaf:
     """One tensor of the example inputs.
 
     Attributes:
-        argument: Name of the argument of forward that holds it.
+        argument: Name of the argument of forward that holds the tensor.
         path: Keys and indices that lead to it inside a nested argument; empty for a plain tensor.
         value: The tensor.
     """
@@ -39,14 +48,14 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """The example call `model(*args, **kwargs)`.
+class ExampleInputs:
+    """Arguments of the example call `model(*args, **kwargs)`.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
         names: Name of each positional argument in the signature.
-        leaves: Every tensor inside them, in order.
+        leaves: Every tensor in the arguments, in order.
     """
 
     args: tuple[Any, ...]
@@ -55,11 +64,15 @@ class Arguments:
     leaves: tuple[Leaf, ...]
 
     def tensors(self) -> list[torch.Tensor]:
-        """The tensors of the call, in order."""
+        """Return the tensors of the call, in order."""
         return [leaf.value for leaf in self.leaves]
 
     def with_leaves(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of the same call with other values in place of the tensors."""
+        """Return positional and keyword arguments with other values in place of the tensors.
+
+        Args:
+            values: One value for each of `leaves`, tensors or not.
+        """
         remaining = iter(values)
 
         def replace(value: Any) -> Any:
@@ -69,38 +82,43 @@ class Arguments:
         return args, kwargs
 
     def tensor_arguments(self) -> dict[str, Any]:
-        """The arguments that hold tensors, by name: what the captured graph takes."""
-        named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
-        holders = {leaf.argument for leaf in self.leaves}
-        return {name: value for name, value in named.items() if name in holders}
+        """Return the arguments that hold tensors, by name: the inputs of the captured graph."""
+        holders = set(placeholder_names(self))
+        return {name: value for name, value in self._named().items() if name in holders}
 
     def fixed_arguments(self) -> dict[str, Any]:
-        """The arguments that hold no tensor, by name: those that the captured graph has not."""
-        named = dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
-        holders = {leaf.argument for leaf in self.leaves}
-        return {name: value for name, value in named.items() if name not in holders}
+        """Return the arguments without a tensor, by name; the captured graph does not take them."""
+        holders = set(placeholder_names(self))
+        return {name: value for name, value in self._named().items() if name not in holders}
+
+    def _named(self) -> dict[str, Any]:
+        return dict(zip(self.names, self.args, strict=True)) | dict(self.kwargs)
 
     def constants(self) -> dict[str, Any]:
-        """What is no tensor, by name (`batch['scale']`): the captured graph fixes these values."""
-        found = self.fixed_arguments()
+        """Return all values but tensors, by name (`batch['scale']`): the graph fixes them."""
+        constants = self.fixed_arguments()
         for name, value in self.tensor_arguments().items():
             for path, leaf in pytree.tree_flatten_with_path(value)[0]:
                 if not isinstance(leaf, torch.Tensor):
-                    found[f"{name}{pytree.keystr(path)}"] = leaf
-        return found
+                    constants[f"{name}{pytree.keystr(path)}"] = leaf
+        return constants
 
     @property
-    def batch(self) -> int | None:
-        """Size of dimension 0 of the first tensor that has dimensions, or None."""
+    def batch_size(self) -> int | None:
+        """Size of dimension 0 of the first tensor that has dimensions; None if there is none."""
         return next((leaf.value.shape[0] for leaf in self.leaves if leaf.value.dim()), None)
 
-    def varied(self, grow: bool) -> Arguments:
+    def varied(self, grow: bool) -> ExampleInputs:
         """Return another call of the same kind: other values, and one more sample if `grow`.
 
-        Every tensor whose dimension 0 has the batch size grows; the others keep their shape.
-        Values are permuted along dimension 0 and the last dimension, so that they stay legal.
+        Values are permuted along dimension 0 and the last dimension, so that they stay legal
+        (token ids stay inside the vocabulary).
+
+        Args:
+            grow: Whether to add a sample to every tensor whose dimension 0 has the batch size; the
+                other tensors keep their shape.
         """
-        size = self.batch
+        size = self.batch_size
 
         def vary(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.dim() or tensor.shape[0] != size:
@@ -110,11 +128,14 @@ class Arguments:
 
         return self.replaced([vary(leaf.value) for leaf in self.leaves])
 
-    def varied_alone(self, index: int) -> Arguments:
-        """Return another call in which one tensor alone has other values, which stay legal.
+    def varied_alone(self, index: int) -> ExampleInputs:
+        """Return another call in which a single tensor has other values, which stay legal.
 
-        Integers are permuted, or one of them lowered where all are equal; numbers are scaled and
-        shifted too.
+        Integers are permuted; if all of them are equal, one is lowered by 1. Floating-point values
+        are scaled and shifted as well.
+
+        Args:
+            index: Position of the tensor among `leaves`.
         """
         values = self.tensors()
         changed = self.varied(grow=False).tensors()[index]
@@ -125,40 +146,26 @@ class Arguments:
         values[index] = changed
         return self.replaced(values)
 
-    def replaced(self, values: Sequence[torch.Tensor]) -> Arguments:
-        """Return the same call with other tensors."""
+    def replaced(self, values: Sequence[torch.Tensor]) -> ExampleInputs:
+        """Return the same call with other tensors, one for each of `leaves`."""
         args, kwargs = self.with_leaves(values)
         leaves = tuple(
             Leaf(leaf.argument, leaf.path, value)
             for leaf, value in zip(self.leaves, values, strict=True)
         )
-        return Arguments(args, kwargs, self.names, leaves)
+        return ExampleInputs(args, kwargs, self.names, leaves)
 
 
-def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExampleInputs:
     """Bind example inputs to the signature of the model's forward.
 
-    Tensors that share memory with each other or with the model are copied: a tracer takes two
-    arguments that are one tensor (`labels=input_ids`) for one argument.
+    Tensors that share memory with each other or with the model are copied: a tracer mistakes two
+    arguments that are the same tensor (`labels=input_ids`) for one argument.
 
     Raises:
         CaptureError: The inputs do not fit the signature, or hold no tensor.
     """
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise CaptureError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
-    names: list[str] = []
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            names += [f"{name}_{index}" for index in range(len(value))]
-        else:
-            names.append(name)
-    names = names[: len(args)]
+    names = _positional_names(model, args, kwargs)
     leaves: list[Leaf] = []
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
@@ -175,25 +182,45 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             f"the example inputs of {type(model).__name__} hold no tensor: give at least one "
             "(example_inputs=(tensor, ...) or --input 1x3x32x32)"
         )
-    arguments = Arguments(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
-    return arguments.replaced(_apart(model, arguments.tensors()))
+    inputs = ExampleInputs(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
+    return inputs.replaced(_without_aliases(model, inputs.tensors()))
 
 
-def _apart(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors, with copies in place of those whose memory another one or the model has."""
-    seen = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    found = []
+def _positional_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Return the name of every positional argument; those of `*rest` are `rest_0`, `rest_1`, ..."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    names: list[str] = []
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{name}_{index}" for index in range(len(value))]
+        else:
+            names.append(name)
+    return names[: len(args)]
+
+
+def _without_aliases(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy the tensors that share memory with the model or with an earlier tensor."""
+    memories = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    separate = []
     for tensor in tensors:
         memory = _memory(tensor)
-        if memory in seen and memory is not None:
+        if memory in memories and memory is not None:
             tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        seen.add(memory)
-        found.append(tensor)
-    return found
+        memories.add(memory)
+        separate.append(tensor)
+    return separate
 
 
 def _memory(tensor: torch.Tensor) -> int | None:
-    """Identity of the memory of a tensor; None where it has none (sparse tensors)."""
+    """Return the identity of a tensor's memory; None if it has none (sparse tensors)."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -213,11 +240,11 @@ def _key(entry: Any) -> Any:
         return entry.idx
     if isinstance(entry, pytree.MappingKey):
         return entry.key
-    return Field(entry.name)
+    return AttributeKey(entry.name)
 
 
 def as_plain(value: Any) -> Any:
-    """Return a container that torch does not know as a dict of its fields; others as they are."""
+    """Convert a mapping or dataclass that is no pytree node to a dict; return others unchanged."""
     if type(value) in pytree.SUPPORTED_NODES:
         return value
     if isinstance(value, Mapping):
@@ -227,6 +254,6 @@ def as_plain(value: Any) -> Any:
     return value
 
 
-def placeholders(arguments: Arguments) -> list[str]:
-    """Names of the placeholders of the captured graph, in order, without repeats."""
-    return list(dict.fromkeys(leaf.argument for leaf in arguments.leaves))
+def placeholder_names(inputs: ExampleInputs) -> list[str]:
+    """Return the names of the placeholders of the captured graph, in order, without repeats."""
+    return list(dict.fromkeys(leaf.argument for leaf in inputs.leaves))

@@ -1,8 +1,8 @@
-"""What a run of a model may not leave behind: guards of its state, and one lock of the process.
+"""Isolate runs of a model: restore its state, and lock what all threads of the process share.
 
-torch patches classes while it traces (`nn.Module.__call__`), and has one random generator for all
-threads. Whoever does either holds `exclusive()`, so that two compilations in two threads take
-turns, and models that run beside them in other threads see nothing of it.
+torch patches classes while it traces (`nn.Module.__call__`) and has one random generator for all
+threads. Code that does either holds `LOCK`: two compilations in two threads then take turns, and
+models that run in other threads meanwhile are not affected (`exclusive`).
 """
 
 from __future__ import annotations
@@ -17,37 +17,35 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import transformer
 
-__all__ = ["LOCK", "exclusive", "masks_kept", "preserved", "repeatable", "seeded"]
-
 LOCK = threading.RLock()
-"""Held by whoever changes what all threads share: patched methods, random state, backend flags."""
+"""Guards the state that all threads share: patched methods, random state, backend flags."""
 
 _Patcher: Any = fx._symbolic_trace._Patcher
-"""What tracers of torch.fx and torch.export put their wrappers around methods with."""
+"""Patches methods on behalf of the tracers of torch.fx and torch.export."""
 
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Hold the lock of the process; methods that torch patches meanwhile change for this thread.
+    """Hold the process lock, and limit methods that torch patches meanwhile to this thread.
 
-    A tracer wraps `nn.Module.__call__` for everybody: a layer that another thread calls would
-    become part of the graph, or fail. Here the wrapper works in the thread that put it there and
-    until this block ends, and calls what it wraps otherwise.
+    A tracer wraps `nn.Module.__call__` for the whole process: a layer that another thread calls
+    would become part of the graph, or fail. Inside this block a wrapper acts only in the thread
+    that installed it, and only until the block ends; otherwise it calls the wrapped method.
     """
     with LOCK:
         owner, active = threading.get_ident(), [True]
         patch = _Patcher.patch_method
 
         @functools.wraps(patch)
-        def patch_for_thread(self: Any, cls: type, name: str, new: Any, *rest: Any, **more: Any):  # type: ignore[no-untyped-def]
-            plain = getattr(cls, name)
+        def patch_for_thread(self: Any, cls: type, name: str, new: Any, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
+            original = getattr(cls, name)
 
             @functools.wraps(new)
             def method(*args: Any, **kwargs: Any) -> Any:
-                ours = active and threading.get_ident() == owner
-                return (new if ours else plain)(*args, **kwargs)
+                is_ours = active and threading.get_ident() == owner
+                return (new if is_ours else original)(*args, **kwargs)
 
-            return patch(self, cls, name, method, *rest, **more)
+            return patch(self, cls, name, method, *args, **kwargs)
 
         _Patcher.patch_method = patch_for_thread
         try:
@@ -59,58 +57,66 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw random numbers from a seed; the state of the generator comes back on exit."""
+    """Seed the random generators, and restore their state on exit."""
     with LOCK, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 @contextmanager
-def masks_kept() -> Iterator[None]:
-    """Keep torch's transformers from looking whether a mask is causal, to drop it then."""
+def without_causal_detection() -> Iterator[None]:
+    """Keep torch's transformer layers from comparing their mask with a causal one.
 
-    def given(
+    They drop a mask that is causal, which is a branch on values of a tensor: no graph can hold it.
+    """
+
+    def declared(
         mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None
     ) -> bool:
         return is_causal is True
 
     with LOCK:
         original = transformer._detect_is_causal_mask
-        transformer._detect_is_causal_mask = _for_this_thread(given, original)
+        transformer._detect_is_causal_mask = _for_this_thread(declared, original)
         try:
             yield
         finally:
             transformer._detect_is_causal_mask = original
 
 
-def _for_this_thread(new: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls `new` in the current thread and `original` in others."""
     owner = threading.get_ident()
 
-    def either(*args: Any, **kwargs: Any) -> Any:
-        return (new if threading.get_ident() == owner else plain)(*args, **kwargs)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        return (new if threading.get_ident() == owner else original)(*args, **kwargs)
 
-    return either
+    return dispatch
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """Have cuDNN take kernels that give the same digits whenever they run; no effect on a CPU."""
-    library: Any = torch.backends.cudnn
+def deterministic_cudnn() -> Iterator[None]:
+    """Restrict cuDNN to deterministic kernels; no effect on a CPU."""
+    cudnn: Any = torch.backends.cudnn
     with LOCK:
-        before = library.deterministic, library.benchmark
-        library.deterministic, library.benchmark = True, False
+        flags = cudnn.deterministic, cudnn.benchmark
+        cudnn.deterministic, cudnn.benchmark = True, False
         try:
             yield
         finally:
-            library.deterministic, library.benchmark = before
+            cudnn.deterministic, cudnn.benchmark = flags
 
 
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restore buffers, modes, gradients and the random state of modules on exit."""
+    """Restore buffers, modes, gradients and the random state on exit.
+
+    Args:
+        modules: The modules to restore, with all their submodules.
+    """
     with LOCK, torch.random.fork_rng():
         children = [child for module in modules for child in module.modules()]
-        # A forward may write to a buffer, or put another tensor in its place.
+        # A forward may write to a buffer in place, or replace it by another tensor.
         saved = [
             (child, name, tensor, tensor.detach().clone())
             for child in children
@@ -123,7 +129,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for child, name, tensor, value in saved:
-                    _put_back(tensor, value)
+                    _restore(tensor, value)
                     setattr(child, name, tensor)
             for child, mode in modes:
                 child.training = mode
@@ -131,8 +137,8 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 parameter.grad = grad
 
 
-def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a tensor its values again; each element of an expanded one once."""
+def _restore(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy values back in place; torch refuses to write to the repeats of an expanded tensor."""
     for axis, step in enumerate(tensor.stride()):
         if step == 0 and tensor.shape[axis] > 1:
             tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)

@@ -1,4 +1,8 @@
-"""Layers that follow the mode where an exported graph had a fixed flag."""
+"""Layers that follow train() and eval() in place of operators with a fixed training flag.
+
+A captured graph holds `scaled_dot_product_attention(..., dropout_p=0.1)` as a constant; these
+modules take the place of such nodes. Artifacts store them by class name and options.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["Attention", "BatchNorm", "dropouts"]
-
 
 class Attention(nn.Module):
-    """Scaled dot-product attention whose dropout is active in training mode only."""
+    """Apply scaled dot-product attention with dropout in training mode only.
+
+    Args:
+        dropout_p: Probability of dropping an attention weight.
+        is_causal: Whether to mask later positions.
+    """
 
     def __init__(self, dropout_p: float, is_causal: bool = False) -> None:
         super().__init__()
@@ -26,7 +33,19 @@ class Attention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """Attend; shapes `[B, H, T, D]`."""
+        """Attend to keys and values.
+
+        Args:
+            query: Queries `[B, H, T, D]`.
+            key: Keys `[B, H, S, D]`.
+            value: Values `[B, H, S, D]`.
+            attn_mask: Mask that broadcasts to `[B, H, T, S]`: True, or the bias to add.
+            scale: Factor of the scores; `D**-0.5` if None.
+            enable_gqa: Whether keys and values may have fewer heads than queries.
+
+        Returns:
+            The mean of the values under the attention weights, `[B, H, T, D]`.
+        """
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask,
             self.dropout_p if self.training else 0.0,
@@ -34,12 +53,12 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        """Return the options for the module's repr."""
+        """Return the options for the module's `repr`."""
         return f"dropout_p={self.dropout_p}, is_causal={self.is_causal}"
 
 
 def dropouts(network: nn.Module) -> list[nn.Module]:
-    """The modules of a network that drop values at random in training mode, and do no more then."""
+    """Return the modules that drop values at random in training mode and change nothing else."""
     return [
         module
         for module in network.modules()
@@ -50,7 +69,12 @@ def dropouts(network: nn.Module) -> list[nn.Module]:
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over statistics that another module owns, by the mode that it is in."""
+    """Apply batch normalization with running statistics that another module owns.
+
+    Args:
+        momentum: Weight of the batch in the update of the running statistics.
+        eps: Constant added to the variance.
+    """
 
     def __init__(self, momentum: float, eps: float) -> None:
         super().__init__()
@@ -65,11 +89,11 @@ class BatchNorm(nn.Module):
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Normalise `[B, C, ...]`; in training mode by the batch, updating the statistics."""
+        """Normalize `[B, C, ...]`: by the batch in training mode, which updates the statistics."""
         return F.batch_norm(
             input, running_mean, running_var, weight, bias, self.training, self.momentum, self.eps
         )
 
     def extra_repr(self) -> str:
-        """Return the options for the module's repr."""
+        """Return the options for the module's `repr`."""
         return f"momentum={self.momentum}, eps={self.eps}"

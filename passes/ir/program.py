@@ -1,8 +1,17 @@
-"""The captured graph: `Program`, the provenance of its nodes, and its executable specification."""
+"""The captured graph: `Program`, the provenance of its nodes, and its executable specification.
+
+A program is flat: every module call of the model that torch.nn defines is one node, and control
+flow of Python is gone.
+
+>>> module = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+>>> verify_graph(module)
+>>> program = Program(module, {"input": torch.zeros(2, 4)}, True, CaptureReport("trace"), "MLP")
+>>> program.inputs, program.order, program.output
+([input_1], [_0, _1], output)
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,31 +24,21 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
+from passes.ir.structure_hash import program_digest
 
-__all__ = [
-    "CaptureReport",
-    "Program",
-    "Provenance",
-    "graph_module",
-    "is_user_code",
-    "provenance",
-    "resolve",
-    "set_provenance",
-    "verify_graph",
-]
-
-_KEY = "pnn_provenance"
-_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
-_HIDDEN = ("<", "torch/", *(f"{folder}{os.sep}" for folder in _FOLDERS))
+_PROVENANCE_KEY = "pnn_provenance"
+_LIBRARY_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+_LIBRARY_PREFIXES = ("<", "torch/", *(f"{folder}{os.sep}" for folder in _LIBRARY_FOLDERS))
+"""Prefixes of file names that are not user code: generated code, torch and the compiler."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a node came from.
+    """Origin of a node in the user's model.
 
     Attributes:
         path: Qualified name of the innermost module whose forward made the node ("" at the root).
-        source: `file:line` of the user's code, or "" where it is not known.
+        source: `file:line` of the user's code, or "" if unknown.
     """
 
     path: str = ""
@@ -48,12 +47,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """How the program was captured.
+    """Record of how a program was captured.
 
     Attributes:
-        rung: Name of the front end that was believed.
-        rejected: For each front end tried before it, one line that says why it was not.
-        notes: What a user should know: arguments that were fixed, modes that cannot be toggled.
+        rung: Name of the front end whose graph passed validation.
+        rejected: For each front end tried before it, one line with the reason of its rejection.
+        notes: Restrictions for the user: arguments that are fixed, modes that cannot be toggled.
     """
 
     rung: str
@@ -63,19 +62,19 @@ class CaptureReport:
 
 @dataclass(frozen=True)
 class Program:
-    """A model as a flat graph over real modules.
+    """Hold a model as a flat graph over real modules.
 
     Attributes:
         module: The graph. One placeholder per tensor argument of the model's forward (nested
             arguments are unpacked by `getitem` nodes), module calls keep their qualified names,
             and the output node holds the model's own output structure.
-        args: Example positional arguments, by placeholder name in the order of the signature.
+        args: Example inputs by placeholder name, in the order of the signature.
         dynamic_batch: Whether dimension 0 of the inputs may change; validated on a second size.
-        capture: How the graph was obtained.
+        capture: How the graph was captured.
         name: Class name of the model.
         unused: Entries of the model's state dict that the graph does not read.
-        fixed: Arguments of the model's forward that hold no tensor, by name: the graph has their
-            values in it and does not take them.
+        fixed: Arguments of the model's forward that hold no tensor, by name: their values are
+            constants of the graph.
     """
 
     module: fx.GraphModule
@@ -89,44 +88,37 @@ class Program:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the structure: operators, options and shapes of weights, but no values."""
-        lines = [f"{n.op} {_target(self.module, n)} {n.args} {n.kwargs}" for n in self.graph.nodes]
-        shapes = [
-            f"{key} {tuple(value.shape)} {value.dtype}"
-            for key, value in self.module.state_dict().items()
-            if isinstance(value, torch.Tensor)
-        ]
-        return hashlib.sha256("\n".join([*lines, *sorted(shapes)]).encode()).hexdigest()
+        return program_digest(self.module)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are: the device of the first of them, or of the first input."""
+        """Device of the first parameter or buffer; that of the first input if there is none."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         leaves = [x for x in pytree.tree_leaves(dict(self.args)) if isinstance(x, torch.Tensor)]
         return next(iter([*tensors, *leaves])).device
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph of the program."""
+        """Graph of the module."""
         return self.module.graph
 
     @property
     def order(self) -> list[fx.Node]:
-        """The compute nodes in topological order: no placeholders, attributes or output."""
-        skipped = ("placeholder", "get_attr", "output")
-        return [node for node in self.graph.nodes if node.op not in skipped]
+        """Compute nodes in topological order: no placeholders, attributes or output."""
+        return [node for node in self.graph.nodes if is_compute(node)]
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The placeholders."""
+        """Placeholders, in the order of the signature."""
         return [*self.graph.find_nodes(op="placeholder")]
 
     @property
     def output(self) -> fx.Node:
-        """The output node."""
+        """Output node; its argument has the structure of the model's output."""
         return self.graph.output_node()
 
     def fresh_inputs(self) -> list[Any]:
-        """Copies of the example inputs, by position: the program may write into them."""
+        """Copy the example inputs, by position: the program may write into them."""
 
         def fresh(value: Any) -> Any:
             return value.detach().clone() if isinstance(value, torch.Tensor) else value
@@ -135,26 +127,31 @@ class Program:
 
 
 def provenance(node: fx.Node) -> Provenance:
-    """Return where a node came from; an empty record for nodes that the compiler made."""
-    found = node.meta.get(_KEY)
-    return found if isinstance(found, Provenance) else Provenance()
+    """Return the origin of a node; an empty record for nodes that the compiler made."""
+    record = node.meta.get(_PROVENANCE_KEY)
+    return record if isinstance(record, Provenance) else Provenance()
 
 
 def set_provenance(node: fx.Node, record: Provenance) -> None:
-    """Attach the provenance record to a node."""
-    node.meta[_KEY] = record
+    """Attach a provenance record to a node."""
+    node.meta[_PROVENANCE_KEY] = record
+
+
+def is_compute(node: fx.Node) -> bool:
+    """Whether a node computes: no placeholder, attribute or output."""
+    return node.op not in ("placeholder", "get_attr", "output")
 
 
 def is_user_code(filename: str) -> bool:
-    """Whether a source file is neither torch's nor the compiler's nor made at run time."""
-    return not filename.startswith(_HIDDEN)
+    """Whether a source file belongs neither to torch nor to the compiler, and is not generated."""
+    return not filename.startswith(_LIBRARY_PREFIXES)
 
 
 def resolve(module: nn.Module, target: str) -> Any:
     """Return the submodule, parameter, buffer or constant that `target` names.
 
     Raises:
-        AttributeError: Nothing of that name exists.
+        AttributeError: No such name exists.
     """
     value: Any = module
     for atom in target.split("."):
@@ -165,8 +162,13 @@ def resolve(module: nn.Module, target: str) -> Any:
 def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     """Build a GraphModule that shares modules, parameters and buffers with `root`.
 
-    Tensors that are not in the root's state dict stay out of it (buffers that are not persistent,
-    plain attributes), so that the keys are the root's; every module has the mode that it has there.
+    The state dict has the keys of the root: tensors that the root does not save (buffers that are
+    not persistent, plain attributes) stay out of it. Every module keeps its mode.
+
+    Args:
+        root: Owner of everything that the graph calls and reads.
+        graph: The graph.
+        name: Class name of the result.
     """
     module = fx.GraphModule(root, graph, class_name=name)
     for node in graph.nodes:
@@ -183,18 +185,11 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     return module
 
 
-def _target(module: fx.GraphModule, node: fx.Node) -> str:
-    name = node._pretty_print_target(node.target)
-    if node.op == "call_module":
-        return f"{name} {resolve(module, str(node.target))!r}"
-    return name
-
-
 def verify_graph(module: fx.GraphModule) -> None:
-    """Check that a graph obeys the rules that every pass relies on.
+    """Check a graph against the rules that every pass relies on.
 
     Raises:
-        CaptureError: A rule is broken; the message names the rule and the node.
+        CaptureError: The graph breaks a rule; the message names the rule and the node.
     """
     try:
         module.graph.lint()
@@ -225,15 +220,15 @@ def _output_ends(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _no_tensor_constants(module: fx.GraphModule, node: fx.Node) -> bool:
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
 
     def visit(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
+            tensors.append(leaf)
         return leaf
 
     fx.node.map_aggregate((node.args, node.kwargs), visit)
-    return not found
+    return not tensors
 
 
 _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (

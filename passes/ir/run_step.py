@@ -1,4 +1,14 @@
-"""Run one step of a network and compare two runs: outputs, gradients, buffers."""
+"""Run one step of a network, and compare the results of two: outputs, gradients, buffers.
+
+>>> from passes.ir.example_inputs import bind
+>>> model = nn.Linear(4, 2)
+>>> inputs = bind(model, (torch.ones(3, 4),), {})
+>>> result = run_one_step(model, lambda call: model(*call.args), inputs, train=True, grad=True)
+>>> sorted(result.gradients)
+['bias', 'input 0', 'weight']
+>>> compare(result, result)
+''
+"""
 
 from __future__ import annotations
 
@@ -11,10 +21,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.ir.example_inputs import Arguments, as_plain
-from passes.ir.isolation import masks_kept, preserved, repeatable
-
-__all__ = ["TOLERANCE", "Run", "compare", "difference", "output_leaves", "relative_error", "run"]
+from passes.ir.example_inputs import ExampleInputs, as_plain
+from passes.ir.isolation import deterministic_cudnn, preserved, without_causal_detection
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -22,38 +30,40 @@ TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float16: 1e-2,
     torch.bfloat16: 2e-2,
 }
-"""Largest difference over the largest magnitude that still counts as equal, by dtype."""
+"""Largest relative error that counts as equal, by dtype; 0 for other dtypes."""
 
-Forward = Callable[[Arguments], Any]
+Forward = Callable[[ExampleInputs], Any]
+"""Calls a network on example inputs and returns its output."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one forward pass gave, and in training mode one backward pass too.
+class StepResult:
+    """Result of one forward pass and, if gradients were asked for, one backward pass.
 
     Attributes:
-        outputs: The leaves of the output.
-        gradients: Gradients of parameters and inputs, by name; None where there is none.
-        changed: The buffers that the step changed.
-        written: Numbers of the input tensors that the step wrote into.
-        kind: Class of the whole output.
-        names: All names of each parameter, by the first of them.
-        through: Whether gradients were asked for through the inputs too.
-        random: Whether random numbers were drawn.
+        outputs: Leaves of the output.
+        gradients: Gradients of parameters and inputs by name (`input 0`, ...); None for a parameter
+            that the outputs do not depend on.
+        changed: Buffers that the step changed, by name, with their new values.
+        written: Positions of the input tensors that the step wrote into.
+        output_type: Class of the whole output.
+        parameter_names: All names of each parameter, by the first of them.
+        input_gradients: Whether gradients with respect to the inputs were asked for too.
+        drew_random: Whether the step drew random numbers.
     """
 
     outputs: list[Any]
     gradients: Mapping[str, torch.Tensor | None]
     changed: Mapping[str, torch.Tensor]
     written: frozenset[int] = frozenset()
-    kind: type = tuple
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    through: bool = True
-    random: bool = False
+    output_type: type = tuple
+    parameter_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    input_gradients: bool = True
+    drew_random: bool = False
 
 
 def output_leaves(output: Any) -> list[Any]:
-    """Return the leaves of an output, those of containers that torch does not know included."""
+    """Return the leaves of an output; dataclasses and mappings count as containers."""
     leaves = []
     for leaf in pytree.tree_leaves(output):
         plain = as_plain(leaf)
@@ -61,55 +71,64 @@ def output_leaves(output: Any) -> list[Any]:
     return leaves
 
 
-def run(
+def run_one_step(
     module: nn.Module,
     forward: Forward,
-    arguments: Arguments,
+    inputs: ExampleInputs,
     *,
     train: bool,
     grad: bool,
-    through: bool = True,
-) -> Run:
-    """Run one step on copies of the inputs and return what it gave.
+    input_gradients: bool = True,
+) -> StepResult:
+    """Run one step on copies of the inputs, and leave the module as it was.
 
     Args:
-        module: Owner of the parameters and buffers to look at.
-        forward: Calls the network on the arguments.
-        arguments: Inputs of the call.
+        module: Owner of the parameters and buffers to observe.
+        forward: Calls the network on the inputs.
+        inputs: Arguments of the call.
         train: Whether to run in training mode.
         grad: Whether to run backward from a fixed random projection of the outputs.
-        through: Whether to run it through the inputs too.
+        input_gradients: Whether to compute gradients with respect to the inputs as well.
     """
-    with preserved(module), masks_kept(), repeatable(), torch.set_grad_enabled(grad):
+    with (
+        preserved(module),
+        without_causal_detection(),
+        deterministic_cudnn(),
+        torch.set_grad_enabled(grad),
+    ):
         torch.manual_seed(0)
-        random = torch.get_rng_state()
+        random_state = torch.get_rng_state()
         module.train(train)
-        before = {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
-        numbers = {name: tensor._version for name, tensor in module.named_buffers()}
-        leaves = [_fresh(tensor, grad and through) for tensor in arguments.tensors()]
-        # A multiplication by one, so that writing into an input is legal and leaves the leaf alone.
+        buffers = {
+            name: (tensor.detach().clone(), tensor._version)
+            for name, tensor in module.named_buffers()
+        }
+        leaves = [_copy_leaf(tensor, grad and input_gradients) for tensor in inputs.tensors()]
+        # Multiplied by one, so that the model may write into an input: autograd refuses writes to a
+        # leaf that requires a gradient.
         values = [leaf * 1 if leaf.requires_grad else leaf for leaf in leaves]
         versions = [value._version for value in values]
-        args, kwargs = arguments.with_leaves(values)
-        call = Arguments(args, kwargs, arguments.names, arguments.leaves)
-        output = forward(call)
+        args, kwargs = inputs.with_leaves(values)
+        output = forward(ExampleInputs(args, kwargs, inputs.names, inputs.leaves))
         outputs = output_leaves(output)
-        gradients: dict[str, torch.Tensor | None] = {}
-        if grad:
-            gradients = _gradients(module, outputs, leaves)
-        changed = {
-            name: tensor.detach().clone()
-            for name, tensor in module.named_buffers()
-            if name not in before or _changed(tensor, before[name], numbers[name])
-        }
-        detached = [o.detach() if isinstance(o, torch.Tensor) else o for o in outputs]
-        written = [i for i, value in enumerate(values) if value._version != versions[i]]
-        kind, names = type(output), _all_names(module)
-        drawn = not torch.equal(random, torch.get_rng_state())
-        return Run(detached, gradients, changed, frozenset(written), kind, names, through, drawn)
+        return StepResult(
+            gradients=_gradients(module, outputs, leaves) if grad else {},
+            outputs=[o.detach() if isinstance(o, torch.Tensor) else o for o in outputs],
+            changed={
+                name: tensor.detach().clone()
+                for name, tensor in module.named_buffers()
+                if name not in buffers or _changed(tensor, *buffers[name])
+            },
+            written=frozenset(i for i, v in enumerate(values) if v._version != versions[i]),
+            output_type=type(output),
+            parameter_names=_parameter_names(module),
+            input_gradients=input_gradients,
+            drew_random=not torch.equal(random_state, torch.get_rng_state()),
+        )
 
 
-def _all_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
+def _parameter_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return all names of each parameter, by the first of them."""
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -117,12 +136,12 @@ def _all_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _changed(tensor: torch.Tensor, before: torch.Tensor, version: int) -> bool:
-    if tensor.is_meta:
+    if tensor.is_meta:  # it has no values to compare
         return tensor._version != version
     return not torch.equal(tensor, before)
 
 
-def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
+def _copy_leaf(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
     copy = tensor.detach().clone()
     return copy.requires_grad_() if grad and copy.is_floating_point() else copy
 
@@ -130,6 +149,7 @@ def _fresh(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
 def _gradients(
     module: nn.Module, outputs: list[Any], inputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
+    """Differentiate a fixed random projection of the outputs by parameters and inputs."""
     heads = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
     leaves: dict[str, torch.Tensor] = {
         name: p for name, p in module.named_parameters() if p.requires_grad
@@ -140,12 +160,18 @@ def _gradients(
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in heads]
     cotangents = [w.to(o.device, o.dtype) for w, o in zip(weights, heads, strict=True)]
-    found = torch.autograd.grad(heads, list(leaves.values()), cotangents, allow_unused=True)
-    return dict(zip(leaves, found, strict=True))
+    gradients = torch.autograd.grad(heads, list(leaves.values()), cotangents, allow_unused=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the largest difference over the largest magnitude of the reference."""
+    """Return the largest difference over the largest magnitude of the reference.
+
+    Integers and truth values are equal or not: 0 or infinity. Infinities and NaNs must match.
+
+    >>> relative_error(torch.tensor([1.0, 2.2]), torch.tensor([1.0, 2.0]))  # doctest: +ELLIPSIS
+    0.1000...
+    """
     if value.numel() == 0 or value.is_meta:
         return 0.0
     if not reference.is_floating_point() and not reference.is_complex():
@@ -164,34 +190,37 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def compare(
-    candidate: Run,
-    reference: Run,
+    candidate: StepResult,
+    reference: StepResult,
     slack: float = 1.0,
     least: float = 0.0,
     noise: Sequence[float] = (),
 ) -> str:
-    """Return "" if two runs agree, else one line that says where and by how much they differ.
+    """Return "" if two results agree, else one line that says where and by how much they differ.
 
     Args:
-        candidate: The run to judge.
-        reference: The run that it should equal.
-        slack: Times the tolerance of the dtype that counts as equal.
-        least: A limit that holds at least, where lower precision was used on the way.
-        noise: For every output, the largest difference that rounding can make; none if empty.
+        candidate: The result to judge.
+        reference: The result that it should equal.
+        slack: Factor on the tolerance of the dtype.
+        least: Lower bound of the tolerance, for runs with lower precision inside.
+        noise: For every output, the largest absolute difference that rounding explains; empty if
+            rounding explains none.
     """
     if len(candidate.outputs) != len(reference.outputs):
         return f"{len(candidate.outputs)} outputs instead of {len(reference.outputs)}"
-    for index, (value, wanted) in enumerate(zip(candidate.outputs, reference.outputs, strict=True)):
-        if noise and difference(value, wanted) <= noise[index]:
+    pairs = zip(candidate.outputs, reference.outputs, strict=True)
+    for index, (value, expected) in enumerate(pairs):
+        if noise and difference(value, expected) <= noise[index]:
             continue
-        if reason := _differs(value, wanted, slack, least):
+        if reason := _differs(value, expected, slack, least):
             return f"output {index} differs: {reason}"
-    for name, wanted_grad in reference.gradients.items():
-        # A parameter of several names may be known by another one to the candidate.
-        known = [other for other in reference.names.get(name, (name,))
-                 if other in candidate.gradients]  # fmt: skip
-        found = candidate.gradients[known[0]] if known else None
-        if reason := _differs(found, wanted_grad, slack, least, absent_is_zero=True):
+    for name, expected_gradient in reference.gradients.items():
+        # The candidate may use another name of a shared parameter.
+        aliases = reference.parameter_names.get(name, (name,))
+        gradient = next(
+            (candidate.gradients[alias] for alias in aliases if alias in candidate.gradients), None
+        )
+        if reason := _differs(gradient, expected_gradient, slack, least, absent_is_zero=True):
             return f"gradient of {name} differs: {reason}"
     for name in sorted({*reference.changed, *candidate.changed}):
         if name not in reference.changed or name not in candidate.changed:
@@ -202,29 +231,34 @@ def compare(
     return ""
 
 
-def difference(value: Any, wanted: Any) -> float:
-    """The largest difference of two tensors of one type; infinite for others."""
-    if not isinstance(wanted, torch.Tensor) or not isinstance(value, torch.Tensor):
+def difference(value: Any, expected: Any) -> float:
+    """Return the largest absolute difference of two tensors.
+
+    It is infinite if shapes or dtypes differ, and for anything but tensors.
+    """
+    if not isinstance(expected, torch.Tensor) or not isinstance(value, torch.Tensor):
         return float("inf")
-    if value.shape != wanted.shape or value.dtype != wanted.dtype or not wanted.numel():
+    if value.shape != expected.shape or value.dtype != expected.dtype or not expected.numel():
         return float("inf")
-    largest = (value.double() - wanted.double()).abs().max().item()
+    largest = (value.double() - expected.double()).abs().max().item()
     return largest if math.isfinite(largest) else float("inf")
 
 
 def _differs(
-    value: Any, wanted: Any, slack: float, least: float, absent_is_zero: bool = False
+    value: Any, expected: Any, slack: float, least: float, absent_is_zero: bool = False
 ) -> str:
+    """Return "" if two leaves agree, else the reason why not."""
     if absent_is_zero:
-        if wanted is None and isinstance(value, torch.Tensor):
-            wanted = torch.zeros_like(value)
-        if value is None and isinstance(wanted, torch.Tensor):
-            value = torch.zeros_like(wanted)
-    if not isinstance(wanted, torch.Tensor) or not isinstance(value, torch.Tensor):
-        same = type(value) is type(wanted) and value == wanted
-        return "" if same else f"{value!r} instead of {wanted!r}"
-    if value.shape != wanted.shape or value.dtype != wanted.dtype:
-        return f"{list(value.shape)} {value.dtype} instead of {list(wanted.shape)} {wanted.dtype}"
-    limit = max(TOLERANCE.get(wanted.dtype, 0.0) * slack, least)
-    error = relative_error(value, wanted)
+        if expected is None and isinstance(value, torch.Tensor):
+            expected = torch.zeros_like(value)
+        if value is None and isinstance(expected, torch.Tensor):
+            value = torch.zeros_like(expected)
+    if not isinstance(expected, torch.Tensor) or not isinstance(value, torch.Tensor):
+        same = type(value) is type(expected) and value == expected
+        return "" if same else f"{value!r} instead of {expected!r}"
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+        shapes = list(value.shape), list(expected.shape)
+        return f"{shapes[0]} {value.dtype} instead of {shapes[1]} {expected.dtype}"
+    limit = max(TOLERANCE.get(expected.dtype, 0.0) * slack, least)
+    error = relative_error(value, expected)
     return "" if error <= limit else f"relative error {error:.1e} (limit {limit:.0e})"

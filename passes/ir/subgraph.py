@@ -1,4 +1,8 @@
-"""Copy a run of nodes of a program into a GraphModule of its own."""
+"""Extract consecutive nodes of a program as a separate GraphModule.
+
+Stages, copied blocks and heads are made this way. `side values` are cheap values that are
+recomputed from the inputs instead of crossing a cut.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,17 @@ from torch import fx
 from passes.errors import PartitionError
 from passes.ir.program import Program, graph_module
 
-__all__ = ["extract", "nodes_between"]
-
 
 def nodes_between(program: Program, first: str, last: str) -> list[fx.Node]:
     """Return the compute nodes from `first` to `last`, both included.
 
+    Args:
+        program: The program.
+        first: Name of the first node.
+        last: Name of the last node.
+
     Raises:
-        PartitionError: One of them does not exist, or they are in the wrong order.
+        PartitionError: A name is not in the program, or `last` comes before `first`.
     """
     order = program.order
     names = [node.name for node in order]
@@ -38,19 +45,24 @@ def extract(
     sides: Sequence[str],
     name: str,
 ) -> fx.GraphModule:
-    """Copy a run of nodes into a GraphModule of its own.
+    """Copy consecutive nodes into a GraphModule that shares the modules of the program.
 
     Args:
-        program: Where the nodes are.
-        nodes: The nodes, in order.
+        program: The program.
+        nodes: The nodes to copy, in order.
         entering: Names of the values that become the first placeholders.
-        leaving: Names of the values to return, or None for the output of the program.
-        inputs: Placeholders of the program that become the next placeholders.
-        sides: Names of the values to recompute first, with all that they need, in order.
+        leaving: Names of the values to return; None for the output of the program.
+        inputs: Names of the program's placeholders that become the next placeholders.
+        sides: Names of the side values to recompute first, with every node that they need, in
+            order.
         name: Class name of the result.
 
+    Returns:
+        The module, called with the entering values and then the inputs. It returns one tensor, or a
+        tuple if several values leave.
+
     Raises:
-        PartitionError: A node reads a value that is neither computed inside nor given, or a name
+        PartitionError: A node reads a value that neither enters nor is computed inside, or a name
             is not in the program.
     """
     by_name = {node.name: node for node in program.graph.nodes}
@@ -66,15 +78,15 @@ def extract(
             raise PartitionError(f"{name} reads {node.name!r}, which does not reach it")
         return mapping[node]
 
-    for given in [*entering, *inputs]:
-        mapping[by_name[given]] = graph.placeholder(given)
+    for placeholder in [*entering, *inputs]:
+        mapping[by_name[placeholder]] = graph.placeholder(placeholder)
     for node in [by_name[side] for side in sides] + list(nodes):
         if node not in mapping:
             mapping[node] = graph.node_copy(node, value)
     if leaving is None:
         graph.output(fx.node.map_arg(program.output.args[0], value))
     else:
-        results = tuple(value(by_name[wanted]) for wanted in leaving)
+        results = tuple(value(by_name[result]) for result in leaving)
         graph.output(results[0] if len(results) == 1 else results)
     graph.lint()
     return graph_module(program.module, graph, name)

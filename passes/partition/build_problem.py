@@ -13,7 +13,7 @@ from passes.coarse.prologue import origin_of
 from passes.coarse.select import coarse_estimate, preprocess_estimate, stage_budget
 from passes.coarse.tensor_layout import layouts
 from passes.cost.device_profile import DeviceProfile
-from passes.cost.memory import Memory, fitting
+from passes.cost.memory import Memory, last_fitting_ends
 from passes.errors import PartitionError
 from passes.options import Options
 from passes.partition.problem import CutProblem, Prices
@@ -161,8 +161,8 @@ class Pricing:
         limit = device.memory + extra
         begins = [p.index for p in self.ends]
         entry, last = self.entry_bytes(), len(self.ends) - 1
-        reach = fitting(self.memory, begins, entry, begins, limit)
-        first = fitting(self.memory, [0], [0.0], begins, limit)[0]
+        reach = last_fitting_ends(self.memory, begins, entry, begins, limit)
+        first = last_fitting_ends(self.memory, [0], [0.0], begins, limit)[0]
         whole = [len(self.analysis.frontiers.order)]
-        behind = fitting(self.memory, [0, *begins], [0.0, *entry], whole, limit)
+        behind = last_fitting_ends(self.memory, [0, *begins], [0.0, *entry], whole, limit)
         return reach, first, [last if fits == 0 else -1 for fits in behind]

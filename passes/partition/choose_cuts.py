@@ -270,7 +270,7 @@ def _widest(analysis: Analysis, candidates: list[Position]) -> str:
     ends = [0, *(position.index for position in candidates), len(order)]
 
     def weight(span: tuple[int, int]) -> float:
-        return sum(analysis.costs[node].weight for node in order[slice(*span)])
+        return sum(analysis.costs[node].cost for node in order[slice(*span)])
 
     start, stop = max(itertools.pairwise(ends), key=weight)
     first, last = (provenance(node).path or node.name for node in (order[start], order[stop - 1]))

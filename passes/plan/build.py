@@ -19,7 +19,7 @@ from passes.cost.memory import Memory
 from passes.errors import OptionError
 from passes.ir.example_inputs import bind
 from passes.ir.program import Program, provenance
-from passes.ir.run_step import run
+from passes.ir.run_step import run_one_step
 from passes.ir.tensor_spec import Value
 from passes.options import Options
 from passes.partition.choose_cuts import Cut, choose_cut
@@ -133,7 +133,9 @@ def _check_repeatable(program: Program) -> None:
     """Refuse to compute stages again whose buffers are another after every call."""
     arguments = bind(program.module, (), dict(program.args))
     module = program.module
-    done = run(module, lambda c: module(**c.tensor_arguments()), arguments, train=False, grad=False)
+    done = run_one_step(
+        module, lambda c: module(**c.tensor_arguments()), arguments, train=False, grad=False
+    )
     if done.changed:
         raise OptionError(
             f"{program.name} changes {len(done.changed)} buffers at every call, in evaluation mode "
@@ -184,10 +186,10 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
     start = positions[number - 1].index if number else 0
     stop = positions[number].index
     nodes = analysis.frontiers.order[start:stop]
-    cones = analysis.frontiers.cones
+    recomputable = analysis.frontiers.recomputable
     before = positions[number - 1].state if number else ()
     read = {source for node in nodes for source in node.all_input_nodes}
-    inputs, sides = requirements(analysis.program, nodes, cones)
+    inputs, sides = requirements(analysis.program, nodes, recomputable)
     inside = set(nodes)
     owned = _parameters(analysis, nodes)
     costs = [analysis.on(device)[node] for node in nodes]
@@ -203,7 +205,7 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
         produces=tuple(node.name for node in positions[number].state if node in inside),
         flops=sum(cost.flops for cost in costs),
         backward_flops=sum(cost.backward_flops for cost in costs),
-        seconds=sum(c.weight for c in costs) if analysis.unit == "seconds" else None,
+        seconds=sum(c.cost for c in costs) if analysis.unit == "seconds" else None,
         backward_seconds=sum(c.backward for c in costs) if analysis.backward else None,
         parameters=sum(parameter.numel() for parameter in owned),
         parameter_bytes=sum(p.numel() * p.element_size() for p in owned),
@@ -219,8 +221,8 @@ def _parameters(analysis: Analysis, nodes: Sequence[fx.Node]) -> list[torch.nn.P
 
 def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) -> Head:
     nodes = analysis.frontiers.order[position.index :]
-    cones = analysis.frontiers.cones
-    inputs, sides = requirements(analysis.program, [*nodes, analysis.program.output], cones)
+    recomputable = analysis.frontiers.recomputable
+    inputs, sides = requirements(analysis.program, [*nodes, analysis.program.output], recomputable)
     costs = [analysis.on(device)[node] for node in nodes]
     return Head(
         first_module=provenance(nodes[0]).path if nodes else "",
@@ -228,7 +230,7 @@ def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) 
         inputs=inputs,
         sides=sides,
         flops=sum(cost.flops for cost in costs),
-        seconds=sum(c.weight for c in costs) if analysis.unit == "seconds" else None,
+        seconds=sum(c.cost for c in costs) if analysis.unit == "seconds" else None,
         backward_seconds=sum(c.backward for c in costs) if analysis.backward else None,
     )
 
@@ -241,7 +243,7 @@ def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[
     stops = [*starts[1:], len(analysis.frontiers.order)]
     for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         nodes = analysis.frontiers.order[start:stop]
-        _, sides = requirements(analysis.program, nodes, analysis.frontiers.cones)
+        _, sides = requirements(analysis.program, nodes, analysis.frontiers.recomputable)
         replicated = [n for n in analysis.frontiers.order if n.name in sides]
         for parameter in _parameters(analysis, [*nodes, *replicated]):
             readers.setdefault(names[id(parameter)], []).append(number)

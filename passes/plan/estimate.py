@@ -86,7 +86,7 @@ class _Place:
     def of(cls, analysis: Analysis, device: DeviceProfile | None) -> _Place:
         costs = analysis.on(device)
         found = [costs[node] for node in analysis.frontiers.order]
-        total = sum(cost.weight for cost in found)
+        total = sum(cost.cost for cost in found)
         back = sum(cost.backward for cost in found)
         flops = analysis.flops
         scale = Phases((total - back) / flops, back / flops) if flops else Phases(1.0, 0.0)

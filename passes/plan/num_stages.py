@@ -178,5 +178,5 @@ class _Search:
         if found != "fine":
             return found
         costs = self._analysis.costs
-        block = is_block(self._analysis, plan, lambda node: costs[node].weight)
+        block = is_block(self._analysis, plan, lambda node: costs[node].cost)
         return "block" if block else "imbalance"

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
-from passes.ir.direct_call import Direct
+from passes.ir.direct_call import DirectCaller
 from pnn_compile.bench.parts import RankParts
 from pnn_compile.bench.pipelines import pipelines
 from pnn_compile.bench.result import COPIES, DIRECT, SEQUENTIAL
@@ -62,7 +62,7 @@ def direct(setting: Setting) -> Step:
         return lambda: None
     module = copy.deepcopy(setting.compiled.current_program().module)
     make = _trained if setting.training else _evaluated
-    return make(module, setting.inputs, Direct(module))
+    return make(module, setting.inputs, DirectCaller(module))
 
 
 def threads(setting: Setting) -> Step:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import OptionError
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import with_frame_headroom
 from pnn_compile.bench.contenders import Parareal, contender
 from pnn_compile.bench.parts import PartsTimer, RankParts, median_parts, median_rank, parts_of
 from pnn_compile.bench.result import COPIES, SEQUENTIAL, Bench, Parts, Timing
@@ -204,7 +204,7 @@ def _timed(step: Step, device: torch.device) -> float:
     """Seconds of a step on the slowest rank."""
     dist.barrier()
     start = time.perf_counter()
-    with_room(step)
+    with_frame_headroom(step)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)

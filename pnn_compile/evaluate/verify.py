@@ -26,7 +26,14 @@ from passes.errors import VerificationError
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved, seeded
 from passes.ir.program import Program
-from passes.ir.run_step import TOLERANCE, Run, compare, difference, relative_error, run
+from passes.ir.run_step import (
+    TOLERANCE,
+    StepResult,
+    compare,
+    difference,
+    relative_error,
+    run_one_step,
+)
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan
@@ -114,22 +121,22 @@ def _timed(compiled: Compiled, check: _Oracle) -> Check:
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
-def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> Run:
+def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
     """Run a network that shares the program's parameters, on the example inputs."""
     return _run_by(compiled.program, lambda inputs: network(**inputs), train=train, grad=grad)
 
 
 def _run_by(
     program: Program, forward: Callable[[dict[str, Any]], Any], *, train: bool, grad: bool
-) -> Run:
+) -> StepResult:
     arguments = bind(program.module, (), dict(program.args))
-    return run(
+    return run_one_step(
         program.module, lambda call: forward(call.tensor_arguments()), arguments,
         train=train, grad=grad,
     )  # fmt: skip
 
 
-def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Module) -> Run:
+def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Module) -> StepResult:
     """Run in evaluation mode: the outputs of one network, and what reaches the head of another."""
 
     def forward(inputs: dict[str, Any]) -> Any:
@@ -203,7 +210,7 @@ def _held_against(
     return Check(name, _error(got, wanted), limit, compare(got, wanted, slack, limit), 0.0)
 
 
-def _error(got: Run, wanted: Run, noise: Sequence[float] = ()) -> float:
+def _error(got: StepResult, wanted: StepResult, noise: Sequence[float] = ()) -> float:
     """The largest relative error of an output, those left out that rounding explains."""
     triples = zip(got.outputs, wanted.outputs, noise or [-1.0] * len(wanted.outputs), strict=True)
     errors = [
@@ -280,7 +287,7 @@ def _with_states(
     return Check(name, _error(got, wanted, noise), limit, reason, 0.0)
 
 
-def _loosest(plan: Plan, wanted: Run) -> float:
+def _loosest(plan: Plan, wanted: StepResult) -> float:
     """Tolerance of the lowest precision among states and outputs."""
     types = {getattr(torch, v.spec.dtype) for i in plan.interfaces for v in i.state}
     types |= {value.dtype for value in wanted.outputs if isinstance(value, torch.Tensor)}
@@ -362,7 +369,7 @@ def _network_runs(compiled: Compiled) -> Check:
     return Check(name, None, None, "; ".join(dict.fromkeys(reasons)), 0.0)
 
 
-def _implausible(got: Run, wanted: Run) -> list[str]:
+def _implausible(got: StepResult, wanted: StepResult) -> list[str]:
     reasons = []
     for value, model in zip(got.outputs, wanted.outputs, strict=True):
         if not isinstance(model, torch.Tensor):

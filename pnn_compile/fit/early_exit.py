@@ -48,7 +48,7 @@ class EarlyExit(nn.Module):
         super().__init__()
         program, analysis = compiled.program, compiled.analysis
         nodes = analysis.frontiers.order[: cut.index]
-        inputs, sides = requirements(program, nodes, analysis.frontiers.cones)
+        inputs, sides = requirements(program, nodes, analysis.frontiers.recomputable)
         names = [node.name for node in cut.state]
         first = extract(program, nodes, [], names, inputs=inputs, sides=sides, name="First")
         leaving = [value.spec for value in compiled.plan.interfaces[-1].state]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.node_facts import observe
@@ -162,7 +162,7 @@ def _analysis(
     wanted = Options(cost=source, devices=devices, **options)
     progress("measuring" if cost == "measured" else "analysing")
     profile = profiles[0] if profiles else None
-    return weigh(program, observe(program), source, profile, timings), wanted
+    return analyze(program, observe(program), source, profile, timings), wanted
 
 
 def _rows(

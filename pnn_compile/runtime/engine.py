@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from passes.errors import RuntimeFault
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import with_frame_headroom
 from passes.schedule.instruction import FORWARD, Instruction, Kind
 from passes.schedule.verify import in_order
 from passes.transform.executor import State
@@ -148,9 +148,9 @@ class Engine:
         handler = self._handlers[it.kind]
         if it.kind in FORWARD:
             with self._autocast(), self._random_numbers(it):
-                with_room(handler, self, it)
+                with_frame_headroom(handler, self, it)
         else:
-            with_room(handler, self, it)
+            with_frame_headroom(handler, self, it)
         if self._synchronize:
             torch.cuda.synchronize()
         self.seconds[it.kind] += time.perf_counter() - start

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from passes.errors import RuntimeFault
-from passes.ir.direct_call import Direct
+from passes.ir.direct_call import DirectCaller
 from passes.schedule.instruction import Instruction
 from passes.schedule.lists import Sweep, schedule
 from passes.transform.executor import Executor, State
@@ -172,7 +172,7 @@ class PieceOptions:
     def _callable(self, piece: nn.Module) -> Any:
         if self.backend is not None:
             return torch.compile(piece, backend=self.backend)
-        return Direct(piece) if isinstance(piece, fx.GraphModule) else piece
+        return DirectCaller(piece) if isinstance(piece, fx.GraphModule) else piece
 
 
 class _Recomputed:

@@ -20,7 +20,7 @@ from pnn_compile.forecast.forecast import forecast
 from pnn_compile.forecast.table import ForecastRow, ForecastTable
 from pnn_compile.runtime import Sweep, Times, schedule, simulate
 from tests.models.builders import residual_chain
-from tests.unit.cost.test_device import profile
+from tests.unit.cost.test_device_profile import profile
 
 TIMES = st.floats(min_value=0, max_value=10)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pnn_compile as pnn
-from passes.cost.flops import count_flops
+from passes.cost.flops import count_work
 from pnn_compile.cli import main
 from pnn_compile.evaluate.assess import Fidelity, VerdictRow, _advice, _sentence
 from pnn_compile.fit.early_exit import fit_early_exit
@@ -190,7 +190,7 @@ def test_an_early_exit_takes_no_longer_than_it_may() -> None:
     for share in (0.4, 0.6, 0.8):
         exit_ = fit_early_exit(compiled, CalibrationBatches(compiled, BATCHES), share)
         assert exit_ is not None
-        assert count_flops(partial(exit_, BATCHES[0][:2])) <= share * compiled.analysis.flops
+        assert count_work(partial(exit_, BATCHES[0][:2]))[0] <= share * compiled.analysis.flops
 
 
 def test_an_unknown_option_is_named() -> None:

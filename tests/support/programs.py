@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.node_facts import Fact, observe
 from passes.ir.program import Program
@@ -30,7 +30,7 @@ def program(name: str) -> Program:
 @cache
 def analysis(name: str) -> Analysis:
     """Analyse a model of the zoo, by FLOPs."""
-    return weigh(program(name), observe(program(name)), "flops")
+    return analyze(program(name), observe(program(name)), "flops")
 
 
 @cache
@@ -55,7 +55,7 @@ def compile_model(model: nn.Module, *args: Any, **options: Any) -> Compilation:
 def analyze_model(model: nn.Module, *args: Any) -> Analysis:
     """Capture and analyse a model, by FLOPs."""
     captured = capture(model, args)
-    return weigh(captured, observe(captured), "flops")
+    return analyze(captured, observe(captured), "flops")
 
 
 def call(name: str, batch: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.ir.program import Provenance, provenance, resolve
+from passes.ir.structure_hash import digest, node_lines
 from passes.ir.run_step import output_leaves
 
 CHILD = "network"
@@ -300,57 +301,58 @@ def _with_boundaries(piece: Piece, runs: Sequence[tuple[list[fx.Node], Hashable]
 
 
 def _structure(piece: Piece, nodes: Sequence[fx.Node]) -> Hashable:
-    """Describe nodes up to names and values of weights; None if that is impossible."""
-    number: dict[fx.Node, int] = {}
-    weight_numbers: dict[int, int] = {}
+    """Describe consecutive nodes up to names and values of weights; None if that is impossible."""
+    modules = {
+        node: resolve(piece.module, str(node.target)) for node in nodes if node.op == "call_module"
+    }
+    if not all(map(_is_describable, modules.values())):
+        return None
+    number = {node: f"%{index}" for index, node in enumerate(nodes)}
+    entering: dict[fx.Node, str] = {}
+    weights: dict[int, int] = {}
 
-    def describe(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            if value.op == "get_attr":
-                return _weight(resolve(piece.module, str(value.target)), weight_numbers)
-            if value not in number:
-                number[value] = len(number)
-                return ("enters", number[value], piece.specs.get(value))
-            return number[value]
-        if isinstance(value, (list, tuple)):
-            return tuple(map(describe, value))
-        if isinstance(value, dict):
-            return tuple((key, describe(item)) for key, item in value.items())
-        return repr(value)
-
-    lines = []
-    for node in nodes:
-        target: Any = node.target
+    def describe_target(node: fx.Node) -> str:
         if node.op == "call_module":
-            target = _module(resolve(piece.module, str(target)), weight_numbers)
-            if target is None:
-                return None
-        lines.append((node.op, target, describe(node.args), describe(node.kwargs)))
-        number[node] = len(number)
-    return tuple(lines)
+            return repr(_describe_module(modules[node], weights))
+        return node.target if isinstance(node.target, str) else f"{node.target} {id(node.target)}"
+
+    def describe_source(node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return repr(_describe_weight(resolve(piece.module, str(node.target)), weights))
+        if node in number:
+            return number[node]
+        return entering.setdefault(node, f"entering {len(entering)} {piece.specs.get(node)}")
+
+    return digest(node_lines(nodes, describe_target, describe_source))
 
 
-def _module(module: nn.Module, weight_numbers: dict[int, int]) -> Hashable:
-    """Describe a module of torch or of the compiler; None for one of the user, or with hooks."""
-    facts: list[Hashable] = []
+def _is_describable(module: nn.Module) -> bool:
+    """Whether a module consists of modules of torch and of the compiler, without hooks."""
+    return all(
+        type(child).__module__.startswith(("torch.nn.", "passes."))
+        and not child._forward_hooks
+        and not child._forward_pre_hooks
+        for child in module.modules()
+    )
+
+
+def _describe_module(module: nn.Module, weights: dict[int, int]) -> tuple[Any, ...]:
+    """Describe a module by the classes and options of its submodules and by its weights."""
+    facts: list[Any] = []
     for name, child in module.named_modules():
-        hooked = child._forward_hooks or child._forward_pre_hooks
-        if hooked or not type(child).__module__.startswith(("torch.nn.", "passes.")):
-            return None
-        attributes = sorted(
+        options = sorted(
             (key, repr(value))
             for key, value in vars(child).items()
             if not key.startswith("_") and not isinstance(value, torch.Tensor)
         )
-        facts.append((name, type(child), tuple(attributes)))
+        facts.append((name, type(child), options))
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        facts.append((name, _weight(tensor, weight_numbers)))
+        facts.append((name, _describe_weight(tensor, weights)))
     return tuple(facts)
 
 
-def _weight(tensor: Any, weight_numbers: dict[int, int]) -> Hashable:
-    """Describe a weight by its type and its number, which is equal where weights are tied."""
+def _describe_weight(tensor: Any, weights: dict[int, int]) -> tuple[Any, ...]:
+    """Describe a weight by shape, dtype and the number of its first appearance in the block."""
     if not isinstance(tensor, torch.Tensor):
-        return repr(tensor)
-    number = weight_numbers.setdefault(id(tensor), len(weight_numbers))
-    return tuple(tensor.shape), tensor.dtype, number
+        return (repr(tensor),)
+    return tuple(tensor.shape), tensor.dtype, weights.setdefault(id(tensor), len(weights))

@@ -44,12 +44,12 @@ def test_the_graph_equals_the_model_at_a_batch_size_that_capture_did_not_see(nam
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_the_state_dict_is_the_models(name: str) -> None:
     state, captured = by_name(name).build().state_dict(), program(name)
-    found = {**captured.module.state_dict(), **captured.unused}
+    merged = {**captured.module.state_dict(), **captured.unused}
 
-    assert found.keys() == state.keys()
+    assert merged.keys() == state.keys()
     assert not captured.module.state_dict().keys() & captured.unused.keys()
     for key, value in state.items():
-        assert torch.equal(found[key], value), key
+        assert torch.equal(merged[key], value), key
 
 
 @pytest.mark.parametrize("name", CAPTURABLE)
@@ -273,8 +273,8 @@ def test_positional_and_keyword_arguments_may_be_of_any_kind() -> None:
             super().__init__()
             self.linear = nn.Linear(4, 4)
 
-        def forward(self, first: Tensor, /, *rest: Tensor, **named: Tensor) -> Tensor:
-            return self.linear(first * rest[0]) + rest[1] * named["last"]
+        def forward(self, first: Tensor, /, *others: Tensor, **named: Tensor) -> Tensor:
+            return self.linear(first * others[0]) + others[1] * named["last"]
 
     model = AnyKind()
     first, second, third, last = (torch.randn(2, 4) for _ in range(4))

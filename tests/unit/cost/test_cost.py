@@ -13,16 +13,16 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.analysis.analysis import weigh
+from passes.analysis.analysis import analyze
 from passes.capture.ladder import capture
-from passes.cost.flops import Cost, _plain_kernels, count_flops, measure_costs, parameters
+from passes.cost.flops import NodeCost, _plain_kernels, count_work, measure_costs, parameters
 from passes.cost.measured import measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
 from tests.support.programs import CAPTURABLE, analysis, analyze_model, node, program
 
 
-def registered(cost: Cost) -> int:
+def registered(cost: NodeCost) -> int:
     """The part of the FLOPs that torch's registry knows: that part counts twice backward."""
     return cost.backward_flops - cost.flops
 
@@ -55,9 +55,9 @@ def test_backward_flops_are_close_to_those_of_a_real_backward(name: str, toleran
     with _plain_kernels(recurrent=True):
         out = module(x.clone().requires_grad_())  # so that the first layer has both its gradients
     expected = counted(lambda: out.sum().backward())
-    found = sum(2 * registered(cost) for cost in analysis(name).costs.values())
+    flops = sum(2 * registered(cost) for cost in analysis(name).costs.values())
 
-    assert found == pytest.approx(expected, rel=tolerance, abs=0)
+    assert flops == pytest.approx(expected, rel=tolerance, abs=0)
 
 
 class Operators(nn.Module):
@@ -102,8 +102,8 @@ def test_bytes_are_of_what_a_node_reads_and_writes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.first(x)) * self.scale
 
-    found = analyze_model(Shares(), torch.randn(3, 4))
-    costs = {n.name: cost for n, cost in found.costs.items()}
+    result = analyze_model(Shares(), torch.randn(3, 4))
+    costs = {n.name: cost for n, cost in result.costs.items()}
 
     assert {name: cost.parameter_bytes for name, cost in costs.items()} == {
         "first": 80,
@@ -111,72 +111,72 @@ def test_bytes_are_of_what_a_node_reads_and_writes() -> None:
         "mul": 16,
     }
     assert {cost.activation_bytes for cost in costs.values()} == {48}
-    names = {id(p): name for name, p in found.program.module.named_parameters()}
-    first = parameters(found.program, node(found.program, "first"))
+    names = {id(p): name for name, p in result.program.module.named_parameters()}
+    first = parameters(result.program, node(result.program, "first"))
     assert [names[id(p)] for p in first] == ["first.weight", "first.bias"]
 
 
 def test_flops_of_a_function_are_counted() -> None:
     weight = torch.randn(4, 8, requires_grad=True)
 
-    assert count_flops(lambda: torch.randn(2, 4) @ weight) == 2 * 2 * 4 * 8 + 8
-    assert count_flops(lambda: None) == 0
+    assert count_work(lambda: torch.randn(2, 4) @ weight)[0] == 2 * 2 * 4 * 8 + 8
+    assert count_work(lambda: None)[0] == 0
 
 
-def test_a_user_may_weigh_nodes() -> None:
-    seen: list[tuple[str, int]] = []
+def test_users_may_supply_the_cost_of_nodes() -> None:
+    calls: list[tuple[str, int]] = []
 
     def one_each(node: fx.Node, flops: int) -> float:
-        seen.append((node.name, flops))
+        calls.append((node.name, flops))
         return 1.0 if node.op == "call_module" else 0.0
 
     captured = program("mlp")
-    found = weigh(captured, observe(captured), one_each)
+    result = analyze(captured, observe(captured), one_each)
 
-    assert [cost.weight for cost in found.costs.values()] == [1.0] * len(captured.order)
-    assert seen == [(n.name, analysis("mlp").costs[n].flops) for n in captured.order]
-    assert (found.unit, found.total) == ("cost", 15.0)
-    assert found.scale == pytest.approx(15.0 / found.flops)
+    assert [cost.cost for cost in result.costs.values()] == [1.0] * len(captured.order)
+    assert calls == [(n.name, analysis("mlp").costs[n].flops) for n in captured.order]
+    assert (result.unit, result.total) == ("cost", 15.0)
+    assert result.scale == pytest.approx(15.0 / result.flops)
 
 
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
-def test_a_weight_that_is_no_cost_is_refused(weight: float) -> None:
+@pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
+def test_an_invalid_cost_is_refused(cost: float) -> None:
     captured = program("mlp")
     with pytest.raises(
-        OptionError, match=rf"cost of node '_0' must be finite and >= 0, got {weight}"
+        OptionError, match=rf"cost of node '_0' must be finite and >= 0, got {cost}"
     ):
-        measure_costs(captured, observe(captured), lambda node, flops: weight)
+        measure_costs(captured, observe(captured), lambda node, flops: cost)
 
 
 def test_measured_seconds_are_positive_and_cover_everything() -> None:
     captured = program("unet")
-    found = weigh(captured, observe(captured), "measured")
+    result = analyze(captured, observe(captured), "measured")
 
-    assert set(found.costs) == set(captured.order)
-    assert all(cost.weight > 0 for cost in found.costs.values() if cost.flops)
-    assert found.unit == "seconds"
-    assert 1e-5 < found.total < 10
+    assert set(result.costs) == set(captured.order)
+    assert all(cost.cost > 0 for cost in result.costs.values() if cost.flops)
+    assert result.unit == "seconds"
+    assert 1e-5 < result.total < 10
     flops = {n: cost.flops for n, cost in analysis("unet").costs.items()}
-    assert {n: cost.flops for n, cost in found.costs.items()} == flops
+    assert {n: cost.flops for n, cost in result.costs.items()} == flops
 
 
 def test_a_slow_segment_takes_longer() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8), nn.Linear(8, 8))
     captured = capture(model, (torch.randn(256, 512),))
     timed = measure_seconds(captured, [[n] for n in captured.order])
-    first, second, third = (each.forward for each in timed)
+    first, second, third = (seconds.forward for seconds in timed)
 
-    assert not any(each.backward for each in timed)
+    assert not any(seconds.backward for seconds in timed)
     assert first > second > 0
     assert first > 5 * third > 0
     timed = measure_seconds(captured, [captured.order[:2], captured.order[2:]])
-    whole, rest = (each.total for each in timed)
+    whole, last = (seconds.total for seconds in timed)
     assert whole > first / 3
-    assert rest > 0
+    assert last > 0
 
 
 class Sleeps(torch.autograd.Function):
-    """Takes its time on the way back."""
+    """Sleeps in the backward pass."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, seconds: float) -> Tensor:
@@ -198,14 +198,14 @@ class SlowBackward(nn.Module):
         return Sleeps.apply(x, self.seconds)
 
 
-def test_a_training_step_is_timed_on_the_way_back_too() -> None:
+def test_a_training_step_is_timed_backward_too() -> None:
     model = nn.Sequential(nn.Linear(4, 4), SlowBackward(0.01), nn.Linear(4, 4), SlowBackward(0.04))
     module = fx.GraphModule(model, _sequence(model))
     captured = replace(program("mlp"), module=module, args={"x": torch.randn(2, 4)})
     segments = [[n] for n in captured.order]
 
     timed = measure_seconds(captured, segments, backward=True)
-    first, slow, third, slower = (each.total for each in timed)
+    first, slow, third, slower = (seconds.total for seconds in timed)
 
     assert 0 < first < slow < slower
     assert 0 < third < slow
@@ -213,9 +213,9 @@ def test_a_training_step_is_timed_on_the_way_back_too() -> None:
     assert slower > 0.04
     assert timed[1].forward < 0.01 < timed[1].backward
     assert timed[3].forward < 0.01 < timed[3].backward
-    assert sum(each.total for each in measure_seconds(captured, segments)) < slow
+    assert sum(seconds.total for seconds in measure_seconds(captured, segments)) < slow
     segments = [segments[0] + segments[1], segments[2] + segments[3]]
-    together = [each.backward for each in measure_seconds(captured, segments, backward=True)]
+    together = [seconds.backward for seconds in measure_seconds(captured, segments, backward=True)]
     assert together[0] > 0.01
     assert together[1] > 0.04
     assert not any(p.grad is not None for p in model.parameters())
@@ -242,7 +242,7 @@ def test_segments_without_a_gradient_share_the_time_of_their_neighbours() -> Non
             return self.last(y) * positive
 
     captured = capture(Gated(), (torch.randn(2, 4),))
-    found = measure_seconds(captured, [[n] for n in captured.order], backward=True)
-    assert len(found) == 4
-    assert min(each.forward for each in found) > 0
-    assert min(each.backward for each in found) > 0
+    timed = measure_seconds(captured, [[n] for n in captured.order], backward=True)
+    assert len(timed) == 4
+    assert min(seconds.forward for seconds in timed) > 0
+    assert min(seconds.backward for seconds in timed) > 0

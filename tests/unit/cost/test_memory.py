@@ -8,16 +8,16 @@ from torch import nn
 
 from passes.analysis.analysis import Analysis
 from passes.cost.flops import parameters
-from passes.cost.memory import Memory, fitting
+from passes.cost.memory import Memory, last_fitting_ends
 from tests.support.programs import analysis
 
 
-def by_hand(found: Analysis, start: int, stop: int, *, training: bool) -> float:
-    """What the nodes of a run hold, as the module says it."""
-    nodes = found.frontiers.order[start:stop]
-    owned = {id(p): p for node in nodes for p in parameters(found.program, node)}
+def by_hand(result: Analysis, start: int, stop: int, *, training: bool) -> float:
+    """Add up the bytes of consecutive nodes one by one."""
+    nodes = result.frontiers.order[start:stop]
+    owned = {id(p): p for node in nodes for p in parameters(result.program, node)}
     read = sum(p.numel() * p.element_size() for p in owned.values())
-    written = [found.costs[node].activation_bytes for node in nodes]
+    written = [result.costs[node].activation_bytes for node in nodes]
     if training:
         return 4 * read + sum(written)
     return read + 2 * max(written, default=0)
@@ -30,14 +30,14 @@ def _memory(name: str, *, training: bool) -> Memory:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["resnet", "tied_linear", "reused_module"])
 def test_bytes_of_runs_count_shared_parameters_once(name: str, training: bool) -> None:
-    found = analysis(name)
-    memory = Memory(found.program, found.costs, training=training)
-    pairs = list(itertools.combinations(range(len(found.frontiers.order) + 1), 2))
-    begin, end = (torch.tensor(places) for places in zip(*pairs, strict=True))
-    wanted = [by_hand(found, *pair, training=training) for pair in pairs]
+    result = analysis(name)
+    memory = Memory(result.program, result.costs, training=training)
+    pairs = list(itertools.combinations(range(len(result.frontiers.order) + 1), 2))
+    begin, end = (torch.tensor(indices) for indices in zip(*pairs, strict=True))
+    expected = [by_hand(result, *pair, training=training) for pair in pairs]
 
-    assert memory.nodes(begin, end).tolist() == wanted
-    assert memory.span(*pairs[3]) == wanted[3]
+    assert memory.nodes(begin, end).tolist() == expected
+    assert memory.span(*pairs[3]) == expected[3]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -47,8 +47,8 @@ def test_the_last_end_that_fits_is_found(training: bool) -> None:
     ends = list(range(0, size + 1, 2))
     entry = [100.0 * (place % 3) for place in ends]
     for limit in (0.0, 2e3, 1e5, 1e6, 1e9):
-        found = fitting(memory, ends, entry, ends, limit)
-        for begin, extra, last in zip(ends, entry, found, strict=True):
+        indices = last_fitting_ends(memory, ends, entry, ends, limit)
+        for begin, extra, last in zip(ends, entry, indices, strict=True):
             fits = [
                 i
                 for i, end in enumerate(ends)
@@ -60,7 +60,7 @@ def test_the_last_end_that_fits_is_found(training: bool) -> None:
                 assert last < 0 or ends[last] < begin or last == -1
 
 
-def test_guess_and_correction_count_with_the_state() -> None:
+def test_operators_and_state_count() -> None:
     memory = _memory("mlp", training=True)
 
     assert isinstance(analysis("mlp").program.module, nn.Module)

@@ -117,7 +117,7 @@ def seconds_each_way(found: Analysis, *ways: tuple[float, float]) -> Analysis:
     """The analysis with these seconds, forward and backward, of its nodes."""
     seconds = dict(zip(found.frontiers.order, ways, strict=True))
     costs = {
-        node: dataclasses.replace(cost, weight=sum(seconds[node]), backward=seconds[node][1])
+        node: dataclasses.replace(cost, cost=sum(seconds[node]), backward=seconds[node][1])
         for node, cost in found.costs.items()
     }
     return dataclasses.replace(found, costs=costs, unit="seconds")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from passes.analysis.analysis import Analysis, weigh
+from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.node_facts import observe
@@ -35,7 +35,7 @@ WIDTH = 64
 def found() -> Analysis:
     """Ten equal layers."""
     program = capture(linear_chain(10, WIDTH), (torch.randn(32, WIDTH),))
-    return weigh(program, observe(program), "roofline", FAST)
+    return analyze(program, observe(program), "roofline", FAST)
 
 
 ANALYSIS = found()

@@ -106,14 +106,14 @@ class SharedNorm(Net):
 
 
 class DropoutWrite(Net):
-    """Writes to what dropout gives: a tensor of its own in training, else what it was given."""
+    """Writes to the result of dropout: a new tensor in training mode, else its argument."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(F.dropout(self.a(x), 0.5, self.training).add_(1.0)))
 
 
 class FlattenWrite(Net):
-    """Writes to what flatten gives: a copy of these strides, but a view of other ones."""
+    """Writes to the result of flatten: a copy for these strides, a view for others."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x).view(-1, 4, WIDTH // 4)
@@ -165,40 +165,42 @@ def test_the_legal_cuts_and_their_states(
     model: nn.Module, legal: dict[int, str], refused: dict[str, int]
 ) -> None:
     frontiers = analyze_model(model, torch.randn(4, WIDTH)).frontiers
-    found = {p.index: " ".join(node.name for node in p.state) for p in frontiers.positions}
+    states = {p.index: " ".join(node.name for node in p.state) for p in frontiers.positions}
 
-    assert found == legal
+    assert states == legal
     assert frontiers.refused == refused
     for position in frontiers.positions:
         assert [spec.shape[0] for spec in position.specs] == [4] * len(position.state)
 
 
 def test_side_values_are_recomputed_where_they_are_read() -> None:
-    found = analyze_model(Mask(), torch.randn(4, WIDTH))
-    order = found.frontiers.order
-    cones = {n.name: [m.name for m in cone] for n, cone in found.frontiers.cones.items()}
+    result = analyze_model(Mask(), torch.randn(4, WIDTH))
+    order = result.frontiers.order
+    recomputable = {
+        n.name: [m.name for m in subgraph] for n, subgraph in result.frontiers.recomputable.items()
+    }
 
-    assert cones == {
+    assert recomputable == {
         "getitem": ["getitem"],
         "gt": ["getitem", "gt"],
         "float_1": ["getitem", "gt", "float_1"],
     }
-    assert requirements(found.program, order[:5], found.frontiers.cones) == (("x",), ())
-    behind = requirements(found.program, order[5:], found.frontiers.cones)
-    assert behind == (("x",), ("getitem", "gt", "float_1"))
-    assert requirements(found.program, order[7:], found.frontiers.cones) == ((), ())
+    assert requirements(result.program, order[:5], result.frontiers.recomputable) == (("x",), ())
+    later = requirements(result.program, order[5:], result.frontiers.recomputable)
+    assert later == (("x",), ("getitem", "gt", "float_1"))
+    assert requirements(result.program, order[7:], result.frontiers.recomputable) == ((), ())
 
 
 def test_what_is_dear_or_impure_is_no_side_value() -> None:
-    class Dear(Net):
+    class Expensive(Net):
         def forward(self, x: Tensor) -> Tensor:
             noise = F.dropout(x[:, :1], 0.5, self.training)
             return self.c(self.b(self.a(x) * noise))
 
-    found = analyze_model(Dear(), torch.randn(4, WIDTH))
+    result = analyze_model(Expensive(), torch.randn(4, WIDTH))
 
-    assert [node.name for node in found.frontiers.cones] == ["getitem"]
-    assert "a" not in [node.name for node in found.frontiers.cones]
+    assert [node.name for node in result.frontiers.recomputable] == ["getitem"]
+    assert "a" not in [node.name for node in result.frontiers.recomputable]
 
 
 def test_statistics_are_updated_once_though_what_they_are_of_is_cheap() -> None:
@@ -211,32 +213,36 @@ def test_statistics_are_updated_once_though_what_they_are_of_is_cheap() -> None:
             factor = self.norm(x[:, :1])
             return self.c(self.b(self.a(x) * factor) * factor)
 
-    found = analyze_model(Early().train(), torch.randn(4, WIDTH))
+    result = analyze_model(Early().train(), torch.randn(4, WIDTH))
 
-    assert [node.name for node in found.frontiers.cones] == ["getitem"]
+    assert [node.name for node in result.frontiers.recomputable] == ["getitem"]
 
 
 # --- the oracle -----------------------------------------------------------------------------------
 
 
-def halves(found: Analysis, position: Position) -> Callable[..., Any]:
+def halves(result: Analysis, position: Position) -> Callable[..., Any]:
     """Return a function that runs the program in two pieces, cut at a position."""
-    captured, order, cones = found.program, found.frontiers.order, found.frontiers.cones
-    first, rest = order[: position.index], order[position.index :]
+    captured, order, recomputable = (
+        result.program,
+        result.frontiers.order,
+        result.frontiers.recomputable,
+    )
+    first, last = order[: position.index], order[position.index :]
     names = [node.name for node in position.state]
-    inputs, sides = requirements(captured, first, cones)
-    later_inputs, later_sides = requirements(captured, [*rest, captured.output], cones)
+    inputs, sides = requirements(captured, first, recomputable)
+    later_inputs, later_sides = requirements(captured, [*last, captured.output], recomputable)
     before = extract(captured, first, [], names, inputs=inputs, sides=sides, name="Before")
-    behind = extract(
-        captured, rest, names, None, inputs=later_inputs, sides=later_sides, name="Behind"
+    after = extract(
+        captured, last, names, None, inputs=later_inputs, sides=later_sides, name="After"
     )
     targets = {node.name: str(node.target) for node in captured.inputs}
 
-    def forward(**given: Any) -> Any:
-        state = before(*(given[targets[name]] for name in inputs))
+    def forward(**inputs_by_name: Any) -> Any:
+        state = before(*(inputs_by_name[targets[name]] for name in inputs))
         state = state if len(names) > 1 else (state,)
         versions = [tensor._version for tensor in state]
-        result = behind(*state, *(given[targets[name]] for name in later_inputs))
+        result = after(*state, *(inputs_by_name[targets[name]] for name in later_inputs))
         # A parareal network reads the state of an interface again, to correct it.
         assert [tensor._version for tensor in state] == versions, "the state was written"
         return result
@@ -246,34 +252,34 @@ def halves(found: Analysis, position: Position) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_cutting_anywhere_legal_reproduces_the_model(name: str) -> None:
-    captured, found = program(name), analysis(name)
+    captured, result = program(name), analysis(name)
     args = dict(captured.args)
     expected = step(captured.module, (), args, train=True)
 
-    assert found.frontiers.positions
-    for position in found.frontiers.positions:
-        forward = halves(found, position)
+    assert result.frontiers.positions
+    for position in result.frontiers.positions:
+        forward = halves(result, position)
         actual = step(captured.module, (), args, train=True, forward=forward)
         assert_same_step(actual, expected)
 
 
 def test_the_oracle_sees_an_illegal_cut() -> None:
-    found = analyze_model(InPlace(), torch.randn(4, WIDTH))
-    (node,) = (n for n in found.frontiers.order if n.name == "a")
-    forward = halves(found, Position(1, (node,), (), boundary=True))
+    result = analyze_model(InPlace(), torch.randn(4, WIDTH))
+    (node,) = (n for n in result.frontiers.order if n.name == "a")
+    forward = halves(result, Position(1, (node,), (), boundary=True))
 
     with pytest.raises(AssertionError, match="the state was written"):
-        forward(**found.program.args)
+        forward(**result.program.args)
 
 
 # --- boundaries, blocks and sources ---------------------------------------------------------------
 
 
-def boundaries(found: Analysis) -> set[str]:
+def boundaries(result: Analysis) -> set[str]:
     return {
-        found.frontiers.order[p.index].name
-        for p in found.frontiers.positions
-        if p.boundary and p.index < len(found.frontiers.order)
+        result.frontiers.order[p.index].name
+        for p in result.frontiers.positions
+        if p.boundary and p.index < len(result.frontiers.order)
     }
 
 
@@ -289,34 +295,34 @@ class Trunk(nn.Module):
 
 
 def test_a_boundary_leaves_no_repeated_block_open() -> None:
-    found = analyze_model(Trunk(), torch.randn(4, 8))
+    result = analyze_model(Trunk(), torch.randn(4, 8))
 
-    assert boundaries(found) == {"blocks_1_mlp_0", "blocks_2_mlp_0"}
+    assert boundaries(result) == {"blocks_1_mlp_0", "blocks_2_mlp_0"}
 
 
 def test_a_container_in_a_sequence_does_not_hide_its_blocks() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Trunk(), nn.Linear(8, 8))
-    found = analyze_model(model, torch.randn(4, 8))
+    result = analyze_model(model, torch.randn(4, 8))
     starts = {f"_1_blocks_{index}_mlp_0" for index in range(3)}
 
-    assert boundaries(found) == {*starts, "_2"}
-    assert [len(b.start.state) for b in found.blocks] == [1] * len(found.blocks)
-    signatures = [block.signature for block in found.blocks]
+    assert boundaries(result) == {*starts, "_2"}
+    assert [len(b.start.state) for b in result.blocks] == [1] * len(result.blocks)
+    signatures = [block.signature for block in result.blocks]
     assert len(signatures) == 4  # three blocks and the last layer
     assert signatures[0] == signatures[1] == signatures[2] != signatures[3]
 
 
 def test_equal_blocks_have_equal_signatures_whatever_their_names() -> None:
-    found = analysis("resnet")
+    result = analysis("resnet")
     kinds: dict[str, list[str]] = {}
-    for block in found.blocks:
-        first = found.frontiers.order[block.start.index].name
+    for block in result.blocks:
+        first = result.frontiers.order[block.start.index].name
         kinds.setdefault(block.signature, []).append(first)
 
     assert ["_1_conv1", "_2_conv1"] in kinds.values()  # eight channels
     assert ["_3_conv1"] in kinds.values()  # down-sampling
     assert ["_4_conv1", "_5_conv1", "_6_conv1"] in kinds.values()  # sixteen channels
-    trunk = [found.frontiers.order[block.start.index].name for block in found.trunk_blocks]
+    trunk = [result.frontiers.order[block.start.index].name for block in result.trunk_blocks]
     assert trunk == ["_1_conv1", "_2_conv1", "_4_conv1", "_5_conv1", "_6_conv1"]
 
 
@@ -343,14 +349,14 @@ def test_a_nested_input_gives_its_tensors() -> None:
             return self.c(self.b(self.a(batch["x"]) + batch["more"][0]))
 
     x = torch.randn(4, WIDTH)
-    found = analyze_model(Nested(), {"x": x, "more": [x], "ids": torch.zeros(4, dtype=torch.long)})
+    result = analyze_model(Nested(), {"x": x, "more": [x], "ids": torch.zeros(4, dtype=torch.long)})
 
-    names = [source.node.name for source in found.sources]
+    names = [source.node.name for source in result.sources]
     assert names == ["getitem", "getitem_2"]
 
 
 def test_without_a_cheap_learned_value_there_is_no_source() -> None:
-    class Dear(nn.Module):
+    class Expensive(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.table = nn.Linear(4, WIDTH)
@@ -359,7 +365,7 @@ def test_without_a_cheap_learned_value_there_is_no_source() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.c(self.b(self.table(F.one_hot(ids, 4).float())))
 
-    assert analyze_model(Dear(), torch.tensor([0, 1, 3])).sources == ()
+    assert analyze_model(Expensive(), torch.tensor([0, 1, 3])).sources == ()
 
 
 class PositionBias(nn.Module):
@@ -382,5 +388,5 @@ class PositionBias(nn.Module):
 
 
 def test_a_masked_table_of_positions_is_no_source_of_guesses() -> None:
-    found = analyze_model(PositionBias(), torch.randint(1, 20, (2, 7)))
-    assert [source.node.name for source in found.sources] == ["embedding"]
+    result = analyze_model(PositionBias(), torch.randint(1, 20, (2, 7)))
+    assert [source.node.name for source in result.sources] == ["embedding"]

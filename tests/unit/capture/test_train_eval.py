@@ -48,7 +48,7 @@ class Noise(nn.Module):
 
 
 class OwnStatistics(nn.Module):
-    """Batch normalisation by function, over buffers of one's own, counting its steps."""
+    """Functional batch normalization over its own buffers, counting its steps."""
 
     mean: Tensor
     var: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from passes.ir.direct_call import Direct
+from passes.ir.direct_call import DirectCaller
 
 
 class Many(nn.Module):
@@ -63,12 +63,12 @@ def test_same_to_the_bit(training: bool) -> None:
     x = torch.randn(5, 3, 8)
     for _ in range(2):
         expected = _step(module, module, x)
-        found = _step(other, Direct(other), x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        actual = _step(other, DirectCaller(other), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_calls_of_plain_layers_pass_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Direct(_traced(Many()))
+    run = DirectCaller(_traced(Many()))
     called: list[str] = []
     plain = nn.Module._call_impl
 
@@ -83,16 +83,16 @@ def test_calls_of_plain_layers_pass_no_module(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_hook_is_called() -> None:
     module = _traced(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    run, seen = Direct(module), []
-    handle = module.get_submodule("0").register_forward_hook(lambda *_: seen.append("layer"))
+    run, observed = DirectCaller(module), []
+    handle = module.get_submodule("0").register_forward_hook(lambda *_: observed.append("layer"))
     run(torch.ones(1, 4))
     handle.remove()
     run(torch.ones(1, 4))
-    with nn.modules.module.register_module_forward_hook(lambda *_: seen.append("any")):
+    with nn.modules.module.register_module_forward_hook(lambda *_: observed.append("any")):
         run(torch.ones(1, 4))
-    module.register_forward_pre_hook(lambda *_: seen.append("module"))
+    module.register_forward_pre_hook(lambda *_: observed.append("module"))
     run(torch.ones(1, 4))
-    assert seen == ["layer", "any", "any", "any", "module"]
+    assert observed == ["layer", "any", "any", "any", "module"]
 
 
 class Block(nn.Module):
@@ -131,8 +131,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "evaluation": lambda m: m.eval(),
     "a parametrization": lambda m: register_parametrization(m.last, "weight", nn.Tanh()),
     "a hook that changes the output": lambda m: m.last.register_forward_hook(lambda *_: _[2] * 2),
-    "a forward of its own": lambda m: setattr(m.last, "forward", torch.neg),
-    "a convolution of its own": lambda m: setattr(
+    "an overridden forward": lambda m: setattr(m.last, "forward", torch.neg),
+    "an overridden convolution": lambda m: setattr(
         m.get_submodule("body.0"), "_conv_forward", lambda x, *_: -x
     ),
     "a forward of the module": lambda m: setattr(m, "forward", torch.neg),
@@ -156,30 +156,30 @@ def test_whatever_is_changed_is_seen(change: str, before: bool) -> None:
     plain, x = copy.deepcopy(module), torch.randn(3, 3, 4, 4)
     if before:
         CHANGES[change](module)
-    run = Direct(module)
+    run = DirectCaller(module)
     if not before:
         CHANGES[change](module)
     state = copy.deepcopy(module.state_dict())
     expected = module(x), copy.deepcopy(module.state_dict())
     module.load_state_dict(state)
-    found = run(x), module.state_dict()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    actual = run(x), module.state_dict()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     only_later = ("no count", "an average of all", "no statistics", "no statistics from now on")
-    assert change in only_later or not torch.equal(found[0], plain(x))
+    assert change in only_later or not torch.equal(actual[0], plain(x))
 
 
 def test_a_patched_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     module = _traced(Block()).eval()
-    run = Direct(module)
+    run = DirectCaller(module)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: -x)
     x = torch.randn(3, 3, 4, 4)
     torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
-def test_a_copy_calls_its_own_layers(copied: Callable[[Direct], Direct]) -> None:
+def test_a_copy_calls_its_own_layers(copied: Callable[[DirectCaller], DirectCaller]) -> None:
     module = _traced(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    run, x = Direct(module), torch.randn(3, 4)
+    run, x = DirectCaller(module), torch.randn(3, 4)
     other, expected = copied(run), module(x)
     torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
     module.get_submodule("0").bias = nn.Parameter(torch.full((4,), 9.0))
@@ -188,7 +188,7 @@ def test_a_copy_calls_its_own_layers(copied: Callable[[Direct], Direct]) -> None
 
 
 def test_inputs_of_other_dimensions_are_refused_as_by_the_layer() -> None:
-    run = Direct(_traced(nn.Sequential(nn.BatchNorm2d(4))))
+    run = DirectCaller(_traced(nn.Sequential(nn.BatchNorm2d(4))))
     with pytest.raises(ValueError, match="expected 4D input"):
         run(torch.ones(3, 4, 4))
 
@@ -214,11 +214,11 @@ def test_subclasses_and_patched_layers_are_called_as_they_are() -> None:
     model = Model()
     module = fx.GraphModule(model, Tracer().trace(model))
     x = torch.randn(3, 4)
-    torch.testing.assert_close(Direct(module)(x), module(x), rtol=0, atol=0)
+    torch.testing.assert_close(DirectCaller(module)(x), module(x), rtol=0, atol=0)
     assert bool((module(x) != 0).any())
 
 
 def test_a_single_value_is_refused_as_by_the_layer() -> None:
-    run = Direct(_traced(nn.Sequential(nn.BatchNorm1d(4))).train())
+    run = DirectCaller(_traced(nn.Sequential(nn.BatchNorm1d(4))).train())
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         run(torch.ones(1, 4))

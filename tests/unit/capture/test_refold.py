@@ -82,7 +82,7 @@ def test_a_batchnorm_of_two_branches_is_restored_twice_and_a_dead_one_once() -> 
 
 
 class Picks(nn.Module):
-    """Takes the first of the tensors that a layer gives."""
+    """Takes the first tensor that a layer returns."""
 
     def __init__(self, layer: nn.Module, times: int) -> None:
         super().__init__()
@@ -201,12 +201,12 @@ def test_a_norm_over_ones_own_statistics_follows_the_mode(target: Any, affine: b
     values = [torch.randn(6, 4), *(torch.rand(4) + 0.5 for _ in names[1:])]
 
     for train in (True, False):
-        own, theirs = ([value.clone() for value in values] for _ in range(2))
-        x_, mean_, var_, *rest = theirs
-        weight_, bias_ = rest or (None, None)
+        arguments, copies = ([value.clone() for value in values] for _ in range(2))
+        x_, mean_, var_, *scale_and_shift = copies
+        weight_, bias_ = scale_and_shift or (None, None)
         expected = F.batch_norm(x_, mean_, var_, weight_, bias_, train, 0.3, 1e-4)
-        assert torch.equal(module.train(train)(*own), expected)
-        assert all(map(torch.equal, own, theirs))
+        assert torch.equal(module.train(train)(*arguments), expected)
+        assert all(map(torch.equal, arguments, copies))
 
 
 def test_a_norm_without_statistics_takes_those_of_the_batch_in_either_mode() -> None:

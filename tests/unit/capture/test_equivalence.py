@@ -1,4 +1,4 @@
-"""Wrong graphs are caught: one test per way in which a front end gives another network."""
+"""Wrong graphs are caught: one test for each kind of error of a front end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from passes.capture.equivalence import Reference
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
-from passes.ir.example_inputs import Arguments, bind
+from passes.ir.example_inputs import ExampleInputs, bind
 from passes.ir.program import graph_module
 from tests.models.hard_models import (
     CustomGradient,
@@ -97,12 +97,12 @@ def normed() -> nn.Module:
 def test_a_wrong_graph_is_caught(build: Callable[[], nn.Module], wrong: Wrong, reason: str) -> None:
     model = build()
     x = torch.linspace(-2.0, 2.0, 4 * WIDTH).view(4, WIDTH)
-    arguments: Arguments = bind(model, (x,), {})
+    arguments: ExampleInputs = bind(model, (x,), {})
     reference = Reference(build_like(model), arguments, dynamic_batch=False)
 
     assert reference.mismatch(build_like(model)) == ""
-    found = reference.mismatch(wrong(build_like(model), x))
-    assert re.search(reason, found), found
+    difference = reference.mismatch(wrong(build_like(model), x))
+    assert re.search(reason, difference), difference
 
 
 def build_like(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import CaptureError
-from passes.ir.example_inputs import bind, placeholders
+from passes.ir.example_inputs import bind, placeholder_names
 
 
 class Model(nn.Module):
@@ -32,7 +32,7 @@ def test_tensors_are_found_in_the_order_of_the_signature_with_their_paths() -> N
         ("rest_0", ()),
         ("mask", ()),
     ]
-    assert placeholders(bound) == ["x", "batch", "rest_0", "mask"]
+    assert placeholder_names(bound) == ["x", "batch", "rest_0", "mask"]
     assert list(bound.tensor_arguments()) == ["x", "batch", "rest_0", "mask"]
 
 
@@ -64,7 +64,7 @@ def test_a_second_call_has_other_values_and_one_more_sample() -> None:
     more = bound.varied(grow=True)
     ids_more, z_more, table_more, mask_more = more.tensors()
 
-    assert bound.batch == 3
+    assert bound.batch_size == 3
     assert ids_more.shape == (4, 2)
     assert not torch.equal(ids_more[:3], ids)
     assert set(ids_more.flatten().tolist()) <= set(ids.flatten().tolist())
@@ -83,7 +83,7 @@ def test_a_second_call_of_the_same_size_keeps_every_shape() -> None:
 
 
 def test_without_a_dimension_there_is_no_batch() -> None:
-    assert bind(Model(), (torch.tensor(1.0),), {}).batch is None
+    assert bind(Model(), (torch.tensor(1.0),), {}).batch_size is None
 
 
 def test_inputs_that_do_not_fit_the_signature_are_refused() -> None:

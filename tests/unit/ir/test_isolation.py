@@ -60,10 +60,10 @@ def test_four_threads_compile_while_a_model_runs() -> None:
     builds: list[Callable[[], nn.Module]] = [_traced, _exported]
     models = [builds[number % 2]() for number in range(4)]
     running, x = _exported().eval(), torch.randn(3, 8)
-    wanted = running(x)
+    expected = running(x)
 
     def step() -> None:
-        assert torch.equal(running(x), wanted)
+        assert torch.equal(running(x), expected)
 
     def compile_one(model: nn.Module) -> float:
         compiled = pnn.compile(model, x, stages=2)
@@ -89,26 +89,26 @@ def test_random_numbers_of_another_thread_are_no_fault_of_the_model() -> None:
 def test_a_seed_gives_the_same_weights_in_every_thread() -> None:
     x, model = torch.randn(3, 8), _traced()
     with ThreadPoolExecutor(4) as pool:
-        made = [*pool.map(lambda _: pnn.compile(model, x, stages=2).module, range(4))]
-    for one in made[1:]:
-        for a, b in zip(made[0].parameters(), one.parameters(), strict=True):
+        modules = [*pool.map(lambda _: pnn.compile(model, x, stages=2).module, range(4))]
+    for module in modules[1:]:
+        for a, b in zip(modules[0].parameters(), module.parameters(), strict=True):
             assert torch.equal(a, b)
 
 
 def test_methods_that_are_patched_change_for_one_thread_and_not_for_good() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(3, 8)
-    seen: list[object] = []
+    results: list[object] = []
 
     class Beside(nn.Module):
         def forward(self, value: Tensor) -> Tensor:
             with ThreadPoolExecutor(1) as pool:
-                seen.append(pool.submit(layer, x).result())
+                results.append(pool.submit(layer, x).result())
             return value * 2
 
     with exclusive():
         graph = fx.symbolic_trace(Beside())
     assert graph(x).equal(x * 2)
-    assert isinstance(seen[0], Tensor)
+    assert isinstance(results[0], Tensor)
 
 
 def test_a_trace_that_fails_leaves_nothing_behind() -> None:

@@ -1,4 +1,4 @@
-"""One test per model that could not be captured once, or was captured wrongly."""
+"""Regression tests: models that capture once refused, or captured wrongly."""
 
 from __future__ import annotations
 
@@ -210,13 +210,13 @@ def test_outputs_of_any_class_keep_their_fields(kind: type[Any], exported: bool)
     model = Gives(kind, exported).eval()
     compiled = pnn.compile(model, torch.randn(4, WIDTH), stages=2)
     x = torch.randn(5, WIDTH)
-    found, wanted = compiled.sequential(x), model(x)
+    actual, expected = compiled.sequential(x), model(x)
 
-    read = dict.__getitem__ if isinstance(found, dict) else getattr
-    torch.testing.assert_close(read(found, "logits"), wanted.logits)
-    torch.testing.assert_close(read(found, "hidden"), wanted.hidden)
-    told = [note for note in compiled.plan.notes if "is given as a dict of its fields" in note]
-    assert len(told) == (isinstance(found, dict))
+    read = dict.__getitem__ if isinstance(actual, dict) else getattr
+    torch.testing.assert_close(read(actual, "logits"), expected.logits)
+    torch.testing.assert_close(read(actual, "hidden"), expected.hidden)
+    notes = [note for note in compiled.plan.notes if "becomes a dict of its fields" in note]
+    assert len(notes) == (isinstance(actual, dict))
     compiled.verify(strict=True)
 
 

@@ -1,4 +1,4 @@
-"""Calls behind a large frame have room, wherever the caller's own frame ends."""
+"""Calls from a large frame have headroom, wherever the frame of the caller ends."""
 
 import resource
 import sys
@@ -6,7 +6,7 @@ from types import FunctionType
 
 import pytest
 
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import with_frame_headroom
 
 _CALLS = 500
 
@@ -31,17 +31,17 @@ def _loops() -> list[FunctionType]:
     ]
 
 
-def test_no_call_maps_memory_behind_a_large_frame() -> None:
-    assert max(with_room(loop) for loop in _loops()) < _CALLS
+def test_no_call_maps_memory_after_a_large_frame() -> None:
+    assert max(with_frame_headroom(loop) for loop in _loops()) < _CALLS
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="newer versions may keep a chunk")
-def test_without_room_some_frame_ends_where_every_call_maps_memory() -> None:
+def test_without_headroom_some_frame_ends_where_every_call_maps_memory() -> None:
     assert max(loop() for loop in _loops()) >= _CALLS
 
 
 def test_arguments_results_and_errors_pass_through() -> None:
-    assert with_room(divmod, 7, 2) == (3, 1)
-    assert with_room(sorted, [1, 2], reverse=True) == [2, 1]
+    assert with_frame_headroom(divmod, 7, 2) == (3, 1)
+    assert with_frame_headroom(sorted, [1, 2], reverse=True) == [2, 1]
     with pytest.raises(ZeroDivisionError):
-        with_room(divmod, 1, 0)
+        with_frame_headroom(divmod, 1, 0)

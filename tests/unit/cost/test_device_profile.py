@@ -64,7 +64,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert load_profile(path) == load_profile(str(path)) == profile()
 
 
-def test_roofline_takes_the_dearer_of_work_and_traffic() -> None:
+def test_roofline_takes_the_longer_of_compute_and_memory() -> None:
     device = profile()
     assert device.seconds(1e9, 0) == pytest.approx(1 + 1e-3)
     assert device.seconds(1e9, 0, "torch.bfloat16") == pytest.approx(0.25 + 1e-3)

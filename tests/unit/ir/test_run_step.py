@@ -10,7 +10,7 @@ from passes.capture.equivalence import Reference
 from passes.errors import CaptureError
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved
-from passes.ir.run_step import Run, compare, relative_error, run
+from passes.ir.run_step import StepResult, compare, relative_error, run_one_step
 
 
 class Counter(nn.Module):
@@ -56,7 +56,8 @@ def test_a_run_is_repeatable_and_tells_which_buffers_it_changed() -> None:
     model = Counter()
     arguments = bind(model, (torch.rand(2, 4),), {})
     first, second = (
-        run(model, lambda c: model(*c.args), arguments, train=True, grad=True) for _ in range(2)
+        run_one_step(model, lambda c: model(*c.args), arguments, train=True, grad=True)
+        for _ in range(2)
     )
 
     assert compare(second, first) == ""
@@ -92,14 +93,14 @@ def test_infinities_of_opposite_sign_differ() -> None:
     assert relative_error(minus, plus) == float("inf")
 
 
-def one_run(**changes: object) -> Run:
+def one_run(**changes: object) -> StepResult:
     fields: dict[str, object] = {
         "outputs": [torch.ones(2), 3],
         "gradients": {"w": torch.ones(2), "unused": None},
         "changed": {"b": torch.ones(1)},
         "written": frozenset(),
     }
-    return Run(**(fields | changes))  # type: ignore[arg-type]
+    return StepResult(**(fields | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -124,11 +125,11 @@ def one_run(**changes: object) -> Run:
         (one_run(changed={"b": torch.zeros(1)}), "buffer b differs after the step"),
     ],
 )
-def test_a_difference_is_named(candidate: Run, reason: str) -> None:
-    found = compare(candidate, one_run())
+def test_a_difference_is_named(candidate: StepResult, reason: str) -> None:
+    difference = compare(candidate, one_run())
 
-    assert re.search(reason, found)
-    assert bool(found) == bool(reason)
+    assert re.search(reason, difference)
+    assert bool(difference) == bool(reason)
 
 
 def reference(model: nn.Module, *args: Tensor, dynamic_batch: bool = True) -> Reference:
@@ -155,9 +156,9 @@ def test_a_candidate_is_held_against_both_modes_and_two_inputs() -> None:
 def test_a_model_that_cannot_train_on_the_example_is_noted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert not reference(model, torch.rand(1, 4)).notes  # a second sample makes it train
-    found = reference(model, torch.rand(1, 4), dynamic_batch=False)
+    result = reference(model, torch.rand(1, 4), dynamic_batch=False)
 
-    assert found.notes == [
+    assert result.notes == [
         "training mode was not compared: the model fails in it (ValueError: Expected more than 1 "
         "value per channel when training, got input size torch.Size([1, 4])); give an example that "
         "it can train on"

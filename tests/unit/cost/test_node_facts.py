@@ -31,8 +31,8 @@ class Layouts(nn.Module):
 
 def test_the_batch_axis_is_followed_wherever_it_goes() -> None:
     # As many samples as tokens and features: only running twice tells the axes apart.
-    found = facts(Layouts(), torch.randn(5, 5, 5))
-    axes = {name: fact.spec.batch_axis for name, fact in found.items() if fact.spec}
+    by_name = facts(Layouts(), torch.randn(5, 5, 5))
+    axes = {name: fact.spec.batch_axis for name, fact in by_name.items() if fact.spec}
 
     assert axes == {
         "x": 0,
@@ -46,8 +46,8 @@ def test_the_batch_axis_is_followed_wherever_it_goes() -> None:
 
 
 def test_without_a_free_batch_the_leading_axis_of_its_size_is_taken() -> None:
-    found = facts(Layouts(), torch.randn(2, 5, 5), dynamic=False)
-    axes = {name: fact.spec.batch_axis for name, fact in found.items() if fact.spec}
+    by_name = facts(Layouts(), torch.randn(2, 5, 5), dynamic=False)
+    axes = {name: fact.spec.batch_axis for name, fact in by_name.items() if fact.spec}
 
     assert axes["x"] == 0
     assert axes["transpose"] is axes["flatten"] is axes["mean"] is None
@@ -79,10 +79,10 @@ def test_a_tensor_has_the_shape_and_the_axes_that_layers_give_it(
 
 
 def test_no_type_is_given_to_what_is_no_tensor() -> None:
-    found = facts_by_name(program("lstm"))
+    by_name = facts_by_name(program("lstm"))
 
-    assert found["lstm1"].spec is None
-    assert found["lstm1"].bytes == 4 * (2 * 6 * 8 + 2 * (2 * 8))
+    assert by_name["lstm1"].spec is None
+    assert by_name["lstm1"].bytes == 4 * (2 * 6 * 8 + 2 * (2 * 8))
 
 
 def test_every_write_is_seen() -> None:
@@ -96,32 +96,35 @@ def test_every_write_is_seen() -> None:
         "dropout": set(),
     }
     for name, writers in expected.items():
-        found = facts_by_name(program(name))
-        assert {at for at, fact in found.items() if fact.writes} == writers, name
+        by_name = facts_by_name(program(name))
+        assert {at for at, fact in by_name.items() if fact.writes} == writers, name
 
 
 def test_a_write_names_the_memory_that_it_changes() -> None:
-    found = facts_by_name(program("view_write"))
-    first = found["layers_0"].storages
+    by_name = facts_by_name(program("view_write"))
+    first = by_name["layers_0"].storages
 
-    assert found["getitem"].storages == found["add_"].storages == found["add_"].writes == first
-    assert not found["layers_1"].storages & first
+    assert (
+        by_name["getitem"].storages == by_name["add_"].storages == by_name["add_"].writes == first
+    )
+    assert not by_name["layers_1"].storages & first
     running = facts_by_name(program("running_mean"))
     assert running["lerp_"].writes == running["_0_mean"].storages
 
 
 def test_randomness_is_seen() -> None:
     for name in CAPTURABLE:
-        found = facts_by_name(program(name))
+        by_name = facts_by_name(program(name))
         expected = {"_2", "_5", "_8", "_11", "_14", "_17"} if name == "dropout" else set()
-        assert {at for at, fact in found.items() if fact.random} == expected, name
+        assert {at for at, fact in by_name.items() if fact.random} == expected, name
 
 
-def test_pure_means_no_write_and_no_randomness() -> None:
+def test_layers_that_write_and_layers_that_draw_are_told_apart() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Dropout(), nn.Tanh())
-    found = facts(model, torch.randn(2, 4))
+    nodes = [facts(model, torch.randn(2, 4))[f"_{i}"] for i in range(4)]
 
-    assert [found[f"_{i}"].pure for i in range(4)] == [True, False, False, True]
+    assert [bool(node.writes) for node in nodes] == [False, True, False, False]
+    assert [node.random for node in nodes] == [False, False, True, False]
 
 
 def test_looking_changes_nothing() -> None:
@@ -139,8 +142,8 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_a_model_that_cannot_train_on_one_sample_is_observed_on_two() -> None:
-    found = facts(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(1, 4))
+    by_name = facts(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.randn(1, 4))
 
-    assert found["_1"].spec is not None
-    assert str(found["_1"].spec) == "[B, 4] float32"
-    assert found["_1"].writes
+    assert by_name["_1"].spec is not None
+    assert str(by_name["_1"].spec) == "[B, 4] float32"
+    assert by_name["_1"].writes

@@ -40,10 +40,10 @@ class Packed(nn.Module):
 class Tagger(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.recurrent, self.behind = body(), Packed(), body()
+        self.before, self.recurrent, self.after = body(), Packed(), body()
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return self.behind(self.recurrent(self.before(x), lengths))
+        return self.after(self.recurrent(self.before(x), lengths))
 
 
 class Gate(nn.Module):
@@ -105,7 +105,7 @@ def test_a_packed_sequence_is_kept_whole_and_the_rest_is_cut() -> None:
         "torch.export",
     ]
     assert "recurrent (Packed) is kept whole" in report.notes[0]
-    assert "test_opaque.py:" in report.notes[0]
+    assert "test_opaque_modules.py:" in report.notes[0]
     assert report.notes[0] in compiled.plan.notes
     compiled.verify(strict=True)
     x, lengths = torch.randn(3, 7, WIDTH), torch.tensor([2, 7, 5])
@@ -191,8 +191,8 @@ def test_a_model_that_only_evaluation_mode_lets_in_is_told_how() -> None:
         capture(LayerDrop(), (X[:, 0],))
 
 
-class Behind(nn.Module):
-    """What no trace can enter, given what follows from values; it gives a nested output."""
+class Gated(nn.Module):
+    """A module that no trace can enter, with a value-dependent argument and a nested output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,17 +210,17 @@ class Asking(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.gates = body(), nn.ModuleList(Behind() for _ in range(2))
-        self.behind, self.drop = body(), nn.Dropout(0.3)
+        self.before, self.gates = body(), nn.ModuleList(Gated() for _ in range(2))
+        self.after, self.drop = body(), nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         first, *_ = x.unbind(1)  # not for a symbolic trace
         positive = first.sum().item() > 0
         y = self.drop(self.before(x[:, 0]))
         for gate in self.gates:
-            given = gate(y, 0.5, positive=positive)
-            y = given["state"] + given["parts"][0][:, None]
-        return self.behind(y)
+            output = gate(y, 0.5, positive=positive)
+            y = output["state"] + output["parts"][0][:, None]
+        return self.after(y)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -230,8 +230,8 @@ def test_an_exported_graph_keeps_modules_whole_with_what_they_are_given(sign: fl
 
     report = compiled.program.capture
     assert report.rung == "torch.export, modules kept whole"
-    assert "gates.0, gates.1 (Behind) is kept whole" in report.notes[0]
-    assert "test_opaque.py:" in report.notes[0]
+    assert "gates.0, gates.1 (Gated) is kept whole" in report.notes[0]
+    assert "test_opaque_modules.py:" in report.notes[0]
     compiled.verify(strict=True)
     for other in (x[:3], -x):  # neither the size nor what was asked for is fixed
         for train in (True, False):
