@@ -20,7 +20,7 @@ from passes.cost.node_facts import observe
 from passes.errors import OptionError
 from passes.ir.program import Program, verify_graph
 from passes.options import Options
-from passes.plan.num_stages import decide
+from passes.plan.num_stages import cut_and_plan
 from passes.plan.schema import Plan
 from passes.transform.assemble import assemble, sequential, verify_steps
 from passes.transform.split import Stages, split
@@ -188,7 +188,7 @@ def _analyze(c: Compilation) -> Compilation:
 def _plan(c: Compilation) -> Compilation:
     assert c.options is not None
     assert c.analysis is not None
-    options, plan = decide(c.analysis, c.options)
+    options, plan = cut_and_plan(c.analysis, c.options)
     return replace(c, options=options, plan=plan)
 
 

@@ -16,7 +16,7 @@ from passes.partition.choose_cuts import Cut, choose_cut, next_best_moves
 from passes.partition.problem import CutProblem, makespan, serial
 from passes.partition.search import DoesNotFit, solve
 from passes.plan.build import make_plan
-from passes.plan.num_stages import decide
+from passes.plan.num_stages import cut_and_plan
 from passes.plan.schema import Plan
 from tests.support.programs import analysis, analyze_model
 from tests.unit.partition.test_search import tight_problems
@@ -32,7 +32,7 @@ def small_resnet() -> Analysis:
 
 
 def plan_of(facts: Analysis, **options: object) -> Plan:
-    return decide(facts, Options(**options))[1]  # type: ignore[arg-type]
+    return cut_and_plan(facts, Options(**options))[1]  # type: ignore[arg-type]
 
 
 def starts(plan: Plan) -> list[str]:
