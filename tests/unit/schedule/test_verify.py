@@ -17,7 +17,7 @@ import pnn_compile as pnn
 from examples import unet
 from passes.schedule.instruction import EXPECTS, RECEIVES, SENDS, Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
-from passes.schedule.verify import check, in_order, meet
+from passes.schedule.verify import check, execution_order, rendezvous
 from pnn_compile.inputs import named_batch
 from pnn_compile.runtime.engine import Engine, state_shapes
 from pnn_compile.runtime.rank_pieces import RankPieces
@@ -45,8 +45,8 @@ def _lists(draw: st.DrawFn) -> Programs:
 def test_lists_end_where_no_message_is_kept_and_those_of_two_ranks_mirror(
     programs: Programs,
 ) -> None:
-    meetings = meet(programs)
-    assert len(meetings) == check(programs)
+    transfers = rendezvous(programs)
+    assert len(transfers) == check(programs)
     for a, b in itertools.combinations(range(len(programs)), 2):
         assert _channel(programs[a], a, b) == _channel(programs[b], b, a)
 
@@ -86,7 +86,7 @@ def _expect(stage: int, peer: int) -> Instruction:
 
 def test_two_ranks_that_both_send_first_are_refused() -> None:
     both = [[_send(0, 1), _receive(1, 1)], [_send(1, 0), _receive(0, 0)]]
-    assert len([*in_order(both)]) == 4  # free of deadlock if sends do not wait
+    assert len([*execution_order(both)]) == 4  # free of deadlock if sends do not wait
     with pytest.raises(pnn.RuntimeFault, match=r"wait for each other: rank 0 at send output"):
         check(both)
     mirrored = [[_send(0, 1), _receive(1, 1)], [_expect(0, 0), _send(1, 0), _receive(0, 0)]]
@@ -96,7 +96,7 @@ def test_two_ranks_that_both_send_first_are_refused() -> None:
 def test_a_circle_of_three_ranks_is_refused() -> None:
     circle = [[_send(rank, (rank + 1) % 3), _receive((rank - 1) % 3, (rank - 1) % 3)]
               for rank in range(3)]  # fmt: skip
-    assert len([*in_order(circle)]) == 6
+    assert len([*execution_order(circle)]) == 6
     with pytest.raises(pnn.RuntimeFault, match="that keep no message"):
         check(circle)
 
@@ -110,7 +110,7 @@ def test_a_circle_of_three_ranks_is_refused() -> None:
 )
 def test_room_that_nobody_waits_for_is_refused(receiver: list[Instruction], message: str) -> None:
     with pytest.raises(pnn.RuntimeFault, match=message):
-        meet([[_send(0, 1), _send(1, 1)], receiver])
+        rendezvous([[_send(0, 1), _send(1, 1)], receiver])
 
 
 class _Meeting:
