@@ -64,7 +64,7 @@ def kept(letters: str, count: int, changing: str = "") -> list[tuple[str, int]]:
     return [("".join(f"{b.signature}{b.start.index}" for b in group), n) for group, n in steps]
 
 
-class _Place:
+class _StubPosition:
     def __init__(self, index: int) -> None:
         self.index = index
 
@@ -73,7 +73,7 @@ class _Named:
     """What `thin` reads of a block."""
 
     def __init__(self, index: int, signature: str, changes: bool) -> None:
-        self.start, self.stop = _Place(index), _Place(index + 1)
+        self.start, self.stop = _StubPosition(index), _StubPosition(index + 1)
         self.signature = signature
         self.entering, self.leaving = "small", "large" if changes else "small"
 
