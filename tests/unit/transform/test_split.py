@@ -134,8 +134,8 @@ def edited(plan: Plan, number: int, **changes: Any) -> Plan:
         (1, {"consumes": ()}, r"Fine1 reads '_6', which does not reach it"),
         (1, {"consumes": ("ghost",)}, r"stage 1 consumes 'ghost', which does not cross before it"),
         (0, {"consumes": ("_6",)}, r"stage 0 consumes '_6', which does not cross before it"),
-        (0, {"produces": ("_5",)}, r"'_5' crosses behind stage 0 or is produced by it, not both"),
-        (0, {"produces": ()}, r"'_6' crosses behind stage 0 or is produced by it, not both"),
+        (0, {"produces": ("_5",)}, r"'_5' crosses after stage 0 or is produced by it, not both"),
+        (0, {"produces": ()}, r"'_6' crosses after stage 0 or is produced by it, not both"),
         (0, {"last": "_5"}, r"stage 0 ends at '_5', its interface at '_6'"),
         (0, {"inputs": ()}, r"Fine0 reads 'input_1', which does not reach it"),
         (1, {"sides": ("ghost",)}, r"Fine1 names 'ghost', which the program does not have"),
@@ -159,9 +159,9 @@ def test_interfaces_that_do_not_fit_are_refused() -> None:
         ((), r"2 stages, 0 interfaces"),
         (
             (dataclasses.replace(first, state=()), last),
-            r"'_6' crosses behind stage 0 or is produced",
+            r"'_6' crosses after stage 0 or is produced",
         ),
-        ((ghosts, last), r"'_6' crosses behind|'ghost' crosses behind"),
+        ((ghosts, last), r"'_6' crosses after|'ghost' crosses after"),
         (
             (first, dataclasses.replace(last, after="ghost")),
             r"stage 1 ends at '_12', its interface at 'ghost'",
