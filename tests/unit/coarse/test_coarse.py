@@ -380,9 +380,9 @@ def test_a_difference_passes_its_inputs_to_both_calls() -> None:
             return scale * x**2
 
     x, r, scale = (torch.randn(3) for _ in range(3))
-    found = Difference(Scaled(), 1, joint=False)(x, r, scale)
+    result = Difference(Scaled(), 1, joint=False)(x, r, scale)
 
-    torch.testing.assert_close(found, scale * (x + r) ** 2 - scale * x**2)
+    torch.testing.assert_close(result, scale * (x + r) ** 2 - scale * x**2)
 
 
 def test_one_batch_is_not_taken_where_a_state_does_not_begin_with_the_batch() -> None:

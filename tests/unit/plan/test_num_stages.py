@@ -1,4 +1,4 @@
-"""stages="auto": how many, how dear the sweep, and what the plan says about it."""
+"""stages="auto": how many, how expensive the sweep, and what the plan says about it."""
 
 from __future__ import annotations
 

@@ -112,12 +112,12 @@ def test_the_forecast_of_a_plan_is_what_its_lists_take(options: dict[str, Any]) 
     ):
         plan = pnn.compile(model, example, stages=4, coarse="linear", **options).plan
         forward = schedule(range(4), Sweep.of(plan), backward=False)
-        found = simulate(forward, Times.of(plan)).time
-        assert found <= plan.forecast.time * (1 + 1e-9)
+        simulated = simulate(forward, Times.of(plan)).time
+        assert simulated <= plan.forecast.time * (1 + 1e-9)
         if isinstance(model, nn.Sequential) and plan.iterations == 1:
-            assert found == pytest.approx(plan.forecast.time, rel=0.02)
+            assert simulated == pytest.approx(plan.forecast.time, rel=0.02)
         both = simulate(schedule(range(4), Sweep.of(plan)), Times.of(plan)).time
-        assert both > 2 * found
+        assert both > 2 * simulated
 
 
 def test_seconds_of_a_training_step_are_those_of_both_phases() -> None:
@@ -170,8 +170,8 @@ def test_a_trace_has_every_instruction_and_an_arrow_per_message() -> None:
     assert Counter(e["tid"] for e in spans) == {r: len(p) for r, p in enumerate(programs)}
     assert max(e["dur"] for e in spans) == pytest.approx(1000)  # microseconds
     for rank in range(3):
-        own = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == rank)
-        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(own))
+        intervals = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == rank)
+        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(intervals))
     tails = {e["id"]: e["ts"] for e in events if e["ph"] == "s"}
     tips = {e["id"]: e["ts"] for e in events if e["ph"] == "f"}
     assert tails.keys() == tips.keys()
@@ -207,7 +207,7 @@ def _measured(rank: int) -> list[tuple[float, float]]:
     """For every kind of step: what the simulator says, and what the best of several takes."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.Tanh())))
-    found = []
+    rows = []
     for options, batches, _ in OPTIONS:
         example = torch.randn(4, 8)
         compiled = pnn.compile(model, example, stages=4, coarse="linear", **options)
@@ -226,8 +226,8 @@ def _measured(rank: int) -> list[tuple[float, float]]:
         best, steps = math.inf, 0
         while best > CLOSE * simulated and steps < STEPS:  # others may have the cores for a while
             best, steps = min(best, _step(module, example)), steps + 1
-        found.append((simulated, best))
-    return found
+        rows.append((simulated, best))
+    return rows
 
 
 def _step(module: pnn.runtime.RankModule, example: Tensor) -> float:
@@ -247,6 +247,6 @@ def _mean(outputs: Tensor, batch: Any) -> Tensor:
 def test_ranks_overlap_as_the_simulator_says(tmp_path: Path) -> None:
     """Four processes; were their fine stages to run one after another, a step took over 2 s."""
     measured = start(_measured, 4, tmp_path)[0]
-    for (options, batches, by_hand), (simulated, found) in zip(OPTIONS, measured, strict=True):
+    for (options, batches, by_hand), (simulated, seconds) in zip(OPTIONS, measured, strict=True):
         assert simulated == pytest.approx(by_hand), (options, batches)
-        assert 0.98 * simulated <= found <= 1.1 * simulated, (options, batches)
+        assert 0.98 * simulated <= seconds <= 1.1 * simulated, (options, batches)

@@ -51,16 +51,16 @@ def test_lists_end_where_no_message_is_kept_and_those_of_two_ranks_mirror(
         assert _channel(programs[a], a, b) == _channel(programs[b], b, a)
 
 
-def _channel(program: Sequence[Instruction], own: int, other: int) -> list[tuple[int, object]]:
+def _channel(program: Sequence[Instruction], rank: int, other: int) -> list[tuple[int, object]]:
     """What a rank puts into its queue for another one: the sender of each message, and which."""
     expected = {EXPECTS[i.kind] for i in program if i.kind in EXPECTS}
-    found: list[tuple[int, object]] = []
+    messages: list[tuple[int, object]] = []
     for it in program:
         if it.peer != other or it.kind in expected:
             continue
         taken = SENDS.get(it.kind) or EXPECTS.get(it.kind) or it.kind
-        found.append((own if it.kind in SENDS else other, (taken, *it.key)))
-    return found
+        messages.append((rank if it.kind in SENDS else other, (taken, *it.key)))
+    return messages
 
 
 def test_no_rank_waits_before_its_fine_stages() -> None:
@@ -133,9 +133,9 @@ class _Meeting:
         if tensors is not None:
             self._rooms[sender, receiver] = tensors
         barrier.wait()
-        found = self._rooms[sender, receiver]
+        queue = self._rooms[sender, receiver]
         barrier.wait()
-        return found
+        return queue
 
 
 class _MeetingTransport:
@@ -184,8 +184,8 @@ def test_ranks_that_meet_for_every_message_end_with_the_same_gradients(
     }[name]()
     compiled = pnn.compile(model, example, stages=4, coarse_budget=1.0, **options)  # type: ignore[arg-type]
     compiled.module.eval()
-    wanted = compiled.module(example)
-    wanted.square().mean().backward()
+    output = compiled.module(example)
+    output.square().mean().backward()
     gradients = {key: p.grad for key, p in compiled.module.named_parameters()}
     compiled.module.zero_grad(set_to_none=True)
     meeting, inputs = _Meeting(), [named_batch(compiled, example)]
@@ -209,11 +209,11 @@ def test_ranks_that_meet_for_every_message_end_with_the_same_gradients(
     for thread in threads:
         thread.join()
     assert not problems
-    torch.testing.assert_close(engines[placement[-1]].outputs[0], wanted)
+    torch.testing.assert_close(engines[placement[-1]].outputs[0], output)
     for key, parameter in compiled.module.named_parameters():
         zero = torch.zeros_like(parameter)  # a gradient that is not there
-        own, expected = parameter.grad, gradients[key]
+        actual, expected = parameter.grad, gradients[key]
         torch.testing.assert_close(
-            zero if own is None else own, zero if expected is None else expected,
+            zero if actual is None else actual, zero if expected is None else expected,
             rtol=1e-4, atol=1e-6, msg=key,
         )  # fmt: skip

@@ -30,8 +30,8 @@ def test_the_stages_in_sequence_are_the_model(name: str, stages: int) -> None:
     inputs = call(name, 3)  # another batch size than the example's
     for train in (True, False):
 
-        def forward(*, train: bool = train, **given: Any) -> Any:
-            return sequential.train(train)(**given)
+        def forward(*, train: bool = train, **arguments: Any) -> Any:
+            return sequential.train(train)(**arguments)
 
         expected = step(captured.module, (), inputs, train=train)
         actual = step(captured.module, (), inputs, train=train, forward=forward)
@@ -43,15 +43,15 @@ def test_the_stages_own_the_models_weights_under_the_models_names(name: str) -> 
     captured, (stages, sequential, module) = program(name), parts(compiled(name, stages=3))
     original = dict(captured.module.named_parameters(remove_duplicate=False))
     buffers = dict(captured.module.named_buffers(remove_duplicate=False))
-    seen: set[str] = set()
+    names: set[str] = set()
     for piece in (*stages.fine, stages.head):
         for key, parameter in piece.named_parameters(remove_duplicate=False):
             assert parameter is original[key]
         for key, buffer in piece.named_buffers(remove_duplicate=False):
             assert buffer is buffers[key]
-        seen |= set(piece.state_dict())
+        names |= set(piece.state_dict())
 
-    assert seen == set(captured.module.state_dict())
+    assert names == set(captured.module.state_dict())
     prefixes = ("fine_0.", "fine_1.", "fine_2.", "head.")
     assert all(key.startswith(prefixes) for key in sequential.state_dict())
     assert module.get_submodule("fine_1") is sequential.get_submodule("fine_1") is stages.fine[1]
@@ -104,13 +104,13 @@ def test_an_argument_may_be_called_as_the_builtins_are() -> None:
         def forward(self, input: Tensor, type: Tensor) -> Tensor:
             return self.layers(input) + type
 
-    given = {"input": torch.randn(2, 4), "type": torch.randn(2, 4)}
-    compilation = compile_model(Net(), *given.values(), stages=2)
+    arguments = {"input": torch.randn(2, 4), "type": torch.randn(2, 4)}
+    compilation = compile_model(Net(), *arguments.values(), stages=2)
     _, sequential, module = parts(compilation)
 
     assert compilation.program is not None
-    torch.testing.assert_close(sequential(**given), compilation.program.module(**given))
-    assert module(**given).shape == (2, 4)
+    torch.testing.assert_close(sequential(**arguments), compilation.program.module(**arguments))
+    assert module(**arguments).shape == (2, 4)
 
 
 # --- plans that do not fit ------------------------------------------------------------------------
