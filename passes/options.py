@@ -1,4 +1,4 @@
-"""What a user can ask of the compiler, checked as early as it can be."""
+"""`Options` of a compilation, checked as early as possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
 
 _MOST_COPIED = 0.25
-"""Largest share of first layers that is copied into guesses without being asked for."""
+"""Largest share of the first layers that calibration copies by default."""
 
 _CORRECTIONS = ("residual", "difference")
 
@@ -48,32 +48,32 @@ class Options:
             within 5 % of the best.
         cost: "flops"; seconds on this machine, "measured" of a training step or
             "measured-forward" of the forward pass alone; seconds on a device by its profile,
-            "roofline" and "roofline-forward"; or a callable from a node and its forward
-            FLOPs to a weight.
+            "roofline" and "roofline-forward"; or a callable from a node and its forward FLOPs to
+            a cost.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
         coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
             sum such as "linear+lowrank".
-        coarse_budget: Largest share of the original's cost that the coarse sweep may take.
-        units: Copies N_c of the repeating block in a coarse network of family "units"; of family
-            "thinned" how many of a stage's repeated blocks are kept.
+        coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
+        units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
+            for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators, from the same list, "auto", or a sum.
-        prologue: Largest share of the original's cost that a guess may spend on a copy of the
-            first layers, to read what they give instead of the input, or on a thinned copy of all
-            layers before its interface (`preprocess="thinned"`). None is no copy, a tenth for
-            "thinned", and with calibration samples as much as the coarse budget where that fits
-            better.
+        prologue: Largest share of the cost of the original that a preprocessing operator may spend
+            on a copy of the first layers, to read their output instead of the input, or on a
+            thinned copy of all layers before its interface (`preprocess="thinned"`). None: no copy;
+            a tenth for "thinned"; with calibration samples, up to the coarse budget if the copy
+            lowers the error.
         correction: "residual" (the paper; for training) or "difference" (classical parareal).
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
             through a map of its own, all of them at once; or "auto", the faster one by the
-            step-time model where the corrections of the chain are linear.
+            step-time model if the coarse propagators of the chain are linear.
         iterations: Number K of parareal iterations.
-        devices: Profile of all devices, or of each of at least as many as there are stages; their
-            memory and links count. Empty: equal devices, with links and memory for nothing.
+        devices: One profile for all devices, or one each for at least as many devices as stages;
+            their memory and links count. Empty: equal devices, with free links and memory.
         seed: Seed of the initial weights of the coarse networks.
 
     Raises:
-        OptionError: A value is not one of those known, or out of range.
+        OptionError: A value is unknown, or out of range.
     """
 
     stages: int | Literal["auto"] = "auto"
@@ -93,15 +93,20 @@ class Options:
 
     @classmethod
     def of(cls, options: Options | None, choices: Mapping[str, Any]) -> Options:
-        """Set single options by name, in those given or else in the defaults.
+        """Override options by name.
 
-        A device or a list of devices becomes a tuple, and costs on devices become seconds.
+        A device or a list of devices becomes a tuple. With devices, the default cost is "roofline"
+        instead of "flops".
+
+        Args:
+            options: The options to start from; None for the defaults.
+            choices: Values by the names of options.
 
         Raises:
             OptionError: An option is unknown, or a value out of range.
         """
-        start = options or cls()
-        fields: dict[str, Any] = {field.name: getattr(start, field.name) for field in _fields(cls)}
+        base = options or cls()
+        fields: dict[str, Any] = {field.name: getattr(base, field.name) for field in _fields(cls)}
         if unknown := sorted(choices.keys() - fields.keys()):
             raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(fields)}")
         fields |= choices
@@ -152,14 +157,14 @@ class Options:
             )
 
     def calibrated(self) -> Options:
-        """The same options where samples are at hand: guesses may copy first layers."""
+        """Return the options for a compilation with samples: `prologue` may copy first layers."""
         if self.prologue is not None or self.preprocess != "auto":
             return self
         return dataclasses.replace(self, prologue=min(self.coarse_budget, _MOST_COPIED))
 
     @property
     def training(self) -> bool:
-        """Whether a step trains: cuts obey the memory and both ways of a training step."""
+        """Whether the costs and the memory are those of a training step, not of inference."""
         return self.cost not in ("measured-forward", "roofline-forward")
 
     def _check_devices(self) -> None:
@@ -193,9 +198,9 @@ class Options:
             raise OptionError("sweep='collapsed' exists in residual form with one iteration only")
 
 
-def _among(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(known)}")
+def _among(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(allowed)}")
 
 
 def _check_family(role: Role, family: str) -> None:

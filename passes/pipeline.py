@@ -1,7 +1,11 @@
 """The compiler as a list of passes from a model to a parareal network.
 
-A pass states what it requires and ensures in the type that it works on: `Compilation`, whose
-fields fill up from pass to pass. The list is plain data; nothing registers itself.
+All passes work on one type, `Compilation`, whose fields fill up from pass to pass. A pass states
+which fields it requires and which it ensures. The list is plain data; there is no registry.
+
+    CAPTURE    model -> program
+    COMPILE    program, options -> analysis -> plan -> stages, operators -> module
+    REPLAY     program, plan -> stages, operators -> module
 """
 
 from __future__ import annotations
@@ -20,27 +24,16 @@ from passes.cost.node_facts import observe
 from passes.errors import OptionError
 from passes.ir.program import Program, verify_graph
 from passes.options import Options
-from passes.plan.num_stages import decide
+from passes.plan.num_stages import cut_and_plan
 from passes.plan.schema import Plan
 from passes.transform.assemble import assemble, sequential, verify_steps
 from passes.transform.split import Stages, split
 from passes.transform.synthesize import Operators, synthesize
 
-__all__ = [
-    "CAPTURE",
-    "COMPILE",
-    "REPLAY",
-    "Compilation",
-    "Pass",
-    "PassResult",
-    "insert",
-    "run_passes",
-]
-
 
 @dataclass(frozen=True)
 class Compilation:
-    """One compilation on its way through the passes.
+    """State of a compilation between two passes.
 
     Attributes:
         model: The user's model, which is copied and never changed.
@@ -48,16 +41,16 @@ class Compilation:
         kwargs: Example keyword arguments.
         dynamic_batch: Whether to keep the batch size free where the model allows it.
         program: The captured program.
-        options: What was asked for; None where a plan is replayed.
-        measure: Gives the seconds of segments, for measured costs.
+        options: Options of the compilation; None if a plan is replayed.
+        measure: Function that measures the seconds of segments, for measured costs.
         analysis: Costs and legal cuts.
         plan: The decisions.
         stages: The fine stages and the head.
-        operators: The guesses and corrections.
-        sequential: The stages one after another.
+        operators: The preprocessing operators and coarse propagators.
+        sequential: The network of the stages one after another.
         module: The parareal network.
         samples: Batches to calibrate on.
-        calibration: What calibration found.
+        calibration: The report of the calibration.
     """
 
     model: nn.Module | None = None
@@ -82,10 +75,10 @@ class Pass:
     """One step of the compiler.
 
     Attributes:
-        name: What the report calls it.
-        requires: Fields of the compilation that must be filled before.
-        ensures: Fields that it fills.
-        apply: From a compilation to the next one.
+        name: Name in reports.
+        requires: Fields of the compilation that must be set before.
+        ensures: Fields that it sets.
+        apply: Function from a compilation to the next one.
     """
 
     name: str
@@ -96,12 +89,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did.
+    """Outcome of a pass.
 
     Attributes:
         name: Its name.
-        seconds: Wall seconds that it took.
-        changed: Fields of the compilation that hold something else after it; empty if none does.
+        seconds: Its wall time in seconds.
+        changed: Fields of the compilation that it replaced.
     """
 
     name: str
@@ -115,12 +108,15 @@ def run_passes(
     """Run passes in order.
 
     Args:
-        compilation: Where to start.
+        compilation: State to start from.
         passes: The passes.
         check: Whether to verify every graph of the compilation between passes.
 
+    Returns:
+        The compilation after the last pass, and the outcome of every pass.
+
     Raises:
-        OptionError: A pass lacks what it requires, or did not ensure what it promised.
+        OptionError: A field that a pass requires is missing, or one that it ensures is not set.
         PnnError: Whatever a pass raises.
     """
     results = []
@@ -142,7 +138,7 @@ def _changed(before: Compilation, after: Compilation) -> tuple[str, ...]:
 
 
 def _verify(compilation: Compilation) -> None:
-    """Check every graph; those that are assembled say of every node which step it belongs to."""
+    """Verify every graph; each node of an assembled graph must belong to a step."""
     if compilation.program is not None:
         verify_graph(compilation.program.module)
     for graph in (compilation.sequential, compilation.module):
@@ -158,16 +154,21 @@ def _demand(compilation: Compilation, names: Sequence[str], what: str) -> None:
 
 
 def insert(passes: Sequence[Pass], step: Pass, *, after: str) -> tuple[Pass, ...]:
-    """Return the passes with one more of the user's own after the one of that name.
+    """Return the passes with another one inserted.
+
+    Args:
+        passes: The passes.
+        step: The pass to insert.
+        after: Name of the pass before it.
 
     Raises:
         OptionError: No pass has that name.
     """
-    names = [one.name for one in passes]
+    names = [listed.name for listed in passes]
     if after not in names:
         raise OptionError(f"no pass is called {after!r}; those of the list: {', '.join(names)}")
-    place = names.index(after) + 1
-    return (*passes[:place], step, *passes[place:])
+    index = names.index(after) + 1
+    return (*passes[:index], step, *passes[index:])
 
 
 def _capture(c: Compilation) -> Compilation:
@@ -188,7 +189,7 @@ def _analyze(c: Compilation) -> Compilation:
 def _plan(c: Compilation) -> Compilation:
     assert c.options is not None
     assert c.analysis is not None
-    options, plan = decide(c.analysis, c.options)
+    options, plan = cut_and_plan(c.analysis, c.options)
     return replace(c, options=options, plan=plan)
 
 
@@ -215,7 +216,7 @@ def _assemble(c: Compilation) -> Compilation:
 
 
 CAPTURE = Pass("capture and validate", ("model",), ("program",), _capture)
-"""From a model to a program that equals it in outputs, gradients and buffers."""
+"""From a model to a program with equal outputs, gradients and buffers."""
 
 REPLAY: tuple[Pass, ...] = (
     # Plan -> stages that share the program's modules, and their composition.
@@ -225,12 +226,12 @@ REPLAY: tuple[Pass, ...] = (
     # All of them -> the parareal network.
     Pass("assemble", ("plan", "stages", "operators"), ("module",), _assemble),
 )
-"""From a program and a plan to the network: decides nothing."""
+"""From a program and a plan to the network, without decisions."""
 
 COMPILE: tuple[Pass, ...] = (
-    # Runs the program: shapes, aliases, writes, FLOPs, legal cuts, repeated blocks.
+    # Run the program: shapes, aliases, writes, FLOPs, legal cuts, repeated blocks.
     Pass("analyze", ("program", "options"), ("analysis",), _analyze),
-    # Decides: cuts, families, forecast.
+    # Decide: cuts, families, forecast.
     Pass("plan", ("options", "analysis"), ("plan",), _plan),
     *REPLAY,
 )

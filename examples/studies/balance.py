@@ -30,8 +30,8 @@ from passes.capture.ladder import capture
 from passes.cost.node_facts import observe
 from passes.errors import PnnError
 from passes.options import Options
-from passes.partition.choose_cuts import pricing_of
-from passes.partition.problem import CutProblem, Prices, makespan, serial
+from passes.partition.choose_cuts import problem_builder
+from passes.partition.problem import CutProblem, PositionCosts, makespan, serial
 from passes.partition.search import solve
 from tests.models.zoo import CASES
 
@@ -72,14 +72,14 @@ def rows(name: str, analysis: Analysis) -> Iterator[dict[str, Any]]:
     """For each number of stages, what every algorithm's cuts take on the same costs."""
     for stages in STAGES:
         options = Options(stages=stages, cost="measured")
-        pricing = pricing_of(analysis, options)
-        candidates = len(pricing.ends)
+        builder = problem_builder(analysis, options)
+        candidates = len(builder.positions)
         if candidates < stages:
             continue
-        problem = pricing.problem(pricing.devices(stages))
-        prices = problem.devices[0]
-        back = prices.back_work or [0.0] * candidates
-        work = [a + b for a, b in zip(prices.work, back, strict=True)]
+        problem = builder.build(builder.devices(stages))
+        first = problem.devices[0]
+        backward = first.backward_work or [0.0] * candidates
+        work = [a + b for a, b in zip(first.work, backward, strict=True)]
         costs = [b - a for a, b in itertools.pairwise([0.0, *work])]
         cuts = {
             "ours": solve(problem).cuts,
@@ -150,17 +150,19 @@ def unequal(candidates: int, stages: int, *, phases: int, seed: int = 0) -> CutP
     most = math.ceil(2.5 * share)
     reach = [min(candidates - 1, place + most) for place in range(candidates)]
 
-    def device() -> Prices:
+    def device() -> PositionCosts:
         slow = draw(0.5, 2.0)
         back = slow * draw(0.95, 1.05)
         two = phases == 2
-        return Prices(
+        return PositionCosts(
             work=list(itertools.accumulate(slow * node for node in forward)),
             entry=[0.02 * share * slow] * candidates,
-            hop=[slow * price for price in coarse],
+            hop=[slow * cost for cost in coarse],
             tail=[math.inf] * (candidates - 1) + [1.0],
-            back_work=list(itertools.accumulate(back * node for node in backward)) if two else (),
-            back_entry=[0.04 * share * back] * candidates if two else (),
+            backward_work=list(itertools.accumulate(back * node for node in backward))
+            if two
+            else (),
+            backward_entry=[0.04 * share * back] * candidates if two else (),
             reach=reach,
             first_reach=most,
             last_reach=reach,

@@ -30,7 +30,7 @@ from examples.studies.balance import without_serial
 from passes.analysis.analysis import Analysis
 from passes.cost.measured import measure_seconds
 from passes.options import Options
-from passes.partition.choose_cuts import pricing_of
+from passes.partition.choose_cuts import problem_builder
 from passes.partition.problem import makespan
 from passes.partition.search import solve
 from passes.schedule.instruction import Kind
@@ -106,12 +106,11 @@ def remeasured(compiled: pnn.Compiled) -> list[dict[Kind, float]]:
 def least_imbalance(analysis: Analysis | None, stages: int) -> float:
     """The imbalance of the cuts with the fastest slowest stage, whatever the sweep costs then."""
     assert analysis is not None
-    pricing = pricing_of(analysis, Options(stages=stages, cost="measured"))
-    problem = pricing.problem(pricing.devices(stages))
+    builder = problem_builder(analysis, Options(stages=stages, cost="measured"))
+    problem = builder.build(builder.devices(stages))
     cuts = solve(without_serial(problem)).cuts
-    pairs = zip(problem.devices, itertools.pairwise([None, *cuts]), strict=True)
-    costs = [device.cost(begin, end) for device, (begin, end) in pairs if end is not None]
-    return makespan(problem, cuts) * stages / sum(cost.makespan for cost in costs)
+    total = sum(cost.makespan for cost in problem.stage_costs(cuts))
+    return makespan(problem, cuts) * stages / total
 
 
 def _named(seconds: Mapping[Kind, float]) -> dict[str, float]:

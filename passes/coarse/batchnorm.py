@@ -1,7 +1,7 @@
-"""BatchNorm statistics of a coarse network, measured on the states that it really sees.
+"""Recalibrate the BatchNorm statistics of a coarse network on the states that it is called with.
 
-A network made of copied blocks carries the statistics of the trunk, but it takes larger steps and
-is called on guesses and residuals. Its statistics are replaced by the average over given calls.
+A network of copied blocks carries the statistics of the trunk, but it takes larger steps and is
+called on guesses and residuals. `recalibrate` replaces them by the average over sample calls.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def recalibrate(network: nn.Module, calls: Iterable[tuple[Any, ...]]) -> int:
     """Set the running statistics of every BatchNorm to their average over calls.
 
-    The first call sees the first layer's new statistics at once (it runs on those of the batch), so
-    layers one after another are consistent. Nothing else changes: modes, momentum, weights and
-    gradients are as they were, layers that draw random numbers are quiet, and layers without
-    running statistics are left alone. Without calls, and for a network without such layers,
-    nothing changes at all.
+    Each layer normalizes by the statistics of the current batch, so later layers are calibrated on
+    the outputs of layers that are calibrated already. Modes, momentum, weights and gradients do not
+    change, dropout is off, and layers without running statistics are left alone. Without calls,
+    nothing changes.
 
     Args:
-        network: The network, such as the correction of a stage; its BatchNorm layers are changed.
-        calls: The positional arguments of each call: one batch each, iterated once, so that a
-            generator never holds more than one.
+        network: The network, such as a coarse propagator; its BatchNorm layers are changed.
+        calls: The positional arguments of each call, one batch each; iterated once, so a generator
+            holds one batch at a time.
 
     Returns:
         The number of layers that were recalibrated.
@@ -38,20 +37,20 @@ def recalibrate(network: nn.Module, calls: Iterable[tuple[Any, ...]]) -> int:
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
         return 0
-    seen = False
+    called = False
     with _averaging(network, layers), torch.no_grad():
         for arguments in calls:
-            if not seen:
+            if not called:
                 for layer in layers:
                     layer.reset_running_stats()
-            seen = True
+            called = True
             network(*arguments)
-    return len(layers) if seen else 0
+    return len(layers) if called else 0
 
 
 @contextmanager
 def _averaging(network: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let these layers alone run in training mode, with a cumulative average (no momentum)."""
+    """Put only these layers into training mode, with a cumulative average (momentum None)."""
     modes = {module: module.training for module in network.modules()}
     momenta = [layer.momentum for layer in layers]
     try:

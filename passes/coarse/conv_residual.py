@@ -1,9 +1,9 @@
 """Family `conv`: a small non-linear residual unit that starts at zero.
 
 Two 3 x 3 convolutions with a ReLU between them on images and other grids, two linear layers with
-a GELU on token sequences and flat states. The last layer is zero, so that a fitted linear part
-beside it is kept until training finds something better. It has no normalisation: a coarse network
-may be called on two differently distributed states.
+a GELU on token sequences and flat states. The last layer starts at zero, so that a fitted linear
+part in the same sum stays as it is until training improves on it. It has no normalization, as a
+coarse propagator may be called on two differently distributed states.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvMap(nn.Module):
-    """From one tensor to another, at the target's resolution."""
+    """Residual unit from one tensor to another, at the resolution of the target.
+
+    Args:
+        source: Type of the tensor that it reads.
+        target: Type of the tensor that it returns.
+    """
 
     def __init__(self, source: TensorSpec, target: TensorSpec) -> None:
         super().__init__()
@@ -56,7 +61,13 @@ class ConvMap(nn.Module):
 
 
 class Conv(MapMatrix):
-    """One `ConvMap` per pair of an entering and a leaving tensor that may depend on it."""
+    """One `ConvMap` per pair of an entering and a leaving tensor.
+
+    Args:
+        entering: Types of the tensors that it reads.
+        leaving: Types of the tensors that it returns.
+        reads: Which entering tensors each leaving one may depend on; all if None.
+    """
 
     def __init__(
         self,

@@ -1,12 +1,12 @@
-"""Family `units`: the paper's coarse network, copies of the trunk's own repeating block.
+"""Family `units`: the coarse network of the paper, copies of the repeating block of the trunk.
 
-For a stage that covers blocks of the graph: a copy of every block that changes the shape of the
-state (down-sampling), and N_c copies of the block that the stage repeats most. The copies draw
-fresh weights at the scale of the originals (Lee, Park, Lee 2022, section IV). By letter, with D a
+For a stage of whole blocks: a copy of every block that changes the shape of the state
+(down-sampling), and N_c copies of the block that the stage repeats most. The copies draw fresh
+weights with the standard deviations of the originals (Lee, Park, Lee 2022, section IV). With D a
 block that halves the resolution:
 
     stage          A A A D B B B B      N_c = 2
-    coarse network       D B B          B at the shape that the stage leaves with
+    coarse network       D B B          B has the shape of the leaving state
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from passes.ir.subgraph import extract, nodes_between
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCopy:
-    """Nodes to copy.
+    """A block to copy, by the names of its nodes.
 
     Attributes:
-        first: The first one.
-        last: The last one.
-        entering: The value that they read.
-        leaving: The value that they compute.
-        inputs: Inputs of the program that they read.
-        sides: Side values that they recompute.
+        first: Its first node.
+        last: Its last node.
+        entering: The value that it reads.
+        leaving: The value that it computes.
+        inputs: Inputs of the program that it reads.
+        sides: Side values that it recomputes.
     """
 
     first: NodeName
@@ -59,7 +59,7 @@ class BlockCopy:
 
     @classmethod
     def of(cls, analysis: Analysis, block: Block, **more: Any) -> Self:
-        """Describe a block; `more` are the fields of a subclass."""
+        """Describe a block; `more` holds the fields of a subclass."""
         nodes = analysis.frontiers.order[block.start.index : block.stop.index]
         inputs, sides = requirements(analysis.program, nodes, analysis.frontiers.recomputable)
         return cls(
@@ -85,7 +85,11 @@ class UnitsOptions(CoarseOptions):
 
     @classmethod
     def choose(cls, span: Span) -> Self:
-        """Choose the blocks that change the shape of the state, and the most frequent one."""
+        """Choose the blocks that change the shape of the state, and the most frequent one.
+
+        Raises:
+            SynthesisError: The stage is not made of whole blocks, or its state is not one tensor.
+        """
         check_single(span)
         analysis, repeats = span.analysis, span.options.units
         blocks = choose_blocks(
@@ -96,18 +100,18 @@ class UnitsOptions(CoarseOptions):
         return cls(blocks=copies, inputs=read_by(analysis.program, copies))
 
     def made_of(self, analysis: Analysis) -> Hashable:
-        """Digests of the blocks."""
+        """Return the digests of the blocks."""
         return signatures(analysis, self.blocks)
 
 
 class Units(nn.Module):
-    """Blocks one after another, each on the state and on the inputs that it needs.
+    """A sequence of blocks, each called with the state and the inputs that it reads.
 
     Args:
         units: The blocks.
-        inputs: Names of the inputs, in the order in which they are given.
-        steps: For every block B how many blocks it stands for: x + m (B(x) - x), that is, its
-            branch scaled by m. 1 leaves a block as it is, and is the default of all.
+        inputs: Names of the inputs, in the order of the arguments of `forward`.
+        steps: For every block B, the number m of blocks that it stands for: x + m (B(x) - x), which
+            scales its residual branch by m. Default: 1 for all.
     """
 
     def __init__(
@@ -122,20 +126,25 @@ class Units(nn.Module):
         ]
 
     def forward(self, x: torch.Tensor, *inputs: Any) -> torch.Tensor:
-        """Propagate the state; `inputs` in the order given at construction."""
-        given = dict(zip(self._inputs, inputs, strict=True))
+        """Propagate the state.
+
+        Args:
+            x: The state.
+            inputs: Inputs of the program, in the order of the constructor's `inputs`.
+        """
+        by_name = dict(zip(self._inputs, inputs, strict=True))
         for unit, reads, step in zip(self.units, self._reads, self.steps, strict=True):
-            y = unit(x, *(given[name] for name in reads))
+            y = unit(x, *(by_name[name] for name in reads))
             x = y if step == 1 else x + step * (y - x)
         return x
 
     def extra_repr(self) -> str:
-        """Return the steps for the module's repr."""
+        """Show the steps in the repr of the module."""
         return f"steps={self.steps}"
 
 
 def whole_blocks(blocks: Sequence[Block], start: int, stop: int) -> list[Block]:
-    """The blocks that make up the nodes between two cuts; empty if they do not, end to end."""
+    """Return the blocks between two cuts; empty unless they cover exactly these nodes."""
     inside = [block for block in blocks if block.start.index >= start and block.stop.index <= stop]
     if not inside or inside[0].start.index != start or inside[-1].stop.index != stop:
         return []
@@ -148,15 +157,15 @@ def choose_blocks(
     """Choose the blocks to copy for the stage between two cuts.
 
     Args:
-        blocks: Every block of the graph, in order.
-        trunk: Those that the trunk repeats.
+        blocks: All blocks of the graph, in order.
+        trunk: The blocks that the trunk repeats.
         start: Index of the cut where the stage begins.
         stop: Index of the cut where it ends.
         repeats: N_c, the number of copies of the repeated block.
 
     Returns:
         The blocks in the order in which to chain them; empty if the stage is not made of whole
-        blocks or none of them repeats at the shape that the stage leaves with.
+        blocks. Only those that change the shape if no block has the shape of the leaving state.
     """
     inside = whole_blocks(blocks, start, stop)
     if not inside:
@@ -169,37 +178,46 @@ def choose_blocks(
     if not keeping:
         return changing
     common, _ = Counter(block.signature for block in keeping).most_common(1)[0]
-    chosen = next(block for block in keeping if block.signature == common)
-    return [*changing, *[chosen] * repeats]
+    repeating = next(block for block in keeping if block.signature == common)
+    return [*changing, *[repeating] * repeats]
 
 
 def check_single(span: Span) -> None:
-    """Refuse a state of several tensors: a block has one."""
+    """Refuse a state of several tensors, as a block has one.
+
+    Raises:
+        SynthesisError: The entering or the leaving state has several components.
+    """
     if len(span.entering) != 1 or len(span.leaving) != 1:
         raise SynthesisError("the state has several components")
 
 
 def check_copies(span: Span, copies: Sequence[BlockCopy]) -> None:
-    """Refuse a stage without blocks, and blocks that read what the leaving state must not."""
+    """Refuse a stage without blocks, and blocks that read what the leaving state must not.
+
+    Raises:
+        SynthesisError: There are no blocks, or a block reads an input that the leaving state does
+            not depend on.
+    """
     if not copies:
         raise SynthesisError("the stage is not made of repeating blocks")
     [leaving] = span.leaving
     if not all(span.analysis.may_read(leaving.name, block.leaving) for block in copies):
-        raise SynthesisError("its blocks read an input that the state behind it does not depend on")
+        raise SynthesisError("its blocks read an input that the state after it does not depend on")
 
 
 def read_by(program: Program, copies: Sequence[BlockCopy]) -> tuple[str, ...]:
-    """Inputs of the program that any of the blocks reads, in the program's order."""
+    """Return the inputs that any of the blocks reads, in the order of the program."""
     used = {name for block in copies for name in block.inputs}
     return tuple(node.name for node in program.inputs if node.name in used)
 
 
 def signatures(analysis: Analysis, copies: Sequence[BlockCopy]) -> tuple[tuple[str, ...], ...]:
-    """Digests of the blocks of every copy: equal for copies that compute the same."""
+    """Return the digests of the blocks of every copy: equal for copies that compute the same."""
     order, blocks = analysis.frontiers.order, analysis.blocks
     first = {order[block.start.index].name: number for number, block in enumerate(blocks)}
     last = {order[block.stop.index - 1].name: number for number, block in enumerate(blocks)}
-    inside = (blocks[first[copied.first] : last[copied.last] + 1] for copied in copies)
+    inside = (blocks[first[block.first] : last[block.last] + 1] for block in copies)
     return tuple(tuple(block.signature for block in group) for group in inside)
 
 
@@ -210,7 +228,7 @@ def build_units(options: UnitsOptions, site: Site) -> Units:
 
 
 def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.GraphModule]:
-    """Copy blocks deeply, trainable where the originals are frozen."""
+    """Copy blocks deeply; the copies are trainable even if the originals are frozen."""
     copies = []
     for block in blocks:
         original = extract(
@@ -236,14 +254,14 @@ def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
             if parameter.is_meta:
-                continue  # drawn when it is materialised
+                continue  # drawn when it is materialized
             old = before[name]
-            wanted = old.std().item() if old.numel() > 1 else 0.0
+            target = old.std().item() if old.numel() > 1 else 0.0
             if parameter.dim() > 1 and torch.equal(parameter, old):
-                parameter.normal_()  # no module of its own that could draw it
+                parameter.normal_()  # no module resets it: a parameter of the graph itself
             spread = parameter.std().item() if parameter.numel() > 1 else 0.0
-            if spread > 0 and wanted > 0:
-                parameter.mul_(wanted / spread)
+            if spread > 0 and target > 0:
+                parameter.mul_(target / spread)
             else:
                 parameter.copy_(old)
     return unit

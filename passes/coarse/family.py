@@ -1,7 +1,7 @@
 """The table of families: every kind of preprocessing operator C_j and coarse propagator F_j.
 
-A row says what a family is for and what the compiler may do with it; nothing outside of this room
-asks for a family by its name. `docs/write_a_coarse_family.md` adds a row.
+A row says what a family is and what the compiler may do with it; no code outside of this room
+depends on the name of a family. `docs/write_a_coarse_family.md` shows how to add a row.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from passes.coarse.spec import (
 )
 from passes.coarse.strided_conv import Convolution
 from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
-from passes.coarse.wrappers import ExactOptions, Guess, Sum, Zero, build_exact
+from passes.coarse.wrappers import ExactOptions, PreprocessingOperator, Sum, Zero, build_exact
 from passes.errors import SynthesisError
 from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
 
 Build = Callable[[Any, Site], nn.Module]
-"""Builds a network from the options of its family."""
+"""Function from the options of a family and a `Site` to a network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +43,23 @@ class Family:
     """A family of cheap networks: a row of the table.
 
     Attributes:
-        about: One line that describes it.
+        about: Description in one line.
         preprocess: Builds a preprocessing operator, from the sources to the state; None if the
             family has none.
         coarse: Builds a coarse propagator, from the entering residual (or state) and the inputs
             that its options name to the leaving one; None if the family has none.
-        preprocess_options: What `preprocess` takes.
-        coarse_options: What `coarse` takes. Families can be summed if the options of one of them
-            extend those of all others.
+        preprocess_options: Class of the options of `preprocess`.
+        coarse_options: Class of the options of `coarse`. Families can be summed if the options of
+            one of them extend those of all others.
         sums: Whether it can be summed with others: "linear+lowrank".
-        linear: Whether it is linear in the state, apart from a bias: then the difference form is
-            the residual form.
-        sweeps: The sweeps in which its coarse propagators may stand; with "auto" among them,
-            sweep="auto" chooses between the two, else it takes the chain.
+        linear: Whether it is linear in the state, apart from a bias: then the difference form
+            equals the residual form.
+        sweeps: The sweeps that its coarse propagators support: "chain", "collapsed". If "auto" is
+            among them, sweep="auto" chooses between the two, else it takes the chain.
         copies_blocks: Whether it copies whole blocks of the trunk, so that cuts lie between them.
         is_fine: Whether it is the fine stage itself, with its weights and buffers.
         flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
-            entering and leaving state, to place the cuts. What a plan says is counted.
+            entering and leaving state, to place the cuts. The plan stores counted FLOPs.
     """
 
     about: str
@@ -147,11 +147,11 @@ FAMILIES: dict[str, Family] = {
         flops=lambda entering, leaving: 0.0,
     ),
 }
-"""The families by name. A user adds rows before compiling."""
+"""The families by name. Users add rows before they compile."""
 
 
 def names_of(role: Role, *, summed: bool = False) -> tuple[str, ...]:
-    """Names of the families that serve as one role, or of those of them that can be summed."""
+    """Return the families that have a role; with `summed`, those of them that can be summed."""
     return tuple(
         name
         for name, row in FAMILIES.items()
@@ -160,7 +160,7 @@ def names_of(role: Role, *, summed: bool = False) -> tuple[str, ...]:
 
 
 def rows_of(family: str) -> list[Family]:
-    """The rows of a family or of a sum of families; none for "auto".
+    """Return the rows of a family or of a sum of families; none for "auto".
 
     Raises:
         SynthesisError: A family is unknown.
@@ -173,17 +173,21 @@ def rows_of(family: str) -> list[Family]:
 
 
 def copies_blocks(family: str) -> bool:
-    """Whether networks of a family are made of whole blocks of the trunk."""
+    """Return whether networks of a family copy whole blocks of the trunk."""
     return any(row.copies_blocks for row in rows_of(family))
 
 
 def is_fine(family: str) -> bool:
-    """Whether coarse propagators of a family are the fine stages themselves."""
+    """Return whether coarse propagators of a family are the fine stages themselves."""
     return any(row.is_fine for row in rows_of(family))
 
 
 def options_of(role: Role, family: str) -> type[PreprocessOptions] | type[CoarseOptions]:
-    """The class of the options of a family, or of a sum: the one that extends all others."""
+    """Return the options class of a family, or of a sum: the one that extends all others.
+
+    Raises:
+        SynthesisError: A family is unknown, or the options of a sum do not extend each other.
+    """
     classes = [getattr(row, f"{role}_options") for row in rows_of(family)]
     widest: type[PreprocessOptions] | type[CoarseOptions] = max(
         classes, key=lambda one: len(one.__mro__)
@@ -193,18 +197,20 @@ def options_of(role: Role, family: str) -> type[PreprocessOptions] | type[Coarse
     return widest
 
 
-def build_preprocess(program: Program, spec: PreprocessSpec, state: Sequence[TensorSpec]) -> Guess:
+def build_preprocess(
+    program: Program, spec: PreprocessSpec, state: Sequence[TensorSpec]
+) -> PreprocessingOperator:
     """Build a preprocessing operator for a state.
 
     Raises:
         SynthesisError: The family is unknown.
     """
-    operator = _built(spec, Site(program, spec.options.sources, state))
-    return Guess(operator, _prologue(program, spec.options))
+    operator = _build(spec, Site(program, spec.options.sources, state))
+    return PreprocessingOperator(operator, _prologue(program, spec.options))
 
 
 def _prologue(program: Program, options: PreprocessOptions) -> nn.Module | None:
-    """From the inputs to the sources: copied layers, or an embedding that the program owns."""
+    """Build the map from inputs to sources: copied layers, or the embedding of the program."""
     if isinstance(options, FrontOptions):
         return build_front(program, options)
     names = [source.name for source in options.sources]
@@ -229,15 +235,16 @@ def build_coarse(
     leaving: Sequence[TensorSpec],
     fine: nn.Module,
 ) -> nn.Module:
-    """Build a coarse propagator between two states.
+    """Build a coarse propagator between two states; `fine` is the stage that it approximates.
 
     Raises:
         SynthesisError: The family is unknown.
     """
-    return _built(spec, Site(program, entering, leaving, fine))
+    return _build(spec, Site(program, entering, leaving, fine))
 
 
-def _built(spec: OperatorSpec, site: Site) -> nn.Module:
+def _build(spec: OperatorSpec, site: Site) -> nn.Module:
+    """Build the network of a family, or the sum of several."""
     parts = []
     for row in rows_of(spec.family):
         build: Build | None = getattr(row, spec.role)
@@ -249,7 +256,7 @@ def _built(spec: OperatorSpec, site: Site) -> nn.Module:
 
 
 def family_help(role: Role) -> str:
-    """The families of a role and what they are, for help texts."""
+    """Return the families of a role with their descriptions, for help texts."""
     sums = names_of(role, summed=True)
     rows = "; ".join(f"{name}: {FAMILIES[name].about}" for name in names_of(role))
     return f"auto, a family, or a sum of {', '.join(sums)} ({'+'.join(sums[:2])}). {rows}."

@@ -1,12 +1,12 @@
 """Family `linear`: channels mixed at every position, after pooling to the next state's shape.
 
-Linear in the state, no bias, so that the correction of a zero residual is zero. Serves images,
-token sequences, flat states and tuples of them; initialised to the identity where the channels
-agree (the skip of a residual network), else to a map that keeps norms. Fitted by least squares.
+Linear in the state and without a bias, so that the correction of a zero residual is zero. Accepts
+images, token sequences, flat states and tuples of them. Initialized to the identity if the channels
+agree (the skip of a residual network), else to an orthogonal map. Fitted by least squares.
 
 From an image [B, 16, 32, 32] to the next one [B, 32, 16, 16]: pool to [B, 16, 16, 16], then apply a
-32 x 16 matrix at each of the 256 positions. Where the target is the finer one, the matrix comes
-first: it acts on fewer positions.
+32 x 16 matrix at each of the 256 positions. If the target has the finer grid, the matrix comes
+first, as it acts on fewer positions there.
 """
 
 from __future__ import annotations
@@ -76,22 +76,22 @@ class LinearMap(FittedMap):
         return self.bias is not None
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of the regression that a source tensor gives: one per position of the target."""
+        """Return the rows of the regression for a source tensor, one per position of the target."""
         return _rows(resize(self._source.enter(x), self._target.space))
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
-        """Rows of the regression that a target tensor gives."""
+        """Return the rows of the regression for a target tensor."""
         return _rows(self._target.enter(y))
 
     def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
-        """Take over the fitted coefficients of these columns, and the bias if it is the first."""
+        """Set the weights to these columns of a solution, and the bias if `first`."""
         with torch.no_grad():
             self.weight.copy_(solution.weight[:, columns])
             if first and self.bias is not None:
                 self.bias.copy_(solution.bias)
 
     def extra_repr(self) -> str:
-        """Return the channel counts for the module's repr."""
+        """Show the channel counts in the repr of the module."""
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
@@ -126,11 +126,16 @@ class Linear(MapMatrix):
 
 
 def linear_flops(entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> float:
-    """Estimate the FLOPs of one call without building the network."""
+    """Estimate the FLOPs of one call without building the network.
+
+    >>> spec = TensorSpec((2, 16), "float32", batch_axis=0, channel_axis=1)
+    >>> linear_flops([spec], [spec])  # 2 * 16 * 16 for each of two samples
+    1024.0
+    """
     return _linear_flops(tuple(entering), tuple(leaving))
 
 
-@functools.lru_cache(maxsize=4096)  # a deep network has the same few states again and again
+@functools.lru_cache(maxsize=4096)  # the states of a deep network have few distinct types
 def _linear_flops(entering: tuple[TensorSpec, ...], leaving: tuple[TensorSpec, ...]) -> float:
     total = 0.0
     for target in leaving:

@@ -1,8 +1,9 @@
-"""Family `lowrank`: a map of small rank between whole states, pooled to a grid that is affordable.
+"""Family `lowrank`: a map of small rank between whole states, on a pooled grid.
 
-An image is pooled until channels x positions fit a cap, flattened, mapped through `rank` numbers,
-and repeated to the next state's resolution. A token sequence is mapped position by position, so
-that no token sees another (a causal model stays causal). Fitted by reduced-rank regression.
+An image is pooled until channels x positions is at most `CAP`, flattened, mapped through `rank`
+numbers, and repeated to the resolution of the next state. A token sequence is mapped position by
+position, so that no token sees another (a causal model stays causal). Fitted by reduced-rank
+regression.
 
 From an image [B, 16, 32, 32] to the next one [B, 32, 16, 16] with rank 8: pool by halves to
 [B, 16, 8, 8], 1024 features (16 x 16 x 16 would be over the cap); 1024 -> 8 -> 32 x 8 x 8 numbers,
@@ -42,7 +43,7 @@ class LowRankOptions(CoarseOptions):
 
     @classmethod
     def choose(cls, span: Span) -> Self:
-        """Take the rank asked for; in residual form a bias may fit the mean error too."""
+        """Take the rank of the options; in residual form a bias may fit the mean error too."""
         return cls(
             rank=span.options.rank, bias=span.options.correction == "residual", reads=span.reads
         )
@@ -92,7 +93,7 @@ class LowRankMap(FittedMap):
 
     @property
     def rows(self) -> int:
-        """Times that a sample goes through the map: once, or once for every token."""
+        """Number of times that the map is applied to a sample: once, or once for every token."""
         return 1 if self._whole else self._target.positions
 
     @property
@@ -106,11 +107,11 @@ class LowRankMap(FittedMap):
         return self.up.bias is not None
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of the regression that a source tensor gives."""
+        """Return the rows of the regression for a source tensor."""
         return self._rows(self._source.enter(x), self._grids[0])
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
-        """Rows of the regression that a target tensor gives."""
+        """Return the rows of the regression for a target tensor."""
         return self._rows(self._target.enter(y), self._grids[1])
 
     def _rows(self, x: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
@@ -120,7 +121,7 @@ class LowRankMap(FittedMap):
         return x.flatten(2).movedim(1, 2).flatten(0, 1) if x.dim() > 2 else x
 
     def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
-        """Take over the fitted factors of these columns, and the bias if it is the first."""
+        """Set the factors to these columns of a solution, and the bias if `first`."""
         weight = solution.weight[:, columns]
         if solution.down is None or solution.up is None:
             up, down = torch.eye(len(weight)).to(weight), weight
@@ -138,12 +139,12 @@ class LowRankMap(FittedMap):
 
 
 def _is_grid(spec: TensorSpec) -> bool:
-    """Whether a tensor may be mixed over its positions: an image or a flat state, no sequence."""
+    """Return whether positions may be mixed: in an image or a flat state, not in a sequence."""
     return len(spec.shape) < 3 or spec.channel_axis == 1
 
 
 def _capped(layout: Layout) -> tuple[int, ...]:
-    """The finest grid, by halves of the tensor's own, that keeps the features under the cap."""
+    """Halve the grid of a tensor until the number of features is at most `CAP`."""
     space = layout.space
     while space and layout.channels * math.prod(space) > CAP and max(space) > 1:
         space = tuple(max(1, -(-size // 2)) for size in space)

@@ -1,13 +1,14 @@
 """A matrix of maps between the tensors of two states, and its fit in closed form.
 
-One row per leaving tensor. A state (image, tokens) that becomes (image, tokens), where tokens may
-not depend on the image (reads = ((0, 1), (1,))):
+One row per leaving tensor. For a state (image, tokens) that becomes (image, tokens), where the
+tokens must not depend on the image (reads = ((0, 1), (1,))):
 
     image'  = map_00(image) + map_01(tokens)
-    tokens' =                 map_10(tokens)
+    tokens' =                 map_11(tokens)
 
-A fit is one regression per row: the features of its maps stand side by side, and every map takes
-the columns of the solution that are its own.
+A fit is one regression per row: the features of its maps are concatenated, and every map takes its
+columns of the solution. With 16 and 64 features, the row of image' has 80: map_00 takes the columns
+0 to 15, map_01 the columns 16 to 79.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
 Reads = Sequence[Sequence[int]]
-"""For every leaving tensor, the numbers of the entering tensors that it may depend on."""
+"""For every leaving tensor, the indices of the entering tensors that it may depend on."""
 
 
 class MapMatrix(nn.Module):
-    """Sums, for every leaving tensor, one map per entering tensor that it may depend on.
+    """Sum, for every leaving tensor, of one map per entering tensor that it may depend on.
 
-    A leaving tensor that may depend on none of them is zero.
+    A leaving tensor that depends on none of them is zero.
 
     Args:
         entering: Types of the tensors that it reads.
         leaving: Types of the tensors that it returns.
-        make: Builds the map from a source to a target; told whether it is the first of its row.
+        make: Builds the map from a source to a target; the flag says whether it is the first of its
+            row, which has the bias.
         reads: Which entering tensors each leaving one may depend on; all if None.
     """
 
@@ -71,7 +73,7 @@ class MapMatrix(nn.Module):
         return results[0] if len(results) == 1 else tuple(results)
 
     def rows(self) -> list[list[nn.Module]]:
-        """The maps, row by row."""
+        """Return the maps, row by row."""
         return [list(row) for row in self.maps if isinstance(row, nn.ModuleList)]
 
 
@@ -92,26 +94,26 @@ class FittedMap(nn.Module):
         raise NotImplementedError
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of the regression that a source tensor gives, `[n, width]`."""
+        """Return the rows of the regression for a source tensor, `[n, width]`."""
         raise NotImplementedError
 
     def targets(self, y: torch.Tensor) -> torch.Tensor:
-        """Rows of the regression that a target tensor gives, `[n, targets]`."""
+        """Return the rows of the regression for a target tensor, `[n, targets]`."""
         raise NotImplementedError
 
     def assign(self, solution: Solution, columns: slice, *, first: bool) -> None:
-        """Take over the fitted coefficients of these columns, and the bias if it is the first."""
+        """Set the weights to these columns of a solution, and the bias if `first`."""
         raise NotImplementedError
 
 
 def fitted_parts(module: nn.Module) -> list[MapMatrix]:
-    """The parts of a network that a regression can fit, in the order in which to fit them."""
+    """Return the parts of a network that a regression can fit, in the order in which to fit."""
     matrices = [part for part in module.modules() if isinstance(part, MapMatrix)]
     return [m for m in matrices if all(isinstance(x, FittedMap) for row in m.rows() for x in row)]
 
 
 class MatrixFit:
-    """Collects samples for every row of a matrix of maps and solves for its weights.
+    """Regression of every row of a matrix of maps: collects samples, then solves for the weights.
 
     Args:
         matrix: A matrix of `FittedMap`.
@@ -125,7 +127,13 @@ class MatrixFit:
     def add(
         self, state: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], *, held_out: bool
     ) -> None:
-        """Add one batch: the entering tensors and what the leaving ones should be."""
+        """Add one batch.
+
+        Args:
+            state: The entering tensors.
+            targets: The leaving tensors that the matrix should return.
+            held_out: Whether the batch chooses the ridge instead of being fitted.
+        """
         for number, (row, reads) in enumerate(zip(self._rows, self._reads, strict=True)):
             if not row:
                 continue
@@ -138,10 +146,11 @@ class MatrixFit:
             self._moments[number].add(x, y, held_out=held_out)
 
     def finish(self, matrix: MapMatrix | None = None) -> None:
-        """Solve and set the weights.
+        """Solve, and set the weights.
 
         Args:
-            matrix: One that differs by its rank alone, to fit to the same samples.
+            matrix: Another matrix to fit to the same samples, which differs only in its rank; None
+                for the matrix of the constructor.
         """
         rows = self._rows if matrix is None else _fitted_rows(matrix)
         for number, moments in self._moments.items():

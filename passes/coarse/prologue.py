@@ -1,10 +1,11 @@
-"""What a preprocessing operator starts from: inputs, copied first layers, or a thinned front.
+"""Choose the sources of a preprocessing operator: inputs, copied first layers, or a thinned front.
 
 The third is how classical parareal begins, with the coarse propagator run from the start (Lions,
 Maday, Turinici 2001): every m-th block of all that lies before the interface. Each device runs its
-own, at the same time as the others. With a state at `|`, stem S and blocks A:
+front at the same time as the others. With an interface at `|`, stem S and blocks A:
 
     original      S A A A A A A | A A A
+    inputs                      -> map to the state at |
     first layers  S A           -> map to the state at |
     thinned       S   A     A   -> map to the state at |
 """
@@ -24,7 +25,7 @@ from passes.analysis.cut_points import Position, requirements
 from passes.analysis.sources import PreprocessingSource
 from passes.coarse.family import copies_blocks
 from passes.coarse.spec import PreprocessOptions, Reads, SourceSpec
-from passes.coarse.thinned_blocks import FrontOptions, Stem, Step, stepped_copies, thin
+from passes.coarse.thinned_blocks import FrontOptions, Stem, SteppedBlocks, stepped_copies, thin
 from passes.ir.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -32,24 +33,24 @@ if TYPE_CHECKING:
 
 
 _SHARE = 0.1
-"""Share of the original's cost that a thinned front may take if nothing else is said."""
+"""Default share of the cost of the original that a thinned front may take."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a guess starts from.
+class PreprocessOrigin:
+    """Sources of a preprocessing operator, and the nodes to copy that compute them.
 
     Attributes:
         sources: The values that the preprocessing operator reads.
-        nodes: The first layers, to be copied; empty if inputs give the sources.
-        steps: The blocks behind them that are copied too, each with its step.
+        nodes: The first layers, to be copied; empty if the sources are inputs, or embeddings.
+        steps: The blocks after them that are copied too, each with its step.
         copied: All nodes that are copied.
-        flops: FLOPs of those.
+        flops: FLOPs of `copied`.
     """
 
     sources: tuple[PreprocessingSource, ...]
     nodes: tuple[fx.Node, ...] = ()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[SteppedBlocks, ...] = ()
     copied: tuple[fx.Node, ...] = ()
     flops: int = 0
 
@@ -59,11 +60,16 @@ class Origin:
         return [source.spec for source in self.sources]
 
 
-def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
-    """Find what to guess the state at a cut from, within the share that may be copied.
+def origin_of(analysis: Analysis, options: Options, cut: Position) -> PreprocessOrigin:
+    """Choose the sources of the state at a cut, within the share of the cost that may be copied.
 
-    It is the inputs where nothing may be copied, or nothing that fits can be. Sources that depend
-    on an input on which no component of the state does are left out.
+    They are the inputs if nothing may be copied, or nothing fits into the share. Sources that
+    depend on an input that no component of the state depends on are left out.
+
+    Args:
+        analysis: The facts about the program.
+        options: Options of the compilation: `preprocess` and `prologue`.
+        cut: Where the stage begins.
     """
     limit = (options.prologue or 0.0) * analysis.total
     origin = None
@@ -71,7 +77,7 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
         origin = _thinned(analysis, cut, limit if options.prologue is not None else None)
     elif limit:
         origin = _first_layers(analysis, limit, cut)
-    origin = origin or Origin(analysis.sources)
+    origin = origin or PreprocessOrigin(analysis.sources)
     usable = tuple(
         source
         for source in origin.sources
@@ -82,7 +88,7 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Origin:
 
 
 def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:
-    """Whether the preprocessing operators asked for can guess the state at a cut."""
+    """Return whether the `preprocess` family of the options can guess the state at a cut."""
     if not copies_blocks(options.preprocess):
         return True
     limit = None if options.prologue is None else options.prologue * analysis.total
@@ -90,28 +96,29 @@ def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:
 
 
 def too_expensive(options: Options, where: str) -> str:
-    """Why nothing can be thinned somewhere, in words."""
-    asked = f"preprocess={options.preprocess!r}"
+    """Explain why the layers before a place cannot be thinned."""
+    option = f"preprocess={options.preprocess!r}"
     if options.prologue is not None:
         return (
-            f"{asked} cannot thin what lies {where} to a share of {options.prologue} "
+            f"{option} cannot thin what lies {where} to a share of {options.prologue} "
             "of the cost: give it a larger prologue, or leave that out"
         )
     return (
-        f"{asked} copies one of every kind of block, which would take more than half "
+        f"{option} copies one of every kind of block, which would take more than half "
         f"of what lies {where}: use preprocess='auto', or cut later where cuts are given"
     )
 
 
 def front_estimate(analysis: Analysis, options: Options, cut: Position) -> float:
-    """Estimate the FLOPs of the thinned front of a cut: what it may take, or the least it can."""
+    """Estimate the FLOPs of the thinned front of a cut: its share, or its minimum if larger."""
     share = _SHARE if options.prologue is None else options.prologue
     least = _thinned(analysis, cut, None, most=1)
     needed = sum(analysis.costs[node].flops for node in least.copied) if least else 0
     return max(share * analysis.flops, needed)
 
 
-def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Origin | None:
+def _first_layers(analysis: Analysis, limit: float, cut: Position) -> PreprocessOrigin | None:
+    """Copy the first layers up to the last block boundary within a cost limit."""
     total, best = 0.0, None
     ends = {p.index: p for p in analysis.frontiers.positions if p.boundary and p.index < cut.index}
     for index, node in enumerate(analysis.frontiers.order, 1):
@@ -122,7 +129,7 @@ def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Origin | N
     if best is None:
         return None
     nodes = tuple(analysis.frontiers.order[: best.index])
-    return Origin(_sources(best), nodes, copied=nodes)
+    return PreprocessOrigin(_sources(best), nodes, copied=nodes)
 
 
 def _sources(position: Position) -> tuple[PreprocessingSource, ...]:
@@ -133,11 +140,18 @@ def _sources(position: Position) -> tuple[PreprocessingSource, ...]:
 
 def _thinned(
     analysis: Analysis, cut: Position, limit: float | None, most: int | None = None
-) -> Origin | None:
-    """The blocks before a cut, thinned until they cost no more than the limit.
+) -> PreprocessOrigin | None:
+    """Thin the blocks before a cut until they cost no more than a limit.
 
-    Without a limit they take a tenth of the original's cost; or more, up to half of what all the
-    blocks before the cut cost, if they cannot take less.
+    Args:
+        analysis: The facts about the program.
+        cut: Where the stage begins.
+        limit: Largest cost. None: a tenth of the cost of the original; if even the thinnest front
+            costs more, then up to half of the blocks before the cut.
+        most: Largest number of repeated blocks to keep; None for any.
+
+    Returns:
+        The front that keeps most blocks; None if none fits, or there are no blocks.
     """
     blocks, order = analysis.blocks, analysis.frontiers.order
     before = [block.stop for block in blocks if block.stop.index <= cut.index]
@@ -146,29 +160,29 @@ def _thinned(
     start, end = blocks[0].start.index, before[-1]
     stem, best = tuple(order[:start]), None
     allowed = _SHARE * analysis.total if limit is None else limit
-    most_of_all = 0.5 * sum(analysis.costs[node].cost for node in order[: end.index])
+    half = 0.5 * sum(analysis.costs[node].cost for node in order[: end.index])
     for kept in range(1, (most or len(blocks)) + 1):
         steps = tuple(thin(blocks, start, end.index, kept))
         if not steps or (best is not None and steps == best.steps and kept > len(steps)):
             break
         copied = (*stem, *_nodes(order, steps))
         cost = sum(analysis.costs[node].cost for node in copied)
-        if cost > allowed and (best is not None or limit is not None or cost > most_of_all):
+        if cost > allowed and (best is not None or limit is not None or cost > half):
             break
-        best = Origin(_sources(end), stem, steps, copied)
+        best = PreprocessOrigin(_sources(end), stem, steps, copied)
     return best
 
 
-def _nodes(order: Sequence[fx.Node], steps: Sequence[Step]) -> list[fx.Node]:
+def _nodes(order: Sequence[fx.Node], steps: Sequence[SteppedBlocks]) -> list[fx.Node]:
     blocks = itertools.chain.from_iterable(group for group, _ in steps)
     return [node for block in blocks for node in order[block.start.index : block.stop.index]]
 
 
 def options_from(
-    analysis: Analysis, options: Options, origin: Origin, reads: Reads | None
+    analysis: Analysis, options: Options, origin: PreprocessOrigin, reads: Reads | None
 ) -> PreprocessOptions:
-    """Describe what a preprocessing operator reads, and how to compute it from the inputs."""
-    used, sides = _read_by(analysis, origin)
+    """Describe the sources of a preprocessing operator, and how inputs lead to them."""
+    used, sides = _requirements(analysis, origin)
     plain = PreprocessOptions(
         rank=options.rank,
         sources=tuple(SourceSpec(**vars(s.spec), name=s.node.name) for s in origin.sources),
@@ -180,7 +194,7 @@ def options_from(
     )
     if not origin.steps:
         return plain
-    # Blocks stay as they are: the map after them scales, and their larger steps left more error.
+    # With a step of 1 the error was smaller: the map after the blocks scales anyway.
     blocks = stepped_copies(analysis, [(group, 1) for group, _ in origin.steps])
     return FrontOptions(
         **vars(plain)
@@ -194,8 +208,8 @@ def _in_order(analysis: Analysis, names: Collection[str]) -> tuple[str, ...]:
     return tuple(node.name for node in analysis.program.inputs if node.name in names)
 
 
-def _read_by(analysis: Analysis, origin: Origin) -> tuple[Sequence[str], list[str]]:
-    """Inputs and side values that the sources, or the first layers, are computed from."""
+def _requirements(analysis: Analysis, origin: PreprocessOrigin) -> tuple[Sequence[str], list[str]]:
+    """Return the inputs and side values from which the sources, or first layers, follow."""
     program, recomputable = analysis.program, analysis.frontiers.recomputable
     if origin.nodes:
         inputs, sides = requirements(program, origin.nodes, recomputable)

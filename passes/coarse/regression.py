@@ -1,12 +1,21 @@
 """Ridge and reduced-rank regression from streamed sums, in float64.
 
-Only the sums of products are kept, never the samples; a part of the samples is held out to choose
-the ridge. Reduced rank after Izenman (1975): the full solution, projected onto the directions in
-which its predictions vary most. With X the centred features and Y the targets, row by row:
+Only sums of products are kept, never the samples. Held-out samples choose the ridge. With X the
+centered features and Y the centered targets, one row per sample:
 
-    X'X = V diag(s) V'              decomposed once, after the last sample
-    W   = V diag(1 / (s + l)) V'X'Y for each of a few ridges l; the held-out rows choose
-    W_r = W D D'                    D the first r right singular vectors of X W
+    X'X = V diag(s) V'                decomposed once, after the last sample
+    W   = V diag(1 / (s + l)) V'X'Y   for each of a few ridges l
+    W_r = W D D'                      D: the first r right singular vectors of X W
+
+The reduced rank is that of Izenman (1975): the full solution, projected onto the directions in
+which its predictions vary most. For y = 2 x + 1, where the smallest ridge has the least error:
+
+>>> moments = Moments(1, 1, device=torch.device("cpu"))
+>>> x = torch.tensor([[0.0], [1.0], [2.0]])
+>>> moments.add(x, 2 * x + 1)
+>>> solution = moments.solve()
+>>> round(solution.weight.item(), 4), round(solution.bias.item(), 4)
+(2.0, 1.0)
 """
 
 from __future__ import annotations
@@ -18,7 +27,7 @@ import torch
 from passes.ir.isolation import seeded
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridges to choose from, relative to the mean variance of a feature."""
+"""Ridges to choose from, relative to the mean sum of squares of a feature."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +37,10 @@ class Solution:
     Attributes:
         weight: `[targets, features]`, float64.
         bias: `[targets]`, float64.
-        down: `[rank, features]`, and with `up` a factorisation of `weight`; None at full rank.
+        down: `[rank, features]`, a factor of `weight = up @ down`; None at full rank.
         up: `[targets, rank]`.
-        error: Root of the unexplained share of the targets' energy, on held-out samples.
+        error: Square root of the unexplained share of the sum of squares of the targets, on
+            held-out samples.
     """
 
     weight: torch.Tensor
@@ -41,7 +51,7 @@ class Solution:
 
 
 class _Sums:
-    """Sums over rows of `[features, 1]` against itself and against the targets."""
+    """Sums of products of the rows `[features, 1]` with themselves and with the targets."""
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
         self.xx = torch.zeros(features + 1, features + 1, dtype=torch.float64, device=device)
@@ -51,14 +61,14 @@ class _Sums:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         rows = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
-        wanted = y.double()
+        targets = y.double()
         self.xx += rows.T @ rows
-        self.xy += rows.T @ wanted
-        self.yy += wanted.square().sum().item()
+        self.xy += rows.T @ targets
+        self.yy += targets.square().sum().item()
         self.count += len(rows)
 
     def residual(self, affine: _Affine) -> float:
-        """Sum of squared errors of a map."""
+        """Return the sum of squared errors of a map."""
         left, basis, bias = affine.left, affine.basis, affine.bias
         cross = self.xy[:-1] if basis is None else self.xy[:-1] @ basis
         inside = bias if basis is None else bias @ basis
@@ -73,7 +83,7 @@ class _Affine:
     """The map `y = basis @ left.T @ x + bias`, in float64.
 
     Attributes:
-        left: `[features, rank]`, or `[features, targets]` without a basis.
+        left: `[features, rank]`, or `[features, targets]` if `basis` is None.
         basis: Orthonormal columns `[targets, rank]`, or None.
         bias: `[targets]`.
     """
@@ -88,11 +98,11 @@ class _Decomposition:
     """The principal axes of the features, from which the solution of every ridge follows.
 
     Attributes:
-        mean_x: Mean of the features `[features]`; zero where a map may have no bias.
-        mean_y: Mean of the targets `[targets]`; zero likewise.
-        variances: Sum of squares of the centred features along every axis `[features]`.
+        mean_x: Mean of the features `[features]`; zero for a map without a bias.
+        mean_y: Mean of the targets `[targets]`; zero for a map without a bias.
+        variances: Sum of squares of the centered features along every axis `[features]`.
         vectors: The axes, as columns `[features, features]`.
-        cross: Products of the centred features along the axes with the targets
+        cross: Products of the centered features along the axes with the targets
             `[features, targets]`.
     """
 
@@ -103,11 +113,11 @@ class _Decomposition:
     cross: torch.Tensor
 
     @classmethod
-    def of(cls, sums: _Sums, *, centred: bool) -> _Decomposition:
-        count = max(sums.count, 1) if centred else float("inf")
+    def of(cls, sums: _Sums, *, centered: bool) -> _Decomposition:
+        count = max(sums.count, 1) if centered else float("inf")
         mean_x, mean_y = sums.xx[-1, :-1] / count, sums.xy[-1] / count
         covariance, cross = sums.xx[:-1, :-1], sums.xy[:-1]
-        if centred:
+        if centered:
             covariance = covariance - count * torch.outer(mean_x, mean_x)
             cross = cross - count * torch.outer(mean_x, mean_y)
         variances, vectors = torch.linalg.eigh(covariance)
@@ -115,12 +125,12 @@ class _Decomposition:
 
 
 class Moments:
-    """Streams samples and solves for the best affine map.
+    """Regression over streamed samples: collects sums, and solves for the best affine map.
 
     Args:
         features: Number of columns of the features.
         targets: Number of columns of the targets.
-        device: Where the samples are.
+        device: Device of the samples.
         bias: Whether the map may have a bias.
     """
 
@@ -128,7 +138,7 @@ class Moments:
         self, features: int, targets: int, *, device: torch.device, bias: bool = True
     ) -> None:
         self._fit = _Sums(features, targets, device)
-        self._held = _Sums(features, targets, device)
+        self._held_out = _Sums(features, targets, device)
         self._bias = bias
         self._full: dict[float, torch.Tensor] = {}
         self._bases: dict[float, torch.Tensor] = {}
@@ -139,20 +149,20 @@ class Moments:
         self._full.clear()
         self._bases.clear()
         self._axes = None
-        (self._held if held_out else self._fit).add(x, y)
+        (self._held_out if held_out else self._fit).add(x, y)
 
     def solve(self, rank: int | None = None) -> Solution:
-        """Solve with the ridge that does best on the held-out rows.
+        """Solve with the ridge of least error on the held-out rows.
 
-        Further calls are quick where the rank is not larger than in the first one.
+        Further calls with at most the same rank reuse the decompositions.
 
         Args:
             rank: Largest rank of the map; None for full rank.
         """
-        judge = self._held if self._held.count else self._fit
-        found = [self._affine(ridge, rank) for ridge in RIDGES]
-        errors = [judge.residual(affine) for affine in found]
-        error, best = min(zip(errors, found, strict=True), key=lambda pair: pair[0])
+        judge = self._held_out if self._held_out.count else self._fit
+        maps = [self._affine(ridge, rank) for ridge in RIDGES]
+        errors = [judge.residual(affine) for affine in maps]
+        error, best = min(zip(errors, maps, strict=True), key=lambda pair: pair[0])
         share = (error / judge.yy) ** 0.5 if judge.yy else 0.0
         if best.basis is None:
             return Solution(best.left.T.contiguous(), best.bias, None, None, share)
@@ -160,44 +170,44 @@ class Moments:
         return Solution(weight, best.bias, best.left.T.contiguous(), best.basis, share)
 
     def _affine(self, ridge: float, rank: int | None) -> _Affine:
-        """The solution with a ridge, projected to a rank where it is larger."""
-        known, weight = self._decomposed(), self._weight(ridge)
+        """Return the solution with a ridge, projected to a rank unless that is full."""
+        axes, weight = self._decomposed(), self._weight(ridge)
         if rank is None or rank >= min(weight.shape):
-            return _Affine(weight, None, known.mean_y - known.mean_x @ weight)
+            return _Affine(weight, None, axes.mean_y - axes.mean_x @ weight)
         basis = self._directions(ridge, rank)
         left = weight @ basis
-        return _Affine(left, basis, known.mean_y - known.mean_x @ left @ basis.T)
+        return _Affine(left, basis, axes.mean_y - axes.mean_x @ left @ basis.T)
 
     def _weight(self, ridge: float) -> torch.Tensor:
-        """Coefficients `[features, targets]` at full rank."""
+        """Return the coefficients `[features, targets]` at full rank."""
         if ridge not in self._full:
-            known = self._decomposed()
-            self._full[ridge] = known.vectors @ (known.cross / self._damped(ridge))
+            axes = self._decomposed()
+            self._full[ridge] = axes.vectors @ (axes.cross / self._damped(ridge))
         return self._full[ridge]
 
     def _damped(self, ridge: float) -> torch.Tensor:
-        """Variances along the principal axes of the features and the ridge, `[features, 1]`."""
+        """Return the variances along the axes plus the ridge, `[features, 1]`."""
         scale = self._fit.xx.diagonal()[:-1].mean().item() or 1.0
         return self._decomposed().variances[:, None] + ridge * scale
 
     def _decomposed(self) -> _Decomposition:
         if self._axes is None:
-            self._axes = _Decomposition.of(self._fit, centred=self._bias)
+            self._axes = _Decomposition.of(self._fit, centered=self._bias)
         return self._axes
 
     def _directions(self, ridge: float, rank: int) -> torch.Tensor:
-        """Orthonormal directions `[targets, rank]` in which the centred predictions vary most."""
-        known = self._bases.get(ridge)
-        if known is None or known.shape[1] < rank:
-            known = self._bases[ridge] = self._principal(ridge, rank)
-        return known[:, :rank]
+        """Return orthonormal directions `[targets, rank]` in which predictions vary most."""
+        basis = self._bases.get(ridge)
+        if basis is None or basis.shape[1] < rank:
+            basis = self._bases[ridge] = self._principal(ridge, rank)
+        return basis[:, :rank]
 
     def _principal(self, ridge: float, rank: int) -> torch.Tensor:
-        known = self._decomposed()
-        # Rows whose products with each other are those of the predictions.
-        predictions = known.variances.sqrt()[:, None] * known.cross / self._damped(ridge)
+        axes = self._decomposed()
+        # A matrix with the same Gram matrix as the predictions, but one row per feature.
+        predictions = axes.variances.sqrt()[:, None] * axes.cross / self._damped(ridge)
         with seeded(0):
-            over = min(rank + 8, *predictions.shape)
-            _, _, directions = torch.svd_lowrank(predictions, over, niter=4)
-        found: torch.Tensor = directions[:, :rank]
-        return found
+            oversampled = min(rank + 8, *predictions.shape)
+            _, _, directions = torch.svd_lowrank(predictions, oversampled, niter=4)
+        basis: torch.Tensor = directions[:, :rank]
+        return basis

@@ -1,8 +1,11 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
-"auto" takes the paper's families where they fit: a strided convolution from an image and copies of
-the repeating block, and channel maps elsewhere. With samples, `pnn_compile.fit.select` chooses
-among the candidates of this file by their errors.
+"auto" takes the families of the paper if they fit: a strided convolution from an image, and copies
+of the repeating block; otherwise channel maps. With samples, `pnn_compile.fit.select` chooses among
+the candidates of this file by their errors.
+
+The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
+model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from passes.coarse.family import (
 )
 from passes.coarse.linear import linear_flops
 from passes.coarse.prologue import (
-    Origin,
+    PreprocessOrigin,
     front_estimate,
     options_from,
     origin_of,
@@ -61,11 +64,11 @@ _REASONS = {
     "linear": "channel map from the source",
 }
 _RANKS = (16, 32, 64, 128)
-"""Ranks that calibration tries."""
+"""Ranks among which calibration chooses."""
 
 
 def preprocess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
-    """Estimate the FLOPs of guessing the state at a position."""
+    """Estimate the FLOPs of a preprocessing operator of the state at a position."""
     if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
         return front_estimate(analysis, options, position) + mapped
@@ -78,7 +81,7 @@ def preprocess_estimate(analysis: Analysis, options: Options, position: Position
 def coarse_estimate(
     analysis: Analysis, options: Options, position: Position, budget: float = math.inf
 ) -> float:
-    """Estimate the FLOPs of correcting the state at a position, under the budget of a stage."""
+    """Estimate the FLOPs of a coarse propagator at a position, within the budget of a stage."""
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and (copies or units <= budget):
@@ -88,23 +91,24 @@ def coarse_estimate(
 
 
 def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
-    """FLOPs that one coarse propagator may take: an even share of the budget of the sweep."""
+    """Return the FLOPs that one coarse propagator may take: an even share of the sweep's budget."""
     return options.coarse_budget * analysis.flops / max(1, stages - 1)
 
 
 def choose_preprocess(
     analysis: Analysis, options: Options, cut: Position, state: Sequence[Value]
 ) -> PreprocessSpec:
-    """Choose the preprocessing operator that guesses a state.
+    """Choose the preprocessing operator of a state.
 
     Args:
         analysis: The facts about the program.
-        options: What the user asked for.
+        options: Options of the compilation.
         cut: Where the stage begins.
         state: The components that it reads.
 
     Raises:
-        SynthesisError: There is nothing to guess from, or the family asked for does not fit.
+        SynthesisError: The state depends on no usable source, or the family of the options does
+            not fit.
     """
     origin = origin_of(analysis, options, cut)
     if not origin.sources:
@@ -135,33 +139,34 @@ def choose_preprocess(
         linear=False,
         why="asked for" if options.preprocess != "auto" else _REASONS[family],
     )
-    # Of the options, the share that the user named changes nothing in the network.
-    made_of = family, dataclasses.replace(draft.options, prologue=None), tuple(types)
-    if made_of not in analysis.measured:
-        analysis.measured[made_of] = _measure_preprocess(analysis, draft, origin, types)
-    return dataclasses.replace(draft, **analysis.measured[made_of])
+    # Equal networks are measured once; the share `prologue` changes nothing in the network.
+    key = family, dataclasses.replace(draft.options, prologue=None), tuple(types)
+    if key not in analysis.measured:
+        analysis.measured[key] = _measure_preprocess(analysis, draft, origin, types)
+    return dataclasses.replace(draft, **analysis.measured[key])
 
 
 def _measure_preprocess(
-    analysis: Analysis, draft: PreprocessSpec, origin: Origin, types: Sequence[TensorSpec]
+    analysis: Analysis, draft: PreprocessSpec, origin: PreprocessOrigin, types: Sequence[TensorSpec]
 ) -> dict[str, Any]:
-    """Build the operator and count what one call takes, with the layers that are copied for it."""
+    """Build the operator and measure one call, including the layers that are copied for it."""
     with seeded(0):
         module = build_preprocess(analysis.program, draft, types)
-    work = _run(analysis, module.operator, origin.specs, [])
+    work = _measure_call(analysis, module.operator, origin.specs, [])
     copied = [analysis.costs[node] for node in origin.copied]
     work["flops"] += origin.flops
     if "seconds" in work:
         work["seconds"] += sum(cost.cost for cost in copied)
         work["backward_seconds"] += sum(cost.backward for cost in copied)
-    # A prologue that is no copy is the program's own embedding.
+    # A prologue that is no copy is the embedding of the program itself.
     counted = module if origin.copied else module.operator
     return work | {"parameters": sum(p.numel() for p in counted.parameters())}
 
 
-def _convolves(origin: Origin, options: Options, state: Sequence[TensorSpec]) -> bool:
-    asked = options.preprocess
-    if (asked != "auto" and "convolution" not in asked.split("+")) or len(origin.sources) != 1:
+def _convolves(origin: PreprocessOrigin, options: Options, state: Sequence[TensorSpec]) -> bool:
+    """Return whether the options allow for a convolution and the source and the state fit it."""
+    family = options.preprocess
+    if (family != "auto" and "convolution" not in family.split("+")) or len(origin.sources) != 1:
         return False
     return all(convolution_fits(origin.sources[0].spec, spec) for spec in state)
 
@@ -173,10 +178,10 @@ def preprocess_candidates(
     cut: Position,
     state: Sequence[Value],
 ) -> list[PreprocessSpec]:
-    """Preprocessing operators that a closed-form fit may choose from, within the coarse budget.
+    """List the preprocessing operators among which a closed-form fit chooses.
 
-    Every device makes its guess at the same time, so each may take the whole budget, and
-    `options.prologue` for a copy of the first layers, which is tried with and without.
+    All devices preprocess at the same time, so each may spend the whole coarse budget, and
+    `options.prologue` on a copy of the first layers; candidates come with and without a copy.
     """
     share = options.prologue or 0.0
     specs = [
@@ -189,13 +194,13 @@ def preprocess_candidates(
         for share in sorted({0.0, share})
         for family, rank in _variants(options)
     ]
-    # A guess that takes longer than half a stage would eat the speed-up.
+    # An operator that takes longer than half a stage would consume the speed-up.
     most = min(options.coarse_budget + share, max(share, 0.5 / stages))
     return _affordable(specs, most * analysis.flops)
 
 
 def coarse_candidates(span: Span, stages: int) -> list[CoarseSpec]:
-    """Coarse propagators that a closed-form fit may choose from, within the budget of one stage."""
+    """List the coarse propagators among which a closed-form fit chooses, within one budget."""
     specs = []
     for family, rank in _variants(span.options):
         options = dataclasses.replace(span.options, rank=rank)
@@ -203,7 +208,7 @@ def coarse_candidates(span: Span, stages: int) -> list[CoarseSpec]:
         draft = dataclasses.replace(_draft(ranked, family), why="")
         specs.append(_measure(ranked, draft))
     if span.options.correction == "difference":
-        # In its natural form it needs no fit.
+        # A thinned stage needs no fit in difference form.
         with contextlib.suppress(SynthesisError):
             specs.append(_measure(span, _draft(span, "thinned")))
     return _affordable(specs, stage_budget(span.analysis, span.options, stages))
@@ -214,7 +219,7 @@ def _variants(options: Options) -> list[tuple[str, int]]:
 
 
 def _affordable(specs: Sequence[_Spec], limit: float) -> list[_Spec]:
-    """Those within a number of FLOPs, each cost once; the cheapest one if none is."""
+    """Return the specs within a number of FLOPs, one per cost and family; else the cheapest."""
     by_cost = {(s.flops, s.family): s for s in sorted(specs, key=lambda s: s.flops)}
     within = [spec for spec in by_cost.values() if spec.flops <= limit]
     return within or [next(iter(by_cost.values()))]
@@ -228,7 +233,7 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
         budget: FLOPs that this propagator may take.
 
     Raises:
-        SynthesisError: The family asked for by name does not fit the stage.
+        SynthesisError: The family of the options does not fit the stage.
     """
     family = span.options.coarse
     if family != "auto":
@@ -255,13 +260,14 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
 
 
 def _because(spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:
+    """Fill in why a propagator was chosen."""
     verdict = "within" if spec.flops <= budget else "OVER"
     cost = f"{verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)"
     return dataclasses.replace(spec, why=f"{reason}; {cost}")
 
 
 def _draft(span: Span, family: str) -> CoarseSpec:
-    """A coarse propagator that was not built yet.
+    """Specify a coarse propagator without building it: FLOPs and parameters are 0.
 
     Raises:
         SynthesisError: The family does not fit the stage.
@@ -274,26 +280,26 @@ def _draft(span: Span, family: str) -> CoarseSpec:
 
 
 def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
-    """Build the network once, unless it was before, and note what one call costs."""
+    """Build the network, unless an equal one was built before, and fill in its costs."""
     analysis = span.analysis
     if is_fine(draft.family):
         return dataclasses.replace(draft, **_fine_work(span))
     sources, targets = ([value.spec for value in state] for state in (span.entering, span.leaving))
-    key = draft.options.made_of(analysis)
-    made_of = draft.family, key, tuple(sources), tuple(targets)
-    if made_of not in analysis.measured:
+    made_of = draft.options.made_of(analysis)
+    key = draft.family, made_of, tuple(sources), tuple(targets)
+    if key not in analysis.measured:
         with seeded(0):
             module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
-        given = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
-        inputs = [given[name] for name in draft.options.inputs]
-        work = _run(analysis, module, sources, inputs, corrects=True)
+        by_name = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
+        inputs = [by_name[name] for name in draft.options.inputs]
+        work = _measure_call(analysis, module, sources, inputs, corrects=True)
         work["parameters"] = sum(p.numel() for p in module.parameters())
-        analysis.measured[made_of] = work
-    return dataclasses.replace(draft, **analysis.measured[made_of])
+        analysis.measured[key] = work
+    return dataclasses.replace(draft, **analysis.measured[key])
 
 
 def _fine_work(span: Span) -> dict[str, Any]:
-    """What the stage itself takes."""
+    """Return FLOPs and seconds of the fine stage."""
     nodes = span.analysis.frontiers.order[span.start.index : span.stop.index]
     costs = [span.analysis.costs[node] for node in nodes]
     work: dict[str, Any] = {"flops": sum(cost.flops for cost in costs)}
@@ -303,7 +309,7 @@ def _fine_work(span: Span) -> dict[str, Any]:
     return work
 
 
-def _run(
+def _measure_call(
     analysis: Analysis,
     module: nn.Module,
     state: Sequence[TensorSpec],
@@ -311,10 +317,17 @@ def _run(
     *,
     corrects: bool = False,
 ) -> dict[str, Any]:
-    """What one call takes: FLOPs and, where nodes are weighed in seconds, those.
+    """Measure one call: FLOPs and, if the costs of nodes are seconds, seconds.
 
-    A correction takes a residual and is added to a state besides: two passes over memory, which
-    its FLOPs leave out and its seconds do not.
+    A coarse propagator reads a residual, and its correction is added to a state: two passes over
+    memory, which are in its seconds but not in its FLOPs.
+
+    Args:
+        analysis: Unit of the costs, and the device.
+        module: The network.
+        state: Types of the tensors that it reads.
+        inputs: Inputs of the program that it reads.
+        corrects: Whether it is a coarse propagator.
     """
     device = analysis.program.device
     values = [
@@ -322,25 +335,25 @@ def _run(
     ]
     module.to(device).eval()
 
-    def call(*given: torch.Tensor) -> Any:
-        return module(*given, *inputs)
+    def call(*tensors: torch.Tensor) -> Any:
+        return module(*tensors, *inputs)
 
-    def around(*given: torch.Tensor) -> Any:
-        found = call(*(one - other for one, other in zip(given, values, strict=True)))
-        return [x + x.detach() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+    def correct(*tensors: torch.Tensor) -> Any:
+        result = call(*(a - b for a, b in zip(tensors, values, strict=True)))
+        return [x + x.detach() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
 
     flops, moved, operators = count_work(lambda: call(*values))
-    found: dict[str, Any] = {"flops": flops}
+    work: dict[str, Any] = {"flops": flops}
     if analysis.unit != "seconds":
-        return found
+        return work
     backward = bool(analysis.backward)
     if analysis.device is None:
-        seconds = measure_network(around if corrects else call, values, backward=backward)
+        seconds = measure_network(correct if corrects else call, values, backward=backward)
     else:
         if corrects:
-            _, moved, operators = count_work(lambda: around(*values))
+            _, moved, operators = count_work(lambda: correct(*values))
         dtype = state[0].dtype if state else "float32"
         once = analysis.device.seconds(flops, moved, dtype, operators)
-        back = analysis.device.seconds(2 * flops, 2 * moved, dtype, 2 * operators)
-        seconds = Seconds(once, back if backward else 0.0)
-    return found | {"seconds": seconds.total, "backward_seconds": seconds.backward}
+        twice = analysis.device.seconds(2 * flops, 2 * moved, dtype, 2 * operators)
+        seconds = Seconds(once, twice if backward else 0.0)
+    return work | {"seconds": seconds.total, "backward_seconds": seconds.backward}

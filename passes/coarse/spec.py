@@ -1,8 +1,8 @@
-"""What a plan says of a preprocessing operator or a coarse propagator: family, options, cost.
+"""Specifications of preprocessing operators and coarse propagators: family, options, cost.
 
-The options of a family are a frozen dataclass. The JSON text of a plan holds it as an object, in
-which a field that is None is left out. The plan's decoder checks types; what stands in
-`Annotated` below is what it cannot see, and `passes.plan.validate` checks it against the program.
+The options of a family are a frozen dataclass. In the JSON text of a plan they are an object that
+omits fields that are None. The decoder of the plan checks types. The `Annotated` types below state
+what types cannot, and `passes.plan.validate` checks those against the program.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ NodeName = Annotated[str, "node"]
 ValueName = Annotated[str, "value"]
 """Name of a node or of an input of the program."""
 InputName = Annotated[str, "input"]
-"""Name of an input of the program; inside of options, of one that those options list."""
+"""Name of an input of the program; inside options, of one that `options.inputs` lists."""
 Count = Annotated[int, "count"]
-"""A whole number of at least 1."""
+"""Integer of at least 1."""
 NON_EMPTY = "non-empty"
-"""Mark of a tuple that has at least one item: `Annotated[tuple[X, ...], NON_EMPTY]`."""
+"""Mark of a tuple with at least one item: `Annotated[tuple[X, ...], NON_EMPTY]`."""
 
 Reads = tuple[tuple[int, ...], ...]
-"""For every leaving tensor, the numbers of the entering tensors that it may depend on."""
+"""For every leaving tensor, the indices of the entering tensors that it may depend on."""
 
 
 @dataclass(frozen=True)
 class SourceSpec(TensorSpec):
-    """A value that a preprocessing operator reads: its type and its name."""
+    """Type and name of a value that a preprocessing operator reads."""
 
     name: ValueName
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """What a preprocessing operator reads, and how that follows from the program's inputs.
+    """Options of a preprocessing operator: its sources, and how inputs lead to them.
 
     Attributes:
         rank: Rank of family "lowrank".
         sources: The values that it maps to the state.
         copied: First and last node of the first layers, if a copy of them computes the sources.
-        inputs: The inputs of the program that it is called with.
-        sides: Side values that are recomputed from these.
-        prologue: Share of the original's cost that the copy may take, if the user named one.
+        inputs: The inputs of the program that it takes.
+        sides: Side values that it recomputes from these.
+        prologue: Share of the cost of the original that the copy may take; None if not set.
         reads: Which sources each component of the state may depend on; all if None.
     """
 
@@ -73,7 +73,7 @@ class CoarseOptions:
     """Options of a coarse propagator; families with more of them extend this class.
 
     Attributes:
-        inputs: The inputs of the program that it is called with, after the state.
+        inputs: The inputs of the program that it takes after the state.
         reads: Which entering tensors each leaving one may depend on; all if None.
         bias: Whether its linear maps have a bias.
     """
@@ -92,12 +92,12 @@ class CoarseOptions:
         return cls(reads=span.reads)
 
     def made_of(self, analysis: Analysis) -> Hashable:
-        """A key that equal networks share, between types that are equal too."""
+        """Return a key that equal networks between equal types share, to measure them once."""
         return self
 
     @property
     def why(self) -> str:
-        """Why the plan has such a network, where the user asked for the family."""
+        """Reason in the plan if the user asked for the family."""
         return "asked for"
 
 
@@ -107,7 +107,7 @@ class Span:
 
     Attributes:
         analysis: The facts about the program.
-        options: What the user asked for.
+        options: Options of the compilation.
         start: Where the stage begins.
         stop: Where it ends.
         entering: The components of the state that it reads.
@@ -123,20 +123,20 @@ class Span:
 
     @property
     def reads(self) -> Reads | None:
-        """Which entering tensors each leaving one may depend on; None where that is all."""
+        """Which entering tensors each leaving one may depend on; None if all on all."""
         names = [value.name for value in self.entering]
         return dependence(self.analysis, names, self.leaving)
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a network is built for.
+    """Place of a network: the types of the states around it.
 
     Attributes:
         program: The captured model.
         entering: Types of the tensors that it reads.
         leaving: Types of the tensors that it returns.
-        fine: The stage that a coarse propagator imitates.
+        fine: The stage that a coarse propagator approximates; None for preprocessing operators.
     """
 
     program: Program
@@ -148,7 +148,7 @@ class Site:
 def dependence(
     analysis: Analysis, entering: Sequence[str], leaving: Sequence[Value]
 ) -> Reads | None:
-    """Which entering values each leaving one may depend on; None where that is all of them."""
+    """Return which entering values each leaving one may depend on; None if all on all."""
     reads = tuple(
         tuple(i for i, name in enumerate(entering) if analysis.may_read(value.name, name))
         for value in leaving
@@ -158,12 +158,12 @@ def dependence(
 
 @dataclass(frozen=True)
 class Trial:
-    """A network that calibration tried for one place of the plan.
+    """A candidate network that calibration measured.
 
     Attributes:
-        name: Family, rank and what it reads.
+        name: Family, rank and sources.
         flops: Forward FLOPs of one call at the example inputs.
-        error: Error that it leaves on held-out samples, relative to the state.
+        error: Remaining error on held-out samples, relative to the state.
     """
 
     name: str
@@ -173,18 +173,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """A cheap network and what it costs: a preprocessing operator or a coarse propagator.
+    """Specification of an operator: a preprocessing operator or a coarse propagator.
 
     Attributes:
         family: Name of the family in `passes.coarse.family`, or a sum of names.
-        options: What the family needs to build the same network again.
+        options: Options of the family, from which the same network can be built again.
         flops: Forward FLOPs of one call at the example inputs.
         parameters: Number of parameters that it does not share with the fine stages.
         linear: Whether it is a linear map of its state.
         why: Why this family was chosen.
-        tried: What it was chosen from, where calibration chose it.
-        seconds: Of one call, as of a `Stage`: measured by itself, or by roofline; else None.
-        backward_seconds: The part of `seconds` that the backward pass takes.
+        tried: The candidates, if calibration chose it.
+        seconds: Seconds of one call, as in `Stage`: measured in isolation, or by roofline; else
+            None.
+        backward_seconds: The backward part of `seconds`.
     """
 
     role: ClassVar[Role]
@@ -201,7 +202,7 @@ class OperatorSpec:
 
     @property
     def rank(self) -> int | None:
-        """Rank of the part of family "lowrank"; None if there is none."""
+        """Rank of the "lowrank" part; None if there is none."""
         return getattr(self.options, "rank", None) if "lowrank" in self.family.split("+") else None
 
 

@@ -1,4 +1,4 @@
-"""Family `convolution` of preprocessing operators: the paper's, for images and other grids.
+"""Family `convolution`: the preprocessing operator of the paper, for images and other grids.
 
 A strided convolution to the state's resolution, BatchNorm, ReLU, and a 1 x 1 convolution to the
 state's channels (Lee, Park, Lee 2022, section IV). From [B, 3, 224, 224] to [B, 64, 56, 56]: stride
@@ -21,7 +21,7 @@ _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3
 
 
 def convolution_fits(source: TensorSpec, target: TensorSpec) -> bool:
-    """Whether both tensors are channels-first grids of one rank, the target not the finer one."""
+    """Return whether both are channels-first grids of one rank, and the target is not finer."""
     grids = source.channel_axis == target.channel_axis == 1
     same = len(source.shape) == len(target.shape) and 3 <= len(source.shape) <= 5
     batches = source.batch_axis == target.batch_axis == 0
@@ -36,7 +36,7 @@ def _stride(source: TensorSpec, target: TensorSpec) -> tuple[int, ...]:
 
 
 class ConvolutionMap(nn.Module):
-    """From one channels-first tensor to another of no finer resolution."""
+    """Strided convolution from one channels-first tensor to another of no finer resolution."""
 
     def __init__(self, source: TensorSpec, target: TensorSpec) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """One layout for every kind of state: `[batch, channels, *space]`.
 
-Images, sequences, flat vectors, batches folded into windows, and any order of their axes are
-brought into it and back, so that a family of coarse networks is written once:
+A `Layout` converts images, sequences, flat vectors, windows folded into the batch, and any order of
+their axes into it and back, so that every family of coarse networks is written only once:
 
     image    [B, 64, 56, 56]  as it is           tokens     [B, 128, 512] -> [B, 512, 128]
     flat     [B, 1000]        no space           time first [128, B, 512] -> [B, 512, 128]
@@ -26,12 +26,12 @@ _POOLS: dict[int, Callable[..., torch.Tensor]] = {
 
 
 class Layout:
-    """How one tensor is brought into `[batch, channels, *space]` and back.
+    """Conversion of one tensor into `[batch, channels, *space]` and back.
 
     Args:
         spec: Type of the tensor.
-        groups: Size of its batch axis over the number of samples; above 1 where the network
-            folds something else (windows, time steps) into the batch.
+        groups: Size of its batch axis over the number of samples; above 1 if the network folds
+            something else (windows, time steps) into the batch.
         channels: Overrides the number of channels of a flat tensor that is an unrolled image.
         space: The spatial sizes of that image.
     """
@@ -49,8 +49,8 @@ class Layout:
         self.channel_axis = spec.channel_axis if rank > 1 else None
         if self.channel_axis == self.batch_axis:
             self.channel_axis = next(axis for axis in range(rank) if axis != self.batch_axis)
-        rest = [a for a in range(rank) if a not in (self.batch_axis, self.channel_axis)]
-        self.order: list[int] = [self.batch_axis, *rest]
+        spatial = [a for a in range(rank) if a not in (self.batch_axis, self.channel_axis)]
+        self.order: list[int] = [self.batch_axis, *spatial]
         if self.channel_axis is not None:
             self.order.insert(1, self.channel_axis)
         self.inverse = [self.order.index(axis) for axis in range(rank)]
@@ -58,7 +58,7 @@ class Layout:
         self.channels = 1 if self.channel_axis is None else spec.shape[self.channel_axis]
         if channels is not None:
             self.channels = channels
-        self.tail = tuple(spec.shape[axis] for axis in rest)
+        self.tail = tuple(spec.shape[axis] for axis in spatial)
         grouped = ((groups,) if groups > 1 else ()) + self.tail
         self.space = space if space is not None else grouped
 
@@ -68,7 +68,7 @@ class Layout:
         return math.prod(self.space)
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring a tensor into `[batch, channels, *space]`."""
+        """Convert a tensor to `[batch, channels, *space]`."""
         if x.dim() == 1:
             return x.unsqueeze(1)
         x = x.permute(self.order) if self.order != sorted(self.order) else x
@@ -79,7 +79,7 @@ class Layout:
         return x
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring a tensor back from `[batch, channels, *space]`."""
+        """Convert a tensor back from `[batch, channels, *space]`."""
         if self.channel_axis is None:
             return x.squeeze(1)
         if self.flat:

@@ -1,19 +1,26 @@
-"""Family `thinned`: every m-th block of the trained trunk, its branch scaled by m.
+"""Family `thinned`: every m-th block of the trained trunk, its residual branch scaled by m.
 
-A residual block `B(x) = x + b(x)` is one step of Euler's method for `x' = b(x)`; the coarse network
-takes fewer and larger ones, `x + m b(x) = x + m (B(x) - x)`, with the weights of the block in the
-middle of the m that it stands for (classical parareal's coarse propagator: Lions, Maday, Turinici
-2001). Blocks that change the shape of the state, and those that do not repeat, stay as they are.
+A residual block `B(x) = x + b(x)` is one step of the Euler method for `x' = b(x)`. The coarse
+network takes fewer and larger steps, `x + m b(x) = x + m (B(x) - x)`, with the weights of the block
+in the middle of the m blocks that it replaces (the coarse propagator of classical parareal: Lions,
+Maday, Turinici 2001). For three blocks B(x) = 1.1 x, the stage returns 1.1^3 x = 1.331 x, and one
+block with m = 3 returns x + 3 * 0.1 x = 1.3 x.
 
-It copies weights and buffers as they are at compilation, so the model must be trained by then. It
-is not linear. Its natural form is the difference form, where it is a good propagator from the
-start; in residual form its answer to a residual of zero is not zero, a bias that training has to
-remove. A network with BatchNorm wants its statistics recalibrated (`passes.coarse.batchnorm`).
+Blocks that change the shape of the state, and blocks that do not repeat, keep m = 1. With D a block
+that halves the resolution, and three repeated blocks to keep (N_c = 3):
 
-By letter, with D a block that halves the resolution:
+    stage            A0 A1 A2 A3 A4  D  B0 B1 B2
+    runs             A x 5           D  B x 3         equal neighbors
+    blocks per run   2               1  1             3 of A and B: the run with the largest step,
+                                                      5 / 1 against 3 / 1, gets the third
+    kept, with m     A0:2  A3:3     D:1 B1:3          A0 replaces A0 A1, A3 replaces A2 A3 A4
 
-    stage           A A A A A D B B B    N_c = 3
-    coarse network  2A   3A   D   3B     3B is x + 3 (B(x) - x), with the weights of the middle B
+The steps add up to the number of blocks, 2 + 3 + 1 + 3 = 9.
+
+The family copies weights and buffers at compilation, so the model must be trained by then. It is
+not linear. In difference form it is a good propagator from the start. In residual form its
+correction of a zero residual is not zero, a bias that training has to remove. A network with
+BatchNorm needs its statistics recalibrated (`passes.coarse.batchnorm`).
 """
 
 from __future__ import annotations
@@ -53,13 +60,14 @@ from passes.coarse.spec import (
 from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 
-Step = tuple[tuple[Block, ...], int]
-"""The neighbouring blocks that are kept, one unless they alternate, and how many such it is for."""
+SteppedBlocks = tuple[tuple[Block, ...], int]
+"""A group of neighboring blocks to keep (one block, unless blocks alternate), and the number m of
+such groups that it replaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedCopy(BlockCopy):
-    """Nodes to copy, and how many such runs of nodes the copy stands for."""
+    """A block to copy, and the number m of such blocks that the copy replaces."""
 
     step: Count
 
@@ -76,7 +84,11 @@ class ThinnedOptions(CoarseOptions):
 
     @classmethod
     def choose(cls, span: Span) -> Self:
-        """Keep the block in the middle of all that it stands for."""
+        """Keep `units` of the repeated blocks, and all others.
+
+        Raises:
+            SynthesisError: The stage is not made of whole blocks, or its state is not one tensor.
+        """
         check_single(span)
         analysis = span.analysis
         steps = thin(analysis.blocks, span.start.index, span.stop.index, span.options.units)
@@ -85,18 +97,18 @@ class ThinnedOptions(CoarseOptions):
         return cls(blocks=copies, inputs=read_by(analysis.program, copies))
 
     def made_of(self, analysis: Analysis) -> Hashable:
-        """Digests of the blocks, and their steps."""
+        """Return the digests of the blocks, and their steps."""
         return signatures(analysis, self.blocks), tuple(block.step for block in self.blocks)
 
     @property
     def why(self) -> str:
-        """Say how large the steps are."""
+        """Reason for the plan, with the steps."""
         return f"asked for; steps of {', '.join(str(block.step) for block in self.blocks)} blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stem:
-    """The first layers.
+    """The first layers, in front of the first block.
 
     Attributes:
         inputs: Inputs of the program that they read.
@@ -122,17 +134,17 @@ class FrontOptions(PreprocessOptions):
     stem: Stem
 
 
-def thin(blocks: Sequence[Block], start: int, stop: int, kept: int) -> list[Step]:
-    """Choose which blocks of the stage between two cuts to keep, and how far each one steps.
+def thin(blocks: Sequence[Block], start: int, stop: int, kept: int) -> list[SteppedBlocks]:
+    """Choose which blocks of the stage between two cuts to keep, and the step of each.
 
-    Equal neighbours form a run (so do blocks that alternate, such as A B A B: then A B counts as
-    one). Every run keeps at least one; what remains of `kept` goes where the largest steps are.
+    Equal neighbors form a run; so do alternating blocks such as A B A B, where A B counts as one.
+    Every run keeps at least one block; the rest of `kept` goes to the runs with the largest steps.
 
     Args:
-        blocks: Every block of the graph, in order.
+        blocks: All blocks of the graph, in order.
         start: Index of the cut where the stage begins.
         stop: Index of the cut where it ends.
-        kept: N_c, how many of the repeated blocks to keep.
+        kept: N_c, the number of repeated blocks to keep.
 
     Returns:
         The kept blocks in order with their steps, which add up to the number of blocks; empty if
@@ -145,12 +157,13 @@ def thin(blocks: Sequence[Block], start: int, stop: int, kept: int) -> list[Step
 
 
 def _runs(blocks: Sequence[Block]) -> list[list[tuple[Block, ...]]]:
-    """Divide blocks into runs of equal groups, each with the shortest group that repeats."""
+    """Divide blocks into runs of equal groups; each run repeats the shortest possible group."""
     runs: list[list[tuple[Block, ...]]] = []
     index = 0
     while index < len(blocks):
-        ahead = list(itertools.takewhile(_keeps_shape, blocks[index:]))
-        size, count = _repetition([block.signature for block in ahead])
+        # A block that changes the shape ends a run, and is a run of its own.
+        following = list(itertools.takewhile(_keeps_shape, blocks[index:]))
+        size, count = _repetition([block.signature for block in following])
         starts = range(index, index + size * count, size)
         runs.append([tuple(blocks[at : at + size]) for at in starts])
         index += size * count
@@ -162,7 +175,11 @@ def _keeps_shape(block: Block) -> bool:
 
 
 def _repetition(names: Sequence[str]) -> tuple[int, int]:
-    """Size of the shortest group that the names begin with at least twice, and how often."""
+    """Return the size of the shortest group that the names begin with twice or more, and how often.
+
+    >>> _repetition("AAAB"), _repetition("ABABABC"), _repetition("ABC")
+    ((1, 3), (2, 3), (1, 1))
+    """
     for size in range(1, len(names) // 2 + 1):
         count = 1
         while names[count * size : (count + 1) * size] == names[:size]:
@@ -173,7 +190,11 @@ def _repetition(names: Sequence[str]) -> tuple[int, int]:
 
 
 def _share(lengths: Sequence[int], kept: int) -> list[int]:
-    """Share out `kept` over the runs that repeat, so that the largest step is small."""
+    """Distribute `kept` blocks over the runs that repeat, to make the largest step small.
+
+    >>> _share([5, 1, 3], kept=3)
+    [2, 1, 1]
+    """
     counts = [1] * len(lengths)
     repeated = [i for i, length in enumerate(lengths) if length > 1]
     for _ in range(kept - len(repeated)):
@@ -184,14 +205,17 @@ def _share(lengths: Sequence[int], kept: int) -> list[int]:
     return counts
 
 
-def _spread(run: Sequence[tuple[Block, ...]], count: int) -> list[Step]:
-    """Divide a run into parts as equal as can be; the middle of each stands for all of it."""
+def _spread(run: Sequence[tuple[Block, ...]], count: int) -> list[SteppedBlocks]:
+    """Divide a run into `count` nearly equal parts, and return the middle of each with its size.
+
+    For A0 ... A4 and two parts: [A0, A1] and [A2, A3, A4], so A0 with step 2 and A3 with step 3.
+    """
     bounds = [len(run) * part // count for part in range(count + 1)]
     return [(run[(low + high - 1) // 2], high - low) for low, high in itertools.pairwise(bounds)]
 
 
-def stepped_copies(analysis: Analysis, steps: Sequence[Step]) -> tuple[SteppedCopy, ...]:
-    """Describe the kept blocks, each with its step."""
+def stepped_copies(analysis: Analysis, steps: Sequence[SteppedBlocks]) -> tuple[SteppedCopy, ...]:
+    """Describe the kept blocks with their steps."""
     return tuple(SteppedCopy.of(analysis, _joined(group), step=step) for group, step in steps)
 
 
@@ -201,7 +225,7 @@ def _joined(group: Sequence[Block]) -> Block:
 
 
 def build_thinned(options: ThinnedOptions, site: Site) -> Units:
-    """Copy the blocks that the options name, with their weights, and let them take their steps."""
+    """Copy the blocks that the options name with their weights, and scale them by their steps."""
     return _units(site.program, options.blocks, options.inputs)
 
 
@@ -210,14 +234,14 @@ def _units(program: Program, blocks: Sequence[SteppedCopy], inputs: Sequence[str
 
 
 class Front(nn.Module):
-    """All that lies before an interface, thinned: the first layers, then every m-th block.
+    """Thinned layers before an interface: the first layers, then every m-th block.
 
     Args:
         stem: From inputs to the state that the first block reads.
         units: The blocks.
-        inputs: Names of the inputs, in the order in which they are given.
-        stem_reads: Those that the stem reads.
-        unit_reads: Those that the blocks read.
+        inputs: Names of the inputs, in the order of the arguments of `forward`.
+        stem_reads: Names of those that the stem reads.
+        unit_reads: Names of those that the blocks read.
     """
 
     def __init__(
@@ -235,7 +259,7 @@ class Front(nn.Module):
         self._units = [list(inputs).index(name) for name in unit_reads]
 
     def forward(self, *inputs: Any) -> torch.Tensor:
-        """Guess the state from inputs in the order given at construction."""
+        """Guess the state from inputs, in the order of the constructor's `inputs`."""
         state = self.stem(*(inputs[index] for index in self._stem))
         guess: torch.Tensor = self.units(state, *(inputs[index] for index in self._units))
         return guess

@@ -1,4 +1,4 @@
-"""What wraps the families, or stands beside them: prologue, difference, sum, exact, zero."""
+"""Wrappers and special networks: difference form, preprocessing operator, sum, exact, zero."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from passes.ir.tensor_spec import TensorSpec
 class Difference(nn.Module):
     """The correction of classical parareal, `G(x + r) - G(x)`.
 
-    Both calls are one batch where that is sound, so that normalisation layers in `G` see one
+    Both calls are one batch if that is sound, so that normalization layers in `G` see one
     distribution and update their statistics once.
 
     Args:
@@ -34,7 +34,7 @@ class Difference(nn.Module):
         self._joint = joint
 
     def separate(self) -> None:
-        """Call the network twice from now on: a batch of both has no static form in ONNX."""
+        """Call the network twice from now on, as a batch of both has no static form in ONNX."""
         self._joint = False
 
     def forward(self, *arguments: torch.Tensor) -> Any:
@@ -48,18 +48,18 @@ class Difference(nn.Module):
         both = (torch.cat(pair) for pair in zip(moved, state, strict=True))
         result = self.coarse(*both, *inputs)
         if isinstance(result, torch.Tensor):
-            ahead, behind = result.chunk(2)
-            return ahead - behind
+            moved_result, state_result = result.chunk(2)
+            return moved_result - state_result
         halves = [x.chunk(2) for x in result]
-        return tuple(ahead - behind for ahead, behind in halves)
+        return tuple(a - b for a, b in halves)
 
     def _apart(self, moved: tuple[Any, ...], state: tuple[Any, ...], inputs: Any) -> Any:
         """Evaluate both calls one after the other, on the same random numbers in training."""
         if not self.training:
             return _minus(self.coarse(*moved, *inputs), self.coarse(*state, *inputs))
         with torch.random.fork_rng():
-            ahead = self.coarse(*moved, *inputs)
-        return _minus(ahead, self.coarse(*state, *inputs))
+            result = self.coarse(*moved, *inputs)
+        return _minus(result, self.coarse(*state, *inputs))
 
 
 def _minus(a: Any, b: Any) -> Any:
@@ -68,13 +68,13 @@ def _minus(a: Any, b: Any) -> Any:
     return tuple(x - y for x, y in zip(a, b, strict=True))
 
 
-class Guess(nn.Module):
-    """A preprocessing operator C_j: the values to guess from, then a map to the state.
+class PreprocessingOperator(nn.Module):
+    """A preprocessing operator C_j: a prologue that computes the sources, then a map to the state.
 
     Args:
         operator: From the source tensors to the state.
-        prologue: From the program's inputs to the source tensors (the first layers, or a thinned
-            copy of all before the interface); None if they are inputs.
+        prologue: From the inputs of the program to the source tensors (the first layers, or a
+            thinned copy of all layers before the interface); None if the sources are inputs.
     """
 
     def __init__(self, operator: nn.Module, prologue: nn.Module | None) -> None:
@@ -83,7 +83,7 @@ class Guess(nn.Module):
         self.operator = operator
 
     def forward(self, *inputs: Any) -> Any:
-        """Guess the state that enters the stage; contiguous, as a stage may take views of it."""
+        """Guess the entering state of the stage; contiguous, as a stage may take views of it."""
         sources = inputs if self.prologue is None else self.prologue(*inputs)
         state = self.operator(*(sources if isinstance(sources, tuple) else (sources,)))
         if isinstance(state, torch.Tensor):
@@ -92,7 +92,7 @@ class Guess(nn.Module):
 
 
 class Sum(nn.Module):
-    """Adds what its parts return for the same state.
+    """Sum of the outputs of several networks for the same state.
 
     Args:
         parts: Networks from one state to another.
@@ -120,19 +120,23 @@ class ExactOptions(CoarseOptions):
 
     @classmethod
     def choose(cls, span: Span) -> Self:
-        """Read what the stage reads."""
+        """Take the inputs of the stage."""
         nodes = span.analysis.frontiers.order[span.start.index : span.stop.index]
         inputs, _ = requirements(span.analysis.program, nodes, span.analysis.frontiers.recomputable)
         return cls(inputs=inputs)
 
     @property
     def why(self) -> str:
-        """Say what it is for."""
+        """Reason for the plan: the exact propagator is an oracle."""
         return "the oracle"
 
 
 class Exact(nn.Module):
-    """Calls the fine stage; its parameters are the stage's own."""
+    """Call of the fine stage, whose parameters it shares.
+
+    Args:
+        fine: The stage.
+    """
 
     def __init__(self, fine: nn.Module) -> None:
         super().__init__()
@@ -144,13 +148,13 @@ class Exact(nn.Module):
 
 
 def build_exact(options: ExactOptions, site: Site) -> Exact:
-    """Wrap the stage."""
+    """Wrap the fine stage of a site."""
     assert site.fine is not None
     return Exact(site.fine)
 
 
 class Zero(nn.Module):
-    """Returns zeros of the leaving types.
+    """Zeros of the leaving types.
 
     Args:
         entering: Types of the tensors that it reads; the first one has the batch size.

@@ -1,4 +1,9 @@
-"""Where to cut: the analysis as a problem of pure numbers, and the positions that solve it."""
+"""Choose where to cut: state the analysis as a problem of pure numbers, and solve it.
+
+`choose_cut` looks for the head, lists the candidate positions in front of it, builds the problem
+(`passes.partition.build_problem`), solves it (`passes.partition.search`), and reports for every cut
+what its next best position would cost.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
@@ -17,15 +23,13 @@ from passes.cost.device_profile import DeviceProfile
 from passes.errors import PartitionError, SynthesisError
 from passes.ir.program import provenance
 from passes.options import Options
-from passes.partition.alternatives import alternatives
-from passes.partition.build_problem import Pricing
-from passes.partition.infeasible import explain
-from passes.partition.problem import makespan, serial
+from passes.partition.build_problem import ProblemBuilder
+from passes.partition.infeasible import explain_misfit
+from passes.partition.problem import CutProblem, Phases, makespan, serial
 from passes.partition.search import CutSolution, DoesNotFit, solve
 
-__all__ = ["Cut", "choose_cut", "pricing_of"]
-
 _SHOWN = 12
+"""Legal cuts that an error message lists."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class Cut:
 
     Attributes:
         positions: One per stage.
-        gap: Relative distance from the proven optimum of the objective, of given cuts too.
-        devices: What each stage runs on; empty where no devices were named.
+        gap: Relative distance from the proven optimum of the objective, also of cuts that the user
+            names.
+        devices: Device of each stage; empty if no devices were named.
         why: For each position but the last, the next best one and what it would cost.
     """
 
@@ -46,18 +51,20 @@ class Cut:
 
 
 def choose_cut(analysis: Analysis, options: Options) -> Cut:
-    """Choose the cuts that minimise the predicted time, or take those that the user names.
+    """Choose the cuts of least predicted time, or check those that the user names.
 
     Raises:
         PartitionError: The graph has too few legal cuts, a named cut is not legal, or a stage
             would be no link of the chain.
+        DoesNotFit: No stages, or not the named ones, fit into the memory of the devices.
+        SynthesisError: No preprocessing operator that was asked for can be built at enough cuts.
     """
     head = _head(analysis)
     candidates = _candidates(analysis, options, head)
     if options.cuts is not None:
         named = _named(analysis, candidates, head, options.cuts)
-        solution = _given(analysis, options, candidates, [*named, head])
-        return _linked(analysis, _cut(analysis, options, candidates, head, solution))
+        solution = _named_solution(analysis, options, candidates, [*named, head])
+        return _check_chain(analysis, _cut(analysis, options, candidates, head, solution))
     candidates = _distinct(candidates, head)
     stages = options.stages
     if stages == "auto":
@@ -67,34 +74,36 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
     if stages - 1 > len(candidates):
         raise PartitionError(_too_few(analysis, candidates, stages))
     solution = _solve(analysis, options, candidates, head, stages)
+    # The solver does not know which stages are connected: drop a candidate that a disconnected
+    # stage begins at, and solve again.
     while len(candidates) >= stages and (
-        start := _idle(analysis, _positions(candidates, head, solution))
+        start := _disconnected(analysis, _positions(candidates, head, solution))
     ):
         candidates.remove(start)
         solution = _solve(analysis, options, candidates, head, stages)
-    return _linked(analysis, _cut(analysis, options, candidates, head, solution))
+    return _check_chain(analysis, _cut(analysis, options, candidates, head, solution))
 
 
-def pricing_of(analysis: Analysis, options: Options) -> Pricing:
-    """The prices that `choose_cut` searches, one position per state that can cross."""
+def problem_builder(analysis: Analysis, options: Options) -> ProblemBuilder:
+    """Return the builder of the problems that `choose_cut` solves, one position per state."""
     head = _head(analysis)
     candidates = _distinct(_candidates(analysis, options, head), head)
-    return Pricing(analysis, options, candidates, head)
+    return ProblemBuilder(analysis, options, candidates, head)
 
 
 def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Position]:
-    """Where cuts may be: in front of the head, and for copied blocks at the ends of whole ones."""
-    found = [
+    """List where cuts may be: before the head, and for copied blocks between whole blocks."""
+    candidates = [
         position
         for position in analysis.frontiers.positions
         if position.index < head.index and can_be_guessed(analysis, options, position)
     ]
-    wanted = 1 if options.cuts is not None or options.stages == "auto" else options.stages - 1
-    if copies_blocks(options.preprocess) and len(found) < wanted:
-        raise SynthesisError(too_expensive(options, f"before {wanted} cuts"))
+    needed = 1 if options.cuts is not None or options.stages == "auto" else options.stages - 1
+    if copies_blocks(options.preprocess) and len(candidates) < needed:
+        raise SynthesisError(too_expensive(options, f"before {needed} cuts"))
     if copies_blocks(options.coarse):
-        return [p for p in found if p.boundary and len(p.state) == 1]
-    return found
+        return [p for p in candidates if p.boundary and len(p.state) == 1]
+    return candidates
 
 
 def _positions(
@@ -104,28 +113,36 @@ def _positions(
 
 
 def _distinct(candidates: list[Position], head: Position) -> list[Position]:
-    """One position per state, a boundary if there is one: between two of them nothing happens."""
-    chosen: dict[tuple[fx.Node, ...], Position] = {}
+    """Keep one position per state, a block boundary if there is one.
+
+    Between two positions of one state nothing is computed that crosses.
+    """
+    by_state: dict[tuple[fx.Node, ...], Position] = {}
     for position in candidates:
-        known = chosen.get(position.state)
-        if known is None or (position.boundary and not known.boundary):
-            chosen[position.state] = position
-    chosen.pop(head.state, None)
-    return sorted(chosen.values(), key=lambda position: position.index)
+        other = by_state.get(position.state)
+        if other is None or (position.boundary and not other.boundary):
+            by_state[position.state] = position
+    by_state.pop(head.state, None)
+    return sorted(by_state.values(), key=lambda position: position.index)
 
 
-def _linked(analysis: Analysis, cut: Cut) -> Cut:
-    if start := _idle(analysis, cut.positions):
+def _check_chain(analysis: Analysis, cut: Cut) -> Cut:
+    """Return the cut if every stage maps its entering state to its leaving state.
+
+    Raises:
+        PartitionError: A stage does not.
+    """
+    if start := _disconnected(analysis, cut.positions):
         raise PartitionError(
             f"the stage that begins at {_label(analysis, start)} would read nothing of the state "
-            "before it, or add nothing to the state behind it: it is a branch of its own, no link "
+            "before it, or add nothing to the state after it: it is a branch of its own, no link "
             "of a chain; name other cuts, or ask for another number of stages"
         )
     return cut
 
 
-def _idle(analysis: Analysis, positions: Sequence[Position]) -> Position | None:
-    """Where a stage begins that does not lead from its entering to its leaving state."""
+def _disconnected(analysis: Analysis, positions: Sequence[Position]) -> Position | None:
+    """Return where the first stage begins that does not map its entering state to its leaving."""
     for start, stop in itertools.pairwise(positions):
         nodes = analysis.frontiers.order[start.index : stop.index]
         read = {source for node in nodes for source in node.all_input_nodes}
@@ -135,7 +152,7 @@ def _idle(analysis: Analysis, positions: Sequence[Position]) -> Position | None:
 
 
 def _head(analysis: Analysis) -> Position:
-    """The position that the head starts at: right behind the trunk, through the fewest tensors."""
+    """Return where the head begins: after the trunk, at the state of the fewest tensors."""
     positions = analysis.frontiers.positions
     if not positions:
         refused = ", ".join(f"{count} x {why}" for why, count in analysis.frontiers.refused.items())
@@ -144,40 +161,40 @@ def _head(analysis: Analysis) -> Position:
             "compile a submodule whose layers follow each other instead"
         )
     end = analysis.trunk_end()
-    behind = [p for p in positions if p.index >= end] or [positions[-1]]
-    return min(behind, key=lambda position: (len(position.state), position.index))
+    after = [p for p in positions if p.index >= end] or [positions[-1]]
+    return min(after, key=lambda position: (len(position.state), position.index))
 
 
 def _solve(
     analysis: Analysis, options: Options, candidates: list[Position], head: Position, stages: int
 ) -> CutSolution:
-    pricing = Pricing(analysis, options, candidates, head)
+    builder = ProblemBuilder(analysis, options, candidates, head)
+    devices = builder.devices(stages)
     try:
-        devices = pricing.devices(stages)
-        return dataclasses.replace(solve(pricing.problem(devices)), devices=devices)
+        return dataclasses.replace(solve(builder.build(devices)), devices=devices)
     except DoesNotFit as error:
-        raise DoesNotFit(explain(pricing, pricing.devices(stages))) from error
+        raise DoesNotFit(explain_misfit(builder, devices)) from error
 
 
-def _given(
+def _named_solution(
     analysis: Analysis, options: Options, candidates: list[Position], positions: list[Position]
 ) -> CutSolution:
-    """The price of cuts that the user names, on devices that hold them."""
-    pricing = Pricing(analysis, options, candidates, positions[-1])
-    places = {position.index: number for number, position in enumerate(pricing.ends)}
-    chosen = tuple(places[position.index] for position in positions)
-    devices = pricing.devices(len(positions))
-    problem = pricing.problem(devices)
-    spans = zip(problem.devices, itertools.pairwise([None, *chosen]), strict=True)
-    for number, (prices, (begin, end)) in enumerate(spans):
-        if end is not None and not prices.fits(begin, end, last=number + 1 == len(positions)):
-            raise DoesNotFit(explain(pricing, devices, chosen))
-    time = makespan(problem, chosen) + serial(problem, chosen)
+    """Return the cost of cuts that the user names, and the gap to the optimum."""
+    builder = ProblemBuilder(analysis, options, candidates, positions[-1])
+    by_index = {position.index: number for number, position in enumerate(builder.positions)}
+    cuts = tuple(by_index[position.index] for position in positions)
+    devices = builder.devices(len(positions))
+    problem = builder.build(devices)
+    spans = zip(problem.devices, itertools.pairwise([None, *cuts]), strict=True)
+    for number, (costs, (begin, end)) in enumerate(spans):
+        if end is not None and not costs.fits(begin, end, last=number + 1 == len(positions)):
+            raise DoesNotFit(explain_misfit(builder, devices, cuts))
+    time = makespan(problem, cuts) + serial(problem, cuts)
     return CutSolution(
-        cuts=chosen,
-        makespan=makespan(problem, chosen),
-        serial=serial(problem, chosen),
-        # What any other cuts would take at least; those chosen may lie at a dearer twin.
+        cuts=cuts,
+        makespan=makespan(problem, cuts),
+        serial=serial(problem, cuts),
+        # The named cuts may have twins of the same state that cost less.
         lower_bound=min(time, solve(problem).lower_bound),
         evaluations=0,
         devices=devices,
@@ -191,16 +208,16 @@ def _cut(
     head: Position,
     solution: CutSolution,
 ) -> Cut:
-    """What was chosen, with the next best place of every cut."""
-    pricing = Pricing(analysis, options, candidates, head)
-    problem = pricing.problem(solution.devices)
+    """Describe a solution, with the next best position of every cut."""
+    builder = ProblemBuilder(analysis, options, candidates, head)
+    problem = builder.build(solution.devices)
     why = []
-    for found in alternatives(problem, solution.cuts):
-        if found is None:
+    for move in next_best_moves(problem, solution.cuts):
+        if move is None:
             why.append("the only place that leaves a cut on both sides")
             continue
-        place = _label(analysis, pricing.ends[found.candidate])
-        more = (found.time - solution.time) / solution.time if solution.time else 0.0
+        place = _label(analysis, builder.positions[move.candidate])
+        more = (move.time - solution.time) / solution.time if solution.time else 0.0
         why.append(f"next best in front of {place}: {more:+.2%} time")
     return Cut(
         positions=_positions(candidates, head, solution),
@@ -210,13 +227,70 @@ def _cut(
     )
 
 
+class CutMove(NamedTuple):
+    """Another candidate for one cut, and the step time if that cut alone moves there."""
+
+    candidate: int
+    time: float
+
+
+def next_best_moves(problem: CutProblem, cuts: Sequence[int]) -> list[CutMove | None]:
+    """Find the next best candidate of every cut but the last, while the other cuts stay.
+
+    Args:
+        problem: The costs.
+        cuts: A partition.
+
+    Returns:
+        For each cut the best of the candidates between its neighbors; None if none fits.
+    """
+    devices, count = problem.devices, problem.stages
+    others = _slowest_without_pair(problem.stage_costs(cuts))
+    total = serial(problem, cuts)
+    moves: list[CutMove | None] = []
+    for number in range(count - 1):
+        begin = cuts[number - 1] if number else None
+        cut, end = cuts[number], cuts[number + 1]
+        before, after = devices[number], devices[number + 1]
+        best: CutMove | None = None
+        for place in range(0 if begin is None else begin + 1, end):
+            last = number + 2 == count
+            if place == cut or not (
+                before.fits(begin, place, last=False) and after.fits(place, end, last=last)
+            ):
+                continue
+            pair = before.stage_cost(begin, place), after.stage_cost(place, end)
+            slowest = [max(values) for values in zip(others[number], *pair, strict=True)]
+            time = sum(slowest) + total - after.hop[cut] + after.hop[place]
+            if best is None or time < best.time:
+                best = CutMove(place, time)
+        moves.append(best)
+    return moves
+
+
+def _slowest_without_pair(costs: Sequence[Phases]) -> list[Phases]:
+    """Return for each stage but the last: the slowest of all stages but it and the next one."""
+    none = Phases(0.0, 0.0)
+    front = [none, *itertools.accumulate(costs, _slower)]
+    back = [none, *itertools.accumulate(reversed(costs), _slower)][::-1]
+    return [_slower(front[i], back[i + 2]) for i in range(len(costs) - 1)]
+
+
+def _slower(one: Phases, other: Phases) -> Phases:
+    return Phases(max(one.forward, other.forward), max(one.backward, other.backward))
+
+
 def _named(
     analysis: Analysis, candidates: list[Position], head: Position, names: tuple[str, ...]
 ) -> list[Position]:
-    """Find the position in front of each named node or module."""
+    """Find the position in front of each named node or module.
+
+    Raises:
+        PartitionError: A name is unknown, out of order, in the head, or at no legal cut.
+    """
     order = analysis.frontiers.order
     by_index = {position.index: position for position in candidates}
-    chosen: list[Position] = []
+    positions: list[Position] = []
     for name in names:
         index = next(
             (
@@ -229,7 +303,7 @@ def _named(
             raise PartitionError(f"no node or module is called {name!r} in {analysis.program.name}")
         if index >= head.index:
             raise PartitionError(
-                f"{name!r} lies in the head, behind the last correction: the last stage ends in "
+                f"{name!r} lies in the head, after the last correction: the last stage ends in "
                 f"front of {_label(analysis, head)}"
             )
         if index not in by_index:
@@ -238,12 +312,12 @@ def _named(
                 f"; the nearest legal cut is in front of {_label(analysis, near)}" if near else ""
             )
             raise PartitionError(f"the graph cannot be cut in front of {name!r}{hint}")
-        if chosen and index <= chosen[-1].index:
+        if positions and index <= positions[-1].index:
             raise PartitionError(
                 f"cuts must be in the order of the graph ({name!r} comes too late)"
             )
-        chosen.append(by_index[index])
-    return chosen
+        positions.append(by_index[index])
+    return positions
 
 
 def _label(analysis: Analysis, position: Position) -> str:
@@ -265,15 +339,15 @@ def _too_few(analysis: Analysis, candidates: list[Position], stages: int) -> str
 
 
 def _widest(analysis: Analysis, candidates: list[Position]) -> str:
-    """The run of nodes between two legal cuts that costs most, by module path."""
+    """Describe the most expensive run of nodes between two legal cuts, by module path."""
     order = analysis.frontiers.order
     ends = [0, *(position.index for position in candidates), len(order)]
 
-    def weight(span: tuple[int, int]) -> float:
+    def cost(span: tuple[int, int]) -> float:
         return sum(analysis.costs[node].cost for node in order[slice(*span)])
 
-    start, stop = max(itertools.pairwise(ends), key=weight)
+    start, stop = max(itertools.pairwise(ends), key=cost)
     first, last = (provenance(node).path or node.name for node in (order[start], order[stop - 1]))
-    share = weight((start, stop)) / analysis.total if analysis.total else 1.0
+    share = cost((start, stop)) / analysis.total if analysis.total else 1.0
     names = first if first == last else f"{first} to {last}"
     return f"{names} ({stop - start} nodes, {share:.0%} of the cost)"

@@ -1,14 +1,43 @@
-"""The cheapest interfaces of a partition whose stages keep to bounds: a dynamic programme.
+"""The cheapest interfaces of a partition whose stages respect bounds: a dynamic program.
 
 Work does not decrease, so a stage that begins at p may end at any q with p < q < end[p]: one
-contiguous range, whatever bounds there are on its time and memory. Going from the last stage to
-the first, the least price behind p is then a range minimum, and a sparse table answers all p at
-once:
+contiguous range, whatever the bounds on its cost and memory. From the last stage to the first, the
+least serial cost after p is then a range minimum, and one sparse table answers all p at once:
 
-    price[N][q] = tail[q]        price[j][p] = hop[p] + min(price[j + 1][p + 1 : end[p]])
+    cost[N][q] = tail[q]        cost[j][p] = hop[p] + min(cost[j + 1][p + 1 : end[p]])
 
-Only the positions are looked at where a stage can end under the bounds: not later than the stages
-up to it reach, and not earlier than the stages behind it reach back.
+where cost[j][p] is the serial cost after stage j if that stage ends at p. Example with N = 3, and
+no stage above 6:
+
+    candidate       0     1     2     3     4
+    work            2     4     5     8    10
+    entry           1     1     1     1     1
+    hop             1     3     2     1     9
+    tail          inf   inf   inf   inf     0
+    end             3     4     5     5           work[q] <= work[p] + 6 - entry[p]
+
+    cost[3]       inf   inf   inf   inf     0
+    cost[2]       inf   inf     2     1           e.g. p = 2: hop[2] + min(inf, 0)
+    cost[1]         3     4     3                 e.g. p = 1: hop[1] + min(2, 1)
+
+Stage 1 may end at 0, 1 or 2 (work <= 6). The least is cost[1][0] = 3; following the minima gives
+the cuts (0, 2, 4) with stages of 2, 4 and 6. The next larger makespan that allows for another
+partition is 7: a stage from 0 to 3 costs 1 + 8 - 2.
+
+>>> from passes.partition.problem import CutProblem
+>>> problem = CutProblem.uniform(
+...     stages=3,
+...     work=[2, 4, 5, 8, 10],
+...     entry=[1] * 5,
+...     hop=[1, 3, 2, 1, 9],
+...     tail=[math.inf] * 4 + [0],
+... )
+>>> cheapest = DynamicProgram(problem).solve(StageBounds(0, math.inf, 6))
+>>> cheapest.cuts, cheapest.makespan, cheapest.serial, cheapest.next_makespan
+((0, 2, 4), 6.0, 3.0, 7)
+
+Each stage looks only at the positions where it can end under the bounds: not later than the stages
+up to it reach, and not earlier than the stages after it reach back.
 """
 
 from __future__ import annotations
@@ -23,136 +52,164 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from passes.partition.problem import CutProblem, Phases, Prices, phases, serial
-
-__all__ = ["Bounds", "Cheapest", "Kind", "Point", "ranges"]
+from passes.partition.problem import CutProblem, Phases, PositionCosts, serial, slowest_phases
 
 _SLACK = 4 * sys.float_info.epsilon
-"""Four roundings lie between the cost of a stage and a comparison: erring on the feasible side
-keeps the least price a lower bound."""
+"""Four roundings lie between the cost of a stage and a comparison. Errors on the feasible side
+keep the least cost a lower bound."""
 
 
-class Bounds(NamedTuple):
-    """What the stages of a partition may cost.
+class StageBounds(NamedTuple):
+    """Bounds on the stages of a partition.
 
-    The slowest stage forward takes at least `least` and at most `forward`, and the slowest ones
-    each way together at most `both`; so that no stage takes more than `both - least` back.
+    A stage takes at most `max_forward` forward, at most `max_makespan - min_forward` backward (the
+    slowest forward takes at least `min_forward`, and both phases together at most `max_makespan`),
+    and at most `max_makespan` in both phases.
     """
 
-    least: float
-    forward: float
-    both: float
+    min_forward: float
+    max_forward: float
+    max_makespan: float
 
 
-class Point(NamedTuple):
-    """The cheapest partition under bounds.
+class CheapestCuts(NamedTuple):
+    """The partition of least serial cost under bounds.
 
     Attributes:
-        cuts: Its candidates; empty where there is none.
-        phases: Its slowest stages; together they may be above the bound on both.
-        serial: Its serial price; ``inf`` where there is none.
-        next_both: Least bound on both above this one that allows for another partition.
+        cuts: Its candidates; empty if there is none.
+        phases: Its slowest stages. Each stage respects the bounds, but the slowest forward and the
+            slowest backward may belong to two stages, whose sum exceeds `max_makespan`.
+        serial: Its serial cost; `inf` if there is none.
+        next_makespan: Least `max_makespan` above this one that allows for another partition.
     """
 
     cuts: tuple[int, ...]
     phases: Phases
     serial: float
-    next_both: float
+    next_makespan: float
+
+    @classmethod
+    def none(cls, next_makespan: float) -> CheapestCuts:
+        """Return the result for bounds that no partition respects."""
+        return cls((), Phases(0.0, 0.0), math.inf, next_makespan)
 
     @property
     def makespan(self) -> float:
-        """Slowest stage forward and slowest stage backward."""
+        """Slowest forward plus slowest backward."""
         return self.phases.makespan
 
     @property
     def time(self) -> float:
-        """Makespan and serial price."""
+        """Makespan plus serial cost."""
         return self.makespan + self.serial
 
 
-class Cheapest:
-    """Finds the cheapest partition of a problem under bounds."""
+class DynamicProgram:
+    """Solver for the partition of least serial cost under bounds.
+
+    Args:
+        problem: The costs, by stage.
+    """
 
     def __init__(self, problem: CutProblem) -> None:
         self.problem = problem
-        kinds = {id(device): Kind(device) for device in problem.devices}
-        self.kinds = [kinds[id(device)] for device in problem.devices]
-        self._often = {kind for kind, count in Counter(self.kinds).items() if count > 1}
+        tensors = {id(costs): _DeviceTensors(costs) for costs in problem.devices}
+        self.devices = [tensors[id(costs)] for costs in problem.devices]
+        self._repeated = {d for d, count in Counter(self.devices).items() if count > 1}
         tail = problem.devices[-1].tail
-        self._first_tail = next(i for i, price in enumerate(tail) if price < math.inf)
+        self._first_tail = next(i for i, cost in enumerate(tail) if cost < math.inf)
 
-    def __call__(self, bounds: Bounds) -> Point:
-        """Return the partition of least serial price whose stages keep to the bounds."""
-        earliest, following = self._earliest(bounds)
-        known: dict[Kind, _Ends] = {}
-        kind, last = self.kinds[0], len(self.kinds) - 1
-        furthest, after = kind.first(bounds)
-        following = min(following, after)
-        windows, ends = [(earliest[0], furthest)], []
-        for number, kind in enumerate(self.kinds[1:], 1):
+    def solve(self, bounds: StageBounds) -> CheapestCuts:
+        """Return the partition of least serial cost whose stages respect the bounds.
+
+        O(N P log P) in tensor operations, for N stages and P candidates.
+        """
+        earliest, next_makespan = self._earliest_ends(bounds)
+        tables: dict[_DeviceTensors, _StageEnds] = {}
+        last = len(self.devices) - 1
+        latest, needed = self.devices[0].first_end(bounds)
+        next_makespan = min(next_makespan, needed)
+        # By stage, the first and the last candidate at which it can end.
+        windows, ends = [(earliest[0], latest)], []
+        for number, device in enumerate(self.devices[1:], 1):
             begin, stop = windows[-1]
             if begin > stop:
-                return Point((), Phases(0.0, 0.0), math.inf, following)
-            if kind in self._often and number < last:
-                if kind not in known:
-                    known[kind] = kind.ends(bounds, 0, self.problem.candidates, last=False)
-                end = known[kind].end[begin : stop + 1]
-                following = min(following, float(known[kind].following[begin : stop + 1].min()))
+                return CheapestCuts.none(next_makespan)
+            if device in self._repeated and number < last:
+                # Equal devices share one table over all starts.
+                if device not in tables:
+                    tables[device] = device.stage_ends(
+                        bounds, 0, self.problem.candidates, last=False
+                    )
+                table = tables[device].rows(begin, stop + 1)
             else:
-                found = kind.ends(bounds, begin, stop + 1, last=number == last)
-                end = found.end
-                following = min(following, float(found.following.min()))
-            ends.append(end)
-            windows.append((earliest[number], int(end.max()) - 1))
+                table = device.stage_ends(bounds, begin, stop + 1, last=number == last)
+            next_makespan = min(next_makespan, float(table.next_makespan.min()))
+            ends.append(table.end)
+            windows.append((earliest[number], int(table.end.max()) - 1))
         begin, stop = windows[-1]
         if begin > stop:
-            return Point((), Phases(0.0, 0.0), math.inf, following)
-        return self._point(windows, ends, following)
+            return CheapestCuts.none(next_makespan)
+        return self._backtrack(windows, ends, next_makespan)
 
-    def _earliest(self, bounds: Bounds) -> tuple[list[int], float]:
-        """Where each stage ends at the earliest for those behind it to reach the end.
+    def _earliest_ends(self, bounds: StageBounds) -> tuple[list[int], float]:
+        """Return where each stage ends at the earliest, for those after it to reach the end.
 
-        Also the least bound on both under which that would change.
+        Also the least `max_makespan` that would change one of these.
         """
-        position, following = self._first_tail, math.inf
-        found = [position]
-        for number in range(len(self.kinds) - 1, 0, -1):
-            position, after = self.kinds[number].back(bounds, position)
-            following = min(following, after)
-            if position > found[-1]:
-                return [self.problem.candidates] * len(self.kinds), following
-            position = max(position, number - 1)
-            found.append(position)
-        return found[::-1], following
+        position, next_makespan = self._first_tail, math.inf
+        earliest = [position]
+        for number in range(len(self.devices) - 1, 0, -1):
+            position, needed = self.devices[number].earliest_begin(bounds, position)
+            next_makespan = min(next_makespan, needed)
+            if position > earliest[-1]:
+                return [self.problem.candidates] * len(self.devices), next_makespan
+            position = max(position, number - 1)  # stages before it need a candidate each
+            earliest.append(position)
+        return earliest[::-1], next_makespan
 
-    def _point(
-        self, windows: Sequence[tuple[int, int]], ends: Sequence[Tensor], following: float
-    ) -> Point:
+    def _backtrack(
+        self, windows: Sequence[tuple[int, int]], ends: Sequence[Tensor], next_makespan: float
+    ) -> CheapestCuts:
+        """Fill the cost table from the last stage to the first, then follow its minima."""
         begin, stop = windows[-1]
-        price = self.kinds[-1].tail[begin : stop + 1]
-        prices = [price]
-        for number in range(len(self.kinds) - 1, 0, -1):
-            price = ranges(price, windows[number][0], windows[number - 1], ends[number - 1])
+        cost = self.devices[-1].tail[begin : stop + 1]
+        costs = [cost]
+        for number in range(len(self.devices) - 1, 0, -1):
+            cost = range_minima(cost, windows[number][0], windows[number - 1], ends[number - 1])
             begin, stop = windows[number - 1]
-            price = price + self.kinds[number].hop[begin : stop + 1]
-            prices.append(price)
-        prices.reverse()
-        cut = int(prices[0].argmin())
-        if prices[0][cut] == math.inf:
-            return Point((), Phases(0.0, 0.0), math.inf, following)
+            cost = cost + self.devices[number].hop[begin : stop + 1]
+            costs.append(cost)
+        costs.reverse()
+        cut = int(costs[0].argmin())
+        if costs[0][cut] == math.inf:
+            return CheapestCuts.none(next_makespan)
         cuts = [windows[0][0] + cut]
-        for number in range(1, len(self.kinds)):
+        for number in range(1, len(self.devices)):
             begin = windows[number][0]
             limit = int(ends[number - 1][cuts[-1] - windows[number - 1][0]])
             first = max(cuts[-1] + 1, begin)
-            cuts.append(first + int(prices[number][first - begin : limit - begin].argmin()))
-        chosen = tuple(cuts)
-        return Point(chosen, phases(self.problem, chosen), serial(self.problem, chosen), following)
+            cuts.append(first + int(costs[number][first - begin : limit - begin].argmin()))
+        phases = slowest_phases(self.problem, cuts)
+        return CheapestCuts(tuple(cuts), phases, serial(self.problem, cuts), next_makespan)
 
 
-def ranges(price: Tensor, offset: int, starts: tuple[int, int], end: Tensor) -> Tensor:
-    """Least price over the ends that each start allows for; `price` begins at `offset`."""
-    size = len(price)
+def range_minima(cost: Tensor, offset: int, starts: tuple[int, int], end: Tensor) -> Tensor:
+    """Return `min(cost[p + 1 : end[p]])` for every start p, by a sparse table.
+
+    Args:
+        cost: Values `[n]`, the first of which belongs to candidate `offset`.
+        offset: Candidate of `cost[0]`.
+        starts: First and last start.
+        end: For each start, one past the last candidate of its range.
+
+    Returns:
+        The minima `[starts]`; `inf` for an empty range.
+
+    >>> range_minima(torch.tensor([5.0, 3.0, 4.0, 1.0]), 0, (0, 2), torch.tensor([3, 3, 4]))
+    tensor([3., 4., 1.])
+    """
+    size = len(cost)
     left = (torch.arange(starts[0] + 1, starts[1] + 2) - offset).clamp(min=0)
     right = (end - offset).clamp(max=size)
     length = (right - left).clamp(min=0)
@@ -161,9 +218,9 @@ def ranges(price: Tensor, offset: int, starts: tuple[int, int], end: Tensor) -> 
     level = (torch.frexp(length.double()).exponent.long() - 1).clamp(min=0)
     blocks = torch.stack([left, right - (1 << level)]) + level * size
     blocks[:, length == 0] = levels * size
-    table = price.new_full((levels * size + 1,), math.inf)  # the last: where empty ranges look
+    table = cost.new_full((levels * size + 1,), math.inf)  # the last entry is for empty ranges
     rows = table[:-1].view(levels, size)
-    rows[0] = price
+    rows[0] = cost
     for k in range(1, levels):
         # rows[k][i] is the minimum over i ... i + 2**k - 1.
         half, count = 1 << (k - 1), size - (1 << k) + 1
@@ -172,117 +229,129 @@ def ranges(price: Tensor, offset: int, starts: tuple[int, int], end: Tensor) -> 
     return table[blocks].amin(dim=0)
 
 
-class _Ends(NamedTuple):
-    """For each start: behind where its stage must end, and the bound on both that allows more."""
+class _StageEnds(NamedTuple):
+    """For each start of a stage.
+
+    Attributes:
+        end: One past the last candidate at which the stage may end.
+        next_makespan: Least `max_makespan` under which it may end later.
+    """
 
     end: Tensor
-    following: Tensor
+    next_makespan: Tensor
+
+    def rows(self, begin: int, stop: int) -> _StageEnds:
+        """Return the rows of the starts from `begin` to before `stop`."""
+        return _StageEnds(self.end[begin:stop], self.next_makespan[begin:stop])
 
 
-class _Way:
-    """What a stage costs on one device: forward, backward, or both."""
+class _Costs:
+    """Costs of a stage on one device in one phase, "forward" or "backward", or in both."""
 
-    def __init__(self, name: str, work: Sequence[float], entry: Sequence[float]) -> None:
-        self.name = name
+    def __init__(self, phase: str, work: Sequence[float], entry: Sequence[float]) -> None:
+        self.phase = phase
         self.list, self.least_entry = list(work), min(entry)
         self.work, self.entry = (
             torch.tensor(values, dtype=torch.float64, device="cpu") for values in (work, entry)
         )
         self.padded = torch.cat([self.work, self.work.new_full((1,), math.inf)])
 
-    def limit(self, bounds: Bounds) -> float:
-        """What a stage may cost this way."""
-        if self.name == "forward":
-            return bounds.forward
-        return bounds.both - bounds.least if self.name == "backward" else bounds.both
+    def limit(self, bounds: StageBounds) -> float:
+        """Return the largest cost of a stage in this phase."""
+        if self.phase == "forward":
+            return bounds.max_forward
+        least = bounds.min_forward if self.phase == "backward" else 0.0
+        return bounds.max_makespan - least
 
-    def needs(self, bounds: Bounds, cost: float) -> float:
-        """The bound on both that allows for a stage of this cost."""
-        if self.name == "forward":
-            return math.inf if cost > bounds.forward * (1 + _SLACK) else 0.0
-        return cost + bounds.least if self.name == "backward" else cost
+    def needed_makespan(self, bounds: StageBounds, cost: float) -> float:
+        """Return the least `max_makespan` that allows for a stage of this cost."""
+        if self.phase == "forward":
+            return math.inf if cost > bounds.max_forward * (1 + _SLACK) else 0.0
+        return cost + bounds.min_forward if self.phase == "backward" else cost
 
 
-class Kind:
-    """One device: its prices as tensors."""
+class _DeviceTensors:
+    """The costs of one device as tensors."""
 
-    def __init__(self, prices: Prices) -> None:
-        self.prices = prices
+    def __init__(self, costs: PositionCosts) -> None:
+        self.first_reach = costs.first_reach
         self.hop, self.tail = (
             torch.tensor(values, dtype=torch.float64, device="cpu")
-            for values in (prices.hop, prices.tail)
+            for values in (costs.hop, costs.tail)
         )
         self.size = len(self.hop)
-        if prices.back_work:
-            both = [a + b for a, b in zip(prices.work, prices.back_work, strict=True)]
-            entry = [a + b for a, b in zip(prices.entry, prices.back_entry, strict=True)]
-            self.ways = [
-                _Way("forward", prices.work, prices.entry),
-                _Way("backward", prices.back_work, prices.back_entry),
-                _Way("both", both, entry),
+        if costs.backward_work:
+            both = [a + b for a, b in zip(costs.work, costs.backward_work, strict=True)]
+            entry = [a + b for a, b in zip(costs.entry, costs.backward_entry, strict=True)]
+            self.costs = [
+                _Costs("forward", costs.work, costs.entry),
+                _Costs("backward", costs.backward_work, costs.backward_entry),
+                _Costs("both", both, entry),
             ]
         else:
-            self.ways = [_Way("both", prices.work, prices.entry)]
-        self.reach = torch.tensor(prices.reach, dtype=torch.long) if prices.reach else None
-        last = prices.last_reach or prices.reach
+            self.costs = [_Costs("both", costs.work, costs.entry)]
+        self.reach = torch.tensor(costs.reach, dtype=torch.long) if costs.reach else None
+        last = costs.last_reach or costs.reach
         self.last_reach = torch.tensor(last, dtype=torch.long) if last else None
 
-    def first(self, bounds: Bounds) -> tuple[int, float]:
-        """Where a first stage ends at the latest, and the bound on both under which later."""
-        reach = self.prices.first_reach
-        furthest = allowed = self.size - 1 if reach is None else min(reach, self.size - 1)
-        for way in self.ways:
-            limit = way.limit(bounds)
-            furthest = min(furthest, bisect_right(way.list, limit * (1 + _SLACK)) - 1)
-        if furthest >= allowed:
-            return furthest, math.inf
-        return furthest, max(way.needs(bounds, way.list[furthest + 1]) for way in self.ways)
+    def first_end(self, bounds: StageBounds) -> tuple[int, float]:
+        """Return where a first stage ends at the latest, and the makespan it needs to end later."""
+        reach = self.first_reach
+        latest = allowed = self.size - 1 if reach is None else min(reach, self.size - 1)
+        for costs in self.costs:
+            limit = costs.limit(bounds)
+            latest = min(latest, bisect_right(costs.list, limit * (1 + _SLACK)) - 1)
+        if latest >= allowed:
+            return latest, math.inf
+        return latest, max(c.needed_makespan(bounds, c.list[latest + 1]) for c in self.costs)
 
-    def back(self, bounds: Bounds, end: int) -> tuple[int, float]:
-        """Where a stage that ends at `end` or later begins at the earliest.
+    def earliest_begin(self, bounds: StageBounds, end: int) -> tuple[int, float]:
+        """Return where a stage that ends at `end` or later begins at the earliest.
 
-        The price of entry is taken to be the least one of all candidates, and memory to suffice.
-        Also the bound on both under which it could begin earlier.
+        An optimistic estimate, to prune with: the entry costs as little as at any candidate, and
+        memory suffices. Also returns the makespan that it needs to begin earlier.
         """
         earliest = 0
-        for way in self.ways:
-            limit = way.limit(bounds)
-            slack = _SLACK * (limit + way.list[end])
-            begin = way.list[end] + way.least_entry - limit - slack
-            earliest = max(earliest, bisect_left(way.list, begin))
-        if earliest > end:  # the entry alone is too much
-            needed = [way.needs(bounds, way.least_entry) for way in self.ways]
+        for costs in self.costs:
+            limit = costs.limit(bounds)
+            slack = _SLACK * (limit + costs.list[end])
+            begin = costs.list[end] + costs.least_entry - limit - slack
+            earliest = max(earliest, bisect_left(costs.list, begin))
+        if earliest > end:  # the entry alone exceeds the bounds
+            needed = [costs.needed_makespan(bounds, costs.least_entry) for costs in self.costs]
         elif earliest:
             needed = [
-                way.needs(bounds, way.least_entry + (way.list[end] - way.list[earliest - 1]))
-                for way in self.ways
+                costs.needed_makespan(
+                    bounds, costs.least_entry + (costs.list[end] - costs.list[earliest - 1])
+                )
+                for costs in self.costs
             ]
         else:
             return 0, math.inf
         return earliest, max(needed)
 
-    def ends(self, bounds: Bounds, begin: int, stop: int, *, last: bool) -> _Ends:
-        """For every start from `begin` to before `stop`."""
+    def stage_ends(self, bounds: StageBounds, begin: int, stop: int, *, last: bool) -> _StageEnds:
+        """Return where stages end at the latest, for every start from `begin` to before `stop`."""
         starts = torch.arange(begin, stop)
         end = starts.new_full((stop - begin,), self.size)
         reach = self.last_reach if last else self.reach
         if reach is not None:
             end = torch.minimum(end, reach[begin:stop] + 1)
         allowed = end
-        for way in self.ways:
-            limit = way.limit(bounds)
+        for costs in self.costs:
+            limit = costs.limit(bounds)
             if limit == math.inf:
                 continue
-            work, entry = way.work[begin:stop], way.entry[begin:stop]
+            work, entry = costs.work[begin:stop], costs.entry[begin:stop]
             most = work + (limit - entry) + _SLACK * (limit + work)
-            end = torch.minimum(end, torch.searchsorted(way.work, most, right=True))
+            end = torch.minimum(end, torch.searchsorted(costs.work, most, right=True))
         too_far = torch.maximum(end, starts + 1)
         needed = torch.where(too_far >= allowed, math.inf, 0.0).double()
-        for way in self.ways:
-            cost = way.entry[begin:stop] + (way.padded[too_far] - way.work[begin:stop])
-            if way.name == "forward":
-                needed[cost > bounds.forward * (1 + _SLACK)] = math.inf
+        for costs in self.costs:
+            cost = costs.entry[begin:stop] + (costs.padded[too_far] - costs.work[begin:stop])
+            if costs.phase == "forward":  # no makespan helps against the bound on forward
+                needed[cost > bounds.max_forward * (1 + _SLACK)] = math.inf
             else:
-                least = bounds.least if way.name == "backward" else 0.0
+                least = bounds.min_forward if costs.phase == "backward" else 0.0
                 needed = torch.maximum(needed, cost + least)
-        return _Ends(end, needed)
+        return _StageEnds(end, needed)

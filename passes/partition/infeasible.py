@@ -1,4 +1,4 @@
-"""Why a model does not fit its devices: by how much, on which stage, and how many would do."""
+"""Explain why a model does not fit its devices: which stage, by how much, and how many would do."""
 
 from __future__ import annotations
 
@@ -9,85 +9,85 @@ import torch
 
 from passes.cost.device_profile import DeviceProfile
 from passes.ir.program import provenance
-from passes.partition.build_problem import Pricing
-from passes.partition.dp import Bounds, Cheapest
+from passes.partition.build_problem import ProblemBuilder
+from passes.partition.dp import DynamicProgram, StageBounds
 
-__all__ = ["explain", "held"]
-
-_CLOSE = 1e-3
-"""Share of the bytes too many to which they are told."""
-_ANY = Bounds(0.0, math.inf, math.inf)
+_TOLERANCE = 1e-3
+"""Relative tolerance of the reported memory excess."""
+_NO_BOUNDS = StageBounds(0.0, math.inf, math.inf)
 
 
-def held(pricing: Pricing, cuts: Sequence[int]) -> list[float]:
-    """Bytes that every device holds, by the estimates that cuts are chosen with."""
-    places = [0, *(pricing.ends[cut].index for cut in cuts[:-1])]
-    stops = [*places[1:], len(pricing.analysis.frontiers.order)]
-    nodes = pricing.memory.nodes(torch.tensor(places), torch.tensor(stops)).tolist()
-    entry = pricing.entry_bytes()
+def memory_by_device(builder: ProblemBuilder, cuts: Sequence[int]) -> list[float]:
+    """Return the bytes on every device, by the estimates that cuts are chosen with."""
+    starts = [0, *(builder.positions[cut].index for cut in cuts[:-1])]
+    stops = [*starts[1:], len(builder.analysis.frontiers.order)]
+    nodes = builder.memory.nodes(torch.tensor(starts), torch.tensor(stops)).tolist()
+    entry = builder.entry_bytes()
     extra = [0.0, *(entry[cut] for cut in cuts[:-1])]
     return [a + b for a, b in zip(nodes, extra, strict=True)]
 
 
-def explain(
-    pricing: Pricing,
+def explain_misfit(
+    builder: ProblemBuilder,
     devices: Sequence[DeviceProfile | None],
     cuts: Sequence[int] | None = None,
 ) -> str:
-    """Say that a model does not fit, on which stage and by how much, and what number would do.
+    """Say which stage exceeds its memory and by how much, and how many stages would fit.
 
     Args:
-        pricing: Its prices.
+        builder: Builder of the cut problems.
         devices: By stage.
-        cuts: Those that were asked for; None for those that come closest to fitting.
+        cuts: The cuts that the user named; None for those that come closest to fitting.
     """
-    cuts = cuts or _closest(pricing, devices)
-    needs = held(pricing, cuts)
-    over = [
+    cuts = cuts or _closest(builder, devices)
+    needs = memory_by_device(builder, cuts)
+    excess = [
         need - (device.memory if device else math.inf)
         for need, device in zip(needs, devices, strict=True)
     ]
-    worst = max(range(len(over)), key=lambda number: over[number])
+    worst = max(range(len(excess)), key=lambda number: excess[number])
     device = devices[worst]
     assert device is not None
-    start = pricing.ends[cuts[worst - 1]].index if worst else 0
-    stop = pricing.ends[cuts[worst]].index
-    order = pricing.analysis.frontiers.order
+    start = builder.positions[cuts[worst - 1]].index if worst else 0
+    stop = builder.positions[cuts[worst]].index
+    order = builder.analysis.frontiers.order
     first, last = (provenance(node).path or node.name for node in (order[start], order[stop - 1]))
     head = " with the head" if worst == len(cuts) - 1 else ""
-    what = "a training step" if pricing.training else "inference"
+    what = "a training step" if builder.options.training else "inference"
     return (
-        f"{pricing.analysis.program.name} does not fit {len(cuts)} devices: in {what}, stage "
+        f"{builder.analysis.program.name} does not fit {len(cuts)} devices: in {what}, stage "
         f"{worst} ({first} .. {last}{head}) needs {_size(needs[worst])}, "
-        f"{_size(over[worst])} more than the {_size(device.memory)} of {device.name!r}; "
-        f"{_advice(pricing, len(cuts))}, or take a smaller batch"
+        f"{_size(excess[worst])} more than the {_size(device.memory)} of {device.name!r}; "
+        f"{_advice(builder, len(cuts))}, or take a smaller batch"
     )
 
 
-def _closest(pricing: Pricing, devices: Sequence[DeviceProfile | None]) -> tuple[int, ...]:
-    """The cuts that go beyond the memory of any device by as little as possible."""
+def _closest(builder: ProblemBuilder, devices: Sequence[DeviceProfile | None]) -> tuple[int, ...]:
+    """Find the cuts whose largest memory excess is least, by bisection."""
 
-    def cuts(extra: float) -> tuple[int, ...]:
-        return Cheapest(pricing.problem(devices, extra))(_ANY).cuts
+    def cuts(extra_memory: float) -> tuple[int, ...]:
+        return DynamicProgram(builder.build(devices, extra_memory)).solve(_NO_BOUNDS).cuts
 
     low, high = 0.0, 1e6
-    while not (found := cuts(high)):
+    while not (closest := cuts(high)):
         low, high = high, 4 * high
-    while high - low > _CLOSE * high:
+    while high - low > _TOLERANCE * high:
         middle = (low + high) / 2
         if closer := cuts(middle):
-            found, high = closer, middle
+            closest, high = closer, middle
         else:
             low = middle
-    return found
+    return closest
 
 
-def _advice(pricing: Pricing, stages: int) -> str:
-    listed = pricing.options.devices
-    most = len(pricing.ends) if len(listed) == 1 else min(len(listed), len(pricing.ends))
+def _advice(builder: ProblemBuilder, stages: int) -> str:
+    """Say how many stages would fit, by steps that grow and then bisection."""
+    listed, positions = builder.options.devices, len(builder.positions)
+    most = positions if len(listed) == 1 else min(len(listed), positions)
 
     def fits(count: int) -> bool:
-        return bool(Cheapest(pricing.problem(pricing.devices(count)))(_ANY).cuts)
+        problem = builder.build(builder.devices(count))
+        return bool(DynamicProgram(problem).solve(_NO_BOUNDS).cuts)
 
     count = next((n for n in _growing(stages, most) if fits(n)), None)
     if count is None:
@@ -104,15 +104,20 @@ def _advice(pricing: Pricing, stages: int) -> str:
 
 
 def _growing(stages: int, most: int) -> list[int]:
-    """Numbers of stages above one, in steps that grow, up to the most."""
-    found, step = [], 1
+    """List numbers of stages above `stages`, in steps that double, up to `most`.
+
+    >>> _growing(2, 12)
+    [3, 5, 9, 12]
+    """
+    counts, step = [], 1
     while (stages := stages + step) < most:
-        found.append(stages)
+        counts.append(stages)
         step *= 2
-    return [*found, most] if stages - step < most else found
+    return [*counts, most] if stages - step < most else counts
 
 
 def _size(count: float) -> str:
+    """Format a number of bytes."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,4 +1,34 @@
-"""The problem of the balanced cut as pure numbers: what every position costs on every device."""
+"""The balanced-cut problem as pure numbers: what every position costs on every device.
+
+A partition is a list of cuts `c_1 < ... < c_N`, one candidate position per stage: stage 1 runs from
+the beginning to `c_1`, stage j from `c_{j-1}` to `c_j`, and the head follows `c_N`. Here two stages
+and five candidates, cut at (2, 4):
+
+    candidate        0     1     2     3     4
+    work             2     4     5     8    10      cost of all nodes before the candidate
+    entry            1     1     1     1     1      cost of a preprocessing operator
+    hop              1     3     2     1     9      cost of the coarse propagator and the link
+    tail           inf   inf   inf   inf     0      cost of the head
+                   [--- stage 1 ---][ stage 2 ]
+
+    stage 1   5             work[2]
+    stage 2   1 + 10 - 5    entry[2] + work[4] - work[2]
+    makespan  6             the slowest stage; all of them run at once
+    serial    2 + 0         hop[2] + tail[4]; the sweep visits one stage after another
+
+A training step has two phases, forward and backward, with the head between them: the makespan is
+then the slowest forward plus the slowest backward, which may be those of two different stages.
+
+>>> problem = CutProblem.uniform(
+...     stages=2,
+...     work=[2, 4, 5, 8, 10],
+...     entry=[1] * 5,
+...     hop=[1, 3, 2, 1, 9],
+...     tail=[math.inf] * 4 + [0],
+... )
+>>> makespan(problem, (2, 4)), serial(problem, (2, 4))
+(6.0, 2.0)
+"""
 
 from __future__ import annotations
 
@@ -10,69 +40,69 @@ from typing import Any, NamedTuple
 
 from passes.errors import PartitionError
 
-__all__ = ["CutProblem", "Phases", "Prices", "makespan", "phases", "serial"]
-
 
 class Phases(NamedTuple):
-    """The slowest stage on the way forward and on the way back."""
+    """Costs of the forward and of the backward phase, of one stage or of the slowest stages."""
 
     forward: float
     backward: float
 
     @property
     def makespan(self) -> float:
-        """Both after each other: no stage goes back before the slowest went forward."""
+        """Sum of both: no stage starts its backward before the slowest forward is done."""
         return self.forward + self.backward
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prices:
-    """What P candidate positions, in topological order, cost on one device.
+class PositionCosts:
+    """Costs of P candidate positions, in topological order, on one device.
 
     All sequences have length P and share one unit (seconds or FLOPs). The first stage begins at
     the beginning of the graph, where work and entry are 0; a later stage begins at its interface.
 
     Attributes:
-        work: Cost of all nodes before the candidate; non-decreasing, not negative. Of the way
-            forward alone where `back_work` is given.
+        work: Cost of all nodes before the candidate; non-decreasing, not negative. Forward alone
+            if `backward_work` is set.
         entry: Cost of the preprocessing operator (C) of a stage that begins at the candidate.
-        hop: Serial price of an interface at the candidate, in front of a stage on this device:
+        hop: Serial cost of an interface at the candidate, in front of a stage on this device:
             coarse propagator (F) and link.
-        tail: Serial price if the last stage ends at the candidate: coarse propagator into that
-            state and the head (h) behind it; ``inf`` where the last stage may not end.
-        back_work: As `work`, of the way back. Empty where the two ways are one phase: of all
-            stages forward alone, or of each stage forward and backward at a stretch.
-        back_entry: As `entry`, of the way back; as long as `back_work`.
-        reach: Last candidate at which a stage that begins at the candidate may end, for the
-            memory of the device; empty: any.
-        first_reach: The same of a first stage; None: any.
-        last_reach: The same as `reach`, of a last stage, whose device holds the head too; empty:
-            as `reach`.
+        tail: Serial cost if the last stage ends at the candidate: coarse propagator into that
+            state and the head (h) after it; `inf` where the last stage may not end.
+        backward_work: Same as `work`, backward. Empty if the makespan has one phase: inference, or
+            costs that sum forward and backward of a node.
+        backward_entry: Same as `entry`, backward; as long as `backward_work`.
+        reach: Last candidate at which a stage that begins at the candidate may end, by the memory
+            of the device; empty means no limit.
+        first_reach: Last candidate at which the first stage may end; None means no limit.
+        last_reach: Same as `reach` for the last stage, whose device stores the head too; empty
+            means `reach`.
+
+    Raises:
+        PartitionError: The sequences differ in length, or a cost is out of range.
     """
 
     work: Sequence[float]
     entry: Sequence[float]
     hop: Sequence[float]
     tail: Sequence[float]
-    back_work: Sequence[float] = ()
-    back_entry: Sequence[float] = ()
+    backward_work: Sequence[float] = ()
+    backward_entry: Sequence[float] = ()
     reach: Sequence[int] = ()
     first_reach: int | None = None
     last_reach: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         names = ["work", "entry", "hop", "tail"]
-        if len(self.back_work) or len(self.back_entry):
-            names += ["back_work", "back_entry"]
+        if len(self.backward_work) or len(self.backward_entry):
+            names += ["backward_work", "backward_entry"]
         names += [name for name in ("reach", "last_reach") if len(getattr(self, name))]
         lengths = {name: len(getattr(self, name)) for name in names}
         if len(set(lengths.values())) > 1:
-            raise PartitionError(f"the price sequences differ in length ({lengths})")
+            raise PartitionError(f"the cost sequences differ in length ({lengths})")
         for name in names:
             if not name.endswith("reach"):
-                _check_prices(name, getattr(self, name))
-        for name in ("work", "back_work"):
+                _check_costs(name, getattr(self, name))
+        for name in ("work", "backward_work"):
             work = getattr(self, name)
             for i in range(1, len(work)):
                 if work[i] < work[i - 1]:
@@ -81,59 +111,57 @@ class Prices:
                         f"({name}[{i - 1}]={work[i - 1]:g}, {name}[{i}]={work[i]:g})"
                     )
 
-    def cost(self, begin: int | None, end: int) -> Phases:
-        """Cost of a stage from one candidate, or from the beginning, to another."""
-        found = [0.0, 0.0]
-        ways = ((self.work, self.entry), (self.back_work, self.back_entry))
-        for way, (work, entry) in enumerate(ways):
-            if work:
-                found[way] = (
-                    work[end] if begin is None else entry[begin] + (work[end] - work[begin])
-                )
-        return Phases(*found)
+    def stage_cost(self, begin: int | None, end: int) -> Phases:
+        """Return the cost of a stage between two candidates; `begin=None` is the first stage."""
+
+        def cost(work: Sequence[float], entry: Sequence[float]) -> float:
+            if not work:
+                return 0.0
+            return work[end] if begin is None else entry[begin] + (work[end] - work[begin])
+
+        return Phases(cost(self.work, self.entry), cost(self.backward_work, self.backward_entry))
 
     def fits(self, begin: int | None, end: int, *, last: bool) -> bool:
-        """Whether the device has the memory for such a stage."""
+        """Return whether the memory of the device holds such a stage."""
         if begin is None:
             return self.first_reach is None or end <= self.first_reach
         reach = self.last_reach if last and self.last_reach else self.reach
         return not reach or end <= reach[begin]
 
 
-def _check_prices(name: str, prices: Sequence[float]) -> None:
-    for i, price in enumerate(prices):
-        if not price >= 0 or (price == math.inf and name != "tail"):
+def _check_costs(name: str, costs: Sequence[float]) -> None:
+    for i, cost in enumerate(costs):
+        if not cost >= 0 or (cost == math.inf and name != "tail"):
             allowed = "not negative" if name == "tail" else "finite and not negative"
-            raise PartitionError(f"every {name} price must be {allowed} ({name}[{i}]={price})")
+            raise PartitionError(f"every {name} cost must be {allowed} ({name}[{i}]={cost})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CutProblem:
-    """State what every device costs, one device a stage.
+    """The costs of all candidates on all devices; stage j runs on device j.
 
     Attributes:
-        devices: Prices by stage, in order; devices that are alike may be one object.
+        devices: Costs by stage, in order; equal devices may be one object.
 
     Raises:
-        PartitionError: The devices do not fit together, or no N candidates can be the cuts.
+        PartitionError: The devices disagree on the candidates, or no N candidates can be the cuts.
     """
 
-    devices: tuple[Prices, ...]
+    devices: tuple[PositionCosts, ...]
 
     @classmethod
-    def alike(cls, *, stages: int, **prices: Any) -> CutProblem:
-        """The problem of `stages` devices of the same prices, which are those of `Prices`."""
-        return cls(devices=(Prices(**prices),) * stages)
+    def uniform(cls, *, stages: int, **costs: Any) -> CutProblem:
+        """Build the problem of `stages` equal devices; `costs` are fields of `PositionCosts`."""
+        return cls(devices=(PositionCosts(**costs),) * stages)
 
     def __post_init__(self) -> None:
-        """Check that there may be a solution."""
         if not self.devices:
             raise PartitionError("a partition needs at least one stage (stages=0)")
-        if len({(len(d.work), bool(d.back_work)) for d in self.devices}) > 1:
+        if len({(len(d.work), bool(d.backward_work)) for d in self.devices}) > 1:
             raise PartitionError(
-                "every device needs prices of the same candidates and phases (candidates="
+                "every device needs costs of the same candidates and phases (candidates="
                 f"{[len(d.work) for d in self.devices]}, phases="
-                f"{[1 + bool(d.back_work) for d in self.devices]})"
+                f"{[1 + bool(d.backward_work) for d in self.devices]})"
             )
         if self.candidates < self.stages:
             raise PartitionError(
@@ -142,7 +170,7 @@ class CutProblem:
                 "larger states at the interfaces"
             )
         tail = self.devices[-1].tail
-        last = max((i for i, price in enumerate(tail) if price < math.inf), default=-1)
+        last = max((i for i, cost in enumerate(tail) if cost < math.inf), default=-1)
         if last + 1 < self.stages:
             raise PartitionError(
                 f"the last stage cannot end late enough (candidates={self.candidates}, of which "
@@ -160,35 +188,40 @@ class CutProblem:
         """Number of candidate positions, P."""
         return len(self.devices[0].work)
 
+    def stage_costs(self, cuts: Sequence[int]) -> list[Phases]:
+        """Return the cost of every stage of a partition."""
+        spans = pairwise([None, *cuts])
+        return [
+            device.stage_cost(begin, end)
+            for device, (begin, end) in zip(self.devices, spans, strict=True)
+            if end is not None
+        ]
 
-def phases(problem: CutProblem, cuts: Sequence[int]) -> Phases:
-    """Return the slowest stage of a partition each way, max_j(t(C_j) + t(g_j))."""
-    costs = [
-        device.cost(begin, end)
-        for device, (begin, end) in zip(problem.devices, pairwise([None, *cuts]), strict=True)
-        if end is not None
-    ]
+
+def slowest_phases(problem: CutProblem, cuts: Sequence[int]) -> Phases:
+    """Return the slowest stage of a partition in each phase, max_j(t(C_j) + t(g_j))."""
+    costs = problem.stage_costs(cuts)
     return Phases(max(c.forward for c in costs), max(c.backward for c in costs))
 
 
 def makespan(problem: CutProblem, cuts: Sequence[int]) -> float:
-    """Return the cost of the slowest stage forward and of the slowest stage backward.
+    """Return the slowest forward plus the slowest backward of a partition.
 
-    >>> four_layers = {"work": [2, 3, 5, 6], "entry": [1] * 4, "hop": [0.5] * 4, "tail": [0] * 4}
-    >>> problem = CutProblem.alike(stages=2, **four_layers)
-    >>> makespan(problem, (1, 3))  # the first stage costs 3, the second 3 and a guess that costs 1
+    >>> costs = {"work": [2, 3, 5, 6], "entry": [1] * 4, "hop": [0.5] * 4, "tail": [0] * 4}
+    >>> problem = CutProblem.uniform(stages=2, **costs)
+    >>> makespan(problem, (1, 3))  # stage 1 costs 3; stage 2 costs 3 and its preprocessing 1
     4.0
     >>> makespan(problem, (0, 3))
     5.0
     """
-    return phases(problem, cuts).makespan
+    return slowest_phases(problem, cuts).makespan
 
 
 def serial(problem: CutProblem, cuts: Sequence[int]) -> float:
-    """Return the price of the serial sweep, sum_j(t(F_j) + link) + t(h), of a partition.
+    """Return the cost of the serial sweep of a partition, sum_j(t(F_j) + link) + t(h).
 
-    >>> prices = {"work": [1, 2, 3], "entry": [0] * 3, "hop": [0.5, 0.25, 0], "tail": [9, 9, 1]}
-    >>> serial(CutProblem.alike(stages=2, **prices), (1, 2))  # one hop, and the head
+    >>> costs = {"work": [1, 2, 3], "entry": [0] * 3, "hop": [0.5, 0.25, 0], "tail": [9, 9, 1]}
+    >>> serial(CutProblem.uniform(stages=2, **costs), (1, 2))  # one interface, and the head
     1.25
     """
     hops = (d.hop[c] for d, c in zip(problem.devices[1:], cuts[:-1], strict=True))

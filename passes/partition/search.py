@@ -1,12 +1,39 @@
-"""The balanced cut: given the price of every position, choose the interfaces that cost least time.
+"""The balanced cut: choose the interfaces of least step time, with a proof.
 
-Pure numbers in, positions out. The model is the step time of a parareal network with a serial
-sweep: the slowest stage, plus every interface's coarse propagator, plus the head behind them. In
-training no stage goes back before the slowest one went forward, as the head needs them all: the
-slowest stage forward F and the slowest stage backward B, two stages perhaps, follow each other.
+Pure numbers in, candidates out. The step time is that of a parareal network with a serial sweep:
+the slowest stage, plus the coarse propagator and link of every interface, plus the head. In
+training no stage starts its backward before the slowest forward is done, as the head needs all
+stages: the slowest forward F and the slowest backward B, of two stages perhaps, add up.
 
-For bounds on both the cheapest interfaces follow from a dynamic programme (`passes.partition.dp`);
-``solve`` searches the bounds by branch and bound, so the answer comes with a proof.
+For given bounds on F and B the cheapest interfaces follow from a dynamic program
+(`passes.partition.dp`); `solve` searches the bounds by branch and bound. It keeps boxes of
+partitions by their makespan. A box `low <= F + B < high` whose partitions have a serial cost of at
+least S takes at least `low + S`; boxes that cannot beat the best time are dropped.
+
+With the costs of the example in `passes.partition.dp`, three stages and one phase (no stage can be
+below 3.33, a third of all work):
+
+    makespan at most   cheapest cuts   makespan + serial   boxes that are left, and their bounds
+    no limit           (0, 3, 4)           7 + 2 = 9       [3.33, 7): at least 3.33 + 2 = 5.33
+    4.01               none                                [5, 7): at least 5 + 2 = 7
+    6.4                (0, 2, 4)           6 + 3 = 9       [5, 6): at least 5 + 3 = 8
+    5.7                (2, 3, 4)           5 + 3 = 8       none below 8: it is the optimum
+
+The first row is the cheapest sweep, with poor balance. In the second one the dynamic program says
+that no bound below 5 allows for any partition; in the third, that none from 6.4 up to 7 allows for
+a cheaper one.
+
+>>> import math
+>>> problem = CutProblem.uniform(
+...     stages=3,
+...     work=[2, 4, 5, 8, 10],
+...     entry=[1] * 5,
+...     hop=[1, 3, 2, 1, 9],
+...     tail=[math.inf] * 4 + [0],
+... )
+>>> solution = solve(problem)
+>>> solution.cuts, solution.makespan, solution.serial, solution.lower_bound
+((2, 3, 4), 5.0, 3.0, 8.0)
 """
 
 from __future__ import annotations
@@ -18,33 +45,34 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from passes.errors import PartitionError
-from passes.partition.dp import Bounds, Cheapest, Point
+from passes.partition.dp import CheapestCuts, DynamicProgram, StageBounds
 from passes.partition.problem import CutProblem, Phases
 
-__all__ = ["CutSolution", "DoesNotFit", "least_phases", "search", "solve"]
-
-_ROUNDING = 1e-12  # two times closer than this, relatively, are the same time
-_SPLIT = 0.7  # where an interval is split; 0.5 took a third more evaluations on random prices
-_FAR, _NEAR = 1.5, 1.1  # one up to more than so many times its beginning is split near to it,
-_FIRST = 0.25  # so near on a logarithmic scale
+_ROUNDING = 1e-12
+"""Two times closer than this, relatively, are equal."""
+_SPLIT = 0.7
+"""Where to split an interval; 0.5 took a third more evaluations on random costs."""
+_WIDE, _NEAR, _FIRST = 1.5, 1.1, 0.25
+"""An interval that ends above `_WIDE` times its beginning is split near the beginning: at a quarter
+of its logarithm, but at least at `_NEAR` times the beginning."""
 
 
 class DoesNotFit(PartitionError):
-    """No partition keeps to the memory of its devices."""
+    """No partition fits into the memory of its devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CutSolution:
-    """Hold the chosen cuts, their price, and the proof of how good they are.
+    """The chosen cuts, their cost, and the proof of how good they are.
 
     Attributes:
-        cuts: Candidate indices c_1 < ... < c_N; the head follows the last one.
-        makespan: Cost of the slowest stage, its preprocessing operator included; of the slowest
-            forward and of the slowest backward where these are two phases.
+        cuts: Candidates c_1 < ... < c_N; the head follows the last one.
+        makespan: Cost of the slowest stage, its preprocessing operator included: the slowest
+            forward plus the slowest backward if these are two phases.
         serial: Sum of the hops of c_1 ... c_{N-1} and of the tail of c_N.
         lower_bound: No partition takes less time than this.
-        evaluations: How many bounds were tried.
-        devices: What each stage runs on, where that was chosen too.
+        evaluations: Number of bounds tried.
+        devices: Device of each stage, filled in by `passes.partition.choose_cuts`.
     """
 
     cuts: tuple[int, ...]
@@ -56,75 +84,59 @@ class CutSolution:
 
     @property
     def time(self) -> float:
-        """Return the modelled step time: makespan plus serial sweep."""
+        """Modelled step time: makespan plus serial sweep."""
         return self.makespan + self.serial
 
     @property
     def gap(self) -> float:
-        """Return how far, relatively, the time may at most be above the best possible."""
+        """Largest possible relative distance of the time from the optimum."""
         return (self.time - self.lower_bound) / self.time if self.time > 0 else 0.0
 
 
 def solve(problem: CutProblem, *, gap: float = 1e-6, evaluations: int = 200) -> CutSolution:
-    """Find the cuts of least time, makespan plus serial price.
+    """Find the cuts of least time, makespan plus serial cost, by branch and bound.
+
+    Let S be the least serial cost of all partitions under some bounds. S falls as the bounds grow,
+    so a box of partitions, low <= F + B <= high and F within its own bounds, takes at least
+    low + S. The box with the least such bound is split until no bound is below the best time.
+    Usually it is split by F + B. If the cheapest partition under its bounds, whose stages respect
+    each of them, exceeds the bound on the sum by more than the width of the box, it is split by F
+    instead, so that neither half admits that partition again.
 
     Args:
-        problem: Prices of the candidate positions, by stage.
-        gap: Stop when the time is proven to be within this fraction of the best possible;
-            0 asks for the optimum up to rounding.
-        evaluations: Stop after trying this many bounds, each O(N P log P) in tensor operations;
-            what is then unproven stands in the solution's ``gap``.
+        problem: Costs of the candidate positions, by stage.
+        gap: Stop once the time is proven to be within this fraction of the optimum; 0 asks for
+            the optimum up to rounding.
+        evaluations: Stop after this many bounds, each O(N P log P) in tensor operations; the
+            solution's `gap` says how much is then unproven.
 
     Returns:
-        The best cuts found; of equally fast ones met, those of the smaller makespan.
+        The best cuts; of equally fast ones that were met, those of the smaller makespan.
 
     Raises:
-        PartitionError: ``gap`` is negative, or ``evaluations`` is not positive.
-        DoesNotFit: No partition keeps to the memory of its devices.
-    """
-    return search(Cheapest(problem), least_phases(problem), gap=gap, evaluations=evaluations)
-
-
-def search(
-    cheapest: Callable[[Bounds], Point], least: Phases, *, gap: float, evaluations: int
-) -> CutSolution:
-    """Search the bounds for the least time.
-
-    Write S for the least serial price of all partitions under bounds, a lower bound of it. S falls
-    as the bounds grow, so that a box of partitions, low <= F + B <= high and F between its own
-    bounds, takes at least low + S. The box with the least such bound is split until none is below
-    the best time found. Usually it is split by F + B; where the cheapest partition under its
-    bounds, each of which its stages obey, breaks that on the sum by more than the box is wide, then
-    by F, so that neither half admits it again.
-
-    Args:
-        cheapest: The cheapest partition under bounds.
-        least: What no slowest stage is below, each way.
-        gap: Stop when the time is proven to be within this fraction of the best possible.
-        evaluations: Stop after trying this many bounds.
-
-    Raises:
-        PartitionError: ``gap`` is negative, or ``evaluations`` is not positive.
-        DoesNotFit: There is no partition at all.
+        PartitionError: `gap` is negative, or `evaluations` is not positive.
+        DoesNotFit: No partition fits into the memory of its devices.
     """
     if not gap >= 0 or evaluations < 1:
         raise PartitionError(
             "the search needs gap >= 0 and at least one evaluation "
             f"(gap={gap}, evaluations={evaluations})"
         )
-    best = cheapest(Bounds(least.forward, math.inf, math.inf))
+    cheapest, least = DynamicProgram(problem).solve, phase_lower_bounds(problem)
+    best = cheapest(StageBounds(least.forward, math.inf, math.inf))
     if not best.cuts:
         raise DoesNotFit("no partition fits the memory of the devices")
-    bounds = Bounds(least.forward, math.inf, best.makespan)
+    bounds = StageBounds(least.forward, math.inf, best.makespan)
     boxes = [_Box.of(least.makespan, bounds, best)]
     used = 1
-    while boxes and used + 1 + boxes[0].broken <= evaluations:
+    # Splitting a violated box takes two evaluations, any other box one.
+    while boxes and used + 1 + boxes[0].violated <= evaluations:
         if boxes[0].bound >= best.time * (1 - max(gap, _ROUNDING)):
             break
         for box in _split(heapq.heappop(boxes), best, cheapest):
-            used += box.fresh
-            if box.fresh and box.point.cuts:
-                best = _better(best, box.point)
+            used += box.evaluated
+            if box.evaluated and box.cheapest.cuts:
+                best = _better(best, box.cheapest)
             if box.low < box.high and box.bound < best.time:
                 heapq.heappush(boxes, box)
     return CutSolution(
@@ -137,83 +149,95 @@ def search(
 
 
 class _Box(NamedTuple):
-    """Partitions with low <= F + B < high and least < F <= forward.
+    """Partitions with low <= F + B < high and min_forward < F <= max_forward.
+
+    Boxes sort by their lower bound on the time.
 
     Attributes:
-        bound: No partition in the box takes less time.
-        floor: Nor has it a lower serial price.
-        point: The cheapest partition under the bounds of the box, or under wider ones.
-        fresh: Whether that was found for this box.
-        broken: Whether its slowest stages, together, are above the bound on them, though no stage
-            of it breaks a bound.
+        bound: Lower bound on the time of its partitions.
+        least_serial: Lower bound on their serial cost.
+        cheapest: The cheapest partition under the bounds of the box, or under wider ones.
+        evaluated: Whether `cheapest` was computed for this box.
+        violated: Whether the slowest stages of `cheapest` exceed the bound on F + B together,
+            though each stage respects every bound.
     """
 
     bound: float
     low: float
     high: float
-    least: float
-    forward: float
-    floor: float
-    point: Point
-    fresh: bool
-    broken: bool
+    min_forward: float
+    max_forward: float
+    least_serial: float
+    cheapest: CheapestCuts
+    evaluated: bool
+    violated: bool
 
     @classmethod
-    def of(cls, low: float, bounds: Bounds, point: Point) -> _Box:
-        least, forward, high = bounds
-        broken = bool(point.cuts) and point.makespan > high * (1 + _ROUNDING)
-        bound = low + point.serial
-        return cls(bound, low, high, least, forward, point.serial, point, True, broken)
+    def of(cls, low: float, bounds: StageBounds, cheapest: CheapestCuts) -> _Box:
+        """Build a box from bounds and the cheapest partition under them."""
+        min_forward, max_forward, high = bounds
+        violated = bool(cheapest.cuts) and cheapest.makespan > high * (1 + _ROUNDING)
+        return cls(
+            low + cheapest.serial, low, high, min_forward, max_forward, cheapest.serial, cheapest,
+            True, violated,
+        )  # fmt: skip
 
     def within(self, low: float, high: float) -> _Box:
-        """The part of the box between other bounds on F + B."""
-        return self._replace(bound=low + self.floor, low=low, high=high, fresh=False)
+        """Return the part of the box between other bounds on F + B."""
+        return self._replace(bound=low + self.least_serial, low=low, high=high, evaluated=False)
 
 
-def _split(box: _Box, best: Point, cheapest: Callable[[Bounds], Point]) -> list[_Box]:
-    # Above best.time - floor the box cannot improve on the best.
-    high, at = min(box.high, best.time - box.floor), box.point.phases
-    if box.broken and at.makespan - high > high - box.low:
-        middle = (max(box.least, high - at.backward) + min(at.forward, box.forward)) / 2
-        slow, fast = Bounds(box.least, middle, high), Bounds(middle, box.forward, high)
+def _split(
+    box: _Box, best: CheapestCuts, cheapest: Callable[[StageBounds], CheapestCuts]
+) -> list[_Box]:
+    """Split a box by F + B, or by F if its cheapest partition violates the bound on the sum."""
+    # Above best.time - least_serial the box cannot improve on the best.
+    high, phases = min(box.high, best.time - box.least_serial), box.cheapest.phases
+    if box.violated and phases.makespan - high > high - box.low:
+        middle = (
+            max(box.min_forward, high - phases.backward) + min(phases.forward, box.max_forward)
+        ) / 2
+        slow = StageBounds(box.min_forward, middle, high)
+        fast = StageBounds(middle, box.max_forward, high)
         return [
             _Box.of(box.low, slow, cheapest(slow)),
             _Box.of(max(box.low, middle), fast, cheapest(fast)),
         ]
     middle = box.low + _SPLIT * (high - box.low)
-    if high > _FAR * box.low > 0:  # low bounds are tried fast: few positions can be reached
+    if high > _WIDE * box.low > 0:  # small bounds are evaluated fast: few candidates are reachable
         middle = max(_NEAR * box.low, box.low ** (1 - _FIRST) * high**_FIRST)
-    bounds = Bounds(box.least, box.forward, middle)
-    below = _Box.of(box.low, bounds, point := cheapest(bounds))
-    if below.broken:
+    bounds = StageBounds(box.min_forward, box.max_forward, middle)
+    point = cheapest(bounds)
+    below = _Box.of(box.low, bounds, point)
+    if below.violated:
         return [below, box.within(middle, high)]
-    # From the makespan of the point on, up to where the bounds allow for more, it is the best.
+    # From its own makespan up to the next one that allows for more, `point` is the cheapest.
     return [
-        below.within(box.low, min(middle, point.makespan))._replace(fresh=True),
-        box.within(point.next_both, high),
+        below.within(box.low, min(middle, point.makespan))._replace(evaluated=True),
+        box.within(point.next_makespan, high),
     ]
 
 
-def least_phases(problem: CutProblem) -> Phases:
-    """Bound the slowest stages from below: the first one, and an even share of the least trunk."""
+def phase_lower_bounds(problem: CutProblem) -> Phases:
+    """Bound the slowest stages from below: the first stage, and an even share of the trunk."""
     devices, count = problem.devices, problem.stages
     ends = range(count - 1, problem.candidates)
     trunk = next(i for i in ends if devices[-1].tail[i] < math.inf)
-    found = []
-    for way in ("work", "back_work"):
-        each = {id(getattr(d, way)): getattr(d, way) for d in devices}
-        if not all(len(work) for work in each.values()):
-            found.append(0.0)
+    bounds = []
+    for phase in ("work", "backward_work"):
+        rows = list({id(getattr(d, phase)): getattr(d, phase) for d in devices}.values())
+        if not all(len(work) for work in rows):
+            bounds.append(0.0)
             continue
-        rows = list(each.values())
         # On the device that is fastest for it, node by node.
         steps = (min(row[i] - row[i - 1] for row in rows) for i in range(1, trunk + 1))
         total = math.fsum([min(row[0] for row in rows), *steps])
-        found.append(max(getattr(devices[0], way)[0], total / count) * (1 - _ROUNDING))
-    return Phases(*found)
+        first = getattr(devices[0], phase)[0]
+        bounds.append(max(first, total / count) * (1 - _ROUNDING))
+    return Phases(*bounds)
 
 
-def _better(best: Point, point: Point) -> Point:
-    if math.isclose(point.time, best.time, rel_tol=_ROUNDING):
-        return min(best, point, key=lambda each: each.makespan)
-    return min(best, point, key=lambda each: each.time)
+def _better(best: CheapestCuts, other: CheapestCuts) -> CheapestCuts:
+    if math.isclose(other.time, best.time, rel_tol=_ROUNDING):
+        return min(best, other, key=lambda cuts: cuts.makespan)
+    return min(best, other, key=lambda cuts: cuts.time)

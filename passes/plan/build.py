@@ -1,4 +1,4 @@
-"""Turn an analysis and its cuts into a `Plan`."""
+"""Build a `Plan` from an analysis and its cuts: stages, operators, forecast and notes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from passes.ir.run_step import run_one_step
 from passes.ir.tensor_spec import Value
 from passes.options import Options
 from passes.partition.choose_cuts import Cut, choose_cut
-from passes.plan.estimate import predict
-from passes.plan.schema import Asked, Forecast, Head, Interface, Plan, Stage
-
-__all__ = ["make_plan", "with_operators"]
+from passes.plan.estimate import forecast_step
+from passes.plan.schema import Forecast, Head, Interface, OperatorOptions, Plan, Stage
 
 _WIDE_GAP = 0.01
-"""Relative distance from the proven optimum that is worth a note."""
+"""Relative distance from the proven optimum above which the plan gets a note."""
 
 
 def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
-    """Describe every stage, choose its guess and its correction, and forecast the time.
+    """Describe every stage, choose its operators, and forecast the step time.
+
+    Args:
+        analysis: The facts about the program.
+        cut: Where the stages end.
+        options: Options of the compilation.
 
     Raises:
-        OptionError: Stages would be computed more than once, and the model does not allow it.
-        SynthesisError: A guess or a correction cannot be made.
+        OptionError: Stages would be computed more than once, and the model does not allow that.
+        SynthesisError: A preprocessing operator or coarse propagator cannot be built.
     """
     if options.sweep == "auto":
-        return _faster_sweep(analysis, cut, options)
+        return _plan_faster_sweep(analysis, cut, options)
     if options.iterations > 1 or is_fine(options.coarse):
         _check_repeatable(analysis.program)
     positions = cut.positions
@@ -50,27 +53,12 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         for position, why in zip(positions, reasons, strict=True)
     )
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
-    budget = stage_budget(analysis, options, len(stages))
     for number in range(1, len(stages)):
-        known = {value.name: value for value in interfaces[number - 1].state}
-        entering = tuple(known[name] for name in stages[number].consumes)
-        produced = set(stages[number].produces)
-        last = number
-        if options.sweep == "collapsed":
-            produced = {name for stage in stages[number:] for name in stage.produces}
-            last = len(stages) - 1
-        leaving = tuple(value for value in interfaces[last].state if value.name in produced)
-        start, stop = positions[number - 1], positions[number]
-        span = Span(analysis, options, start, stop, entering, leaving)
-        stages[number] = dataclasses.replace(
-            stages[number],
-            preprocess=choose_preprocess(analysis, options, start, entering),
-            coarse=choose_coarse(span, budget),
-        )
+        stages[number] = _with_operators(analysis, cut, stages, interfaces, number, options)
     if any(cut.devices):
         stages = _with_memory(analysis, cut, stages, interfaces, options)
     head = _head(analysis, positions[-1], cut.devices[-1] if cut.devices else None)
-    forecast = predict(analysis, stages, interfaces, head, options, cut.gap)
+    forecast = forecast_step(analysis, stages, interfaces, head, options, cut.gap)
     return Plan(
         model=analysis.program.name,
         correction=options.correction,
@@ -85,23 +73,48 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
         notes=_notes(analysis, options, forecast),
-        asked=Asked(
+        asked=OperatorOptions(
             options.coarse, options.coarse_budget, options.units, options.rank,
             options.preprocess, options.prologue,
         ),
     )  # fmt: skip
 
 
-def _faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
-    """The collapsed sweep where it is the faster one of two that linear maps can do, else a chain.
+def _with_operators(
+    analysis: Analysis,
+    cut: Cut,
+    stages: Sequence[Stage],
+    interfaces: Sequence[Interface],
+    number: int,
+    options: Options,
+) -> Stage:
+    """Return a stage after the first with its preprocessing operator and coarse propagator."""
+    stage, start, stop = stages[number], cut.positions[number - 1], cut.positions[number]
+    values = {value.name: value for value in interfaces[number - 1].state}
+    entering = tuple(values[name] for name in stage.consumes)
+    last, produced = number, set(stage.produces)
+    if options.sweep == "collapsed":  # its correction is added to the last state
+        last = len(stages) - 1
+        produced = {name for later in stages[number:] for name in later.produces}
+    leaving = tuple(value for value in interfaces[last].state if value.name in produced)
+    span = Span(analysis, options, start, stop, entering, leaving)
+    return dataclasses.replace(
+        stage,
+        preprocess=choose_preprocess(analysis, options, start, entering),
+        coarse=choose_coarse(span, stage_budget(analysis, options, len(stages))),
+    )
 
-    Only linear maps collapse: their chain is a sum of products. One of low rank may have a bias.
-    Either has cuts of its own, as what a cut costs depends on the sweep.
+
+def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
+    """Plan a chain and, if its coarse propagators are linear, a collapsed sweep; return the faster.
+
+    Only linear maps collapse, as a chain of them is a sum of products; one of low rank may have a
+    bias. Each sweep has cuts of its own, as the cost of a cut depends on the sweep.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
     rows = [row for s in chain.stages if s.coarse for row in rows_of(s.coarse.family)]
-    once = chain.correction == "residual" and chain.iterations == 1
-    if not once or not all("auto" in row.sweeps for row in rows):
+    collapsible = chain.correction == "residual" and chain.iterations == 1
+    if not collapsible or not all("auto" in row.sweeps for row in rows):
         return chain
     other = dataclasses.replace(options, sweep="collapsed")
     collapsed = make_plan(analysis, choose_cut(analysis, other), other)
@@ -112,17 +125,19 @@ def with_operators(
     analysis: Analysis,
     plan: Plan,
     options: Options,
-    guesses: Mapping[int, PreprocessSpec],
-    corrections: Mapping[int, CoarseSpec],
+    preprocess: Mapping[int, PreprocessSpec],
+    coarse: Mapping[int, CoarseSpec],
 ) -> Plan:
-    """The plan with other guesses and corrections, by stage number, and the forecast for them."""
+    """Return the plan with other operators, by stage number, and the forecast with them."""
     options = dataclasses.replace(options, sweep=plan.sweep)
     stages = [
-        dataclasses.replace(stage, preprocess=guesses.get(number), coarse=corrections.get(number))
+        dataclasses.replace(stage, preprocess=preprocess.get(number), coarse=coarse.get(number))
         for number, stage in enumerate(plan.stages)
     ]
-    forecast = predict(analysis, stages, plan.interfaces, plan.head, options, plan.forecast.gap)
-    # What was noted for other reasons than these operators stays.
+    forecast = forecast_step(
+        analysis, stages, plan.interfaces, plan.head, options, plan.forecast.gap
+    )
+    # Notes that do not depend on the operators stay.
     stale = _notes(analysis, options, plan.forecast)
     kept = [note for note in plan.notes if note not in stale]
     notes = (*_notes(analysis, options, forecast), *kept)
@@ -130,16 +145,20 @@ def with_operators(
 
 
 def _check_repeatable(program: Program) -> None:
-    """Refuse to compute stages again whose buffers are another after every call."""
+    """Refuse to compute stages repeatedly if every call changes their buffers.
+
+    Raises:
+        OptionError: The buffers change in evaluation mode too.
+    """
     arguments = bind(program.module, (), dict(program.args))
     module = program.module
-    done = run_one_step(
+    result = run_one_step(
         module, lambda c: module(**c.tensor_arguments()), arguments, train=False, grad=False
     )
-    if done.changed:
+    if changed := sorted(result.changed):
         raise OptionError(
-            f"{program.name} changes {len(done.changed)} buffers at every call, in evaluation mode "
-            f"too ({', '.join(sorted(done.changed)[:3])}): its stages cannot be computed again as "
+            f"{program.name} changes {len(changed)} buffers at every call, in evaluation mode "
+            f"too ({', '.join(changed[:3])}): its stages cannot be computed again as "
             "iterations > 1 and coarse='exact' need; use iterations=1 and another coarse family"
         )
 
@@ -150,12 +169,12 @@ def _name(function: object) -> str:
 
 def _interface(analysis: Analysis, position: Position) -> Interface:
     order = analysis.frontiers.order
-    behind = order[position.index] if position.index < len(order) else analysis.program.output
+    after = order[position.index] if position.index < len(order) else analysis.program.output
     values = zip(position.state, position.specs, strict=True)
     return Interface(
         after=order[position.index - 1].name,
-        before=behind.name,
-        module=provenance(behind).path,
+        before=after.name,
+        module=provenance(after).path,
         state=tuple(Value(node.name, spec) for node, spec in values),
     )
 
@@ -167,17 +186,17 @@ def _with_memory(
     interfaces: Sequence[Interface],
     options: Options,
 ) -> list[Stage]:
-    """Note what every device holds; the last one holds the head too."""
+    """Fill in the memory of every stage in bytes; the last stage includes the head."""
     memory = Memory(analysis.program, analysis.costs, training=options.training)
     starts = [0, *(position.index for position in cut.positions[:-1])]
     stops = [*starts[1:], len(analysis.frontiers.order)]
-    found = []
+    filled = []
     for number, (stage, start, stop) in enumerate(zip(stages, starts, stops, strict=True)):
-        held = memory.span(start, stop)
+        size = memory.span(start, stop)
         if number:
-            held += memory.entry(stage.operator_parameters, interfaces[number - 1].bytes)
-        found.append(dataclasses.replace(stage, memory=round(held)))
-    return found
+            size += memory.entry(stage.operator_parameters, interfaces[number - 1].bytes)
+        filled.append(dataclasses.replace(stage, memory=round(size)))
+    return filled
 
 
 def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
@@ -191,7 +210,7 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
     read = {source for node in nodes for source in node.all_input_nodes}
     inputs, sides = requirements(analysis.program, nodes, recomputable)
     inside = set(nodes)
-    owned = _parameters(analysis, nodes)
+    weights = _parameters(analysis, nodes)
     costs = [analysis.on(device)[node] for node in nodes]
     return Stage(
         first=nodes[0].name,
@@ -207,16 +226,16 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
         backward_flops=sum(cost.backward_flops for cost in costs),
         seconds=sum(c.cost for c in costs) if analysis.unit == "seconds" else None,
         backward_seconds=sum(c.backward for c in costs) if analysis.backward else None,
-        parameters=sum(parameter.numel() for parameter in owned),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in owned),
+        parameters=sum(parameter.numel() for parameter in weights),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in weights),
         activation_bytes=sum(cost.activation_bytes for cost in costs),
         device=device.name if device else None,
     )
 
 
 def _parameters(analysis: Analysis, nodes: Sequence[fx.Node]) -> list[torch.nn.Parameter]:
-    found = {id(p): p for node in nodes for p in parameters(analysis.program, node)}
-    return list(found.values())
+    by_id = {id(p): p for node in nodes for p in parameters(analysis.program, node)}
+    return list(by_id.values())
 
 
 def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) -> Head:
@@ -236,7 +255,7 @@ def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) 
 
 
 def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[int, ...]]:
-    """Parameters that several stages read; the head counts as one stage more."""
+    """Map every parameter that several stages read to those stages; the head is one more stage."""
     names = {id(p): name for name, p in analysis.program.module.named_parameters()}
     readers: dict[str, list[int]] = {}
     starts = [0, *(position.index for position in positions)]
@@ -251,6 +270,7 @@ def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[
 
 
 def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:
+    """List what a user should know of a plan."""
     notes = [*analysis.program.capture.notes]
     if options.cuts:
         named = (f"{name} in stage {number}" for number, name in enumerate(options.cuts, 1))
@@ -270,7 +290,7 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
     if options.iterations > 1 and stateful:
         notes.append(
             f"with K = {options.iterations} iterations, layers that keep statistics (BatchNorm) "
-            "update them more than once per training step, and some of it on guessed states"
+            "update them more than once per training step, partly on guessed states"
         )
     if forecast.speedup < 1:
         notes.append(

@@ -1,10 +1,22 @@
-"""The forecast of a plan: what its stages, guesses, corrections and links take in a step."""
+"""The step-time model in closed form: the forecast of a plan, and its bottleneck.
+
+A step of N stages and K iterations takes
+
+    makespan + (K - 1) slowest + K sweep + head
+
+where `makespan` is the slowest stage with its preprocessing operator, `slowest` the slowest fine
+stage alone, and `sweep` the coarse propagators and links of one iteration. The objective of the
+partition (`passes.partition.problem`) is the same model for K = 1. `passes.schedule.simulate` is
+the exact model that it approximates; `Forecast.of` says where the two differ.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.coarse.spec import OperatorSpec
@@ -12,12 +24,76 @@ from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
 from passes.partition.build_problem import transfer
 from passes.partition.problem import Phases
-from passes.plan.schema import Forecast, Head, Interface, Stage
+from passes.plan.schema import Forecast, Head, Interface, Plan, Stage
 
-__all__ = ["predict"]
+BOTTLENECKS = {
+    "block": "the largest piece that cannot be cut",
+    "imbalance": "stages that legal cuts leave unequal",
+    "preprocessing": "the preprocessing operators",
+    "coarse": "the coarse sweep",
+    "link": "the links",
+    "head": "the head, which one device computes alone",
+    "bubble": "devices that wait for their first and last micro-batch",
+    "none": "nothing but the number of devices",
+}
+"""What limits the speed-up, in words."""
+_NEGLIGIBLE = 0.01
+"""Share of an equal part of the original below which a loss counts as none."""
 
 
-def predict(
+@dataclass(frozen=True)
+class StepCosts:
+    """Costs of the parts of a step.
+
+    Attributes:
+        fine: By stage.
+        preprocess: Of the preprocessing operator, by stage; 0 for the first one.
+        coarse: Of the coarse propagator, by stage, forward plus backward; 0 for the first one.
+        links: Of the messages, by interface between two stages, forward plus backward.
+        head: Forward plus backward.
+    """
+
+    fine: Sequence[Phases]
+    preprocess: Sequence[Phases]
+    coarse: Sequence[float]
+    links: Sequence[float]
+    head: float
+
+    def forecast(
+        self, sweep: str, iterations: int, *, unit: str, sequential: float, gap: float
+    ) -> Forecast:
+        """Put the parts of a step together.
+
+        Args:
+            sweep: "chain", or "collapsed".
+            iterations: K, at most the number of stages.
+            unit: Unit of the costs.
+            sequential: Cost of the original network.
+            gap: Relative distance of the cut from the optimum.
+        """
+        coarse, link = sum(self.coarse), sum(self.links)
+        if sweep == "collapsed":
+            # All devices apply their maps at once, and add the results up along a binary tree.
+            depth = math.ceil(math.log2(len(self.fine)))
+            coarse, link = max(self.coarse), max(self.links, default=0.0) * depth
+        with_preprocess = [_sum(*pair) for pair in zip(self.fine, self.preprocess, strict=True)]
+        slowest = _slowest(self.fine)
+        share = (sequential - self.head) / len(self.fine)
+        return Forecast.of(
+            iterations,
+            unit=unit,
+            sequential=sequential,
+            makespan=_slowest(with_preprocess),
+            slowest=slowest,
+            sweep=coarse + link,
+            tail=self.head,
+            imbalance=slowest / share if share > 0 else 1.0,
+            gap=gap,
+            link=link,
+        )
+
+
+def forecast_step(
     analysis: Analysis,
     stages: Sequence[Stage],
     interfaces: Sequence[Interface],
@@ -25,86 +101,96 @@ def predict(
     options: Options,
     gap: float,
 ) -> Forecast:
-    """Forecast a step by the step-time model, every stage on its device."""
-    known = {device.name: device for device in options.devices}
-    devices = [known.get(stage.device or "") for stage in stages]
+    """Forecast a step of a plan, every stage on its device.
+
+    Args:
+        analysis: Costs of the nodes.
+        stages: The stages, with their operators.
+        interfaces: Where the stages end.
+        head: The head.
+        options: Options of the compilation: devices, sweep and iterations.
+        gap: Relative distance of the cut from the optimum.
+    """
+    profiles = {device.name: device for device in options.devices}
+    devices = [profiles.get(stage.device or "") for stage in stages]
     order = {node.name: i for i, node in enumerate(analysis.frontiers.order)}
-    places = [_Place.of(analysis, device) for device in devices]
-    fine = [
-        place.cost(order[stage.first], order[stage.last] + 1)
-        for place, stage in zip(places, stages, strict=True)
-    ]
-    guesses = [p.price(s.preprocess) for p, s in zip(places, stages, strict=True)]
+    costs = [_DeviceCosts.of(analysis, device) for device in devices]
+    phases = 2 if analysis.backward else 1
     # In difference form a coarse network that is not linear is called twice, on one batch.
     calls = [
         2 if options.correction == "difference" and s.coarse and not s.coarse.linear else 1
         for s in stages
     ]
-    hops = [
-        sum(place.price(stage.coarse)) * count
-        for place, stage, count in zip(places, stages, calls, strict=True)
-    ]
-    trips = 2 if analysis.backward else 1
-    links = [
-        trips * transfer(interfaces[j - 1].bytes, devices[j - 1], devices[j])
-        for j in range(1, len(stages))
-    ]
-    # A collapsed sweep is one sum of maps that all devices apply at once, added up along a tree.
-    sweep, link = sum(hops), sum(links)
-    if options.sweep == "collapsed":
-        sweep, link = max(hops), max(links, default=0.0) * math.ceil(math.log2(len(stages)))
-    tail = math.fsum(places[-1].cost(order[stages[-1].last] + 1, len(order)))
-    fastest = min({id(place): place for place in places}.values(), key=lambda p: p.total)
-    slowest = _slowest(fine)
-    rounds = min(options.iterations, len(stages))
-    share = (fastest.total - tail) / len(fine)
-    return Forecast.of(
-        rounds,
+    step = StepCosts(
+        fine=[
+            device.nodes(order[stage.first], order[stage.last] + 1)
+            for device, stage in zip(costs, stages, strict=True)
+        ],
+        preprocess=[c.operator(s.preprocess) for c, s in zip(costs, stages, strict=True)],
+        coarse=[
+            sum(device.operator(stage.coarse)) * count
+            for device, stage, count in zip(costs, stages, calls, strict=True)
+        ],
+        links=[
+            phases * transfer(interfaces[j - 1].bytes, devices[j - 1], devices[j])
+            for j in range(1, len(stages))
+        ],
+        head=math.fsum(costs[-1].nodes(order[stages[-1].last] + 1, len(order))),
+    )
+    return step.forecast(
+        options.sweep,
+        min(options.iterations, len(stages)),
         unit=analysis.unit,
-        sequential=fastest.total,
-        makespan=_slowest([_sum(*pair) for pair in zip(fine, guesses, strict=True)]),
-        slowest=slowest,
-        sweep=sweep + link,
-        tail=tail,
-        imbalance=slowest / share if share > 0 else 1.0,
+        sequential=min(device.total for device in costs),
         gap=gap,
-        link=link,
     )
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A device: what nodes cost on it, and networks that are not in the program."""
+class _DeviceCosts:
+    """Costs on one device.
+
+    Attributes:
+        forward: Of every node.
+        backward: Of every node.
+        total: Of the whole program, forward plus backward.
+        per_flop: Of a FLOP, averaged over the program.
+        timed: Whether seconds of operators, which are not in the program, are those of this device.
+    """
 
     forward: Sequence[float]
     backward: Sequence[float]
     total: float
-    scale: Phases
+    per_flop: Phases
     timed: bool
 
     @classmethod
-    def of(cls, analysis: Analysis, device: DeviceProfile | None) -> _Place:
-        costs = analysis.on(device)
-        found = [costs[node] for node in analysis.frontiers.order]
-        total = sum(cost.cost for cost in found)
-        back = sum(cost.backward for cost in found)
+    def of(cls, analysis: Analysis, device: DeviceProfile | None) -> _DeviceCosts:
+        by_node = analysis.on(device)
+        costs = [by_node[node] for node in analysis.frontiers.order]
+        total = sum(cost.cost for cost in costs)
+        backward = sum(cost.backward for cost in costs)
         flops = analysis.flops
-        scale = Phases((total - back) / flops, back / flops) if flops else Phases(1.0, 0.0)
-        timed = costs is analysis.costs  # networks that are not in the program were timed there
-        ways = [c.forward for c in found], [c.backward for c in found]
-        return cls(*ways, total, scale, timed)
+        per_flop = Phases((total - backward) / flops, backward / flops) if flops else Phases(1, 0)
+        return cls(
+            [c.forward for c in costs],
+            [c.backward for c in costs],
+            total,
+            per_flop,
+            by_node is analysis.costs,
+        )
 
-    def cost(self, start: int, stop: int) -> Phases:
-        """What a run of nodes costs."""
+    def nodes(self, start: int, stop: int) -> Phases:
+        """Return the cost of a run of nodes."""
         return Phases(sum(self.forward[start:stop]), sum(self.backward[start:stop]))
 
-    def price(self, spec: OperatorSpec | None) -> Phases:
-        """What a guess or a correction costs: its own seconds, or else by its FLOPs."""
+    def operator(self, spec: OperatorSpec | None) -> Phases:
+        """Return the cost of an operator: its measured seconds, or else by its FLOPs."""
         if spec is not None and self.timed and spec.seconds is not None:
-            back = spec.backward_seconds or 0.0
-            return Phases(spec.seconds - back, back)
+            backward = spec.backward_seconds or 0.0
+            return Phases(spec.seconds - backward, backward)
         flops = spec.flops if spec is not None else 0
-        return Phases(flops * self.scale.forward, flops * self.scale.backward)
+        return Phases(flops * self.per_flop.forward, flops * self.per_flop.backward)
 
 
 def _sum(one: Phases, other: Phases) -> Phases:
@@ -112,5 +198,38 @@ def _sum(one: Phases, other: Phases) -> Phases:
 
 
 def _slowest(costs: Sequence[Phases]) -> float:
-    """The slowest stage each way: none goes back before all went forward."""
+    """Return the slowest forward plus the slowest backward: the head lies between them."""
     return max(cost.forward for cost in costs) + max(cost.backward for cost in costs)
+
+
+def find_bottleneck(parts: Mapping[str, float], sequential: float, count: int) -> str:
+    """Find what costs most beyond an equal share of the original on every device.
+
+    Args:
+        parts: Costs of a step on `count` devices: "fine", "head", and any others.
+        sequential: Cost of the original on one device.
+        count: Number of devices.
+
+    Returns:
+        A key of `BOTTLENECKS`, or "fine" if a device computes more of the original than its share.
+
+    >>> find_bottleneck({"fine": 25.0, "coarse": 3.0, "head": 0.0}, sequential=100.0, count=4)
+    'coarse'
+    >>> find_bottleneck({"fine": 30.0, "coarse": 3.0, "head": 0.0}, sequential=100.0, count=4)
+    'fine'
+    """
+    losses = dict(parts)
+    head = losses.get("head", 0.0)
+    losses["head"] = head * (1 - 1 / count)
+    losses["fine"] -= (sequential - head) / count
+    worst = max(losses, key=lambda name: losses[name])
+    return worst if losses[worst] > _NEGLIGIBLE * sequential / count else "none"
+
+
+def slowest_is_block(analysis: Analysis, plan: Plan, cost: Callable[[fx.Node], float]) -> bool:
+    """Return whether no legal cut lies inside the slowest fine stage of a plan."""
+    order = analysis.frontiers.order
+    index = {node.name: number for number, node in enumerate(order)}
+    spans = [(index[stage.first], index[stage.last] + 1) for stage in plan.stages]
+    start, stop = max(spans, key=lambda span: sum(map(cost, order[slice(*span)])))
+    return not any(start < p.index < stop for p in analysis.frontiers.positions)

@@ -1,73 +1,134 @@
-"""How many stages, and how dear a coarse sweep, where the user leaves it to the compiler."""
+"""Choose the number of stages, and the budget of the coarse sweep, if the user does not.
+
+More stages divide the trunk further but lengthen the serial sweep. Take a trunk of 96 units of
+work, a coarse propagator of 1.5 per interface, and a head of 4:
+
+    stages N                     1     2     4     5     6     7     8     9    10    16    20
+    slowest stage, 96 / N       96    48    24  19.2    16  13.7    12  10.7   9.6     6   4.8
+    serial, 1.5 (N - 1) + 4      4   5.5   8.5    10  11.5    13  14.5    16  17.5  26.5  32.5
+    step time                  100  53.5  32.5  29.2  27.5  26.7  26.5  26.7  27.1  32.5  37.3
+
+The best time is 26.5, of 8 stages. Six stages are within 5 % of it (27.8) and need two devices
+less: 6 is chosen. The scan stops at N = 20: more than twice 8, and more than 25 % slower.
+
+>>> fewest_near_best(lambda count: 96 / count + 1.5 * (count - 1) + 4, most=64)
+6
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
 from passes.coarse.select import stage_budget
 from passes.errors import PartitionError, SynthesisError
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.bottleneck import LIMITS, find_limit, is_block
 from passes.plan.build import make_plan
+from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
-__all__ = ["decide"]
-
 _NEAR_BEST = 1.05
-"""Stages, or a cheaper sweep, that make a step faster by no more than this are not worth it."""
+"""More stages, or a cheaper sweep, must make a step faster by more than this factor."""
 _EVERY = 16
-"""Up to here every number of stages is looked at, behind it one of about three in every double."""
+"""Scan every number of stages up to this one, above it about three per doubling."""
 _MOST = 16
-"""Stages that are looked at where no devices are named; of one kind of device more are."""
-_MOST_ALIKE = 64
+"""Largest number of stages if no devices are named."""
+_MOST_EQUAL = 64
+"""Largest number of stages if one device profile is named for all."""
 _WORSE = 1.25
-"""Numbers of stages behind one that is this much slower than the best are not looked at."""
+"""Stop the scan once a stage count is 25 % slower than the best one."""
 
 
-def decide(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
-    """Cut and plan; under stages="auto" for the best predicted time.
+def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
+    """Cut and plan; with stages="auto" for the best predicted time.
 
-    The fewest stages are taken whose time is within 5 % of the best, and corrections that copy
-    blocks unless cheaper ones, of a smaller coarse budget, are faster by more than that. The notes
-    of the plan say where more stages stop paying and why.
+    The choice is the fewest stages whose time is within 5 % of the best. Coarse propagators that
+    copy blocks are kept unless cheaper ones, of a smaller coarse budget, are faster by more than
+    that. The notes of the plan say from which number on more stages do not pay, and why.
 
     Returns:
-        The options with the numbers that were chosen, and the plan.
+        The options with the chosen numbers, and the plan.
 
     Raises:
-        PartitionError: The graph cannot be cut as asked for.
-        SynthesisError: A guess or a correction cannot be made.
+        PartitionError: The graph cannot be cut as the options ask.
+        SynthesisError: A preprocessing operator or coarse propagator cannot be built.
     """
     if options.stages != "auto" or options.cuts is not None:
         return options, make_plan(analysis, choose_cut(analysis, options), options)
     search = _Search(analysis, options)
-    found = search.best(options.coarse_budget)
-    cheaper = search.cheaper_budget(len(found.stages))
+    plan = search.best(options.coarse_budget)
+    cheaper = search.cheaper_budget(len(plan.stages))
     if cheaper is not None:
         other = search.best(cheaper)
-        if other.forecast.time * _NEAR_BEST < found.forecast.time:
-            found = other
+        if other.forecast.time * _NEAR_BEST < plan.forecast.time:
+            plan = other
             options = dataclasses.replace(options, coarse_budget=cheaper)
-    count = len(found.stages)
-    note = search.note(found, options.coarse_budget)
-    found = dataclasses.replace(found, notes=(*found.notes, note))
-    return dataclasses.replace(options, stages=count), found
+    note = search.note(plan, options.coarse_budget)
+    plan = dataclasses.replace(plan, notes=(*plan.notes, note))
+    return dataclasses.replace(options, stages=len(plan.stages)), plan
+
+
+def fewest_near_best(time: Callable[[int], float], most: int) -> int | None:
+    """Return the least number of stages whose time is within 5 % of the best.
+
+    Args:
+        time: Step time of a number of stages; `inf` if the model cannot be cut so. It is assumed to
+            fall, then to rise.
+        most: Largest number of stages.
+
+    Returns:
+        The number, or None if every time is `inf`.
+    """
+    times: dict[int, float] = {}
+    for count in _counts(most):
+        if time(count) == math.inf:
+            continue
+        times[count] = time(count)
+        best = min(times, key=lambda n: times[n])
+        if count >= 2 * best and times[count] > _WORSE * times[best]:
+            break
+    if not times:
+        return None
+    limit = _NEAR_BEST * min(times.values())
+    enough = next(count for count in times if times[count] <= limit)
+    before = max((count for count in times if count < enough), default=0)
+    while enough - before > 1:  # above _EVERY, numbers between the two were skipped
+        middle = (before + enough) // 2
+        if time(middle) <= limit:
+            enough = middle
+        else:
+            before = middle
+    return enough
+
+
+def _counts(most: int) -> Iterator[int]:
+    """List the numbers of stages to scan.
+
+    >>> list(_counts(40))[14:]
+    [15, 16, 20, 25, 31, 38, 40]
+    """
+    yield from range(1, min(most, _EVERY) + 1)
+    count = _EVERY
+    while (count := count + max(1, count // 4)) < most:
+        yield count
+    if most > _EVERY:
+        yield most
 
 
 class _Search:
-    """Plans by number of stages and coarse budget, each made once."""
+    """Plans by number of stages and coarse budget, each built once."""
 
     def __init__(self, analysis: Analysis, options: Options) -> None:
         self._analysis = analysis
         self._options = options
         self._plans: dict[tuple[int, float], Plan | None] = {}
-        self._problem: Exception | None = None
+        self._first_error: Exception | None = None
 
     def plan(self, stages: int, budget: float) -> Plan | None:
-        """The plan of so many stages; None where there is none."""
+        """Return the plan of this number of stages; None if it cannot be built."""
         key = stages, budget
         if key not in self._plans:
             options = dataclasses.replace(self._options, stages=stages, coarse_budget=budget)
@@ -75,66 +136,42 @@ class _Search:
                 cut = choose_cut(self._analysis, options)
                 self._plans[key] = make_plan(self._analysis, cut, options)
             except (PartitionError, SynthesisError) as error:
-                self._problem = self._problem or error
+                self._first_error = self._first_error or error
                 self._plans[key] = None
         return self._plans[key]
 
     def best(self, budget: float) -> Plan:
-        """The plan of fewest stages that is nearly as fast as the fastest one.
+        """Return the plan of fewest stages that is nearly as fast as the fastest one.
 
         Raises:
-            PartitionError: There is none at all.
+            PartitionError: No number of stages can be cut.
+            SynthesisError: Or none has the operators that the options ask for.
         """
-        plans: list[Plan] = []
-        for count in self._counts():
-            found = self.plan(count, budget)
-            if found is None:
-                continue
-            plans.append(found)
-            least = min(plans, key=lambda plan: plan.forecast.time)
-            far = count >= 2 * len(least.stages)
-            if far and found.forecast.time > _WORSE * least.forecast.time:
-                break
-        if not plans:
-            assert self._problem is not None
-            raise self._problem
-        least = min(plans, key=lambda plan: plan.forecast.time)
-        limit = _NEAR_BEST * least.forecast.time
-        before, enough = 0, len(least.stages)
-        for plan in plans:
-            if plan.forecast.time <= limit:
-                enough = len(plan.stages)
-                break
-            before = len(plan.stages)
-        while enough - before > 1:  # between two that were looked at
-            middle = (before + enough) // 2
-            found = self.plan(middle, budget)
-            if found is not None and found.forecast.time <= limit:
-                enough = middle
-            else:
-                before = middle
-        chosen = self.plan(enough, budget)
-        assert chosen is not None
-        return chosen
 
-    def _counts(self) -> Iterator[int]:
-        most = self._most
-        yield from range(1, min(most, _EVERY) + 1)
-        count = _EVERY
-        while (count := count + max(1, count // 4)) < most:
-            yield count
-        if most > _EVERY:
-            yield most
+        def time(stages: int) -> float:
+            plan = self.plan(stages, budget)
+            return plan.forecast.time if plan is not None else math.inf
+
+        stages = fewest_near_best(time, self._most)
+        if stages is None:
+            assert self._first_error is not None
+            raise self._first_error
+        plan = self.plan(stages, budget)
+        assert plan is not None
+        return plan
 
     @property
     def _most(self) -> int:
-        """The largest number of stages to look at."""
+        """Largest number of stages to consider."""
         listed = len(self._options.devices)
-        most = listed if listed > 1 else _MOST_ALIKE if listed else _MOST
+        most = listed if listed > 1 else _MOST_EQUAL if listed else _MOST
         return max(1, min(most, len(self._analysis.frontiers.positions)))
 
     def cheaper_budget(self, stages: int) -> float | None:
-        """The largest half, quarter, ... of the budget that leaves no room for copied blocks."""
+        """Return the largest half, quarter, ... of the budget that rules out copied blocks.
+
+        None if the coarse propagators copy no blocks in any case.
+        """
         options, units = self._options, self._analysis.trunk_flops * self._options.units
         if options.coarse != "auto" or options.sweep == "collapsed" or not units:
             return None
@@ -148,23 +185,24 @@ class _Search:
         return budget
 
     def note(self, chosen: Plan, budget: float) -> str:
-        """Where more stages stop paying and why, in one sentence."""
+        """Say from where on more stages do not pay, and why, in one sentence."""
         count = len(chosen.stages)
-        behind = [n for (n, b), plan in self._plans.items() if plan and b == budget and n > count]
+        more = [n for (n, b), plan in self._plans.items() if plan and b == budget and n > count]
         gain = f"{count} stages chosen, {chosen.forecast.speedup:.2f} times the original's speed"
         if budget < self._options.coarse_budget:
             gain += f" with a coarse budget of {budget:.2%}"
-        if not behind:
+        if not more:
             return f"{gain}: no more than {count} can be cut or were looked at"
-        after = min(behind, key=lambda n: (abs(n - 2 * count), n))
-        other = self.plan(after, budget)
+        doubled = min(more, key=lambda n: (abs(n - 2 * count), n))
+        other = self.plan(doubled, budget)
         assert other is not None
         return (
-            f"{gain}: more do not pay ({after} give {other.forecast.speedup:.2f}), held back by "
-            f"{LIMITS[self._limit(other)]}"
+            f"{gain}: more do not pay ({doubled} give {other.forecast.speedup:.2f}), held back by "
+            f"{BOTTLENECKS[self._bottleneck(other)]}"
         )
 
-    def _limit(self, plan: Plan) -> str:
+    def _bottleneck(self, plan: Plan) -> str:
+        """Return what limits the speed-up of a plan, a key of `BOTTLENECKS`."""
         forecast, count = plan.forecast, len(plan.stages)
         link = forecast.link / min(plan.iterations, count)
         parts = {
@@ -174,9 +212,9 @@ class _Search:
             "link": link,
             "head": forecast.tail,
         }
-        found = find_limit(parts, forecast.sequential, count)
-        if found != "fine":
-            return found
+        bottleneck = find_bottleneck(parts, forecast.sequential, count)
+        if bottleneck != "fine":
+            return bottleneck
         costs = self._analysis.costs
-        block = is_block(self._analysis, plan, lambda node: costs[node].cost)
+        block = slowest_is_block(self._analysis, plan, lambda node: costs[node].cost)
         return "block" if block else "imbalance"

@@ -1,6 +1,6 @@
-"""`Plan`: every decision of the compiler as frozen, JSON-able data.
+"""`Plan`: every decision of the compiler as frozen data, with a JSON round trip.
 
-Splitting, synthesis, emission, export and loading read the plan and decide nothing. Stages are
+Splitting, synthesis, assembly, export and loading read the plan and decide nothing. Stages are
 numbered from 0 here and in generated code, from 1 in formulas.
 """
 
@@ -18,9 +18,8 @@ from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec
 from passes.errors import ArtifactError
 from passes.ir.tensor_spec import Value
 
-__all__ = ["SCHEMA", "Forecast", "Head", "Interface", "Plan", "Stage"]
-
 SCHEMA = 1
+"""Version of the JSON format."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Interface:
 
     Attributes:
         after: Last node before the cut.
-        before: First node behind the cut.
-        module: Qualified name of the module that starts behind the cut, for the reader.
+        before: First node after the cut.
+        module: Qualified name of the module that starts after the cut, for the reader.
         state: The tensors that cross, in the order of their definition.
-        why: The next best place of the cut and what it would cost, the other cuts staying.
+        why: The next best place of the cut, and what it would cost while the other cuts stay.
     """
 
     after: str
@@ -43,7 +42,7 @@ class Interface:
 
     @property
     def bytes(self) -> int:
-        """Bytes that cross at the example inputs."""
+        """Bytes of the state at the example inputs."""
         return sum(value.spec.bytes for value in self.state)
 
 
@@ -68,13 +67,12 @@ class Stage:
         parameters: Number of parameters.
         parameter_bytes: Their bytes.
         activation_bytes: Bytes of the tensors that the stage's nodes write.
-        preprocess: The operator that guesses the entering state; None for the first stage.
-        coarse: The propagator that imitates the stage in the sweep; None for the first stage.
-        backward_seconds: The part of `seconds` on the way back; None where that was not measured.
-        device: Name of the profile of the device that the stage was cut for; None where there was
-            none.
-        memory: Bytes that it holds there, by the model of `passes.cost.memory`; the last one with
-            the head.
+        preprocess: The preprocessing operator of the entering state; None for the first stage.
+        coarse: The propagator that approximates the stage in the sweep; None for the first stage.
+        backward_seconds: The backward part of `seconds`; None if that was not measured.
+        device: Name of the profile of its device; None if the options name no devices.
+        memory: Its bytes on that device, by the model of `passes.cost.memory`; of the last stage
+            with the head.
     """
 
     first: str
@@ -100,13 +98,13 @@ class Stage:
 
     @property
     def operator_parameters(self) -> int:
-        """Number of parameters of the guess and the correction."""
+        """Number of parameters of the preprocessing operator and the coarse propagator."""
         return sum(s.parameters for s in (self.preprocess, self.coarse) if s is not None)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The cheap suffix of the graph behind the last correction; fields as of a `Stage`."""
+    """The cheap suffix of the graph after the last correction; fields as in `Stage`."""
 
     first_module: str
     nodes: int
@@ -127,17 +125,17 @@ class Forecast:
     Attributes:
         unit: "FLOPs" or "seconds", or "cost" for a callable of the user.
         sequential: Cost of the original network, on the device that is fastest for it.
-        makespan: Slowest stage, its preprocessing included; of a training step the slowest one
-            forward and the slowest one backward, as none goes back before all went forward.
-        serial: Coarse sweep, links and head.
-        time: `iterations` rounds of makespan and sweep, and the head.
+        makespan: Slowest stage, its preprocessing included. In a training step the slowest forward
+            plus the slowest backward, as no backward starts before every forward is done.
+        serial: Coarse sweeps of all iterations, with links, and the head.
+        time: Step time: makespan, `iterations - 1` times `slowest`, and `serial`.
         speedup: `sequential / time`.
-        bound: What the speed-up would be if guesses and corrections were free.
-        imbalance: Slowest fine stage over the mean, of both ways as in the makespan.
+        bound: Speed-up if preprocessing operators and coarse propagators were free.
+        imbalance: Slowest fine stage over the mean; forward and backward as in the makespan.
         serial_share: `serial / sequential`.
         gap: Relative distance of the cut from the proven optimum of the objective.
-        link: Seconds of the serial part in which states cross links; 0 without devices.
-        slowest: Slowest fine stage alone, of both ways as in the makespan.
+        link: Part of `serial` in which states cross links; 0 without devices.
+        slowest: Slowest fine stage alone; forward and backward as in the makespan.
         sweep: One coarse sweep, links included.
         tail: The head.
     """
@@ -172,19 +170,36 @@ class Forecast:
         gap: float,
         link: float,
     ) -> Forecast:
-        """Put the figures of K iterations together; the guesses are made in the first one only.
+        """Combine the parts of a step into the forecast of K iterations.
+
+        This closed form is an upper bound of the simulation of the instruction lists
+        (`passes.schedule.simulate`), tight for equal stages and one iteration. It differs by
+        nature:
+
+        - A chain is counted as makespan, then sweep. In the simulation the sweep already passes
+          the first stages while a later, slower stage still computes. The difference is at most
+          the sweep, and 0 if no stage is slower than the first one.
+        - K iterations are counted as K fine stages and K sweeps, one after another. In the
+          simulation iteration k computes the stages k to N - K + k alone, preprocessing operators
+          run in the first iteration only, and its sweep overlaps with the one before.
+        - A collapsed sweep is counted with the largest map and `ceil(log2(N))` links. In the
+          simulation the tree has `floor(log2(N))` links on its longest path, but the largest map
+          forward and the largest one backward may be those of two stages, and a map may wait for
+          the message with its guess: up to one map and two links more than the closed form.
+
+        `tests/unit/schedule/test_step_time.py` checks these bounds on random costs.
 
         Args:
             iterations: K, at most the number of stages.
-            unit: As above, and so are the others;
-            sequential: the original network,
-            makespan: the slowest stage with its guess,
-            slowest: the slowest stage alone,
-            sweep: one sweep,
-            tail: the head,
-            imbalance: of the stages,
-            gap: of the cut,
-            link: the part of one sweep in which states cross links.
+            unit: Unit of all costs.
+            sequential: Cost of the original network.
+            makespan: Slowest stage with its preprocessing operator.
+            slowest: Slowest stage alone.
+            sweep: Cost of one sweep.
+            tail: Cost of the head.
+            imbalance: Slowest fine stage over the mean.
+            gap: Relative distance of the cut from the optimum.
+            link: Part of one sweep in which states cross links.
         """
         serial = iterations * sweep + tail
         time = makespan + (iterations - 1) * slowest + serial
@@ -208,8 +223,8 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the operators were asked for, so that a plan can be made anew for other cuts.
+class OperatorOptions:
+    """The options of the operators, to build a plan again for other cuts.
 
     The fields are those of `passes.options.Options`.
     """
@@ -224,7 +239,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided for one model.
+    """Every decision for one model.
 
     Attributes:
         model: Class name of the model.
@@ -233,15 +248,15 @@ class Plan:
         iterations: Number K of parareal iterations.
         stages: The fine stages, in order.
         interfaces: One per stage: where it ends. The last one leads into the head.
-        head: What stays behind the last correction.
-        forecast: The step-time model.
-        cost: How nodes were weighed: "flops", "measured", "measured-forward" or the name of a
-            callable.
+        head: The nodes after the last correction.
+        forecast: The forecast of the step time.
+        cost: Source of the costs of nodes: "flops", "measured", "measured-forward", "roofline",
+            "roofline-forward", or the name of a callable.
         seed: Seed of the initial weights of the coarse networks.
         fingerprint: Digest of the program's structure that the plan was made for.
         ties: Parameters that more than one stage reads, each with those stages.
         notes: What a user should know.
-        asked: What the operators were asked for; None in plans of versions that did not store it.
+        asked: The options of the operators; None in plans of versions that did not store them.
         schema: Version of this format.
     """
 
@@ -258,35 +273,35 @@ class Plan:
     fingerprint: str
     ties: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
-    asked: Asked | None = None
+    asked: OperatorOptions | None = None
     schema: int = SCHEMA
 
     def forecasts(self, most: int) -> tuple[Forecast, ...]:
-        """Forecast 1 to `most` iterations, with everything else as it is."""
-        known, rounds = self.forecast, min(self.iterations, len(self.stages))
+        """Forecast 1 to `most` iterations of the same plan."""
+        base, iterations = self.forecast, min(self.iterations, len(self.stages))
         return tuple(
             Forecast.of(
-                count, unit=known.unit, sequential=known.sequential, makespan=known.makespan,
-                slowest=known.slowest, sweep=known.sweep, tail=known.tail,
-                imbalance=known.imbalance, gap=known.gap, link=known.link / rounds,
+                count, unit=base.unit, sequential=base.sequential, makespan=base.makespan,
+                slowest=base.slowest, sweep=base.sweep, tail=base.tail,
+                imbalance=base.imbalance, gap=base.gap, link=base.link / iterations,
             )
             for count in range(1, most + 1)
         )  # fmt: skip
 
     def enters(self, number: int) -> tuple[Value, ...]:
-        """The values that a stage after the first reads: what its guess stands for."""
-        known = {value.name: value for value in self.interfaces[number - 1].state}
-        return tuple(known[name] for name in self.stages[number].consumes)
+        """Return the values that a stage after the first reads, which its guess stands for."""
+        values = {value.name: value for value in self.interfaces[number - 1].state}
+        return tuple(values[name] for name in self.stages[number].consumes)
 
     def reads_guess(self, coarse: OperatorSpec) -> bool:
-        """Whether a correction is called with the guess in front of the residual."""
+        """Return whether a coarse propagator takes the guess in front of the residual."""
         return self.correction == "difference" and not coarse.linear
 
     def corrects(self, number: int) -> tuple[Value, ...]:
-        """The values that the correction of a stage is added to.
+        """Return the values that the correction of a stage is added to.
 
-        In a chain what the stage produces; in a collapsed sweep what crosses the last interface
-        and depends on the stage.
+        In a chain, those that the stage produces; in a collapsed sweep, those that cross the last
+        interface and depend on the stage.
         """
         names = set(self.stages[number].produces)
         face = self.interfaces[number]
@@ -316,9 +331,9 @@ class Plan:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ArtifactError(f"the plan is not JSON ({error})") from error
-        found = data.get("schema") if isinstance(data, dict) else None
-        if found != SCHEMA:
-            raise ArtifactError(f"the plan has schema {found!r}, this version reads {SCHEMA}")
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise ArtifactError(f"the plan has schema {schema!r}, this version reads {SCHEMA}")
         plan: Plan = _decode(cls, data, "plan")
         if plan.forecast.sequential and not plan.forecast.slowest:
             plan = dataclasses.replace(plan, forecast=_with_parts(plan))
@@ -326,20 +341,20 @@ class Plan:
 
 
 def _with_parts(plan: Plan) -> Forecast:
-    """Compute the parts of a forecast from a version that stored their sums alone."""
-    known, count = plan.forecast, len(plan.stages)
-    rounds = min(plan.iterations, count)
-    free = known.sequential / known.bound  # rounds * slowest + tail
-    if rounds > 1:
-        slowest = (known.time - known.makespan - known.serial) / (rounds - 1)
-    elif known.imbalance < count:
-        # With it, the imbalance, which is slowest * count / (sequential - tail).
-        slowest = known.imbalance * (known.sequential - free) / (count - known.imbalance)
+    """Compute the parts of a forecast of a version that stored their sums alone."""
+    forecast, count = plan.forecast, len(plan.stages)
+    iterations = min(plan.iterations, count)
+    free = forecast.sequential / forecast.bound  # iterations * slowest + tail
+    if iterations > 1:
+        slowest = (forecast.time - forecast.makespan - forecast.serial) / (iterations - 1)
+    elif forecast.imbalance < count:
+        # The imbalance is slowest * count / (sequential - tail).
+        slowest = forecast.imbalance * (forecast.sequential - free) / (count - forecast.imbalance)
     else:
         slowest = free  # one stage has all the cost
-    tail = free - rounds * slowest
-    sweep = (known.serial - tail) / rounds
-    return dataclasses.replace(known, slowest=slowest, sweep=sweep, tail=tail)
+    tail = free - iterations * slowest
+    sweep = (forecast.serial - tail) / iterations
+    return dataclasses.replace(forecast, slowest=slowest, sweep=sweep, tail=tail)
 
 
 def _decode(kind: Any, data: Any, where: str) -> Any:
@@ -366,6 +381,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 
 
 def _decode_record(kind: Any, data: Any, where: str) -> Any:
+    """Rebuild a dataclass; fields with defaults may be missing."""
     if not isinstance(data, dict):
         raise ArtifactError(f"{where} should be an object, found {type(data).__name__}")
     hints = {field.name: typing.get_type_hints(kind)[field.name] for field in fields(kind)}
@@ -381,7 +397,7 @@ def _decode_record(kind: Any, data: Any, where: str) -> Any:
 
 
 def _options_of(kind: type[OperatorSpec], family: Any, where: str) -> type:
-    """The class of the options of a family, which the family's name decides."""
+    """Return the class of the options that the name of a family implies."""
     parts = _decode(str, family, where).split("+")
     names = names_of(kind.role, summed=len(parts) > 1)
     for index, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Check a plan against its program before it is replayed: it may have been edited by hand."""
+"""Check a plan, which may have been edited by hand, against its program before it is replayed."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Interface, Plan
 
 _Problems = Iterator[tuple[str, str]]
-"""Where in the JSON text, and what is wrong there."""
+"""Pairs of a place in the JSON text and what is wrong there."""
 
 
 def check_plan(program: Program, plan: Plan) -> None:
-    """Check that a plan means something over a program.
+    """Check that a plan fits a program.
 
     Raises:
-        ArtifactError: It does not; the message names the place in the JSON text and what may
-            stand there.
+        ArtifactError: It does not; the message names the place in the JSON text, and the values
+            that are possible there.
     """
-    # The first problem counts: later checks rely on what earlier ones found in order.
+    # Only the first problem counts: later checks rely on the earlier ones.
     for place, problem in _Checker(program, plan).problems():
         raise ArtifactError(f"{place} {problem}")
 
 
 class _Checker:
+    """Checks of a plan, top down; each yields its problems."""
+
     def __init__(self, program: Program, plan: Plan) -> None:
         self.plan = plan
         self.order = [node.name for node in program.order]
         self.nodes = set(self.order)
         self.inputs = [node.name for node in program.inputs]
-        self.every = {node.name for node in program.graph.nodes if node.op != "output"}
+        self.values = {node.name for node in program.graph.nodes if node.op != "output"}
 
     def problems(self) -> _Problems:
+        """Yield every problem."""
         plan = self.plan
         yield from _among("plan.correction", plan.correction, ("residual", "difference"))
         yield from _among("plan.sweep", plan.sweep, ("chain", "collapsed"))
@@ -120,7 +123,7 @@ class _Checker:
                 yield from _each_among(f"{place}.reads[{index}]", row, range(entering))
 
     def _annotated(self, place: str, value: Any, kind: Any, inputs: Sequence[str]) -> _Problems:
-        """Check what `Annotated` says of a value and of all that it consists of."""
+        """Check the `Annotated` rules of a value and of everything in it."""
         arguments = typing.get_args(kind)
         if value is None:
             return
@@ -145,7 +148,7 @@ class _Checker:
         elif rule == "count":
             yield from _at_least_one(place, value)
         elif rule in ("node", "value", "input"):
-            names = {"node": self.nodes, "value": self.every, "input": inputs}
+            names = {"node": self.nodes, "value": self.values, "input": inputs}
             yield from _among(place, value, names[rule])
 
 
@@ -170,23 +173,24 @@ def _at_least_one(place: str, value: int) -> _Problems:
         yield place, f"is {value!r}: it should be a whole number of at least 1"
 
 
-def _each_among(place: str, values: Sequence[Any], known: Collection[Any]) -> _Problems:
+def _each_among(place: str, values: Sequence[Any], allowed: Collection[Any]) -> _Problems:
     for index, value in enumerate(values):
-        yield from _among(f"{place}[{index}]", value, known)
+        yield from _among(f"{place}[{index}]", value, allowed)
 
 
 _FEW = 8
+"""Possible values that a message lists."""
 
 
-def _among(place: str, value: Any, known: Collection[Any], why: str = "") -> _Problems:
-    if value in known:
+def _among(place: str, value: Any, allowed: Collection[Any], why: str = "") -> _Problems:
+    if value in allowed:
         return
-    if isinstance(known, set):
-        allowed = "a node of the program"
-    elif not known:
-        allowed = "nothing"
+    if isinstance(allowed, set):
+        listed = "a node of the program"
+    elif not allowed:
+        listed = "nothing"
     else:
-        items = [str(item) if item is not None else "null" for item in known]
+        items = [str(item) if item is not None else "null" for item in allowed]
         more = ", ..." if len(items) > _FEW else ""
-        allowed = ", ".join(items[:_FEW]) + more
-    yield place, f"is {value!r}; possible here: {allowed}" + (f" ({why})" if why else "")
+        listed = ", ".join(items[:_FEW]) + more
+    yield place, f"is {value!r}; possible here: {listed}" + (f" ({why})" if why else "")

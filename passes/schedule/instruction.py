@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["EXPECTS", "FORWARD", "RECEIVES", "SENDS", "Instruction", "Kind"]
-
 
 class Kind(Enum):
-    """What an instruction does."""
+    """Kind of an instruction: a computation, or one side of a message."""
 
     GUESS = "guess"
     FINE = "fine"
@@ -20,14 +18,14 @@ class Kind(Enum):
     FINE_BACKWARD = "fine backward"
     GUESS_BACKWARD = "guess backward"
 
-    # Messages of a chain: the corrected state behind a stage.
+    # Messages of a chain: the corrected state after a stage.
     SEND = "send state"
     RECEIVE = "receive state"
     SEND_ADJOINT = "send adjoint"
     RECEIVE_ADJOINT = "receive adjoint"
 
-    # Messages of a collapsed sweep: what residuals are made of, and partial sums of the last state.
-    # A rank expects a message before it waits for it: it gives room for it, and goes on.
+    # Messages of a collapsed sweep: the parts of a residual, and partial sums of the last state.
+    # EXPECT posts a receive and returns at once; the RECEIVE that follows waits for the message.
     SEND_GUESS = "send guess"
     EXPECT_GUESS = "expect guess"
     RECEIVE_GUESS = "receive guess"
@@ -56,7 +54,7 @@ SENDS = {
     Kind.SEND_OUTPUT_ADJOINT: Kind.RECEIVE_OUTPUT_ADJOINT,
     Kind.SEND_GUESS_ADJOINT: Kind.RECEIVE_GUESS_ADJOINT,
 }
-"""Every kind that sends, and the kind that takes it."""
+"""Every kind that sends, and the kind that receives its message."""
 
 EXPECTS = {
     Kind.EXPECT_GUESS: Kind.RECEIVE_GUESS,
@@ -64,13 +62,13 @@ EXPECTS = {
     Kind.EXPECT_OUTPUT_ADJOINT: Kind.RECEIVE_OUTPUT_ADJOINT,
     Kind.EXPECT_GUESS_ADJOINT: Kind.RECEIVE_GUESS_ADJOINT,
 }
-"""Every kind that gives room for a message, and the kind that waits for it later."""
+"""Every kind that posts a receive, and the kind that waits for the message later."""
 
 FORWARD = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
-"""Every kind that runs a network forward, which may draw random numbers."""
+"""Kinds that run a network forward, which may draw random numbers."""
 
 RECEIVES = frozenset(SENDS.values())
-"""Every kind that waits for a message."""
+"""Kinds that wait for a message."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,9 @@ class Instruction:
 
     Attributes:
         kind: What it does.
-        stage: Number of the stage; of the head the last one. A message carries the state behind
-            this stage, what the stage computed, or the guess of what enters it, or the adjoint of
-            one of these.
+        stage: Number of the stage; for the head, the last one. A message carries the state after
+            this stage, the output of the stage, or the guess of its input, or the adjoint of one
+            of these.
         batch: Number of the micro-batch.
         peer: The other rank of a message.
         iteration: Number of the parareal iteration, from 0.
@@ -99,6 +97,6 @@ class Instruction:
         return self.stage, self.batch, self.iteration
 
     def __str__(self) -> str:
-        again = f", iteration {self.iteration + 1}" if self.iteration else ""
-        where = f", rank {self.peer}" if self.peer is not None else ""
-        return f"{self.kind.value} (stage {self.stage}, micro-batch {self.batch}{again}{where})"
+        iteration = f", iteration {self.iteration + 1}" if self.iteration else ""
+        peer = f", rank {self.peer}" if self.peer is not None else ""
+        return f"{self.kind.value} (stage {self.stage}, micro-batch {self.batch}{iteration}{peer})"

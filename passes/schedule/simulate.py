@@ -1,9 +1,24 @@
-"""Simulates a step: the instruction lists that ranks run, with durations in place of tensors.
+"""Simulate a step: run the instruction lists of all ranks with durations in place of tensors.
 
-A rank runs one instruction at a time. A send takes no time on its rank; its message then takes its
-turn on the link to its peer, which carries one message at a time: bytes over bandwidth, and the
-latency on top. Nothing else makes ranks wait, so that walking the lists in an order in which every
-message is sent before it is taken gives every event its exact time.
+A rank runs one instruction at a time. A send takes no time on its rank; its message then waits for
+its turn on the link to the peer, which carries one message at a time: bytes over bandwidth, and
+latency on top. Nothing else makes ranks wait, so walking the lists in an order in which every
+message is sent before it is received gives every event its exact time.
+
+Two ranks, of which the second preprocesses for 1 s and corrects for 2 s; the fine stages take 3 s
+and 5 s, the link 1 s:
+
+    rank 0   f f f *
+    rank 1   g f f f f f c c        the state is there at 4, and waits for the fine stage
+
+>>> from passes.schedule.lists import schedule
+>>> compute = {(Kind.FINE, 0): 3, (Kind.GUESS, 1): 1, (Kind.FINE, 1): 5, (Kind.CORRECT, 1): 2}
+>>> simulate(schedule((0, 1), backward=False), Times(compute, latency=1)).time
+8.0
+
+The forecast of a plan is the closed form of this model: makespan plus sweep plus head, here
+6 + (2 + 1) = 9. It is an upper bound that ignores what overlaps: the link, in this example.
+`passes.plan.schema.Forecast.of` lists the differences.
 """
 
 from __future__ import annotations
@@ -17,20 +32,18 @@ from passes.coarse.spec import OperatorSpec
 from passes.errors import RuntimeFault
 from passes.plan.schema import Head, Plan, Stage
 from passes.schedule.instruction import RECEIVES, SENDS, Instruction, Kind
-from passes.schedule.verify import in_order
-
-__all__ = ["Span", "Timeline", "Times", "simulate"]
+from passes.schedule.verify import execution_order
 
 
 @dataclass(frozen=True)
 class Times:
-    """How long computations and messages take; what is not named takes no time.
+    """Durations of computations and messages; what is not listed takes no time.
 
     Attributes:
         compute: Seconds (or another unit, the same everywhere) by kind and stage.
         bytes: Size of a message by the kind that sends it and stage.
-        latency: Seconds that a message takes at least.
-        bandwidth: Bytes a second of a link between two ranks, each way.
+        latency: Seconds of a message beyond its bytes.
+        bandwidth: Bytes per second of a link between two ranks, in each direction.
     """
 
     compute: Mapping[tuple[Kind, int], float]
@@ -42,93 +55,102 @@ class Times:
     def of(
         cls, plan: Plan, *, latency: float = 0.0, bandwidth: float = math.inf, ratio: float = 2.0
     ) -> Times:
-        """What a plan knows, at its example inputs, in the unit of its forecast.
+        """Return the durations of a plan, at its example inputs, in the unit of its forecast.
 
         Args:
             plan: The plan.
             latency: As above, in that unit.
             bandwidth: As above, in bytes per that unit.
-            ratio: Backward over forward, of guesses, corrections and head, where the plan does not
-                hold measured seconds of both ways; of a fine stage it knows the ratio by FLOPs.
+            ratio: Backward over forward, for operators and the head, if the plan does not store
+                measured seconds of both phases. Of a fine stage it stores the FLOPs of both.
 
         Raises:
-            RuntimeFault: The plan was made with weights that it does not hold.
+            RuntimeFault: The costs of the plan are those of a callable, which it does not store.
         """
         return cls(_compute(plan, ratio), _bytes(plan), latency, bandwidth)
 
     def transfer(self, send: Instruction) -> float:
-        """Seconds that a message keeps its link busy."""
+        """Return the seconds that a message occupies its link."""
         return self.bytes.get((send.kind, send.stage), 0.0) / self.bandwidth
 
 
 def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
-    known = plan.forecast
+    """Return the duration of every computation, by kind and stage."""
+    forecast = plan.forecast
     pieces: tuple[Stage | Head, ...] = (*plan.stages, plan.head)
-    if known.unit not in ("FLOPs", "seconds"):
+    if forecast.unit not in ("FLOPs", "seconds"):
         raise RuntimeFault(
-            f"the plan was weighed by {plan.cost}, and does not hold what every stage weighs: "
+            f"the costs of the plan are those of {plan.cost}, which it does not store: "
             "compile with cost='flops' or 'measured', or give Times of your own"
         )
-    scale = known.sequential / max(1, sum(piece.flops for piece in pieces))
-    found: dict[tuple[Kind, int], float] = {}
-    weights = [(p.seconds if known.unit == "seconds" else p.flops) or 0.0 for p in pieces]
-    measured = [p.backward_seconds for p in pieces if p.backward_seconds is not None]
-    both_ways = bool(measured) or plan.cost == "measured"
-    if measured and sum(weights) > sum(measured):
-        ratio = sum(measured) / (sum(weights) - sum(measured))
+    per_flop = forecast.sequential / max(1, sum(piece.flops for piece in pieces))
+    durations: dict[tuple[Kind, int], float] = {}
+    costs = [(p.seconds if forecast.unit == "seconds" else p.flops) or 0.0 for p in pieces]
+    backward = [p.backward_seconds for p in pieces if p.backward_seconds is not None]
+    both_phases = bool(backward) or plan.cost == "measured"
+    if backward and sum(costs) > sum(backward):
+        ratio = sum(backward) / (sum(costs) - sum(backward))
 
-    def put(forward: Kind, backward: Kind, stage: int, weight: float, slower: float) -> None:
-        """Note what a piece takes each way; seconds of a training step are those of both."""
-        once = weight / (1 + slower) if both_ways else weight
-        found[forward, stage], found[backward, stage] = once, slower * once
+    def put(kinds: tuple[Kind, Kind], stage: int, cost: float, ratio: float) -> None:
+        """Split a cost into forward and backward; costs of a training step include both."""
+        forward = cost / (1 + ratio) if both_phases else cost
+        durations[kinds[0], stage], durations[kinds[1], stage] = forward, ratio * forward
 
-    def slowing(piece: Stage | Head | OperatorSpec, default: float) -> float:
-        """Backward over forward of a piece."""
-        back, both = piece.backward_seconds, piece.seconds
-        return back / (both - back) if back is not None and both and both > back else default
-
-    def small(forward: Kind, backward: Kind, stage: int, spec: OperatorSpec, calls: int) -> None:
-        """Note a guess or a correction: by its own seconds, or else by its FLOPs."""
-        weight = scale * spec.flops if spec.seconds is None else spec.seconds
-        put(forward, backward, stage, calls * weight, slowing(spec, ratio))
+    def put_operator(kinds: tuple[Kind, Kind], stage: int, spec: OperatorSpec, calls: int) -> None:
+        cost = per_flop * spec.flops if spec.seconds is None else spec.seconds
+        put(kinds, stage, calls * cost, _backward_ratio(spec, ratio))
 
     for number, stage in enumerate(plan.stages):
-        slower = slowing(stage, stage.backward_flops / stage.flops if stage.flops else ratio)
-        put(Kind.FINE, Kind.FINE_BACKWARD, number, weights[number], slower)
+        by_flops = stage.backward_flops / stage.flops if stage.flops else ratio
+        put(_FINE, number, costs[number], _backward_ratio(stage, by_flops))
         if stage.preprocess is None or stage.coarse is None:
             continue
         # In difference form a coarse network that is not linear is called twice.
         calls = 2 if plan.reads_guess(stage.coarse) else 1
-        small(Kind.GUESS, Kind.GUESS_BACKWARD, number, stage.preprocess, 1)
-        small(Kind.CORRECT, Kind.COARSE_BACKWARD, number, stage.coarse, calls)
-    slower = slowing(plan.head, ratio)
-    put(Kind.HEAD, Kind.HEAD_BACKWARD, len(plan.stages) - 1, weights[-1], slower)
-    return found
+        put_operator(_PREPROCESS, number, stage.preprocess, 1)
+        put_operator(_COARSE, number, stage.coarse, calls)
+    put(_HEAD, len(plan.stages) - 1, costs[-1], _backward_ratio(plan.head, ratio))
+    return durations
+
+
+_FINE = Kind.FINE, Kind.FINE_BACKWARD
+_PREPROCESS = Kind.GUESS, Kind.GUESS_BACKWARD
+_COARSE = Kind.CORRECT, Kind.COARSE_BACKWARD
+_HEAD = Kind.HEAD, Kind.HEAD_BACKWARD
+
+
+def _backward_ratio(piece: Stage | Head | OperatorSpec, default: float) -> float:
+    """Return backward over forward seconds of a piece."""
+    backward, both = piece.backward_seconds, piece.seconds
+    if backward is not None and both and both > backward:
+        return backward / (both - backward)
+    return default
 
 
 def _bytes(plan: Plan) -> dict[tuple[Kind, int], float]:
-    found: dict[tuple[Kind, int], float] = {}
+    """Return the size of every message, by the kind that sends it and stage."""
+    message_bytes: dict[tuple[Kind, int], float] = {}
     sizes = {value.name: value.spec.bytes for face in plan.interfaces for value in face.state}
     last = len(plan.stages) - 1
     for number, (stage, face) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
-        found[Kind.SEND, number] = face.bytes
-        found[Kind.SEND_GUESS, number] = sum(sizes[name] for name in stage.consumes)
-        found[Kind.SEND_OUTPUT, number] = sum(sizes[name] for name in stage.produces)
-    found[Kind.SEND_SUM, last] = plan.interfaces[last].bytes
-    for (kind, number), size in list(found.items()):
-        found[Kind[f"{kind.name}_ADJOINT"], number] = size
-    return found
+        message_bytes[Kind.SEND, number] = face.bytes
+        message_bytes[Kind.SEND_GUESS, number] = sum(sizes[name] for name in stage.consumes)
+        message_bytes[Kind.SEND_OUTPUT, number] = sum(sizes[name] for name in stage.produces)
+    message_bytes[Kind.SEND_SUM, last] = plan.interfaces[last].bytes
+    for (kind, number), size in list(message_bytes.items()):
+        message_bytes[Kind[f"{kind.name}_ADJOINT"], number] = size
+    return message_bytes
 
 
 @dataclass(frozen=True)
-class Span:
-    """When an instruction ran.
+class TimelineSpan:
+    """Start and end of an instruction.
 
     Attributes:
         instruction: The instruction.
-        start: When its rank came to it, in seconds from the start of the step.
-        end: When its rank went on; of a receive when the message was there.
-        cause: Rank and place in its list of the send that a receive really waited for, else None.
+        start: When its rank reached it, in seconds from the start of the step.
+        end: When its rank continued; for a receive, at the earliest when the message arrived.
+        cause: If a receive had to wait, rank and list index of the send, else None.
     """
 
     instruction: Instruction
@@ -144,69 +166,70 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When every instruction of a step ran.
+    """Start and end of every instruction of a step.
 
     Attributes:
         spans: By rank, in the order of its list.
     """
 
-    spans: tuple[tuple[Span, ...], ...]
+    spans: tuple[tuple[TimelineSpan, ...], ...]
 
     @property
     def time(self) -> float:
-        """Seconds of the step: until the last rank is done."""
-        return max((own[-1].end for own in self.spans if own), default=0.0)
+        """Seconds until the last rank is done."""
+        return max((spans[-1].end for spans in self.spans if spans), default=0.0)
 
     @property
     def idle(self) -> tuple[float, ...]:
         """Seconds of the step in which each rank computes nothing."""
         time = self.time
-        return tuple(time - sum(span.busy for span in own) for own in self.spans)
+        return tuple(time - sum(span.busy for span in spans) for spans in self.spans)
 
     @property
-    def critical_path(self) -> tuple[tuple[int, Span], ...]:
-        """The instructions that the time of the step is made of, with their ranks, in order.
+    def critical_path(self) -> tuple[tuple[int, TimelineSpan], ...]:
+        """The instructions that determine the time of the step, with their ranks, in order.
 
-        Neighbours on it follow each other without a pause, on one rank or over a message.
+        Neighbors follow each other without a pause, on one rank or over a message.
         """
-        ends = [own[-1].end if own else 0.0 for own in self.spans]
+        ends = [spans[-1].end if spans else 0.0 for spans in self.spans]
         rank = ends.index(max(ends))
-        place, found = len(self.spans[rank]) - 1, []
-        while place >= 0:
-            span = self.spans[rank][place]
-            found.append((rank, span))
-            rank, place = span.cause or (rank, place - 1)
-        return tuple(reversed(found))
+        index, path = len(self.spans[rank]) - 1, []
+        while index >= 0:
+            span = self.spans[rank][index]
+            path.append((rank, span))
+            rank, index = span.cause or (rank, index - 1)
+        return tuple(reversed(path))
 
 
 def simulate(programs: Sequence[Sequence[Instruction]], times: Times) -> Timeline:
     """Simulate a step.
 
     Args:
-        programs: What every rank does, from `schedule`.
-        times: How long it takes.
+        programs: Instructions of every rank, from `schedule`.
+        times: Their durations.
 
     Returns:
-        When every instruction begins and ends; thousands of ranks take a second.
+        Start and end of every instruction; thousands of ranks take a second to simulate.
 
     Raises:
-        RuntimeFault: The programs do not fit together.
+        RuntimeFault: The lists do not match, or deadlock.
     """
-    spans: list[list[Span]] = [[] for _ in programs]
+    spans: list[list[TimelineSpan]] = [[] for _ in programs]
     clocks = [0.0] * len(programs)
-    free: dict[tuple[int, int], float] = defaultdict(float)
-    # On their way between two ranks: when each message is there, and which send it is.
-    flying: dict[tuple[int, int], deque[tuple[float, int]]] = defaultdict(deque)
-    for rank, instruction in in_order(programs):
+    link_free: dict[tuple[int, int], float] = defaultdict(float)
+    # Messages in flight between two ranks: arrival, and list index of the send.
+    in_flight: dict[tuple[int, int], deque[tuple[float, int]]] = defaultdict(deque)
+    for rank, instruction in execution_order(programs):
         start, peer, cause = clocks[rank], instruction.peer, None
         end = start + times.compute.get((instruction.kind, instruction.stage), 0.0)
         if peer is not None and instruction.kind in SENDS:
-            free[rank, peer] = max(free[rank, peer], end) + times.transfer(instruction)
-            flying[rank, peer].append((free[rank, peer] + times.latency, len(spans[rank])))
+            sent = max(link_free[rank, peer], end) + times.transfer(instruction)
+            link_free[rank, peer] = sent
+            in_flight[rank, peer].append((sent + times.latency, len(spans[rank])))
         elif peer is not None and instruction.kind in RECEIVES:
-            there, place = flying[peer, rank].popleft()
-            cause = (peer, place) if there > start else None
-            end = max(start, there)
-        spans[rank].append(Span(instruction, start, end, cause))
+            arrival, index = in_flight[peer, rank].popleft()
+            cause = (peer, index) if arrival > start else None
+            end = max(start, arrival)
+        spans[rank].append(TimelineSpan(instruction, start, end, cause))
         clocks[rank] = end
     return Timeline(tuple(map(tuple, spans)))

@@ -1,4 +1,12 @@
-"""Runs instruction lists in an order in which every message is sent before it is taken."""
+"""Verify instruction lists: every message meets its receive in order, and no rank waits forever.
+
+Two models of sends are checked. A buffered send (Gloo) never waits: `execution_order` runs the
+lists so. A rendezvous send (NCCL) waits for its receive: `rendezvous` matches the two sides.
+Two ranks that both send before they receive pass the first check, but not the second:
+
+    rank 0   send to 1, receive from 1          buffered: both sends return, both receives follow
+    rank 1   send to 0, receive from 0          rendezvous: each send waits for the other's receive
+"""
 
 from __future__ import annotations
 
@@ -8,41 +16,42 @@ from collections.abc import Iterator, Sequence
 from passes.errors import RuntimeFault
 from passes.schedule.instruction import EXPECTS, RECEIVES, SENDS, Instruction, Kind
 
-__all__ = ["check", "in_order", "meet"]
-
 _Message = tuple[Kind, int, int, int]
-"""Kind that takes it, stage, micro-batch and iteration."""
+"""Kind that receives it, stage, micro-batch and iteration."""
 
-_Meeting = tuple[int, int, _Message]
-"""Sender and receiver of a message, and the message."""
+_Transfer = tuple[int, int, _Message]
+"""Sender, receiver, and message."""
 
 
 def check(programs: Sequence[Sequence[Instruction]]) -> int:
-    """Prove that every message meets its receiver in order and that nothing waits for ever.
+    """Prove that the lists end, with buffered sends and with rendezvous sends.
 
-    That holds for sends that never wait (`in_order`), as over Gloo, and for sends that wait for
-    their receiver (`meet`), as over NCCL.
+    Args:
+        programs: Instructions of every rank.
 
     Returns:
         The number of messages.
 
     Raises:
-        RuntimeFault: Ranks wait for each other, or a message is left over, or is not the one that
-            the receiver takes next.
+        RuntimeFault: Ranks wait for each other, a message is never received, or it is not the one
+            that its receiver expects next.
     """
-    messages = sum(instruction.kind in SENDS for _, instruction in in_order(programs))
-    meet(programs)
+    messages = sum(instruction.kind in SENDS for _, instruction in execution_order(programs))
+    rendezvous(programs)
     return messages
 
 
-def in_order(
+def execution_order(
     programs: Sequence[Sequence[Instruction]],
 ) -> Iterator[tuple[int, Instruction]]:
-    """Give the instructions of all ranks, each rank's own in order and no receive before its send.
+    """Yield the instructions of all ranks: each list in order, and no receive before its send.
 
-    Sends never wait; a receive waits for its message. Messages of two ranks arrive in the order in
-    which they were sent, so that they need no tags. The checker, the ranks in one process and the
-    simulator all walk this order.
+    Sends never wait; a receive waits for its message. Messages between two ranks arrive in the
+    order in which they are sent, so they need no tags. `check`, the ranks in one process and the
+    simulator all use this order.
+
+    Args:
+        programs: Instructions of every rank.
 
     Yields:
         A rank and its next instruction.
@@ -51,29 +60,29 @@ def in_order(
         RuntimeFault: As `check`.
     """
     sent: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
-    ahead = [deque(program) for program in programs]
-    awake, waiting = deque(range(len(ahead))), set()
-    while awake:
-        rank = awake.popleft()
-        left = ahead[rank]
-        while left:
-            instruction = left[0]
+    pending = [deque(program) for program in programs]
+    runnable, waiting = deque(range(len(pending))), set()
+    while runnable:
+        rank = runnable.popleft()
+        instructions = pending[rank]
+        while instructions:
+            instruction = instructions[0]
             kind, peer = instruction.kind, instruction.peer
             if kind in RECEIVES:
                 assert peer is not None
                 if not sent[peer, rank]:
                     waiting.add((peer, rank))
                     break
-                _take(rank, instruction, sent[peer, rank].popleft())
+                _check_received(rank, instruction, sent[peer, rank].popleft())
             elif kind in SENDS:
                 assert peer is not None
                 sent[rank, peer].append((SENDS[kind], *instruction.key))
                 if (rank, peer) in waiting:
                     waiting.remove((rank, peer))
-                    awake.append(peer)
-            left.popleft()
+                    runnable.append(peer)
+            instructions.popleft()
             yield rank, instruction
-    stuck = [f"rank {rank} at {left[0]}" for rank, left in enumerate(ahead) if left]
+    stuck = [f"rank {rank} at {queue[0]}" for rank, queue in enumerate(pending) if queue]
     if stuck:
         raise RuntimeFault(f"ranks wait for messages that never come: {'; '.join(stuck)}")
     lost = Counter({f"rank {a} to {b}": len(queue) for (a, b), queue in sent.items() if queue})
@@ -81,44 +90,46 @@ def in_order(
         raise RuntimeFault(f"messages that nobody takes: {dict(lost)}")
 
 
-def meet(programs: Sequence[Sequence[Instruction]]) -> list[_Meeting]:
-    """Prove that the lists run to their end where no message is kept on its way.
+def rendezvous(programs: Sequence[Sequence[Instruction]]) -> list[_Transfer]:
+    """Prove that the lists end if every send waits for its receive.
 
-    A rank comes to its sends, and to the places that give room for a message, one after another in
-    the order of its list, and passes none before the other side has come to its own. That is the
-    strictest that a network can be: NCCL runs what two ranks exchange in one queue on each of them,
-    or everything that a rank exchanges in one. It follows that the lists of two ranks mirror each
-    other. Where a receive has an `expect` before it, that one is the place, and the receive only
-    waits for what has been met.
+    A rank reaches its sends, and the places where it posts receives, one after another in the
+    order of its list, and passes none before the other side has reached its counterpart. No
+    network is stricter: NCCL runs the messages between two ranks in one queue on each of them, or
+    all messages of a rank in one. It follows that the lists of two ranks mirror each other. A
+    receive with an `expect` before it is posted there, and only waits for the message later.
+
+    Args:
+        programs: Instructions of every rank.
 
     Returns:
-        The messages, in the order in which they meet.
+        The messages, in the order in which they are transferred.
 
     Raises:
-        RuntimeFault: Ranks wait for each other, or a rank waits for a message that it never gave
-            room for, or gives room for one that it does not wait for, in this order.
+        RuntimeFault: Ranks wait for each other; or a rank waits for a message for which it posted
+            no receive, or posts receives in another order than it waits for them.
     """
-    ahead = [deque(_places(rank, program)) for rank, program in enumerate(programs)]
-    awake, found = deque(range(len(ahead))), list[_Meeting]()
-    while awake:
-        rank = awake.popleft()
-        while ahead[rank]:
-            _, meeting = ahead[rank][0]
-            peer = meeting[1] if meeting[0] == rank else meeting[0]
-            if not ahead[peer] or ahead[peer][0][1] != meeting:
-                break  # the other side wakes this one when it comes there
-            ahead[rank].popleft()
-            ahead[peer].popleft()
-            found.append(meeting)
-            awake.append(peer)
-    stuck = [f"rank {rank} at {left[0][0]}" for rank, left in enumerate(ahead) if left]
+    pending = [deque(_posts(rank, program)) for rank, program in enumerate(programs)]
+    runnable, transfers = deque(range(len(pending))), list[_Transfer]()
+    while runnable:
+        rank = runnable.popleft()
+        while pending[rank]:
+            _, transfer = pending[rank][0]
+            peer = transfer[1] if transfer[0] == rank else transfer[0]
+            if not pending[peer] or pending[peer][0][1] != transfer:
+                break  # the other side wakes this one when it gets there
+            pending[rank].popleft()
+            pending[peer].popleft()
+            transfers.append(transfer)
+            runnable.append(peer)
+    stuck = [f"rank {rank} at {queue[0][0]}" for rank, queue in enumerate(pending) if queue]
     if stuck:
         raise RuntimeFault(f"ranks that keep no message wait for each other: {'; '.join(stuck)}")
-    return found
+    return transfers
 
 
-def _places(rank: int, program: Sequence[Instruction]) -> Iterator[tuple[Instruction, _Meeting]]:
-    """Where a rank meets others: its sends, and where it gives room for what it receives."""
+def _posts(rank: int, program: Sequence[Instruction]) -> Iterator[tuple[Instruction, _Transfer]]:
+    """Yield the sends of a rank, and the places where it posts its receives."""
     expected: dict[int, deque[_Message]] = defaultdict(deque)
     for it in program:
         if it.peer is None:
@@ -130,16 +141,17 @@ def _places(rank: int, program: Sequence[Instruction]) -> Iterator[tuple[Instruc
             expected[it.peer].append(message)
             yield it, (it.peer, rank, message)
         elif expected[it.peer]:
-            _take(rank, it, expected[it.peer].popleft())
+            _check_received(rank, it, expected[it.peer].popleft())
         else:
             yield it, (it.peer, rank, (it.kind, *it.key))
-    for peer, left in expected.items():
-        if left:
-            raise RuntimeFault(f"rank {rank} expects {len(left)} messages of rank {peer} in vain")
+    for peer, queue in expected.items():
+        if queue:
+            raise RuntimeFault(f"rank {rank} expects {len(queue)} messages of rank {peer} in vain")
 
 
-def _take(rank: int, instruction: Instruction, found: _Message) -> None:
-    if found != (instruction.kind, *instruction.key):
-        kind, stage, batch, iteration = found
+def _check_received(rank: int, instruction: Instruction, message: _Message) -> None:
+    """Refuse a message that is not the one that an instruction receives."""
+    if message != (instruction.kind, *instruction.key):
+        kind, stage, batch, iteration = message
         first = Instruction(kind, stage, batch, instruction.peer, iteration)
         raise RuntimeFault(f"rank {rank} takes {instruction}, but {first} comes first")

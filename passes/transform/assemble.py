@@ -1,7 +1,12 @@
 """Assemble the networks of a plan: GraphModules whose code reads like the algorithm.
 
-Every node says in `node.meta["pnn"]` which step of the sweep (`passes.transform.sweep`) it belongs
-to: role, stage and iteration.
+For two stages, `forward` is
+
+    x_1 = self.preprocess_1(input);  y_0 = self.fine_0(input);  y_1 = self.fine_1(x_1)
+    r_1 = y_0 - x_1;  c_1 = self.coarse_1(r_1);  u_1 = y_1 + c_1;  output = self.head(u_1)
+
+`node.meta["pnn"]` holds the step of the sweep (`passes.transform.sweep`) that a node belongs to:
+role, stage and iteration.
 """
 
 from __future__ import annotations
@@ -19,9 +24,8 @@ from passes.transform.split import Stages
 from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
 
-__all__ = ["assemble", "sequential", "step_of", "verify_steps"]
-
 _State = dict[str, fx.Node]
+"""Components of a state by name."""
 _KEY = "pnn"
 
 
@@ -32,7 +36,7 @@ def step_of(node: fx.Node) -> Step | None:
 
 
 def verify_steps(network: fx.GraphModule) -> None:
-    """Check that every node of an assembled network says which step it belongs to.
+    """Check that every node of an assembled network belongs to a step.
 
     Raises:
         SynthesisError: One does not.
@@ -51,20 +55,20 @@ def assemble(
         program: The captured model.
         plan: The decisions.
         stages: The fine stages and the head.
-        operators: The guesses and corrections.
+        operators: The preprocessing operators and coarse propagators.
         reuse: Whether iteration k takes the first k states, which are exact by then, from the
             iteration before; False computes every stage every time (the oracle of K = N).
 
     Returns:
         A GraphModule with children `fine_j`, `preprocess_j`, `coarse_j` (j from 0; the first
-        stage has a fine network only) and `head`; it takes and returns what the model does.
+        stage has a fine network only) and `head`; arguments and outputs are those of the model.
     """
     steps = sweep(len(plan.stages), plan.sweep, plan.iterations, reuse=reuse)
     return _network(program, plan, stages, operators, steps, f"Parareal{program.name}")
 
 
 def sequential(program: Program, plan: Plan, stages: Stages) -> fx.GraphModule:
-    """Compose the stages one after another; equal to the original network."""
+    """Compose the stages one after another: a network that equals the original."""
     steps = in_sequence(len(plan.stages))
     return _network(program, plan, stages, Operators({}, {}), steps, f"Sequential{program.name}")
 
@@ -93,7 +97,7 @@ def _network(
 
 
 class _Writer:
-    """Writes the graph, step by step; a state is its components by name."""
+    """Writer of the graph of a network, step by step."""
 
     def __init__(self, program: Program, plan: Plan) -> None:
         self.plan = plan
@@ -101,7 +105,7 @@ class _Writer:
         self.inputs = {n.name: self.graph.placeholder(str(n.target)) for n in program.inputs}
 
     def write(self, step: Step, states: Sequence[_State]) -> _State:
-        """Add the nodes of a step, given the states that it reads; return what it makes."""
+        """Add the nodes of a step, given the states that it reads; return the state it writes."""
         write: dict[Role, Callable[[Step, Sequence[_State]], _State]] = {
             Role.PREPROCESS: self._preprocess,
             Role.FINE: self._fine,
@@ -146,10 +150,14 @@ class _Writer:
         return self._unpack(step, result, [v.name for v in self.plan.corrects(step.stage)])
 
     def _correct(self, step: Step, states: Sequence[_State]) -> _State:
-        """Put the state after a stage together; what a chain corrects is what the stage made."""
-        before, own, *corrections = states if step.stage else ({}, *states)
-        both = {**before, **own}
-        state = {value.name: both[value.name] for value in self.plan.interfaces[step.stage].state}
+        """Combine the state after a stage, and add the corrections.
+
+        In a chain, a correction has the components that the stage produced.
+        """
+        before, produced, *corrections = states if step.stage else ({}, *states)
+        values = {**before, **produced}
+        crossing = self.plan.interfaces[step.stage].state
+        state = {value.name: values[value.name] for value in crossing}
         symbols = [symbol for symbol in step.reads if symbol.letter == "c"]
         for correction, symbol in zip(corrections, symbols, strict=True):
             among = self.plan.stages[step.stage].produces
@@ -172,7 +180,7 @@ class _Writer:
         target, name = f"{step.role}_{step.stage}", f"{letter}_{step.stage}"
         if step.role is Role.HEAD:
             target, name = "head", letter
-        arguments = (*state, *(self.inputs[given] for given in inputs))
+        arguments = (*state, *(self.inputs[argument] for argument in inputs))
         return self._node(step, "call_module", target, arguments, name)
 
     def _binary(
@@ -200,4 +208,5 @@ class _Writer:
 
 
 def _label(symbol: str, number: int, name: str, among: Collection[str]) -> str:
+    """Name a node by symbol and stage, and by component if the state has several."""
     return f"{symbol}_{number}" if len(among) == 1 else f"{symbol}_{number}_{name}"

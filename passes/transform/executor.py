@@ -1,7 +1,7 @@
-"""Runs the pieces of a compiled network one by one, on named states, outside of any graph.
+"""Run the pieces of a compiled network one by one, on named states, outside of any graph.
 
-The steps are those of `passes.transform.sweep`; calibration, fits and iteration call the pieces
-here, and look at the states between.
+The steps are those of `passes.transform.sweep`. Calibration, fits and iteration use the executor to
+see the states between the pieces.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from passes.transform.split import Stages
 from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
 
-__all__ = ["Executor", "Operator", "Pieces", "State", "plus"]
-
 State = dict[str, torch.Tensor]
 """The tensors of a state, by the names of their nodes."""
 
 
 class Pieces(Protocol):
-    """What an executor runs: a compiled network, or whatever holds the same parts."""
+    """Parts that an executor needs: those of a compiled network."""
 
     @property
     def program(self) -> Program:
@@ -35,7 +33,7 @@ class Pieces(Protocol):
 
     @property
     def plan(self) -> Plan:
-        """Every decision."""
+        """The plan of the network."""
 
     @property
     def stages(self) -> Stages:
@@ -43,32 +41,32 @@ class Pieces(Protocol):
 
     @property
     def operators(self) -> Operators:
-        """The guesses and corrections."""
+        """The preprocessing operators and coarse propagators."""
 
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """A guess or a correction: what the plan says of it, and the network."""
+    """A preprocessing operator or coarse propagator: its specification, and the network."""
 
     spec: OperatorSpec
     network: nn.Module
 
 
 class Executor:
-    """Calls fine stages, guesses and corrections by stage number on named states.
+    """Calls of fine stages and operators by stage number, on named states.
 
-    Inputs go by the names of the arguments; the plan goes by the names of their nodes, which differ
-    where an argument is called like a builtin (`input`).
+    Inputs have the names of the arguments. The plan has the names of their nodes, which differ if
+    an argument is called like a builtin (`input`).
 
     Args:
         compiled: The network.
-        stages: Copies of its fine stages and head to call in their place.
+        stages: Copies of its fine stages and head to call instead.
 
     Attributes:
         plan: The plan.
         stages: The fine stages and the head.
-        guesses: By stage number; may be replaced.
-        corrections: By stage number; may be replaced.
+        guesses: Preprocessing operators by stage number; may be replaced.
+        corrections: Coarse propagators by stage number; may be replaced.
     """
 
     def __init__(self, compiled: Pieces, stages: Stages | None = None) -> None:
@@ -84,11 +82,11 @@ class Executor:
         self._argument = {node.name: str(node.target) for node in compiled.program.inputs}
 
     def given(self, names: Iterable[str], inputs: Mapping[str, Any]) -> list[Any]:
-        """The inputs that the plan names."""
+        """Return the inputs of these names in the plan."""
         return [inputs[self._argument[name]] for name in names]
 
     def fine(self, number: int, state: State, inputs: Mapping[str, Any]) -> State:
-        """Propagate a state through fine stage `number`; give what it produces."""
+        """Propagate a state through fine stage `number`, and return what the stage produces."""
         stage = self.plan.stages[number]
         result = self.stages.fine[number](
             *(state[name] for name in stage.consumes), *self.given(stage.inputs, inputs)
@@ -97,27 +95,28 @@ class Executor:
 
     def run(self, steps: Iterable[Step], inputs: Mapping[str, Any]) -> Iterator[tuple[Step, State]]:
         """Do the steps of a sweep; yield each with the state that it makes, up to the head."""
+        steps = (step for step in steps if step.role is not Role.HEAD)
+        return walk(steps, lambda step, states: self.compute(step, states, inputs))
 
-        def call(step: Step, states: Sequence[State]) -> State:
-            number = step.stage
-            if step.role is Role.PREPROCESS:
-                return self.guess(number, inputs)
-            if step.role is Role.FINE:
-                return self.fine(number, states[0] if number else {}, inputs)
-            if step.role is Role.RESIDUAL:
-                before, entering = states
-                names = self.plan.stages[number].consumes
-                return {name: before[name] - entering[name] for name in names}
-            if step.role is Role.COARSE:
-                residual, entering = states
-                return self.correction(number, entering, [*residual.values()], inputs)
-            before, own, *corrections = states if number else ({}, *states)
-            state = self.advance(number, before, own)
-            for correction in corrections:
-                state = plus(state, correction)
-            return state
-
-        return walk((step for step in steps if step.role is not Role.HEAD), call)
+    def compute(self, step: Step, states: Sequence[State], inputs: Mapping[str, Any]) -> State:
+        """Do one step of a sweep, given the states that it reads; not the head."""
+        number = step.stage
+        if step.role is Role.PREPROCESS:
+            return self.guess(number, inputs)
+        if step.role is Role.FINE:
+            return self.fine(number, states[0] if number else {}, inputs)
+        if step.role is Role.RESIDUAL:
+            before, entering = states
+            names = self.plan.stages[number].consumes
+            return {name: before[name] - entering[name] for name in names}
+        if step.role is Role.COARSE:
+            residual, entering = states
+            return self.correction(number, entering, [*residual.values()], inputs)
+        before, produced, *corrections = states if number else ({}, *states)
+        state = self.advance(number, before, produced)
+        for correction in corrections:
+            state = plus(state, correction)
+        return state
 
     def true_states(self, inputs: Mapping[str, Any]) -> Iterator[State]:
         """Yield the state after every stage of the original network."""
@@ -137,7 +136,7 @@ class Executor:
         return last
 
     def advance(self, number: int, state: State, produced: State) -> State:
-        """Return the state after stage `number`: what passes by, and what the stage produced."""
+        """Return the state after stage `number`: values that bypass it, and those it produced."""
         crossing = [value.name for value in self.plan.interfaces[number].state]
         both = {**state, **produced}
         return {name: both[name] for name in crossing}
@@ -149,9 +148,9 @@ class Executor:
         return _named(self.plan.stages[number].consumes, result)
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
-        """Estimate how the output of stage `number` moves from the guess to the true state.
+        """Estimate the change of the output of stage `number` from the guess to the true state.
 
-        In a collapsed sweep that is the output of the last stage.
+        In a collapsed sweep, of the output of the last stage.
         """
         residual = [true[name] - guess[name] for name in self.plan.stages[number].consumes]
         return self.correction(number, guess, residual, inputs)
@@ -159,7 +158,7 @@ class Executor:
     def correction(
         self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]
     ) -> State:
-        """Call the correction of stage `number` on a residual."""
+        """Apply the coarse propagator of stage `number` to a residual."""
         arguments = self.correction_arguments(number, guess, residual, inputs)
         names = tuple(value.name for value in self.plan.corrects(number))
         return _named(names, self.corrections[number].network(*arguments))
@@ -167,7 +166,7 @@ class Executor:
     def correction_arguments(
         self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]
     ) -> list[Any]:
-        """What the correction of stage `number` is called with."""
+        """Return the arguments of the coarse propagator of stage `number`."""
         spec = self.corrections[number].spec
         given = self.given(spec.options.inputs, inputs)
         leading = [guess[name] for name in self.plan.stages[number].consumes]

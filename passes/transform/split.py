@@ -1,4 +1,4 @@
-"""Cut the program where the plan says: fine stages and head over the same modules."""
+"""Split the program at the cuts of a plan: fine stages and head, over the same modules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from passes.errors import PartitionError
 from passes.ir.program import Program
 from passes.ir.subgraph import extract, nodes_between
 from passes.plan.schema import Plan
-
-__all__ = ["Stages", "split"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,11 @@ def split(program: Program, plan: Plan) -> Stages:
     """Build the fine stages and the head.
 
     Submodules, parameters and buffers keep their qualified names and are shared with the
-    program, so a parameter that two stages read stays one parameter.
+    program, so a parameter that two stages read remains one parameter.
 
     Raises:
-        PartitionError: The plan names nodes that the program does not have, or does not chain.
+        PartitionError: The plan names nodes that the program does not have, or its states do not
+            follow from each other.
     """
     _check_chain(program, plan)
     fine = []
@@ -54,10 +53,10 @@ def split(program: Program, plan: Plan) -> Stages:
         )
     order = program.order
     names = [node.name for node in order]
-    rest = order[names.index(plan.stages[-1].last) + 1 :]
+    head_nodes = order[names.index(plan.stages[-1].last) + 1 :]
     head = extract(
         program,
-        rest,
+        head_nodes,
         [value.name for value in plan.interfaces[-1].state],
         None,
         inputs=plan.head.inputs,
@@ -68,7 +67,11 @@ def split(program: Program, plan: Plan) -> Stages:
 
 
 def _check_chain(program: Program, plan: Plan) -> None:
-    """Refuse a plan whose states do not follow from each other (one that was edited)."""
+    """Refuse a plan (edited by hand) whose states do not follow from each other.
+
+    Raises:
+        PartitionError: They do not.
+    """
 
     def refuse(reason: str) -> PartitionError:
         return PartitionError(f"the plan does not fit the program {program.name}: {reason}")
@@ -79,11 +82,11 @@ def _check_chain(program: Program, plan: Plan) -> None:
     for number, (stage, face) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
         if face.after != stage.last:
             raise refuse(f"stage {number} ends at {stage.last!r}, its interface at {face.after!r}")
-        if strange := sorted(set(stage.consumes) - state):
-            raise refuse(f"stage {number} consumes {strange[0]!r}, which does not cross before it")
+        if unknown := sorted(set(stage.consumes) - state):
+            raise refuse(f"stage {number} consumes {unknown[0]!r}, which does not cross before it")
         crossing = {value.name for value in face.state}
-        if strange := sorted(crossing.symmetric_difference(stage.produces) - state):
+        if unknown := sorted(crossing.symmetric_difference(stage.produces) - state):
             raise refuse(
-                f"{strange[0]!r} crosses behind stage {number} or is produced by it, not both"
+                f"{unknown[0]!r} crosses after stage {number} or is produced by it, not both"
             )
         state = crossing

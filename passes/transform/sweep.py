@@ -1,30 +1,19 @@
 """The parareal iteration, stated once: a list of typed steps over named states.
 
-With x_j the guess of what enters stage j, y_j = g_j(what enters it) and u_j the state after it
-(stages from 0; N of them), iteration k computes
+For stages j = 0 ... N - 1, let e_j be the input of stage j (the guess x_j in the first iteration,
+then u_{j-1} of the iteration before) and u_j the corrected state after it. An iteration computes
 
-    y_j = g_j(e_j)                       e_j = x_j in the first iteration, later u_{j-1} of the last
-    r_j = u_{j-1} - e_j                  how wrong the stage's input was
-    c_j = F_j(r_j)                       what that does to its output
-    u_j = y_j + c_j                      chain: the paper's sweep (Lee, Park, Lee 2022, eq. 9)
+    y_j = g_j(e_j)                       fine stage
+    r_j = u_{j-1} - e_j                  residual: the error of the input
+    c_j = F_j(r_j)                       correction: its effect on the output
+    u_j = y_j + c_j                      chain: the sweep of the paper (Lee, Park, Lee 2022, eq. 9)
     u_{N-1} = y_{N-1} + sum_j c_j        collapsed: every correction goes straight to the last state
 
 and the head reads u_{N-1} of the last iteration. In difference form F_j reads e_j beside r_j
 (Lions, Maday, Turinici 2001). After k iterations the first k states are exact.
 
-For two stages and one iteration, `sweep(2)` is
-
-    x_1 <- preprocess_1()
-    y_0 <- fine_0()
-    y_1 <- fine_1(x_1)
-    u_0 <- correct_0(y_0)
-    r_1 <- residual_1(u_0, x_1)
-    c_1 <- coarse_1(r_1, x_1)
-    u_1 <- correct_1(u_0, y_1, c_1)
-    out <- head_1(u_1)
-
-The fx graph, the eager executor, the ONNX writer, CUDA streams and the lists of ranks walk over
-these steps; none of them states the iteration again.
+The docstring of `sweep` lists the steps of two stages. The fx graph, the eager executor, the ONNX
+writer, CUDA streams and the lists of ranks walk over these steps; none states the iteration again.
 """
 
 from __future__ import annotations
@@ -34,19 +23,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-__all__ = ["Role", "Step", "Symbol", "in_sequence", "sweep", "walk"]
-
 _T = TypeVar("_T")
 
 
 class Role(StrEnum):
-    """What a step does."""
+    """Kind of a step."""
 
     PREPROCESS = "preprocess"  # guess the state that enters a stage
     FINE = "fine"  # propagate a state through a stage
-    RESIDUAL = "residual"  # how wrong the guess was
-    COARSE = "coarse"  # what that does to the output of the stage
-    CORRECT = "correct"  # the state after a stage: what passed by, what was computed, corrections
+    RESIDUAL = "residual"  # subtract the input of a stage from the corrected state
+    COARSE = "coarse"  # propagate a residual through a stage: the correction
+    CORRECT = "correct"  # combine the state after a stage, and add corrections
     HEAD = "head"  # from the last state to the outputs
 
 
@@ -59,8 +46,8 @@ class Symbol:
     iteration: int = 0
 
     def __str__(self) -> str:
-        again = f"^{self.iteration + 1}" if self.iteration else ""
-        return f"{self.letter}_{self.stage}{again}"
+        iteration = f"^{self.iteration + 1}" if self.iteration else ""
+        return f"{self.letter}_{self.stage}{iteration}"
 
 
 @dataclass(frozen=True)
@@ -71,11 +58,11 @@ class Step:
         role: What it does.
         stage: Number of the stage, from 0; of the head the last one.
         iteration: Number of the iteration, from 0.
-        reads: The states that it reads. FINE: what enters the stage, nothing for the first one.
-            RESIDUAL: the state after the stage before, and what entered the stage. COARSE: the
-            residual, and what entered the stage. CORRECT: the state after the stage before unless
-            it is the first stage, what the stage computed, and corrections. HEAD: the last state.
-        writes: The state that it makes.
+        reads: The states that it reads. FINE: the input of the stage, nothing for the first one.
+            RESIDUAL: the state after the stage before, and the input of the stage. COARSE: the
+            residual, and the input of the stage. CORRECT: the state after the stage before unless
+            it is the first stage, the output of the stage, and corrections. HEAD: the last state.
+        writes: The state that it writes.
     """
 
     role: Role
@@ -96,7 +83,7 @@ def sweep(
     reuse: bool = True,
     prune: bool = True,
 ) -> tuple[Step, ...]:
-    """List the steps of a parareal network, in an order in which they can be done.
+    """List the steps of a parareal network, in a valid order of execution.
 
     Args:
         stages: Number N of stages.
@@ -104,8 +91,8 @@ def sweep(
         iterations: Number K of iterations.
         reuse: Whether iteration k takes the first k states, which are exact by then, from the
             iteration before; False computes every stage every time.
-        prune: Whether to leave out what the outputs do not depend on: with several iterations, the
-            last stages of the first ones.
+        prune: Whether to omit steps that the outputs do not depend on: with several iterations, the
+            last stages of the first iterations.
 
     >>> for step in sweep(2):
     ...     print(step)
@@ -140,7 +127,7 @@ def sweep(
 def _chain(
     computed: range, iteration: int, entering: dict[int, Symbol], states: dict[int, Symbol]
 ) -> Iterator[Step]:
-    """Correct one state after the other; the first one that is computed is exact."""
+    """Correct one state after another; the first one that is computed is exact."""
     for stage in computed:
         corrections: tuple[Symbol, ...] = ()
         if stage > computed[0]:
@@ -152,7 +139,7 @@ def _chain(
 def _collapsed(
     computed: range, iteration: int, entering: dict[int, Symbol], states: dict[int, Symbol]
 ) -> Iterator[Step]:
-    """Leave the states between as the stages made them; add every correction to the last one."""
+    """Leave the states in between uncorrected; add every correction to the last one."""
     corrections: list[Symbol] = []
     for stage in computed:
         if stage:
@@ -199,7 +186,7 @@ def _out(last: Symbol) -> Symbol:
 
 
 def _needed(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """Leave out the steps that the last one does not depend on."""
+    """Omit the steps that the last one does not depend on."""
     read = {steps[-1].writes}
     kept = []
     for step in reversed(steps):
@@ -212,13 +199,21 @@ def _needed(steps: Sequence[Step]) -> tuple[Step, ...]:
 def walk(
     steps: Iterable[Step], call: Callable[[Step, Sequence[_T]], _T]
 ) -> Iterator[tuple[Step, _T]]:
-    """Do steps in order, each on what earlier ones returned; yield every step with its result.
+    """Execute steps in order, and yield every step with its result.
 
-    A value is dropped once the last step that reads it is done.
+    A value is dropped after the last step that reads it.
 
     Args:
         steps: The steps.
-        call: Does a step, given the values of the states that it reads.
+        call: Executes a step, given the values of the states that it reads.
+
+    >>> for step, value in walk(in_sequence(2), lambda step, values: sum(values) + 1):
+    ...     print(step.writes, value)
+    y_0 1
+    u_0 2
+    y_1 3
+    u_1 6
+    out_1 7
     """
     steps = tuple(steps)
     last_read = {symbol: step for step in steps for symbol in step.reads}

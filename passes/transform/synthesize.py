@@ -1,4 +1,4 @@
-"""Build the guesses and corrections of a plan."""
+"""Build the preprocessing operators and coarse propagators of a plan."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
 
-__all__ = ["Operators", "build_correction", "synthesize"]
-
 
 class Operators:
-    """The cheap networks of a parareal network, by stage; the first stage has none.
+    """The operators of a parareal network by stage number; the first stage has none.
 
-    Attributes:
-        preprocess: C_j by stage number.
-        coarse: The correction of stage j by stage number, in the form that the plan asks for.
+    Args:
+        preprocess: Preprocessing operators C_j.
+        coarse: Coarse propagators F_j, in residual or in difference form.
     """
 
     def __init__(
@@ -33,10 +31,10 @@ class Operators:
         self.coarse = coarse
 
     def named(self) -> nn.ModuleDict:
-        """All of them under the names that they have in the network."""
-        guesses = {f"preprocess_{number}": guess for number, guess in self.preprocess.items()}
-        corrections = {f"coarse_{number}": coarse for number, coarse in self.coarse.items()}
-        return nn.ModuleDict(guesses | corrections)
+        """Return all of them under the names that they have in the network."""
+        preprocess = {f"preprocess_{j}": network for j, network in self.preprocess.items()}
+        coarse = {f"coarse_{j}": network for j, network in self.coarse.items()}
+        return nn.ModuleDict(preprocess | coarse)
 
 
 def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
@@ -48,17 +46,24 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
             if stage.preprocess is None or stage.coarse is None:
                 continue
             entering = [value.spec for value in plan.enters(number)]
-            guess = build_preprocess(program, stage.preprocess, entering)
-            preprocess[number] = guess.to(program.device).train(program.module.training)
+            operator = build_preprocess(program, stage.preprocess, entering)
+            preprocess[number] = operator.to(program.device).train(program.module.training)
             fine = stages.fine[number]
-            coarse[number] = build_correction(program, plan, number, stage.coarse, fine)
+            coarse[number] = build_propagator(program, plan, number, stage.coarse, fine)
     return Operators(preprocess, coarse)
 
 
-def build_correction(
+def build_propagator(
     program: Program, plan: Plan, number: int, spec: CoarseSpec, fine: nn.Module
 ) -> nn.Module:
-    """Build the correction of a stage, in the form that the plan asks for.
+    """Build the coarse propagator of a stage, in the form that the plan names.
+
+    Args:
+        program: The captured model.
+        plan: The plan.
+        number: Number of the stage.
+        spec: Specification of the propagator, of the plan or of a candidate.
+        fine: The stage.
 
     Raises:
         SynthesisError: The family is unknown.
@@ -66,10 +71,11 @@ def build_correction(
     entering = [value.spec for value in plan.enters(number)]
     leaving = [value.spec for value in plan.corrects(number)]
     network = build_coarse(program, spec, entering, leaving, fine)
-    own = is_fine(spec.family)
+    exact = is_fine(spec.family)
     if plan.correction == "difference" and not spec.linear:
-        plain = all(one.batch_axis == 0 for one in (*entering, *leaving))
+        # Both calls are one batch if the network treats samples independently.
+        plain = all(tensor.batch_axis == 0 for tensor in (*entering, *leaving))
         plain = plain and program.dynamic_batch and not dropouts(network)
-        joint = plain and not own and not spec.options.inputs
+        joint = plain and not exact and not spec.options.inputs
         network = Difference(network, len(entering), joint=joint)
-    return network if own else network.to(program.device).train(program.module.training)
+    return network if exact else network.to(program.device).train(program.module.training)

@@ -18,7 +18,7 @@ from passes.options import Options
 from passes.plan.build import with_operators
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, Operator
-from passes.transform.synthesize import Operators, build_correction
+from passes.transform.synthesize import Operators, build_propagator
 from pnn_compile.compiled import Compiled
 from pnn_compile.fit.calibrate import calibrate_by_choice
 from pnn_compile.fit.regression_sweep import Given
@@ -117,7 +117,7 @@ class _Offered:
         )
         return self._built(
             coarse_candidates(span, len(plan.stages)),
-            lambda spec: build_correction(network.program, plan, number, spec, fine),
+            lambda spec: build_propagator(network.program, plan, number, spec, fine),
         )
 
     def _built(self, specs: Sequence[_Spec], build: Callable[[_Spec], nn.Module]) -> list[Operator]:

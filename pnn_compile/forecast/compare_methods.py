@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from passes.errors import OptionError, PartitionError
-from passes.plan.bottleneck import find_limit
+from passes.plan.estimate import find_bottleneck
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.simulate import Times, simulate
 from pnn_compile.forecast.setting import Setting, free, parts_of, sent
@@ -175,5 +175,5 @@ def data_parallel_row(setting: Setting, stages: int) -> ForecastRow:
 
 
 def _limit(parts: dict[str, float], sequential: float, count: int) -> str:
-    found = find_limit(parts, sequential, count)
+    found = find_bottleneck(parts, sequential, count)
     return "imbalance" if found == "fine" else found

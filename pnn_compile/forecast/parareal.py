@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.bottleneck import find_limit, is_block
 from passes.plan.build import make_plan
+from passes.plan.estimate import find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 from passes.schedule.instruction import Kind
 from passes.schedule.lists import Sweep, schedule
@@ -71,7 +71,7 @@ def _memory(setting: Setting, plan: Plan) -> tuple[float, ...]:
 
 
 def _limit(setting: Setting, plan: Plan, parts: Mapping[str, float]) -> str:
-    found = find_limit(parts, setting.sequential, len(plan.stages))
+    found = find_bottleneck(parts, setting.sequential, len(plan.stages))
     if found != "fine":
         return found
-    return "block" if is_block(setting.analysis, plan, setting.whole) else "imbalance"
+    return "block" if slowest_is_block(setting.analysis, plan, setting.whole) else "imbalance"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from passes.plan.bottleneck import LIMITS
+from passes.plan.estimate import BOTTLENECKS
 
 __all__ = ["PARAREAL", "ForecastRow", "ForecastTable"]
 
@@ -35,7 +35,8 @@ class ForecastRow:
         link_bytes: Bytes that cross links in one step, all links together.
         parts: What `time` is made of along its critical path: "fine", "preprocessing", "coarse",
             "head", "link" and, of a pipeline, "bubble". They add up to it.
-        limit: What keeps the speed-up furthest below N, a key of `passes.plan.bottleneck.LIMITS`.
+        limit: What keeps the speed-up furthest below N, a key of
+            `passes.plan.estimate.BOTTLENECKS`.
     """
 
     stages: int
@@ -112,11 +113,11 @@ class ForecastTable:
         row = self.best
         others = self.of(row.method)
         after = next((each for each in others if each.stages >= 2 * row.stages), others[-1])
-        why = LIMITS[after.limit]
+        why = BOTTLENECKS[after.limit]
         if row.speedup < _NEAR_BEST:
             return (
                 f"splitting {self.model} does not pay: {row.stages} devices give "
-                f"{row.speedup:.2f} times the speed of one, held back by {LIMITS[row.limit]}"
+                f"{row.speedup:.2f} times the speed of one, held back by {BOTTLENECKS[row.limit]}"
             )
         gain = f"{row.speedup:.2f} times the speed of one with the {row.method} sweep"
         if row is others[-1]:

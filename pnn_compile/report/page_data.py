@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import RuntimeFault
-from passes.plan.bottleneck import LIMITS
+from passes.plan.estimate import BOTTLENECKS
 from passes.schedule.instruction import RECEIVES, SENDS, Kind
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Timeline, Times, simulate
@@ -101,7 +101,7 @@ def forecast_data(table: ForecastTable) -> dict[str, Any]:
                 "speedup": row.speedup,
                 "bound": row.bound,
                 "memory": row.most_memory,
-                "limit": LIMITS[row.limit],
+                "limit": BOTTLENECKS[row.limit],
                 "knee": row is best,
             }
             for row in rows

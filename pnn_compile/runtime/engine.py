@@ -38,7 +38,7 @@ import torch
 from passes.errors import RuntimeFault
 from passes.ir.direct_call import with_frame_headroom
 from passes.schedule.instruction import FORWARD, Instruction, Kind
-from passes.schedule.verify import in_order
+from passes.schedule.verify import execution_order
 from passes.transform.executor import State
 from pnn_compile.inputs import batch_size
 from pnn_compile.runtime import chain, collapsed
@@ -365,6 +365,6 @@ def run_in_one_process(
         for pieces, transport in zip(ranks, InProcess.of(len(ranks)), strict=True)
     ]
     lists = ranks[0].instruction_lists(batches=len(inputs), backward=loss is not None)
-    for rank, instruction in in_order(lists):
+    for rank, instruction in execution_order(lists):
         engines[rank].run(instruction)
     return engines

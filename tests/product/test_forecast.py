@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from passes.errors import OptionError
-from passes.plan.bottleneck import LIMITS
+from passes.plan.estimate import BOTTLENECKS
 from passes.schedule.instruction import Kind
 from pnn_compile.forecast.compare_methods import balanced, gpipe_lists
 from pnn_compile.forecast.forecast import forecast
@@ -53,7 +53,7 @@ def test_more_devices_stop_paying_where_five_percent_are_left() -> None:
 
 def test_the_verdict_says_when_nothing_pays_and_when_the_end_is_not_seen() -> None:
     assert "does not pay" in table(row(2, 1.2, limit="block"), row(3, 1.3)).verdict
-    assert LIMITS["block"] in table(row(2, 1.2, limit="block"), row(3, 1.3)).verdict
+    assert BOTTLENECKS["block"] in table(row(2, 1.2, limit="block"), row(3, 1.3)).verdict
     assert "up to the 4 looked at" in table(row(2, 0.6), row(4, 0.3)).verdict
     assert "cannot be forecast" in table(row(2, 0.5, "ddp")).verdict
 
@@ -129,7 +129,7 @@ def test_a_forecast_is_what_the_simulator_gives_for_the_plan_that_compile_makes(
         assert each.speedup == pytest.approx(found.sequential / each.time)
         assert each.bound >= each.speedup * (1 - 1e-9)
         assert len(each.memory) == each.stages
-        assert each.limit in LIMITS
+        assert each.limit in BOTTLENECKS
 
 
 def test_slow_links_are_what_limits() -> None:

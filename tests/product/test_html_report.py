@@ -97,7 +97,7 @@ def test_a_plan_of_the_users_own_weights_has_no_timeline(browser: Browser, tmp_p
     path = tmp_path / "report.html"
     path.write_text(html_report(compiled), encoding="utf-8")
     sheet = Sheet(browser, path)
-    expect(sheet.page.locator("#timeline-chart")).to_contain_text("does not hold what every stage")
+    expect(sheet.page.locator("#timeline-chart")).to_contain_text("which it does not store")
     sheet.check()
 
 

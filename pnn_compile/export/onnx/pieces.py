@@ -30,8 +30,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.ir.program import Provenance, provenance, resolve
-from passes.ir.structure_hash import digest, node_lines
 from passes.ir.run_step import output_leaves
+from passes.ir.structure_hash import digest, node_lines
 
 CHILD = "network"
 """Name of a piece that is no graph, inside the flat graph that calls it."""

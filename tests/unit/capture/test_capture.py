@@ -280,7 +280,7 @@ def test_positional_and_keyword_arguments_may_be_of_any_kind() -> None:
     first, second, third, last = (torch.randn(2, 4) for _ in range(4))
     captured = capture(model, (first, second, third), {"last": last})
 
-    assert list(captured.args) == ["first", "rest_0", "rest_1", "last"]
+    assert list(captured.args) == ["first", "others_0", "others_1", "last"]
     torch.testing.assert_close(
         captured.module(first, second, third, last), model(first, second, third, last=last)
     )

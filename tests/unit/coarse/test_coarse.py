@@ -18,7 +18,7 @@ from passes.coarse.lowrank import LowRank
 from passes.coarse.spec import CoarseSpec, Site
 from passes.coarse.strided_conv import Convolution, convolution_fits, convolution_flops
 from passes.coarse.tensor_layout import layouts, resize
-from passes.coarse.wrappers import Difference, Guess, Zero
+from passes.coarse.wrappers import Difference, PreprocessingOperator, Zero
 from passes.errors import SynthesisError
 from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
@@ -380,9 +380,9 @@ def test_a_difference_passes_its_inputs_to_both_calls() -> None:
             return scale * x**2
 
     x, r, scale = (torch.randn(3) for _ in range(3))
-    found = Difference(Scaled(), 1, joint=False)(x, r, scale)
+    result = Difference(Scaled(), 1, joint=False)(x, r, scale)
 
-    torch.testing.assert_close(found, scale * (x + r) ** 2 - scale * x**2)
+    torch.testing.assert_close(result, scale * (x + r) ** 2 - scale * x**2)
 
 
 def test_one_batch_is_not_taken_where_a_state_does_not_begin_with_the_batch() -> None:
@@ -412,12 +412,12 @@ def test_a_guess_is_made_from_inputs_or_from_the_first_learned_value() -> None:
     operators = compiled("mlp", stages=2).operators
     assert operators is not None
     direct = operators.preprocess[1]
-    assert isinstance(direct, Guess)
+    assert isinstance(direct, PreprocessingOperator)
     assert direct.prologue is None
     operators = compiled("tied_language_model", stages=2).operators
     assert operators is not None
     learned = operators.preprocess[1]
-    assert isinstance(learned, Guess)
+    assert isinstance(learned, PreprocessingOperator)
     assert isinstance(learned.prologue, fx.GraphModule)
     weight = program("tied_language_model").module.get_parameter("embedding.weight")
     assert learned.prologue.get_parameter("embedding.weight") is weight

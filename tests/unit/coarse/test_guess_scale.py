@@ -29,18 +29,18 @@ def fresh(kind: str, stages: int, coarse: str) -> tuple[pnn.Compiled, Tensor]:
 
 def values(module: fx.GraphModule, x: Tensor) -> dict[str, Tensor]:
     """Every tensor of a run in training mode, by the name of its node or of what it calls."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if isinstance(value, Tensor):
-                found[str(n.target) if n.op == "call_module" else n.name] = value
+                values[str(n.target) if n.op == "call_module" else n.name] = value
             return value
 
     with torch.no_grad():
         Recorder(module.train()).run(x)
-    return found
+    return values
 
 
 def gradients(module: nn.Module, compiled: pnn.Compiled, x: Tensor) -> list[float]:
@@ -52,8 +52,8 @@ def gradients(module: nn.Module, compiled: pnn.Compiled, x: Tensor) -> list[floa
 
 def norm(module: nn.Module) -> float:
     """Norm of the gradient of all parameters."""
-    found = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-    return torch.stack(found).norm().item()
+    norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+    return torch.stack(norms).norm().item()
 
 
 CASES = pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def test_the_last_state_does_not_grow_with_the_number_of_stages(
 @CASES
 def test_no_gradient_explodes_or_is_cut_off(kind: str, stages: int, coarse: str) -> None:
     compiled, x = fresh(kind, stages, coarse)
-    wanted = gradients(compiled.sequential, compiled, x)
-    found = gradients(compiled.module, compiled, x)
+    expected = gradients(compiled.sequential, compiled, x)
+    actual = gradients(compiled.module, compiled, x)
 
     # The first stages of an image network get less: each change of resolution on the way averages
     # four pixels and doubles the channels. It is a factor per change, not per stage.
-    assert max(found) < 5 * max(wanted)
-    assert 0.2 < found[-1] / wanted[-1] < 5
-    assert min(found) > (0.005 if kind == "resnet" else 0.1) * max(found)
+    assert max(actual) < 5 * max(expected)
+    assert 0.2 < actual[-1] / expected[-1] < 5
+    assert min(actual) > (0.005 if kind == "resnet" else 0.1) * max(actual)
     for operator in (*compiled.operators.preprocess.values(), *compiled.operators.coarse.values()):
-        assert 0.002 * max(wanted) < norm(operator) < 5 * max(wanted)
+        assert 0.002 * max(expected) < norm(operator) < 5 * max(expected)

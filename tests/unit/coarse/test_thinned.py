@@ -64,7 +64,7 @@ def kept(letters: str, count: int, changing: str = "") -> list[tuple[str, int]]:
     return [("".join(f"{b.signature}{b.start.index}" for b in group), n) for group, n in steps]
 
 
-class _Place:
+class _StubPosition:
     def __init__(self, index: int) -> None:
         self.index = index
 
@@ -73,13 +73,13 @@ class _Named:
     """What `thin` reads of a block."""
 
     def __init__(self, index: int, signature: str, changes: bool) -> None:
-        self.start, self.stop = _Place(index), _Place(index + 1)
+        self.start, self.stop = _StubPosition(index), _StubPosition(index + 1)
         self.signature = signature
         self.entering, self.leaving = "small", "large" if changes else "small"
 
 
 @pytest.mark.parametrize(
-    ("letters", "changing", "count", "wanted"),
+    ("letters", "changing", "count", "expected"),
     [
         ("AAAAA", "", 1, [("A2", 5)]),  # the middle one stands for all
         ("AAAAA", "", 2, [("A0", 2), ("A3", 3)]),
@@ -100,13 +100,13 @@ class _Named:
     ],
 )
 def test_the_middle_of_every_run_is_kept_and_the_steps_add_up(
-    letters: str, changing: str, count: int, wanted: list[tuple[str, int]]
+    letters: str, changing: str, count: int, expected: list[tuple[str, int]]
 ) -> None:
-    found = kept(letters, count, changing)
+    actual = kept(letters, count, changing)
 
-    assert found == wanted
+    assert actual == expected
     # Every group of letters with its digits is one block; steps count all blocks of the stage.
-    assert sum(len(name) // 2 * step for name, step in found) == len(letters)
+    assert sum(len(name) // 2 * step for name, step in actual) == len(letters)
 
 
 def test_a_stage_that_is_not_made_of_whole_blocks_has_none() -> None:
@@ -126,12 +126,12 @@ def test_a_kept_block_takes_the_step_of_all_it_stands_for() -> None:
     assert module.steps == (2, 1, 3, 1, 3)
     trunk = trained_model().trunk
     x = torch.randn(3, 4, 16, 16)
-    wanted = x
+    expected = x
     with torch.no_grad():
         for number, step in ((2, 2), (4, 1), (6, 3), (8, 1), (10, 3)):
-            y = trunk[number](wanted)
-            wanted = y if step == 1 else wanted + step * (y - wanted)
-        torch.testing.assert_close(module.eval()(x), wanted)
+            y = trunk[number](expected)
+            expected = y if step == 1 else expected + step * (y - expected)
+        torch.testing.assert_close(module.eval()(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "decoder", "alternating"])
@@ -165,8 +165,10 @@ class Alternating(nn.Module):
         )
         with torch.no_grad():
             for block in self.blocks:  # from all their own to all the same
-                for own, first in zip(block.parameters(), self.blocks[0].parameters(), strict=True):
-                    own.lerp_(first, 1 - spread)
+                for parameter, first in zip(
+                    block.parameters(), self.blocks[0].parameters(), strict=True
+                ):
+                    parameter.lerp_(first, 1 - spread)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -191,8 +193,8 @@ def test_blocks_of_two_kinds_by_turns_are_thinned_in_pairs() -> None:
     module, _ = coarse_of(network)
     assert module.steps == (4,)
     with torch.no_grad():
-        wanted = x + 4 * (model.blocks[7](model.blocks[6](x)) - x)
-        torch.testing.assert_close(module(x), wanted)
+        expected = x + 4 * (model.blocks[7](model.blocks[6](x)) - x)
+        torch.testing.assert_close(module(x), expected)
 
 
 def test_larger_steps_approximate_the_trunk_of_small_ones() -> None:
@@ -365,8 +367,8 @@ def test_statistics_become_the_average_of_the_calls() -> None:
     torch.testing.assert_close(first.running_var, inputs.var(1).mean(0))
     with torch.no_grad():
         normed = [nn.functional.batch_norm(x, None, None, training=True) for x in inputs]
-        behind = torch.stack([network.linear(x) for x in normed])
-    torch.testing.assert_close(network.second.running_var, behind.var(1).mean(0))
+        outputs = torch.stack([network.linear(x) for x in normed])
+    torch.testing.assert_close(network.second.running_var, outputs.var(1).mean(0))
     assert (first.momentum, network.second.momentum) == (0.3, 0.1)
     assert first.training
     assert network.training
@@ -400,17 +402,17 @@ def test_it_mends_a_thinned_network_with_batchnorm() -> None:
     module.eval()
     x = 3 * torch.randn(64, 4, 16, 16) + 1  # not what the trunk was trained on
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    seen: list[float] = []
+    deviations: list[float] = []
     for norm in norms:
         norm.register_forward_hook(
-            lambda layer, given, _: seen.append(
-                ((given[0].var((0, 2, 3)) / layer.running_var).log().abs().max()).item()
+            lambda layer, inputs, _: deviations.append(
+                ((inputs[0].var((0, 2, 3)) / layer.running_var).log().abs().max()).item()
             )
         )
     with torch.no_grad():
         module(x)
-        before = max(seen)
+        before = max(deviations)
         assert recalibrate(module, [(x,)]) == len(norms)
-        seen.clear()
+        deviations.clear()
         module(x)
-    assert max(seen) < 0.1 < 0.5 < before
+    assert max(deviations) < 0.1 < 0.5 < before

@@ -58,8 +58,8 @@ def test_a_guess_is_made_by_a_thinned_copy_of_all_that_lies_before() -> None:
         torch.testing.assert_close(front(images), state)
         [entering] = network.plan.interfaces[stage - 1].state
         assert module(images).shape[1:] == torch.Size(entering.spec.shape[1:])
-        own = {id(p) for p in network.stages.fine[0].parameters()}
-        assert not own & {id(p) for p in front.parameters()}
+        fine = {id(p) for p in network.stages.fine[0].parameters()}
+        assert not fine & {id(p) for p in front.parameters()}
     assert all(check.passed for check in network.verify().checks)
 
 

@@ -25,11 +25,11 @@ def test_blocks_differ_by_no_more_than_the_largest_element(
     parts = data.draw(st.integers(1, len(costs)))
     least = min(costs)
     ends = block_partition(costs, parts)
-    found = sums([cost - least for cost in costs], ends)
+    totals = sums([cost - least for cost in costs], ends)
 
     assert ends[-1] == len(costs)
     assert ends == sorted(ends)
-    assert max(found) <= min(found) + (max(costs) - least) * (1 + 1e-9) + 1e-9
+    assert max(totals) <= min(totals) + (max(costs) - least) * (1 + 1e-9) + 1e-9
 
 
 def test_equal_counts() -> None:
@@ -38,10 +38,10 @@ def test_equal_counts() -> None:
 
 @pytest.mark.parametrize("phases", [1, 2])
 def test_unequal_devices_are_solved_to_a_small_gap(phases: int) -> None:
-    found = solve(balance.unequal(400, 12, phases=phases), gap=1e-3)
+    solution = solve(balance.unequal(400, 12, phases=phases), gap=1e-3)
 
-    assert found.gap <= 1e-3
-    assert found.evaluations < 200
+    assert solution.gap <= 1e-3
+    assert solution.evaluations < 200
 
 
 def test_no_committed_row_has_a_better_cut_than_ours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,22 +181,22 @@ def test_a_recomputed_embedding_is_a_tie() -> None:
 def test_the_forecast_is_the_step_time_model(options: dict[str, Any]) -> None:
     plan = plan_of("resnet", stages=3, coarse="units", **options)
     fine = [stage.flops for stage in plan.stages]
-    guess = [stage.preprocess.flops if stage.preprocess else 0 for stage in plan.stages]
+    preprocess = [stage.preprocess.flops if stage.preprocess else 0 for stage in plan.stages]
     calls = 2 if plan.correction == "difference" else 1
     sweep = calls * sum(stage.coarse.flops if stage.coarse else 0 for stage in plan.stages)
-    makespan = max(a + b for a, b in zip(fine, guess, strict=True))
-    rounds = plan.iterations
-    time = makespan + (rounds - 1) * max(fine) + rounds * sweep + plan.head.flops
-    found = plan.forecast
+    makespan = max(a + b for a, b in zip(fine, preprocess, strict=True))
+    iterations = plan.iterations
+    time = makespan + (iterations - 1) * max(fine) + iterations * sweep + plan.head.flops
+    forecast = plan.forecast
 
-    assert found.sequential == sum(fine) + plan.head.flops
-    assert found.makespan == pytest.approx(makespan)
-    assert found.serial == pytest.approx(rounds * sweep + plan.head.flops)
-    assert found.time == pytest.approx(time)
-    assert found.speedup == pytest.approx(found.sequential / time)
-    assert found.imbalance == pytest.approx(3 * max(fine) / sum(fine))
-    assert found.serial_share == pytest.approx(found.serial / found.sequential)
-    assert found.bound >= found.speedup
+    assert forecast.sequential == sum(fine) + plan.head.flops
+    assert forecast.makespan == pytest.approx(makespan)
+    assert forecast.serial == pytest.approx(iterations * sweep + plan.head.flops)
+    assert forecast.time == pytest.approx(time)
+    assert forecast.speedup == pytest.approx(forecast.sequential / time)
+    assert forecast.imbalance == pytest.approx(3 * max(fine) / sum(fine))
+    assert forecast.serial_share == pytest.approx(forecast.serial / forecast.sequential)
+    assert forecast.bound >= forecast.speedup
 
 
 def test_more_iterations_than_stages_are_not_counted() -> None:

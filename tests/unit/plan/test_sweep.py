@@ -78,10 +78,10 @@ def test_auto_takes_the_faster_sweep_that_linear_maps_can_do(
     options: dict[str, Any], sweep: str
 ) -> None:
     model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
-    found = pnn.compile(model, inputs, sweep="auto", **options)
-    assert found.plan.sweep == sweep
+    compiled = pnn.compile(model, inputs, sweep="auto", **options)
+    assert compiled.plan.sweep == sweep
     same = pnn.compile(model, inputs, sweep=sweep, **options)  # type: ignore[arg-type]
-    assert found.plan.to_json() == same.plan.to_json()
+    assert compiled.plan.to_json() == same.plan.to_json()
 
 
 def test_auto_stays_what_the_plan_says_through_calibration() -> None:

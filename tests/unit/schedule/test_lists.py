@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import pnn_compile as pnn
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
-from passes.schedule.verify import check, in_order
+from passes.schedule.verify import check, execution_order
 
 _PLACEMENTS = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
     lambda ranks: [sorted(set(ranks)).index(rank) for rank in ranks]
@@ -22,20 +22,22 @@ _PLACEMENTS = st.lists(st.integers(0, 4), min_size=1, max_size=12).map(
 
 @given(_PLACEMENTS, st.integers(1, 5), st.booleans(), st.integers(1, 12))
 def test_every_chain_is_free_of_deadlock(
-    placement: list[int], batches: int, backward: bool, rounds: int
+    placement: list[int], batches: int, backward: bool, iterations: int
 ) -> None:
     stages = len(placement)
-    rounds = min(rounds, stages)
+    iterations = min(iterations, stages)
     programs = schedule(
-        placement, Sweep(iterations=rounds), batches=batches, backward=backward
+        placement, Sweep(iterations=iterations), batches=batches, backward=backward
     )  # fmt: skip
-    band = range(stages - rounds + 1)  # stages that one iteration computes, from its own number on
+    band = range(
+        stages - iterations + 1
+    )  # stages that one iteration computes, from its own number on
     borders = [a != b for a, b in itertools.pairwise(placement)]
-    crossing = sum(sum(borders[k : k + len(band)]) for k in range(rounds))
+    crossing = sum(sum(borders[k : k + len(band)]) for k in range(iterations))
     assert check(programs) == crossing * batches * (2 if backward else 1)
     done = Counter((i.kind, i.stage) for program in programs for i in program)
     for stage in range(stages):
-        times = sum(stage - k in band for k in range(rounds))
+        times = sum(stage - k in band for k in range(iterations))
         assert done[Kind.FINE, stage] == times * batches
         assert done[Kind.FINE_BACKWARD, stage] == times * batches * backward
         assert done[Kind.GUESS, stage] == (stage in band and stage > 0) * batches
@@ -70,7 +72,7 @@ def test_every_collapsed_sweep_is_free_of_deadlock(
 def test_the_sum_is_a_tree_of_logarithmic_depth(ranks: int) -> None:
     programs = schedule(range(ranks), Sweep("collapsed"))
     depth: dict[int | None, int] = {}
-    for rank, it in in_order(programs):  # the longest line of sums that this rank's is made of
+    for rank, it in execution_order(programs):  # the longest chain of sums into each rank
         if it.kind is Kind.RECEIVE_SUM:
             depth[rank] = max(depth.get(rank, 0), depth.get(it.peer, 0)) + 1
     assert depth.get(ranks - 1, 0) == math.ceil(math.log2(ranks))

@@ -35,8 +35,8 @@ def network(name: str, **options: Any) -> fx.GraphModule:
 def evaluate(name: str, module: nn.Module, inputs: dict[str, Any]) -> Any:
     """Call a network in evaluation mode and leave the weights' owner as it was."""
 
-    def forward(**given: Any) -> Any:
-        return module.eval()(**given)
+    def forward(**arguments: Any) -> Any:
+        return module.eval()(**arguments)
 
     return step(program(name).module, (), inputs, train=False, forward=forward).output
 
@@ -44,9 +44,9 @@ def evaluate(name: str, module: nn.Module, inputs: dict[str, Any]) -> Any:
 def assert_equal(actual: Any, expected: Any, limit: float = 1e-4) -> None:
     """Assert that outputs agree, relative to the largest magnitude."""
     pairs = zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
-    for got, wanted in pairs:
-        scale = max(1.0, float(wanted.abs().max()))
-        assert float((got - wanted).abs().max()) <= limit * scale
+    for actual, expected in pairs:
+        scale = max(1.0, float(expected.abs().max()))
+        assert float((actual - expected).abs().max()) <= limit * scale
 
 
 # --- the oracles ----------------------------------------------------------------------------------
@@ -64,10 +64,10 @@ def test_with_the_fine_stages_as_coarse_networks_the_difference_form_is_exact(na
 def test_as_many_iterations_as_stages_give_the_model(name: str) -> None:
     module = network(name, stages=3, iterations=3)
     inputs = call(name, 3)
-    found = evaluate(name, module, inputs)
+    actual = evaluate(name, module, inputs)
 
     # Iteration k takes over the k stages that are exact by then: no rounding at all.
-    assert_equal(found, evaluate(name, program(name).module, inputs), limit=0.0)
+    assert_equal(actual, evaluate(name, program(name).module, inputs), limit=0.0)
 
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
@@ -79,31 +79,31 @@ def test_a_linear_network_equals_the_original(stages: int) -> None:
     exact = compile_program(captured, stages=stages, coarse="exact", correction="residual")
     other = compile_program(captured, stages=stages, coarse="linear", correction="residual")
     with torch.no_grad():
-        wanted, found, wrong = (
+        expected, actual, wrong = (
             model(x.double()),
             parts(exact)[2](x.double()),
             parts(other)[2](x.double()),
         )
 
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-10
-    assert float((wrong - wanted).abs().max() / wanted.abs().max()) > 1e-2
+    assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-10
+    assert float((wrong - expected).abs().max() / expected.abs().max()) > 1e-2
 
 
 def test_a_nonlinear_network_does_not_equal_the_original_in_residual_form() -> None:
     module = network("mlp", stages=2, coarse="exact", correction="residual")
     inputs = call("mlp", 3)
 
-    wanted = evaluate("mlp", program("mlp").module, inputs)
-    assert (evaluate("mlp", module, inputs) - wanted).abs().max() > 1e-2
+    expected = evaluate("mlp", program("mlp").module, inputs)
+    assert (evaluate("mlp", module, inputs) - expected).abs().max() > 1e-2
 
 
 def test_each_iteration_makes_one_more_stage_exact() -> None:
     inputs = call("resnet", 3)
-    wanted = evaluate("resnet", program("resnet").module, inputs)
+    expected = evaluate("resnet", program("resnet").module, inputs)
     errors = []
     for iterations in (1, 2, 3, 4, 5):
         module = network("resnet", stages=4, iterations=iterations)
-        errors.append(float((evaluate("resnet", module, inputs) - wanted).abs().max()))
+        errors.append(float((evaluate("resnet", module, inputs) - expected).abs().max()))
 
     assert min(errors[:3]) > 1e-3
     assert errors[3:] == [0.0, 0.0]
@@ -227,12 +227,12 @@ def test_what_passes_through_a_stage_is_exact() -> None:
             if key.startswith(("coarse_", "preprocess_")):
                 parameter.normal_()
     inputs = call(name, 3)
-    found = evaluate(name, module, inputs)
-    wanted = evaluate(name, program(name).module, inputs)
+    actual = evaluate(name, module, inputs)
+    expected = evaluate(name, program(name).module, inputs)
 
     # The first blocks are in the first stage; later stages carry what they gave untouched.
-    assert torch.equal(found["hidden"][0], wanted["hidden"][0])
-    assert not torch.allclose(found["logits"], wanted["logits"])
+    assert torch.equal(actual["hidden"][0], expected["hidden"][0])
+    assert not torch.allclose(actual["logits"], expected["logits"])
 
 
 def test_a_skip_is_carried_by_identity_until_it_is_read() -> None:

@@ -29,8 +29,8 @@ def test_the_stages_in_sequence_are_the_model(name: str) -> None:
     inputs = call(name, 3)  # another batch size than the example's
     for train in (True, False):
 
-        def forward(*, train: bool = train, **given: Any) -> Any:
-            return sequential.train(train)(**given)
+        def forward(*, train: bool = train, **arguments: Any) -> Any:
+            return sequential.train(train)(**arguments)
 
         expected = step(captured.module, (), inputs, train=train)
         actual = step(captured.module, (), inputs, train=train, forward=forward)
@@ -42,15 +42,15 @@ def test_the_stages_own_the_models_weights_under_the_models_names(name: str) -> 
     captured, (stages, sequential, module) = program(name), parts(compiled(name, stages=3))
     original = dict(captured.module.named_parameters(remove_duplicate=False))
     buffers = dict(captured.module.named_buffers(remove_duplicate=False))
-    seen: set[str] = set()
+    names: set[str] = set()
     for piece in (*stages.fine, stages.head):
         for key, parameter in piece.named_parameters(remove_duplicate=False):
             assert parameter is original[key]
         for key, buffer in piece.named_buffers(remove_duplicate=False):
             assert buffer is buffers[key]
-        seen |= set(piece.state_dict())
+        names |= set(piece.state_dict())
 
-    assert seen == set(captured.module.state_dict())
+    assert names == set(captured.module.state_dict())
     prefixes = ("fine_0.", "fine_1.", "fine_2.", "head.")
     assert all(key.startswith(prefixes) for key in sequential.state_dict())
     assert module.get_submodule("fine_1") is sequential.get_submodule("fine_1") is stages.fine[1]
@@ -103,13 +103,13 @@ def test_an_argument_may_be_called_as_the_builtins_are() -> None:
         def forward(self, input: Tensor, type: Tensor) -> Tensor:
             return self.layers(input) + type
 
-    given = {"input": torch.randn(2, 4), "type": torch.randn(2, 4)}
-    compilation = compile_model(Net(), *given.values(), stages=2)
+    arguments = {"input": torch.randn(2, 4), "type": torch.randn(2, 4)}
+    compilation = compile_model(Net(), *arguments.values(), stages=2)
     _, sequential, module = parts(compilation)
 
     assert compilation.program is not None
-    torch.testing.assert_close(sequential(**given), compilation.program.module(**given))
-    assert module(**given).shape == (2, 4)
+    torch.testing.assert_close(sequential(**arguments), compilation.program.module(**arguments))
+    assert module(**arguments).shape == (2, 4)
 
 
 # --- plans that do not fit ------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def edited(plan: Plan, number: int, **changes: Any) -> Plan:
         (1, {"consumes": ()}, r"Fine1 reads '_6', which does not reach it"),
         (1, {"consumes": ("ghost",)}, r"stage 1 consumes 'ghost', which does not cross before it"),
         (0, {"consumes": ("_6",)}, r"stage 0 consumes '_6', which does not cross before it"),
-        (0, {"produces": ("_5",)}, r"'_5' crosses behind stage 0 or is produced by it, not both"),
-        (0, {"produces": ()}, r"'_6' crosses behind stage 0 or is produced by it, not both"),
+        (0, {"produces": ("_5",)}, r"'_5' crosses after stage 0 or is produced by it, not both"),
+        (0, {"produces": ()}, r"'_6' crosses after stage 0 or is produced by it, not both"),
         (0, {"last": "_5"}, r"stage 0 ends at '_5', its interface at '_6'"),
         (0, {"inputs": ()}, r"Fine0 reads 'input_1', which does not reach it"),
         (1, {"sides": ("ghost",)}, r"Fine1 names 'ghost', which the program does not have"),
@@ -158,9 +158,9 @@ def test_interfaces_that_do_not_fit_are_refused() -> None:
         ((), r"2 stages, 0 interfaces"),
         (
             (dataclasses.replace(first, state=()), last),
-            r"'_6' crosses behind stage 0 or is produced",
+            r"'_6' crosses after stage 0 or is produced",
         ),
-        ((ghosts, last), r"'_6' crosses behind|'ghost' crosses behind"),
+        ((ghosts, last), r"'_6' crosses after|'ghost' crosses after"),
         (
             (first, dataclasses.replace(last, after="ghost")),
             r"stage 1 ends at '_12', its interface at 'ghost'",

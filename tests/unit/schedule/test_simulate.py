@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pnn_compile as pnn
@@ -104,36 +102,6 @@ def test_a_collapsed_sweep_by_hand() -> None:
     assert _when(timeline, 0)[Kind.RECEIVE_GUESS] == (4, 4)  # it was there long before
 
 
-_SECONDS = st.floats(0, 10)
-
-
-@given(st.lists(st.tuples(_SECONDS, _SECONDS, _SECONDS), min_size=1, max_size=9), _SECONDS)
-def test_forward_is_the_step_time_model(
-    stages: list[tuple[float, float, float]], head: float
-) -> None:
-    """A chain is as long as the slowest way through it, a collapsed sweep adds one map."""
-    last = len(stages) - 1
-    compute: dict[tuple[Kind, int], float] = {(Kind.HEAD, last): head}
-    for number, (guess, fine, coarse) in enumerate(stages):
-        compute |= {(Kind.FINE, number): fine}
-        if number:
-            compute |= {(Kind.GUESS, number): guess, (Kind.CORRECT, number): coarse}
-    times = Times(compute)
-    ready = [fine + (guess if i else 0) for i, (guess, fine, _) in enumerate(stages)]
-    hops = [c if i else 0.0 for i, (_, _, c) in enumerate(stages)]
-
-    chain = simulate(schedule(range(last + 1), backward=False), times).time
-    ways = [ready[i] + sum(hops[max(1, i) :]) for i in range(last + 1)]
-    assert chain == pytest.approx(max(ways) + head)
-    assert chain <= max(ready) + sum(hops) + head + 1e-9  # the forecast's formula
-
-    programs = schedule(range(last + 1), Sweep("collapsed"), backward=False)
-    ends = [ready[last]]
-    for i in range(last):  # P_{i+1} runs where stage i is, once the guess is there
-        ends.append(max(ready[i], stages[i + 1][0]) + hops[i + 1])
-    assert simulate(programs, times).time == pytest.approx(max(ends) + head)
-
-
 @pytest.mark.parametrize("options", [{}, {"sweep": "collapsed"}, {"iterations": 3}], ids=str)
 def test_the_forecast_of_a_plan_is_what_its_lists_take(options: dict[str, Any]) -> None:
     """Equal stages take what the plan says, others and several iterations at most that."""
@@ -144,15 +112,15 @@ def test_the_forecast_of_a_plan_is_what_its_lists_take(options: dict[str, Any]) 
     ):
         plan = pnn.compile(model, example, stages=4, coarse="linear", **options).plan
         forward = schedule(range(4), Sweep.of(plan), backward=False)
-        found = simulate(forward, Times.of(plan)).time
-        assert found <= plan.forecast.time * (1 + 1e-9)
+        simulated = simulate(forward, Times.of(plan)).time
+        assert simulated <= plan.forecast.time * (1 + 1e-9)
         if isinstance(model, nn.Sequential) and plan.iterations == 1:
-            assert found == pytest.approx(plan.forecast.time, rel=0.02)
+            assert simulated == pytest.approx(plan.forecast.time, rel=0.02)
         both = simulate(schedule(range(4), Sweep.of(plan)), Times.of(plan)).time
-        assert both > 2 * found
+        assert both > 2 * simulated
 
 
-def test_seconds_of_a_training_step_are_those_of_both_ways() -> None:
+def test_seconds_of_a_training_step_are_those_of_both_phases() -> None:
     layers = [layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.Tanh())]
     plan = pnn.compile(nn.Sequential(*layers), torch.randn(4, 32), stages=3, cost="measured").plan
     compute = Times.of(plan).compute
@@ -176,7 +144,7 @@ def test_bytes_on_the_link_cost_time() -> None:
     assert simulate(programs, slow).time == pytest.approx(free + crossed / 1e-6, rel=0.01)
 
 
-def test_weights_that_a_plan_does_not_hold_are_refused() -> None:
+def test_costs_that_a_plan_does_not_store_are_refused() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     plan = pnn.compile(model, torch.randn(2, 8), stages=2, cost=lambda node, flops: 1.0).plan
     with pytest.raises(pnn.RuntimeFault, match="cost='flops' or 'measured'"):
@@ -202,8 +170,8 @@ def test_a_trace_has_every_instruction_and_an_arrow_per_message() -> None:
     assert Counter(e["tid"] for e in spans) == {r: len(p) for r, p in enumerate(programs)}
     assert max(e["dur"] for e in spans) == pytest.approx(1000)  # microseconds
     for rank in range(3):
-        own = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == rank)
-        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(own))
+        intervals = sorted((e["ts"], e["ts"] + e["dur"]) for e in spans if e["tid"] == rank)
+        assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(intervals))
     tails = {e["id"]: e["ts"] for e in events if e["ph"] == "s"}
     tips = {e["id"]: e["ts"] for e in events if e["ph"] == "f"}
     assert tails.keys() == tips.keys()
@@ -239,7 +207,7 @@ def _measured(rank: int) -> list[tuple[float, float]]:
     """For every kind of step: what the simulator says, and what the best of several takes."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.Tanh())))
-    found = []
+    rows = []
     for options, batches, _ in OPTIONS:
         example = torch.randn(4, 8)
         compiled = pnn.compile(model, example, stages=4, coarse="linear", **options)
@@ -258,8 +226,8 @@ def _measured(rank: int) -> list[tuple[float, float]]:
         best, steps = math.inf, 0
         while best > CLOSE * simulated and steps < STEPS:  # others may have the cores for a while
             best, steps = min(best, _step(module, example)), steps + 1
-        found.append((simulated, best))
-    return found
+        rows.append((simulated, best))
+    return rows
 
 
 def _step(module: pnn.runtime.RankModule, example: Tensor) -> float:
@@ -279,6 +247,6 @@ def _mean(outputs: Tensor, batch: Any) -> Tensor:
 def test_ranks_overlap_as_the_simulator_says(tmp_path: Path) -> None:
     """Four processes; were their fine stages to run one after another, a step took over 2 s."""
     measured = start(_measured, 4, tmp_path)[0]
-    for (options, batches, by_hand), (simulated, found) in zip(OPTIONS, measured, strict=True):
+    for (options, batches, by_hand), (simulated, seconds) in zip(OPTIONS, measured, strict=True):
         assert simulated == pytest.approx(by_hand), (options, batches)
-        assert 0.98 * simulated <= found <= 1.1 * simulated, (options, batches)
+        assert 0.98 * simulated <= seconds <= 1.1 * simulated, (options, batches)

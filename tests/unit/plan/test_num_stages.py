@@ -1,4 +1,4 @@
-"""stages="auto": how many, how dear the sweep, and what the plan says about it."""
+"""stages="auto": how many, how expensive the sweep, and what the plan says about it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pnn_compile as pnn
 from passes.analysis.analysis import Analysis
 from passes.errors import PartitionError
 from passes.options import Options
-from passes.plan.bottleneck import LIMITS, find_limit
-from passes.plan.num_stages import decide
+from passes.plan.estimate import BOTTLENECKS, find_bottleneck
+from passes.plan.num_stages import cut_and_plan
 from tests.models.builders import ResidualMLP
 from tests.support.programs import analyze_model
 
@@ -22,28 +22,28 @@ def trunk(blocks: int, width: int = 16, wide: int = 128) -> Analysis:
 
 
 def test_the_plan_says_where_more_stages_stop_paying() -> None:
-    options, plan = decide(trunk(24), Options())
+    options, plan = cut_and_plan(trunk(24), Options())
     note = plan.notes[-1]
     assert options.stages == len(plan.stages) > 1
     assert f"{len(plan.stages)} stages chosen" in note
     assert f"{plan.forecast.speedup:.2f} times" in note
     assert "more do not pay" in note
-    assert any(words in note for words in LIMITS.values())
+    assert any(words in note for words in BOTTLENECKS.values())
 
 
-def test_cheaper_corrections_are_taken_where_copied_blocks_cost_too_much() -> None:
-    # Copies of a wide block fit the budget but make every hop of the sweep dear.
+def test_cheaper_coarse_propagators_are_taken_where_copied_blocks_cost_too_much() -> None:
+    # Copies of a wide block fit the budget but make every interface of the sweep expensive.
     wide = trunk(24, wide=512)
-    options, plan = decide(wide, Options(coarse_budget=0.9))
+    options, plan = cut_and_plan(wide, Options(coarse_budget=0.9))
     assert {stage.coarse.family for stage in plan.stages if stage.coarse} == {"linear"}
     assert options.coarse_budget < 0.9
     assert f"coarse budget of {options.coarse_budget:.2%}" in plan.notes[-1]
-    units = decide(wide, Options(coarse_budget=0.9, coarse="units"))[1]
+    units = cut_and_plan(wide, Options(coarse_budget=0.9, coarse="units"))[1]
     assert plan.forecast.time * 1.05 < units.forecast.time
 
 
 def test_a_fixed_number_keeps_the_budget_and_has_no_note() -> None:
-    options, plan = decide(trunk(8), Options(stages=2, coarse_budget=0.5))
+    options, plan = cut_and_plan(trunk(8), Options(stages=2, coarse_budget=0.5))
     assert options.coarse_budget == 0.5
     assert not any("chosen" in note for note in plan.notes)
 
@@ -54,7 +54,7 @@ def test_a_model_that_cannot_be_cut_says_why() -> None:
             return x.argmax(-1).cumsum(0)
 
     with pytest.raises(PartitionError, match="no legal cut"):
-        decide(analyze_model(Whole(), torch.randn(4, 3)), Options())
+        cut_and_plan(analyze_model(Whole(), torch.randn(4, 3)), Options())
 
 
 def test_calibration_keeps_the_note_and_the_budget() -> None:
@@ -65,7 +65,7 @@ def test_calibration_keeps_the_note_and_the_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "limit"),
+    ("parts", "bottleneck"),
     [
         ({"fine": 2.5, "coarse": 0.01, "head": 0.0}, "none"),
         ({"fine": 2.5, "coarse": 0.9, "head": 0.0}, "coarse"),
@@ -74,5 +74,5 @@ def test_calibration_keeps_the_note_and_the_budget() -> None:
         ({"fine": 2.5, "coarse": 0.9, "head": 0.0, "link": 1.0}, "link"),
     ],
 )
-def test_the_limit_is_what_is_lost_most(parts: dict[str, float], limit: str) -> None:
-    assert find_limit(parts, 10.0, 4) == limit
+def test_the_bottleneck_is_what_is_lost_most(parts: dict[str, float], bottleneck: str) -> None:
+    assert find_bottleneck(parts, 10.0, 4) == bottleneck

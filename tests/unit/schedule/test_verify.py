@@ -17,7 +17,7 @@ import pnn_compile as pnn
 from examples import unet
 from passes.schedule.instruction import EXPECTS, RECEIVES, SENDS, Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
-from passes.schedule.verify import check, in_order, meet
+from passes.schedule.verify import check, execution_order, rendezvous
 from pnn_compile.inputs import named_batch
 from pnn_compile.runtime.engine import Engine, state_shapes
 from pnn_compile.runtime.rank_pieces import RankPieces
@@ -45,22 +45,22 @@ def _lists(draw: st.DrawFn) -> Programs:
 def test_lists_end_where_no_message_is_kept_and_those_of_two_ranks_mirror(
     programs: Programs,
 ) -> None:
-    meetings = meet(programs)
-    assert len(meetings) == check(programs)
+    transfers = rendezvous(programs)
+    assert len(transfers) == check(programs)
     for a, b in itertools.combinations(range(len(programs)), 2):
         assert _channel(programs[a], a, b) == _channel(programs[b], b, a)
 
 
-def _channel(program: Sequence[Instruction], own: int, other: int) -> list[tuple[int, object]]:
+def _channel(program: Sequence[Instruction], rank: int, other: int) -> list[tuple[int, object]]:
     """What a rank puts into its queue for another one: the sender of each message, and which."""
     expected = {EXPECTS[i.kind] for i in program if i.kind in EXPECTS}
-    found: list[tuple[int, object]] = []
+    messages: list[tuple[int, object]] = []
     for it in program:
         if it.peer != other or it.kind in expected:
             continue
         taken = SENDS.get(it.kind) or EXPECTS.get(it.kind) or it.kind
-        found.append((own if it.kind in SENDS else other, (taken, *it.key)))
-    return found
+        messages.append((rank if it.kind in SENDS else other, (taken, *it.key)))
+    return messages
 
 
 def test_no_rank_waits_before_its_fine_stages() -> None:
@@ -86,7 +86,7 @@ def _expect(stage: int, peer: int) -> Instruction:
 
 def test_two_ranks_that_both_send_first_are_refused() -> None:
     both = [[_send(0, 1), _receive(1, 1)], [_send(1, 0), _receive(0, 0)]]
-    assert len([*in_order(both)]) == 4  # free of deadlock if sends do not wait
+    assert len([*execution_order(both)]) == 4  # free of deadlock if sends do not wait
     with pytest.raises(pnn.RuntimeFault, match=r"wait for each other: rank 0 at send output"):
         check(both)
     mirrored = [[_send(0, 1), _receive(1, 1)], [_expect(0, 0), _send(1, 0), _receive(0, 0)]]
@@ -96,7 +96,7 @@ def test_two_ranks_that_both_send_first_are_refused() -> None:
 def test_a_circle_of_three_ranks_is_refused() -> None:
     circle = [[_send(rank, (rank + 1) % 3), _receive((rank - 1) % 3, (rank - 1) % 3)]
               for rank in range(3)]  # fmt: skip
-    assert len([*in_order(circle)]) == 6
+    assert len([*execution_order(circle)]) == 6
     with pytest.raises(pnn.RuntimeFault, match="that keep no message"):
         check(circle)
 
@@ -110,7 +110,7 @@ def test_a_circle_of_three_ranks_is_refused() -> None:
 )
 def test_room_that_nobody_waits_for_is_refused(receiver: list[Instruction], message: str) -> None:
     with pytest.raises(pnn.RuntimeFault, match=message):
-        meet([[_send(0, 1), _send(1, 1)], receiver])
+        rendezvous([[_send(0, 1), _send(1, 1)], receiver])
 
 
 class _Meeting:
@@ -133,9 +133,9 @@ class _Meeting:
         if tensors is not None:
             self._rooms[sender, receiver] = tensors
         barrier.wait()
-        found = self._rooms[sender, receiver]
+        queue = self._rooms[sender, receiver]
         barrier.wait()
-        return found
+        return queue
 
 
 class _MeetingTransport:
@@ -184,8 +184,8 @@ def test_ranks_that_meet_for_every_message_end_with_the_same_gradients(
     }[name]()
     compiled = pnn.compile(model, example, stages=4, coarse_budget=1.0, **options)  # type: ignore[arg-type]
     compiled.module.eval()
-    wanted = compiled.module(example)
-    wanted.square().mean().backward()
+    output = compiled.module(example)
+    output.square().mean().backward()
     gradients = {key: p.grad for key, p in compiled.module.named_parameters()}
     compiled.module.zero_grad(set_to_none=True)
     meeting, inputs = _Meeting(), [named_batch(compiled, example)]
@@ -209,11 +209,11 @@ def test_ranks_that_meet_for_every_message_end_with_the_same_gradients(
     for thread in threads:
         thread.join()
     assert not problems
-    torch.testing.assert_close(engines[placement[-1]].outputs[0], wanted)
+    torch.testing.assert_close(engines[placement[-1]].outputs[0], output)
     for key, parameter in compiled.module.named_parameters():
         zero = torch.zeros_like(parameter)  # a gradient that is not there
-        own, expected = parameter.grad, gradients[key]
+        actual, expected = parameter.grad, gradients[key]
         torch.testing.assert_close(
-            zero if own is None else own, zero if expected is None else expected,
+            zero if actual is None else actual, zero if expected is None else expected,
             rtol=1e-4, atol=1e-6, msg=key,
         )  # fmt: skip

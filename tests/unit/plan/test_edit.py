@@ -102,5 +102,7 @@ def test_a_plan_weighed_by_what_it_does_not_hold_says_how_to_move_its_cuts() -> 
     plan = pnn.compile(model(), X, stages=3, devices=pnn.load_profile("h100")).plan
     start = plan.stages[1].first
     moved = "_2" if start != "_2" else "_3"
-    with pytest.raises(pnn.PartitionError, match=rf"weighed by 'roofline'.*--cut-at {moved},"):
+    with pytest.raises(
+        pnn.PartitionError, match=rf"costs are those of 'roofline'.*--cut-at {moved},"
+    ):
         pnn.compile(model(), X, plan=edited(plan, first(1, moved)))

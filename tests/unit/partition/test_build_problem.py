@@ -32,18 +32,18 @@ SLOW = dataclasses.replace(FAST, name="slow", flops={"float32": 1e9})
 WIDTH = 64
 
 
-def found() -> Analysis:
+def linear_layers() -> Analysis:
     """Ten equal layers."""
     program = capture(linear_chain(10, WIDTH), (torch.randn(32, WIDTH),))
     return analyze(program, observe(program), "roofline", FAST)
 
 
-ANALYSIS = found()
+ANALYSIS = linear_layers()
 
 
-def plan_of(devices: tuple[DeviceProfile, ...], **options: Any) -> Plan:
-    asked = Options(cost="roofline", coarse="zero", devices=devices, **options)
-    return make_plan(ANALYSIS, choose_cut(ANALYSIS, asked), asked)
+def plan_of(devices: tuple[DeviceProfile, ...], **choices: Any) -> Plan:
+    options = Options(cost="roofline", coarse="zero", devices=devices, **choices)
+    return make_plan(ANALYSIS, choose_cut(ANALYSIS, options), options)
 
 
 def nodes(plan: Plan) -> list[int]:
@@ -72,7 +72,7 @@ def test_links_cost_time() -> None:
     assert more == pytest.approx(distant.forecast.link - near.forecast.link)
 
 
-def test_memory_is_obeyed_and_told() -> None:
+def test_memory_is_obeyed_and_reported() -> None:
     layer = 4 * 4 * WIDTH * (WIDTH + 1) + 4 * 32 * WIDTH
     small = dataclasses.replace(SLOW, name="small", memory=3.5 * layer)
     plan = plan_of((small, FAST), stages=2)

@@ -5,17 +5,21 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
 
 from examples import decoder, resnet1001
 from passes.analysis.analysis import Analysis
 from passes.errors import PartitionError
 from passes.options import Options
-from passes.partition.choose_cuts import Cut, choose_cut
+from passes.partition.choose_cuts import Cut, choose_cut, next_best_moves
+from passes.partition.problem import CutProblem, makespan, serial
+from passes.partition.search import DoesNotFit, solve
 from passes.plan.build import make_plan
-from passes.plan.num_stages import decide
+from passes.plan.num_stages import cut_and_plan
 from passes.plan.schema import Plan
 from tests.support.programs import analysis, analyze_model
+from tests.unit.partition.test_search import tight_problems
 
 
 def small_decoder() -> Analysis:
@@ -27,9 +31,8 @@ def small_resnet() -> Analysis:
     return analyze_model(resnet1001.build_model(4), torch.randn(2, 3, 16, 16))
 
 
-def plan_of(found: Analysis, **options: object) -> Plan:
-    asked = Options(**options)  # type: ignore[arg-type]
-    return decide(found, asked)[1]
+def plan_of(facts: Analysis, **options: object) -> Plan:
+    return cut_and_plan(facts, Options(**options))[1]  # type: ignore[arg-type]
 
 
 def starts(plan: Plan) -> list[str]:
@@ -40,9 +43,9 @@ def starts(plan: Plan) -> list[str]:
 
 
 def test_a_decoder_is_cut_evenly_between_its_blocks() -> None:
-    found = small_decoder()
+    facts = small_decoder()
     for stages, blocks in ((2, [4]), (4, [2, 4, 6])):
-        plan = plan_of(found, stages=stages)
+        plan = plan_of(facts, stages=stages)
         cuts = [f"blocks_{block}_attention_norm" for block in blocks]
         assert starts(plan) == [*cuts, "norm"]
         assert plan.forecast.imbalance < 1.01
@@ -55,40 +58,40 @@ def test_a_resnet_is_cut_between_its_units_through_one_tensor() -> None:
     assert [len(interface.state) for interface in plan.interfaces] == [1, 1, 1]
 
 
-def objective(found: Analysis, plan: Plan) -> float:
+def objective(facts: Analysis, plan: Plan) -> float:
     """What the search minimises: the predicted time, and a FLOP per byte that crosses."""
     crossing = sum(interface.bytes for interface in plan.interfaces[:-1])
-    return plan.forecast.time + crossing * found.scale
+    return plan.forecast.time + crossing * facts.scale
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_inplace", "conv1d", "deep_batchnorm", "segnet"])
 @pytest.mark.parametrize("stages", [2, 3])
 def test_no_other_cut_is_predicted_to_be_faster(name: str, stages: int) -> None:
-    found = analysis(name)
+    facts = analysis(name)
     options = Options(stages=stages, coarse="linear")
-    chosen = choose_cut(found, options)
+    chosen = choose_cut(facts, options)
     head = chosen.positions[-1]
-    candidates = [p for p in found.frontiers.positions if p.index < head.index]
+    candidates = [p for p in facts.frontiers.positions if p.index < head.index]
     least = min(
-        objective(found, make_plan(found, Cut((*cuts, head), 0.0), options))
+        objective(facts, make_plan(facts, Cut((*cuts, head), 0.0), options))
         for cuts in itertools.combinations(candidates, stages - 1)
     )
 
     # The search knows the operators by estimates; a cut inside a block must be a little cheaper.
-    assert objective(found, make_plan(found, chosen, options)) <= 1.05 * least
+    assert objective(facts, make_plan(facts, chosen, options)) <= 1.05 * least
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_inplace", "unrolled_lstm", "dict_output"])
 def test_auto_takes_the_fewest_stages_that_are_nearly_best(name: str) -> None:
-    found = analysis(name)
-    chosen = len(plan_of(found, stages="auto", coarse="linear").stages)
+    facts = analysis(name)
+    chosen = len(plan_of(facts, stages="auto", coarse="linear").stages)
     times = {}
     for stages in range(1, chosen + 4):
         try:
-            plan = plan_of(found, stages=stages, coarse="linear")
+            plan = plan_of(facts, stages=stages, coarse="linear")
         except PartitionError:
             break
-        times[stages] = objective(found, plan)
+        times[stages] = objective(facts, plan)
     best = min(times.values())
 
     assert times[chosen] <= 1.10 * best
@@ -113,24 +116,24 @@ def test_units_are_cut_at_the_ends_of_whole_blocks() -> None:
         assert [stage.coarse.family for stage in plan.stages[1:] if stage.coarse] == ["units"] * 2
 
 
-def seconds_each_way(found: Analysis, *ways: tuple[float, float]) -> Analysis:
+def with_seconds(facts: Analysis, *phases: tuple[float, float]) -> Analysis:
     """The analysis with these seconds, forward and backward, of its nodes."""
-    seconds = dict(zip(found.frontiers.order, ways, strict=True))
+    seconds = dict(zip(facts.frontiers.order, phases, strict=True))
     costs = {
         node: dataclasses.replace(cost, cost=sum(seconds[node]), backward=seconds[node][1])
-        for node, cost in found.costs.items()
+        for node, cost in facts.costs.items()
     }
-    return dataclasses.replace(found, costs=costs, unit="seconds")
+    return dataclasses.replace(facts, costs=costs, unit="seconds")
 
 
-def test_a_training_step_balances_each_way() -> None:
+def test_a_training_step_balances_each_phase() -> None:
     layers = [layer for _ in range(6) for layer in (nn.Linear(4, 512), nn.Linear(512, 4))]
-    found = analyze_model(nn.Sequential(*layers), torch.randn(8, 4))
-    # Behind two blocks the sums are equal, 14 and 14, but no stage goes back before both went
-    # forward: 10 + 12. Behind the first one it is 11 + 10.
+    facts = analyze_model(nn.Sequential(*layers), torch.randn(8, 4))
+    # After two blocks the sums are equal, 14 and 14, but no stage starts its backward before both
+    # are done with forward: 10 + 12. After the first block it is 11 + 10.
     blocks = ((1, 6), (1, 6), (1, 1), (1, 1), (4, 1), (4, 1))
-    ways = seconds_each_way(found, *(way for block in blocks for way in (block, (0, 0))))
-    plan = plan_of(ways, stages=2, coarse="linear")
+    weighed = with_seconds(facts, *(pair for block in blocks for pair in (block, (0, 0))))
+    plan = plan_of(weighed, stages=2, coarse="linear")
 
     assert [stage.nodes for stage in plan.stages] == [2, 10]
     assert [stage.seconds for stage in plan.stages] == [7, 21]
@@ -144,11 +147,43 @@ def test_a_training_step_balances_each_way() -> None:
 
 def test_measured_seconds_may_be_balanced() -> None:
     slow = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
-    found = analyze_model(slow, torch.randn(64, 256))
-    by_flops = plan_of(found, stages=3)
+    facts = analyze_model(slow, torch.randn(64, 256))
+    by_flops = plan_of(facts, stages=3)
 
     assert by_flops.stages[0].seconds is None
     assert [stage.nodes for stage in by_flops.stages] == [2, 2, 2]
+
+
+# --- next best cuts ------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=tight_problems())
+def test_each_cut_alone_goes_where_it_costs_least(problem: CutProblem) -> None:
+    try:
+        cuts = solve(problem, gap=0).cuts
+    except DoesNotFit:
+        return
+    moves = next_best_moves(problem, cuts)
+
+    assert len(moves) == problem.stages - 1
+    for number, move in enumerate(moves):
+        times = {}
+        for place in range(cuts[number - 1] + 1 if number else 0, cuts[number + 1]):
+            moved = (*cuts[:number], place, *cuts[number + 1 :])
+            begins = (None, *moved)
+            if place != cuts[number] and all(
+                device.fits(begin, end, last=stage == problem.stages - 1)
+                for stage, (device, begin, end) in enumerate(
+                    zip(problem.devices, begins, moved, strict=False)
+                )
+            ):
+                times[place] = makespan(problem, moved) + serial(problem, moved)
+        if move is None:
+            assert not times
+        else:
+            assert move.time == pytest.approx(min(times.values()), rel=1e-9)
+            assert times[move.candidate] == pytest.approx(move.time, rel=1e-9)
 
 
 # --- the head -------------------------------------------------------------------------------------
@@ -178,11 +213,11 @@ def test_the_head_of_a_decoder_is_its_norm_and_its_vocabulary() -> None:
 
 
 def test_cuts_may_be_named_by_module_or_by_node() -> None:
-    found = analysis("resnet")
+    facts = analysis("resnet")
 
-    assert starts(plan_of(found, cuts=("3", "5"))) == ["_3_conv1", "_5_conv1", "_7"]
-    assert starts(plan_of(found, cuts=("_3_conv1",))) == ["_3_conv1", "_7"]
-    assert starts(plan_of(found, cuts=())) == ["_7"]
+    assert starts(plan_of(facts, cuts=("3", "5"))) == ["_3_conv1", "_5_conv1", "_7"]
+    assert starts(plan_of(facts, cuts=("_3_conv1",))) == ["_3_conv1", "_7"]
+    assert starts(plan_of(facts, cuts=())) == ["_7"]
 
 
 @pytest.mark.parametrize(
@@ -222,27 +257,27 @@ class Branches(nn.Module):
 
 
 class Counts(nn.Module):
-    """Makes integers that are too dear to be side values."""
+    """Makes integers that are too expensive to be side values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.argsort(dim=1).argsort(dim=1)
 
 
 def test_a_stage_that_is_no_link_of_the_chain_is_refused() -> None:
-    found = analyze_model(Branches(), torch.randn(2, 8))
+    facts = analyze_model(Branches(), torch.randn(2, 8))
     with pytest.raises(
         PartitionError, match=r"begins at right\.0 \(node right_0\) would read noth"
     ):
-        choose_cut(found, Options(cuts=("right", "right.2")))
-    choose_cut(found, Options(cuts=("left.1", "joint")))
+        choose_cut(facts, Options(cuts=("right", "right.2")))
+    choose_cut(facts, Options(cuts=("left.1", "joint")))
 
 
 def test_no_stage_is_put_where_nothing_happens() -> None:
-    found = analysis("unrolled_lstm")  # between its steps it only takes the next input
+    facts = analysis("unrolled_lstm")  # between its steps it only takes the next input
     with pytest.raises(PartitionError, match=r"UnrolledLSTM has 5 legal cuts"):
-        choose_cut(found, Options(stages=16))
+        choose_cut(facts, Options(stages=16))
     for stages in (2, 4, 6):
-        plan = plan_of(found, stages=stages)
+        plan = plan_of(facts, stages=stages)
         assert all(stage.consumes for stage in plan.stages[1:])
         assert all(stage.produces for stage in plan.stages)
 
@@ -269,8 +304,8 @@ def test_a_long_list_of_places_is_shortened() -> None:
 
 
 def test_a_graph_without_any_cut_says_why() -> None:
-    found = analyze_model(Counts(), torch.randn(2, 8))
+    facts = analyze_model(Counts(), torch.randn(2, 8))
     with pytest.raises(
         PartitionError, match=r"Counts has no legal cut at all \(2 x a value that is"
     ):
-        choose_cut(found, Options(stages=1))
+        choose_cut(facts, Options(stages=1))
