@@ -97,27 +97,28 @@ class Executor:
 
     def run(self, steps: Iterable[Step], inputs: Mapping[str, Any]) -> Iterator[tuple[Step, State]]:
         """Do the steps of a sweep; yield each with the state that it makes, up to the head."""
+        steps = (step for step in steps if step.role is not Role.HEAD)
+        return walk(steps, lambda step, states: self.compute(step, states, inputs))
 
-        def call(step: Step, states: Sequence[State]) -> State:
-            number = step.stage
-            if step.role is Role.PREPROCESS:
-                return self.guess(number, inputs)
-            if step.role is Role.FINE:
-                return self.fine(number, states[0] if number else {}, inputs)
-            if step.role is Role.RESIDUAL:
-                before, entering = states
-                names = self.plan.stages[number].consumes
-                return {name: before[name] - entering[name] for name in names}
-            if step.role is Role.COARSE:
-                residual, entering = states
-                return self.correction(number, entering, [*residual.values()], inputs)
-            before, own, *corrections = states if number else ({}, *states)
-            state = self.advance(number, before, own)
-            for correction in corrections:
-                state = plus(state, correction)
-            return state
-
-        return walk((step for step in steps if step.role is not Role.HEAD), call)
+    def compute(self, step: Step, states: Sequence[State], inputs: Mapping[str, Any]) -> State:
+        """Do one step of a sweep, given the states that it reads; not the head."""
+        number = step.stage
+        if step.role is Role.PREPROCESS:
+            return self.guess(number, inputs)
+        if step.role is Role.FINE:
+            return self.fine(number, states[0] if number else {}, inputs)
+        if step.role is Role.RESIDUAL:
+            before, entering = states
+            names = self.plan.stages[number].consumes
+            return {name: before[name] - entering[name] for name in names}
+        if step.role is Role.COARSE:
+            residual, entering = states
+            return self.correction(number, entering, [*residual.values()], inputs)
+        before, produced, *corrections = states if number else ({}, *states)
+        state = self.advance(number, before, produced)
+        for correction in corrections:
+            state = plus(state, correction)
+        return state
 
     def true_states(self, inputs: Mapping[str, Any]) -> Iterator[State]:
         """Yield the state after every stage of the original network."""

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from pnn_compile.artifact.directory import load
 from pnn_compile.bench.setting import mean_square, optimizer_of
 from pnn_compile.compiled import Compiled
-from pnn_compile.fit.metrics import Energy
+from pnn_compile.fit.metrics import RelativeError
 from pnn_compile.inputs import batch_size, check_batch_size, device_of, resized
 from pnn_compile.runtime import distribute, place
 from pnn_compile.runtime.local_ranks import run_on_ranks
@@ -132,11 +132,11 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    energy = Energy()
-    for one, other in zip(found, wanted, strict=True):
-        energy.add(one, other)
-    return energy.share
+def _error(outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
+    error = RelativeError()
+    for output, target in zip(outputs, targets, strict=True):
+        error.add(output, target)
+    return error.value
 
 
 def _look(_: torch.device, order: _Order) -> tuple[RankReport, list[torch.Tensor]]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import ExportError
 from passes.ir.run_step import output_leaves, relative_error
-from pnn_compile.fit.metrics import Agreement, judged
+from pnn_compile.fit.metrics import Agreement, main_output
 from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
         wanted = [leaf.cpu() for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
         for index, (value, reference) in enumerate(zip(found, wanted, strict=True)):
             worst = max(worst, _error(index, size, value, reference))
-        agreed.add(judged(found), judged(wanted), size)
+        agreed.add(main_output(found), main_output(wanted), size)
     return Checked(sizes, worst, agreed.share)
 
 
