@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pnn_compile.evaluate.iterate import DialRow, Iterates
     from pnn_compile.evaluate.verify import VerifyReport
     from pnn_compile.export.onnx import Exported
-    from pnn_compile.fit.calibration_report import CalibrationReport
+    from pnn_compile.fit.calibrate import CalibrationReport
     from pnn_compile.fit.train import FitReport
     from pnn_compile.forecast.table import ForecastTable
     from pnn_compile.runtime import RankModule

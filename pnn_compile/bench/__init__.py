@@ -1,6 +1,10 @@
-"""`bench`: a parareal network beside what else N processes could do with the model, in one run."""
+"""Benchmarks: measure a parareal network beside other ways to run its model, on the same devices.
 
-from pnn_compile.bench.measure import bench
+In: a compiled network. Out: timings, as plain data. Read `contenders.py` first, then
+`processes.py` (one process a rank) and `gpu_streams.py` (all stages on one GPU).
+"""
+
+from pnn_compile.bench.processes import bench
 from pnn_compile.bench.result import Bench, Parts, Timing
 
 __all__ = ["Bench", "Parts", "Timing", "bench"]

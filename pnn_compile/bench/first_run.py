@@ -1,4 +1,4 @@
-"""Runs an artifact on local processes for a first look: who holds what, how long, is it equal."""
+"""Run an artifact on local processes for a first check: placement, seconds and equal outputs."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pnn_compile.artifact.directory import load
-from pnn_compile.bench.setting import mean_square, optimizer_of
+from pnn_compile.bench.parts import mean_square, optimizer_of
 from pnn_compile.compiled import Compiled
-from pnn_compile.fit.metrics import Energy
+from pnn_compile.fit.metrics import RelativeError
 from pnn_compile.inputs import batch_size, check_batch_size, device_of, resized
 from pnn_compile.runtime import distribute, place
 from pnn_compile.runtime.local_ranks import run_on_ranks
 
-__all__ = ["FirstRun", "RankReport", "first_run"]
-
 TOLERANCE = 1e-4
-"""Largest relative error of outputs that are taken as equal: float32 added in another order."""
+"""Largest relative error of outputs that count as equal: float32, added in another order."""
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank holds, and how long a step took there.
+    """Stages, memory and step time of one rank.
 
     Attributes:
         rank: Its number.
         stages: Numbers of its stages, from 0.
         modules: First and last module of these.
-        parameters: Number of parameters that it holds.
-        bytes: Memory of the parameters and buffers that it holds.
-        seconds: Of a step, the median.
+        parameters: Number of its parameters.
+        bytes: Memory of its parameters and buffers.
+        seconds: Median of its steps.
     """
 
     rank: int
@@ -51,16 +49,15 @@ class RankReport:
 
 @dataclass(frozen=True)
 class FirstRun:
-    """What a first run found.
+    """Results of a first run.
 
     Attributes:
         model: Name of the model.
         batch: Samples of a step.
         training: Whether a step was a training step, else the forward pass alone.
-        ranks: What every rank says.
+        ranks: Reports of all ranks.
         parameters: Number of parameters of the whole network.
-        error: Error of the outputs against those of one process, relative to these (evaluation
-            mode).
+        error: Relative error of the outputs against those of one process, in evaluation mode.
     """
 
     model: str
@@ -72,12 +69,14 @@ class FirstRun:
 
     @property
     def equal(self) -> bool:
-        """Whether the outputs are those of one process, but for rounding."""
+        """Whether the outputs are those of one process, except for rounding."""
         return self.error <= TOLERANCE
 
 
 @dataclass(frozen=True)
-class _Order:
+class _RunOrder:
+    """What all ranks run."""
+
     artifact: Path
     batch: int
     steps: int
@@ -93,21 +92,24 @@ def first_run(
     training: bool = False,
     threads: int = 1,
 ) -> FirstRun:
-    """Run an artifact on local processes that talk over Gloo.
+    """Run an artifact on local processes that communicate over Gloo.
 
-    Every rank reads its own stages alone. This process then runs the whole network, to compare.
+    Every rank reads its own stages only. This process then runs the whole network, to compare.
 
     Args:
         path: The directory.
         ranks: Number of processes; one a stage if None.
-        batch: Samples of a step; as many as the example inputs have if None.
-        steps: Number of steps that are timed, behind one that is not.
-        training: Time training steps, on the mean square of the outputs, at a rate of zero.
+        batch: Samples of a step; those of the example inputs if None.
+        steps: Number of timed steps, after one that is not.
+        training: Whether to time training steps: mean square loss, learning rate 0.
         threads: Threads of each process.
+
+    Returns:
+        The reports of the ranks, and the error of the outputs.
 
     Raises:
         ArtifactError: As `pnn.load`.
-        OptionError: The network does not take such batches.
+        OptionError: The network was compiled for another batch size.
         RuntimeFault: There are more ranks than stages, or a rank failed.
     """
     compiled = load(path)
@@ -115,14 +117,14 @@ def first_run(
     place(len(compiled.plan.stages), ranks)
     batch = batch or batch_size(compiled.program.args)
     check_batch_size(compiled, batch)
-    order = _Order(Path(path), batch, steps, training)
-    reports, outputs = zip(*run_on_ranks(_look, ranks, order, threads=threads), strict=True)
+    order = _RunOrder(Path(path), batch, steps, training)
+    reports, outputs = zip(*run_on_ranks(_run_rank, ranks, order, threads=threads), strict=True)
     total = sum(p.numel() for p in compiled.module.parameters())
-    error = _error(outputs[-1], _alone(compiled, batch))
+    error = _error(outputs[-1], _run_alone(compiled, batch))
     return FirstRun(compiled.plan.model, batch, training, reports, total, error)
 
 
-def _alone(compiled: Compiled, batch: int) -> list[torch.Tensor]:
+def _run_alone(compiled: Compiled, batch: int) -> list[torch.Tensor]:
     inputs = resized(compiled, batch, device_of(compiled.module))
     with torch.no_grad():
         return _tensors(compiled.module.eval()(**inputs))
@@ -132,15 +134,15 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
-def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    energy = Energy()
-    for one, other in zip(found, wanted, strict=True):
-        energy.add(one, other)
-    return energy.share
+def _error(outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
+    error = RelativeError()
+    for output, target in zip(outputs, targets, strict=True):
+        error.add(output, target)
+    return error.value
 
 
-def _look(_: torch.device, order: _Order) -> tuple[RankReport, list[torch.Tensor]]:
-    """Load, time and describe this rank's part; the outputs are those of the last stage."""
+def _run_rank(_: torch.device, order: _RunOrder) -> tuple[RankReport, list[torch.Tensor]]:
+    """Load, run and time this rank's stages; return its report and its outputs."""
     module = distribute(order.artifact)
     inputs = resized(module.whole, order.batch, device_of(module.network))
     outputs = _tensors(module.eval()(**inputs))
@@ -152,21 +154,21 @@ def _look(_: torch.device, order: _Order) -> tuple[RankReport, list[torch.Tensor
         return module(**inputs)
 
     seconds = _timed(run, order.steps)
-    held = [*module.parameters(), *module.buffers()]
+    tensors = [*module.parameters(), *module.buffers()]
     stages = [module.whole.plan.stages[number] for number in module.network.stages]
     report = RankReport(
         module.rank,
         tuple(module.network.stages),
         (stages[0].first_module, stages[-1].last_module),
-        sum(tensor.numel() for tensor in held if isinstance(tensor, nn.Parameter)),
-        sum(tensor.nbytes for tensor in held),
+        sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
+        sum(tensor.nbytes for tensor in tensors),
         seconds,
     )
     return report, outputs
 
 
 def _timed(run: Callable[[], object], steps: int) -> float:
-    """Median of the seconds of a step."""
+    """Return the median seconds of a step."""
     run()
     seconds = []
     for _ in range(steps):

@@ -1,16 +1,14 @@
-"""What a benchmark found, as plain data."""
+"""Results of a benchmark, as plain data."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
 
-__all__ = ["COPIES", "DIRECT", "SEQUENTIAL", "Bench", "Parts", "Timing"]
-
 SEQUENTIAL = "sequential"
-"""Name of the baseline: the original network on one rank."""
+"""The baseline: the original network on one rank."""
 DIRECT = "direct"
-"""The original network on one rank, its layers called by their functions as in the stages."""
+"""The original network on one rank, its layers called directly, as in the stages."""
 COPIES = "copies"
 """The original network on every rank at once, each with the whole batch."""
 
@@ -23,9 +21,9 @@ class Timing:
         contender: Its name.
         batch: Samples of a step.
         seconds: Of every round, on the slowest rank; empty where it could not run.
-        problem: Why it could not run, or nothing.
+        problem: Why it could not run; "" if it ran.
         sent: Bytes that all ranks together send in a step.
-        choice: What was chosen for it by trying, in words, or nothing.
+        choice: Option that was chosen for it by trial, in words; "" if none.
     """
 
     contender: str
@@ -43,13 +41,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of the parts of one step, without what ranks wait for each other.
+    """Seconds of the parts of one step, without waiting of ranks for each other.
 
     Attributes:
         batch: Samples of the step.
-        forward: Guesses and fine stages of every rank, which all ranks run at once.
+        forward: Preprocessing and fine stages of every rank, which all ranks run at once.
         serial: What no two ranks do at once: corrections and the head, forward and backward.
-        backward: Fine stages and guesses of every rank, backward, all ranks at once.
+        backward: The same backward.
         optimizer: Of every rank.
     """
 
@@ -61,9 +59,9 @@ class Parts:
 
     @property
     def step(self) -> float:
-        """Seconds of a step whose ranks disturb each other in no way and whose links are free.
+        """Seconds of a step if ranks do not disturb each other and links are free.
 
-        No rank runs its stage backward before the slowest has run forward: the head needs them all.
+        No rank starts backward before the slowest has finished forward: the head needs them all.
         """
         after = [a + b for a, b in zip(self.backward, self.optimizer, strict=True)]
         return max(self.forward) + self.serial + max(after)
@@ -79,11 +77,11 @@ class Bench:
         ranks: Number of processes.
         stages: Number of stages of the parareal network.
         threads: Threads of each process.
-        device: What it ran on, in words.
+        device: Name of the device.
         timings: One per contender and batch size.
-        parts: One per batch size, timed in one process while the others rest.
-        together: One per batch size where ranks compute on the CPU: what each rank took for its
-            parts in the steps themselves, while the others computed too.
+        parts: One per batch size, timed in one process while the others are idle.
+        together: One per batch size where ranks compute on the CPU: parts timed in the steps
+            themselves, while the other ranks compute too.
     """
 
     model: str
@@ -97,31 +95,31 @@ class Bench:
     together: tuple[Parts, ...]
 
     def ratios(self, timing: Timing, baseline: str = SEQUENTIAL) -> tuple[float, ...]:
-        """How many times as fast as another contender, round by round; nothing if one did not run.
+        """Return the speed-up over another contender, round by round; empty if one did not run.
 
         Args:
             timing: The contender.
             baseline: Name of the other one.
         """
-        known = self._seconds(baseline, timing.batch)
-        if not timing.seconds or not known:
+        seconds = self._seconds(baseline, timing.batch)
+        if not timing.seconds or not seconds:
             return ()
-        return tuple(a / b for a, b in zip(known, timing.seconds, strict=True))
+        return tuple(a / b for a, b in zip(seconds, timing.seconds, strict=True))
 
     def bound(self, batch: int, *, together: bool = False) -> float | None:
-        """Speed-up that the measured parts allow; None where they were not measured.
+        """Return the speed-up that the measured parts allow; None where they were not measured.
 
         Args:
             batch: Samples of a step.
-            together: Take the parts as timed in the steps of the parareal network.
+            together: Whether to take the parts timed in the steps of the parareal network.
         """
         baseline = self._seconds(SEQUENTIAL, batch)
-        known = self.together if together else self.parts
-        step = next((parts.step for parts in known if parts.batch == batch), None)
+        measured = self.together if together else self.parts
+        step = next((parts.step for parts in measured if parts.batch == batch), None)
         return statistics.median(baseline) / step if baseline and step else None
 
     def machine(self, batch: int) -> float | None:
-        """Work that the machine does at once, in ranks: less than `ranks` if they share memory."""
+        """Return the throughput of all ranks, in ranks: less than `ranks` if they share memory."""
         timing = next((t for t in self.timings if (t.contender, t.batch) == (COPIES, batch)), None)
         ratios = self.ratios(timing) if timing else ()
         return self.ranks * statistics.median(ratios) if ratios else None

@@ -95,7 +95,7 @@ def _bench_streams(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from pnn_compile.bench.streams import bench_streams
+    from pnn_compile.bench.gpu_streams import bench_streams
     from pnn_compile.report.streams import streams_table
 
     found = [len(network.plan.stages) for network in networks]

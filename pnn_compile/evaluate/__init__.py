@@ -1,4 +1,4 @@
-"""Judge a compiled network: oracles, iterations, and what a user could do instead.
+"""Evaluate a compiled network: verify it, iterate it, assess it against early exits.
 
-In: a compiled network, and samples. Out: reports. Read `verify.py` first.
+In: a compiled network and samples. Out: reports. Read `verify.py` first.
 """

@@ -1,8 +1,8 @@
-"""Does this model have depth to spare? Agreement with the original beside an early exit.
+"""Assess whether a model is worth running in parallel: its parareal network against early exits.
 
-A parareal network trades depth for width: at one iteration it keeps what does not need the full
-depth, and more iterations buy the rest back. The control that matters is an early exit, which takes
-as long on one device, because that is what a user could do instead.
+With few iterations a parareal network is faster than the original, and less accurate. An early exit
+(`pnn_compile.fit.early_exit`) of the same predicted time is so too, on one device: only a parareal
+network that agrees better with the original than the early exit is worth N devices.
 """
 
 from __future__ import annotations
@@ -16,23 +16,20 @@ from passes.pipeline import COMPILE, Compilation, run_passes
 from pnn_compile.compiled import Compiled, gather
 from pnn_compile.evaluate.iterate import dial
 from pnn_compile.fit.early_exit import EarlyExit, fit_early_exit
-from pnn_compile.fit.isolation import evaluating
-from pnn_compile.fit.metrics import Agreement, Energy, judged
+from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
 from pnn_compile.fit.select import choose
 from pnn_compile.inputs import CalibrationBatches, batch_size
 
-__all__ = ["Fidelity", "Verdict", "VerdictRow", "assess"]
-
 _KEPT = 0.99
-"""Agreement from which on a network counts as equal to its original in practice."""
+"""Smallest agreement of a network that counts as equal to its original in practice."""
 
 _CLOSE = 0.01
-"""The same for the relative error of outputs that have no largest score."""
+"""Largest relative error of such a network, where outputs have no largest score."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close outputs are to the original's, on held-out samples.
+    """Distance of outputs from the original's, on held-out samples.
 
     Attributes:
         agreement: Share of samples whose largest output is the original's; None where there is no
@@ -45,11 +42,11 @@ class Fidelity:
 
     @property
     def kept(self) -> bool:
-        """Whether nothing seems to be lost."""
+        """Whether the network counts as equal to its original."""
         return self.error <= _CLOSE if self.agreement is None else self.agreement >= _KEPT
 
     def beats(self, other: Fidelity, samples: int = 0) -> bool:
-        """Whether it is closer, by more than twice the standard error if samples are given."""
+        """Return whether it is closer; with `samples`, by more than twice the standard error."""
         if self.agreement is None or other.agreement is None:
             return self.error < other.error
         spread = (self.agreement * (1 - self.agreement) / samples) ** 0.5 if samples else 0.0
@@ -69,11 +66,10 @@ class VerdictRow:
         stages: N.
         iterations: K.
         speedup: Predicted speed-up over the original, links not counted.
-        serial_share: Coarse sweeps and head over the original's cost.
-        fidelity: What the network keeps.
-        exit: What an early exit keeps that is fitted in the same closed form; None where no early
-            exit is that quick.
-        exit_share: Cost of the layers that the early exit keeps over the original's.
+        serial_share: Cost of the coarse sweeps and the head over the original's.
+        fidelity: Of the parareal network.
+        exit: Of the early exit, fitted in the same closed form; None where none is that fast.
+        exit_share: Cost of the layers of the early exit over the original's.
     """
 
     stages: int
@@ -87,13 +83,13 @@ class VerdictRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model keeps its answers as a parareal network, in numbers and in words.
+    """Whether a model is worth running as a parareal network, in numbers and in words.
 
     Attributes:
         rows: By number of stages and iterations.
-        held_out: Samples that judged; none of them was fitted.
-        sentence: What the numbers say.
-        advice: What to try next.
+        held_out: Number of samples of the measurement; none of them was fitted.
+        sentence: Conclusion from the numbers.
+        advice: Suggestions what to try next.
     """
 
     rows: tuple[VerdictRow, ...]
@@ -112,17 +108,19 @@ def assess(
 ) -> Verdict:
     """Compare parareal networks of several sizes with early exits of the same latency.
 
-    Nothing is trained: guesses, corrections and exits are fitted in closed form to the same
-    samples, and judged on every fifth batch, which is not fitted (give other samples than those of
-    `fit`, where the network was trained on).
+    Nothing is trained: operators and early exits are fitted in closed form to the same samples, and
+    compared on every fifth batch, which is held out. After `fit`, pass samples that it did not use.
 
     Args:
-        compiled: A calibrated network; it is judged as it stands.
+        compiled: A calibrated network; it is not fitted again.
         inputs: Batches, as in `calibrate`.
-        stages: Other numbers N of stages to try; they are compiled and calibrated anew.
+        stages: Other numbers N of stages to try; these networks are compiled and calibrated here.
         iterations: Largest number K of iterations to show.
         **options: Options of `compile` for the other numbers of stages; correction, sweep and seed
-            are those of the plan if not given.
+            default to those of the plan.
+
+    Returns:
+        A row per number of stages and iterations, and what follows from them.
 
     Raises:
         OptionError: As in `calibrate`; an option is unknown.
@@ -136,72 +134,75 @@ def assess(
     rows: list[VerdictRow] = []
     for count in sorted(networks):
         rows += _rows(networks[count], batches, iterations)
-    held = batches.count(held_out=True)
-    return Verdict(tuple(rows), held, _sentence(rows, held), _advice(rows, networks))
+    samples = batches.count(held_out=True)
+    return Verdict(tuple(rows), samples, _sentence(rows, samples), _advice(rows, networks))
 
 
 def _compiled(compiled: Compiled, inputs: Iterable[Any], options: Mapping[str, Any]) -> Compiled:
     plan = compiled.plan
     start = Options(correction=plan.correction, sweep=plan.sweep, seed=plan.seed)
-    wanted = Options.of(start, options).calibrated()
+    calibrated = Options.of(start, options).calibrated()
     compilation, results = run_passes(
-        Compilation(program=compiled.program, options=wanted), COMPILE
+        Compilation(program=compiled.program, options=calibrated), COMPILE
     )
     assert compilation.analysis is not None
-    return choose(gather(compilation, results), compilation.analysis, wanted, inputs)
+    return choose(gather(compilation, results), compilation.analysis, calibrated, inputs)
 
 
 def _rows(network: Compiled, batches: CalibrationBatches, iterations: int) -> list[VerdictRow]:
-    held = [inputs for held_out, inputs in batches.split() if held_out]
+    held_out = [inputs for held_out, inputs in batches.split() if held_out]
     rows = []
-    for dialled in dial(network, held, most=iterations):
-        exit_ = fit_early_exit(network, batches, 1 / dialled.speedup)
+    for dial_row in dial(network, held_out, most=iterations):
+        exit_ = fit_early_exit(network, batches, 1 / dial_row.speedup)
         rows.append(
             VerdictRow(
                 stages=len(network.plan.stages),
-                iterations=dialled.iterations,
-                speedup=dialled.speedup,
-                serial_share=dialled.serial_share,
-                fidelity=Fidelity(dialled.agreement, dialled.output_error),
-                exit=None if exit_ is None else _fidelity(network, exit_, held),
+                iterations=dial_row.iterations,
+                speedup=dial_row.speedup,
+                serial_share=dial_row.serial_share,
+                fidelity=Fidelity(dial_row.agreement, dial_row.output_error),
+                exit=None if exit_ is None else _fidelity(network, exit_, held_out),
                 exit_share=None if exit_ is None else exit_.share,
             )
         )
     return rows
 
 
-def _fidelity(network: Compiled, exit_: EarlyExit, held: Iterable[Mapping[str, Any]]) -> Fidelity:
-    agreed, error = Agreement(), Energy()
+def _fidelity(
+    network: Compiled, exit_: EarlyExit, batches: Iterable[Mapping[str, Any]]
+) -> Fidelity:
+    agreement, error = Agreement(), RelativeError()
     with evaluating(network):
-        for inputs in held:
-            found, wanted = judged(exit_(**inputs)), judged(network.sequential(**inputs))
-            agreed.add(found, wanted, batch_size(inputs))
-            error.add(found, wanted)
-    return Fidelity(agreed.share, error.share)
+        for inputs in batches:
+            output = main_output(exit_(**inputs))
+            target = main_output(network.sequential(**inputs))
+            agreement.add(output, target, batch_size(inputs))
+            error.add(output, target)
+    return Fidelity(agreement.share, error.value)
 
 
 def _sentence(rows: Sequence[VerdictRow], samples: int) -> str:
-    """Say in one sentence what the row of one iteration and most stages shows."""
+    """Summarize the row of one iteration and most stages in a sentence."""
     row = _largest(rows)
-    found = (
+    result = (
         f"N = {row.stages}: {row.fidelity} on {samples} held-out samples at "
         f"{row.speedup:.1f} times its speed"
     )
     if row.speedup <= 1:
-        return f"{found}: no gain in time, with fewer stages or a larger model there may be one."
+        return f"{result}: not faster; try fewer stages, or a larger model."
     if row.exit is None:
-        return f"{found}; no early exit is that quick."
-    beside = f"{found}; an early exit of the same latency: {row.exit}"
+        return f"{result}; no early exit is that fast."
+    both = f"{result}; an early exit of the same latency: {row.exit}"
     if row.exit.kept:
-        return f"{beside}. This model does not use its depth: a shorter one does the same."
+        return f"{both}. This model does not use its depth: a shorter one does the same."
     if row.fidelity.kept:
-        return f"{beside}. This depth can be run in parallel as it is."
+        return f"{both}. This depth can be run in parallel as it is."
     if row.fidelity.beats(row.exit, samples):
         return (
-            f"{beside}. The layers behind the exit matter, and running them in parallel keeps more "
-            "of them than leaving them out."
+            f"{both}. The layers after the exit matter, and running them in parallel is closer to "
+            "the original than leaving them out."
         )
-    return f"{beside}. Parallel depth gains nothing here that a shorter network would not give."
+    return f"{both}. A shorter network is as good here as running the depth in parallel."
 
 
 def _largest(rows: Sequence[VerdictRow]) -> VerdictRow:
@@ -216,12 +217,12 @@ def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Compiled]) -> tup
             "are as close to the original"
         )
     if row.fidelity.kept:
-        return (*advice, "more stages may pay: assess tries them")
-    advice.append("fit it: pnn.fit trains the whole to the original's outputs, without labels")
+        return (*advice, "try more stages: assess(..., stages=...)")
+    advice.append("fit it: pnn.fit trains it towards the original's outputs, without labels")
     fewer = [r for r in rows if r.iterations == 1 and r.stages < row.stages and r.speedup > 1]
     more = [r for r in rows if r.stages == row.stages and r.iterations > 1 and r.speedup > 1]
-    for found, words in ((fewer, "take fewer stages"), (more, "iterate")):
-        better = [r for r in found if r.fidelity.beats(row.fidelity)]
+    for candidates, words in ((fewer, "take fewer stages"), (more, "iterate")):
+        better = [r for r in candidates if r.fidelity.beats(row.fidelity)]
         if better:
             best = min(better, key=lambda r: r.fidelity.error)
             advice.append(
@@ -229,11 +230,13 @@ def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Compiled]) -> tup
                 f"{best.speedup:.1f} times its speed"
             )
     if _at_the_limit(networks[row.stages]):
-        advice.append("raise coarse_budget: the best family tried was the dearest one allowed")
+        advice.append(
+            "raise coarse_budget: the best family tried was the most expensive one allowed"
+        )
     return tuple(advice)
 
 
 def _at_the_limit(network: Compiled) -> bool:
-    """Whether a larger correction or guess might have fitted better still."""
+    """Return whether the best operator was the most expensive candidate of its place."""
     specs = [s for stage in network.plan.stages for s in (stage.preprocess, stage.coarse) if s]
     return any(s.tried and s.flops == max(trial.flops for trial in s.tried) for s in specs)

@@ -1,45 +1,49 @@
-"""The error dial: parareal iterations one by one, with an estimate of what error is left.
+"""Run parareal iterations one by one, and estimate the error that remains.
 
-Parareal (Lions, Maday, Turinici 2001) repeats guess and correction; after K = N iterations it gives
-the original network, and it converges superlinearly on the way where the coarse propagators are any
-good (Gander, Vandewalle 2007). How much the last iteration still changed tells what is left.
+Parareal (Lions, Maday, Turinici 2001) corrects its states repeatedly; after K = N iterations it
+equals the original network, and before that it converges superlinearly where the coarse propagators
+are accurate (Gander, Vandewalle 2007). The change of the last iteration estimates the error:
+
+    iteration k     1      2      3
+    change d_k      0.40   0.10   0.02      of the last state, relative
+    d_k / d_{k-1}          0.25   0.20
+    estimate        0.40   0.033  0.005     d_k rho / (1 - rho), see `estimated_errors`
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from passes.errors import OptionError
+from passes.ir.isolation import preserved
 from passes.transform.executor import Executor, State
 from passes.transform.sweep import Role, sweep
-from pnn_compile.fit.isolation import evaluating, measuring
-from pnn_compile.fit.metrics import Agreement, Energy, judged
-from pnn_compile.inputs import batch_size, named_batch
+from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
+from pnn_compile.inputs import batch_size, device_of, named_batch
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
 
-__all__ = ["DialRow", "Iterates", "dial", "estimated_errors", "iterate", "last_states"]
-
 
 @dataclass(frozen=True)
 class Iterates:
-    """What a run of several iterations gave.
+    """Outputs and estimated errors of a run of several iterations.
 
     Attributes:
-        outputs: The outputs of the last iteration, as the model gives them.
+        outputs: The outputs of the last iteration, structured as those of the model.
         iterations: Number K of iterations that were run.
         exact: Whether K = N: the outputs are the original's.
         estimates: Estimated relative error of the last state per iteration and sample, `[K, B]`
             float64; see `estimated_errors`.
-        increments: What each iteration changed of the last state, relative to its norm, `[K, B]`
-            float64; the first against the state that no correction has reached.
+        increments: Change of the last state in each iteration, relative to its norm, `[K, B]`
+            float64; of the first iteration against the uncorrected state.
         times: Predicted time of 1 to K iterations, in the unit of the plan's forecast.
     """
 
@@ -68,54 +72,73 @@ def iterate(
     Args:
         compiled: The network, of any number of iterations.
         inputs: A tensor, a tuple of positional arguments, or a dict of arguments by name.
-        iterations: Most iterations to run; more than N are N. The number of stages N if a
-            tolerance is given, that of the plan if not.
-        tolerance: Stop as soon as the estimate of every sample is below this. An estimate, no
+        iterations: Largest number of iterations, at most N. If None: N if a tolerance is given,
+            else that of the plan.
+        tolerance: Stop as soon as the estimate of every sample is below this. An estimate, not a
             bound: see `estimated_errors`.
+
+    Returns:
+        The outputs of the last iteration, and estimates of all of them.
 
     Raises:
         OptionError: A number is out of range, an argument of the network is missing, or a
             collapsed sweep is asked for more than one iteration.
     """
     plan = compiled.plan
-    most = _most(plan, iterations, tolerance)
-    with measuring(compiled):
-        executor, given = Executor(compiled), named_batch(compiled, inputs)
-        states = last_states(executor, given, most)
-        state, changed = next(states), []
-        for following in states:
-            changed.append(_increment(plan, following, state, batch_size(given)))
-            state = following
-            estimates = estimated_errors(torch.stack(changed), len(plan.stages))
+    most = _max_iterations(plan, iterations, tolerance)
+    with _measuring(compiled):
+        executor, batch = Executor(compiled), named_batch(compiled, inputs)
+        states = last_states(executor, batch, most)
+        state, increments = next(states), []
+        for next_state in states:
+            increments.append(_increment(plan, next_state, state, batch_size(batch)))
+            state = next_state
+            estimates = estimated_errors(torch.stack(increments), len(plan.stages))
             if tolerance is not None and bool((estimates[-1] < tolerance).all()):
                 break
-        outputs = executor.head(state, given)
-    done = len(changed)
+        outputs = executor.head(state, batch)
     return Iterates(
         outputs=outputs,
-        iterations=done,
-        exact=done == len(plan.stages),
+        iterations=len(increments),
+        exact=len(increments) == len(plan.stages),
         estimates=estimates,
-        increments=torch.stack(changed),
-        times=tuple(forecast.time for forecast in plan.forecasts(done)),
+        increments=torch.stack(increments),
+        times=tuple(forecast.time for forecast in plan.forecasts(len(increments))),
     )
+
+
+@contextmanager
+def _measuring(compiled: Compiled) -> Iterator[None]:
+    """Run pieces in the mode of the network, without gradients; restore all state on exit.
+
+    A network of several iterations does not contain the operators whose results it does not need
+    (the preprocessing operator of its last stage): they follow its mode and device.
+    """
+    operators = compiled.operators.named()
+    with preserved(compiled.module, operators), torch.no_grad():
+        contained = set(compiled.module.modules())
+        for operator in operators.children():
+            operator.to(device_of(compiled.module))
+            for module in set(operator.modules()) - contained:
+                module.training = compiled.module.training
+        yield
 
 
 def estimated_errors(increments: torch.Tensor, stages: int) -> torch.Tensor:
     """Estimate the relative error of every iterate from the increments up to it.
 
-    Where an iteration changed d_k and the one before it d_{k-1}, the contraction seen is
-    rho = d_k / d_{k-1}; if it goes on, the increments still to come sum to d_k rho / (1 - rho).
-    That stands for the error where it is below d_k (rho < 1/2). Elsewhere d_k itself does: near
-    rho = 1 the sum says next to nothing, as only N - k increments can follow. So does d_1, which
-    has nothing to compare with. Iterate N is exact: its estimate is 0.
+    With increments d_{k-1} and d_k of two iterations, the observed contraction is
+    rho = d_k / d_{k-1}; if it continues, the increments still to come sum to d_k rho / (1 - rho).
+    This is the estimate where it is below d_k (rho < 1/2). Elsewhere the estimate is d_k itself:
+    near rho = 1 the sum means little, as only N - k increments can follow. It is d_1 in the first
+    iteration, which has no contraction yet. Iterate N is exact: its estimate is 0.
 
-    It is no bound. It sees what moves, not what is right: corrections that do nothing look at
-    K = 1 like corrections that had nothing to do, and increments that stall and grow again look
-    better than they are. Where parareal does not contract (deep trained networks with cheap
-    coarse propagators, before K comes near N) it gives the order of magnitude and tells hard
-    samples from easy ones, no more. It speaks of the last state, before the head, to which the
-    outputs may be more or less sensitive.
+    The estimate is not a bound. It sees changes, not the truth: at K = 1 corrections without effect
+    look like corrections that were not needed, and increments that stall and grow again look better
+    than they are. Where parareal does not contract (deep trained networks with cheap coarse
+    propagators, before K approaches N) it returns the order of magnitude and separates hard samples
+    from easy ones, no more. It concerns the last state, before the head; the outputs may be more or
+    less sensitive.
 
     Args:
         increments: Relative increments of the iterations 1 to K, `[K, B]`.
@@ -123,16 +146,19 @@ def estimated_errors(increments: torch.Tensor, stages: int) -> torch.Tensor:
 
     Returns:
         Estimates `[K, B]`.
+
+    >>> estimated_errors(torch.tensor([[0.4], [0.1], [0.02]]), stages=8).flatten()
+    tensor([0.4000, 0.0333, 0.0050])
     """
-    found = increments.clone()
+    estimates = increments.clone()
     for k in range(1, len(increments)):
         rho = increments[k] / increments[k - 1]
-        found[k] *= torch.where(rho < 0.5, rho / (1 - rho), 1.0)
-    found[stages - 1 :] = 0.0
-    return found
+        estimates[k] *= torch.where(rho < 0.5, rho / (1 - rho), 1.0)
+    estimates[stages - 1 :] = 0.0
+    return estimates
 
 
-def _most(plan: Plan, iterations: int | None, tolerance: float | None) -> int:
+def _max_iterations(plan: Plan, iterations: int | None, tolerance: float | None) -> int:
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise OptionError(f"the tolerance must be above 0 (got {tolerance})")
     if iterations is None:
@@ -143,7 +169,7 @@ def _most(plan: Plan, iterations: int | None, tolerance: float | None) -> int:
     if plan.sweep == "collapsed" and most > 1:
         raise OptionError(
             "a collapsed sweep has one iteration: its corrections reach the last state only, so "
-            "there is nothing to iterate on; pass iterations=1, or compile with sweep='chain'"
+            "further iterations change nothing; pass iterations=1, or compile with sweep='chain'"
         )
     return most
 
@@ -153,7 +179,7 @@ def last_states(executor: Executor, inputs: Mapping[str, Any], most: int) -> Ite
     plan = executor.plan
     last = len(plan.stages) - 1
     uncorrected: State = {}
-    # Nothing is pruned: the last state of every iteration is looked at.
+    # Nothing is pruned: the caller reads the last state of every iteration.
     for step, state in executor.run(sweep(last + 1, plan.sweep, most, prune=False), inputs):
         if step.role is Role.FINE and not step.iteration:
             uncorrected = executor.advance(step.stage, uncorrected, state)
@@ -164,29 +190,29 @@ def last_states(executor: Executor, inputs: Mapping[str, Any], most: int) -> Ite
 
 
 def _increment(plan: Plan, new: State, old: State, samples: int) -> torch.Tensor:
-    """Norm of the change of each sample over the norm of what it became, `[B]`.
+    """Compute the norm of the change of each sample over the norm of the new state, `[B]`.
 
     Several tensors count as one long vector. An axis that merges the batch with another one
-    (`[B T, C]`) counts as rows of the sample that they belong to.
+    (`[B T, C]`) is split into rows by sample.
     """
-    change, whole = torch.zeros(()), torch.zeros(())
+    change, total = torch.zeros(()), torch.zeros(())
     for value in plan.interfaces[-1].state:
         axis = value.spec.batch_axis or 0
-        now, before = new[value.name], old[value.name]
-        change = _energies(now - before, axis, samples) + change.to(now.device)
-        whole = _energies(now, axis, samples) + whole.to(now.device)
-    return (change / whole.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        after, before = new[value.name], old[value.name]
+        change = _squared_norms(after - before, axis, samples) + change.to(after.device)
+        total = _squared_norms(after, axis, samples) + total.to(after.device)
+    return (change / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
 
 
-def _energies(tensor: torch.Tensor, axis: int, samples: int) -> torch.Tensor:
-    """Energy of each sample `[B]`, or of all of them `[1]` where the axis does not divide."""
+def _squared_norms(tensor: torch.Tensor, axis: int, samples: int) -> torch.Tensor:
+    """Compute it for each sample `[B]`, or for all together `[1]` where the axis is no multiple."""
     rows = samples if samples and tensor.shape[axis] % samples == 0 else 1
     return tensor.movedim(axis, 0).reshape(rows, -1).abs().double().square().sum(1)
 
 
 @dataclass(frozen=True)
 class DialRow:
-    """What K iterations give, and what they take.
+    """Errors and predicted speed of K iterations.
 
     Attributes:
         iterations: K.
@@ -196,7 +222,7 @@ class DialRow:
         agreement: Share of samples whose largest output is the original's; of outputs that are
             equal, where they are whole numbers; None where they have no largest one.
         speedup: Predicted speed-up over the original, links not counted.
-        serial_share: Coarse sweeps and head over the original's cost.
+        serial_share: Cost of the coarse sweeps and the head over the original's.
         samples: Number of samples.
     """
 
@@ -213,19 +239,19 @@ class DialRow:
 def dial(
     compiled: Compiled, batches: Iterable[Any], *, most: int | None = None
 ) -> tuple[DialRow, ...]:
-    """Measure on samples what every number of iterations from 1 to N gives, in evaluation mode.
+    """Measure errors and predicted speed of 1 to N iterations on samples, in evaluation mode.
 
-    The original is the fine stages one after another, as they are now. Calibration leaves them
-    alone; training or an end-to-end fit at K = 1 moves them, and then more iterations lead to
-    another network than the one that was compiled.
+    The original is the fine stages in sequence, as they are now. Calibration does not change them.
+    Training or an end-to-end fit at K = 1 does, and then more iterations converge to another
+    network than the one that was compiled.
 
     Args:
         compiled: The network, of any number of iterations.
-        batches: Batches of inputs, as in `calibrate`; gone through once.
+        batches: Batches of inputs, as in `calibrate`; iterated once.
         most: Largest number of iterations to measure; N if None.
 
     Returns:
-        A row for every K, from 1 on; for K = 1 alone of a collapsed sweep.
+        A row for every K from 1; of a collapsed sweep for K = 1 alone.
 
     Raises:
         OptionError: There are no batches, or one does not fit the model.
@@ -237,11 +263,10 @@ def dial(
     with evaluating(compiled):
         executor = Executor(compiled)
         for batch in batches:
-            wanted = judged(compiled.sequential(**named_batch(compiled, batch)))
-            inputs = named_batch(compiled, batch)
-            _tally(executor, inputs, wanted, tallies)
+            target = main_output(compiled.sequential(**named_batch(compiled, batch)))
+            _add_batch(executor, named_batch(compiled, batch), target, tallies)
     if not tallies[0].samples:
-        raise OptionError("the dial needs at least one batch of samples; there is none")
+        raise OptionError("dial needs at least one batch of samples (got none)")
     forecasts = plan.forecasts(most)
     rows = enumerate(zip(tallies, forecasts, strict=True), 1)
     return tuple(
@@ -249,8 +274,8 @@ def dial(
             iterations=iterations,
             estimate_mean=torch.cat(tally.estimates).mean().item(),
             estimate_p95=torch.cat(tally.estimates).quantile(0.95).item(),
-            output_error=tally.output.share,
-            agreement=tally.agreed.share,
+            output_error=tally.error.value,
+            agreement=tally.agreement.share,
             speedup=forecast.speedup,
             serial_share=forecast.serial_share,
             samples=tally.samples,
@@ -259,29 +284,30 @@ def dial(
     )
 
 
+@dataclass
 class _Tally:
     """Sums over the samples, for one number of iterations."""
 
-    def __init__(self) -> None:
-        self.estimates: list[torch.Tensor] = []
-        self.output = Energy()
-        self.agreed = Agreement()
-        self.samples = 0
+    estimates: list[torch.Tensor] = field(default_factory=list)
+    error: RelativeError = field(default_factory=RelativeError)
+    agreement: Agreement = field(default_factory=Agreement)
+    samples: int = 0
 
 
-def _tally(
-    executor: Executor, inputs: Mapping[str, Any], wanted: torch.Tensor, tallies: Sequence[_Tally]
+def _add_batch(
+    executor: Executor, inputs: Mapping[str, Any], target: torch.Tensor, tallies: Sequence[_Tally]
 ) -> None:
-    """Count one batch at every number of iterations."""
+    """Add one batch to the tally of every number of iterations."""
     plan, size = executor.plan, batch_size(inputs)
     states = last_states(executor, inputs, len(tallies))
-    before, changed = next(states), []
+    before, increments = next(states), []
     for tally, state in zip(tallies, states, strict=True):
-        changed.append(_increment(plan, state, before, size))
+        increments.append(_increment(plan, state, before, size))
         before = state
-        tally.estimates.append(estimated_errors(torch.stack(changed), len(plan.stages))[-1].cpu())
-        # The head may write into what it is given, and the next iteration reads on.
-        found = judged(executor.head({n: v.clone() for n, v in state.items()}, inputs))
-        tally.output.add(found, wanted)
-        tally.agreed.add(found, wanted, size)
+        estimates = estimated_errors(torch.stack(increments), len(plan.stages))
+        tally.estimates.append(estimates[-1].cpu())
+        # The head may write into its inputs, which the next iteration reads.
+        output = main_output(executor.head({n: v.clone() for n, v in state.items()}, inputs))
+        tally.error.add(output, target)
+        tally.agreement.add(output, target, size)
         tally.samples += size

@@ -1,8 +1,12 @@
-"""A network in which adding and subtracting whole states rounds hardly at all.
+"""Rebuild a network such that adding and subtracting whole states hardly rounds.
 
-Where a guess is far larger than the state that it stands for, the digits of the state are lost when
-both are added and subtracted, though the wiring be right. Here the states are in float64, and every
-guess has the magnitude of its state: what differs still is wired wrongly.
+Where a guess is far larger than the state that it approximates, adding and subtracting both loses
+the digits of the state, although the network is right. Guess 1e8, state 1.25, float32:
+
+    1e8 + (1.25 - 1e8) = 0.0        1.25 + (1.25 - 1.25) = 1.25 after scaling the guess
+
+Here the states are in float64, and every guess is scaled to the magnitude of its state: an error
+that remains comes from a wrong network.
 """
 
 from __future__ import annotations
@@ -23,11 +27,9 @@ from passes.plan.schema import Plan
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators
 
-__all__ = ["even_operators", "in_double"]
-
 
 def in_double(program: Program, stages: Stages) -> tuple[Program, Stages]:
-    """Return copies of a program and its stages in float64: inputs, weights, precisions asked for.
+    """Return copies of a program and its stages in float64: inputs, weights, dtype arguments.
 
     Raises:
         RuntimeError: The module of a node cannot be converted.
@@ -52,27 +54,27 @@ _METHODS = ("float", "half", "bfloat16")
 
 
 def _widened(value: Any) -> Any:
-    """A precision, or a tensor of it, in float64; anything else as it is."""
+    """Return floating-point dtypes and tensors in float64, anything else as it is."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     floating = isinstance(value, torch.dtype) and value.is_floating_point
     return torch.float64 if floating else value
 
 
-class _Even(nn.Module):
-    """Gives the guess another gives, each tensor with the magnitude of its state."""
+class _ScaledPreprocess(nn.Module):
+    """A preprocessing operator whose guesses are scaled to the magnitudes of the states."""
 
-    def __init__(self, guess: nn.Module, magnitudes: Sequence[float]) -> None:
+    def __init__(self, preprocess: nn.Module, magnitudes: Sequence[float]) -> None:
         super().__init__()
-        self.guess = guess
+        self.preprocess = preprocess
         self.magnitudes = tuple(magnitudes)
 
     def forward(self, *values: Tensor) -> Any:
-        """Guess the states, in the shapes that the guess gives them."""
-        made = self.guess(*values)
-        if isinstance(made, Tensor):
-            return _scaled(made, self.magnitudes[0])
-        return tuple(map(_scaled, made, self.magnitudes))
+        """Return the scaled guess: a tensor, or a tuple of them."""
+        guess = self.preprocess(*values)
+        if isinstance(guess, Tensor):
+            return _scaled(guess, self.magnitudes[0])
+        return tuple(map(_scaled, guess, self.magnitudes))
 
 
 def _scaled(guess: Tensor, magnitude: float) -> Tensor:
@@ -84,34 +86,37 @@ def _magnitude(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
 
 
-class _Magnitudes(Interpreter):
-    """Runs a program and notes the largest magnitude of every floating point value."""
+class _MagnitudeRecorder(Interpreter):
+    """Run a program and record the largest magnitude of every floating-point value."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[str, float] = {}
+        self.by_node: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.found[n.name] = _magnitude(value.detach())
+            self.by_node[n.name] = _magnitude(value.detach())
         return value
 
 
-def even_operators(program: Program, plan: Plan, operators: Operators) -> Operators:
+def scaled_operators(program: Program, plan: Plan, operators: Operators) -> Operators:
     """Return operators whose guesses have the magnitudes of the states, on the example inputs.
 
     Args:
-        program: What the states are measured on, in evaluation mode.
-        plan: Where it is cut.
-        operators: The guesses and corrections.
+        program: The original; its states are measured in evaluation mode.
+        plan: Its cuts.
+        operators: The preprocessing operators and coarse propagators.
     """
-    meter = _Magnitudes(program.module)
+    recorder = _MagnitudeRecorder(program.module)
     with preserved(program.module), torch.no_grad():
         program.module.eval()
-        meter.run(*(program.args[str(node.target)] for node in program.inputs))
-    guesses = {
-        number: _Even(guess, [meter.found[v.name] for v in plan.interfaces[number - 1].state])
-        for number, guess in operators.preprocess.items()
+        recorder.run(*(program.args[str(node.target)] for node in program.inputs))
+    magnitudes = [
+        [recorder.by_node[value.name] for value in face.state] for face in plan.interfaces
+    ]
+    preprocess = {
+        number: _ScaledPreprocess(operator, magnitudes[number - 1])
+        for number, operator in operators.preprocess.items()
     }
-    return Operators(guesses, operators.coarse)
+    return Operators(preprocess, operators.coarse)

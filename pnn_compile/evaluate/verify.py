@@ -1,7 +1,15 @@
-"""The oracles: what must hold of every compiled network, whatever its weights are.
+"""Verify a compiled network: properties that hold whatever its weights are.
 
-None of them says anything about accuracy with K = 1: they say that the compiler cut, wired and
-assembled the right network.
+They say that the compiler cut the model and assembled the network correctly; they say nothing about
+its accuracy at K = 1. With three stages:
+
+    stages in sequence         head(g_2(g_1(g_0(x))))           = model(x), gradients too
+    F_j = g_j, difference form u_j = g_j(x_j) + g_j(u_{j-1}) - g_j(x_j)     = the original's state
+    K = 3 iterations           every stage is exact by then     = the original's state
+
+The last two add and subtract whole states, which rounds. An error above the tolerance counts only
+if rounding does not explain it (`_noise`) and if it remains in float64
+(`pnn_compile.evaluate.rounding`).
 """
 
 from __future__ import annotations
@@ -39,27 +47,28 @@ from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan
 from passes.transform.assemble import assemble, sequential
 from passes.transform.synthesize import synthesize
-from pnn_compile.evaluate.rounding import even_operators, in_double
+from pnn_compile.evaluate.rounding import in_double, scaled_operators
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["Check", "VerifyReport", "verify"]
-
 _SLACK = 100.0
-"""Times the tolerance of `passes.ir.run_step` for checks that add and subtract whole states."""
+"""Factor on the tolerance of `passes.ir.run_step` where whole states are added and subtracted."""
+
+_DRAWS = 3
+"""Runs with random rounding errors, whose largest change is the noise of an output."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """Result of one check.
 
     Attributes:
-        name: What was compared with what.
+        name: The two sides of the comparison.
         error: Largest difference over the largest magnitude; None where nothing is measured.
         limit: Largest error that counts as equal.
         reason: Why it failed; "" if it passed.
-        seconds: Wall seconds that it took.
+        seconds: Wall time of the check.
     """
 
     name: str
@@ -76,7 +85,7 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What the checks found."""
+    """Results of all checks."""
 
     checks: tuple[Check, ...]
 
@@ -87,18 +96,23 @@ class VerifyReport:
 
 
 def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
-    """Run every oracle on a compiled network.
+    """StepResult every check on a compiled network.
 
-    The stages one after another must equal the program in training mode (outputs, gradients,
-    buffers after the step) and in evaluation mode; the network with the fine stages as coarse
-    propagators, and the network with K = N iterations, must equal it in evaluation mode; a linear
-    network cut into as many stages must satisfy the paper's consistency theorem; the network
-    itself must run both ways and give finite values of the original's shapes; and the checkpoint
-    keys must map one to one.
+    - The stages in sequence equal the program, in training mode (outputs, gradients, buffers after
+      the step) and in evaluation mode.
+    - The network with the fine stages as coarse propagators, and the network of K = N iterations,
+      equal it in evaluation mode.
+    - A linear network of as many stages satisfies the paper's consistency theorem.
+    - The network itself runs forward and backward; its outputs are finite and have the shapes of
+      the original's.
+    - The checkpoint keys map one to one.
 
     Args:
         compiled: The network.
         strict: Whether to raise if a check fails.
+
+    Returns:
+        The results, in the order above.
 
     Raises:
         VerificationError: A check failed, under `strict`.
@@ -112,17 +126,17 @@ def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
     return report
 
 
-_Oracle = Callable[["Compiled"], Check]
+_CheckFunction = Callable[["Compiled"], Check]
 
 
-def _timed(compiled: Compiled, check: _Oracle) -> Check:
+def _timed(compiled: Compiled, check: _CheckFunction) -> Check:
     start = time.perf_counter()
     result = check(compiled)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
 def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
-    """Run a network that shares the program's parameters, on the example inputs."""
+    """StepResult a network that shares the program's parameters, on the example inputs."""
     return _run_by(compiled.program, lambda inputs: network(**inputs), train=train, grad=grad)
 
 
@@ -137,12 +151,12 @@ def _run_by(
 
 
 def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Module) -> StepResult:
-    """Run in evaluation mode: the outputs of one network, and what reaches the head of another."""
+    """Run in evaluation mode; return the output of `outputs` and what the head of `network` reads."""
 
     def forward(inputs: dict[str, Any]) -> Any:
         states: list[Any] = []
         head = network.get_submodule("head")
-        hook = head.register_forward_pre_hook(lambda _, given: states.extend(given))
+        hook = head.register_forward_pre_hook(lambda _, arguments: states.extend(arguments))
         with hook:
             output = network(**inputs)
         if outputs is not network:
@@ -155,15 +169,17 @@ def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Modu
 
 
 def _noise(program: Program, chain: fx.GraphModule) -> list[float]:
-    """How much the outputs and the last state move where every state is rounded once more.
+    """Measure how far outputs and last state move if every state is rounded once more.
 
-    The scale of a comparison of networks that add and subtract whole states: an output that is a
-    small difference of large numbers (the sum over a normalised axis) has no digits of its own,
-    and what stages do to a rounding error grows with their number. A wrong edge, sign or weight
-    moves the states by far more.
+    It is the scale of errors in networks that add and subtract whole states: an output that is a
+    small difference of large numbers (the sum over a normalized axis) has no digits of its own,
+    and stages amplify a rounding error. A wrong edge, sign or weight moves the states by far more.
+
+    Returns:
+        The tolerated change of every output and state tensor, relative.
     """
-    still = _run_with_states(program, chain, chain)
-    moved = [0.0] * len(still.outputs)
+    reference = _run_with_states(program, chain, chain)
+    largest = [0.0] * len(reference.outputs)
     generator = torch.Generator().manual_seed(0)
 
     def round_again(*call: Any) -> Any:
@@ -174,18 +190,15 @@ def _noise(program: Program, chain: fx.GraphModule) -> list[float]:
             for name, child in chain.named_children():
                 if name.startswith("fine_"):
                     hooks.enter_context(child.register_forward_hook(round_again))
-            again = _run_with_states(program, chain, chain)
-        for index, pair in enumerate(zip(again.outputs, still.outputs, strict=True)):
+            rounded = _run_with_states(program, chain, chain)
+        for index, pair in enumerate(zip(rounded.outputs, reference.outputs, strict=True)):
             change = difference(*pair)
-            moved[index] = max(moved[index], change if math.isfinite(change) else 0.0)
-    return [_SLACK * most for most in moved]
-
-
-_DRAWS = 3
+            largest[index] = max(largest[index], change if math.isfinite(change) else 0.0)
+    return [_SLACK * change for change in largest]
 
 
 def _rounded(value: Any, generator: torch.Generator) -> Any:
-    """A tensor with a random error of the size of its rounding."""
+    """Add a random error of the size of its rounding to a tensor."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
         return value
     size = torch.finfo(value.dtype).eps * value.abs().max()
@@ -193,29 +206,30 @@ def _rounded(value: Any, generator: torch.Generator) -> Any:
     return value + size * error.to(value)
 
 
-def _held_against(
+def _compare_with_program(
     compiled: Compiled, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
 ) -> Check:
     try:
-        wanted = _run(compiled, compiled.program.module, train=train, grad=grad)
+        original = _run(compiled, compiled.program.module, train=train, grad=grad)
     except (RuntimeError, ValueError) as error:
         if not train:
             raise
-        # Capture has said already that the model cannot run in training mode on this example.
+        # Capture has warned already that the model cannot run in training mode on this example.
         return Check(f"{name} (not run: {error})", None, None, "", 0.0)
     with preserved(network):
         network.train(train)
-        got = _run(compiled, network, train=train, grad=grad)
-    limit = _loosest(compiled.plan, wanted) * slack
-    return Check(name, _error(got, wanted), limit, compare(got, wanted, slack, limit), 0.0)
+        result = _run(compiled, network, train=train, grad=grad)
+    limit = _tolerance(compiled.plan, original) * slack
+    reason = compare(result, original, slack, limit)
+    return Check(name, _error(result, original), limit, reason, 0.0)
 
 
-def _error(got: StepResult, wanted: StepResult, noise: Sequence[float] = ()) -> float:
-    """The largest relative error of an output, those left out that rounding explains."""
-    triples = zip(got.outputs, wanted.outputs, noise or [-1.0] * len(wanted.outputs), strict=True)
+def _error(result: StepResult, original: StepResult, noise: Sequence[float] = ()) -> float:
+    """Return the largest relative error of an output, except errors that rounding explains."""
+    noise = noise or [-1.0] * len(original.outputs)
     errors = [
         relative_error(a, b)
-        for a, b, explained in triples
+        for a, b, explained in zip(result.outputs, original.outputs, noise, strict=True)
         if isinstance(a, torch.Tensor) and difference(a, b) > explained
     ]
     return max(errors, default=0.0)
@@ -223,12 +237,16 @@ def _error(got: StepResult, wanted: StepResult, noise: Sequence[float] = ()) -> 
 
 def _stages_train(compiled: Compiled) -> Check:
     name = "stages in sequence = original, training (outputs, gradients, buffers)"
-    return _held_against(compiled, name, compiled.sequential, train=True, grad=True, slack=1.0)
+    return _compare_with_program(
+        compiled, name, compiled.sequential, train=True, grad=True, slack=1.0
+    )
 
 
 def _stages_eval(compiled: Compiled) -> Check:
     name = "stages in sequence = original, evaluation"
-    return _held_against(compiled, name, compiled.sequential, train=False, grad=False, slack=1.0)
+    return _compare_with_program(
+        compiled, name, compiled.sequential, train=False, grad=False, slack=1.0
+    )
 
 
 def _exact_coarse(compiled: Compiled) -> Check:
@@ -242,86 +260,91 @@ def _exact_coarse(compiled: Compiled) -> Check:
         else stage
         for stage in plan.stages
     )
-    oracle = dataclasses.replace(
+    exact = dataclasses.replace(
         plan, stages=stages, correction="difference", sweep="chain", iterations=1
     )
-    return _oracle(compiled, "coarse = fine, difference form = original, evaluation", oracle)
+    return _exact_network(compiled, "coarse = fine, difference form = original, evaluation", exact)
 
 
 def _all_iterations(compiled: Compiled) -> Check:
     count = len(compiled.plan.stages)
-    oracle = dataclasses.replace(
+    exact = dataclasses.replace(
         compiled.plan, correction="difference", sweep="chain", iterations=count
     )
     name = f"K = N = {count} iterations, every stage every time = original, evaluation"
-    return _oracle(compiled, name, oracle, reuse=False)
+    return _exact_network(compiled, name, exact, reuse=False)
 
 
-def _oracle(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:
-    once = _run(compiled, compiled.program.module, train=False, grad=False)
-    # These networks compute stages again, which such models do not allow; see make_plan.
-    if once.changed:
+def _exact_network(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:
+    """Assemble the network of a plan that makes it exact, and compare it with the original."""
+    original = _run(compiled, compiled.program.module, train=False, grad=False)
+    # These networks compute stages several times, which such models do not allow; see make_plan.
+    if original.changed:
         return Check(f"{name} (not run: every call changes buffers)", None, None, "", 0.0)
     if _draws(compiled.program):
         return Check(f"{name} (not run: every call draws random numbers)", None, None, "", 0.0)
     operators = synthesize(compiled.program, plan, compiled.stages)
     if compiled.conversion is not None:
-        for made in (*operators.preprocess.values(), *operators.coarse.values()):
-            made.to(compiled.conversion[1])
+        for operator in (*operators.preprocess.values(), *operators.coarse.values()):
+            operator.to(compiled.conversion[1])
     network = assemble(compiled.program, plan, compiled.stages, operators, reuse=reuse)
-    check = _with_states(compiled.program, compiled.sequential, network, name, compiled.plan)
-    return check if check.passed else _without_rounding(compiled, check, plan, reuse)
+    check = _compare_states(compiled.program, compiled.sequential, network, name, compiled.plan)
+    return check if check.passed else _repeat_in_float64(compiled, check, plan, reuse)
 
 
-def _with_states(
+def _compare_states(
     program: Program, chain: fx.GraphModule, network: fx.GraphModule, name: str, plan: Plan
 ) -> Check:
-    """Hold the outputs of a network, and the state that reaches its head, against the original."""
-    wanted = _run_with_states(program, chain, program.module)
-    got = _run_with_states(program, network, network)
-    limit = _loosest(plan, wanted) * _SLACK
+    """Compare the outputs of a network, and the state that its head reads, with the original's."""
+    original = _run_with_states(program, chain, program.module)
+    result = _run_with_states(program, network, network)
+    limit = _tolerance(plan, original) * _SLACK
     noise: list[float] = []
-    if compare(got, wanted, _SLACK, limit):
+    if compare(result, original, _SLACK, limit):
         noise = _noise(program, chain)
-    reason = compare(got, wanted, _SLACK, limit, noise)
-    return Check(name, _error(got, wanted, noise), limit, reason, 0.0)
+    reason = compare(result, original, _SLACK, limit, noise)
+    return Check(name, _error(result, original, noise), limit, reason, 0.0)
 
 
-def _loosest(plan: Plan, wanted: StepResult) -> float:
-    """Tolerance of the lowest precision among states and outputs."""
+def _tolerance(plan: Plan, original: StepResult) -> float:
+    """Return the tolerance of the lowest precision among states and outputs."""
     types = {getattr(torch, v.spec.dtype) for i in plan.interfaces for v in i.state}
-    types |= {value.dtype for value in wanted.outputs if isinstance(value, torch.Tensor)}
+    types |= {value.dtype for value in original.outputs if isinstance(value, torch.Tensor)}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in types)
 
 
 def _draws(program: Program) -> bool:
-    """Whether a program draws random numbers in evaluation mode."""
+    """Return whether a program draws random numbers in evaluation mode."""
     with preserved(program.module), torch.no_grad():
         state = torch.get_rng_state()
         program.module.eval()(*program.fresh_inputs())
         return not torch.equal(state, torch.get_rng_state())
 
 
-def _without_rounding(compiled: Compiled, failed: Check, plan: Plan, reuse: bool) -> Check:
-    """Repeat a check where rounding is no excuse, and believe that if it passes."""
+def _repeat_in_float64(compiled: Compiled, failed: Check, plan: Plan, reuse: bool) -> Check:
+    """Repeat a failed check in float64 with guesses of the states' magnitude.
+
+    Returns:
+        A check that passes if this one does; else the failed one, with both reasons.
+    """
     try:
         program, stages = in_double(compiled.program, compiled.stages)
         chain = sequential(program, plan, stages)
         operators = synthesize(program, plan, stages)
-        for made in (*operators.preprocess.values(), *operators.coarse.values()):
-            made.double()
-        operators = even_operators(program, plan, operators)
+        for operator in (*operators.preprocess.values(), *operators.coarse.values()):
+            operator.double()
+        operators = scaled_operators(program, plan, operators)
         network = assemble(program, plan, stages, operators, reuse=reuse)
-        wanted = _run_with_states(program, chain, program.module)
-        got = _run_with_states(program, network, network)
+        original = _run_with_states(program, chain, program.module)
+        result = _run_with_states(program, network, network)
         noise = _noise(program, chain)
-    except (RuntimeError, TypeError) as error:  # a module that is kept whole may know one precision
+    except (RuntimeError, TypeError) as error:  # an opaque module may support one precision only
         return dataclasses.replace(failed, reason=f"{failed.reason}; not in float64: {error}")
     limit = TOLERANCE[torch.float64] * _SLACK
-    if reason := compare(got, wanted, _SLACK, noise=noise):
+    if reason := compare(result, original, _SLACK, noise=noise):
         return dataclasses.replace(failed, reason=f"{failed.reason}; in float64, {reason}")
     name = f"{failed.name} (in float64, guesses of the states' magnitude; else {failed.reason})"
-    largest = _error(got, wanted, noise)
+    largest = _error(result, original, noise)
     return dataclasses.replace(failed, name=name, error=largest, limit=limit, reason="")
 
 
@@ -330,57 +353,58 @@ def _consistency(compiled: Compiled) -> Check:
     name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
     with seeded(0):
         layers = [nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(2 * count + 1)]
-        for layer in layers:  # or states shrink, stage by stage, until rounding is all there is
+        for layer in layers:  # else states shrink from stage to stage until only rounding remains
             nn.init.orthogonal_(layer.weight)
         x = torch.randn(4, 8, dtype=torch.float64)
     network = nn.Sequential(*layers)
     program = capture(network, (x,))
-    made, _ = run_passes(
+    compilation, _ = run_passes(
         Compilation(
             program=program, options=Options(stages=count, coarse="exact", correction="residual")
         ),
         COMPILE,
     )
-    assert isinstance(made.module, fx.GraphModule)
+    assert isinstance(compilation.module, fx.GraphModule)
     with torch.no_grad():
-        error = relative_error(made.module(x), network(x))
+        error = relative_error(compilation.module(x), network(x))
     limit = TOLERANCE[torch.float64] * _SLACK
     reason = "" if error <= limit else f"relative error {error:.1e} (limit {limit:.0e})"
     return Check(name, error, limit, reason, 0.0)
 
 
 def _network_runs(compiled: Compiled) -> Check:
-    """The network itself: whether it runs both ways and gives what the original does."""
+    """Check that the network runs forward and backward, with plausible values."""
     name = "the network runs, forward and backward: shapes of the original, finite values"
     reasons = []
     for train in (False, True):
         try:
-            wanted = _run(compiled, compiled.program.module, train=train, grad=False)
+            original = _run(compiled, compiled.program.module, train=train, grad=False)
         except (RuntimeError, ValueError):
-            continue  # the model cannot run in this mode on its example, as capture has said
+            continue  # capture has warned that the model cannot run in this mode on its example
         with preserved(compiled.module):
             compiled.module.train(train)
             try:
-                got = _run(compiled, compiled.module, train=train, grad=train)
+                result = _run(compiled, compiled.module, train=train, grad=train)
             except Exception as error:
                 reasons.append(f"it fails: {error}")
                 continue
-        reasons += _implausible(got, wanted)
+        reasons += _implausible(result, original)
     return Check(name, None, None, "; ".join(dict.fromkeys(reasons)), 0.0)
 
 
-def _implausible(got: StepResult, wanted: StepResult) -> list[str]:
+def _implausible(result: StepResult, original: StepResult) -> list[str]:
+    """List reasons why outputs or gradients are implausible: other shapes, values not finite."""
     reasons = []
-    for value, model in zip(got.outputs, wanted.outputs, strict=True):
+    for value, model in zip(result.outputs, original.outputs, strict=True):
         if not isinstance(model, torch.Tensor):
             continue
         if value.shape != model.shape or value.dtype != model.dtype:
             reasons.append(f"an output is {list(value.shape)}, the original's {list(model.shape)}")
         elif model.is_meta:
-            continue  # no values to look at
+            continue  # it has no values
         elif bool(torch.isfinite(model).all()) and not bool(torch.isfinite(value).all()):
             reasons.append("an output is not finite")
-    gradients = [g for g in got.gradients.values() if g is not None and not g.is_meta]
+    gradients = [g for g in result.gradients.values() if g is not None and not g.is_meta]
     if any(not bool(torch.isfinite(gradient).all()) for gradient in gradients):
         reasons.append("a gradient is not finite")
     return reasons
@@ -388,16 +412,16 @@ def _implausible(got: StepResult, wanted: StepResult) -> list[str]:
 
 def _keys(compiled: Compiled) -> Check:
     name = "checkpoint keys of the stages = keys of the original, one to one"
-    wanted = {*compiled.program.module.state_dict(), *compiled.program.unused}
-    found = set(compiled.original_state_dict())
+    original = {*compiled.program.module.state_dict(), *compiled.program.unused}
+    mapped = set(compiled.original_state_dict())
     prefixes = ("fine_", "preprocess_", "coarse_", "head.")
     stray = [key for key in compiled.module.state_dict() if not key.startswith(prefixes)]
-    wrong = sorted(wanted ^ found) + stray
+    wrong = sorted(original ^ mapped) + stray
     reason = f"{len(wrong)} keys differ ({', '.join(wrong[:3])})" if wrong else ""
     return Check(name, None, None, reason, 0.0)
 
 
-_CHECKS: tuple[_Oracle, ...] = (
+_CHECKS: tuple[_CheckFunction, ...] = (
     _stages_train,
     _stages_eval,
     _exact_coarse,

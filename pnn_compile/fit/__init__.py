@@ -1,5 +1,5 @@
 """Fit a compiled network to a trained model: in closed form, by distillation, end to end.
 
 In: a compiled network and samples. Out: the same network with other weights, and a report. Read
-`calibrate.py` first, then `train.py`.
+`calibrate.py` and `regression_sweep.py` first, then `train.py`.
 """

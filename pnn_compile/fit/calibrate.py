@@ -1,8 +1,7 @@
-"""Calibration: fit guesses and corrections in closed form to a model that is trained already.
+"""Calibrate: fit preprocessing operators and coarse propagators to a model, in closed form.
 
-The guesses are fitted first, each to the state that really enters its stage. Then, in the order of
-the sweep, each correction is fitted on the residuals that really reach it, to the error that is
-really left behind its stage. Batches are streamed; only sums of products are kept, in float64.
+`pnn_compile.fit.regression_sweep` does the fit. Every fifth batch is held out to measure the errors
+before and after. Batches are streamed; only sums of products are kept, in float64.
 """
 
 from __future__ import annotations
@@ -13,41 +12,93 @@ from typing import TYPE_CHECKING, Any
 
 from passes.transform.executor import Executor
 from passes.transform.sweep import Symbol, sweep
-from pnn_compile.fit.calibration_report import CalibrationReport, InterfaceError
-from pnn_compile.fit.isolation import evaluating
-from pnn_compile.fit.metrics import Agreement, Energy, judged
-from pnn_compile.fit.regression_sweep import Candidates, Given, fit_closed_form
+from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
+from pnn_compile.fit.regression_sweep import Candidates, CurrentOperators, fit_closed_form
 from pnn_compile.inputs import CalibrationBatches, batch_size
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["calibrate", "calibrate_by_choice"]
+
+@dataclass(frozen=True)
+class InterfaceError:
+    """Relative errors, on held-out samples, of the states around one stage.
+
+    In a collapsed sweep only the last state is corrected.
+
+    Attributes:
+        stage: Number of the stage.
+        guess_before: Of the guess that enters it, before calibration.
+        guess_after: The same after calibration.
+        uncorrected: Of the state after it, without a correction.
+        corrected_before: With the correction, before calibration.
+        corrected_after: With the correction, after calibration.
+    """
+
+    stage: int
+    guess_before: float
+    guess_after: float
+    uncorrected: float
+    corrected_before: float
+    corrected_after: float
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """Errors before and after calibration, on samples that were not fitted.
+
+    Ridge, rank and family are chosen on these samples too, so the errors are those of the best of
+    a few candidates. Judge a network that is fitted further on samples of its own.
+
+    Attributes:
+        interfaces: Errors by stage.
+        agreement_before: Share of held-out samples whose largest output is the original's; of
+            outputs that are equal, where they are whole numbers; None where there is no largest.
+        agreement_after: The same after calibration.
+        output_error_before: Relative error of the outputs against the original's.
+        output_error_after: The same after calibration.
+        fitted: Number of samples that were fitted.
+        held_out: Number of samples that were held out.
+        recalibrated: Operators whose BatchNorm statistics were measured anew, because that lowered
+            their error.
+    """
+
+    interfaces: tuple[InterfaceError, ...]
+    agreement_before: float | None
+    agreement_after: float | None
+    output_error_before: float
+    output_error_after: float
+    fitted: int
+    held_out: int
+    recalibrated: tuple[str, ...] = ()
 
 
 def calibrate(compiled: Compiled, inputs: Iterable[Any]) -> CalibrationReport:
-    """Fit the guesses and corrections of a network to its own fine stages, in closed form.
+    """Fit the operators of a network to its own fine stages, in closed form.
 
     Families "linear" and "lowrank" are fitted by ridge regression, sums of them one part after the
-    other; other families keep their weights (`pnn.fit` trains those), but their BatchNorm
-    statistics are measured anew where that lowers the error. The fine stages are never changed.
+    other. Other families keep their weights (`pnn.fit` trains those), but their BatchNorm
+    statistics are measured anew where that lowers the error. The fine stages never change.
     Deterministic.
 
     Args:
         compiled: The network; its fine stages hold the trained weights.
         inputs: Batches of inputs: a tensor, a tuple of positional arguments, or a dict of
-            arguments by name. Iterated several times, so give a list or a DataLoader that does
-            not shuffle. Every fifth batch judges and is not fitted.
+            arguments by name. Iterated several times: pass a list or a DataLoader that does not
+            shuffle. Every fifth batch is held out.
+
+    Returns:
+        The errors before and after, on held-out samples.
 
     Raises:
         OptionError: There are fewer than two batches, they come from a generator, or a batch does
             not fit the model.
     """
     executor = Executor(compiled)
-    return calibrate_by_choice(compiled, inputs, executor, Given(executor))
+    return calibrate_candidates(compiled, inputs, executor, CurrentOperators(executor))
 
 
-def calibrate_by_choice(
+def calibrate_candidates(
     compiled: Compiled,
     inputs: Iterable[Any],
     executor: Executor,
@@ -55,23 +106,26 @@ def calibrate_by_choice(
     *,
     keep_better: bool = False,
 ) -> CalibrationReport:
-    """Calibrate with the best of several networks for every place; the executor holds them then.
+    """Calibrate several candidates for every place, and leave the best ones in the executor.
 
     Args:
         compiled: The network.
         inputs: As in `calibrate`.
         executor: Of the network.
-        candidates: What may be chosen from.
+        candidates: The operators to choose from.
         keep_better: Whether weights stay where the closed form would not lower the error.
+
+    Returns:
+        As in `calibrate`.
 
     Raises:
         OptionError: As in `calibrate`.
     """
     batches = CalibrationBatches(compiled, inputs)
     with evaluating(compiled):
-        before = _judge(executor, batches)
+        before = _measure(executor, batches)
         recalibrated = fit_closed_form(executor, batches.split, candidates, keep_better=keep_better)
-        after = _judge(executor, batches)
+        after = _measure(executor, batches)
     interfaces = tuple(
         InterfaceError(
             stage=number,
@@ -96,7 +150,9 @@ def calibrate_by_choice(
 
 
 @dataclass(frozen=True)
-class _Judgement:
+class _Errors:
+    """Relative errors of the states by stage number, and of the outputs."""
+
     guess: dict[int, float]
     uncorrected: dict[int, float]
     corrected: dict[int, float]
@@ -104,31 +160,34 @@ class _Judgement:
     output: float
 
 
-def _judge(executor: Executor, batches: CalibrationBatches) -> _Judgement:
+def _measure(executor: Executor, batches: CalibrationBatches) -> _Errors:
     """Measure on held-out batches: states at K = 1, outputs at the K of the plan."""
     plan = executor.plan
-    errors: dict[str, dict[int, Energy]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
-    outputs, agreed = Energy(), Agreement()
-    once = sweep(len(plan.stages), plan.sweep)
-    for held, inputs in batches.split():
-        if not held:
+    errors: dict[str, dict[int, RelativeError]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
+    output_error, agreed = RelativeError(), Agreement()
+    one_iteration = sweep(len(plan.stages), plan.sweep)
+    for held_out, inputs in batches.split():
+        if not held_out:
             continue
         true = [*executor.true_states(inputs)]
-        made = {step.writes: state for step, state in executor.run(once, inputs)}
+        states = {step.writes: state for step, state in executor.run(one_iteration, inputs)}
         for number, stage in enumerate(plan.stages[1:], 1):
-            guess, fine, corrected = (made[Symbol(letter, number)] for letter in "xyu")
-            for kind, found, wanted, names in (
+            guess, fine, corrected = (states[Symbol(letter, number)] for letter in "xyu")
+            for kind, state, target, names in (
                 ("guess", guess, true[number - 1], stage.consumes),
                 ("uncorrected", fine, true[number], stage.produces),
                 ("corrected", corrected, true[number], stage.produces),
             ):
-                energy = errors[kind].setdefault(number, Energy())
+                error = errors[kind].setdefault(number, RelativeError())
                 for name in names:
-                    energy.add(found[name], wanted[name])
+                    error.add(state[name], target[name])
         last = executor.corrected_state(inputs)
-        given = judged(executor.head(last, inputs))
-        right = judged(executor.head(true[-1], inputs))
-        outputs.add(given, right)
-        agreed.add(given, right, batch_size(inputs))
-    shares = {kind: {n: e.share for n, e in found.items()} for kind, found in errors.items()}
-    return _Judgement(**shares, agreement=agreed.share, output=outputs.share)
+        output = main_output(executor.head(last, inputs))
+        target_output = main_output(executor.head(true[-1], inputs))
+        output_error.add(output, target_output)
+        agreed.add(output, target_output, batch_size(inputs))
+    by_kind = {
+        kind: {number: error.value for number, error in by_stage.items()}
+        for kind, by_stage in errors.items()
+    }
+    return _Errors(**by_kind, agreement=agreed.share, output=output_error.value)

@@ -1,4 +1,4 @@
-"""The file that an interrupted fit goes on from: tensors and numbers, no code."""
+"""The checkpoint file of `pnn_compile.fit.train`: tensors and numbers, no code."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from torch import nn
 
 from passes.errors import OptionError
 
-__all__ = ["FitState", "checkpoint_file", "random_state", "set_random_state"]
-
 _log = logging.getLogger(__name__)
 
 
-class _Part(Protocol):
-    """Anything with a state: modules, optimizers, schedules."""
+class _Stateful(Protocol):
+    """A module, optimizer or schedule."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
 class FitState:
-    """What a fit needs to go on where it stopped; read from the file if there is one.
+    """The state of a fit, which resumes from a checkpoint file if that exists.
 
     Args:
         network: The network that is fitted.
         parts: Everything else with a state, by name.
-        file: Where to save it; None to save nothing.
+        file: The checkpoint file; None to save nothing.
 
     Raises:
         OptionError: The file does not hold the state of this fit.
     """
 
-    def __init__(self, network: nn.Module, parts: Mapping[str, _Part], file: Path | None) -> None:
+    def __init__(
+        self, network: nn.Module, parts: Mapping[str, _Stateful], file: Path | None
+    ) -> None:
         self._network = network
         self._parts = {"network": network, **parts}
         self._file = file
@@ -51,13 +51,13 @@ class FitState:
             self._load(file)
 
     def record(self, step: int, loss: float, samples: int) -> None:
-        """Note a step of the end-to-end fit."""
+        """Record a step of the end-to-end fit."""
         self.step = step
         self.samples += samples
         self.losses.append(loss)
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically; do nothing without one."""
         if self._file is None:
             return
         saved = {
@@ -73,17 +73,17 @@ class FitState:
 
     def _load(self, file: Path) -> None:
         try:
-            # Weights and optimizers bring what they load to their own device.
-            found = torch.load(file, weights_only=True, map_location="cpu")
-            saved = found["parts"]
-            if saved.keys() != self._parts.keys():
-                strange = ", ".join(sorted(saved.keys() ^ self._parts.keys()))
-                raise ValueError(f"with {strange} in one of them only")
+            # Modules and optimizers copy what they load to their own device.
+            saved = torch.load(file, weights_only=True, map_location="cpu")
+            parts = saved["parts"]
+            if parts.keys() != self._parts.keys():
+                differing = ", ".join(sorted(parts.keys() ^ self._parts.keys()))
+                raise ValueError(f"with {differing} in one of them only")
             for name, part in self._parts.items():
-                part.load_state_dict(saved[name])
-            self.step, self.samples = found["step"], found["samples"]
-            self.losses = list(found["losses"])
-            self._random = found["random"]
+                part.load_state_dict(parts[name])
+            self.step, self.samples = saved["step"], saved["samples"]
+            self.losses = list(saved["losses"])
+            self._random = saved["random"]
         except Exception as error:
             raise OptionError(
                 f"{file} does not continue this fit ({error}): delete it to start anew"
@@ -92,7 +92,7 @@ class FitState:
 
     @contextmanager
     def random(self) -> Iterator[None]:
-        """Go on with the random state of an interrupted fit; put the caller's back behind it."""
+        """Resume the random state of an interrupted fit; restore the caller's on exit."""
         resumed = self._random is not None
         with torch.random.fork_rng(devices=_cuda_devices(self._network), enabled=resumed):
             if self._random is not None:
@@ -101,10 +101,10 @@ class FitState:
 
 
 def checkpoint_file(checkpoint: str | Path | None) -> Path | None:
-    """Check the name of a checkpoint before anything is computed.
+    """Return the path of a checkpoint, checked before anything is computed.
 
     Raises:
-        OptionError: It is a directory, or lies in none.
+        OptionError: It is a directory, or its folder does not exist.
     """
     if checkpoint is None:
         return None
@@ -119,13 +119,13 @@ def checkpoint_file(checkpoint: str | Path | None) -> Path | None:
 
 
 def random_state(network: nn.Module) -> dict[str, Any]:
-    """Random state of the CPU and of every CUDA device that holds a part of the network."""
+    """Return the random state of the CPU and of every CUDA device with a part of the network."""
     cuda = {device: torch.cuda.get_rng_state(device) for device in _cuda_devices(network)}
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(network: nn.Module, state: Mapping[str, Any]) -> None:
-    """Set what `random_state` gave; a device that it does not know goes on as it is."""
+    """Set what `random_state` returned; devices that are not in it keep their state."""
     torch.set_rng_state(state["cpu"])
     for device in _cuda_devices(network):
         if device in state["cuda"]:

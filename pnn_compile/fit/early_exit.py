@@ -1,8 +1,12 @@
-"""The strongest control of a parareal network: the original, left early through a fitted bridge.
+"""Early exit: the baseline of a parareal network that takes the same time on one device.
 
-An early exit runs the first layers of the original, maps their state to the one behind the trunk
-with the families that corrections use, fitted in the same closed form, and ends in the original's
-head. It takes one device where the parareal network takes N.
+It runs the first layers of the original, maps their state to the last state by a linear bridge of
+the coarse families, fitted in the same closed form, and ends in the original's head:
+
+    inputs -> first layers -> bridge -> head -> outputs
+
+The more a parareal network accelerates the original, the fewer layers an early exit of the same
+time may keep: at a speed-up of 4, a quarter of the FLOPs, head and bridge included.
 """
 
 from __future__ import annotations
@@ -22,26 +26,27 @@ from passes.ir.isolation import seeded
 from passes.ir.subgraph import extract
 from passes.ir.tensor_spec import TensorSpec
 from passes.transform.executor import Executor
-from pnn_compile.fit.isolation import evaluating
-from pnn_compile.fit.regression_sweep import Sample, fit_networks
+from pnn_compile.fit.metrics import evaluating
+from pnn_compile.fit.regression import Sample, fit_networks
 from pnn_compile.inputs import CalibrationBatches, argument_names
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["EarlyExit", "fit_early_exit"]
-
 _RANK = 32
 
 
 class EarlyExit(nn.Module):
-    """The first layers of a network's original, a bridge to the end of its trunk, and its head.
+    """The first layers of a network's original, a bridge to its last state, and its head.
 
-    Its layers are copies; it takes and gives what the original does.
+    Its layers are copies. Inputs and outputs are those of the original.
 
     Args:
         compiled: The network.
         cut: Where to leave the original.
+
+    Attributes:
+        share: FLOPs of the first layers over the original's.
     """
 
     def __init__(self, compiled: Compiled, cut: Position) -> None:
@@ -64,31 +69,32 @@ class EarlyExit(nn.Module):
         self._head_reads = [by_node[name] for name in compiled.plan.head.inputs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on what the original takes."""
+        """Run on the original's inputs."""
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
-        found = self.bridge(*self.state(inputs))
-        state = found if isinstance(found, tuple) else (found,)
+        state = _tensors(self.bridge(*self.state(inputs)))
         return self.head(*state, *(inputs[name] for name in self._head_reads))
 
     def state(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-        """The state that the first layers give."""
-        found = self.first(*(inputs[name] for name in self._first_reads))
-        return found if isinstance(found, tuple) else (found,)
+        """Return the state after the first layers."""
+        return _tensors(self.first(*(inputs[name] for name in self._first_reads)))
+
+
+def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def fit_early_exit(
     compiled: Compiled, batches: CalibrationBatches, share: float
 ) -> EarlyExit | None:
-    """Make the early exit that takes at most a share of the original's time.
+    """Build and fit the longest early exit within a share of the original's FLOPs.
 
     Args:
         compiled: The network.
-        batches: What to fit the bridge to; the outputs of the original are the targets.
+        batches: Batches to fit the bridge to; the last state of the original is the target.
         share: Largest share of the original's FLOPs, head and bridge included.
 
     Returns:
-        The early exit with the most layers in front of the end of the trunk, in evaluation mode;
-        None where even the shortest one takes more.
+        The early exit, in evaluation mode; None where even the shortest one takes more.
     """
     cut = _cut(compiled, share)
     if cut is None:
@@ -99,11 +105,11 @@ def fit_early_exit(
     names = [value.name for value in compiled.plan.interfaces[-1].state]
 
     def samples() -> Iterator[Sample]:
-        for held, inputs in batches.split():
+        for held_out, inputs in batches.split():
             state = list(exit_.state(inputs))
-            true = executor.last_state(inputs)
-            wanted = [true[name] for name in names]
-            yield Sample(held, state, wanted, state, wanted)
+            last = executor.last_state(inputs)
+            targets = [last[name] for name in names]
+            yield Sample(held_out, state, targets, state, targets)
 
     with evaluating(compiled):
         fit_networks([exit_.bridge], samples)
@@ -111,18 +117,18 @@ def fit_early_exit(
 
 
 def _cut(compiled: Compiled, share: float) -> Position | None:
-    """The last position whose prefix, bridge and head take at most a share of all FLOPs."""
+    """Return the last position whose prefix, bridge and head take at most a share of all FLOPs."""
     analysis = compiled.analysis
     leaving = [value.spec for value in compiled.plan.interfaces[-1].state]
     order = analysis.frontiers.order
     end = [node.name for node in order].index(compiled.plan.interfaces[-1].after) + 1
-    left = share * analysis.flops - compiled.plan.head.flops
+    budget = share * analysis.flops - compiled.plan.head.flops
     spent, best = 0.0, None
     ends = {p.index: p for p in analysis.frontiers.positions if p.boundary}
     for index, node in enumerate(order[: end - 1], 1):
         spent += analysis.costs[node].flops
         position = ends.get(index)
-        if position and spent + _bridge_flops(position.specs, leaving) <= left:
+        if position and spent + _bridge_flops(position.specs, leaving) <= budget:
             best = position
     return best
 

@@ -1,20 +1,43 @@
-"""How far outputs and states are from those that were wanted."""
+"""Compare the outputs and states of a network with the original's, batch by batch."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
+from passes.ir.isolation import preserved
 
-__all__ = ["Agreement", "Energy", "agreement", "judged"]
+if TYPE_CHECKING:
+    from pnn_compile.compiled import Compiled
 
 
-def judged(outputs: Any) -> torch.Tensor:
-    """The output that stands for all: the first of floating point, else the first.
+@contextmanager
+def evaluating(compiled: Compiled) -> Iterator[None]:
+    """Put all pieces into evaluation mode, without gradients; restore the modes on exit.
+
+    Buffers of the fine stages and of the head are restored too. Those of the operators may change
+    for good: calibration measures their BatchNorm statistics anew.
+    """
+    pieces = (compiled.module, compiled.sequential, compiled.operators.named())
+    modes = {module: module.training for piece in pieces for module in piece.modules()}
+    with preserved(compiled.sequential), torch.no_grad():
+        for piece in pieces:
+            piece.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def main_output(outputs: Any) -> torch.Tensor:
+    """Return the output to compare: the first floating-point tensor, else the first tensor.
 
     Raises:
         OptionError: There is no tensor among the outputs.
@@ -25,36 +48,38 @@ def judged(outputs: Any) -> torch.Tensor:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
 
 
-def agreement(given: torch.Tensor, right: torch.Tensor) -> float | None:
-    """Share of places whose largest score is the same.
+def agreement(output: torch.Tensor, target: torch.Tensor) -> float | None:
+    """Compute the share of places whose largest score is the same.
 
     Classes lie along the last axis of `[B, C]` and `[B, T, C]`, along axis 1 of `[B, C, *S]` with
-    two and more axes behind it. Of whole numbers (classes, tokens) it is the share of those that
-    are equal.
+    two or more axes in S. Of whole numbers (classes, tokens) it is the share of equal ones.
 
     Returns:
         The share; None for a single score or number, which has no largest one.
+
+    >>> agreement(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    0.5
     """
-    if right.is_floating_point():
-        axis = 1 if right.dim() > 3 else -1
-        if right.dim() < 2 or right.shape[axis] < 2:
+    if target.is_floating_point():
+        axis = 1 if target.dim() > 3 else -1
+        if target.dim() < 2 or target.shape[axis] < 2:
             return None
-        given, right = given.argmax(axis), right.argmax(axis)
-    return (given == right).double().mean().item()
+        output, target = output.argmax(axis), target.argmax(axis)
+    return (output == target).double().mean().item()
 
 
 class Agreement:
-    """Agreement over batches, weighed by their samples."""
+    """Agreement over batches, averaged over their samples."""
 
     def __init__(self) -> None:
         self._agreed = 0.0
         self._samples = 0
 
-    def add(self, given: torch.Tensor, right: torch.Tensor, samples: int) -> None:
-        """Count one more batch."""
-        found = agreement(given, right)
-        if found is not None:
-            self._agreed += found * samples
+    def add(self, output: torch.Tensor, target: torch.Tensor, samples: int) -> None:
+        """Add one batch of outputs."""
+        share = agreement(output, target)
+        if share is not None:
+            self._agreed += share * samples
             self._samples += samples
 
     @property
@@ -63,21 +88,28 @@ class Agreement:
         return self._agreed / self._samples if self._samples else None
 
 
-class Energy:
-    """Root of the energy of an error over the energy of what was wanted, summed over batches."""
+class RelativeError:
+    """Norm of the error over the norm of the target, `|value - target| / |target|`, over batches.
+
+    >>> error = RelativeError()
+    >>> error.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
+    >>> error.add(torch.tensor([4.0]), torch.tensor([4.0]))
+    >>> error.value
+    0.8
+    """
 
     def __init__(self) -> None:
         self._error = 0.0
-        self._wanted = 0.0
+        self._target = 0.0
 
-    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Count one more pair of tensors of the same shape."""
-        self._error += (found.double() - wanted.double()).square().sum().item()
-        self._wanted += wanted.double().square().sum().item()
+    def add(self, value: torch.Tensor, target: torch.Tensor) -> None:
+        """Add a pair of tensors of the same shape."""
+        self._error += (value.double() - target.double()).square().sum().item()
+        self._target += target.double().square().sum().item()
 
     @property
-    def share(self) -> float:
-        """The relative error so far; infinite where nothing was wanted and something found."""
-        if not self._wanted:
+    def value(self) -> float:
+        """The relative error so far; infinite where every target is zero and a value is not."""
+        if not self._target:
             return math.inf if self._error else 0.0
-        return math.sqrt(self._error / self._wanted)
+        return math.sqrt(self._error / self._target)

@@ -1,4 +1,4 @@
-"""`Learner`: parameters with their optimizer, its schedule and, in float16, a scaled loss."""
+"""One optimizer step with its learning rate schedule and, in float16, a scaled loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Learner", "Trainer", "warm_cosine"]
-
-Trainer = Callable[[Sequence[nn.Parameter], int], tuple[torch.optim.Optimizer, LambdaLR]]
-"""From parameters and a number of steps to an optimizer with its schedule."""
+MakeOptimizer = Callable[[Sequence[nn.Parameter], int], tuple[torch.optim.Optimizer, LambdaLR]]
+"""From parameters and a number of steps to an optimizer with its learning rate schedule."""
 
 
 def warm_cosine(total: int) -> Callable[[int], float]:
-    """A schedule of `total` steps: it warms up over a tenth, and falls to zero along a cosine."""
+    """Return a learning rate factor by step: linear warm-up over a tenth, then a cosine to zero.
+
+    >>> factor = warm_cosine(20)
+    >>> [round(factor(step), 2) for step in (0, 1, 2, 11, 20)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
     warm = max(1, total // 10)
 
     def factor(step: int) -> float:
@@ -28,15 +31,15 @@ def warm_cosine(total: int) -> Callable[[int], float]:
     return factor
 
 
-class Learner:
-    """Parameters that learn from a loss; none of them is fine, then nothing happens.
+class OptimizerStep:
+    """Optimizer, schedule and gradient scaler of a parameter list; a no-op if the list is empty.
 
     Args:
-        parameters: What learns.
-        trainer: Makes the optimizer and its schedule.
-        total: Steps to take in all.
+        parameters: The parameters to train.
+        make_optimizer: Makes the optimizer and its schedule.
+        total: Number of training steps.
         autocast: Precision of the forward pass. The loss is scaled for float16, whose small
-            gradients would be zero otherwise; a step whose gradients overflow is left out
+            gradients would be zero otherwise; a step whose gradients overflow is skipped
             (Micikevicius et al., "Mixed precision training", 2018).
         clip_norm: Largest norm of the gradient, or None.
     """
@@ -44,7 +47,7 @@ class Learner:
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
-        trainer: Trainer,
+        make_optimizer: MakeOptimizer,
         total: int,
         *,
         autocast: torch.dtype | None = None,
@@ -54,12 +57,12 @@ class Learner:
         self._clip_norm = clip_norm
         if not self.parameters:
             return
-        self._optimizer, self._schedule = trainer(self.parameters, total)
+        self._optimizer, self._schedule = make_optimizer(self.parameters, total)
         device = self.parameters[0].device.type
         self._scaler = torch.amp.GradScaler(device, enabled=autocast is torch.float16)
 
-    def learn(self, loss: torch.Tensor) -> None:
-        """Take one step; nothing but the parameters gets a gradient."""
+    def step(self, loss: torch.Tensor) -> None:
+        """Take one step; no tensor but the parameters receives a gradient."""
         if not self.parameters:
             return
         scaler = self._scaler
@@ -71,15 +74,15 @@ class Learner:
         scale = scaler.get_scale()
         scaler.step(self._optimizer)
         scaler.update()
-        if scaler.get_scale() >= scale:  # it falls where the step was left out
+        if scaler.get_scale() >= scale:  # it falls where the step was skipped
             self._schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on, the parameters left out."""
+        """Return the state of the optimizer, schedule and scaler; the parameters are not in it."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

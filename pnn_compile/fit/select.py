@@ -1,4 +1,4 @@
-"""Measured choice: family, rank and origin of every guess and correction, by fit against cost."""
+"""Choose family, rank and prologue of every operator by calibration: error against FLOPs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, Operator
 from passes.transform.synthesize import Operators, build_propagator
 from pnn_compile.compiled import Compiled
-from pnn_compile.fit.calibrate import calibrate_by_choice
-from pnn_compile.fit.regression_sweep import Given
+from pnn_compile.fit.calibrate import calibrate_candidates
+from pnn_compile.fit.regression_sweep import CurrentOperators
 
 _Spec = TypeVar("_Spec", bound=OperatorSpec)
 
@@ -29,25 +29,24 @@ _Spec = TypeVar("_Spec", bound=OperatorSpec)
 def choose(
     network: Compiled, analysis: Analysis, options: Options, inputs: Iterable[Any]
 ) -> Compiled:
-    """Calibrate a network and choose by the measured fit whatever its options leave open.
+    """Calibrate a network, and choose the operators that its options leave open by their error.
 
     Args:
-        network: What the compiler made without samples.
-        analysis: What it knew.
-        options: What was asked for; "auto" families are chosen among what the budget allows.
+        network: The network as compiled without samples.
+        analysis: Costs and legal cuts of its model.
+        options: "auto" families are chosen among all that the budget allows.
         inputs: Batches, as in `calibrate`.
 
     Returns:
-        The network with the operators that fitted best, a plan that says what was tried, and the
-        report of the calibration.
+        The network with the operators of the smallest error, a plan that lists the candidates, and
+        the report of the calibration.
 
     Raises:
         OptionError: As in `calibrate`.
     """
     executor = Executor(network)
-    report = calibrate_by_choice(
-        network, inputs, executor, _Offered(network, analysis, options, executor)
-    )
+    candidates = _CandidateBuilder(network, analysis, options, executor)
+    report = calibrate_candidates(network, inputs, executor, candidates)
     plan = with_operators(
         analysis,
         network.plan,
@@ -74,8 +73,8 @@ def _networks(operators: dict[int, Operator]) -> dict[int, nn.Module]:
     return {number: operator.network for number, operator in operators.items()}
 
 
-class _Offered:
-    """Builds the candidates of the families that the options leave open."""
+class _CandidateBuilder:
+    """Build the candidates of the families that the options leave open."""
 
     def __init__(
         self, network: Compiled, analysis: Analysis, options: Options, executor: Executor
@@ -83,15 +82,15 @@ class _Offered:
         self._network = network
         self._analysis = analysis
         self._options = options
-        self._given = Given(executor)
+        self._current = CurrentOperators(executor)
         order = analysis.frontiers.order
         ends = {order[p.index - 1].name: p for p in analysis.frontiers.positions}
         self._cuts: list[Position] = [ends[face.after] for face in network.plan.interfaces]
 
-    def guesses(self, number: int) -> Sequence[Operator]:
-        """Guesses of every family, rank and origin that the budget allows."""
+    def preprocess(self, number: int) -> Sequence[Operator]:
+        """Build preprocessing operators of every family, rank and prologue within the budget."""
         if self._options.preprocess != "auto":
-            return self._given.guesses(number)
+            return self._current.preprocess(number)
         program, plan = self._network.program, self._network.plan
         entering = plan.enters(number)
         types = [value.spec for value in entering]
@@ -99,12 +98,12 @@ class _Offered:
         specs = preprocess_candidates(
             self._analysis, self._options, len(plan.stages), cut, entering
         )
-        return self._built(specs, lambda spec: build_preprocess(program, spec, types))
+        return self._build(specs, lambda spec: build_preprocess(program, spec, types))
 
-    def corrections(self, number: int) -> Sequence[Operator]:
-        """Corrections of every family and rank that the budget allows."""
+    def coarse(self, number: int) -> Sequence[Operator]:
+        """Build coarse propagators of every family and rank within the budget."""
         if self._options.coarse != "auto":
-            return self._given.corrections(number)
+            return self._current.coarse(number)
         network, plan = self._network, self._network.plan
         fine = network.stages.fine[number]
         span = Span(
@@ -115,12 +114,12 @@ class _Offered:
             plan.enters(number),
             plan.corrects(number),
         )
-        return self._built(
+        return self._build(
             coarse_candidates(span, len(plan.stages)),
             lambda spec: build_propagator(network.program, plan, number, spec, fine),
         )
 
-    def _built(self, specs: Sequence[_Spec], build: Callable[[_Spec], nn.Module]) -> list[Operator]:
+    def _build(self, specs: Sequence[_Spec], build: Callable[[_Spec], nn.Module]) -> list[Operator]:
         device = self._network.program.device
         with seeded(self._network.plan.seed):
             return [Operator(spec, build(spec).to(device).eval()) for spec in specs]

@@ -1,7 +1,11 @@
-"""Fit a compiled network to its original: interface by interface, then end to end.
+"""Train a compiled network towards its original: interface by interface, then end to end.
 
-The original's states and outputs are the targets, so no labels are needed; a task loss may take
-the place of the outputs.
+The targets are the original's states and outputs, so that no labels are needed; a task loss may
+replace the outputs. With 10 batches, `interface_epochs=0.5` and `epochs=1` the steps are
+
+    0 to 4      distillation: every operator is trained alone (`pnn_compile.fit.distill`)
+    after 4     closed form: the linear parts are solved again, on the first batches
+    5 to 14     end to end: all parameters, against the original's outputs
 """
 
 from __future__ import annotations
@@ -22,23 +26,23 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from passes.transform.executor import Executor
-from pnn_compile.fit.calibrate import calibrate_by_choice
+from pnn_compile.fit.calibrate import calibrate_candidates
 from pnn_compile.fit.checkpoint import FitState, checkpoint_file
 from pnn_compile.fit.distill import Distiller, InterfaceLoss, train_mode
-from pnn_compile.fit.optimizer import Learner, Trainer, warm_cosine
-from pnn_compile.fit.regression_sweep import Given
+from pnn_compile.fit.optimizer import MakeOptimizer, OptimizerStep, warm_cosine
+from pnn_compile.fit.regression_sweep import CurrentOperators
 from pnn_compile.inputs import batch_size, device_of, named_batch
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["FitReport", "Loss", "distillation", "fit"]
-
 _TEMPERATURE = 2.0
-_SAMPLES, _BYTES = 8_192, 2**29
-"""What the closed form between the two parts of a fit sees at most: samples, bytes of a state."""
-_FEWEST = 5
-"""Batches that it needs: every fifth one judges."""
+
+_MAX_SAMPLES, _MAX_BYTES = 8_192, 2**29
+"""Limits of the closed form between the two parts of a fit: samples, and bytes of a state."""
+
+_MIN_BATCHES = 5
+"""Smallest number of batches for it: every fifth one is held out."""
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
 """From the network's outputs, the original's outputs and the batch to a scalar."""
@@ -46,15 +50,15 @@ Loss = Callable[[Any, Any, Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit did.
+    """Steps and losses of a fit.
 
     Attributes:
         steps: Optimizer steps taken end to end, those of an interrupted fit included.
-        samples: Samples seen by them.
+        samples: Number of samples in them.
         first_loss: Mean loss over the first tenth of the steps.
         last_loss: Mean loss over the last tenth.
         interface_steps: Steps taken at every interface before that.
-        interfaces: What those did, by stage; empty without `interface_epochs`.
+        interfaces: Losses of those, by stage; empty without `interface_epochs`.
     """
 
     steps: int
@@ -65,26 +69,33 @@ class FitReport:
     interfaces: tuple[InterfaceLoss, ...] = ()
 
 
-def distillation(outputs: Any, wanted: Any, batch: Any) -> torch.Tensor:
-    """Compare outputs with the original's: by divergence if they look like class scores.
+def distillation(outputs: Any, targets: Any, batch: Any) -> torch.Tensor:
+    """Compute the distance of outputs from the original's; the default loss of `fit`.
 
-    The Kullback-Leibler divergence at temperature 2 over the last axis of `[B, C]` and `[B, T, C]`
-    tensors (Hinton, Vinyals, Dean 2015), the squared error over the target's energy otherwise.
+    Of `[B, C]` and `[B, T, C]` tensors, taken as class scores, it is the Kullback-Leibler
+    divergence at temperature 2 over the last axis (Hinton, Vinyals, Dean 2015); of others the
+    squared error relative to the squared norm of the target.
+
+    Returns:
+        The sum over all floating-point outputs, a scalar.
+
+    Raises:
+        OptionError: No output is of floating point.
     """
     del batch
     losses = []
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True)
-    for found, target in pairs:
-        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(targets), strict=True)
+    for output, target in pairs:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             continue
-        if found.dim() in (2, 3) and found.shape[-1] > 1:
-            scores = F.log_softmax(found.flatten(0, -2) / _TEMPERATURE, -1)
-            goal = F.log_softmax(target.flatten(0, -2) / _TEMPERATURE, -1)
-            divergence = F.kl_div(scores, goal, reduction="batchmean", log_target=True)
+        if output.dim() in (2, 3) and output.shape[-1] > 1:
+            scores = F.log_softmax(output.flatten(0, -2) / _TEMPERATURE, -1)
+            target_scores = F.log_softmax(target.flatten(0, -2) / _TEMPERATURE, -1)
+            divergence = F.kl_div(scores, target_scores, reduction="batchmean", log_target=True)
             losses.append(divergence * _TEMPERATURE**2)
         else:
             energy = target.square().mean().clamp_min(1e-12)
-            losses.append(F.mse_loss(found, target) / energy)
+            losses.append(F.mse_loss(output, target) / energy)
     if not losses:
         raise OptionError("the network has no floating-point output to fit: pass a loss")
     return torch.stack(losses).sum()
@@ -107,40 +118,44 @@ def fit(
     checkpoint_every: int = 100,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> FitReport:
-    """Train a network to its original: every interface by itself if asked, then end to end.
+    """Train a network towards its original: every interface alone if asked, then end to end.
 
-    The original is the state of the fine stages when the fit starts; a copy of it stays fixed.
-    In `interface_epochs` passes each guess learns the true state that it stands for, and each
-    correction the error that is left behind its stage (`pnn_compile.fit.distill`); the fine stages
-    and their statistics stay as they are. What is linear in them is then solved in closed form for
-    the guesses as they are now, where that lowers the error on held-out ones of the first batches
-    (five at least). Then every parameter trains against the original's outputs. In either part the
-    learning rate warms up over a tenth of the steps and falls to zero along a cosine.
+    The original is the network of the fine stages when the fit starts; a copy of it stays fixed.
+    During `interface_epochs`, each preprocessing operator is trained towards the true state that it
+    approximates and each coarse propagator towards the error that remains after its stage
+    (`pnn_compile.fit.distill`); the fine stages and their statistics do not change. Then the
+    linear parts are solved in closed form on the first batches (at least five), and kept where that
+    lowers the error on held-out ones. Finally all parameters are trained against the original's
+    outputs. In either part the learning rate warms up over a tenth of the steps and falls to zero
+    along a cosine.
 
     Args:
         compiled: The network; changed in place.
         loader: Batches, as in `calibrate`; a pair (inputs, labels) if `loss` reads labels. Must
             have a length.
-        epochs: Times to go through the loader end to end, going on where the interfaces stopped:
-            half an epoch for each sees every sample once.
-        interface_epochs: Times to go through it before, for the interfaces.
+        epochs: Epochs of the end-to-end part. It starts at the batch where the interfaces stopped:
+            half an epoch for each part sees every sample once.
+        interface_epochs: Epochs for the interfaces before it.
         loss: From (outputs, original's outputs, batch) to a scalar; `distillation` if None.
         learning_rate: Peak learning rate.
         weight_decay: AdamW's weight decay.
-        optimizer: Makes another optimizer from the parameters; called once for each guess and
-            each correction with `interface_epochs`, and once for the whole.
+        optimizer: Makes another optimizer from the parameters; called once for each operator with
+            `interface_epochs`, and once for the whole network.
         autocast: Lower precision to run the forward pass in; the loss is scaled for float16.
         clip_norm: Largest norm of the gradient, or None.
         dropout: Whether dropout is active. A converted network starts at its target, and noise
-            takes it away from there (measured in examples/studies).
+            moves it away (measured in examples/studies).
         checkpoint: File to save the fit to, and to resume it from if it exists.
         checkpoint_every: Steps between saves.
-        progress: Called with (step, steps, loss); steps of both parts count.
+        progress: Called with (step, steps, loss); both parts count.
+
+    Returns:
+        Steps and losses.
 
     Raises:
-        OptionError: The loader is empty or has no length, a batch does not fit, nothing trains,
-            a number is out of range, the folder of the checkpoint does not exist, or the loss is
-            not finite.
+        OptionError: The loader is empty or has no length, a batch does not fit, no parameter
+            requires a gradient, a number is out of range, the folder of the checkpoint does not
+            exist, or the loss is not finite.
     """
     network = compiled.module
     _check_numbers(epochs, interface_epochs, learning_rate, checkpoint_every)
@@ -148,48 +163,49 @@ def fit(
     parameters = _trainable(compiled)
     teacher = copy.deepcopy(compiled.sequential).eval().requires_grad_(False)
     length = _length(loader)
-    trainer = _trainer(
+    make_optimizer = _with_schedule(
         optimizer
-        or (lambda given: torch.optim.AdamW(given, learning_rate, weight_decay=weight_decay))
+        or (lambda trained: torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay))
     )
-    before = max(1, round(interface_epochs * length)) if interface_epochs else 0
-    total = max(1, round((interface_epochs + epochs) * length) - before)
-    learner = Learner(parameters, trainer, total, autocast=autocast, clip_norm=clip_norm)
-    parts: dict[str, Any] = {"teacher": teacher, "learner": learner}
+    interface_steps = max(1, round(interface_epochs * length)) if interface_epochs else 0
+    steps = max(1, round((interface_epochs + epochs) * length) - interface_steps)
+    precision: dict[str, Any] = {"autocast": autocast, "clip_norm": clip_norm}
+    whole = OptimizerStep(parameters, make_optimizer, steps, **precision)
+    parts: dict[str, Any] = {"teacher": teacher, "learner": whole}
     distiller = None
     if interface_epochs:
-        distiller = Distiller(
-            compiled, teacher, trainer, before, autocast=autocast, clip_norm=clip_norm
-        )
+        distiller = Distiller(compiled, teacher, make_optimizer, interface_steps, **precision)
         parts["interfaces"] = distiller
     state = FitState(network, parts, file)
-    measure = loss or distillation
 
-    def done(step: int, last: int, value: float) -> None:
+    def after_step(step: int, last: int, value: float) -> None:
         if progress is not None:
-            progress(step, before + total, value)
+            progress(step, interface_steps + steps, value)
         if step % checkpoint_every == 0 or step == last:
             state.save()
 
-    first: list[dict[str, Any]] = []
-    taken = (distiller.step if distiller else 0) + state.step
+    first_batches: list[dict[str, Any]] = []
+    resumed = (distiller.step if distiller else 0) + state.step
     with _training(network, compiled.operators.named(), dropout=dropout), state.random():
-        if distiller is not None and distiller.step < before:
+        if distiller is not None and distiller.step < interface_steps:
             distiller.train(dropout=dropout)
-        for step, batch in _rounds(loader, before + total):
-            if taken < before and step < before and not _enough(compiled, first):
-                first.append(named_batch(compiled, batch))
-            if step < taken:
+        for step, batch in _cycle(loader, interface_steps + steps):
+            if resumed < interface_steps and step < interface_steps:
+                _collect(compiled, first_batches, batch)
+            if step < resumed:
                 continue
-            if distiller is not None and step < before:
-                value = distiller.take(batch)
-                if step + 1 == before:
-                    _solve(compiled, first)
+            if distiller is not None and step < interface_steps:
+                value, last = distiller.train_step(batch), interface_steps
+                if step + 1 == interface_steps:
+                    _solve_linear_parts(compiled, first_batches)
                     train_mode(network, dropout=dropout)
             else:
-                value, size = _step(compiled, teacher, batch, measure, learner, autocast)
-                state.record(step - before + 1, value, size)
-            done(step + 1, before if step < before else before + total, value)
+                last = interface_steps + steps
+                value, size = _train_step(
+                    compiled, teacher, batch, loss or distillation, whole, autocast
+                )
+                state.record(step - interface_steps + 1, value, size)
+            after_step(step + 1, last, value)
     return _report(state, distiller)
 
 
@@ -232,24 +248,26 @@ def _check_numbers(
             raise OptionError(f"{name} must be finite and at least {least} (got {number})")
 
 
-def _trainer(optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> Trainer:
+def _with_schedule(
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+) -> MakeOptimizer:
     def make(
         parameters: Sequence[nn.Parameter], steps: int
     ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        made = optimizer(parameters)
-        return made, LambdaLR(made, warm_cosine(steps))
+        instance = optimizer(parameters)
+        return instance, LambdaLR(instance, warm_cosine(steps))
 
     return make
 
 
 @contextmanager
 def _training(network: nn.Module, operators: nn.Module, *, dropout: bool) -> Iterator[None]:
-    """Train every module; leave the modes as they were, and no gradients."""
+    """Put all modules into training mode; on exit restore their modes and clear gradients."""
     whole = nn.ModuleList([network, operators])
     modes = [(module, module.training) for module in whole.modules()]
     recurrent = [(m, m.dropout) for m in whole.modules() if isinstance(m, nn.RNNBase)]
     for layer, _ in () if dropout else recurrent:
-        layer.dropout = 0.0  # cuDNN goes back in training mode only
+        layer.dropout = 0.0  # cuDNN's backward needs training mode, which would drop
     train_mode(network, dropout=dropout)
     try:
         yield
@@ -271,57 +289,60 @@ def _length(loader: Iterable[Any]) -> int:
     return length
 
 
-def _rounds(loader: Iterable[Any], total: int) -> Iterator[tuple[int, Any]]:
-    """Number and batch of so many steps, round after round of the loader."""
+def _cycle(loader: Iterable[Any], total: int) -> Iterator[tuple[int, Any]]:
+    """Yield step number and batch, epoch after epoch of the loader, up to `total` steps."""
     step = 0
     while step < total:
-        begin = step
+        epoch_start = step
         for batch in loader:
             yield step, batch
             step += 1
             if step == total:
                 return
-        if step == begin:
+        if step == epoch_start:
             raise OptionError(
-                f"the loader gave nothing after {step} of {total} steps: it must give its batches "
-                "anew every time that it is gone through"
+                f"the loader has no batches after {step} of {total} steps: every iteration over "
+                "it must start anew"
             )
 
 
-def _enough(compiled: Compiled, batches: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a closed form has enough to go on, by samples or by the size of the states."""
-    samples = sum(batch_size(batch) for batch in batches)
+def _collect(compiled: Compiled, batches: list[dict[str, Any]], batch: Any) -> None:
+    """Add a batch for the closed form, unless samples or states of those here are enough."""
+    samples = sum(batch_size(inputs) for inputs in batches)
     largest = max(sum(v.spec.bytes for v in face.state) for face in compiled.plan.interfaces)
-    example = batch_size(compiled.program.args)
-    size = samples * largest / example
-    return len(batches) >= _FEWEST and (samples >= _SAMPLES or size >= _BYTES)
+    size = samples * largest / batch_size(compiled.program.args)
+    enough = samples >= _MAX_SAMPLES or size >= _MAX_BYTES
+    if len(batches) < _MIN_BATCHES or not enough:
+        batches.append(named_batch(compiled, batch))
 
 
-def _solve(compiled: Compiled, batches: Sequence[Mapping[str, Any]]) -> None:
+def _solve_linear_parts(compiled: Compiled, batches: Sequence[Mapping[str, Any]]) -> None:
     """Fit the linear parts in closed form, where that lowers their errors on held-out batches."""
-    if len(batches) >= _FEWEST:
+    if len(batches) >= _MIN_BATCHES:
         executor = Executor(compiled)
-        calibrate_by_choice(compiled, batches, executor, Given(executor), keep_better=True)
+        calibrate_candidates(
+            compiled, batches, executor, CurrentOperators(executor), keep_better=True
+        )
 
 
-def _step(
+def _train_step(
     compiled: Compiled,
     teacher: nn.Module,
     batch: Any,
     loss: Loss,
-    learner: Learner,
+    optimizer: OptimizerStep,
     autocast: torch.dtype | None,
 ) -> tuple[float, int]:
-    """Take one optimizer step; give the loss and the number of samples."""
+    """Take one end-to-end training step; return the loss and the number of samples."""
     inputs = named_batch(compiled, batch)
     size, device = batch_size(inputs), device_of(compiled.module)
     with torch.no_grad():
-        wanted = teacher(**named_batch(compiled, batch))  # copies of its own: it may change them
+        targets = teacher(**named_batch(compiled, batch))  # copies: it may write into them
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        value = loss(compiled.module(**inputs), wanted, batch)
+        value = loss(compiled.module(**inputs), targets, batch)
     if not torch.isfinite(value):
         raise OptionError(
             f"the loss is {value.item()}: lower the learning rate, or check the inputs"
         )
-    learner.learn(value)
+    optimizer.step(value)
     return value.item(), size

@@ -1,5 +1,5 @@
-"""What a step takes on N devices, before any of it is built, beside other methods.
+"""Forecast the time of a step on N devices, of parareal networks and of other methods.
 
-In: a model or a compiled network, and device profiles. Out: a table. Read `forecast.py` first;
-`devices/` holds the built-in profiles.
+In: a model or a compiled network, and device profiles. Out: a table. Read `forecast.py` first, then
+`compare_methods.py`; `devices/` contains the built-in profiles.
 """

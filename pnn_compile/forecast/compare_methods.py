@@ -1,122 +1,186 @@
-"""What else N devices could do with the original: a pipeline, or shares of the batch.
+"""Forecast a step of three methods: parareal network, pipeline, and data parallelism.
 
-Both are forecast by the same costs and the same simulator as parareal networks. A smaller batch is
-taken to take its share of the time: in favour of the rivals, as launches cost the same. Devices
-that differ get the cuts that balance the first of them.
+All use the same costs, and the first two the same simulator, on the instruction lists that ranks
+run. Part of a batch is assumed to take its share of the time, in favor of the other methods, as
+launches cost the same. If devices differ, a pipeline has the cuts that balance the first of them.
+
+Two stages and two micro-batches (0, 1) of a pipeline, forward and backward:
+
+    rank 0   fine 0, send, fine 1, send,       receive, backward 0, receive, backward 1
+    rank 1   receive, fine 0, receive, fine 1, backward 0, send, backward 1, send
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 from passes.errors import OptionError, PartitionError
-from passes.plan.estimate import find_bottleneck
+from passes.partition.choose_cuts import choose_cut
+from passes.plan.bottleneck import find_limit, is_block
+from passes.plan.build import make_plan
+from passes.plan.schema import Plan
 from passes.schedule.instruction import Instruction, Kind
+from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
-from pnn_compile.forecast.setting import Setting, free, parts_of, sent
+from pnn_compile.forecast.step_costs import StepCosts, critical_parts, free_links, link_bytes
 from pnn_compile.forecast.table import ForecastRow
 
-__all__ = ["balanced", "data_parallel_row", "gpipe_lists", "pipeline_row"]
+_PARAREAL_ONLY = (Kind.GUESS, Kind.GUESS_BACKWARD, Kind.CORRECT, Kind.COARSE_BACKWARD)
+"""Instructions that the original network does not have."""
+
+
+def parareal_row(costs: StepCosts, sweep: str, stages: int) -> ForecastRow:
+    """Plan a parareal network of that many stages, and simulate a step.
+
+    Raises:
+        PartitionError: The model has too few legal cuts.
+        SynthesisError: The options make no network of that many stages.
+    """
+    options = dataclasses.replace(costs.options, stages=stages, sweep=sweep)
+    plan = make_plan(costs.analysis, choose_cut(costs.analysis, options), options)
+    times = Times.of(plan, latency=costs.latency, bandwidth=costs.bandwidth)
+    lists = schedule(range(stages), Sweep.of(plan), backward=costs.training)
+    timeline = simulate(lists, times)
+    sequential = costs.sequential
+    parts = critical_parts(timeline)
+    speedup = sequential / timeline.time if timeline.time else 1.0
+    fine_alone = simulate(lists, free_links(times, *_PARAREAL_ONLY)).time
+    return ForecastRow(
+        stages=stages,
+        method=plan.sweep,
+        time=timeline.time,
+        speedup=speedup,
+        bound=sequential / fine_alone if fine_alone else 1.0,
+        efficiency=speedup / stages,
+        memory=_plan_memory(costs, plan),
+        link_bytes=link_bytes(lists, times),
+        parts=parts,
+        limit=_plan_limit(costs, plan, parts),
+    )
+
+
+def _plan_memory(costs: StepCosts, plan: Plan) -> tuple[float, ...]:
+    """Return the bytes of every device; the last one also holds the head."""
+    order = costs.analysis.frontiers.order
+    index = {node.name: position for position, node in enumerate(order)}
+    starts = [index[stage.first] for stage in plan.stages]
+    stops = [*starts[1:], len(order)]
+    memory = [costs.memory.span(*span) for span in zip(starts, stops, strict=True)]
+    for number, stage in enumerate(plan.stages[1:], 1):
+        entering = plan.interfaces[number - 1].bytes
+        memory[number] += costs.memory.entry(stage.operator_parameters, entering)
+    return tuple(memory)
+
+
+def _plan_limit(costs: StepCosts, plan: Plan, parts: Mapping[str, float]) -> str:
+    limit = find_limit(parts, costs.sequential, len(plan.stages))
+    if limit != "fine":
+        return limit
+    return "block" if is_block(costs.analysis, plan, costs.total) else "imbalance"
 
 
 def balanced(work: Sequence[float], stages: int) -> tuple[int, ...]:
-    """Cut a sequence into parts whose largest sum is the least that can be.
+    """Cut a sequence into parts such that the largest sum of a part is minimal.
 
     Args:
         work: Cost of every piece.
         stages: Number of parts, at most one a piece.
 
     Returns:
-        Where every part ends, the last one at the end of the sequence.
+        The end of every part; the last one ends the sequence.
+
+    >>> balanced([1.0, 2.0, 3.0, 4.0], 2)
+    (3, 4)
     """
     totals = [0.0, *accumulate(work)]
 
     def ends(most: float) -> list[int] | None:
-        """Fill every part as far as the bound allows; leave a piece for each part to come."""
-        found, start = [], 0
-        for left in range(stages - 1, -1, -1):
+        """Fill every part up to a bound, but leave a piece for each later one; None if too low."""
+        stops, start = [], 0
+        for parts_left in range(stages - 1, -1, -1):
             stop = start
-            while stop < len(work) - left and totals[stop + 1] - totals[start] <= most:
+            while stop < len(work) - parts_left and totals[stop + 1] - totals[start] <= most:
                 stop += 1
             if stop == start:
                 return None
-            found.append(stop)
+            stops.append(stop)
             start = stop
-        return found if start == len(work) else None
+        return stops if start == len(work) else None
 
     low, high = max(max(work), totals[-1] / stages), totals[-1]
     best = ends(low)
     if best is None:
-        best = ends(high * (1 + 1e-12))
+        best = ends(high * (1 + 1e-12))  # the sum itself may exceed `high` by rounding
         assert best is not None
         while high - low > 1e-9 * totals[-1]:
             middle = (low + high) / 2
-            tried = ends(middle)
-            if tried is None:
+            stops = ends(middle)
+            if stops is None:
                 low = middle
             else:
-                best, high = tried, middle
+                best, high = stops, middle
     return tuple(best)
 
 
 def gpipe_lists(
     stages: int, batches: int, *, backward: bool
 ) -> tuple[tuple[Instruction, ...], ...]:
-    """What every rank of a pipeline does (Huang et al. 2019), micro-batch behind micro-batch."""
+    """List the instructions of every rank of a pipeline (GPipe; Huang et al. 2019)."""
     lists = []
     for rank in range(stages):
         last = rank == stages - 1
-        own: list[Instruction] = []
+        instructions: list[Instruction] = []
         for batch in range(batches):
             if rank:
-                own.append(Instruction(Kind.RECEIVE, rank - 1, batch, rank - 1))
-            own.append(Instruction(Kind.FINE, rank, batch))
+                instructions.append(Instruction(Kind.RECEIVE, rank - 1, batch, rank - 1))
+            instructions.append(Instruction(Kind.FINE, rank, batch))
             if not last:
-                own.append(Instruction(Kind.SEND, rank, batch, rank + 1))
+                instructions.append(Instruction(Kind.SEND, rank, batch, rank + 1))
         for batch in range(batches) if backward else ():
             if not last:
-                own.append(Instruction(Kind.RECEIVE_ADJOINT, rank, batch, rank + 1))
-            own.append(Instruction(Kind.FINE_BACKWARD, rank, batch))
+                instructions.append(Instruction(Kind.RECEIVE_ADJOINT, rank, batch, rank + 1))
+            instructions.append(Instruction(Kind.FINE_BACKWARD, rank, batch))
             if rank:
-                own.append(Instruction(Kind.SEND_ADJOINT, rank - 1, batch, rank - 1))
-        lists.append(tuple(own))
+                instructions.append(Instruction(Kind.SEND_ADJOINT, rank - 1, batch, rank - 1))
+        lists.append(tuple(instructions))
     return tuple(lists)
 
 
-def pipeline_row(setting: Setting, batches: int, stages: int) -> ForecastRow:
-    """A pipeline of the original over its own best cuts, in micro-batches.
+def pipeline_row(costs: StepCosts, batches: int, stages: int) -> ForecastRow:
+    """Forecast a pipeline of the original over the cuts that balance it.
 
     Raises:
-        OptionError: The batch has no so many equal micro-batches.
+        OptionError: The batch cannot be split into that many equal micro-batches.
         PartitionError: The model has too few legal cuts.
     """
-    if setting.batch % batches:
-        raise OptionError(f"a batch of {setting.batch} has no {batches} equal micro-batches")
-    analysis = setting.analysis
+    if costs.batch % batches:
+        raise OptionError(f"a batch of {costs.batch} has no {batches} equal micro-batches")
+    analysis = costs.analysis
     order = analysis.frontiers.order
     inner = [p for p in analysis.frontiers.positions if 0 < p.index < len(order)]
     if stages > len(inner) + 1:
         raise PartitionError(f"{analysis.program.name} has {len(inner)} legal cuts")
     bounds = [0, *(p.index for p in inner), len(order)]
     pieces = [order[a:b] for a, b in pairwise(bounds)]
-    ends = balanced([sum(map(setting.whole, piece)) for piece in pieces], stages)
+    ends = balanced([sum(map(costs.total, piece)) for piece in pieces], stages)
     compute: dict[tuple[Kind, int], float] = {}
     size: dict[tuple[Kind, int], float] = {}
     memory = []
     for rank, (start, stop) in enumerate(pairwise([0, *ends])):
         nodes = [node for piece in pieces[start:stop] for node in piece]
-        compute[Kind.FINE, rank] = sum(setting.forward(n, rank) for n in nodes) / batches
-        compute[Kind.FINE_BACKWARD, rank] = sum(setting.backward(n, rank) for n in nodes) / batches
+        compute[Kind.FINE, rank] = sum(costs.forward(n, rank) for n in nodes) / batches
+        compute[Kind.FINE_BACKWARD, rank] = sum(costs.backward(n, rank) for n in nodes) / batches
         crossing = inner[stop - 1].bytes if rank < stages - 1 else 0
         size[Kind.SEND, rank] = size[Kind.SEND_ADJOINT, rank] = crossing / batches
-        memory.append(setting.memory.span(bounds[start], bounds[stop]) + crossing)
-    setting.check_memory(memory)
-    times = Times(compute, size, setting.latency, setting.bandwidth)
-    lists = gpipe_lists(stages, batches, backward=setting.training)
+        memory.append(costs.memory.span(bounds[start], bounds[stop]) + crossing)
+    costs.check_memory(memory)
+    times = Times(compute, size, costs.latency, costs.bandwidth)
+    lists = gpipe_lists(stages, batches, backward=costs.training)
     timeline = simulate(lists, times)
-    time, sequential = timeline.time, setting.sequential
-    parts = parts_of(timeline)
+    time, sequential = timeline.time, costs.sequential
+    parts = critical_parts(timeline)
     slowest = max(
         batches * (compute[Kind.FINE, r] + compute[Kind.FINE_BACKWARD, r]) for r in range(stages)
     )
@@ -127,46 +191,49 @@ def pipeline_row(setting: Setting, batches: int, stages: int) -> ForecastRow:
         method=f"gpipe:{batches}",
         time=time,
         speedup=sequential / time,
-        bound=sequential / simulate(lists, free(times)).time,
+        bound=sequential / simulate(lists, free_links(times)).time,
         efficiency=sequential / time / stages,
         memory=tuple(memory),
-        link_bytes=sent(lists, times),
+        link_bytes=link_bytes(lists, times),
         parts=parts,
         limit=_limit(parts, sequential, stages),
     )
 
 
-def data_parallel_row(setting: Setting, stages: int) -> ForecastRow:
-    """The original on equal shares of the batch; gradients are added up around a ring.
+def data_parallel_row(costs: StepCosts, stages: int) -> ForecastRow:
+    """Forecast the original on equal shares of the batch; a ring reduces the gradients.
 
     Raises:
-        OptionError: The batch has no so many equal shares.
+        OptionError: The batch cannot be split into that many equal shares.
     """
-    if setting.batch % stages:
-        raise OptionError(f"a batch of {setting.batch} has no {stages} equal shares")
-    analysis = setting.analysis
+    if costs.batch % stages:
+        raise OptionError(f"a batch of {costs.batch} has no {stages} equal shares")
+    analysis = costs.analysis
     order = analysis.frontiers.order
     weights = [p for p in analysis.program.module.parameters() if p.requires_grad]
     size = sum(p.nbytes for p in weights)
-    sequential = setting.sequential
-    around = 2 * (stages - 1)
-    crossing = around * size / stages if setting.training else 0.0
-    link = crossing / setting.bandwidth
-    if setting.training:
-        link += around * setting.latency
-    own = max(setting.alone(rank) for rank in range(stages)) / stages
-    held = sum(p.nbytes for p in analysis.program.module.parameters())
-    written = sum(analysis.costs[node].activation_bytes for node in order) / stages
-    memory = setting.memory.copies * held + written
-    setting.check_memory([memory] * stages)
-    parts = dict.fromkeys(("preprocessing", "coarse", "head"), 0.0) | {"fine": own, "link": link}
+    sequential = costs.sequential
+    messages = 2 * (stages - 1)  # of a rank in a ring all-reduce, each of size / stages bytes
+    crossing = messages * size / stages if costs.training else 0.0
+    link = crossing / costs.bandwidth
+    if costs.training:
+        link += messages * costs.latency
+    compute = max(costs.original(rank) for rank in range(stages)) / stages
+    parameters = sum(p.nbytes for p in analysis.program.module.parameters())
+    activations = sum(analysis.costs[node].activation_bytes for node in order) / stages
+    memory = costs.memory.copies * parameters + activations
+    costs.check_memory([memory] * stages)
+    parts = dict.fromkeys(("preprocessing", "coarse", "head"), 0.0) | {
+        "fine": compute,
+        "link": link,
+    }
     return ForecastRow(
         stages=stages,
         method="ddp",
-        time=own + link,
-        speedup=sequential / (own + link),
+        time=compute + link,
+        speedup=sequential / (compute + link),
         bound=float(stages),
-        efficiency=sequential / (own + link) / stages,
+        efficiency=sequential / (compute + link) / stages,
         memory=(memory,) * stages,
         link_bytes=crossing * stages,
         parts=parts,
@@ -175,5 +242,5 @@ def data_parallel_row(setting: Setting, stages: int) -> ForecastRow:
 
 
 def _limit(parts: dict[str, float], sequential: float, count: int) -> str:
-    found = find_bottleneck(parts, sequential, count)
-    return "imbalance" if found == "fine" else found
+    limit = find_limit(parts, sequential, count)
+    return "imbalance" if limit == "fine" else limit

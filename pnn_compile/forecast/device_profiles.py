@@ -1,4 +1,4 @@
-"""Device profiles: the built-in ones in `devices/`, and those that users keep in files."""
+"""Load device profiles: built-in ones from `devices/`, or files of users."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from pathlib import Path
 from passes.cost.device_profile import DeviceProfile, read_profile
 from passes.errors import OptionError
 
-__all__ = ["built_in_profiles", "load_profile"]
-
 _SUFFIX = ".toml"
 _FOLDER = files(__package__) / "devices"
 
 
 def built_in_profiles() -> tuple[str, ...]:
-    """Names of the profiles that come with the package; their files say where figures are from."""
-    found = (entry.name for entry in _FOLDER.iterdir())
-    return tuple(sorted(name.removesuffix(_SUFFIX) for name in found if name.endswith(_SUFFIX)))
+    """Return the names of the built-in profiles; their files name the sources of all figures."""
+    names = (entry.name for entry in _FOLDER.iterdir())
+    return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
 
 
 def load_profile(source: str | Path) -> DeviceProfile:
@@ -27,7 +25,7 @@ def load_profile(source: str | Path) -> DeviceProfile:
         source: The name of a built-in profile ("h100"), or the path of a TOML file.
 
     Raises:
-        OptionError: There is no such profile, or it is not a whole one.
+        OptionError: There is no such profile, or it is incomplete.
     """
     name = str(source)
     if name.lower() in built_in_profiles():

@@ -1,4 +1,4 @@
-"""`forecast`: what a model would take on N devices, before any of it is built or bought."""
+"""Forecast the time of a step on N devices before any network is built or device bought."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from passes.cost.node_facts import observe
 from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.options import Options
 from pnn_compile.compiled import Compiled
-from pnn_compile.forecast.compare_methods import data_parallel_row, pipeline_row
-from pnn_compile.forecast.parareal import parareal_row
-from pnn_compile.forecast.setting import Setting
+from pnn_compile.forecast.compare_methods import data_parallel_row, parareal_row, pipeline_row
+from pnn_compile.forecast.step_costs import StepCosts
 from pnn_compile.forecast.table import PARAREAL, ForecastRow, ForecastTable
 from pnn_compile.forecast.timing_cache import TimingCache
 from pnn_compile.inputs import batch_size, example
-
-__all__ = ["ForecastRow", "ForecastTable", "forecast"]
 
 _COSTS = ("flops", "roofline", "measured")
 
@@ -46,8 +43,8 @@ def forecast(
 ) -> ForecastTable:
     """Forecast a step on numbers of devices: parareal networks, pipelines, data parallelism.
 
-    The model is analysed once. Every time is what the simulator gives for the instruction lists
-    that the ranks would run (`pnn_compile.runtime.simulate`).
+    The model is analyzed once. Times are simulated from the instruction lists that the ranks would
+    run (`pnn_compile.runtime.simulate`).
 
     Args:
         model: Any module, or a compiled network.
@@ -55,16 +52,19 @@ def forecast(
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         stages: Numbers N of devices, one stage each.
-        devices: The profile of every device, or a list of profiles, as many as there are devices
-            at most; their links and memory count. None: this machine, with links that are free.
+        devices: The profile of all devices, or a list with the profile of each; their links and
+            memory count. None: this machine, with free links.
         cost: "roofline" (seconds of the first device's profile; the default where devices are
-            given), "measured" (seconds on this machine; the default else) or "flops".
-        training: Whether a step trains, forward and backward; else the forward pass alone.
-        sweeps: Which parareal networks: "chain", "collapsed" or both.
-        micro_batches: Numbers of micro-batches of the pipelines to set beside; may be empty.
-        progress: Called with what is being done.
-        cache: Whether to keep measured seconds, or where, as in `compile`.
-        options: How networks are compiled: `coarse`, `coarse_budget`, `units` and so on.
+            given), "measured" (seconds on this machine; the default otherwise) or "flops".
+        training: Whether a step is a training step; else the forward pass alone.
+        sweeps: Sweeps of the parareal networks: "chain", "collapsed" or both.
+        micro_batches: Numbers of micro-batches of the pipelines to compare; may be empty.
+        progress: Called with a description of the work that starts.
+        cache: Whether to cache measured seconds, or the folder, as in `compile`.
+        options: Options of the parareal networks: `coarse`, `coarse_budget`, `units` and so on.
+
+    Returns:
+        A row for every method and number of devices.
 
     Raises:
         OptionError: A value is unknown or out of range, or nothing could be forecast.
@@ -78,12 +78,12 @@ def forecast(
         counts = _within(counts, profiles)
     progress("capturing")
     timings = TimingCache.of(cache)
-    analysis, wanted = _analysis(
+    analysis, network_options = _analysis(
         model, example_inputs, args, kwargs, cost, training, profiles, progress, timings, options
     )
     batch = batch_size(analysis.program.args)
-    setting = Setting(analysis, wanted, training, batch, profiles)
-    rows, problems = _rows(setting, counts, sweeps, micro_batches, progress)
+    costs = StepCosts(analysis, network_options, training, batch, profiles)
+    rows, problems = _rows(costs, counts, sweeps, micro_batches, progress)
     if not rows:
         raise OptionError("nothing can be forecast: " + "; ".join(problems))
     return ForecastTable(
@@ -93,18 +93,18 @@ def forecast(
         training=training,
         batch=batch,
         devices=tuple(dict.fromkeys(profile.name for profile in profiles)),
-        sequential=setting.sequential,
+        sequential=costs.sequential,
         rows=tuple(rows),
         problems=tuple(problems),
-        notes=_notes(setting, timings),
+        notes=_notes(costs, timings),
     )
 
 
 def _counts(stages: Iterable[int]) -> list[int]:
     counts = sorted(set(stages))
-    wrong = [n for n in counts if n < 1]
-    if wrong or not counts:
-        raise OptionError(f"stages must be whole numbers of at least 1 (got {wrong or 'none'})")
+    invalid = [n for n in counts if n < 1]
+    if invalid or not counts:
+        raise OptionError(f"stages must be whole numbers of at least 1 (got {invalid or 'none'})")
     return counts
 
 
@@ -123,18 +123,18 @@ def _check(
         )
     if unknown := set(sweeps) - set(PARAREAL):
         raise OptionError(f"sweeps are {', '.join(PARAREAL)} (got {', '.join(sorted(unknown))})")
-    if wrong := [m for m in micro_batches if m < 1]:
-        raise OptionError(f"micro_batches must be at least 1 (got {wrong})")
+    if invalid := [m for m in micro_batches if m < 1]:
+        raise OptionError(f"micro_batches must be at least 1 (got {invalid})")
 
 
 def _within(counts: list[int], profiles: Sequence[DeviceProfile]) -> list[int]:
-    kept = [n for n in counts if n <= len(profiles)]
-    if not kept:
+    possible = [n for n in counts if n <= len(profiles)]
+    if not possible:
         raise OptionError(
             f"{len(profiles)} devices cannot hold {min(counts)} stages: list more devices, or ask "
             "for fewer stages"
         )
-    return kept
+    return possible
 
 
 def _analysis(
@@ -156,35 +156,34 @@ def _analysis(
             return model.analysis, Options(cost=source, **options)
         program = model.current_program()
     else:
-        given, named = example(model, example_inputs, args, kwargs)
-        program = capture(model, given, named)
+        program = capture(model, *example(model, example_inputs, args, kwargs))
     devices = tuple(profiles) if cost != "flops" else ()
-    wanted = Options(cost=source, devices=devices, **options)
-    progress("measuring" if cost == "measured" else "analysing")
+    network_options = Options(cost=source, devices=devices, **options)
+    progress("measuring" if cost == "measured" else "analyzing")
     profile = profiles[0] if profiles else None
-    return analyze(program, observe(program), source, profile, timings), wanted
+    return analyze(program, observe(program), source, profile, timings), network_options
 
 
 def _rows(
-    setting: Setting,
+    costs: StepCosts,
     counts: Sequence[int],
     sweeps: Sequence[str],
     micro_batches: Sequence[int],
     progress: Callable[[str], object],
 ) -> tuple[list[ForecastRow], list[str]]:
-    makers: dict[str, Callable[[int], ForecastRow]] = {}
+    methods: dict[str, Callable[[int], ForecastRow]] = {}
     for sweep in sweeps:
-        makers[sweep] = partial(parareal_row, setting, sweep)
+        methods[sweep] = partial(parareal_row, costs, sweep)
     for batches in micro_batches:
-        makers[f"gpipe:{batches}"] = partial(pipeline_row, setting, batches)
-    makers["ddp"] = partial(data_parallel_row, setting)
+        methods[f"gpipe:{batches}"] = partial(pipeline_row, costs, batches)
+    methods["ddp"] = partial(data_parallel_row, costs)
     rows, problems = [], []
-    for method, make in makers.items():
+    for method, make_row in methods.items():
         missing, reason = [], ""
         for count in counts:
             progress(f"{method}, {count} devices")
             try:
-                rows.append(make(count))
+                rows.append(make_row(count))
             except (OptionError, PartitionError, SynthesisError) as error:
                 reason = reason or str(error).splitlines()[0]
                 missing.append(count)
@@ -196,12 +195,12 @@ def _rows(
     return rows, problems
 
 
-def _notes(setting: Setting, timings: TimingCache) -> tuple[str, ...]:
-    found = []
+def _notes(costs: StepCosts, timings: TimingCache) -> tuple[str, ...]:
+    notes = []
     if timings.path is not None:
-        found.append(f"timings are kept in {timings.path}; without it they are measured anew")
-    if not setting.linked:
-        found.append("links are free: name devices to count them")
-    if setting.batch == 1:
-        found.append("a batch of one sample has no shares for pipelines and data parallelism")
-    return tuple(found)
+        notes.append(f"timings are cached in {timings.path}; delete it to measure them again")
+    if not costs.linked:
+        notes.append("links are free: pass devices to include them")
+    if costs.batch == 1:
+        notes.append("a batch of one sample has no shares for pipelines and data parallelism")
+    return tuple(notes)

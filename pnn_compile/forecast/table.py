@@ -1,4 +1,4 @@
-"""What a forecast says, as plain data, and where more devices stop paying."""
+"""The forecast as plain data, and its conclusion: at how many devices more do not pay."""
 
 from __future__ import annotations
 
@@ -9,34 +9,31 @@ from typing import Any
 
 from passes.plan.estimate import BOTTLENECKS
 
-__all__ = ["PARAREAL", "ForecastRow", "ForecastTable"]
-
 PARAREAL = ("chain", "collapsed")
 """Methods that are parareal networks, by the sweep of the corrections."""
 _NEAR_BEST = 1.05
-"""Devices that make a step faster by no more than this pay no longer."""
+"""More devices do not pay if they make a step faster by at most this factor."""
 
 
 @dataclass(frozen=True)
 class ForecastRow:
-    """One way to run one step on N devices.
+    """One method to run one step on N devices.
 
     Attributes:
         stages: Number N of devices, one stage each.
         method: "chain" or "collapsed" (parareal networks, by sweep), "gpipe:M" (the original as a
             pipeline of M micro-batches) or "ddp" (the original on shares of the batch).
-        time: Of the step, in the unit of the table: what the simulator gives for the instruction
-            lists that the ranks run.
+        time: Of the step, in the unit of the table, simulated from the instruction lists that the
+            ranks run.
         speedup: Time of the original on one device, over `time`.
-        bound: What the speed-up would be if guesses, corrections and links took no time; of other
+        bound: Speed-up if preprocessing, coarse propagators and links took no time; of other
             methods, if links took none.
         efficiency: `speedup / stages`.
-        memory: Bytes that every device holds, in the order of the stages.
+        memory: Bytes that every device needs, in the order of the stages.
         link_bytes: Bytes that cross links in one step, all links together.
-        parts: What `time` is made of along its critical path: "fine", "preprocessing", "coarse",
-            "head", "link" and, of a pipeline, "bubble". They add up to it.
-        limit: What keeps the speed-up furthest below N, a key of
-            `passes.plan.estimate.BOTTLENECKS`.
+        parts: `time` split along its critical path: "fine", "preprocessing", "coarse", "head",
+            "link" and, of a pipeline, "bubble". They sum to it.
+        limit: The largest limit of the speed-up, a key of `passes.plan.bottleneck.LIMITS`.
     """
 
     stages: int
@@ -52,7 +49,7 @@ class ForecastRow:
 
     @property
     def most_memory(self) -> float:
-        """Bytes of the device that holds most."""
+        """Bytes of the device that needs most."""
         return max(self.memory)
 
 
@@ -62,7 +59,7 @@ class ForecastTable:
 
     Attributes:
         model: Class name of the model.
-        cost: How nodes were weighed: "flops", "roofline", "measured".
+        cost: Source of the costs of nodes: "flops", "roofline", "measured".
         unit: Of every time: "seconds" or "FLOPs".
         training: Whether a step trains (forward and backward), else the forward pass alone.
         batch: Samples of a step.
@@ -70,7 +67,7 @@ class ForecastTable:
         sequential: Time of the original network on one device.
         rows: By method, then by number of stages.
         problems: Why some rows are missing, a sentence each.
-        notes: What else a reader must know of the figures.
+        notes: Remarks on the figures, a sentence each.
     """
 
     model: str
@@ -90,11 +87,11 @@ class ForecastTable:
         return tuple(dict.fromkeys(row.method for row in self.rows))
 
     def of(self, method: str) -> tuple[ForecastRow, ...]:
-        """The rows of a method, by number of stages."""
+        """Return the rows of a method, by number of stages."""
         return tuple(row for row in self.rows if row.method == method)
 
     def enough(self, method: str) -> ForecastRow:
-        """The row of fewest devices whose time is within 5 % of the method's best one."""
+        """Return the row of fewest devices whose time is within 5 % of the method's best one."""
         rows = self.of(method)
         best = min(row.time for row in rows)
         return next(row for row in rows if row.time <= _NEAR_BEST * best)
@@ -107,12 +104,12 @@ class ForecastTable:
 
     @property
     def verdict(self) -> str:
-        """Where more devices stop paying and why, in one sentence."""
+        """At how many devices more do not pay, and why, in one sentence."""
         if not set(self.methods) & set(PARAREAL):
             return f"{self.model} cannot be forecast at any of these numbers of devices"
         row = self.best
         others = self.of(row.method)
-        after = next((each for each in others if each.stages >= 2 * row.stages), others[-1])
+        after = next((other for other in others if other.stages >= 2 * row.stages), others[-1])
         why = BOTTLENECKS[after.limit]
         if row.speedup < _NEAR_BEST:
             return (
@@ -132,9 +129,9 @@ class ForecastTable:
         )
 
     def as_data(self) -> dict[str, Any]:
-        """Everything as plain data for JSON, what is derived included."""
-        found = dataclasses.asdict(self)
-        found["verdict"] = self.verdict
+        """Return all fields as plain data for JSON, with the verdict and the best row."""
+        data = dataclasses.asdict(self)
+        data["verdict"] = self.verdict
         if set(self.methods) & set(PARAREAL):
-            found["best"] = {"stages": self.best.stages, "method": self.best.method}
-        return found
+            data["best"] = {"stages": self.best.stages, "method": self.best.method}
+        return data

@@ -1,8 +1,8 @@
-"""Measured seconds, kept by content in files that users can see and delete.
+"""Cache measured seconds in files that users can read and delete.
 
 One file a measurement, in `$PNN_COMPILE_CACHE`, else in `pnn-compile` under `$XDG_CACHE_HOME` or
-`~/.cache`. Its name is a digest of everything that the seconds depend on, which it also holds as
-text: structure and shapes of the program, segments, training or not, torch, device, threads.
+`~/.cache`. Its name is a digest of everything that the seconds depend on, which the file also
+contains as text: structure and shapes of the program, segments, training, torch, device, threads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,30 +24,41 @@ from torch.utils import _pytree as pytree
 
 from passes.cost.measured import Seconds, measure_seconds
 from passes.ir.program import Program
-from pnn_compile.forecast.processor import processor_name
-
-__all__ = ["TimingCache", "default_folder"]
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 3
 
 
+def processor_name(device: torch.device) -> str:
+    """Return the name of a device: of a GPU, or of the processor of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
 def default_folder() -> Path:
-    """Where measurements are kept unless somebody says otherwise."""
-    if own := os.environ.get("PNN_COMPILE_CACHE"):
-        return Path(own)
+    """Return the folder of the cache, which environment variables may set."""
+    if folder := os.environ.get("PNN_COMPILE_CACHE"):
+        return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pnn-compile"
 
 
 @dataclasses.dataclass
 class TimingCache:
-    """Measures segments, or reads what was measured before.
+    """Measure segments, or read an earlier measurement.
 
     Attributes:
-        folder: Where the files are; None to measure every time and keep nothing.
-        path: The file of the last measurement; None where it was not kept.
-        found: Whether it was there before.
+        folder: Folder of the files; None to measure every time and write nothing.
+        path: File of the last measurement; None if it was not written.
+        found: Whether that file existed before.
     """
 
     folder: Path | None = dataclasses.field(default_factory=default_folder)
@@ -55,7 +67,7 @@ class TimingCache:
 
     @classmethod
     def of(cls, cache: bool | str | Path) -> TimingCache:
-        """The cache that a user asks for: the default folder, none, or a folder of their own."""
+        """Return the cache of an option: True: the default folder, False: none, or a folder."""
         if isinstance(cache, bool):
             return cls() if cache else cls(None)
         return cls(Path(cache))
@@ -63,17 +75,17 @@ class TimingCache:
     def __call__(
         self, program: Program, segments: Sequence[Sequence[fx.Node]], *, backward: bool = False
     ) -> list[Seconds]:
-        """Seconds of every segment, as `passes.cost.measured.measure_seconds` gives them."""
+        """Return the seconds of every segment; see `passes.cost.measured.measure_seconds`."""
         self.path, self.found = None, False
         if self.folder is None:
             return measure_seconds(program, segments, backward=backward)
         conditions = _conditions(program, segments, backward)
         digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{digest[:32]}.json"
-        known = _read(path, conditions, len(segments))
-        if known is not None:
+        cached = _read(path, conditions, len(segments))
+        if cached is not None:
             self.path, self.found = path, True
-            return known
+            return cached
         measured = measure_seconds(program, segments, backward=backward)
         if _write(path, conditions, measured):
             self.path = path
@@ -83,7 +95,7 @@ class TimingCache:
 def _conditions(
     program: Program, segments: Sequence[Sequence[fx.Node]], backward: bool
 ) -> dict[str, Any]:
-    """What the seconds depend on, as plain data."""
+    """Return all that the seconds depend on, as plain data."""
     leaves = pytree.tree_leaves(dict(program.args))
     return {
         "format": _FORMAT,
@@ -110,13 +122,13 @@ def _digest(lines: Any) -> str:
 
 
 def _read(path: Path, conditions: dict[str, Any], count: int) -> list[Seconds] | None:
-    """What a file holds; None if there is none, or if it is not whole."""
+    """Return the seconds in a file; None if it does not exist or is damaged."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        seconds = [Seconds(float(a), float(b)) for a, b in held["seconds"]]
-        if held["conditions"] == conditions and len(seconds) == count:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        seconds = [Seconds(float(a), float(b)) for a, b in data["seconds"]]
+        if data["conditions"] == conditions and len(seconds) == count:
             return seconds
-        _LOG.warning("%s holds another measurement: measuring again", path)
+        _LOG.warning("%s is of another measurement: measuring again", path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,7 +137,7 @@ def _read(path: Path, conditions: dict[str, Any], count: int) -> list[Seconds] |
 
 
 def _write(path: Path, conditions: dict[str, Any], measured: Sequence[Seconds]) -> bool:
-    """Write a file as a whole or not at all; a folder that cannot be written is no error."""
+    """Write a file atomically; return whether that worked, as a read-only folder is no error."""
     text = json.dumps({"conditions": conditions, "seconds": measured}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +147,6 @@ def _write(path: Path, conditions: dict[str, Any], measured: Sequence[Seconds]) 
             file.write(text)
         os.replace(file.name, path)
     except OSError as error:
-        _LOG.warning("measured seconds are not kept: %s", error)
+        _LOG.warning("measured seconds are not cached: %s", error)
         return False
     return True

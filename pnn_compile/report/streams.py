@@ -11,7 +11,7 @@ from rich.text import Text
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:
-    from pnn_compile.bench.streams import StreamBench
+    from pnn_compile.bench.gpu_streams import StreamBench
 
 __all__ = ["streams_table"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from passes.plan.schema import Interface, Plan, Stage
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
-    from pnn_compile.fit.calibration_report import CalibrationReport
+    from pnn_compile.fit.calibrate import CalibrationReport
     from pnn_compile.fit.train import FitReport
 
 __all__ = [

@@ -12,7 +12,7 @@ import pnn_compile as pnn
 from examples import decoder, resnet110
 from passes.coarse.regression import Moments
 from pnn_compile.cli import main
-from pnn_compile.fit import regression_sweep as closed_form
+from pnn_compile.fit import regression_sweep
 from pnn_compile.fit.metrics import agreement
 from pnn_compile.inputs import device_of, named_batch
 from pnn_compile.report.terminal import calibration_table, to_text
@@ -108,8 +108,8 @@ def test_states_in_memory_and_on_disk_give_the_same(
     samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = pnn.calibrate(_compiled(samples), list(samples.split(64)))
-    for room in (10**9, 10**6):
-        monkeypatch.setattr(closed_form, "_room", lambda device, room=room: room)
+    for limit in (10**9, 10**6):
+        monkeypatch.setattr(regression_sweep, "_memory_limit", lambda device, limit=limit: limit)
         assert pnn.calibrate(_compiled(samples), list(samples.split(64))) == expected
 
 

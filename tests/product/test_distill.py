@@ -16,10 +16,10 @@ from examples import decoder
 from passes.ir.isolation import preserved
 from passes.transform.executor import Executor, State
 from pnn_compile.cli import main
-from pnn_compile.fit.calibrate import calibrate_by_choice
+from pnn_compile.fit.calibrate import calibrate_candidates
 from pnn_compile.fit.checkpoint import random_state, set_random_state
 from pnn_compile.fit.distill import Distiller
-from pnn_compile.fit.regression_sweep import Given
+from pnn_compile.fit.regression_sweep import CurrentOperators
 from tests.models.builders import Shifts, block_list
 from tests.models.zoo import by_name
 from tests.support.programs import call
@@ -54,7 +54,7 @@ def _distil(compiled: pnn.Compiled, batches: list[Any], epochs: int = 5) -> Dist
     distiller.train(dropout=True)
     for _ in range(epochs):
         for batch in batches:
-            distiller.take(batch)
+            distiller.train_step(batch)
     return distiller
 
 
@@ -139,15 +139,15 @@ def test_the_goals_of_a_collapsed_sweep_add_up_to_the_original(
     distiller = _distiller(compiled)
     goals: list[State] = []
 
-    def learn(self: Distiller, what: str, found: State, wanted: State) -> float:
-        if what.startswith("coarse"):
-            goals.append({key: wanted[key] for key in found})
+    def train(self: Distiller, name: str, state: State, target: State) -> float:
+        if name.startswith("coarse"):
+            goals.append({key: target[key] for key in state})
         return 0.0
 
-    monkeypatch.setattr(Distiller, "_learn", learn)
+    monkeypatch.setattr(Distiller, "_train", train)
     with preserved(compiled.module):
         distiller.train(dropout=True)
-        distiller.take(call(name, 3))
+        distiller.train_step(call(name, 3))
         executor, inputs = Executor(compiled), call(name, 3)
         true = last = executor.advance(0, {}, executor.fine(0, {}, inputs))
         for number in (1, 2):
@@ -291,14 +291,16 @@ def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
         def __iter__(self) -> Iterator[torch.Tensor]:
             return self._batches
 
-    with pytest.raises(pnn.OptionError, match="gave nothing after 8 of 16 steps"):
+    with pytest.raises(pnn.OptionError, match="no batches after 8 of 16 steps"):
         pnn.fit(_compiled(coarse="linear"), Once(), epochs=2)
 
 
 def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() -> None:
     compiled = _compiled(coarse="linear", calibration=_images(320))
     executor = Executor(compiled)
-    kept = calibrate_by_choice(compiled, _images(40), executor, Given(executor), keep_better=True)
+    kept = calibrate_candidates(
+        compiled, _images(40), executor, CurrentOperators(executor), keep_better=True
+    )
     solved = pnn.calibrate(compiled, _images(40))
     for one, other in zip(kept.interfaces, solved.interfaces, strict=True):
         assert one.guess_after <= min(one.guess_before, other.guess_after) + 1e-6

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import pnn_compile as pnn
-from pnn_compile.fit.optimizer import Learner
+from pnn_compile.fit.optimizer import OptimizerStep
 from tests.models.builders import block_chain
 
 
@@ -21,8 +21,8 @@ def _trainer(
     return optimizer, LambdaLR(optimizer, lambda step: 1.0 - step / total)
 
 
-def _learner(weight: nn.Parameter, **options: object) -> Learner:
-    return Learner([weight], _trainer, 100, **options)  # type: ignore[arg-type]
+def _learner(weight: nn.Parameter, **options: object) -> OptimizerStep:
+    return OptimizerStep([weight], _trainer, 100, **options)  # type: ignore[arg-type]
 
 
 def test_small_gradients_reach_the_weights_in_half_precision() -> None:
@@ -31,7 +31,7 @@ def test_small_gradients_reach_the_weights_in_half_precision() -> None:
     for precision in (None, torch.float16):
         weight = nn.Parameter(torch.zeros(4))
         half = weight.half() * 2.0**-12  # what comes back through it is half too
-        _learner(weight, autocast=precision).learn((half.float() * 2.0**-14).sum())
+        _learner(weight, autocast=precision).step((half.float() * 2.0**-14).sum())
         moved[precision] = weight.detach().abs().max().item()
     assert moved == {None: 0.0, torch.float16: 2.0**-26}
 
@@ -40,12 +40,12 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls() -> None:
     weight = nn.Parameter(torch.zeros(4))
     learner = _learner(weight, autocast=torch.float16, clip_norm=1.0)
     before = learner.state_dict()["scaler"]["scale"]
-    learner.learn((weight * float("inf")).sum())
+    learner.step((weight * float("inf")).sum())
     assert torch.equal(weight, torch.zeros(4))
     state = learner.state_dict()
     assert state["scaler"]["scale"] == before / 2
     assert state["schedule"]["last_epoch"] == 0
-    learner.learn((weight * 3.0).sum())
+    learner.step((weight * 3.0).sum())
     assert weight.norm().item() == pytest.approx(1.0)
     assert learner.state_dict()["schedule"]["last_epoch"] == 1
 
@@ -53,15 +53,15 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls() -> None:
 def test_the_scale_is_part_of_the_state() -> None:
     weight = nn.Parameter(torch.zeros(4))
     learner = _learner(weight, autocast=torch.float16)
-    learner.learn((weight * float("inf")).sum())
+    learner.step((weight * float("inf")).sum())
     again = _learner(nn.Parameter(torch.zeros(4)), autocast=torch.float16)
     again.load_state_dict(learner.state_dict())
     assert again.state_dict() == learner.state_dict()
 
 
 def test_without_parameters_nothing_happens() -> None:
-    learner = Learner([], _trainer, 10)
-    learner.learn(torch.ones(()))
+    learner = OptimizerStep([], _trainer, 10)
+    learner.step(torch.ones(()))
     assert learner.state_dict() == {}
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import pnn_compile as pnn
 from examples import decoder, resnet110, unet
-from pnn_compile.bench.streams import BASELINE, bench_streams
+from pnn_compile.bench.gpu_streams import BASELINE, bench_streams
 from pnn_compile.runtime import CapturedForward, CapturedStep, StreamNetwork
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

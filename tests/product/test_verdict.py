@@ -108,13 +108,13 @@ def test_what_the_sentence_says_follows_from_the_numbers() -> None:
     cases: list[tuple[Fidelity, Fidelity | None, float, str]] = [
         (good, fair, 2.0, "can be run in parallel as it is"),
         (good, good, 2.0, "does not use its depth"),
-        (fair, poor, 2.0, "keeps more of them than leaving them out"),
-        (poor, poor, 2.0, "gains nothing here"),
-        (poor, None, 2.0, "no early exit is that quick"),
-        (good, poor, 0.9, "no gain in time"),
+        (fair, poor, 2.0, "closer to the original than leaving them out"),
+        (poor, poor, 2.0, "shorter network is as good here"),
+        (poor, None, 2.0, "no early exit is that fast"),
+        (good, poor, 0.9, "not faster"),
         (Fidelity(None, 0.001), Fidelity(None, 0.2), 2.0, "within 0.10% of the original's outputs"),
         (Fidelity(None, 0.001), Fidelity(None, 0.2), 2.0, "can be run in parallel as it is"),
-        (Fidelity(None, 0.3), Fidelity(None, 0.2), 2.0, "gains nothing here"),
+        (Fidelity(None, 0.3), Fidelity(None, 0.2), 2.0, "shorter network is as good here"),
     ]
     for fidelity, exit_, speedup, words in cases:
         changed = replace(row, fidelity=fidelity, exit=exit_, speedup=speedup)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import ExportError
 from passes.ir.run_step import output_leaves, relative_error
-from pnn_compile.fit.metrics import Agreement, judged
+from pnn_compile.fit.metrics import Agreement, main_output
 from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
         references = [leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
         for index, (value, reference) in enumerate(zip(outputs, references, strict=True)):
             worst = max(worst, _error(index, size, value, reference))
-        agreement.add(judged(outputs), judged(references), size)
+        agreement.add(main_output(outputs), main_output(references), size)
     return Checked(sizes, worst, agreement.share)
 
 

@@ -1,7 +1,12 @@
-"""`bench_streams`: stages side by side on one GPU, beside the original network on that GPU.
+"""Measure stages on streams of one GPU beside the original network on that GPU.
 
-Every contender is timed as one launch of a CUDA graph, so that none waits for Python; the original
-is also timed as PyTorch runs it. All take turns, round after round.
+Every contender is one CUDA graph, so that none waits for Python; the original also runs as usual,
+as "original". All take turns, round after round:
+
+    original                      PyTorch launches every kernel
+    original, CUDA graph          the baseline
+    parareal N = 4, one stream    the stages one after another, in one CUDA graph
+    parareal N = 4, streams       the stages at the same time, in one CUDA graph
 """
 
 from __future__ import annotations
@@ -17,20 +22,18 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, RuntimeFault
-from pnn_compile.bench.contenders import mean_square, optimizer_of
+from pnn_compile.bench.parts import mean_square, optimizer_of
 from pnn_compile.inputs import check_batch_size, device_of, resized
 from pnn_compile.runtime import CapturedForward, CapturedStep, StreamNetwork
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["BASELINE", "StreamBench", "StreamTiming", "bench_streams"]
-
 BASELINE = "original, CUDA graph"
 _REPEATS = 5
-"""Steps between two readings of the clock."""
+"""Steps per timing."""
 
-_Step = Callable[[], Any]
+_StepFunction = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class StreamTiming:
         contender: Its name.
         batch: Samples of a step.
         seconds: Of a step, by round.
-        error: Largest difference of its outputs from those of the same network run plainly,
-            relative to the largest output; None for the original.
+        error: Largest difference of its outputs from those of the same network without streams and
+            CUDA graph, relative to the largest output; None for the original.
     """
 
     contender: str
@@ -58,14 +61,14 @@ class StreamTiming:
 
 @dataclass(frozen=True)
 class StreamBench:
-    """What was measured on one GPU.
+    """Timings of one model on one GPU.
 
     Attributes:
         model: Name of the model.
         training: Whether a step is forward, backward and optimizer; else forward alone.
         device: Name of the GPU.
         timings: One per contender and batch size.
-        bounds: Predicted speed-up by number of stages, one device a stage.
+        bounds: Predicted speed-up by number of stages, with one device a stage.
     """
 
     model: str
@@ -75,7 +78,7 @@ class StreamBench:
     bounds: dict[int, float]
 
     def ratios(self, timing: StreamTiming) -> tuple[float, ...]:
-        """How many times as fast as the original under a CUDA graph, round by round."""
+        """Return the speed-up over the original in a CUDA graph, round by round."""
         baseline = next(
             t for t in self.timings if (t.contender, t.batch) == (BASELINE, timing.batch)
         )
@@ -89,30 +92,34 @@ def bench_streams(
     training: bool = False,
     rounds: int = 7,
 ) -> StreamBench:
-    """Measure one model compiled into several numbers of stages, side by side on one GPU.
+    """Measure one model, compiled into several numbers of stages, on one GPU.
 
     Args:
         networks: The same model, compiled; moved to the current CUDA device.
         batches: Sizes of a batch.
-        training: Measure training steps (SGD with momentum at rate 0); else the forward pass.
-        rounds: Readings of each contender, five steps each.
+        training: Whether to measure training steps (SGD with momentum at learning rate 0); else
+            the forward pass.
+        rounds: Timings of each contender, of five steps each.
+
+    Returns:
+        The timings.
 
     Raises:
         RuntimeFault: There is no CUDA device, or a network cannot be captured in a CUDA graph.
-        OptionError: A number is too small, or a batch size is not what was compiled.
+        OptionError: A number is too small, or the network was compiled for another batch size.
     """
     sizes = tuple(batches)
     if not networks or rounds < 1 or not sizes or min(sizes) < 1:
-        raise OptionError("give at least one network, one round and one sample")
+        raise OptionError("bench_streams needs at least one network, one round and one sample")
     if not torch.cuda.is_available():
-        raise RuntimeFault("streams are measured on a CUDA device, and torch sees none here")
+        raise RuntimeFault("streams need a CUDA device, and torch finds none here")
     device = torch.device("cuda", torch.cuda.current_device())
     timings: list[StreamTiming] = []
     for batch in sizes:
         for network in networks:
             check_batch_size(network, batch)
             network.module.to(device)
-        timings += _turns(networks, batch, training, rounds)
+        timings += _take_turns(networks, batch, training, rounds)
         torch.cuda.empty_cache()
     return StreamBench(
         networks[0].plan.model, training, torch.cuda.get_device_name(device), tuple(timings),
@@ -120,14 +127,14 @@ def bench_streams(
     )  # fmt: skip
 
 
-def _turns(
+def _take_turns(
     networks: Sequence[Compiled], batch: int, training: bool, rounds: int
 ) -> list[StreamTiming]:
-    steps: dict[str, _Step] = {}
+    steps: dict[str, _StepFunction] = {}
     errors: dict[str, float | None] = {}
     original = networks[0].current_program().module
     inputs = resized(networks[0], batch, device_of(original))
-    steps["original"] = _plain(copy.deepcopy(original), inputs, training)
+    steps["original"] = _eager(copy.deepcopy(original), inputs, training)
     steps[BASELINE] = _captured(copy.deepcopy(original), inputs, training)
     errors["original"] = errors[BASELINE] = None
     for network in networks:
@@ -147,7 +154,7 @@ def _turns(
     return [StreamTiming(n, batch, tuple(seconds[n]), errors[n]) for n in names]
 
 
-def _plain(module: nn.Module, inputs: dict[str, Any], training: bool) -> _Step:
+def _eager(module: nn.Module, inputs: dict[str, Any], training: bool) -> _StepFunction:
     module.train(training)
     if not training:
 
@@ -167,7 +174,7 @@ def _plain(module: nn.Module, inputs: dict[str, Any], training: bool) -> _Step:
     return step
 
 
-def _captured(module: nn.Module, inputs: dict[str, Any], training: bool) -> _Step:
+def _captured(module: nn.Module, inputs: dict[str, Any], training: bool) -> _StepFunction:
     module.train(training)
     if not training:
         run = CapturedForward(module, **inputs)
@@ -175,27 +182,27 @@ def _captured(module: nn.Module, inputs: dict[str, Any], training: bool) -> _Ste
     optimizer = optimizer_of(module)
     if optimizer is None:
         raise OptionError("the model has no parameters to train: measure the forward pass")
-    given = tuple(inputs.values())
+    arguments = tuple(inputs.values())
     target = torch.zeros((), device=device_of(module))
-    step = CapturedStep(module, given, target, mean_square, optimizer)
-    return lambda: step(given, target)
+    step = CapturedStep(module, arguments, target, mean_square, optimizer)
+    return lambda: step(arguments, target)
 
 
 @torch.no_grad()
 def _difference(plain: nn.Module, streams: nn.Module, inputs: dict[str, Any]) -> float:
-    """Largest difference of captured streams from the network run plainly, relative."""
+    """Return the largest difference of streams in a CUDA graph from the plain network, relative."""
     plain.eval()
     streams.eval()
-    wanted = pytree.tree_leaves(plain(**inputs))
-    found = pytree.tree_leaves(CapturedForward(streams, **inputs)(**inputs))
-    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if isinstance(b, torch.Tensor)]
+    expected = pytree.tree_leaves(plain(**inputs))
+    outputs = pytree.tree_leaves(CapturedForward(streams, **inputs)(**inputs))
+    pairs = [(a, b) for a, b in zip(outputs, expected, strict=True) if isinstance(b, torch.Tensor)]
     scale = max((b.abs().max().item() for _, b in pairs), default=0.0)
-    worst = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
-    return worst / scale if scale else worst
+    largest = max(((a - b).abs().max().item() for a, b in pairs), default=0.0)
+    return largest / scale if scale else largest
 
 
-def _timed(step: _Step) -> float:
-    """Seconds of a step."""
+def _timed(step: _StepFunction) -> float:
+    """Return the seconds of a step, averaged over a few."""
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     step()
