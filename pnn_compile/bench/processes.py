@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.errors import OptionError
-from passes.ir.frame_stack import with_room
+from passes.ir.direct_call import with_frame_headroom
 from pnn_compile.bench.contenders import (
     Contender,
     NotApplicable,
@@ -242,7 +242,7 @@ def _timed(step: StepFunction, device: torch.device) -> float:
     """Return the seconds of a step on the slowest rank."""
     dist.barrier()
     start = time.perf_counter()
-    with_room(step)
+    with_frame_headroom(step)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)

@@ -151,7 +151,7 @@ def _run_by(
 
 
 def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Module) -> StepResult:
-    """Run in evaluation mode; return the output of `outputs` and what the head of `network` reads."""
+    """Run in evaluation mode; return the output of `outputs` and the inputs of the head."""
 
     def forward(inputs: dict[str, Any]) -> Any:
         states: list[Any] = []

@@ -18,8 +18,8 @@ from itertools import accumulate, pairwise
 
 from passes.errors import OptionError, PartitionError
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.bottleneck import find_limit, is_block
 from passes.plan.build import make_plan
+from passes.plan.estimate import find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
@@ -75,10 +75,10 @@ def _plan_memory(costs: StepCosts, plan: Plan) -> tuple[float, ...]:
 
 
 def _plan_limit(costs: StepCosts, plan: Plan, parts: Mapping[str, float]) -> str:
-    limit = find_limit(parts, costs.sequential, len(plan.stages))
+    limit = find_bottleneck(parts, costs.sequential, len(plan.stages))
     if limit != "fine":
         return limit
-    return "block" if is_block(costs.analysis, plan, costs.total) else "imbalance"
+    return "block" if slowest_is_block(costs.analysis, plan, costs.total) else "imbalance"
 
 
 def balanced(work: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -242,5 +242,5 @@ def data_parallel_row(costs: StepCosts, stages: int) -> ForecastRow:
 
 
 def _limit(parts: dict[str, float], sequential: float, count: int) -> str:
-    limit = find_limit(parts, sequential, count)
+    limit = find_bottleneck(parts, sequential, count)
     return "imbalance" if limit == "fine" else limit

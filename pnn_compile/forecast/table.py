@@ -33,7 +33,7 @@ class ForecastRow:
         link_bytes: Bytes that cross links in one step, all links together.
         parts: `time` split along its critical path: "fine", "preprocessing", "coarse", "head",
             "link" and, of a pipeline, "bubble". They sum to it.
-        limit: The largest limit of the speed-up, a key of `passes.plan.bottleneck.LIMITS`.
+        limit: The largest limit of the speed-up, a key of `passes.plan.estimate.BOTTLENECKS`.
     """
 
     stages: int
