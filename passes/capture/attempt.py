@@ -12,6 +12,7 @@ import copy
 import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, Leaf, placeholder_names
-from passes.ir.isolation import preserved, without_causal_detection
+from passes.ir.isolation import DrawObserver, preserved, without_causal_detection
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
 FrontEnd = Callable[[nn.Module, ExampleInputs, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
@@ -113,15 +114,21 @@ class Attempt:
     def _trace(self, *, train: bool) -> fx.Graph:
         """Run the front end in one mode; its constants become buffers of the model."""
         model = self.model if train else copy_model(self.original)
-        for _ in range(MAX_TRIES):
-            with preserved(model), without_causal_detection():
+        for attempt in range(MAX_TRIES):
+            # Numbers that forward itself draws while it is traced are constants of the graph. All
+            # threads share the generators, so a changed state alone does not say who drew: the
+            # next attempts observe the operators of this thread.
+            observer = DrawObserver() if attempt else nullcontext()
+            with preserved(model), without_causal_detection(), observer:
                 model.train(train)
                 before = torch.get_rng_state(), random.getstate()
                 graph, constants = self.front_end(model, self.inputs, self.reference.dynamic_batch)
                 after = torch.get_rng_state(), random.getstate()
-            # Numbers that forward itself drew while it was traced are constants of the graph; if
-            # another thread drew them, the next attempt will most likely see none.
-            if torch.equal(before[0], after[0]) and before[1] == after[1]:
+            if isinstance(observer, DrawObserver):
+                drawn = observer.drawn
+            else:
+                drawn = not torch.equal(before[0], after[0])
+            if not drawn and before[1] == after[1]:
                 break
         else:
             raise MismatchError("forward depends on random numbers that it draws outside the graph")

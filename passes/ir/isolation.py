@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import transformer
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LOCK = threading.RLock()
 """Guards the state that all threads share: patched methods, random state, backend flags."""
@@ -61,6 +64,34 @@ def seeded(seed: int) -> Iterator[None]:
     with LOCK, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+class DrawObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Observe whether this thread draws numbers from torch's random generators.
+
+    Operators on fake or meta tensors draw none, nor does this count a generator that is passed.
+
+    Attributes:
+        drawn: Whether an operator drew numbers so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawn = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and note whether it drew numbers."""
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and not (kwargs or {}).get("generator"):
+            self.drawn |= any(
+                isinstance(leaf, torch.Tensor)
+                and not isinstance(leaf, FakeTensor)
+                and leaf.device.type != "meta"
+                for leaf in pytree.tree_leaves(result)
+            )
+        return result
 
 
 @contextmanager

@@ -81,9 +81,20 @@ def test_four_threads_compile_while_a_model_runs() -> None:
 
 @pytest.mark.usefixtures("_switching")
 def test_random_numbers_of_another_thread_are_no_fault_of_the_model() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x) * torch.rand(1).item())
+
     x = torch.randn(3, 8)
-    with _beside(lambda: (nn.functional.dropout(x), threading.Event().wait(0.02))[0]):
+    with _beside(lambda: nn.functional.dropout(x)):
         assert pnn.compile(_traced(), x, stages=2).program.capture.rung == "torch.fx trace"
+        assert pnn.compile(_exported(), x, stages=2).program.capture.rung == "torch.export"
+        with pytest.raises(pnn.CaptureError, match="random numbers that it draws"):
+            pnn.compile(Draws(), x, stages=2)
 
 
 def test_a_seed_gives_the_same_weights_in_every_thread() -> None:
