@@ -11,7 +11,7 @@ import pytest
 import pnn_compile as pnn
 from pnn_compile.bench.first_run import FirstRun, RankReport
 from pnn_compile.cli import main
-from pnn_compile.report.first_run import first_run_table
+from pnn_compile.report.tables import first_run_table
 from pnn_compile.report.terminal import to_text
 from tests.models.distributed_models import network
 

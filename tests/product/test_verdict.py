@@ -16,8 +16,8 @@ from pnn_compile.cli import main
 from pnn_compile.evaluate.assess import Fidelity, VerdictRow, _advice, _sentence
 from pnn_compile.fit.early_exit import fit_early_exit
 from pnn_compile.inputs import CalibrationBatches
+from pnn_compile.report.tables import verdict_table
 from pnn_compile.report.terminal import to_text
-from pnn_compile.report.verdict import verdict_table
 
 WIDTH = 16
 
