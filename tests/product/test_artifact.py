@@ -324,7 +324,7 @@ def test_an_export_of_the_older_artifact_goes_with_it(
     compiled.save(folder)
     assert sorted(contents(folder)) == sorted([*FILES, "report.html"])
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
-    assert "model.onnx is dropped" in caplog.text
+    assert "model.onnx is removed" in caplog.text
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -135,7 +135,7 @@ def test_a_killed_first_save_leaves_nothing_behind(
 def test_what_a_running_process_writes_is_left_alone(
     networks: tuple[pnn.Compiled, pnn.Compiled], target: Path
 ) -> None:
-    with atomic.replacing(target, lambda _: True) as fresh:
+    with atomic.replace_directory(target, lambda _: True) as fresh:
         (fresh / "half").write_text("written")
         pnn.load(target)
         networks[1].save(target)
@@ -147,7 +147,7 @@ def test_what_a_running_process_writes_is_left_alone(
 
 
 def test_a_file_that_appears_during_a_save_stays(target: Path) -> None:
-    with atomic.replacing(target, lambda entry: entry.suffix == ".txt") as fresh:
+    with atomic.replace_directory(target, lambda entry: entry.suffix == ".txt") as fresh:
         (target / "late.txt").write_text("late")
         (fresh / "plan.json").write_text("{}")
     assert (target / "late.txt").read_text() == "late"
@@ -159,7 +159,7 @@ def test_an_error_in_a_save_leaves_the_older_directory(target: Path) -> None:
     before = sorted(os.listdir(target))
 
     def fail() -> None:
-        with atomic.replacing(target, lambda _: True) as fresh:
+        with atomic.replace_directory(target, lambda _: True) as fresh:
             (fresh / "plan.json").write_text("{}")
             raise OSError("disk full")
 
