@@ -50,7 +50,7 @@ def graph(unet_compiled: pnn.Compiled) -> nx.DiGraph[str]:
 
 
 def equal(one: nx.Graph[str], other: nx.Graph[str]) -> bool:
-    """Whether two graphs have the same name, nodes and edges, attributes included."""
+    """Return whether two graphs have the same name, nodes and edges, attributes included."""
     return (one.name, dict(one.nodes), one.adj) == (other.name, dict(other.nodes), other.adj)
 
 

@@ -1,4 +1,4 @@
-"""Modules as a tree: neighbours only, everything once, and never too many at a time."""
+"""Module trees contain only neighbors, every node once, and never too many children."""
 
 from collections.abc import Iterator
 
