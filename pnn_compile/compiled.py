@@ -191,7 +191,7 @@ class Compiled:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: a small picture of the stages."""
-        from pnn_compile.report.picture import picture
+        from pnn_compile.report.html import picture
 
         return picture(self.plan)
 

@@ -1,10 +1,12 @@
-"""Save a compiled network as a directory, and load it: nothing is unpickled, no code of it runs.
+"""Save a compiled network as a directory, and load it without unpickling or running its code.
 
-- plan.json: every decision.
-- program.json: the captured program as a typed graph, and the modes of the network.
-- program.safetensors: its parameters, buffers and constants, and the example inputs.
-- weights.safetensors: the weights of the preprocessing operators and the coarse propagators.
-- report.html: the report, for people; loading does not look at it.
+The files of an artifact:
+
+    plan.json            every decision
+    program.json         the captured program as a typed graph, and training modes
+    program.safetensors  parameters, buffers and constants of the program, and the example inputs
+    weights.safetensors  weights of the preprocessing operators and the coarse propagators
+    report.html          the report, for people; ignored on loading
 """
 
 from __future__ import annotations
@@ -31,84 +33,80 @@ from passes.errors import ArtifactError, CaptureError, PnnError
 from passes.ir.program import Program
 from passes.pipeline import PassResult
 from passes.plan.schema import Plan
-from pnn_compile.artifact.atomic import recover, replacing
+from pnn_compile.artifact.atomic import recover, replace_directory
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.program_json import (
     few,
     fixed_from_data,
     inputs_from_data,
-    modes,
     program_from_data,
     program_to_data,
     restore_tensors,
-    set_modes,
+    set_training_modes,
+    training_modes,
 )
-from pnn_compile.artifact.tensor_file import TensorFile
-from pnn_compile.artifact.tensors import TensorReader, TensorWriter, assign
+from pnn_compile.artifact.tensors import TensorFile, TensorReader, TensorWriter, assign
 from pnn_compile.compiled import Compiled, replay
 
 if TYPE_CHECKING:
     from pnn_compile.forecast.table import ForecastTable
 
-__all__ = ["check_replaceable", "load", "load_plan", "save", "tensor_readers"]
-
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PLAN, _PROGRAM = "plan.json", "program.json"
-_VALUES, _WEIGHTS = "program.safetensors", "weights.safetensors"
+_TENSORS, _WEIGHTS = "program.safetensors", "weights.safetensors"
 _REPORT = "report.html"
-_OURS = frozenset({_PLAN, _PROGRAM, _VALUES, _WEIGHTS, _REPORT})
-_DERIVED = ("model.onnx", "model.onnx.stage_*.data", "stages", "manifest.json")
-"""What the command line exports into an artifact, and what is stale once it is replaced."""
-_AGAIN = "restore the file, or save the artifact again"
+_ARTIFACT_FILES = frozenset({_PLAN, _PROGRAM, _TENSORS, _WEIGHTS, _REPORT})
+_EXPORTED_FILES = ("model.onnx", "model.onnx.stage_*.data", "stages", "manifest.json")
+"""Files that the command line exports into an artifact; stale once the artifact is replaced."""
+_ADVICE = "restore the file, or save the artifact again"
 
 
 def save(compiled: Compiled, path: str | Path, forecast: ForecastTable | None = None) -> Path:
-    """Write the artifact directory `path`, atomically, replacing an older one.
+    """Write the artifact directory `path`, atomically; an older one is replaced.
 
-    The directory is written beside its place and then takes it: whatever fails on the way, or
-    kills the process, leaves an older artifact whole. Files of the user in it stay; what was
-    exported to ONNX goes, for it shows the older network. Tensors are stored on the CPU. A program
-    that holds something that has no form as data is stored without its graph; the log says so, and
-    `load` then needs the model.
+    A failure at any point, even of the process, leaves an older artifact unchanged. Files of the
+    user in it stay; exported ONNX files are removed, since they describe the older network. Tensors
+    are stored on the CPU. A program that contains something unsupported is stored without its
+    graph: the log warns, and `load` then needs the model.
 
     Args:
         compiled: The network.
         path: The directory.
-        forecast: What other numbers of devices would give, for the report; it takes too long to
-            compute it at every save.
+        forecast: Forecast of other numbers of devices, for the report; computing one takes too
+            long for every save.
 
     Returns:
         The directory, as an absolute path.
 
     Raises:
-        ArtifactError: The directory cannot be written, something else is in its place, or a
-            tensor cannot be stored.
+        ArtifactError: The directory cannot be written, `path` is something other than an artifact,
+            or a tensor cannot be stored.
     """
     target = Path(path).resolve()
     check_replaceable(target)
     _check_modules(compiled)
     program = compiled.current_program()
-    # The network may have been converted, by half() for example, since it was compiled.
+    # The network may have been converted since it was compiled, by half() for example.
     plan = dataclasses.replace(compiled.plan, fingerprint=program.fingerprint)
     data, values = program_to_data(program)
     writer = TensorWriter()
-    for own in _operator_tensors(compiled):
-        writer.add(*own)
-    data["network"] = {"training": modes(compiled.module), "tensors": writer.records}
+    for name, kind, tensor in _operator_tensors(compiled):
+        writer.add(name, kind, tensor)
+    data["network"] = {"training": training_modes(compiled.module), "tensors": writer.records}
     report = _report(compiled, forecast)
-    dropped = [*filter(_is_derived, target.iterdir())] if target.exists() else []
-    with _writing(target), replacing(target, _is_users) as folder:
+    stale = [*filter(_is_exported, target.iterdir())] if target.exists() else []
+    with _write_errors(target), replace_directory(target, _is_users) as folder:
         if report is not None:
             (folder / _REPORT).write_text(report, encoding="utf-8")
         (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / _PROGRAM).write_text(_to_json(data), encoding="utf-8")
-        for name, tensors in ((_VALUES, values), (_WEIGHTS, writer.values)):
+        for name, tensors in ((_TENSORS, values), (_WEIGHTS, writer.values)):
             save_file(tensors, folder / name)
-            shutil.copymode(folder / _PLAN, folder / name)  # it writes for the owner alone
-    for entry in dropped:
-        _log.warning("%s is dropped with the older network: export it again", entry)
+            shutil.copymode(folder / _PLAN, folder / name)  # save_file sets owner-only permissions
+    for entry in stale:
+        _log.warning("%s is removed with the older network: export it again", entry)
     if data["unknown"]:
         _log.warning(
             "%s is saved without its program (%s): load it with pnn.load(%r, model=...)",
@@ -118,13 +116,13 @@ def save(compiled: Compiled, path: str | Path, forecast: ForecastTable | None = 
 
 
 def _report(compiled: Compiled, forecast: ForecastTable | None) -> str | None:
-    """The report for people, which nothing else of the artifact depends on."""
+    """Return the report, or None if it fails: nothing else of the artifact depends on it."""
     from pnn_compile.report.html import html_report
 
     try:
         return html_report(compiled, forecast=forecast)
     except Exception as error:
-        # A network that was converted, say, may not run on its example inputs any more.
+        # A converted network, for example, may no longer run on its example inputs.
         _log.warning(
             "%s is saved without %s (%s: %s)",
             compiled.plan.model, _REPORT, type(error).__name__, error,
@@ -139,24 +137,23 @@ def load(
 
     Args:
         path: The directory.
-        model: Replay the plan over this model instead of the stored program; for a program that
+        model: Replay the plan over this model instead of the stored program; needed if the program
             could not be stored. It is copied, and the stored weights are loaded into the copy.
-        without_data: Make a stored program with all weights on the meta device; see
-            `tensor_readers`.
+        without_data: Leave all weights on the meta device; `tensor_readers` reads them later.
 
     Raises:
-        ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
-            is not the one that the plan was made for.
+        ArtifactError: The directory is no artifact, a file is missing or damaged, or the plan
+            belongs to another model.
     """
     start = time.perf_counter()
     folder = Path(path)
     plan = load_plan(folder)
     data = _read(folder / _PROGRAM, _read_json)
     read_tensors = TensorFile if without_data else load_file
-    values: Mapping[str, torch.Tensor] = _read(folder / _VALUES, read_tensors)
+    values: Mapping[str, torch.Tensor] = _read(folder / _TENSORS, read_tensors)
     weights: Mapping[str, torch.Tensor] = _read(folder / _WEIGHTS, read_tensors)
     if without_data:
-        with _blaming(folder / _PROGRAM):
+        with _file_errors(folder / _PROGRAM):
             _drop_data(data)
     if model is not None:
         program = _capture(folder, data, values, model)
@@ -164,29 +161,29 @@ def load(
         unknown = data.get("unknown")
         if isinstance(unknown, list) and unknown:
             raise ArtifactError(
-                f"{folder} holds no program, for it has what an artifact cannot hold "
+                f"{folder} has no program, because an artifact cannot store all of it "
                 f"({few(list(map(str, unknown)))}): "
                 f"use pnn.load({str(folder)!r}, model=...)"
             )
-        with _blaming(folder / _PROGRAM):
+        with _file_errors(folder / _PROGRAM):
             program = program_from_data(data, values)
-    read = PassResult("load", time.perf_counter() - start)
+    load_pass = PassResult("load", time.perf_counter() - start)
     if model is None:
-        with _blaming(folder / _PLAN):
-            compiled = replay(program, plan, read)
+        with _file_errors(folder / _PLAN):
+            compiled = replay(program, plan, load_pass)
     else:
-        compiled = _replay_over(folder, program, plan, read)
-        with _blaming(folder / _VALUES):
+        compiled = _replay_over(folder, program, plan, load_pass)
+        with _file_errors(folder / _TENSORS):
             restore_tensors(program, data, values)
-    with _blaming(folder / _PROGRAM):
+    with _file_errors(folder / _PROGRAM):
         network = data["network"]
-    with _blaming(folder / _WEIGHTS):
+    with _file_errors(folder / _WEIGHTS):
         _restore_network(compiled, network, weights)
     return compiled
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Load the plan of an artifact alone.
+    """Load only the plan of an artifact.
 
     Raises:
         ArtifactError: The directory is no artifact, or its plan is missing or damaged.
@@ -197,7 +194,10 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def tensor_readers(path: str | Path) -> tuple[TensorReader, TensorReader]:
-    """Open the tensors of the program and those of the operators, to read one by one.
+    """Open the tensors of the program and of the operators, to read them one by one.
+
+    Returns:
+        Reader of the program's tensors, reader of the operators' tensors.
 
     Raises:
         ArtifactError: The directory is no artifact, or a file is missing or damaged.
@@ -205,8 +205,8 @@ def tensor_readers(path: str | Path) -> tuple[TensorReader, TensorReader]:
     folder = Path(path)
     _check_artifact(folder)
     data = _read(folder / _PROGRAM, _read_json)
-    values, weights = _read(folder / _VALUES, TensorFile), _read(folder / _WEIGHTS, TensorFile)
-    with _blaming(folder / _PROGRAM):
+    values, weights = _read(folder / _TENSORS, TensorFile), _read(folder / _WEIGHTS, TensorFile)
+    with _file_errors(folder / _PROGRAM):
         return (
             TensorReader(data["tensors"], values),
             TensorReader(data["network"]["tensors"], weights),
@@ -214,20 +214,20 @@ def tensor_readers(path: str | Path) -> tuple[TensorReader, TensorReader]:
 
 
 def _drop_data(data: dict[str, Any]) -> None:
-    """Leave weights without data; example inputs keep theirs."""
+    """Mark all weights as without data; example inputs keep theirs."""
     for record in (*data["tensors"], *data["network"]["tensors"]):
         if record["kind"] != "input":
             record["meta"] = True
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Check that an artifact can take the place of what is at `path`.
+    """Check that an artifact can be written to `path`.
 
     Raises:
-        ArtifactError: A file is there, or a directory that holds something else.
+        ArtifactError: It is a file, or a directory with other contents.
     """
     target = Path(path).resolve()
-    with _writing(target):
+    with _write_errors(target):
         recover(target, _is_users)
         _check_replaceable(target)
 
@@ -240,8 +240,8 @@ def _check_replaceable(target: Path) -> None:
     missing = [name for name in (_PLAN, _PROGRAM) if not (target / name).is_file()]
     if missing and any(target.iterdir()):
         raise ArtifactError(
-            f"{target} is a directory that holds something else than an artifact (no "
-            f"{missing[0]}), and is left as it is: give another path, or empty it first"
+            f"{target} is a directory with something else than an artifact (no "
+            f"{missing[0]}), and is left unchanged: give another path, or empty it first"
         )
 
 
@@ -259,7 +259,8 @@ def _check_artifact(folder: Path) -> None:
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _write_errors(target: Path) -> Iterator[None]:
+    """Turn errors of the file system into an ArtifactError with advice."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -270,16 +271,16 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _is_users(entry: Path) -> bool:
-    """Whether an entry of an artifact's directory is none that the compiler wrote."""
-    return entry.name not in _OURS and not _is_derived(entry)
+    """Return whether an entry of an artifact was not written by the compiler."""
+    return entry.name not in _ARTIFACT_FILES and not _is_exported(entry)
 
 
-def _is_derived(entry: Path) -> bool:
-    return any(entry.match(pattern) for pattern in _DERIVED)
+def _is_exported(entry: Path) -> bool:
+    return any(entry.match(pattern) for pattern in _EXPORTED_FILES)
 
 
 def _to_json(data: Mapping[str, Any]) -> str:
-    """Write one record a line, so that two artifacts can be compared."""
+    """Write one record per line, so that artifacts can be compared line by line."""
 
     def dump(value: Any) -> str:
         return json.dumps(value, allow_nan=False)
@@ -293,7 +294,7 @@ def _to_json(data: Mapping[str, Any]) -> str:
 
 
 def _check_modules(compiled: Compiled) -> None:
-    """Refuse a network in which a module was replaced after the compilation."""
+    """Reject a network in which a module was replaced after the compilation."""
     program = compiled.program
     for piece in (*compiled.stages.fine, compiled.stages.head):
         for node in piece.graph.nodes:
@@ -308,7 +309,7 @@ def _check_modules(compiled: Compiled) -> None:
 
 
 def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield name, kind and value of what the operators do not share with the stages."""
+    """Yield name, kind and value of the operators' tensors that no stage shares."""
     pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
     shared = {id(tensor) for piece in pieces for _, tensor in named_tensors(piece)}
     operators = compiled.operators.named()
@@ -331,35 +332,38 @@ def _restore_network(
     targets = dict(named_tensors(compiled.operators.named()))
     reader = TensorReader(records, weights)
     assign(targets, records, reader, "the network of the plan")
-    set_modes(compiled.module, network["training"])
+    set_training_modes(compiled.module, network["training"])
 
 
 def _capture(
     folder: Path, data: dict[str, Any], values: Mapping[str, torch.Tensor], model: nn.Module
 ) -> Program:
     """Capture the user's model on the example inputs of the artifact."""
-    with _blaming(folder / _PROGRAM):
+    with _file_errors(folder / _PROGRAM):
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
         dynamic, notes = bool(data["dynamic_batch"]), data["capture"]["notes"]
     args, kwargs = _call(model, inputs)
     try:
         return capture(model, args, kwargs, dynamic_batch=dynamic)
     except CaptureError as error:
-        said = "".join(f"\n  when it was compiled: {note}" for note in notes)
+        compile_notes = "".join(f"\n  when it was compiled: {note}" for note in notes)
         raise ArtifactError(
-            f"the model does not take the example inputs of {folder}: {error}{said}"
+            f"the model does not take the example inputs of {folder}: {error}{compile_notes}"
         ) from error
 
 
-def _replay_over(folder: Path, program: Program, plan: Plan, read: PassResult) -> Compiled:
+def _replay_over(folder: Path, program: Program, plan: Plan, load_pass: PassResult) -> Compiled:
     try:
-        return replay(program, plan, read)
+        return replay(program, plan, load_pass)
     except PnnError as error:
         raise ArtifactError(f"{folder} does not fit the model that was given: {error}") from error
 
 
 def _call(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn inputs by placeholder name into the arguments of a call of the model."""
+    """Convert inputs by placeholder name to the arguments of a call of the model.
+
+    Of `forward(first, *others)`, the placeholders are "first", "others_0", "others_1".
+    """
     remaining, args = dict(inputs), list[Any]()
     parameters = inspect.signature(model.forward).parameters.values()
     unpacks = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
@@ -378,28 +382,28 @@ def _call(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...],
 
 
 @contextmanager
-def _blaming(file: Path) -> Iterator[None]:
-    """Turn whatever goes wrong with the contents of a file into an error that names it."""
+def _file_errors(file: Path) -> Iterator[None]:
+    """Turn all errors about the contents of a file into an ArtifactError that names it."""
     try:
         yield
     except ArtifactError as error:
-        advice = "" if _AGAIN in str(error) else f"; {_AGAIN}"
+        advice = "" if _ADVICE in str(error) else f"; {_ADVICE}"
         raise ArtifactError(f"{file}: {error}{advice}") from error
     except Exception as error:
         raise ArtifactError(
-            f"{file} is damaged or does not fit ({type(error).__name__}: {error}): {_AGAIN}"
+            f"{file} is damaged or does not fit ({type(error).__name__}: {error}): {_ADVICE}"
         ) from error
 
 
 def _read(file: Path, read: Callable[[Path], _T]) -> _T:
     if not file.is_file():
-        raise ArtifactError(f"{file} is missing: {_AGAIN}")
-    with _blaming(file):
+        raise ArtifactError(f"{file} is missing: {_ADVICE}")
+    with _file_errors(file):
         return read(file)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     data = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
-        raise ArtifactError(f"should hold a JSON object, holds a {type(data).__name__}: {_AGAIN}")
+        raise ArtifactError(f"should hold a JSON object, holds a {type(data).__name__}: {_ADVICE}")
     return data

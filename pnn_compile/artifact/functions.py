@@ -1,8 +1,11 @@
-"""Operators by name: the functions, operators and methods that a graph file may call.
+"""Look up the functions, operators and methods that a stored graph may call, by name.
 
-Everything is looked up in a table that is built from torch's own lists; no name from a file is
-ever resolved by attribute access before it was found there. What does I/O, exposes memory, takes
-callables, or trusts the bytes of its arguments (packed weights) is left out.
+The tables are built from torch's own lists. A name from a file is looked up in them before anything
+is resolved by attribute access. Excluded is what does I/O, exposes memory, takes callables, or
+trusts the bytes of its arguments (packed weights):
+
+    torch.nn.functional.gelu, operator.getitem, torch.ops.aten.add.Tensor    listed
+    torch.load, builtins.eval, torch.ops.aten.from_file.default              not listed
 """
 
 from __future__ import annotations
@@ -19,9 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from passes.errors import ArtifactError
-from pnn_compile.artifact.errors import UnknownError
-
-__all__ = ["ATTRIBUTES", "check_attribute", "check_method", "function", "function_name"]
+from pnn_compile.artifact.values import UnsupportedError
 
 
 def _words(text: str) -> frozenset[str]:
@@ -33,7 +34,7 @@ ATTRIBUTES = _words(
     # fields of the named tuples that torch.max, torch.topk, torch.linalg.svd and others return
     "values indices Q R U S Vh eigenvalues eigenvectors"
 )
-"""The attributes that a graph may read with `getattr`."""
+"""Attributes that a graph may read with `getattr`."""
 
 _NAMESPACES: tuple[tuple[str, Any], ...] = (
     ("torch.nn.functional", F),
@@ -48,7 +49,7 @@ _CREATION = _words(
     "hann_window kaiser_window linspace logspace normal ones rand rand_like randint randint_like "
     "randn randn_like randperm range scalar_tensor tensor tril_indices triu_indices vander zeros"
 )
-"""Public functions of torch that make tensors: torch does not count them as overridable."""
+"""Public functions of torch that create tensors; torch does not list them as overridable."""
 
 _OPERATOR = _words(
     "abs add and_ eq floordiv ge getitem gt iadd iand ifloordiv ilshift imatmul imod imul inv "
@@ -80,14 +81,14 @@ _PRIVATE_ATEN = re.compile(
     "|_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?|_unsafe_(view|index)"
     "|_scaled_dot_product_attention_math|_upsample_.*|_weight_norm(_interface)?"
 )
-"""Operators of ATen with a leading underscore that captured programs hold."""
+"""Operators of ATen with a leading underscore that occur in captured programs."""
 
 _ATEN = "torch.ops.aten."
 
 
 @cache
 def _functions() -> Mapping[str, Callable[..., Any]]:
-    """Every function of the list, by qualified name."""
+    """Return all functions of the list, by qualified name."""
     overridable = {id(f) for group in torch.overrides.get_overridable_functions().values()
                    for f in group}  # fmt: skip
     table: dict[str, Callable[..., Any]] = {}
@@ -107,20 +108,20 @@ def _functions() -> Mapping[str, Callable[..., Any]]:
 
 @cache
 def _names() -> Mapping[int, str]:
-    """Qualified name by identity; the first namespace that holds a function names it."""
+    """Return qualified names by identity of the function; the first namespace in order wins."""
     return {id(value): name for name, value in reversed(list(_functions().items()))}
 
 
 @cache
 def _aten() -> frozenset[str]:
-    """Every operator overload of ATen that the dispatcher knows, such as `add.Tensor`."""
+    """Return the operator overloads of ATen in the dispatcher, such as `add.Tensor`."""
     return frozenset(_allowed_aten(torch._C._dispatch_get_all_op_names()))
 
 
 def _allowed_aten(names: list[str]) -> Iterator[str]:
     for qualified in names:
-        namespace, _, rest = qualified.partition("::")
-        name, _, overload = rest.partition(".")
+        namespace, _, operator_name = qualified.partition("::")
+        name, _, overload = operator_name.partition(".")
         if namespace != "aten" or _EXCLUDED.fullmatch(name):
             continue
         if not name.startswith("_") or _PRIVATE_ATEN.fullmatch(name):
@@ -128,21 +129,21 @@ def _allowed_aten(names: list[str]) -> Iterator[str]:
 
 
 def function_name(target: Any) -> str:
-    """Return the qualified name under which the graph file holds a function.
+    """Return the qualified name that stands for a function in a stored graph.
 
     Raises:
-        UnknownError: The function is not in the list.
+        UnsupportedError: The function is not in the list.
     """
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target._schema.name.partition('::')[2]}.{target._overloadname}"
         if target.namespace == "aten" and name in _aten():
             return _ATEN + name
-        raise UnknownError(f"operator {target}")
-    found = _names().get(id(target))
-    if found is None:
+        raise UnsupportedError(f"operator {target}")
+    listed = _names().get(id(target))
+    if listed is None:
         label = getattr(target, "__qualname__", None) or repr(target)
-        raise UnknownError(f"function {getattr(target, '__module__', '?')}.{label}")
-    return found
+        raise UnsupportedError(f"function {getattr(target, '__module__', '?')}.{label}")
+    return listed
 
 
 def function(name: str) -> Callable[..., Any]:
@@ -153,8 +154,8 @@ def function(name: str) -> Callable[..., Any]:
     """
     if name.startswith(_ATEN) and name.removeprefix(_ATEN) in _aten():
         packet, _, overload = name.removeprefix(_ATEN).partition(".")
-        found: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
-        return found
+        operator_overload: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
+        return operator_overload
     if name not in _functions():
         raise ArtifactError(f"function {name!r} is not among those that a graph may call")
     return _functions()[name]
@@ -176,10 +177,10 @@ def check_method(name: str) -> str:
     """Return the name of a tensor method if a graph may call it.
 
     Raises:
-        UnknownError: It may not.
+        UnsupportedError: The method is not in the list.
     """
     if name not in _methods():
-        raise UnknownError(f"method {name!r}")
+        raise UnsupportedError(f"method {name!r}")
     return name
 
 
@@ -187,7 +188,7 @@ def check_attribute(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Check that the arguments of a call of `getattr` name an attribute of the list.
 
     Raises:
-        UnknownError: They do not.
+        UnsupportedError: The attribute is not in the list.
     """
     if kwargs or len(args) != 2 or args[1] not in ATTRIBUTES:
-        raise UnknownError(f"getattr of {', '.join(map(repr, args[1:])) or 'nothing'}")
+        raise UnsupportedError(f"getattr of {', '.join(map(repr, args[1:])) or 'nothing'}")

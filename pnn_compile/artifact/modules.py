@@ -1,7 +1,10 @@
-"""torch.nn modules as data: a class of an allow-list and the arguments that construct it again.
+"""Store torch.nn modules as a class of an allow-list and its constructor arguments.
 
-The arguments are read off the attributes of the module and proven when it is saved: a module that
-is built from them must equal the original in representation, attributes, hooks and shapes.
+The arguments are recovered from attributes and checked on saving: a module that is built from them
+must equal the original in representation, attributes, hooks and shapes.
+
+>>> ModuleWriter().write(nn.Linear(3, 4, bias=False))
+{'class': 'torch.nn.Linear', 'arguments': {'in_features': 3, 'out_features': 4, 'bias': False}}
 """
 
 from __future__ import annotations
@@ -19,10 +22,7 @@ from torch.nn import functional as F
 
 from passes.errors import ArtifactError
 from passes.ir.mode_layers import Attention, BatchNorm
-from pnn_compile.artifact.errors import UnknownError
-from pnn_compile.artifact.values import decode, encode
-
-__all__ = ["ModuleWriter", "build", "is_container", "named_tensors"]
+from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
 _NOT_LEAVES = (
     nn.Container, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
@@ -30,7 +30,7 @@ _NOT_LEAVES = (
 )  # fmt: skip
 _PLACEMENT = ("device", "dtype")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 _Recover = Mapping[str, Callable[[Any], Any]]
@@ -53,14 +53,14 @@ _SPECIAL: Mapping[type[nn.Module], _Recover] = {
     nn.TransformerDecoderLayer: _TRANSFORMER_LAYER,
     nn.AdaptiveLogSoftmaxWithLoss: {"cutoffs": lambda m: m.cutoffs[:-1]},
 }
-"""Constructor arguments that are not kept under their own name."""
+"""How to recover constructor arguments that are no attributes of the same name."""
 
 
 @cache
 def _classes() -> Mapping[str, type[nn.Module]]:
-    """The classes that a graph file may name."""
-    found: dict[str, type[nn.Module]] = {
-        # By the names that they had when the format was made: artifacts hold them.
+    """Return the classes that a stored program may contain, by name."""
+    classes: dict[str, type[nn.Module]] = {
+        # These names are part of the file format; the classes have moved since.
         "passes.restore.Attention": Attention,
         "passes.restore.BatchNorm": BatchNorm,
     }
@@ -68,8 +68,8 @@ def _classes() -> Mapping[str, type[nn.Module]]:
         kind = getattr(torch.nn.modules, name)
         public = isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not nn.Module
         if public and not issubclass(kind, _NOT_LEAVES):
-            found[f"torch.nn.{name}"] = kind
-    return found
+            classes[f"torch.nn.{name}"] = kind
+    return classes
 
 
 @cache
@@ -79,27 +79,29 @@ def _class_names() -> Mapping[type[nn.Module], str]:
 
 @cache
 def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    """The constructor parameters of a class of the list, those of placement included."""
+    """Return the constructor parameters of a class, device and dtype included."""
     kind = _classes()[name]
-    own = dict(inspect.signature(kind).parameters)
-    if kind in (nn.RNN, nn.LSTM, nn.GRU):  # they pass on whatever they get
-        own |= inspect.signature(nn.RNNBase).parameters
-        del own["mode"]
+    parameters = dict(inspect.signature(kind).parameters)
+    if kind in (nn.RNN, nn.LSTM, nn.GRU):  # they pass *args and **kwargs to RNNBase
+        parameters |= inspect.signature(nn.RNNBase).parameters
+        del parameters["mode"]
     if kind in (nn.RNN, nn.GRU):
-        del own["proj_size"]
+        del parameters["proj_size"]
     if kind is nn.RNN:
-        own["nonlinearity"] = inspect.Parameter("nonlinearity", inspect.Parameter.KEYWORD_ONLY)
+        parameters["nonlinearity"] = inspect.Parameter(
+            "nonlinearity", inspect.Parameter.KEYWORD_ONLY
+        )
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: parameter for name, parameter in own.items() if parameter.kind in named}
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind in named}
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module only holds others, so that its class does not matter."""
+    """Return whether a module only contains others, so that its class does not matter."""
     return type(module) is nn.Module
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every parameter and buffer under every name that it has."""
+    """Yield all parameters and buffers, tied ones under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
@@ -116,7 +118,9 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     kind = _classes().get(name)
     if kind is None:
-        raise ArtifactError(f"module class {name!r} is not among those that an artifact may hold")
+        raise ArtifactError(
+            f"module class {name!r} is not among those that an artifact may contain"
+        )
     parameters = _parameters(name)
     wrong = [key for key in arguments if key not in parameters or key in _PLACEMENT]
     if wrong:
@@ -131,26 +135,27 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 class ModuleWriter:
-    """Recovers constructor arguments; builds each kind of module once to prove them."""
+    """Recovers constructor arguments, and builds each distinct module once to check them."""
 
     def __init__(self) -> None:
-        self._proven: dict[str, nn.Module] = {}
+        self._built: dict[str, nn.Module] = {}
 
     def write(self, module: nn.Module) -> dict[str, Any]:
         """Return the class name and the encoded constructor arguments of a module.
 
         Raises:
-            UnknownError: The class is not in the list, or its arguments do not give the module.
+            UnsupportedError: The class is not in the list, or the arguments do not reproduce the
+                module.
         """
         name = _class_names().get(type(module))
         if name is None:
-            raise UnknownError(f"module {type(module).__module__}.{type(module).__qualname__}")
+            raise UnsupportedError(f"module {type(module).__module__}.{type(module).__qualname__}")
         arguments = _recover(module, name)
         key = json.dumps([name, arguments])
-        if key not in self._proven:
-            self._proven[key] = build(name, arguments)
-        if reason := _difference(self._proven[key], module):
-            raise UnknownError(f"module {name} ({reason})")
+        if key not in self._built:
+            self._built[key] = build(name, arguments)
+        if reason := _difference(self._built[key], module):
+            raise UnsupportedError(f"module {name} ({reason})")
         return {"class": name, "arguments": arguments}
 
 
@@ -162,51 +167,51 @@ def _recover(module: nn.Module, name: str) -> dict[str, Any]:
             continue
         if key not in special and not hasattr(module, key):
             if parameter.default is inspect.Parameter.empty:
-                raise UnknownError(f"module {name} (argument {key!r} is not kept)")
-            continue  # an alias or a deprecated argument: the comparison decides
+                raise UnsupportedError(f"module {name} (argument {key!r} is not stored)")
+            continue  # an alias or deprecated: the comparison tells whether it mattered
         value = special[key](module) if key in special else getattr(module, key)
         if key == "bias" and not isinstance(value, bool):
             value = value is not None
         try:
             arguments[key] = encode(value)
-        except UnknownError as error:
-            raise UnknownError(f"module {name} (argument {key!r}: {error})") from error
+        except UnsupportedError as error:
+            raise UnsupportedError(f"module {name} (argument {key!r}: {error})") from error
     return arguments
 
 
-def _difference(made: nn.Module, module: nn.Module) -> str:
-    """Say in what a module differs from the one that its arguments make; "" if in nothing."""
-    children, wanted = dict(made.named_modules()), dict(module.named_modules())
-    if list(children) != list(wanted):
-        return "other submodules than its class makes"
-    for path, child in wanted.items():
+def _difference(rebuilt: nn.Module, module: nn.Module) -> str:
+    """Name a difference of a module from the one built from its arguments; "" if there is none."""
+    expected_modules, modules = dict(rebuilt.named_modules()), dict(module.named_modules())
+    if list(expected_modules) != list(modules):
+        return "other submodules than its class creates"
+    for path, child in modules.items():
         where = f" of {path}" if path else ""
-        if type(child) is not type(children[path]):
+        if type(child) is not type(expected_modules[path]):
             return f"another class{where}"
         if any(getattr(child, hooks) for hooks in _HOOKS):
             return f"a hook{where}"
-        attributes, expected = _attributes(child), _attributes(children[path])
-        # A note that somebody left on the layer, and that its code does not look at, is no part.
-        notes = {name for name in attributes.keys() - expected.keys() if _is_note(child, name)}
-        names = sorted({*attributes, *expected} - notes)
+        attributes, expected = _attributes(child), _attributes(expected_modules[path])
+        # Users attach attributes to layers; those that the class does not use do not matter.
+        unused = {name for name in attributes.keys() - expected.keys() if _is_unused(child, name)}
+        names = sorted({*attributes, *expected} - unused)
         changed = [n for n in names if attributes.get(n, names) != expected.get(n, names)]
         if changed:
             return f"attribute {changed[0]!r}{where} differs"
-    if _state(made) != _state(module):
+    if _state(rebuilt) != _state(module):
         return "other parameters, buffers or shapes"
-    return "" if repr(made) == repr(module) else "another representation"
+    return "" if repr(rebuilt) == repr(module) else "another representation"
 
 
-def _is_note(module: nn.Module, name: str) -> bool:
-    """Whether an attribute of an instance is none that its class has, or whose name it mentions."""
+def _is_unused(module: nn.Module, name: str) -> bool:
+    """Return whether the class of a module neither has an attribute nor mentions its name."""
     kind: Any = type(module)
-    return not hasattr(kind, name) and name not in _mentioned(kind)
+    return not hasattr(kind, name) and name not in _names_in_code(kind)
 
 
 @cache
-def _mentioned(kind: type[Any]) -> frozenset[str]:
-    """Every name and text in the code of a class, nested functions included."""
-    found: set[str] = set()
+def _names_in_code(kind: type[Any]) -> frozenset[str]:
+    """Return the names and strings in the code of a class, nested functions included."""
+    names: set[str] = set()
     pending = [
         code
         for base in kind.__mro__
@@ -215,25 +220,25 @@ def _mentioned(kind: type[Any]) -> frozenset[str]:
     ]
     while pending:
         code = pending.pop()
-        found.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
+        names.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
         pending += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    return frozenset(found)
+    return frozenset(names)
 
 
 def _function(value: Any) -> Any:
-    """The function of a method, static method or property."""
+    """Return the function of a method, static method or property."""
     return getattr(value, "__func__", None) or getattr(value, "fget", None) or value
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What an instance holds beside tensors and submodules.
+    """Return the attributes of an instance apart from tensors and submodules.
 
-    Private values if they are plain, or stand in the place of a method of the class.
+    Private ones only if they are plain values or shadow an attribute of the class.
     """
-    own = {name: value for name, value in vars(module).items() if name not in _OWN}
+    added = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
     return {
         name: value if _is_plain(value) or callable(value) else object()  # equal to nothing
-        for name, value in own.items()
+        for name, value in added.items()
         if not name.startswith("_") or _is_plain(value) or hasattr(type(module), name)
     }
 
@@ -245,7 +250,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Kind, persistence and shape of every tensor by name."""
+    """Return kind, persistence and shape of all tensors by name."""
     transient = {
         f"{path}.{name}".lstrip(".")
         for path, child in module.named_modules()

@@ -1,8 +1,16 @@
-"""A `Program` as JSON data and tensors, and back: no code, no pickles, no open names."""
+"""Convert a `Program` to JSON data and tensors, and back: no code, no pickles, listed names only.
+
+A node of the graph is one record; modules, functions and values are those of `modules.py`,
+`functions.py` and `values.py`:
+
+    {"name": "relu", "op": "call_function", "path": "blocks.0", "source": "net.py:12",
+     "target": "torch.relu", "args": [{"node": "conv"}], "kwargs": {}}
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,23 +27,16 @@ from passes.ir.program import (
     set_provenance,
     verify_graph,
 )
-from pnn_compile.artifact.errors import UnknownError
 from pnn_compile.artifact.functions import check_attribute, check_method, function, function_name
 from pnn_compile.artifact.modules import ModuleWriter, build, is_container, named_tensors
 from pnn_compile.artifact.tensors import Record, TensorReader, TensorWriter, assign
-from pnn_compile.artifact.values import check_identifier, check_path, decode, encode
-
-__all__ = [
-    "SCHEMA",
-    "few",
-    "fixed_from_data",
-    "inputs_from_data",
-    "modes",
-    "program_from_data",
-    "program_to_data",
-    "restore_tensors",
-    "set_modes",
-]
+from pnn_compile.artifact.values import (
+    UnsupportedError,
+    check_identifier,
+    check_path,
+    decode,
+    encode,
+)
 
 SCHEMA = 1
 
@@ -43,11 +44,14 @@ Data = dict[str, Any]
 
 
 def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
-    """Turn a program into JSON data and tensors.
+    """Convert a program to JSON data and tensors.
 
-    The result is read back before it is returned. A program that holds something without a form
-    in the data has None for `modules` and `nodes`, and says under `unknown` what that is; inputs
-    and tensors are there all the same.
+    The result is read back before it is returned. If the program contains something unsupported,
+    `modules` and `nodes` are None and `unknown` names it; inputs and tensors are stored all the
+    same.
+
+    Returns:
+        The data, and the tensors by key.
 
     Raises:
         ArtifactError: An example input or a tensor cannot be stored.
@@ -67,27 +71,33 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "unknown": [],
         "inputs": _write_inputs(program, writer),
         "fixed": _write_fixed(program),
-        "training": modes(program.module),
+        "training": training_modes(program.module),
     }
     unknown: list[str] = []
     modules = list(_write_modules(program.module, "", {}, ModuleWriter(), unknown))
     nodes = [_write_node(node, unknown) for node in program.graph.nodes]
     data |= {"modules": modules, "tensors": writer.records, "nodes": nodes}
     if not unknown:
-        unknown += _prove(program, data, writer.values)
+        unknown += _round_trip_errors(program, data, writer.values)
     if unknown:
         data |= {"unknown": sorted(set(unknown)), "modules": None, "nodes": None}
     return data, writer.values
 
 
-def _prove(program: Program, data: Data, values: Mapping[str, torch.Tensor]) -> list[str]:
-    """Read the data back, without values, and say if it is another program."""
+def _round_trip_errors(
+    program: Program, data: Data, values: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Read the data back on the meta device, and compare the program with the original."""
     try:
         shapes = {key: value.to("meta") for key, value in values.items()}
         again = program_from_data(data, shapes)
     except ArtifactError as error:
-        return [f"what reads back wrong ({error})"]
-    return [] if again.fingerprint == program.fingerprint else ["what reads back differently"]
+        return [f"a graph that cannot be read back ({error})"]
+    return (
+        []
+        if again.fingerprint == program.fingerprint
+        else ["a graph that differs when it is read back"]
+    )
 
 
 def _write_inputs(program: Program, writer: TensorWriter) -> Data:
@@ -96,22 +106,20 @@ def _write_inputs(program: Program, writer: TensorWriter) -> Data:
 
     try:
         return {name: encode(value, add) for name, value in program.args.items()}
-    except UnknownError as error:
+    except UnsupportedError as error:
         raise ArtifactError(
-            f"the example inputs hold what an artifact cannot ({error}): compile with tensors, "
+            f"the example inputs contain what an artifact cannot ({error}): compile with tensors, "
             "lists, tuples, dicts and plain values"
         ) from error
 
 
 def _write_fixed(program: Program) -> Data:
-    """Describe the arguments without a tensor; those without a form are left out."""
-    found = {}
+    """Encode the arguments without tensors, apart from unsupported ones."""
+    values = {}
     for name, value in program.fixed.items():
-        try:
-            found[name] = encode(value)
-        except UnknownError:
-            continue
-    return found
+        with suppress(UnsupportedError):
+            values[name] = encode(value)
+    return values
 
 
 def _write_tensors(program: Program, writer: TensorWriter) -> None:
@@ -125,29 +133,37 @@ def _write_tensors(program: Program, writer: TensorWriter) -> None:
 
 
 def _write_modules(
-    module: nn.Module, path: str, seen: dict[int, str], writer: ModuleWriter, unknown: list[str]
+    module: nn.Module, path: str, paths: dict[int, str], writer: ModuleWriter, unknown: list[str]
 ) -> Iterator[Data]:
-    """Describe every module below one; plain containers need no description."""
+    """Describe all modules below one, apart from plain containers.
+
+    Args:
+        module: The module.
+        path: Its path.
+        paths: Path of each module described so far, by identity; extended.
+        writer: Writer for the modules of torch.
+        unknown: Messages about unsupported modules; extended.
+    """
     for name, child in module._modules.items():
-        where = f"{path}.{name}".lstrip(".")
+        child_path = f"{path}.{name}".lstrip(".")
         if child is None:
             continue
-        if id(child) in seen:
-            yield {"path": where, "same_as": seen[id(child)]}
+        if id(child) in paths:
+            yield {"path": child_path, "same_as": paths[id(child)]}
             continue
-        seen[id(child)] = where
+        paths[id(child)] = child_path
         if isinstance(child, ByMode):
-            yield _write_by_mode(child, where, unknown)
+            yield _write_by_mode(child, child_path, unknown)
             for part, graph in child.named_children():
-                yield from _write_modules(graph, f"{where}.{part}", seen, writer, unknown)
+                yield from _write_modules(graph, f"{child_path}.{part}", paths, writer, unknown)
             continue
         if is_container(child):
-            yield from _write_modules(child, where, seen, writer, unknown)
+            yield from _write_modules(child, child_path, paths, writer, unknown)
             continue
         try:
-            yield {"path": check_path(where), **writer.write(child)}
-        except UnknownError as error:
-            unknown.append(f"{where}: {error}")
+            yield {"path": check_path(child_path), **writer.write(child)}
+        except UnsupportedError as error:
+            unknown.append(f"{child_path}: {error}")
 
 
 def _write_by_mode(module: ByMode, path: str, unknown: list[str]) -> Data:
@@ -160,15 +176,15 @@ def _write_by_mode(module: ByMode, path: str, unknown: list[str]) -> Data:
 
 
 def _write_node(node: fx.Node, unknown: list[str]) -> Data:
-    record = provenance(node)
-    data: Data = {"name": node.name, "op": node.op, "path": record.path, "source": record.source}
+    origin = provenance(node)
+    data: Data = {"name": node.name, "op": node.op, "path": origin.path, "source": origin.source}
     try:
         check_identifier(node.name)
         data["target"] = _write_target(node)
         data["args"] = [encode(value) for value in node.args]
         data["kwargs"] = {check_identifier(k): encode(v) for k, v in node.kwargs.items()}
-    except UnknownError as error:
-        unknown.append(f"{record.path or node.name}: {error}")
+    except UnsupportedError as error:
+        unknown.append(f"{origin.path or node.name}: {error}")
     return data
 
 
@@ -188,24 +204,24 @@ def _check_target(op: str, target: Any) -> str:
         return check_path(target)
     if op in ("placeholder", "output"):
         return check_identifier(target)
-    raise UnknownError(f"operation {op!r}")
+    raise UnsupportedError(f"operation {op!r}")
 
 
 def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     """Rebuild a program from the data of `program_to_data`.
 
     Raises:
-        ArtifactError: The data is of another schema, incomplete, malformed, names an operator or
-            a module outside the lists, or does not fit the tensors; or the program was one that
-            has no form as data.
+        ArtifactError: The data has another schema, is incomplete or malformed, contains an
+            operator or a module outside the lists, does not fit the tensors, or was stored without
+            its graph.
     """
     _check_schema(data)
     if data.get("unknown"):
-        raise ArtifactError(f"the program holds {few(data['unknown'])}, which has no form here")
+        raise ArtifactError(f"the program contains {few(data['unknown'])}, which has no form here")
     try:
         return _read_program(data, tensors)
-    except UnknownError as error:
-        raise ArtifactError(f"{error} is not among what an artifact may hold") from error
+    except UnsupportedError as error:
+        raise ArtifactError(f"{error} is not among what an artifact may contain") from error
     except ArtifactError:
         raise
     except Exception as error:
@@ -218,7 +234,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     _set_tensors(root, data["tensors"], reader)
     name = check_identifier(data["name"])
     module = graph_module(root, _read_graph(data["nodes"]), name)
-    set_modes(module, data["training"])
+    set_training_modes(module, data["training"])
     verify_graph(module)
     for node in module.graph.find_nodes(op="call_module"):
         if is_container(module.get_submodule(str(node.target))):
@@ -236,15 +252,15 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
 
 
 def _check_schema(data: Data) -> None:
-    found = data.get("schema")
-    if found != SCHEMA:
-        raise ArtifactError(f"the program has schema {found!r}, this version reads {SCHEMA}")
+    schema = data.get("schema")
+    if schema != SCHEMA:
+        raise ArtifactError(f"the program has schema {schema!r}, this version reads {SCHEMA}")
 
 
 def few(items: Sequence[str]) -> str:
-    """Join the first items, and count the rest."""
-    rest = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return f"{'; '.join(items[:3])}{rest}"
+    """Join the first three items, and count the others."""
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{'; '.join(items[:3])}{more}"
 
 
 def _of_kind(data: Data, *kinds: str) -> list[Record]:
@@ -252,7 +268,7 @@ def _of_kind(data: Data, *kinds: str) -> list[Record]:
 
 
 def _read_modules(records: list[Data]) -> nn.Module:
-    """Build the modules on the meta device, in the order in which they were described."""
+    """Build the modules on the meta device, in the order of the records."""
     root = nn.Module()
     for record in records:
         parent, _, name = check_path(record["path"]).rpartition(".")
@@ -270,12 +286,12 @@ def _read_modules(records: list[Data]) -> nn.Module:
 
 
 def _read_by_mode(root: nn.Module, record: Data) -> None:
-    """Put the two graphs of a record around the modules that were built for them."""
+    """Build a `ByMode` of two graphs from a record; the modules below it exist already."""
     path = record["path"]
     graphs = []
     for name in ("in_training", "in_evaluation"):
-        inside = _container(root, f"{path}.{name}")
-        graph = graph_module(inside, _read_graph(record["by_mode"][name]), "Branch")
+        owner = _container(root, f"{path}.{name}")
+        graph = graph_module(owner, _read_graph(record["by_mode"][name]), "Branch")
         verify_graph(graph)
         graphs.append(graph)
     parent, _, name = path.rpartition(".")
@@ -283,18 +299,22 @@ def _read_by_mode(root: nn.Module, record: Data) -> None:
 
 
 def _container(root: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path, making plain containers where there is none."""
+    """Return the module at a path; create plain containers where there is none."""
     for atom in path.split(".") if path else ():
         if atom not in root._modules:
             root.add_module(atom, nn.Module())
-        found = root._modules[atom]
-        assert found is not None
-        root = found
+        child = root._modules[atom]
+        assert child is not None
+        root = child
     return root
 
 
 def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -> None:
-    """Put every recorded parameter and buffer in its place; nothing may be left over."""
+    """Set all recorded parameters and buffers.
+
+    Raises:
+        ArtifactError: A module has a tensor without a record, or one of another shape.
+    """
     expected = dict(named_tensors(root))
     for record in records:
         name = record["name"]
@@ -303,11 +323,11 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
         value = reader.read(name)
         path, _, leaf = name.rpartition(".")
         owner = _container(root, path)
-        wanted = expected.pop(name, None)
-        if wanted is None and not is_container(owner):
+        target = expected.pop(name, None)
+        if target is None and not is_container(owner):
             raise ArtifactError(f"{name} is no tensor of a {type(owner).__name__}")
-        if wanted is not None and wanted.shape != value.shape:
-            raise ArtifactError(f"{name} should be {list(wanted.shape)}, is {list(value.shape)}")
+        if target is not None and target.shape != value.shape:
+            raise ArtifactError(f"{name} should be {list(target.shape)}, is {list(value.shape)}")
         if record["kind"] == "parameter":
             setattr(owner, leaf, value)
         else:
@@ -316,7 +336,7 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
         raise ArtifactError(f"no values are recorded for {few(sorted(expected))}")
     for module in root.modules():
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()  # its own list of the weights, which were replaced
+            module._init_flat_weights()  # it keeps a list of its weights, which were replaced
 
 
 def _read_graph(records: list[Data]) -> fx.Graph:
@@ -334,7 +354,7 @@ def _read_graph(records: list[Data]) -> fx.Graph:
             target = _check_target(op, target)
         node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
         if node.name != name:
-            raise ArtifactError(f"{name!r} cannot be the name of a node, or is that of two")
+            raise ArtifactError(f"{name!r} is no valid name of a node, or occurs twice")
         set_provenance(node, Provenance(record["path"], record["source"]))
     return graph
 
@@ -343,7 +363,7 @@ def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[st
     """Return the example inputs by argument name.
 
     Raises:
-        ArtifactError: The data is of another schema or does not fit the tensors.
+        ArtifactError: The data has another schema or does not fit the tensors.
     """
     _check_schema(data)
     reader = TensorReader(data["tensors"], tensors)
@@ -352,12 +372,12 @@ def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def fixed_from_data(data: Data) -> dict[str, Any]:
-    """Return the arguments without a tensor by name; those that had no form are missing."""
+    """Return the arguments without tensors by name, apart from unsupported ones."""
     return {name: decode(value) for name, value in data.get("fixed", {}).items()}
 
 
 def restore_tensors(program: Program, data: Data, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a program that was captured anew the stored parameters and buffers.
+    """Set the tensors of a program that was captured again to the stored values.
 
     Raises:
         ArtifactError: A tensor is missing or has another shape; the program is unchanged then.
@@ -367,8 +387,8 @@ def restore_tensors(program: Program, data: Data, tensors: Mapping[str, torch.Te
     assign(targets, _of_kind(data, "parameter", "buffer", "unused"), reader, program.name)
 
 
-def modes(module: nn.Module) -> Data:
-    """Describe which modules are in training mode."""
+def training_modes(module: nn.Module) -> Data:
+    """Describe the training mode of a module, and name its submodules in the other mode."""
     default = module.training
     children = module.named_modules(remove_duplicate=False)
     return {
@@ -377,8 +397,8 @@ def modes(module: nn.Module) -> Data:
     }
 
 
-def set_modes(module: nn.Module, data: Data) -> None:
-    """Put modules into the modes that `modes` described."""
+def set_training_modes(module: nn.Module, data: Data) -> None:
+    """Set the modes that `training_modes` described."""
     exceptions, default = set(data["except"]), bool(data["default"])
     for name, child in module.named_modules(remove_duplicate=False):
         child.training = default != (name in exceptions)

@@ -1,22 +1,27 @@
-"""Tensors of an artifact: one record in JSON per name, values in safetensors stored once.
+"""Store tensors: one record in JSON per name, the values once in a safetensors file.
 
-A record says what the name is (`kind`), shape and dtype, and only where they are not the usual
-ones `key` (the name under which the values are stored), `same_as` (the name of the very same
-tensor object), `stride`, `meta`, `requires_grad` and `persistent`.
+A record has `name`, `kind`, `shape` and `dtype`, and only where they differ from the default `key`
+(name of the stored values), `same_as` (name of the same tensor object), `stride`, `meta`,
+`requires_grad` and `persistent`. Two tied weights and a buffer on the same memory:
+
+    {"name": "embedding.weight", "kind": "parameter", "shape": [10, 4], "dtype": "float32"}
+    {"name": "head.weight", "kind": "parameter", "same_as": "embedding.weight"}
+    {"name": "table", "kind": "buffer", "shape": [10, 4], "dtype": "float32",
+     "key": "embedding.weight"}
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from passes.errors import ArtifactError
 from pnn_compile.artifact.values import DTYPES
-
-__all__ = ["Record", "TensorReader", "TensorWriter", "assign"]
 
 Record = dict[str, Any]
 
@@ -24,11 +29,11 @@ _STORABLE = (torch.Tensor, nn.Parameter)
 
 
 class TensorWriter:
-    """Collects tensors and describes them.
+    """Collects tensors and describes them as records.
 
     Attributes:
-        values: What to store, by key: contiguous, on the CPU, none sharing memory with another.
-        records: The description of every name.
+        values: Tensors to store, by key: contiguous, on the CPU, in separate memory.
+        records: One record per name.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,7 @@ class TensorWriter:
 
         Args:
             name: Its name.
-            kind: What it is: "parameter", "buffer", "unused" or "input".
+            kind: "parameter", "buffer", "unused" or "input".
             tensor: The tensor, on any device.
             persistent: Whether it belongs to the state dict.
 
@@ -52,7 +57,7 @@ class TensorWriter:
             The name.
 
         Raises:
-            ArtifactError: It is not a plain dense tensor.
+            ArtifactError: The tensor is not plain and dense.
         """
         record: Record = {"name": name, "kind": kind}
         if not persistent:
@@ -60,7 +65,7 @@ class TensorWriter:
         if id(tensor) in self._objects:
             record["same_as"] = self._objects[id(tensor)]
         else:
-            self._alive.append(tensor)  # so that no other tensor gets its identity
+            self._alive.append(tensor)  # a freed tensor would pass on its id()
             self._objects[id(tensor)] = name
             record |= self._describe(name, kind, tensor)
         self.records.append(record)
@@ -84,6 +89,7 @@ class TensorWriter:
         return record if key == name else {**record, "key": key}
 
     def _store(self, name: str, tensor: torch.Tensor) -> str:
+        # Tensors of the same memory and type share their stored values.
         memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         view = (*memory, tensor.dtype, tensor.is_conj(), tensor.is_neg())
         if tensor.numel() and view in self._views:
@@ -110,14 +116,47 @@ def _is_permuted(shape: Iterable[int], stride: Iterable[int]) -> bool:
     return True
 
 
+class TensorFile(Mapping[str, torch.Tensor]):
+    """A safetensors file as a mapping that reads each tensor when it is accessed.
+
+    Args:
+        file: The file; it stays open.
+    """
+
+    def __init__(self, file: Path) -> None:
+        opened: Any = safe_open(file, framework="pt")  # its methods are untyped
+        self._file = opened
+        self._keys = frozenset(self._file.keys())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        tensor: torch.Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 class TensorReader:
-    """Makes tensors from records; the same record gives the same object every time."""
+    """Creates tensors from records; reading a name twice returns the same object.
+
+    Args:
+        records: The records.
+        values: The stored values, by key.
+
+    Raises:
+        ArtifactError: Values are missing.
+    """
 
     def __init__(self, records: Iterable[Record], values: Mapping[str, torch.Tensor]) -> None:
         self._records = {str(record["name"]): record for record in records}
         self._values = values
         self._stored: dict[str, torch.Tensor] = {}
-        self._made: dict[str, torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
         missing = [key for key in self._keys() if key not in values]
         if missing:
             raise ArtifactError(
@@ -126,11 +165,11 @@ class TensorReader:
             )
 
     def _keys(self) -> Iterable[str]:
-        own = [r for r in self._records.values() if "same_as" not in r and not r.get("meta")]
-        return dict.fromkeys(str(record.get("key", record["name"])) for record in own)
+        stored = [r for r in self._records.values() if "same_as" not in r and not r.get("meta")]
+        return dict.fromkeys(str(record.get("key", record["name"])) for record in stored)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor of a record: a Parameter where the record says so.
+        """Return the tensor of a record, a Parameter if its kind is "parameter".
 
         Raises:
             ArtifactError: There is no such record, or the stored values do not fit it.
@@ -142,9 +181,9 @@ class TensorReader:
             if "same_as" in self._records.get(record["same_as"], record):
                 raise ArtifactError(f"{name} is the same as {record['same_as']!r}, which is none")
             return self.read(record["same_as"])
-        if name not in self._made:
-            self._made[name] = self._make(name, record)
-        return self._made[name]
+        if name not in self._tensors:
+            self._tensors[name] = self._make(name, record)
+        return self._tensors[name]
 
     def _make(self, name: str, record: Record) -> torch.Tensor:
         shape, dtype = tuple(record["shape"]), DTYPES[record["dtype"]]
@@ -166,7 +205,7 @@ class TensorReader:
 
     def _load(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if key not in self._stored:
-            # A copy: the values may be a view of the file, which has another alignment.
+            # Copy: the values may be a view of the file, which is not aligned like a new tensor.
             value = self._values[key].clone()
             paired = dtype.is_complex and value.dim() == len(shape) + 1 and value.shape[-1] == 2
             self._stored[key] = torch.view_as_complex(value) if paired else value
@@ -182,13 +221,13 @@ def _restride(value: torch.Tensor, stride: list[int]) -> torch.Tensor:
 
 def assign(targets: Mapping[str, torch.Tensor], records: Iterable[Record], reader: TensorReader,
            owner: str) -> None:  # fmt: skip
-    """Give existing tensors the recorded values, in place, so that sharing is kept.
+    """Set existing tensors to the recorded values, in place, so that tied tensors stay tied.
 
     Args:
         targets: The tensors by name.
-        records: What to assign.
-        reader: Where the values are.
-        owner: What the tensors belong to, for the message.
+        records: Records of the tensors to assign.
+        reader: Reader of their values.
+        owner: Name of the program or network of the tensors, for the message.
 
     Raises:
         ArtifactError: A name does not exist or has another shape; nothing is assigned then.
@@ -198,9 +237,9 @@ def assign(targets: Mapping[str, torch.Tensor], records: Iterable[Record], reade
         name = str(record["name"])
         value = reader.read(name)
         if name not in targets or targets[name].shape != value.shape:
-            found = list(targets[name].shape) if name in targets else "nothing"
+            shape = list(targets[name].shape) if name in targets else "nothing"
             raise ArtifactError(
-                f"the artifact holds {name} {list(value.shape)}, where {owner} has {found}"
+                f"the artifact has {name} {list(value.shape)}, where {owner} has {shape}"
             )
         pairs.append((targets[name], value))
     for target, value in pairs:

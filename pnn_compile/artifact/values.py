@@ -1,4 +1,8 @@
-"""Values of arguments as JSON: plain ones as they are, every other as `{"kind": data}`."""
+"""Encode argument values as JSON: plain ones unchanged, all others as `{"kind": data}`.
+
+>>> encode((1, slice(0, None), torch.float16))
+{'tuple': [1, {'slice': [0, None, None]}, {'dtype': 'float16'}]}
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,13 @@ import torch
 from torch import fx
 
 from passes.errors import ArtifactError
-from pnn_compile.artifact.errors import UnknownError
-
-__all__ = ["DTYPES", "check_identifier", "check_path", "decode", "encode"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
 }
-"""Every dtype of torch by its name."""
+"""All dtypes of torch by name."""
 
 _ENUMS: Mapping[str, Mapping[str, Any]] = {
     "dtype": DTYPES,
@@ -44,25 +45,29 @@ _ENUM_KINDS: Mapping[type, str] = {
 _ATOM = re.compile(r"[\w +@-]+")
 
 
+class UnsupportedError(ArtifactError):
+    """A module, operator or value that the format of artifacts cannot represent."""
+
+
 def check_identifier(name: Any) -> str:
-    """Return a name that may stand in generated code as a variable.
+    """Return a name if generated code may use it as a variable.
 
     Raises:
-        UnknownError: It may not.
+        UnsupportedError: It may not: it is no identifier, or a keyword.
     """
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise UnknownError(f"name {name!r}")
+        raise UnsupportedError(f"name {name!r}")
     return name
 
 
 def check_path(path: Any) -> str:
-    """Return a qualified module or tensor name that generated code may hold in quotes.
+    """Return a qualified module or tensor name if generated code may quote it.
 
     Raises:
-        UnknownError: It holds quotes, control characters or the like.
+        UnsupportedError: It contains quotes, control characters or the like.
     """
     if not isinstance(path, str) or not all(_ATOM.fullmatch(atom) for atom in path.split(".")):
-        raise UnknownError(f"qualified name {path!r}")
+        raise UnsupportedError(f"qualified name {path!r}")
     return path
 
 
@@ -71,10 +76,10 @@ def encode(value: Any, tensor: Callable[[torch.Tensor], str] | None = None) -> A
 
     Args:
         value: Nested lists, tuples and dicts of scalars, slices, dtypes, nodes and the like.
-        tensor: Stores a tensor and returns its name; without it there can be none.
+        tensor: Stores a tensor and returns its name; without it, tensors are unsupported.
 
     Raises:
-        UnknownError: The value holds something of another type.
+        UnsupportedError: The value contains something of another type.
     """
     kind = type(value)
     if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
@@ -98,7 +103,7 @@ def _encode_sequence(value: Any, tensor: Callable[[torch.Tensor], str] | None) -
         return items
     if type(value) in (tuple, torch.Size):
         return {"tuple" if type(value) is tuple else "size": items}
-    raise UnknownError(f"value of type {type(value).__name__}")
+    raise UnsupportedError(f"value of type {type(value).__name__}")
 
 
 def _encode_rare(value: Any) -> Any:
@@ -112,7 +117,7 @@ def _encode_rare(value: Any) -> Any:
         return {"ellipsis": None}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    raise UnknownError(f"value of type {type(value).__module__}.{type(value).__qualname__}")
+    raise UnsupportedError(f"value of type {type(value).__module__}.{type(value).__qualname__}")
 
 
 def decode(
@@ -123,12 +128,12 @@ def decode(
     """Turn JSON data back into the argument.
 
     Args:
-        data: What `encode` returned.
-        nodes: The nodes that the value may refer to.
-        tensors: The tensors that it may refer to.
+        data: JSON data from `encode`.
+        nodes: Nodes by name that the value may refer to.
+        tensors: Tensors by name that the value may refer to.
 
     Raises:
-        ArtifactError: The data is not of a known form, or refers to what does not exist.
+        ArtifactError: The data is malformed, or refers to an unknown node, tensor or dtype.
     """
     if data is None or isinstance(data, (bool, int, float, str)):
         return data

@@ -64,7 +64,7 @@ def bench_command(
         _bench_streams(networks, counts, numbers(batches, "--batch"), as_json, options)
         return
     from pnn_compile.bench import bench
-    from pnn_compile.report.bench import bench_table
+    from pnn_compile.report.tables import bench_table
 
     sizes = numbers(batches, "--batch")
     names = [name.strip() for name in against.split(",") if name.strip()]
@@ -96,7 +96,7 @@ def _bench_streams(
     options: dict[str, Any],
 ) -> None:
     from pnn_compile.bench.gpu_streams import bench_streams
-    from pnn_compile.report.streams import streams_table
+    from pnn_compile.report.tables import streams_table
 
     found = [len(network.plan.stages) for network in networks]
     if found != counts:

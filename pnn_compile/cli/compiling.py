@@ -210,8 +210,8 @@ def _show(
     if quiet:
         return
     calibrated = compiled.calibration
+    from pnn_compile.report.tables import verdict_table
     from pnn_compile.report.terminal import calibration_table, checks_table, report
-    from pnn_compile.report.verdict import verdict_table
 
     screen = console()
     screen.print(report(compiled, screen.width))

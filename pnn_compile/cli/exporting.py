@@ -96,6 +96,6 @@ def show_onnx(target: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
         return
-    from pnn_compile.report.onnx import onnx_table
+    from pnn_compile.report.tables import onnx_table
 
     console().print(onnx_table(summary))

@@ -93,7 +93,7 @@ def forecast_command(
     if as_json:
         click.echo(json.dumps(found.as_data(), indent=2))
         return
-    from pnn_compile.report.forecast import forecast_tables
+    from pnn_compile.report.tables import forecast_tables
 
     console().print(forecast_tables(found))
 

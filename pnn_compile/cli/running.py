@@ -44,7 +44,7 @@ def run_command(
     if as_json:
         click.echo(json.dumps(asdict(found) | {"equal": found.equal}, indent=2))
     else:
-        from pnn_compile.report.first_run import first_run_table
+        from pnn_compile.report.tables import first_run_table
 
         console().print(first_run_table(found))
     if not found.equal:

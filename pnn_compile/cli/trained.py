@@ -39,7 +39,7 @@ def assess(
     """Tell what MODEL, trained, keeps as a parareal network, on SAMPLES, without training it."""
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.inputs import read_batches
-    from pnn_compile.report.verdict import verdict_table
+    from pnn_compile.report.tables import verdict_table
     from pnn_compile.sources import load_source
 
     sizes = numbers(stages, "-n")
@@ -144,6 +144,6 @@ def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debu
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    from pnn_compile.report.dial import dial_table
+    from pnn_compile.report.tables import dial_table
 
     console().print(dial_table(compiled.plan.model, rows))

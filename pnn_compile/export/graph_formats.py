@@ -1,11 +1,13 @@
-"""The partition graph in the formats of other programs: DOT, Mermaid, GraphML, node-link JSON.
+"""Write the partition graph in the formats of other programs, and numbers for readers.
 
-All of them take what `pnn_compile.export.partition_graph.partition_graph` builds:
+These take what `pnn_compile.export.partition_graph.partition_graph` builds:
 
     to_dot        Graphviz; one cluster per stage, nodes colored by role
     to_mermaid    Markdown pages; modules are collapsed to what a page can show
     to_graphml    Gephi, yEd, Cytoscape; reads back equal with `networkx.parse_graphml`
     to_node_link  JSON; reads back equal with `networkx.node_link_graph`
+
+`format_count`, `format_size` and `format_seconds` write the numbers in them and in all reports.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from typing import Any
 import networkx as nx
 
 from passes.errors import ExportError
-from pnn_compile.export.format import count, flops, size
 
 _COLORS = {
     "input": "#d9d9d9", "preprocess": "#fdd0a2", "fine": "#c6dbef", "residual": "#fcbba1",
@@ -51,7 +52,7 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
     }
     for name, data in graph.nodes(data=True):
         parent = clusters.get(data["stage"], drawing)
-        lines = [data["path"] or name.removeprefix(":"), data["op"], flops(data["flops"])]
+        lines = [data["path"] or name.removeprefix(":"), data["op"], format_count(data["flops"])]
         parent.add_node(
             pydot.Node(
                 _dot_quoted(name),
@@ -68,12 +69,13 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
         if data["crosses"]:
             edge.set("color", _dot_quoted(_CROSSING))
             edge.set("penwidth", "2")
-            edge.set("label", _dot_label([data["shape"], size(data["bytes"])]))
+            edge.set("label", _dot_label([data["shape"], format_size(data["bytes"])]))
         drawing.add_edge(edge)
     return str(drawing.to_string())
 
 
 def _dot_label(lines: Iterable[str]) -> str:
+    """Join lines, without empty ones and the "0" of nodes that cost nothing."""
     # A backslash of the text must not join the line breaks that Graphviz writes with one.
     safe = [line.replace("\\", "\\\\") for line in lines if line and line != "0"]
     return _dot_quoted("\\n".join(safe))
@@ -100,7 +102,7 @@ def to_mermaid(graph: nx.DiGraph[str], depth: int = 1) -> str:
         lines.append("  end")
     lines += [f"  {text}" for text in boxes.lines(-1)]
     for (source, target), (bytes_, crosses) in boxes.flows(graph).items():
-        arrow = f'== "{size(bytes_)}" ==>' if crosses else "-->"
+        arrow = f'== "{format_size(bytes_)}" ==>' if crosses else "-->"
         lines.append(f"  {source} {arrow} {target}")
     roles = {box["role"] for box in boxes.boxes.values()}
     lines += [
@@ -155,7 +157,7 @@ class _Boxes:
 
 
 def _mermaid_cost(number: int) -> str:
-    return f"<br/>{count(number)} FLOPs" if number else ""
+    return f"<br/>{format_count(number)} FLOPs" if number else ""
 
 
 def _mermaid_escaped(text: str) -> str:
@@ -185,3 +187,39 @@ def _xml_clean(value: Any) -> Any:
 def to_node_link(graph: nx.DiGraph[str]) -> str:
     """Return a graph as JSON; `networkx.node_link_graph(..., edges="edges")` reads it."""
     return json.dumps(nx.node_link_data(graph, edges="edges"), indent=2) + "\n"
+
+
+_PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+def format_count(number: float) -> str:
+    """Format a count with a decimal prefix.
+
+    >>> format_count(1234567)
+    '1.23M'
+    """
+    power = 0
+    while abs(number) >= 999.5 and power < len(_PREFIXES) - 1:  # 999.5 would print as 1e+03
+        number /= 1000
+        power += 1
+    return f"{number:.3g}{_PREFIXES[power]}"
+
+
+def format_size(number: float) -> str:
+    """Format a number of bytes.
+
+    >>> format_size(131072)
+    '131kB'
+    """
+    return f"{format_count(number)}B"
+
+
+def format_seconds(number: float) -> str:
+    """Format a duration that is given in seconds.
+
+    >>> format_seconds(0.0123)
+    '12.3ms'
+    """
+    if number >= 1 or number == 0:
+        return f"{number:.3g}s"
+    return f"{number * 1e3:.3g}ms" if number >= 1e-3 else f"{number * 1e6:.3g}us"

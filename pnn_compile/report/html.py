@@ -1,4 +1,4 @@
-"""The report as one HTML file that opens from disk: no network, no code but its own."""
+"""Write the report as one HTML file that needs no network, and draw a plan for notebooks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import OptionError
+from pnn_compile.export.graph_formats import format_count, format_size
 from pnn_compile.report.page_data import page_data
 
 if TYPE_CHECKING:
+    from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.forecast.table import ForecastTable
 
-__all__ = ["html_report", "page", "quick_forecast", "to_script_json", "write_report"]
-
 _log = logging.getLogger(__name__)
+
+_DEVICE_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 _LIBRARIES = ("d3.min.js", "dagre.min.js")
 _SCRIPTS = (
@@ -40,9 +42,8 @@ def html_report(
 
     Args:
         compiled: The network.
-        dial: What every number of iterations gives, where `pnn.dial` measured it.
-        forecast: What other numbers of devices would give, where `quick_forecast` or
-            `pnn.forecast` computed it.
+        dial: Errors by number of iterations, from `pnn.dial`; empty leaves them out.
+        forecast: Forecast of other numbers of devices, from `quick_forecast` or `pnn.forecast`.
     """
     return page(page_data(compiled, dial, forecast))
 
@@ -65,14 +66,14 @@ def write_report(compiled: Compiled, path: str | Path, dial: Sequence[DialRow] =
 
 
 def quick_forecast(compiled: Compiled) -> ForecastTable | None:
-    """Forecast by FLOPs, at numbers of devices that lie further and further apart.
+    """Forecast the step time by FLOPs, on 2 to 64 devices and on those of the plan.
 
     Returns:
-        The forecast; None where the network can be cut in none of these ways.
+        The forecast; None if the network cannot be cut into any of these numbers of stages.
     """
     from pnn_compile.forecast.forecast import forecast
 
-    counts = {*_COUNTS, len(compiled.plan.stages)}
+    counts = {*_DEVICE_COUNTS, len(compiled.plan.stages)}
     try:
         return forecast(compiled, stages=counts, cost="flops", micro_batches=())
     except OptionError as error:
@@ -80,15 +81,12 @@ def quick_forecast(compiled: Compiled) -> ForecastTable | None:
         return None
 
 
-_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-
-
 def page(data: Mapping[str, Any]) -> str:
-    """Put data of `page_data` into the page.
+    """Fill the page with the data of `page_data`.
 
-    Names of the model are data to the page, never markup: they stand in a block of JSON in which
-    nothing can end the block, and scripts show them as text. The policy in the page lets only the
-    page's own scripts run, by their hashes, and forbids every request.
+    Names of the model never become markup: they stand in a block of JSON that they cannot close,
+    and scripts show them as text. The content security policy lets only the scripts of the page
+    run, by their hashes, and forbids every request.
     """
     assets = _assets()
     return assets.template.substitute(
@@ -102,19 +100,19 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def to_script_json(data: Mapping[str, Any]) -> str:
-    """JSON that can stand inside a script element."""
+    """Return JSON that can stand inside a script element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(_ESCAPES)
 
 
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"} | {
     code: f"\\u{code:04x}"
-    for code in range(0xD800, 0xE000)  # halves of pairs have no UTF-8
+    for code in range(0xD800, 0xE000)  # lone surrogates cannot be encoded in UTF-8
 }
 
 
 class _Assets:
-    """The parts of the page that are the same for every network."""
+    """Parts of the page that are the same for all networks."""
 
     def __init__(self) -> None:
         folder = files("pnn_compile.report") / "assets"
@@ -124,10 +122,9 @@ class _Assets:
 
         self.template = Template(read("page.html"))
         self.style = read("style.css")
-        # A map of the source would be fetched.
-        self.libraries = "\n".join(_without_map(read(name)) for name in _LIBRARIES)
-        own = "\n".join(read(name) for name in _SCRIPTS)
-        self.script = f'"use strict";\n(() => {{\n{own}\n}})();\n'
+        self.libraries = "\n".join(_without_source_map(read(name)) for name in _LIBRARIES)
+        code = "\n".join(read(name) for name in _SCRIPTS)
+        self.script = f'"use strict";\n(() => {{\n{code}\n}})();\n'
         scripts = " ".join(map(_hash, (self.libraries, self.script)))
         self.policy = (
             f"default-src 'none'; script-src {scripts}; style-src {_hash(self.style)}; "
@@ -140,7 +137,8 @@ def _assets() -> _Assets:
     return _Assets()
 
 
-def _without_map(script: str) -> str:
+def _without_source_map(script: str) -> str:
+    # Browsers would request the source map, which the policy forbids.
     lines = script.splitlines()
     return "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL"))
 
@@ -148,3 +146,86 @@ def _without_map(script: str) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+_COLORS = {"preprocess": "#c98500", "fine": "#0072b2", "coarse": "#00855f", "head": "#a3527f"}
+_LEFT, _BAR, _ROW, _TOP = 64, 520, 26, 8
+_MAX_ROWS = 16
+"""Largest number of stages to draw: the first ones."""
+
+
+def picture(plan: Plan) -> str:
+    """Draw one iteration of a plan for a notebook, as HTML without scripts.
+
+    Each stage is a row of bars whose lengths are FLOPs: preprocessing, fine stage, coarse
+    propagator. All stages start at the left; the coarse propagators start when the slowest stage
+    ends, one after another in a chain, at once in a collapsed sweep. The head comes last. Three
+    stages (p, f, c, h) in a chain:
+
+        stage 0  ffffffff
+        stage 1  ppffffff  cc
+        stage 2  ppfffff     cc
+        head                   hh
+    """
+    preprocess = [stage.preprocess.flops if stage.preprocess else 0 for stage in plan.stages]
+    coarse = [stage.coarse.flops if stage.coarse else 0 for stage in plan.stages]
+    ready = max(p + stage.flops for p, stage in zip(preprocess, plan.stages, strict=True))
+    sweep = max(coarse) if plan.sweep == "collapsed" else sum(coarse)
+    scale = _BAR / ((ready + sweep + plan.head.flops) or 1)
+    parts: list[str] = []
+    start = float(ready)
+    rows = min(len(plan.stages), _MAX_ROWS)
+    for number, stage in enumerate(plan.stages[:rows]):
+        y = _TOP + number * _ROW
+        span = f"{stage.first_module or stage.first} .. {stage.last_module or stage.last}"
+        title = f"stage {number}: {span}, {format_count(stage.flops)} FLOPs"
+        parts += [
+            _svg_text(f"stage {number}", y),
+            _svg_bar("preprocess", 0, preprocess[number], y, scale, f"preprocessing {number}"),
+            _svg_bar("fine", preprocess[number], stage.flops, y, scale, title),
+            _svg_bar("coarse", start, coarse[number], y, scale, f"correction {number}"),
+        ]
+        if plan.sweep == "chain":
+            start += coarse[number]
+    y = _TOP + rows * _ROW
+    title = f"head: {format_count(plan.head.flops)} FLOPs"
+    parts += [
+        _svg_text("head", y),
+        _svg_bar("head", ready + sweep, plan.head.flops, y, scale, title),
+    ]
+    height, width = y + _ROW + 4, _LEFT + _BAR + 10
+    caption = escape(_caption(plan, rows))
+    return (
+        f'<div style="font-family: sans-serif; font-size: 13px"><b>{escape(plan.model)}</b><br>'
+        f"{caption}"
+        f'<svg role="img" aria-label="{caption}" viewBox="0 0 {width} {height}" '
+        f'style="display: block; width: 100%; max-width: {width}px" fill="currentColor">'
+        f"{''.join(parts)}</svg></div>"
+    )
+
+
+def _caption(plan: Plan, rows: int) -> str:
+    more = f", {len(plan.stages) - rows} more not drawn" if len(plan.stages) > rows else ""
+    forecast = plan.forecast
+    crossing = max(interface.bytes for interface in plan.interfaces)
+    return (
+        f"{len(plan.stages)} stages{more}, {plan.correction} form, {plan.sweep} sweep, "
+        f"K = {plan.iterations}; speed-up {forecast.speedup:.2f} predicted by {forecast.unit}, "
+        f"bound {forecast.bound:.2f}; at most {format_size(crossing)} cross a cut"
+    )
+
+
+def _svg_text(text: str, y: float) -> str:
+    return (
+        f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end" font-size="12">{escape(text)}</text>'
+    )
+
+
+def _svg_bar(role: str, start: float, cost: float, y: float, scale: float, title: str) -> str:
+    if not cost:
+        return ""
+    width = max(1.0, cost * scale)
+    return (
+        f'<rect x="{_LEFT + start * scale:.1f}" y="{y + 3}" width="{width:.1f}" height="17" '
+        f'fill="{_COLORS[role]}"><title>{escape(title)}</title></rect>'
+    )

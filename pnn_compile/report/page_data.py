@@ -1,4 +1,4 @@
-"""Everything that the page shows, as plain data."""
+"""Gather what the HTML page shows, as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.forecast.table import ForecastTable
 
-__all__ = ["page_data"]
-
 
 def page_data(
     compiled: Compiled, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
@@ -32,8 +30,11 @@ def page_data(
 
     Args:
         compiled: The network.
-        dial: What every number of iterations gives, where it was measured.
-        forecast: What other numbers of devices would give, where it was computed.
+        dial: Errors by number of iterations, from `pnn.dial`; empty leaves them out.
+        forecast: Forecast of other numbers of devices.
+
+    Returns:
+        One entry per section of the page; those without data are None or empty.
     """
     plan = compiled.plan
     calibration = compiled.calibration
@@ -45,7 +46,7 @@ def page_data(
             "rejected": list(capture.rejected),
             "dynamic_batch": compiled.program.dynamic_batch,
         },
-        "passes": [[done.name, done.seconds] for done in compiled.passes],
+        "passes": [[result.name, result.seconds] for result in compiled.passes],
         "graph": graph_data(partition_graph(compiled), len(plan.stages)),
         "forecast": forecast_data(forecast) if forecast else None,
         "timeline": timeline_data(plan),
@@ -55,14 +56,14 @@ def page_data(
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
-    """The plan without what only rebuilding a network needs."""
+    """Describe the plan, without the options that only rebuilding a network needs."""
     data = dataclasses.asdict(plan)
-    for stage, own in zip(data["stages"], plan.stages, strict=True):
-        stage["preprocess"] = _operator(own.preprocess)
-        stage["coarse"] = _operator(own.coarse)
-    for face, seen in zip(data["interfaces"], plan.interfaces, strict=True):
-        face["bytes"] = seen.bytes
-        face["state"] = [[value.name, str(value.spec)] for value in seen.state]
+    for stage_data, stage in zip(data["stages"], plan.stages, strict=True):
+        stage_data["preprocess"] = _operator(stage.preprocess)
+        stage_data["coarse"] = _operator(stage.coarse)
+    for interface_data, interface in zip(data["interfaces"], plan.interfaces, strict=True):
+        interface_data["bytes"] = interface.bytes
+        interface_data["state"] = [[value.name, str(value.spec)] for value in interface.state]
     return data
 
 
@@ -81,7 +82,10 @@ def _is_plain(value: object) -> bool:
 
 
 def forecast_data(table: ForecastTable) -> dict[str, Any]:
-    """The rows of methods that can be drawn as lines, the one that is enough marked as the knee."""
+    """Describe the rows of all methods with at least two, which can be drawn as lines.
+
+    The "knee" is the row that the forecast recommends.
+    """
     rows = [
         row for method in table.methods for row in table.of(method) if len(table.of(method)) > 1
     ]
@@ -110,24 +114,25 @@ def forecast_data(table: ForecastTable) -> dict[str, Any]:
 
 
 def timeline_data(plan: Plan) -> dict[str, Any]:
-    """Simulate one step of a plan, a stage a rank, with messages that take no time.
+    """Simulate one training step of a plan, one stage per rank, with free links.
 
     Returns:
-        The unit, and for one micro-batch and four the time of the step and the spans: rank, kind,
-        stage, micro-batch, iteration, start, end, whether it is on the critical path. Or "reason",
-        where the plan does not hold what stages cost.
+        The unit, the times of the original network forward and backward, and under "steps", for
+        one micro-batch and for four, the time of the step and its spans: rank, kind, stage,
+        micro-batch, iteration, start, end, whether it is on the critical path. Only "reason" where
+        the plan does not store the costs of stages.
     """
     try:
         times = Times.of(plan)
     except RuntimeFault as error:
         return {"reason": str(error)}
     sweep, placement = Sweep.of(plan), range(len(plan.stages))
-    single = {key: time for key, time in times.compute.items() if key[0] in _ORIGINAL}
-    forward = sum(time for (kind, _), time in single.items() if kind in (Kind.FINE, Kind.HEAD))
+    original = {key: time for key, time in times.compute.items() if key[0] in _ORIGINAL}
+    forward = sum(time for (kind, _), time in original.items() if kind in (Kind.FINE, Kind.HEAD))
     return {
         "unit": plan.forecast.unit,
         "forward": forward,
-        "backward": sum(single.values()) - forward,
+        "backward": sum(original.values()) - forward,
         "steps": [
             {"batches": batches}
             | _spans(simulate(schedule(placement, sweep, batches=batches), times))
@@ -137,7 +142,7 @@ def timeline_data(plan: Plan) -> dict[str, Any]:
 
 
 _ORIGINAL = (Kind.FINE, Kind.HEAD, Kind.FINE_BACKWARD, Kind.HEAD_BACKWARD)
-"""What one device runs that holds the original network."""
+"""Instructions of the original network on one device."""
 
 
 def _spans(timeline: Timeline) -> dict[str, Any]:
@@ -147,8 +152,8 @@ def _spans(timeline: Timeline) -> dict[str, Any]:
             rank, span.instruction.kind.value, *span.instruction.key, span.start, span.end,
             int(id(span) in critical),
         ]
-        for rank, own in enumerate(timeline.spans)
-        for span in own
+        for rank, rank_spans in enumerate(timeline.spans)
+        for span in rank_spans
         if span.end > span.start and span.instruction.kind not in (*SENDS, *RECEIVES)
     ]  # fmt: skip
     return {"time": timeline.time, "idle": list(timeline.idle), "spans": spans}

@@ -1,4 +1,4 @@
-"""The terminal report: what was decided per stage, and what the whole promises."""
+"""Show a compiled network, its verification and its fit in the terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape as _escape
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pnn_compile.export import format as units
+from pnn_compile.export.graph_formats import format_count, format_seconds, format_size
 from pnn_compile.export.partition_graph import partition_graph
 from pnn_compile.report.tables import figures_table
 
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from pnn_compile.fit.calibrate import CalibrationReport
     from pnn_compile.fit.train import FitReport
 
-__all__ = [
-    "calibration_table", "checks_table", "interfaces_table", "render", "report", "stage_tree",
-    "to_text",
-]  # fmt: skip
-
 
 def render(compiled: Compiled, width: int = 100) -> str:
     """Return the report as plain text of at most `width` columns."""
@@ -37,7 +32,7 @@ def render(compiled: Compiled, width: int = 100) -> str:
 
 
 def to_text(content: RenderableType, width: int = 100) -> str:
-    """Render rich content as plain text without colour."""
+    """Render rich content as plain text without colors."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(content)
     assert isinstance(console.file, io.StringIO)
@@ -45,17 +40,22 @@ def to_text(content: RenderableType, width: int = 100) -> str:
 
 
 def report(compiled: Compiled, width: int = 100) -> RenderableType:
-    """The stages as a table, then the forecast, the notes and the seconds per pass."""
+    """Show the stages as a table, then a summary, the notes and the seconds of each pass.
+
+    Args:
+        compiled: The network.
+        width: Columns of the terminal; fewer than 84 leave out columns of the table.
+    """
     plan = compiled.plan
-    parts: list[RenderableType] = [_stages(plan, width), _summary(compiled)]
+    parts: list[RenderableType] = [_stages_table(plan, width), _summary(compiled)]
     parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
-    taken = ", ".join(f"{p.name} {units.seconds(p.seconds)}" for p in compiled.passes)
-    parts.append(Text(f"passes: {taken}", style="dim"))
+    passes = ", ".join(f"{p.name} {format_seconds(p.seconds)}" for p in compiled.passes)
+    parts.append(Text(f"passes: {passes}", style="dim"))
     return Group(*parts)
 
 
-def _stages(plan: Plan, width: int) -> Table:
-    """One row a stage; a narrow terminal gets the columns that matter most."""
+def _stages_table(plan: Plan, width: int) -> Table:
+    """Make a table with one row per stage and one for the head."""
     table = Table(
         title=f"{plan.model}: {len(plan.stages)} stages, {plan.correction} form, "
         f"{plan.sweep} sweep, K = {plan.iterations}",
@@ -73,31 +73,32 @@ def _stages(plan: Plan, width: int) -> Table:
     for number, (stage, interface) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
         cells = {
             "stage": str(number),
-            "modules": _span(stage),
-            "FLOPs": units.count(stage.flops),
+            "modules": module_span(stage),
+            "FLOPs": format_count(stage.flops),
             "share": f"{stage.flops / total:.1%}",
-            "time": units.seconds(stage.seconds or 0.0),
-            "params": units.count(stage.parameters),
+            "time": format_seconds(stage.seconds or 0.0),
+            "params": format_count(stage.parameters),
             "device": stage.device or "",
-            "memory": units.size(stage.memory or 0),
-            "guess": _operator(stage.preprocess),
-            "coarse": _operator(stage.coarse),
-            "state out": _brief_state(interface),
+            "memory": format_size(stage.memory or 0),
+            "guess": operator_summary(stage.preprocess) or "-",
+            "coarse": operator_summary(stage.coarse) or "-",
+            "state out": _state_summary(interface),
         }
         table.add_row(*(cells[name] for name in columns))
     head = plan.head
     cells = {
         "stage": "head",
         "modules": head.first_module or "(output)",
-        "FLOPs": units.count(head.flops),
+        "FLOPs": format_count(head.flops),
         "share": f"{head.flops / total:.1%}",
-        "time": units.seconds(head.seconds or 0.0),
+        "time": format_seconds(head.seconds or 0.0),
     }
     table.add_row(*(cells.get(name, "") for name in columns))
     return table
 
 
-_NARROW = 84
+_WIDE = 84
+"""Smallest number of columns for the whole table."""
 
 
 def _columns(plan: Plan, width: int) -> list[str]:
@@ -106,38 +107,40 @@ def _columns(plan: Plan, width: int) -> list[str]:
         columns.append("time")
     if any(stage.device is not None for stage in plan.stages):
         columns += ["device", "memory"]
-    if width < _NARROW:
+    if width < _WIDE:
         return [*columns, "coarse"]
     return [*columns, "params", "guess", "coarse", "state out"]
 
 
-def _span(stage: Stage) -> str:
+def module_span(stage: Stage) -> str:
+    """Return the first and the last module of a stage, or its nodes where it has no modules."""
     first, last = stage.first_module or stage.first, stage.last_module or stage.last
     return first if first == last else f"{first} .. {last}"
 
 
-def _operator(spec: OperatorSpec | None) -> str:
-    return f"{spec.family} {units.count(spec.flops)}" if spec else "-"
+def operator_summary(spec: OperatorSpec | None) -> str | None:
+    """Return family and FLOPs of an operator; None without one."""
+    return f"{spec.family} {format_count(spec.flops)}" if spec else None
 
 
 def _state(interface: Interface) -> str:
     types = " + ".join(str(value.spec) for value in interface.state)
-    return f"{types} ({units.size(interface.bytes)})"
+    return f"{types} ({format_size(interface.bytes)})"
 
 
-def _brief_state(interface: Interface) -> str:
-    """Sizes of one sample, without the batch and the type; only the number of several tensors."""
+def _state_summary(interface: Interface) -> str:
+    """Return the shape of one sample, or the number of tensors if they are several, and bytes."""
     if len(interface.state) > 1:
-        return f"{len(interface.state)} tensors, {units.size(interface.bytes)}"
+        return f"{len(interface.state)} tensors, {format_size(interface.bytes)}"
     spec = interface.state[0].spec
     sizes = [str(n) for axis, n in enumerate(spec.shape) if axis != spec.batch_axis]
-    return f"{'x'.join(sizes)}, {units.size(interface.bytes)}"
+    return f"{'x'.join(sizes)}, {format_size(interface.bytes)}"
 
 
 def _summary(compiled: Compiled) -> Table:
     plan, forecast = compiled.plan, compiled.plan.forecast
     table = Table.grid(padding=(0, 2))
-    links = f"take {units.seconds(forecast.link)} of it" if forecast.link else "not counted"
+    links = f"take {format_seconds(forecast.link)}" if forecast.link else "not counted"
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("batch size", "free" if compiled.program.dynamic_batch else "fixed"),
@@ -158,32 +161,36 @@ def _summary(compiled: Compiled) -> Table:
         ),
     ]
     if plan.ties:
-        shared = [f"{name} (stages {_numbers(where, plan)})" for name, where in plan.ties.items()]
+        shared = [f"{name} (stages {_numbers(at, plan)})" for name, at in plan.ties.items()]
         rows.append(("shared", _shortened(shared)))
     if compiled.timings is not None:
-        rows.append(("timings", f"kept in {compiled.timings}; without it they are measured anew"))
+        rows.append(("timings", f"stored in {compiled.timings}; delete it to measure again"))
     for name, text in filter(lambda row: row[1], rows):
         table.add_row(Text(name, style="bold"), text)
     return table
 
 
 def _other_cuts(plan: Plan) -> str:
-    """Where each cut would go next, by the stage that begins there."""
-    known = [(n, f.why) for n, f in enumerate(plan.interfaces[:-1], 1) if f.why]
-    return _shortened([f"stage {n}: {why}" for n, why in known], most=3)
+    """Return the second-best position of each cut, by the stage that begins there."""
+    reasons = [
+        f"stage {number}: {interface.why}"
+        for number, interface in enumerate(plan.interfaces[:-1], 1)
+        if interface.why
+    ]
+    return _shortened(reasons, limit=3)
 
 
 def _numbers(stages: Iterable[int], plan: Plan) -> str:
     return ", ".join("head" if n == len(plan.stages) else str(n) for n in stages)
 
 
-def _shortened(items: list[str], most: int = 4) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+def _shortened(items: list[str], limit: int = 4) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
 
 
 def checks_table(report: VerifyReport) -> Table:
-    """The checks of a verification as a table."""
+    """Show the checks of a verification, failed ones with their reason."""
     table = Table(title="verification", title_justify="left", box=box.SIMPLE)
     table.add_column("check", overflow="fold")
     table.add_column("error", justify="right", no_wrap=True)
@@ -201,103 +208,100 @@ def checks_table(report: VerifyReport) -> Table:
 
 
 def calibration_table(report: CalibrationReport) -> RenderableType:
-    """What calibration did per stage, and what that means for the outputs."""
+    """Show the errors of every stage before and after calibration, then those of the outputs."""
     table = figures_table(
-        f"calibration on {report.fitted} samples, judged on {report.held_out} others",
+        f"calibration on {report.fitted} samples, errors on {report.held_out} held-out samples",
         ("stage", "guess", "fine alone", "corrected"),
     )
-    for face in report.interfaces:
+    for interface in report.interfaces:
         table.add_row(
-            str(face.stage),
-            f"{face.guess_before:.3f} -> {face.guess_after:.3f}",
-            f"{face.uncorrected:.3f}",
-            f"{face.corrected_before:.3f} -> {face.corrected_after:.3f}",
+            str(interface.stage),
+            f"{interface.guess_before:.3f} -> {interface.guess_after:.3f}",
+            f"{interface.uncorrected:.3f}",
+            f"{interface.corrected_before:.3f} -> {interface.corrected_after:.3f}",
         )
-    found = Text(
+    summary = Text(
         "relative errors of the states; "
-        + _agreed(report.agreement_before, report.agreement_after)
+        + _agreement(report.agreement_before, report.agreement_after)
         + "relative error of the outputs "
         f"{report.output_error_before:.3f} -> {report.output_error_after:.3f}"
     )
     if report.recalibrated:
-        found.append(f"; BatchNorm statistics measured anew: {', '.join(report.recalibrated)}")
-    return Group(table, found)
+        summary.append(f"; BatchNorm statistics re-estimated: {', '.join(report.recalibrated)}")
+    return Group(table, summary)
 
 
 def interfaces_table(report: FitReport) -> Table:
-    """What the fit did at every interface before it went end to end."""
+    """Show the losses of a fit at every interface, before the training end to end."""
     table = figures_table(
         f"losses by interface, {report.interface_steps} steps", ("stage", "guess", "correction")
     )
-    for face in report.interfaces:
+    for interface in report.interfaces:
         table.add_row(
-            str(face.stage),
-            f"{face.guess_first:.3g} -> {face.guess_last:.3g}",
-            f"{face.correction_first:.3g} -> {face.correction_last:.3g}",
+            str(interface.stage),
+            f"{interface.guess_first:.3g} -> {interface.guess_last:.3g}",
+            f"{interface.correction_first:.3g} -> {interface.correction_last:.3g}",
         )
     return table
 
 
-def _agreed(before: float | None, after: float | None) -> str:
+def _agreement(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
     return f"agreement of the outputs with the original {before:.1%} -> {after:.1%}; "
 
 
 def stage_tree(compiled: Compiled, depth: int = 2) -> Tree:
-    """The stages as a tree of the modules inside them, with what each costs.
+    """Show the stages as a tree of their modules, with FLOPs.
 
     Args:
         compiled: The network.
-        depth: How many levels of the module path to show.
+        depth: Number of levels of the module path to show.
     """
     plan = compiled.plan
-    root = Tree(f"[bold]{_escape(plan.model)}[/bold]")
+    root = Tree(f"[bold]{escape(plan.model)}[/bold]")
     total = sum(stage.flops for stage in plan.stages) + plan.head.flops or 1
-    costs = _costs_by_module(compiled, depth)
+    module_flops = _flops_by_module(compiled, depth)
     for number, (stage, interface) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
-        measured = f", {units.seconds(stage.seconds)}" if stage.seconds is not None else ""
+        measured = f", {format_seconds(stage.seconds)}" if stage.seconds is not None else ""
         branch = root.add(
-            f"[bold]stage {number}[/bold]: {units.count(stage.flops)} FLOPs "
-            f"({stage.flops / total:.1%}){measured}, {units.count(stage.parameters)} parameters, "
+            f"[bold]stage {number}[/bold]: {format_count(stage.flops)} FLOPs "
+            f"({stage.flops / total:.1%}){measured}, {format_count(stage.parameters)} parameters, "
             f"{stage.nodes} nodes"
         )
         if stage.preprocess:
-            branch.add(f"[cyan]preprocess_{number}[/cyan] {_operator(stage.preprocess)}")
-        fine = branch.add(f"[blue]fine_{number}[/blue] {_escape(_span(stage))}")
-        _add_modules(fine, costs[number])
+            branch.add(f"[cyan]preprocess_{number}[/cyan] {operator_summary(stage.preprocess)}")
+        fine = branch.add(f"[blue]fine_{number}[/blue] {escape(module_span(stage))}")
+        _add_modules(fine, module_flops[number])
         if stage.coarse:
-            why = f" [dim]{_escape(stage.coarse.why)}[/dim]" if stage.coarse.why else ""
-            branch.add(f"[green]coarse_{number}[/green] {_operator(stage.coarse)}{why}")
-        branch.add(f"[dim]state out[/dim] {_escape(_state(interface))}")
-    head = root.add(f"[magenta]head[/magenta]: {units.count(plan.head.flops)} FLOPs")
-    _add_modules(head, costs[-1])
+            why = f" [dim]{escape(stage.coarse.why)}[/dim]" if stage.coarse.why else ""
+            branch.add(f"[green]coarse_{number}[/green] {operator_summary(stage.coarse)}{why}")
+        branch.add(f"[dim]state out[/dim] {escape(_state(interface))}")
+    head = root.add(f"[magenta]head[/magenta]: {format_count(plan.head.flops)} FLOPs")
+    _add_modules(head, module_flops[-1])
     return root
 
 
-_MOST_MODULES = 6
+_MAX_MODULES = 6
 
 
-def _add_modules(branch: Tree, costs: dict[str, int]) -> None:
-    """Add modules in the order of the graph; a long list keeps its ends."""
-    items = list(costs.items())
-    shown = items
-    if len(items) > _MOST_MODULES:
-        half = _MOST_MODULES // 2
-        shown = [*items[:half], ("", 0), *items[-half:]]
-    for name, flops in shown:
-        if name:
-            branch.add(f"{_escape(name)} {units.count(flops)}")
-        else:
-            branch.add(f"[dim]... {len(items) - _MOST_MODULES} more[/dim]")
+def _add_modules(branch: Tree, module_flops: dict[str, int]) -> None:
+    """Add modules in the order of the graph, of a long list the first and the last ones."""
+    lines = [f"{escape(name)} {format_count(flops)}" for name, flops in module_flops.items()]
+    if len(lines) > _MAX_MODULES:
+        half = _MAX_MODULES // 2
+        more = f"[dim]... {len(lines) - _MAX_MODULES} more[/dim]"
+        lines = [*lines[:half], more, *lines[-half:]]
+    for line in lines:
+        branch.add(line)
 
 
-def _costs_by_module(compiled: Compiled, depth: int) -> dict[int, dict[str, int]]:
-    """FLOPs by stage (-1 for the head) and by the first atoms of the module path."""
-    found: dict[int, dict[str, int]] = {n: {} for n in range(-1, len(compiled.plan.stages))}
+def _flops_by_module(compiled: Compiled, depth: int) -> dict[int, dict[str, int]]:
+    """Sum FLOPs by stage (-1 for the head), then by the first names of the module path."""
+    totals: dict[int, dict[str, int]] = {n: {} for n in range(-1, len(compiled.plan.stages))}
     for _, data in partition_graph(compiled).nodes(data=True):
         if data["role"] in ("fine", "head"):
             name = ".".join(data["path"].split(".")[:depth]) or "(model)"
-            modules = found[data["stage"]]
+            modules = totals[data["stage"]]
             modules[name] = modules.get(name, 0) + data["flops"]
-    return found
+    return totals

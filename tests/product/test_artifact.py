@@ -39,9 +39,9 @@ def assert_equal(again: pnn.Compiled, compiled: pnn.Compiled) -> None:
     for old, new in zip(compiled.program.graph.nodes, again.program.graph.nodes, strict=True):
         assert (new.name, provenance(new)) == (old.name, provenance(old))
     for train in (False, True):
-        wanted = outputs(compiled.module, compiled, train=train)
+        reference = outputs(compiled.module, compiled, train=train)
         for value, expected in zip(
-            outputs(again.module, compiled, train=train), wanted, strict=True
+            outputs(again.module, compiled, train=train), reference, strict=True
         ):
             assert torch.equal(value, expected)
 
@@ -227,7 +227,7 @@ def test_a_module_replaced_after_compilation_is_refused(tmp_path: Path) -> None:
 
 
 class Scale(nn.ReLU):
-    """A class of one's own that is one call in the graph, for it looks like torch's."""
+    """A user class that is traced as one call, because it looks like one of torch."""
 
     __module__ = "torch.nn.modules.activation"
 
@@ -324,7 +324,7 @@ def test_an_export_of_the_older_artifact_goes_with_it(
     compiled.save(folder)
     assert sorted(contents(folder)) == sorted([*FILES, "report.html"])
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
-    assert "model.onnx is dropped" in caplog.text
+    assert "model.onnx is removed" in caplog.text
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -35,11 +35,11 @@ def target(networks: tuple[pnn.Compiled, pnn.Compiled], tmp_path: Path) -> Path:
     return folder
 
 
-def _in_child(work: Callable[[], object], kill_at: int | None = None) -> tuple[int, int]:
-    """Do something in a forked process, killed before the n-th call of the system.
+def _run_in_child(work: Callable[[], object], kill_at: int | None = None) -> tuple[int, int]:
+    """Call a function in a forked process that is killed before its n-th system call.
 
     Returns:
-        The signal that ended it, and how many calls it made if none did.
+        The signal that ended it (0 for none), and the number of calls if none did.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -62,14 +62,14 @@ def _in_child(work: Callable[[], object], kill_at: int | None = None) -> tuple[i
             os._exit(1)
     os.close(writing)
     _, status = os.waitpid(child, 0)
-    made = int.from_bytes(os.read(reading, 4))
+    calls = int.from_bytes(os.read(reading, 4))
     os.close(reading)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, made
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, calls
 
 
 def _check(folder: Path, widths: tuple[int, ...]) -> int:
-    """Check an artifact and what the user has beside it; gives the width of its network."""
+    """Check an artifact and the files of the user in it; return the width of its network."""
     loaded = pnn.load(folder)
     width = int(loaded.program.args["input"].shape[1])
     assert width in widths
@@ -81,7 +81,7 @@ def _check(folder: Path, widths: tuple[int, ...]) -> int:
 
 
 @pytest.fixture(params=["exchange", "two renames"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _exchange_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "two renames":
         monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
 
@@ -91,7 +91,7 @@ def _without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pnn_compile.artifact.directory._report", lambda *_: None)
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_exchange_mode")
 def test_a_save_that_is_killed_anywhere_loses_nothing(
     networks: tuple[pnn.Compiled, pnn.Compiled], target: Path
 ) -> None:
@@ -100,20 +100,20 @@ def test_a_save_that_is_killed_anywhere_loses_nothing(
     ended: int = signal.SIGKILL
     while ended == signal.SIGKILL:
         networks[0].save(target)
-        ended, _ = _in_child(lambda: networks[1].save(target), kill_at=len(widths))
+        ended, _ = _run_in_child(lambda: networks[1].save(target), kill_at=len(widths))
         widths.append(_check(target, (4, 5)))
     assert ended == 0
     assert len(widths) > 30
     assert widths == sorted(widths)  # the old one until the exchange, the new one from then on
 
 
-@pytest.mark.usefixtures("_way")
+@pytest.mark.usefixtures("_exchange_mode")
 def test_a_save_after_one_that_was_killed_finds_everything(
     networks: tuple[pnn.Compiled, pnn.Compiled], target: Path
 ) -> None:
-    _, calls = _in_child(lambda: networks[1].save(target))
+    _, calls = _run_in_child(lambda: networks[1].save(target))
     for number in range(0, calls, 3):
-        _in_child(lambda: networks[1].save(target), number)
+        _run_in_child(lambda: networks[1].save(target), number)
         networks[0].save(target)
         assert _check(target, (4,)) == 4
 
@@ -122,9 +122,9 @@ def test_a_killed_first_save_leaves_nothing_behind(
     networks: tuple[pnn.Compiled, pnn.Compiled], tmp_path: Path
 ) -> None:
     target = tmp_path / "out" / "net"
-    _, calls = _in_child(lambda: networks[0].save(tmp_path / "other" / "net"))
+    _, calls = _run_in_child(lambda: networks[0].save(tmp_path / "other" / "net"))
     for number in range(0, calls, 3):
-        _in_child(lambda: networks[0].save(target), number)
+        _run_in_child(lambda: networks[0].save(target), number)
         if not target.exists():
             with pytest.raises(pnn.PnnError, match="does not exist"):
                 pnn.load(target)
@@ -135,7 +135,7 @@ def test_a_killed_first_save_leaves_nothing_behind(
 def test_what_a_running_process_writes_is_left_alone(
     networks: tuple[pnn.Compiled, pnn.Compiled], target: Path
 ) -> None:
-    with atomic.replacing(target, lambda _: True) as fresh:
+    with atomic.replace_directory(target, lambda _: True) as fresh:
         (fresh / "half").write_text("written")
         pnn.load(target)
         networks[1].save(target)
@@ -147,7 +147,7 @@ def test_what_a_running_process_writes_is_left_alone(
 
 
 def test_a_file_that_appears_during_a_save_stays(target: Path) -> None:
-    with atomic.replacing(target, lambda entry: entry.suffix == ".txt") as fresh:
+    with atomic.replace_directory(target, lambda entry: entry.suffix == ".txt") as fresh:
         (target / "late.txt").write_text("late")
         (fresh / "plan.json").write_text("{}")
     assert (target / "late.txt").read_text() == "late"
@@ -159,7 +159,7 @@ def test_an_error_in_a_save_leaves_the_older_directory(target: Path) -> None:
     before = sorted(os.listdir(target))
 
     def fail() -> None:
-        with atomic.replacing(target, lambda _: True) as fresh:
+        with atomic.replace_directory(target, lambda _: True) as fresh:
             (fresh / "plan.json").write_text("{}")
             raise OSError("disk full")
 

@@ -14,7 +14,7 @@ from pnn_compile.bench import Bench, Parts, Timing, bench
 from pnn_compile.bench.parts import PartsTimer
 from pnn_compile.cli import main
 from pnn_compile.inputs import resized
-from pnn_compile.report.bench import bench_table
+from pnn_compile.report.tables import bench_table
 from pnn_compile.report.terminal import to_text
 from pnn_compile.runtime import Kind
 from tests.models.builders import block_chain
@@ -105,7 +105,7 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
     assert (
         "in the steps themselves, they allow 1.60; 125% of it is reached; parareal is 1.50" in text
     )
-    assert "1.50 times as fast as direct; 2 independent copies at once do" in text
+    assert "1.50 times as fast as direct; 2 independent copies reach" in text
 
 
 def test_inputs_are_repeated_or_cut_to_the_batch() -> None:

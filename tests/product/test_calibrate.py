@@ -352,7 +352,7 @@ def test_batchnorm_is_recalibrated_where_that_helps_and_the_report_says_so(
     fine = [buffer.clone() for buffer in compiled.stages.fine[1].buffers()]
     report = pnn.calibrate(compiled, list(samples.split(64)))
     assert "coarse_2" in report.recalibrated
-    assert "measured anew: " in to_text(calibration_table(report), 500)
+    assert "re-estimated: " in to_text(calibration_table(report), 500)
     for before, after in zip(fine, compiled.stages.fine[1].buffers(), strict=True):
         assert torch.equal(before, after)
     again = pnn.calibrate(compiled, list(samples.split(64)))

@@ -15,8 +15,13 @@ from torch import nn
 
 import pnn_compile as pnn
 from passes.schedule.trace import step_trace
-from pnn_compile.export.format import count
-from pnn_compile.export.graph_formats import to_dot, to_graphml, to_mermaid, to_node_link
+from pnn_compile.export.graph_formats import (
+    format_count,
+    to_dot,
+    to_graphml,
+    to_mermaid,
+    to_node_link,
+)
 
 DOT = shutil.which("dot")
 
@@ -45,7 +50,7 @@ def graph(unet_compiled: pnn.Compiled) -> nx.DiGraph[str]:
 
 
 def equal(one: nx.Graph[str], other: nx.Graph[str]) -> bool:
-    """Whether two graphs have the same name, nodes and edges, attributes included."""
+    """Return whether two graphs have the same name, nodes and edges, attributes included."""
     return (one.name, dict(one.nodes), one.adj) == (other.name, dict(other.nodes), other.adj)
 
 
@@ -111,7 +116,7 @@ def test_mermaid_collapses_modules(unet_compiled: pnn.Compiled) -> None:
         for _, data in unet_compiled.graph.nodes(data=True)
         if data["role"] == "fine" and data["path"].startswith("down.") and data["stage"] == 0
     )
-    assert f'["down<br/>{count(flops)} FLOPs"]:::fine' in text
+    assert f'["down<br/>{format_count(flops)} FLOPs"]:::fine' in text
     assert (
         len(to_mermaid(unet_compiled.graph, 0))
         < len(text)

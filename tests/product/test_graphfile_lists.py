@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from passes.errors import ArtifactError
 from passes.ir.mode_layers import Attention
-from pnn_compile.artifact.errors import UnknownError
 from pnn_compile.artifact.functions import check_method, function, function_name
 from pnn_compile.artifact.modules import ModuleWriter, build
-from pnn_compile.artifact.values import decode, encode
+from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
 MODULES: tuple[Callable[[], nn.Module], ...] = (
     lambda: nn.Linear(3, 4, bias=False),
@@ -135,7 +134,7 @@ def test_notes_on_a_layer_are_no_part_of_it() -> None:
     ],
 )
 def test_modules_without_a_form_are_named(make: Callable[[], nn.Module], reason: str) -> None:
-    with pytest.raises(UnknownError, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         ModuleWriter().write(make())
 
 
@@ -180,7 +179,7 @@ def test_functions_are_found_again_by_name(target: Any) -> None:
     ],
 )  # fmt: skip
 def test_functions_outside_the_list_have_no_name(target: Any) -> None:
-    with pytest.raises(UnknownError):
+    with pytest.raises(UnsupportedError):
         function_name(target)
 
 
@@ -206,7 +205,7 @@ def test_methods_of_tensors_may_be_called(name: str) -> None:
     "name", ["__class__", "apply_", "map_", "data_ptr", "numpy", "set_", "storage", "grad", "nope"]
 )
 def test_methods_outside_the_list_may_not_be_called(name: str) -> None:
-    with pytest.raises(UnknownError):
+    with pytest.raises(UnsupportedError):
         check_method(name)
 
 
@@ -227,7 +226,7 @@ def test_values_come_back_equal_and_of_the_same_type(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [object(), print, torch.ones(1), torch.Generator(), {1, 2}])
 def test_values_without_a_form_are_named(value: Any) -> None:
-    with pytest.raises(UnknownError, match=type(value).__name__):
+    with pytest.raises(UnsupportedError, match=type(value).__name__):
         encode(value)
 
 

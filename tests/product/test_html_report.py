@@ -1,4 +1,4 @@
-"""The report in a browser: it opens without a network, and what people do to it works."""
+"""The report in a browser: it opens without a network and reacts to mouse and keyboard."""
 
 from __future__ import annotations
 
@@ -299,11 +299,11 @@ def test_names_are_text_and_never_markup(browser: Browser, tmp_path: Path) -> No
 
 def test_the_page_forbids_everything_but_its_own_scripts(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
-    found = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
-    assert found is not None
-    policy = dict(part.strip().split(" ", 1) for part in found[1].split(";"))
+    match = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert match is not None
+    policy = dict(part.strip().split(" ", 1) for part in match[1].split(";"))
     assert policy["default-src"] == "'none'"
-    assert "unsafe" not in found[1]
+    assert "unsafe" not in match[1]
     assert all(source.startswith("'sha256-") for source in policy["script-src"].split())
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", text.partition("<main>")[0])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pnn_compile as pnn
-from pnn_compile.report.picture import picture
+from pnn_compile.report.html import picture
 from tests.models.builders import linear_chain
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder
-from pnn_compile.export import format as units
+from pnn_compile.export.graph_formats import format_count
 from pnn_compile.report.terminal import checks_table, stage_tree, to_text
 
 
@@ -19,7 +19,7 @@ def test_the_report_says_what_was_decided(unet_compiled: pnn.Compiled) -> None:
     text = unet_compiled.report(160)
     for stage in unet_compiled.plan.stages:
         assert stage.first_module in text
-        assert units.count(stage.flops) in text
+        assert format_count(stage.flops) in text
     for word in ("imbalance", "serial share", "speed-up", "bound", "linear", "convolution"):
         assert word in text
 
@@ -51,4 +51,4 @@ def test_the_table_of_checks_shows_failures(unet_compiled: pnn.Compiled) -> None
     ("number", "text"), [(0, "0"), (999, "999"), (999.7, "1k"), (1e6, "1M"), (1.234e9, "1.23G")]
 )
 def test_counts_carry_a_prefix(number: float, text: str) -> None:
-    assert units.count(number) == text
+    assert format_count(number) == text

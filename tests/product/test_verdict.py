@@ -16,8 +16,8 @@ from pnn_compile.cli import main
 from pnn_compile.evaluate.assess import Fidelity, VerdictRow, _advice, _sentence
 from pnn_compile.fit.early_exit import fit_early_exit
 from pnn_compile.inputs import CalibrationBatches
+from pnn_compile.report.tables import verdict_table
 from pnn_compile.report.terminal import to_text
-from pnn_compile.report.verdict import verdict_table
 
 WIDTH = 16
 
@@ -222,8 +222,8 @@ def test_on_the_command_line(files: tuple[Path, Path], capsys: pytest.CaptureFix
     assert main(["assess", model, data, "-n", "2", "--coarse-budget", "0.3", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
     assert main([model, "-n", "2", "--coarse-budget", "0.3", "--calibrate", data, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["verdict"]["rows"][0]["stages"] == 2
-    assert any(step["name"] == "calibrate" for step in found["passes"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["verdict"]["rows"][0]["stages"] == 2
+    assert any(step["name"] == "calibrate" for step in document["passes"])
     assert main(["assess", model, data, "-n", "two"]) == 2
     assert "-n must be numbers by comma" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-// What calibration found at every interface, and what every number of iterations gives.
+// Plots errors by interface, and accuracy against the number of iterations.
 
 const AFTER = [
   ["guess", "guess", "preprocess"],
@@ -6,7 +6,7 @@ const AFTER = [
   ["corrected", "corrected", "coarse"],
 ];
 
-// Errors by interface: of a calibration, or those of the networks that the plan chose.
+// Errors by interface: from the calibration, or from the selection of the operators.
 function interfaceErrors() {
   if (data.calibration) {
     return data.calibration.interfaces.map((face) => ({
@@ -25,7 +25,7 @@ function drawErrors(rows) {
     const [left, right, top, row] = [62, 20, 6, 34];
     const bottom = top + rows.length * row;
     const svg = sheet(place, width, bottom + 46, "Relative errors by interface");
-    const all = rows.flatMap((each) => [...Object.values(each.points), ...Object.values(each.before)]).filter((n) => n !== undefined);
+    const all = rows.flatMap(({ points, before }) => [...Object.values(points), ...Object.values(before)]).filter((n) => n !== undefined);
     const x = d3.scaleLinear().domain([0, Math.max(...all, 0.01)]).nice().range([left, width - right]);
     bottomAxis(svg, x, bottom, Math.max(2, Math.floor(width / 110)), null, bottom - top);
     svg.append("text").attr("class", "mark-text").attr("x", width - right).attr("y", bottom + 34).attr("text-anchor", "end").text("error relative to the state; hollow: before calibration");
@@ -47,19 +47,19 @@ function drawDial(rows) {
   return (place, width) => {
     const [left, right, top, bottom] = [44, 44, 10, 220];
     const svg = sheet(place, width, bottom + 44, "Agreement and error against iterations K");
-    const judged = rows.every((row) => row.agreement !== null);
-    const value = (row) => (judged ? row.agreement : row.output_error);
+    const hasAgreement = rows.every((row) => row.agreement !== null);
+    const value = (row) => (hasAgreement ? row.agreement : row.output_error);
     const x = d3.scalePoint().domain(rows.map((row) => row.iterations)).range([left + 12, width - right - 12]);
-    const y = d3.scaleLinear().domain([0, judged ? 1 : Math.max(...rows.map(value), 0.01)]).nice().range([bottom, top]);
+    const y = d3.scaleLinear().domain([0, hasAgreement ? 1 : Math.max(...rows.map(value), 0.01)]).nice().range([bottom, top]);
     const speed = d3.scaleLinear().domain([0, Math.max(...rows.map((row) => row.speedup))]).nice().range([bottom, top]);
     bottomAxis(svg, x, bottom, 8);
-    leftAxis(svg, y, left, 5, judged ? d3.format(".0%") : null, width - left - right);
+    leftAxis(svg, y, left, 5, hasAgreement ? d3.format(".0%") : null, width - left - right);
     svg.append("g").attr("class", "axis").attr("transform", `translate(${width - right},0)`).call(d3.axisRight(speed).ticks(5).tickSizeOuter(0).tickFormat((n) => `${n}×`));
-    svg.append("text").attr("class", "mark-text").attr("x", width / 2).attr("y", bottom + 36).attr("text-anchor", "middle").text(`iterations K; solid: ${judged ? "agreement with the original" : "error of the outputs"}; dashed: speed-up`);
+    svg.append("text").attr("class", "mark-text").attr("x", width / 2).attr("y", bottom + 36).attr("text-anchor", "middle").text(`iterations K; solid: ${hasAgreement ? "agreement with the original" : "error of the outputs"}; dashed: speed-up`);
     svg.append("path").attr("class", "line second").attr("d", d3.line((d) => x(d.iterations), (d) => speed(d.speedup))(rows));
     svg.append("path").attr("class", "line").attr("d", d3.line((d) => x(d.iterations), (d) => y(value(d)))(rows));
     const dots = svg.selectAll("circle").data(rows).join("circle").attr("class", "dot own").attr("r", 5).attr("cx", (d) => x(d.iterations)).attr("cy", (d) => y(value(d)))
-      .attr("role", "img").attr("aria-label", (d) => `K = ${d.iterations}: ${judged ? percent(d.agreement) : d.output_error.toFixed(4)}, speed-up ${d.speedup.toFixed(2)}`);
+      .attr("role", "img").attr("aria-label", (d) => `K = ${d.iterations}: ${hasAgreement ? percent(d.agreement) : d.output_error.toFixed(4)}, speed-up ${d.speedup.toFixed(2)}`);
     roving(dots);
     withTip(dots, (d) => [`K = ${d.iterations}`, d.agreement === null ? "" : `agreement ${percent(d.agreement)}`, `error of the outputs ${d.output_error.toFixed(4)}`, `estimate of the last state ${d.estimate_mean.toFixed(4)}`, `speed-up ${d.speedup.toFixed(2)}`]);
   };
@@ -67,14 +67,14 @@ function drawDial(rows) {
 
 function startAccuracy() {
   const [rows, dial] = [interfaceErrors(), data.dial];
-  const found = data.calibration;
+  const { calibration } = data;
   if (!rows.length && !dial.length) {
-    return empty("accuracy-charts", "Not known: this network was not calibrated, and no samples were given to this report. With samples it shows the error at every interface and the accuracy against K:", "pnn-compile MODEL --calibrate samples.safetensors -o DIR; pnn-compile inspect DIR --samples samples.safetensors --html report.html");
+    return empty("accuracy-charts", "No data: this network was not calibrated, and the report was written without samples. These commands add the error at every interface and the accuracy against K:", "pnn-compile MODEL --calibrate samples.safetensors -o DIR; pnn-compile inspect DIR --samples samples.safetensors --html report.html");
   }
-  if (found) {
-    const agreed = found.agreement_after === null ? "" : `, agreement with the original ${percent(found.agreement_before)} → ${percent(found.agreement_after)}`;
-    byId("accuracy-lead").textContent = `Calibrated on ${found.fitted} samples, judged on ${found.held_out} others: relative error of the outputs ${found.output_error_before.toFixed(3)} → ${found.output_error_after.toFixed(3)}${agreed}.`;
-  } else if (rows.length) byId("accuracy-lead").textContent = "Errors on held-out samples when guesses and corrections were chosen.";
+  if (calibration) {
+    const agreement = calibration.agreement_after === null ? "" : `, agreement with the original ${percent(calibration.agreement_before)} → ${percent(calibration.agreement_after)}`;
+    byId("accuracy-lead").textContent = `Calibrated on ${calibration.fitted} samples, errors on ${calibration.held_out} held-out samples: relative error of the outputs ${calibration.output_error_before.toFixed(3)} → ${calibration.output_error_after.toFixed(3)}${agreement}.`;
+  } else if (rows.length) byId("accuracy-lead").textContent = "Errors on held-out samples when the operators were selected.";
   if (rows.length) {
     const place = panel("accuracy-charts", "Error by interface");
     const shown = AFTER.filter(([key]) => rows.some((row) => row.points[key] !== undefined));

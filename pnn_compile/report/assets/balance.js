@@ -1,8 +1,8 @@
-// What every stage costs beside the others.
+// Compares the costs of the stages.
 
 const PARTS = [["preprocess", "guess"], ["fine", "fine stage"], ["coarse", "coarse"], ["head", "head"]];
 
-// Measures: of a stage, of an operator, whether the mean and the bound make sense, how to write.
+// Measures: value of a stage, value of an operator, number format, whether the plan balanced it.
 const MEASURES = {
   forward: { name: "FLOPs forward", of: (piece) => piece.flops, operator: (spec) => spec.flops, write: count, model: unit !== "seconds" },
   backward: { name: "FLOPs backward", of: (piece) => piece.backward_flops || 0, operator: () => 0, write: count },
@@ -28,7 +28,7 @@ function drawBalance(place, width) {
   const bottom = top + rows.length * row;
   const svg = sheet(place, width, bottom + 30, `Bars of ${measure.name} by stage`);
   const total = ({ parts }) => sum(Object.values(parts));
-  const fine = rows.slice(0, stageCount).map((each) => each.parts.fine);
+  const fine = rows.slice(0, stageCount).map(({ parts }) => parts.fine);
   const marks = [{ at: sum(fine) / stageCount, text: "mean fine stage", side: "end" }];
   if (measure.model) marks.push({ at: Math.max(...fine), text: `bound ${plan.forecast.bound.toFixed(2)}×: slowest`, side: "start" });
   const x = d3.scaleLinear().domain([0, Math.max(...rows.map(total), 1e-12)]).nice().range([left, width - right]);
@@ -57,10 +57,10 @@ function startBalance() {
   const shown = Object.entries(MEASURES).filter(([, measure]) => sum(balanceRows(measure).map((row) => sum(Object.values(row.parts)))));
   byId("measure").append(...shown.map(([key, measure]) => element("option", { value: key }, measure.name)));
   const first = shown.find(([, measure]) => measure.model) || shown[0];
-  if (!first) return empty("balance-chart", "This model costs nothing that could be counted.");
+  if (!first) return empty("balance-chart", "No cost of this model was counted.");
   byId("measure").value = first[0];
   byId("measure").addEventListener("change", () => redrawChart("balance-chart"));
-  const known = plan.forecast;
-  byId("balance-lead").textContent = `The slowest fine stage takes ${known.imbalance.toFixed(3)} times the mean; the cut is within ${percent(known.gap, 2)} of the best that there is. Guesses run with their stages, corrections one after the other, the head last.`;
+  const forecast = plan.forecast;
+  byId("balance-lead").textContent = `The slowest fine stage takes ${forecast.imbalance.toFixed(3)} times the mean; the cut is within ${percent(forecast.gap, 2)} of the optimum. Guesses run with their stages, then the corrections one after another, then the head.`;
   chart("balance-chart", drawBalance);
 }

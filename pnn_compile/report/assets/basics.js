@@ -1,4 +1,4 @@
-// Data, numbers for people, the hover box and the theme. All text goes through textContent.
+// Data, number formats, the hover box and the theme. All text is set through textContent.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const plan = data.plan;
@@ -9,13 +9,13 @@ const byId = (id) => document.getElementById(id);
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name === "on") for (const [event, handler] of Object.entries(value)) made.addEventListener(event, handler);
-    else if (value !== null && value !== false) made.setAttribute(name, value);
+    if (name === "on") for (const [event, handler] of Object.entries(value)) node.addEventListener(event, handler);
+    else if (value !== null && value !== false) node.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null).map((child) => (child instanceof Node ? child : String(child))));
-  return made;
+  node.append(...children.filter((child) => child !== null).map((child) => (child instanceof Node ? child : String(child))));
+  return node;
 }
 
 const PREFIXES = ["", "k", "M", "G", "T", "P"];
@@ -61,14 +61,14 @@ function showTip(lines, x, y) {
 
 const hideTip = () => { tip.hidden = true; };
 
-// Give a selection of d3 a hover box for the pointer.
+// Show a hover box for a d3 selection under the pointer.
 function hoverTip(selection, lines) {
   return selection
     .on("pointermove.tip", (event, datum) => showTip(lines(datum), event.clientX, event.clientY))
     .on("pointerleave.tip", hideTip);
 }
 
-// The same for the keyboard too; what listens to the focus is reached by the Tab key.
+// The same for pointer and keyboard: elements with a focus listener are reached by Tab.
 function withTip(selection, lines) {
   hoverTip(selection, lines)
     .on("blur.tip", hideTip)
@@ -80,7 +80,7 @@ function withTip(selection, lines) {
   return selection;
 }
 
-// Let arrow keys walk along elements of which one stands in the order of the Tab key.
+// Move along elements with the arrow keys; the Tab key reaches one of them.
 function roving(selection) {
   const all = selection.nodes();
   selection.attr("tabindex", function () { return this === all[0] ? 0 : -1; }).on("keydown.roving", function (event) {
@@ -98,7 +98,7 @@ function roving(selection) {
 
 const THEMES = ["system", "light", "dark"];
 
-// A page from disk may have no storage of its own.
+// A page opened from disk may have no storage.
 function stored(action) {
   try {
     return action();
@@ -124,7 +124,7 @@ function startTheme() {
   });
 }
 
-// A sentence of the compiler, which may begin small and end without a full stop.
+// Capitalize a message of the compiler and end it with a period.
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 
 function empty(where, text, command) {

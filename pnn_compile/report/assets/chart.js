@@ -1,25 +1,25 @@
-// What the charts share: a drawing of the width of its place, axes, and drawing anew on resize.
+// Shared by all charts: an SVG as wide as its container, axes, and redrawing on resize.
 
 const charts = [];
 
-// Draw now and whenever the width of the place changes.
+// Register a chart; it is drawn again whenever the width of its container changes.
 function chart(where, draw) {
   const place = typeof where === "string" ? byId(where) : where;
   charts.push({ place, draw, width: 0 });
 }
 
 function drawCharts() {
-  for (const each of charts) {
-    const width = Math.round(each.place.clientWidth);
-    if (!width || width === each.width) continue;
-    each.width = width;
-    each.draw(each.place, width);
+  for (const item of charts) {
+    const width = Math.round(item.place.clientWidth);
+    if (!width || width === item.width) continue;
+    item.width = width;
+    item.draw(item.place, width);
   }
 }
 
 function redrawChart(where) {
-  const each = charts.find(({ place }) => place === byId(where));
-  each.width = 0;
+  const item = charts.find(({ place }) => place === byId(where));
+  item.width = 0;
   drawCharts();
 }
 
@@ -42,7 +42,7 @@ function leftAxis(svg, scale, x, ticks, format, grid = 0) {
   svg.append("g").attr("class", "axis").attr("transform", `translate(${x},0)`).call(axis);
 }
 
-// A panel of a pair of charts with its own title.
+// One of two charts side by side, with a title.
 function panel(where, title) {
   const place = element("div", {});
   byId(where).append(element("div", {}, element("h3", {}, title), place));

@@ -1,4 +1,4 @@
-// Draws the partition graph, and lets people open, choose and walk it.
+// Draws the partition graph, and handles opening, choosing and moving between boxes.
 
 const canvas = byId("canvas");
 const drawing = d3.select(canvas).append("svg").attr("role", "tree").attr("aria-label", `Partition graph of ${plan.model}`);
@@ -110,7 +110,7 @@ function drawBoxes() {
   boxes.select("text.sub").attr("x", 12).attr("y", 31).text(({ item }) => (item.open ? "" : costLine(item)));
   boxes.call(withTip, (d) => itemLines(d.item))
     .on("click", (event, d) => { event.stopPropagation(); choose(d.item); if (!d.item.leaf) toggle(d.item); else focusOn(d.item); })
-    .on("keydown", keyed)
+    .on("keydown", onKey)
     .on("focus", (event, d) => { current(d.item); });
   const first = picture.boxes.find((d) => d.item === chosen) || picture.boxes[0];
   current(first.item);
@@ -137,7 +137,7 @@ function zoom(to) {
   drawing.attr("viewBox", `0 0 ${picture.width} ${picture.height}`).attr("width", picture.width * scale).attr("height", picture.height * scale);
 }
 
-// Zoom and keep what is in the middle, or under the pointer, where it is.
+// Zoom about the middle, or about the pointer.
 function zoomAt(factor, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) {
   const [left, top] = [(canvas.scrollLeft + x) / scale, (canvas.scrollTop + y) / scale];
   zoom(scale * factor);
@@ -151,8 +151,8 @@ function show(spot, share = 1) {
 }
 
 function fit() {
-  const least = innerWidth < 860 ? 0.5 : 0.3;
-  zoom(Math.max(least, Math.min(1, canvas.clientWidth / picture.width)));
+  const minimum = innerWidth < 860 ? 0.5 : 0.3;
+  zoom(Math.max(minimum, Math.min(1, canvas.clientWidth / picture.width)));
   canvas.scrollTo(0, 0);
 }
 
@@ -160,7 +160,7 @@ function toggle(item) {
   const before = picture.spots.get(item);
   const [x, y] = [before.x * scale - canvas.scrollLeft, before.y * scale - canvas.scrollTop];
   item.open = !item.open;
-  disturb(item);
+  invalidate(item);
   redraw();
   const after = picture.spots.get(item);
   canvas.scrollTo(after.x * scale - x, after.y * scale - y);
@@ -179,12 +179,12 @@ function focusOn(item) {
   if (top < canvas.scrollTop || top + height > canvas.scrollTop + canvas.clientHeight) canvas.scrollTop = top - 60;
 }
 
-// Open everything around an item, choose it and bring it into view.
+// Open all groups around an item, choose it and scroll to it.
 function reveal(item) {
   for (const above of ancestors(item).slice(0, -1)) {
     if (above.open) continue;
     above.open = true;
-    disturb(above);
+    invalidate(above);
   }
   choose(item, false);
   redraw();
@@ -196,31 +196,31 @@ function reveal(item) {
 
 function choose(item, draw = true) {
   chosen = item;
-  const near = new Set(item && item.leaf ? neighbours.get(item.id).reads.concat(neighbours.get(item.id).readers).flatMap((edge) => [visible(edge.source), visible(edge.target)]) : []);
+  const near = new Set(item && item.leaf ? neighbors.get(item.id).reads.concat(neighbors.get(item.id).readers).flatMap((edge) => [visible(edge.source), visible(edge.target)]) : []);
   if (draw) layers.boxes.selectAll("g.node").classed("chosen", (d) => d.item === item).classed("near", (d) => near.has(d.item)).attr("aria-selected", (d) => String(d.item === item));
   showDetails(item);
 }
 
 // The nearest box in a direction of the arrow keys.
-function neighbour(spot, key) {
+function nearestBox(spot, key) {
   const [dx, dy] = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[key];
   let best = null;
   for (const other of picture.boxes) {
     const [across, along] = [other.x + other.width / 2 - spot.x - spot.width / 2, other.y - spot.y];
-    const ahead = dx * across + dy * along;
-    const aside = Math.abs(dx ? along : across);
-    if (other === spot || ahead < 4 || (dx && ahead < 0.6 * BOX.width)) continue;
-    const far = ahead + 3 * aside;
-    if (!best || far < best.far) best = { far, other };
+    const distance = dx * across + dy * along;
+    const offset = Math.abs(dx ? along : across);
+    if (other === spot || distance < 4 || (dx && distance < 0.6 * BOX.width)) continue;
+    const cost = distance + 3 * offset;
+    if (!best || cost < best.cost) best = { cost, other };
   }
   return best && best.other;
 }
 
-function keyed(event, spot) {
+function onKey(event, spot) {
   const item = spot.item;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key.startsWith("Arrow")) {
-    const next = neighbour(spot, event.key);
+    const next = nearestBox(spot, event.key);
     if (next) { choose(next.item); focusOn(next.item); }
   } else if (event.key === "Enter" || event.key === " ") {
     choose(item);
@@ -264,7 +264,7 @@ function startGraph() {
     zoomAt(Math.exp(-event.deltaY / 300), event.clientX - box.left, event.clientY - box.top);
   }, { passive: false });
   const select = byId("lane");
-  select.append(element("option", { value: "all" }, "the whole"), ...lanes.map((lane) => element("option", { value: lane.number }, lane.name)));
+  select.append(element("option", { value: "all" }, "whole graph"), ...lanes.map((lane) => element("option", { value: lane.number }, lane.name)));
   select.addEventListener("change", () => {
     if (select.value === "all") return fit();
     const spot = picture.lanes[Number(select.value)];

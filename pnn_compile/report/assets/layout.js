@@ -1,4 +1,4 @@
-// Places the boxes: dagre arranges the inside of every open module, lanes stand side by side.
+// Lays out the boxes: dagre arranges the contents of every open module, lanes stand side by side.
 
 const BOX = { width: 172, height: 40 };
 const PAD = { side: 12, top: 26, bottom: 10 };
@@ -24,10 +24,10 @@ function arrange(group) {
   for (const flow of flows) drawing.setEdge(flow.from ? String(flow.from.id) : "in", flow.to ? String(flow.to.id) : "out");
   dagre.layout(drawing);
   const box = drawing.graph();
-  // dagre lets lines swing out of its box.
-  const swings = drawing.edges().flatMap((edge) => drawing.edge(edge).points.map((point) => point.x));
-  const left = Math.min(0, ...swings);
-  const width = Math.max(box.width, ...swings) - left;
+  // dagre draws some lines outside of its bounding box.
+  const xs = drawing.edges().flatMap((edge) => drawing.edge(edge).points.map((point) => point.x));
+  const left = Math.min(0, ...xs);
+  const width = Math.max(box.width, ...xs) - left;
   const place = (id) => {
     const at = drawing.node(id);
     return { x: at.x - at.width / 2 + PAD.side - left, y: at.y - at.height / 2 + PAD.top, width: at.width, height: at.height };
@@ -46,8 +46,8 @@ function arrange(group) {
   return group.layout;
 }
 
-// Forget the arrangement of a group and of all around it.
-function disturb(group) {
+// Discard the layout of a group and of all groups around it.
+function invalidate(group) {
   for (let at = group; at; at = at.parent) at.layout = null;
 }
 
@@ -66,11 +66,11 @@ function flatten(group, x, y, depth, into) {
     into.edges.push({ flow, inside: true, points: points.map((point) => ({ x: point.x + shift, y: point.y + y })) });
 }
 
-// Rows of the sweep: in a chain every stage waits for the correction of the one before.
+// Rows of the sweep: in a chain every stage waits for the correction of the previous one.
 function sweepRows(base) {
   const rows = new Map();
   const sweeping = lanes.flatMap((lane) => lane.sweep);
-  const before = (node) => neighbours.get(node.id).reads.filter((edge) => rows.has(edge.source)).map((edge) => rows.get(edge.source) + (edge.crosses && node.role === "residual" ? 0 : ROW));
+  const before = (node) => neighbors.get(node.id).reads.filter((edge) => rows.has(edge.source)).map((edge) => rows.get(edge.source) + (edge.crosses && node.role === "residual" ? 0 : ROW));
   const order = [...sweeping].sort((a, b) => a.stage - b.stage || SWEEP.indexOf(a.role) - SWEEP.indexOf(b.role));
   for (const node of order.filter((node) => node.role !== "correct" || plan.sweep === "chain")) rows.set(node, Math.max(base, ...before(node)));
   for (const node of order.filter((node) => !rows.has(node))) rows.set(node, Math.max(base, ...before(node)));

@@ -1,32 +1,33 @@
 // Fills the page.
 
 function startHeader() {
-  const known = plan.forecast;
+  const forecast = plan.forecast;
   byId("model").textContent = plan.model;
   byId("subtitle").textContent = `Parareal neural network of ${stageCount} stages, ${plan.correction} form, ${plan.sweep} sweep, K = ${plan.iterations}`;
   const figures = [
-    ["Speed-up", `${known.speedup.toFixed(2)}×`, `predicted by ${unit}`],
-    ["Bound", `${known.bound.toFixed(2)}×`, "guesses and corrections free"],
-    ["Imbalance", known.imbalance.toFixed(3), "slowest stage over mean"],
-    ["Serial share", percent(known.serial_share), "coarse sweep and head"],
+    ["Speed-up", `${forecast.speedup.toFixed(2)}×`, `predicted by ${unit}`],
+    ["Bound", `${forecast.bound.toFixed(2)}×`, "guesses and corrections free"],
+    ["Imbalance", forecast.imbalance.toFixed(3), "slowest stage over mean"],
+    ["Serial share", percent(forecast.serial_share), "coarse sweep and head"],
     ["Parameters", count(sum(plan.stages.map((stage) => stage.parameters))), "in the fine stages"],
     ["Nodes", count(nodes.filter((node) => node.role === "fine" || node.role === "head").length), "in the captured graph"],
   ];
   byId("figures").append(...figures.map(([name, value, text]) => element("div", {}, element("dt", {}, name), element("dd", {}, value, element("small", {}, text)))));
 }
 
+// Mark the link of the section on the screen.
 function followSections() {
   const links = [...document.querySelectorAll("#sections a")];
-  const seen = new IntersectionObserver((entries) => {
+  const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      const link = links.find((each) => each.hash === `#${entry.target.id}`);
+      const link = links.find(({ hash }) => hash === `#${entry.target.id}`);
       if (entry.isIntersecting) {
-        for (const each of links) each.removeAttribute("aria-current");
+        for (const other of links) other.removeAttribute("aria-current");
         link.setAttribute("aria-current", "true");
       }
     }
   }, { rootMargin: "-20% 0px -70% 0px" });
-  for (const section of document.querySelectorAll("main > section")) seen.observe(section);
+  for (const section of document.querySelectorAll("main > section")) observer.observe(section);
 }
 
 startTheme();

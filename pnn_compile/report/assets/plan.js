@@ -1,6 +1,6 @@
-// The plan in words: decisions, reasons and what else was tried.
+// Shows the plan in words: decisions, reasons and rejected candidates.
 
-const SWEEPS = { chain: "chain: the corrected state goes from stage to stage", collapsed: "collapsed: every residual goes straight to the last state" };
+const SWEEPS = { chain: "chain: every stage corrects the state and passes it to the next one", collapsed: "collapsed: every residual corrects the last state directly" };
 const FORMS = { residual: "residual form (the paper's, for training)", difference: "difference form (classical parareal)" };
 
 function pairs(rows) {
@@ -12,28 +12,28 @@ const number = (value) => Number(value.toPrecision(4));
 
 function trials(title, spec) {
   if (!spec) return [];
-  const known = Object.entries(spec.options).filter(([, value]) => !Array.isArray(value) || value.length);
-  const options = known.map(([key, value]) => `${key} = ${Array.isArray(value) ? value.join(", ") : value}`).join("; ");
-  const found = [
+  const entries = Object.entries(spec.options).filter(([, value]) => !Array.isArray(value) || value.length);
+  const options = entries.map(([key, value]) => `${key} = ${Array.isArray(value) ? value.join(", ") : value}`).join("; ");
+  const parts = [
     element("h3", {}, `${title}: ${spec.family}`),
-    element("p", {}, [`${count(spec.flops)} FLOPs, ${count(spec.parameters)} parameters of its own, ${spec.linear ? "linear" : "not linear"}`, spec.why].filter(Boolean).join("; "), "."),
+    element("p", {}, [`${count(spec.flops)} FLOPs, ${count(spec.parameters)} parameters, ${spec.linear ? "linear" : "not linear"}`, spec.why].filter(Boolean).join("; "), "."),
   ];
-  if (options) found.push(element("p", { class: "sub" }, options));
+  if (options) parts.push(element("p", { class: "sub" }, options));
   if (spec.tried.length) {
     const rows = [...spec.tried].sort((a, b) => a.error - b.error).map((trial) => [trial.name, count(trial.flops), number(trial.error)]);
-    found.push(table([["tried", "code"], ["FLOPs", "num"], ["error left", "num"]], rows, (row) => row[1] === count(spec.flops)));
+    parts.push(table([["tried", "code"], ["FLOPs", "num"], ["error left", "num"]], rows, (row) => row[1] === count(spec.flops)));
   }
-  return found;
+  return parts;
 }
 
 function cutDetails(face) {
   const why = face.why;
-  const said = typeof why === "string" && why ? [element("p", {}, sentence(why))] : [];
+  const reason = typeof why === "string" && why ? [element("p", {}, sentence(why))] : [];
   const rows = face.state.map(([name, type]) => [name, type]);
   return [
-    element("h3", {}, `Cut behind ${face.after}`),
-    ...said,
-    element("p", {}, `${size(face.bytes)} cross at the example inputs${face.module ? `; behind it begins ${face.module}` : ""}.`),
+    element("h3", {}, `Cut after ${face.after}`),
+    ...reason,
+    element("p", {}, `${size(face.bytes)} cross at the example inputs${face.module ? `; the next stage starts with ${face.module}` : ""}.`),
     table([["state", "code"], ["type", "code"]], rows),
   ];
 }
@@ -48,16 +48,16 @@ function stageDetails(stage, at) {
 }
 
 function startPlan() {
-  const known = plan.forecast;
+  const forecast = plan.forecast;
   byId("decisions").append(...pairs([
     ["Form", FORMS[plan.correction] || plan.correction],
     ["Sweep", SWEEPS[plan.sweep] || plan.sweep],
     ["Iterations K", plan.iterations],
     ["Costs", plan.cost],
-    ["Original", cost(known.sequential)],
-    ["Slowest stage with its guess", cost(known.makespan)],
-    ["Serial part", `${cost(known.serial)} (${percent(known.serial_share)})`],
-    ["Step", cost(known.time)],
+    ["Original", cost(forecast.sequential)],
+    ["Slowest stage with its guess", cost(forecast.makespan)],
+    ["Serial part", `${cost(forecast.serial)} (${percent(forecast.serial_share)})`],
+    ["Step", cost(forecast.time)],
     ["Captured by", data.capture.rung],
     ["Batch size", data.capture.dynamic_batch ? "free" : "fixed"],
     ["Seed", plan.seed],
@@ -65,13 +65,13 @@ function startPlan() {
   ]));
   byId("stages").append(element("h3", {}, "Stages"), ...plan.stages.map(stageDetails));
   const notes = [...plan.notes, ...Object.entries(plan.ties).map(([name, where]) => `${name} is shared by stages ${where.map((at) => (at === stageCount ? "head" : at)).join(", ")}`)];
-  const lists = [["Notes", notes], ["Other ways to capture it, and why they were left", data.capture.rejected]];
+  const lists = [["Notes", notes], ["Rejected front ends of the capture, and why", data.capture.rejected]];
   for (const [title, lines] of lists) if (lines.length) byId("notes").append(element("h3", {}, title), element("ul", {}, ...lines.map((line) => element("li", {}, line))));
   if (data.passes.length) byId("notes").append(element("h3", {}, "Passes of the compiler"), element("p", { class: "sub" }, data.passes.map(([name, time]) => `${name} ${seconds(time)}`).join(", ")));
   let opened = [];
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details:not([open])")];
-    for (const each of opened) each.open = true;
+    for (const details of opened) details.open = true;
   });
-  addEventListener("afterprint", () => { for (const each of opened) each.open = false; });
+  addEventListener("afterprint", () => { for (const details of opened) details.open = false; });
 }

@@ -1,4 +1,4 @@
-// Lines between lanes: inputs to lanes, states to residuals, the sweep, and into the head.
+// Routes lines between lanes: inputs to lanes, states to residuals, the sweep, and into the head.
 
 const smooth = d3.line((point) => point.x, (point) => point.y).curve(d3.curveBasis);
 
@@ -21,17 +21,17 @@ const topOf = (spot, shift = 0) => ({ x: spot.x + spot.width / 2 + shift, y: spo
 const leftOf = (spot, shift = 0) => ({ x: spot.x, y: spot.y + spot.height / 2 + shift });
 const rightOf = (spot, shift = 0) => ({ x: spot.x + spot.width, y: spot.y + spot.height / 2 + shift });
 
-// Where lines leave an item that may be hidden in its lane: its own box, or the port of the lane.
+// Where lines leave an item: its box, or the port of its lane if the item is inside of a module.
 function exit(picture, item) {
-  if (picture.spots.has(item) && !item.parent) return { spot: picture.spots.get(item), own: true };
+  if (picture.spots.has(item) && !item.parent) return { spot: picture.spots.get(item), isBox: true };
   const port = picture.ports.find((port) => port.name === "out" && port.group === lanes[item.lane].root);
-  return { spot: port || picture.spots.get(visible(item)), own: false };
+  return { spot: port || picture.spots.get(visible(item)), isBox: false };
 }
 
 function entry(picture, item) {
-  if (picture.spots.has(item) && !item.parent) return { spot: picture.spots.get(item), own: true };
+  if (picture.spots.has(item) && !item.parent) return { spot: picture.spots.get(item), isBox: true };
   const port = picture.ports.find((port) => port.name === "in" && port.group === lanes[item.lane].root);
-  return { spot: port || picture.spots.get(visible(item)), own: false };
+  return { spot: port || picture.spots.get(visible(item)), isBox: false };
 }
 
 function guessLine(picture, guess, residual) {
@@ -51,7 +51,7 @@ function points(picture, edge) {
   }
   const lane = (item) => (item.role === "output" ? lanes.length - 1 : item.lane);
   const near = lane(source) === lane(target);
-  if (near && to.own && target.role === "correct" && !from.own) {
+  if (near && to.isBox && target.role === "correct" && !from.isBox) {
     // From the modules of the stage past its residual and coarse network.
     const x = picture.lanes[source.lane].x + picture.lanes[source.lane].width - 7;
     const start = bottomOf(from.spot);
@@ -59,32 +59,32 @@ function points(picture, edge) {
   }
   if (near) return [bottomOf(from.spot), topOf(to.spot)];
   const gap = picture.lanes[lane(target)].x - LANE.gap / 2;
-  if (from.own && to.own && Math.abs(from.spot.y - to.spot.y) < 2) return [rightOf(from.spot), leftOf(to.spot)];
-  const start = from.own ? rightOf(from.spot) : bottomOf(from.spot);
-  const out = from.own ? [start] : [start, { x: start.x, y: start.y + 12 }];
-  if (to.own && lane(target) === lane(source) + 1) return [...out, { x: gap, y: out[out.length - 1].y }, { x: gap, y: leftOf(to.spot).y }, leftOf(to.spot)];
+  if (from.isBox && to.isBox && Math.abs(from.spot.y - to.spot.y) < 2) return [rightOf(from.spot), leftOf(to.spot)];
+  const start = from.isBox ? rightOf(from.spot) : bottomOf(from.spot);
+  const out = from.isBox ? [start] : [start, { x: start.x, y: start.y + 12 }];
+  if (to.isBox && lane(target) === lane(source) + 1) return [...out, { x: gap, y: out[out.length - 1].y }, { x: gap, y: leftOf(to.spot).y }, leftOf(to.spot)];
   const side = picture.lanes[lane(source)].x + picture.lanes[lane(source)].width + LANE.gap / 2;
-  const end = topOf(to.spot, to.own ? -24 : 0);
+  const end = topOf(to.spot, to.isBox ? -24 : 0);
   return [...out, { x: side, y: out[out.length - 1].y }, { x: side, y: end.y - 12 }, { x: end.x, y: end.y - 12 }, end];
 }
 
-// Lines between lanes, those with the same two ends only once.
+// Lines between lanes; edges with the same two ends share one.
 function outsideLines(picture) {
-  const found = new Map();
+  const lines = new Map();
   for (const edge of outside) {
     const ends = [exit(picture, edge.source).spot, entry(picture, edge.target).spot];
     if (!ends[0] || !ends[1]) continue;
     const cut = edge.crosses || (edge.source.role === "correct" && edge.target.lane === lanes.length - 1);
     const key = `${ends.map((spot) => `${spot.x},${spot.y}`).join(" ")} ${cut}`;
-    const known = found.get(key);
-    if (known) {
-      known.flow.bytes += edge.bytes;
-      known.flow.shapes.add(edge.shape);
-      known.flow.edges.push(edge);
+    const line = lines.get(key);
+    if (line) {
+      line.flow.bytes += edge.bytes;
+      line.flow.shapes.add(edge.shape);
+      line.flow.edges.push(edge);
     } else {
       const flow = { from: edge.source, to: edge.target, bytes: edge.bytes, shapes: new Set([edge.shape]), edges: [edge] };
-      found.set(key, { flow, cut, points: points(picture, edge) });
+      lines.set(key, { flow, cut, points: points(picture, edge) });
     }
   }
-  return [...found.values()];
+  return [...lines.values()];
 }

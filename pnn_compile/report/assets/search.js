@@ -1,4 +1,4 @@
-// The details of a box, and the search over all names.
+// Shows the details of a box, and searches all names.
 
 const DETAILS = [
   ["Module", (item) => item.path, "code"],
@@ -16,13 +16,13 @@ const DETAILS = [
 
 function flowList(title, flows, end) {
   if (!flows.length) return [];
-  const most = 8;
-  const links = flows.slice(0, most).map((edge) => {
+  const limit = 8;
+  const links = flows.slice(0, limit).map((edge) => {
     const other = edge[end];
     const go = element("button", { type: "button", class: "link", on: { click: () => reveal(other) } }, shortened(other.path || other.label, 34));
     return element("li", {}, go, ` ${size(edge.bytes)}`);
   });
-  const more = flows.length > most ? [element("li", {}, `and ${flows.length - most} more`)] : [];
+  const more = flows.length > limit ? [element("li", {}, `and ${flows.length - limit} more`)] : [];
   return [element("dt", {}, title), element("dd", {}, element("ul", { class: "flows" }, ...links, ...more))];
 }
 
@@ -31,9 +31,9 @@ function operatorDetails(item) {
     return [element("dt", {}, "Why the cut is here"), element("dd", {}, sentence(plan.interfaces[item.stage - 1].why))];
   const spec = item.role === "preprocess" || item.role === "coarse" ? plan.stages[item.stage][item.role] : null;
   if (!spec) return [];
-  const found = [element("dt", {}, "Parameters of its own"), element("dd", {}, count(spec.parameters)), element("dt", {}, "Linear"), element("dd", {}, spec.linear ? "yes" : "no")];
-  if (spec.why) found.push(element("dt", {}, "Why"), element("dd", {}, spec.why));
-  return found;
+  const entries = [element("dt", {}, "Parameters"), element("dd", {}, count(spec.parameters)), element("dt", {}, "Linear"), element("dd", {}, spec.linear ? "yes" : "no")];
+  if (spec.why) entries.push(element("dt", {}, "Why"), element("dd", {}, spec.why));
+  return entries;
 }
 
 function showDetails(item) {
@@ -42,7 +42,7 @@ function showDetails(item) {
   if (!item) return;
   const rows = DETAILS.map(([name, value, kind]) => [name, value(item), kind]).filter(([, value]) => value);
   const list = rows.flatMap(([name, value, kind]) => [element("dt", {}, name), element("dd", { class: kind || null }, value)]);
-  const flows = item.leaf ? [...flowList("Reads", neighbours.get(item.id).reads, "source"), ...flowList("Read by", neighbours.get(item.id).readers, "target")] : [];
+  const flows = item.leaf ? [...flowList("Reads", neighbors.get(item.id).reads, "source"), ...flowList("Read by", neighbors.get(item.id).readers, "target")] : [];
   const where = item.lane === undefined ? "" : `, ${lanes[item.lane].name.toLowerCase()}`;
   pane.replaceChildren(
     element("button", { type: "button", class: "close", "aria-label": "Close the details", on: { click: () => choose(null) } }, "×"),
@@ -64,19 +64,19 @@ function collect(group) {
 
 const HITS = 40;
 
-// Names that begin with the words come first, then modules before nodes, then the shorter ones.
+// Exact names first, then names that start with the query; modules before nodes, short before long.
 function search(words) {
-  const wanted = words.trim().toLowerCase();
-  if (!wanted) return [];
-  const found = [];
+  const query = words.trim().toLowerCase();
+  if (!query) return [];
+  const matches = [];
   for (const item of searchable) {
     const path = (item.path || "").toLowerCase();
     const name = (item.leaf ? item.name : item.label).toLowerCase();
-    const own = lastAtom(path);
-    const rank = own === wanted || name === wanted || path === wanted ? 0 : own.startsWith(wanted) || name.startsWith(wanted) ? 1 : path.includes(wanted) || name.includes(wanted) ? 2 : item.leaf && item.op.toLowerCase().includes(wanted) ? 3 : 9;
-    if (rank < 9) found.push([rank, item.leaf ? 1 : 0, path.length, item]);
+    const lastName = lastAtom(path);
+    const rank = lastName === query || name === query || path === query ? 0 : lastName.startsWith(query) || name.startsWith(query) ? 1 : path.includes(query) || name.includes(query) ? 2 : item.leaf && item.op.toLowerCase().includes(query) ? 3 : 9;
+    if (rank < 9) matches.push([rank, item.leaf ? 1 : 0, path.length, item]);
   }
-  return found.sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]).map((hit) => hit[3]);
+  return matches.sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]).map((hit) => hit[3]);
 }
 
 function startSearch() {
@@ -111,8 +111,8 @@ function startSearch() {
       const title = item.leaf ? item.path || item.label : item.path && item.path.endsWith(item.label) ? item.path : item.label;
       return element("li", { id: `hit-${place}`, role: "option", "aria-selected": "false", on: { mousedown: (event) => event.preventDefault(), click: () => take(item) } }, shortened(title, 90), element("small", {}, `${kind}, ${where}`));
     };
-    const rest = all.length - hits.length;
-    const last = !field.value.trim() ? [] : !all.length ? [element("li", { role: "presentation" }, "nothing found")] : rest ? [element("li", { role: "presentation" }, element("small", {}, `and ${rest} more`))] : [];
+    const hidden = all.length - hits.length;
+    const last = !field.value.trim() ? [] : !all.length ? [element("li", { role: "presentation" }, "nothing found")] : hidden ? [element("li", { role: "presentation" }, element("small", {}, `and ${hidden} more`))] : [];
     list.replaceChildren(...hits.map(row), ...last);
     list.hidden = !list.children.length;
     field.setAttribute("aria-expanded", String(!list.hidden));

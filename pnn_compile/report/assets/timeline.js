@@ -1,4 +1,4 @@
-// When every rank computes what in one step, from the simulator.
+// Plots the simulated timeline of one step: what every rank computes when.
 
 const ROLE_OF = {
   guess: "preprocess", fine: "fine", correct: "coarse", head: "head", "head backward": "head",
@@ -8,10 +8,10 @@ const SPAN_NAMES = { correct: "correction", "coarse backward": "correction backw
 
 function spanLines(span, step) {
   const [rank, kind, stage, batch, iteration, start, end, critical] = span;
-  const round = plan.iterations > 1 ? `, iteration ${iteration + 1}` : "";
+  const iterationText = plan.iterations > 1 ? `, iteration ${iteration + 1}` : "";
   return [
     `${SPAN_NAMES[kind] || kind}${kind === "head" || kind === "head backward" ? "" : ` of stage ${stage}`}`,
-    `rank ${rank}, micro-batch ${batch}${round}`,
+    `rank ${rank}, micro-batch ${batch}${iterationText}`,
     `${cost(end - start)}, from ${shortCost(start)} to ${shortCost(end)}`,
     critical ? "on the critical path" : "",
     `${percent((end - start) / step.time)} of the step`,
@@ -54,7 +54,7 @@ function startTimeline() {
     byId("batches").closest("label").remove();
     return empty("timeline-chart", `Nothing to simulate: ${data.timeline.reason}.`);
   }
-  byId("timeline-lead").textContent = "Simulated, one stage a rank, forward and backward, with links that take no time. The row on top is the original network on one device. Outlined: the critical path.";
+  byId("timeline-lead").textContent = "Simulated forward and backward, with one stage per rank and free links. The top row is the original network on one device. Outlined: the critical path.";
   byId("batches").append(...data.timeline.steps.map(({ batches }, place) => element("option", { value: place }, String(batches))));
   byId("batches").addEventListener("change", () => redrawChart("timeline-chart"));
   const shown = [["guess", "guess"], ["fine", "fine stage"], ["coarse", "correction"], ["head", "head"], ["backward", "paler: backward"], ["critical", "critical path"]];

@@ -1,4 +1,4 @@
-// The partition graph: nodes, the tree of modules in each lane, and what flows between them.
+// Builds the partition graph: nodes, the tree of modules of each lane, and flows between them.
 
 const texts = data.graph.texts;
 const columns = data.graph.nodes;
@@ -30,7 +30,7 @@ for (let at = 0; at < data.graph.edges.length; at += 5) {
 
 const lastAtom = (path) => path.slice(path.lastIndexOf(".") + 1);
 
-// A path inside a module; one that begins with a number says of what.
+// A path relative to a module; one that starts with a number keeps the name before it.
 function relative(path, around) {
   const inside = around && path.startsWith(`${around}.`) ? path.slice(around.length + 1) : path;
   return around && /^\d/.test(inside) ? `${lastAtom(around)}.${inside}` : inside;
@@ -43,7 +43,7 @@ function nodeLabel(node, around) {
   return relative(node.path, around) || node.name;
 }
 
-// What stands first or last in a run of neighbours, for its label.
+// The label of the first or last node in a run of neighbors.
 function endLabel(item, around, last) {
   if (item.leaf) return nodeLabel(item, around);
   if (item.label) return relative(item.path, around);
@@ -89,7 +89,7 @@ function nameRuns(group) {
 
 const SWEEP = ["residual", "coarse", "correct"];
 
-// One lane a stage with its guess and modules, then one for the head.
+// One lane per stage with its guess and modules, then one for the head.
 const lanes = data.graph.lanes.map((tree, number) => {
   const head = number === stageCount;
   const guess = nodes.filter((node) => node.role === "preprocess" && node.stage === number && !head);
@@ -105,31 +105,32 @@ for (const lane of lanes) nameRuns(lane.root);
 for (const node of nodes) node.label ??= nodeLabel(node, "");
 
 function ancestors(item) {
-  const found = [item];
-  while (found[found.length - 1].parent) found.push(found[found.length - 1].parent);
-  return found.reverse();
+  const path = [item];
+  while (path[0].parent) path.unshift(path[0].parent);
+  return path;
 }
 
-function note(map, key, edge, from, to) {
-  const known = map.get(key);
-  if (known) {
-    known.bytes += edge.bytes;
-    known.shapes.add(edge.shape);
+function addFlow(map, key, edge, from, to) {
+  const flow = map.get(key);
+  if (flow) {
+    flow.bytes += edge.bytes;
+    flow.shapes.add(edge.shape);
   } else map.set(key, { from, to, bytes: edge.bytes, shapes: new Set([edge.shape]) });
 }
 
-const outside = []; // between lanes, inputs, sweeps and the output
+const outside = []; // edges between lanes, inputs, sweeps and the output
 
+// Add an edge to every group on the path from its source to its target.
 function spread(edge) {
   const [up, down] = [ancestors(edge.source), ancestors(edge.target)];
   let level = 0;
   while (level < up.length && level < down.length && up[level] === down[level]) level += 1;
-  if (level) note(up[level - 1].links, `${up[level].id} ${down[level].id}`, edge, up[level], down[level]);
+  if (level) addFlow(up[level - 1].links, `${up[level].id} ${down[level].id}`, edge, up[level], down[level]);
   else outside.push(edge);
-  // A guess reaches its residual along a line of its own.
+  // A separate line leads from a guess to its residual.
   if (edge.source.role !== "preprocess")
-    for (let at = level + 1; at < up.length; at++) note(up[at - 1].outs, up[at].id, edge, up[at], null);
-  for (let at = level + 1; at < down.length; at++) note(down[at - 1].ins, down[at].id, edge, null, down[at]);
+    for (let at = level + 1; at < up.length; at++) addFlow(up[at - 1].outs, up[at].id, edge, up[at], null);
+  for (let at = level + 1; at < down.length; at++) addFlow(down[at - 1].ins, down[at].id, edge, null, down[at]);
 }
 
 for (const edge of edges) spread(edge);
@@ -139,10 +140,10 @@ function visible(item) {
   return ancestors(item).find((above) => !above.open) || item;
 }
 
-const neighbours = new Map(nodes.map((node) => [node.id, { reads: [], readers: [] }]));
+const neighbors = new Map(nodes.map((node) => [node.id, { reads: [], readers: [] }]));
 for (const edge of edges) {
-  neighbours.get(edge.target.id).reads.push(edge);
-  neighbours.get(edge.source.id).readers.push(edge);
+  neighbors.get(edge.target.id).reads.push(edge);
+  neighbors.get(edge.source.id).readers.push(edge);
 }
 
 function leaves(item) {
