@@ -174,7 +174,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "not a number": (["{model}", "-n", "many"], 2, "'many'"),
     "wrong shape": (["{model}", "--input", "4x9"], 2, "fails on the example inputs"),
     "unknown family": (["{model}", "--coarse", "magic"], 2, "choose one of"),
-    "unknown emission": (["{model}", "--emit", "tea"], 2, "--emit knows graph, onnx"),
+    "unknown emission": (["{model}", "--emit", "tea"], 2, "--emit takes graph, onnx"),
     "onnx to nowhere": (["{model}", "--emit", "onnx"], 2, "add -o DIR"),
     "unknown option": (["{model}", "--frobnicate"], 2, "No such option"),
     "bad input": (["{model}", "--input", "4y9"], 2, "--input"),

@@ -8,16 +8,16 @@ import pytest
 
 from passes.errors import OptionError
 from pnn_compile.cli import main
-from pnn_compile.cli.forecasting import counts
+from pnn_compile.cli.forecasting import device_counts
 
 
 def test_numbers_of_devices_are_read() -> None:
-    assert counts("2..5") == [2, 3, 4, 5]
-    assert counts("2,4,8..9") == [2, 4, 8, 9]
+    assert device_counts("2..5") == [2, 3, 4, 5]
+    assert device_counts("2,4,8..9") == [2, 4, 8, 9]
     with pytest.raises(OptionError, match="is empty"):
-        counts("5..2")
+        device_counts("5..2")
     with pytest.raises(OptionError, match="-n must be numbers"):
-        counts("2..")
+        device_counts("2..")
 
 
 ARGUMENTS = [

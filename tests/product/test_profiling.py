@@ -11,7 +11,7 @@ import torch
 from passes.errors import OptionError
 from pnn_compile.bench import measure_device as profiling
 from pnn_compile.cli import main
-from pnn_compile.forecast.device_profiles import load_profile
+from pnn_compile.forecast.forecast import load_profile
 
 CPU = torch.device("cpu")
 
