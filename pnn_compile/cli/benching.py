@@ -114,7 +114,7 @@ def bench_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Measure a step of TARGET on local processes, beside other methods.
+    """Measure a step of TARGET beside other methods, on local processes.
 
     TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
     """

@@ -114,9 +114,10 @@ def fit_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Train the artifact DIRECTORY to the outputs of its original on SAMPLES, and save it.
+    """Train DIRECTORY to the outputs of its original, and save it.
 
-    SAMPLES is a .safetensors or .npz file with an array per argument; no labels are needed.
+    DIRECTORY is an artifact, and SAMPLES is a .safetensors or .npz file with an array per argument;
+    no labels are needed.
     """
     from pnn_compile.compiled import load
     from pnn_compile.fit.train import fit
@@ -157,9 +158,9 @@ def fit_command(
 @JSON
 @DEBUG
 def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debug: bool) -> None:
-    """Measure the error of the artifact DIRECTORY at every number of iterations.
+    """Measure the error of DIRECTORY by number of iterations.
 
-    SAMPLES is a .safetensors or .npz file with an array per argument.
+    DIRECTORY is an artifact, and SAMPLES is a .safetensors or .npz file with an array per argument.
     """
     from pnn_compile.compiled import load
     from pnn_compile.inputs import read_batches

@@ -96,7 +96,7 @@ def forecast_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Predict the time of a step of TARGET on N devices, beside other methods.
+    """Predict a step of TARGET on N devices, beside other methods.
 
     TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
     """

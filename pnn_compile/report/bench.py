@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pnn_compile.bench.result import DIRECT
+from pnn_compile.bench.measurements import DIRECT
 from pnn_compile.report.tables import figures_table
 
 if TYPE_CHECKING:

@@ -1,18 +1,20 @@
-"""`distribute`: the entry of the runtime; puts a network on the ranks of a group or mesh."""
+"""Distribute a network over the ranks of a group or mesh: the entry of the runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from passes.errors import RuntimeFault
 from pnn_compile.runtime.data_parallel import Groups
 from pnn_compile.runtime.rank_module import RankModule
-from pnn_compile.runtime.rank_pieces import PieceOptions
+from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -96,8 +98,6 @@ def distribute(
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
     if folder is not None:
-        from pnn_compile.runtime.partial_load import load_part
-
         compiled = load_part(compiled, placement, dist.get_rank(groups.stages), folder)
     if inputs not in ("every rank", "rank 0"):
         raise RuntimeFault(f"inputs are with 'every rank' or 'rank 0' (got {inputs!r})")
@@ -122,3 +122,55 @@ def _device(name: torch.device | str | None) -> torch.device | None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeFault(f"no pieces can be on device {str(name)!r}: {reason}") from error
+
+
+def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
+    """Read the tensors of one rank's pieces from an artifact, and no others.
+
+    The network was loaded without data, on the meta device. It is changed: wherever it contains a
+    tensor of the pieces, the tensor is replaced by that of the file.
+
+    Args:
+        compiled: What `artifact.load(folder, without_data=True)` returned.
+        placement: Rank of every stage.
+        rank: This rank.
+        folder: The artifact.
+
+    Returns:
+        The network.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        RuntimeFault: The placement does not fit the network.
+    """
+    from pnn_compile.artifact.directory import tensor_readers
+    from pnn_compile.artifact.modules import named_tensors
+
+    of_program, of_operators = tensor_readers(folder)
+    stages = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
+    operators = compiled.operators.named()
+    in_program = {id(tensor): name for piece in stages for name, tensor in named_tensors(piece)}
+    in_operators = {id(tensor): name for name, tensor in named_tensors(operators)}
+    values: dict[int, torch.Tensor] = {}
+    for _, tensor in named_tensors(RankPieces(compiled, placement, rank)):
+        if not tensor.is_meta or id(tensor) in values:
+            continue
+        if id(tensor) in in_program:
+            values[id(tensor)] = of_program.read(in_program[id(tensor)])
+        else:
+            values[id(tensor)] = of_operators.read(in_operators[id(tensor)])
+    _replace((*stages, operators), values)
+    if rank or not compiled.program.unused:
+        return compiled
+    # Weights of the model that no stage reads are with the first rank.
+    unused = {name: of_program.read(name) for name in compiled.program.unused}
+    return replace(compiled, program=replace(compiled.program, unused=unused))
+
+
+def _replace(roots: Iterable[nn.Module], values: Mapping[int, torch.Tensor]) -> None:
+    """Put tensors in place of others, by identity, so that what is shared stays so."""
+    for module in {module for root in roots for module in root.modules()}:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and id(tensor) in values:
+                    setattr(module, name, values[id(tensor)])  # modules may keep lists of them

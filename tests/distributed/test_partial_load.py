@@ -65,7 +65,7 @@ def test_every_piece_runs_on_what_its_rank_holds(
     build: Any, inputs: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     from pnn_compile.artifact.directory import load
-    from pnn_compile.runtime.partial_load import load_part
+    from pnn_compile.runtime.distribute import load_part
     from pnn_compile.runtime.rank_pieces import RankPieces
 
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from pnn_compile.bench import Bench, Parts, Timing, bench
-from pnn_compile.bench.parts import PartsTimer
+from pnn_compile.bench.measurements import PartsTimer
 from pnn_compile.cli import main
 from pnn_compile.inputs import resized
 from pnn_compile.report.bench import bench_table

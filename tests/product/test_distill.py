@@ -17,8 +17,8 @@ from passes.ir.isolation import preserved
 from passes.transform.executor import Executor, State
 from pnn_compile.cli import main
 from pnn_compile.fit.calibrate import calibrate_candidates
-from pnn_compile.fit.checkpoint import random_state, set_random_state
 from pnn_compile.fit.distill import Distiller
+from pnn_compile.fit.optimizer import random_state, set_random_state
 from pnn_compile.fit.regression_sweep import CurrentOperators
 from tests.models.builders import Shifts, block_list
 from tests.models.zoo import by_name

@@ -11,7 +11,7 @@ from torch import fx, nn
 import pnn_compile as pnn
 from examples import resnet110, unet
 from pnn_compile.runtime import Sweep
-from pnn_compile.runtime.cuda_streams import StreamAssignment, assign_streams
+from pnn_compile.runtime.cuda import StreamAssignment, assign_streams
 
 FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
