@@ -52,7 +52,7 @@ _PART = {
 
 
 @dataclass(frozen=True)
-class StepCosts:
+class DeviceCosts:
     """Times, memory and links of a step of the original on every device.
 
     Attributes:
@@ -135,7 +135,7 @@ class StepCosts:
                 )
 
 
-def parareal_row(costs: StepCosts, sweep: str, stages: int) -> ForecastRow:
+def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
     """Plan a parareal network of that many stages, and simulate a step.
 
     Raises:
@@ -165,7 +165,7 @@ def parareal_row(costs: StepCosts, sweep: str, stages: int) -> ForecastRow:
     )
 
 
-def _plan_memory(costs: StepCosts, plan: Plan) -> tuple[float, ...]:
+def _plan_memory(costs: DeviceCosts, plan: Plan) -> tuple[float, ...]:
     """Return the bytes of every device; the last one also holds the head."""
     order = costs.analysis.frontiers.order
     index = {node.name: position for position, node in enumerate(order)}
@@ -178,7 +178,7 @@ def _plan_memory(costs: StepCosts, plan: Plan) -> tuple[float, ...]:
     return tuple(memory)
 
 
-def _plan_limit(costs: StepCosts, plan: Plan, parts: Mapping[str, float]) -> str:
+def _plan_limit(costs: DeviceCosts, plan: Plan, parts: Mapping[str, float]) -> str:
     limit = find_bottleneck(parts, costs.sequential, len(plan.stages))
     if limit != "fine":
         return limit
@@ -252,7 +252,7 @@ def gpipe_lists(
     return tuple(lists)
 
 
-def pipeline_row(costs: StepCosts, batches: int, stages: int) -> ForecastRow:
+def pipeline_row(costs: DeviceCosts, batches: int, stages: int) -> ForecastRow:
     """Forecast a pipeline of the original over the cuts that balance it.
 
     Raises:
@@ -304,7 +304,7 @@ def pipeline_row(costs: StepCosts, batches: int, stages: int) -> ForecastRow:
     )
 
 
-def data_parallel_row(costs: StepCosts, stages: int) -> ForecastRow:
+def data_parallel_row(costs: DeviceCosts, stages: int) -> ForecastRow:
     """Forecast the original on equal shares of the batch; a ring reduces the gradients.
 
     Raises:

@@ -21,7 +21,7 @@ from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.options import Options
 from pnn_compile.compiled import Compiled
 from pnn_compile.forecast.compare_methods import (
-    StepCosts,
+    DeviceCosts,
     data_parallel_row,
     parareal_row,
     pipeline_row,
@@ -92,7 +92,7 @@ def forecast(
         model, example_inputs, args, kwargs, cost, training, profiles, progress, timings, options
     )
     batch = batch_size(analysis.program.args)
-    costs = StepCosts(analysis, network_options, training, batch, profiles)
+    costs = DeviceCosts(analysis, network_options, training, batch, profiles)
     rows, problems = _rows(costs, counts, sweeps, micro_batches, progress)
     if not rows:
         raise OptionError("nothing can be forecast: " + "; ".join(problems))
@@ -175,7 +175,7 @@ def _analysis(
 
 
 def _rows(
-    costs: StepCosts,
+    costs: DeviceCosts,
     counts: Sequence[int],
     sweeps: Sequence[str],
     micro_batches: Sequence[int],
@@ -205,7 +205,7 @@ def _rows(
     return rows, problems
 
 
-def _notes(costs: StepCosts, timings: TimingCache) -> tuple[str, ...]:
+def _notes(costs: DeviceCosts, timings: TimingCache) -> tuple[str, ...]:
     notes = []
     if timings.path is not None:
         notes.append(f"timings are cached in {timings.path}; delete it to measure them again")

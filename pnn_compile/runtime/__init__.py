@@ -1,6 +1,6 @@
 """Run a parareal network on several ranks, forward and backward, or on the streams of one GPU.
 
-In: a compiled network or an artifact. Out: a `RankModule` a rank, whose `train_step` runs the
+In: a compiled network or an artifact. Out: a `RankModule` per rank, whose `train_step` runs the
 instruction lists of `passes.schedule`. Read `distribute.py` first; `engine.py` shows one step, and
 `transport.py` is the engine's only connection to other ranks.
 """

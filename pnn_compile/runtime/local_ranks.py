@@ -38,7 +38,7 @@ def run_on_ranks(
     threads: int = 1,
     cuda: bool = False,
 ) -> list[Any]:
-    """Run `function(device, *arguments)` in one process a rank; return what each returned.
+    """Run `function(device, *arguments)` in one process per rank; return the results.
 
     Args:
         function: A function of a module; its arguments and results are pickled.

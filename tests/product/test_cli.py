@@ -104,8 +104,8 @@ def test_a_sequential_is_fitted_from_an_npz_of_float64(model: str, tmp_path: Pat
 BAD_SAMPLES: dict[str, tuple[object, list[str], str]] = {
     "features": (np.zeros((32, 9)), [], "has shape [32, 9], the network takes [samples, 8]"),
     "a number": (np.zeros(()), [], "has shape [], the network takes [samples, 8]"),
-    "no samples": (np.zeros((0, 8)), [], "holds no samples"),
-    "whole numbers": (np.zeros((32, 8), np.uint8), [], "holds torch.uint8, the network takes"),
+    "no samples": (np.zeros((0, 8)), [], "has no samples"),
+    "whole numbers": (np.zeros((32, 8), np.uint8), [], "is torch.uint8, the network takes"),
     "text": (np.array(["a"]), [], "cannot be read"),
     "checkpoint": (np.zeros((32, 8)), ["--checkpoint", "nodir/x.pt"], "nodir is no directory"),
     "learning rate": (np.zeros((32, 8)), ["--learning-rate", "-1"], "must be above 0 (got -1.0)"),

@@ -33,10 +33,10 @@ def test_a_forecast_as_tables_and_as_json(capsys: pytest.CaptureFixture[str]) ->
     assert "parareal, collapsed sweep" in text
     assert "speed-up gpipe:2" in text
     assert main([*ARGUMENTS, "-n", "2", "--json", "--inference"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in found["rows"]] == ["chain", "collapsed", "gpipe:2", "ddp"]
-    assert found["verdict"]
-    assert found["training"] is False
+    result = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in result["rows"]] == ["chain", "collapsed", "gpipe:2", "ddp"]
+    assert result["verdict"]
+    assert result["training"] is False
 
 
 def test_mistakes_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

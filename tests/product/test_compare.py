@@ -27,21 +27,21 @@ def even() -> pnn.Compiled:
 
 
 def test_a_plan_does_not_differ_from_itself(even: pnn.Compiled) -> None:
-    found = compare(even.plan, even.plan)
-    assert found.same_program
-    assert found.decisions == ()
-    assert not any(stage.changed for stage in found.stages)
-    assert all(change.before == change.after for change in found.forecast)
+    result = compare(even.plan, even.plan)
+    assert result.same_program
+    assert result.decisions == ()
+    assert not any(stage.changed for stage in result.stages)
+    assert all(change.before == change.after for change in result.forecast)
 
 
 def test_moved_cuts_and_their_costs(even: pnn.Compiled) -> None:
     skewed = build(2, "6")
-    found = compare(even.plan, skewed.plan)
-    assert found.same_program
-    assert [stage.moved for stage in found.stages] == [True, True]
-    assert found.stages[0].spans == ("0 .. 3", "0 .. 5")
-    assert found.stages[0].flops == (1024, 1536)
-    text = to_text(comparison_table(found, ("even", "skewed")), 100)
+    result = compare(even.plan, skewed.plan)
+    assert result.same_program
+    assert [stage.moved for stage in result.stages] == [True, True]
+    assert result.stages[0].spans == ("0 .. 3", "0 .. 5")
+    assert result.stages[0].flops == (1024, 1536)
+    text = to_text(comparison_table(result, ("even", "skewed")), 100)
     assert "even -> skewed" in text
     assert "2 of 2 stages begin or end elsewhere" in text
     assert "1.02k -> 1.54k" in text
@@ -50,10 +50,10 @@ def test_moved_cuts_and_their_costs(even: pnn.Compiled) -> None:
 
 
 def test_stages_that_one_plan_lacks(even: pnn.Compiled) -> None:
-    found = compare(even.plan, build(4, sweep="collapsed", coarse="linear").plan)
-    assert {change.name for change in found.decisions} == {"stages", "sweep"}
-    assert found.stages[3].flops == (None, 512)
-    assert "- -> " in to_text(comparison_table(found), 100)
+    result = compare(even.plan, build(4, sweep="collapsed", coarse="linear").plan)
+    assert {change.name for change in result.decisions} == {"stages", "sweep"}
+    assert result.stages[3].flops == (None, 512)
+    assert "- -> " in to_text(comparison_table(result), 100)
 
 
 def test_the_command_compares_artifacts_plans_and_models(

@@ -27,12 +27,12 @@ def test_ranks_hold_their_stages_and_give_the_outputs(
     artifact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", artifact, "--ranks", "2", "--batch", "6", "--train", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["equal"]
-    assert (found["batch"], found["training"]) == (6, True)
-    assert [rank["stages"] for rank in found["ranks"]] == [[0, 1], [2]]
-    assert sum(rank["parameters"] for rank in found["ranks"]) == found["parameters"]
-    assert all(rank["seconds"] > 0 for rank in found["ranks"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["equal"]
+    assert (result["batch"], result["training"]) == (6, True)
+    assert [rank["stages"] for rank in result["ranks"]] == [[0, 1], [2]]
+    assert sum(rank["parameters"] for rank in result["ranks"]) == result["parameters"]
+    assert all(rank["seconds"] > 0 for rank in result["ranks"])
 
 
 def test_too_many_ranks_and_no_artifact_are_mistakes(
@@ -58,8 +58,8 @@ def test_the_table_says_who_holds_what() -> None:
         RankReport(0, (0, 1), ("stem", "blocks.3"), 1234, 4936, 0.0123),
         RankReport(1, (2,), ("blocks.4", "blocks.4"), 99, 396, 0.0124),
     )
-    found = FirstRun("Net", 4, False, ranks, 1333, 1e-7)
-    text = " ".join(to_text(first_run_table(found)).split())
+    result = FirstRun("Net", 4, False, ranks, 1333, 1e-7)
+    text = " ".join(to_text(first_run_table(result)).split())
     for words in ("stem .. blocks.3", "0, 1", "1,234", "12.3", "outputs equal", "1,333"):
         assert words in text
-    assert "NOT equal" in to_text(first_run_table(replace(found, error=0.1)))
+    assert "NOT equal" in to_text(first_run_table(replace(result, error=0.1)))

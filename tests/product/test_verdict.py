@@ -222,8 +222,8 @@ def test_on_the_command_line(files: tuple[Path, Path], capsys: pytest.CaptureFix
     assert main(["assess", model, data, "-n", "2", "--coarse-budget", "0.3", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
     assert main([model, "-n", "2", "--coarse-budget", "0.3", "--calibrate", data, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["verdict"]["rows"][0]["stages"] == 2
-    assert any(step["name"] == "calibrate" for step in found["passes"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["verdict"]["rows"][0]["stages"] == 2
+    assert any(step["name"] == "calibrate" for step in result["passes"])
     assert main(["assess", model, data, "-n", "two"]) == 2
     assert "-n must be numbers by comma" in capsys.readouterr().err
