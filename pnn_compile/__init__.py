@@ -30,8 +30,7 @@ from pnn_compile.compiled import Compiled, compile, load  # noqa: E402  # torch 
 from pnn_compile.evaluate.iterate import dial, iterate  # noqa: E402
 from pnn_compile.fit.calibrate import calibrate  # noqa: E402
 from pnn_compile.fit.train import fit  # noqa: E402
-from pnn_compile.forecast.device_profiles import load_profile  # noqa: E402
-from pnn_compile.forecast.forecast import forecast  # noqa: E402
+from pnn_compile.forecast.forecast import forecast, load_profile  # noqa: E402
 
 __all__ = [
     "ArtifactError",

@@ -36,26 +36,25 @@ if TYPE_CHECKING:
     from pnn_compile.forecast.table import ForecastTable
     from pnn_compile.runtime import RankModule
 
-__all__ = ["Compiled", "compile", "gather", "load", "replay"]
-
 
 @dataclass(frozen=True, repr=False)
 class Compiled:
-    """A compiled network: everything that it was made from, and what users do with it.
+    """A compiled network: its program, plan and modules, and everything that users do with it.
 
-    Every verb is a method here, and a function of the room that does the work; a room is imported
-    when its verb is called.
+    Every verb is a method here, and a function of the package that does the work, which is imported
+    when the verb is called.
 
     Attributes:
         program: The captured model.
-        plan: Every decision.
+        plan: Every decision of the compiler.
         stages: The fine stages and the head.
         operators: The preprocessing operators and coarse propagators.
         sequential: The stages one after another; equal to the original network.
         module: The parareal network; trainable, `train()` and `eval()` work.
-        passes: What each pass of the compiler took.
-        calibration: What calibration found, where samples were given to the compiler.
-        weighed: What the compiler cut it by; None of a network that was loaded.
+        passes: Name and seconds of every pass of the compiler.
+        calibration: Errors before and after calibration; None if the compiler had no samples.
+        timings: File of the measured seconds that the plan rests on; None without one.
+        weighed: The analysis that the cuts were chosen by; None of a network that was loaded.
     """
 
     program: Program
@@ -78,7 +77,7 @@ class Compiled:
 
     @cached_property
     def analysis(self) -> Analysis:
-        """Shapes, costs and legal cuts of the program, by FLOPs."""
+        """Shapes, costs and legal cuts of the program, in FLOPs."""
         if self.weighed is None:
             return analyze(self.program, observe(self.program), "flops")
         if self.weighed.unit == "FLOPs":
@@ -87,36 +86,36 @@ class Compiled:
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """Measured seconds by the name of the node; empty where the compiler measured none."""
+        """Measured seconds by node name; empty if the compiler measured none."""
         if self.weighed is None or self.weighed.unit != "seconds":
             return {}
         return {node.name: cost.cost for node, cost in self.weighed.costs.items()}
 
     def current_program(self) -> Program:
-        """Return the program with the tensors that the stages hold now, and inputs to match.
+        """Return the program with the current tensors of the stages, and inputs that match them.
 
-        Conversions such as `module.double()` or `module.to(...)` replace buffers in the stages,
-        where the program keeps the older ones.
+        Conversions such as `module.double()` or `module.to(...)` replace buffers in the stages
+        only; the program keeps the old ones.
         """
         program = self.program
-        held: dict[str, torch.Tensor] = {}
+        current: dict[str, torch.Tensor] = {}
         for piece in (*self.stages.fine, self.stages.head):
-            held.update(piece.named_parameters(remove_duplicate=False))
-            held.update(piece.named_buffers(remove_duplicate=False))
-        own = dict[str, torch.Tensor](program.module.named_parameters(remove_duplicate=False))
-        own.update(program.module.named_buffers(remove_duplicate=False))
-        stale = [name for name, tensor in own.items() if held.get(name, tensor) is not tensor]
+            current.update(piece.named_parameters(remove_duplicate=False))
+            current.update(piece.named_buffers(remove_duplicate=False))
+        captured = dict[str, torch.Tensor](program.module.named_parameters(remove_duplicate=False))
+        captured.update(program.module.named_buffers(remove_duplicate=False))
+        stale = [n for n, tensor in captured.items() if current.get(n, tensor) is not tensor]
         module = program.module
         if stale:
             module = graph_module(program.module, program.graph, program.name)
             for name in stale:
                 path, _, leaf = name.rpartition(".")
-                setattr(resolve(module, path) if path else module, leaf, held[name])
+                setattr(resolve(module, path) if path else module, leaf, current[name])
         return replace(program, module=module, args=self._converted_inputs(module))
 
     @property
     def conversion(self) -> tuple[torch.dtype, torch.dtype] | None:
-        """Precision of the states when it was compiled and of all weights now, if it changed."""
+        """Precision of the states at compile time and of all weights now, if it changed."""
         before = {value.spec.dtype for face in self.plan.interfaces for value in face.state}
         weights = self.program.module.parameters()
         now = {p.dtype for p in weights if p.is_floating_point()}
@@ -126,7 +125,7 @@ class Compiled:
         return None if pair[0] == pair[1] else pair
 
     def _converted_inputs(self, module: fx.GraphModule) -> dict[str, Any]:
-        """The example inputs, in the precision and on the device that the weights have now."""
+        """Return the example inputs in the current precision and on the device of the weights."""
         device = next((p.device for p in module.parameters()), None)
         conversion = self.conversion
 
@@ -141,46 +140,47 @@ class Compiled:
 
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights of the fine stages and the head under the model's own keys."""
-        known = dict(self.program.unused)
+        weights = dict(self.program.unused)
         for piece in (*self.stages.fine, self.stages.head):
-            known.update(piece.state_dict())
-        return known
+            weights.update(piece.state_dict())
+        return weights
 
     def load_original_state_dict(
         self, state: Mapping[str, torch.Tensor], *, strict: bool = True
     ) -> None:
         """Load a checkpoint of the original model into the fine stages and the head.
 
-        Guesses and corrections stay as they are. Those of family thinned hold copies of the
-        weights that the model had when it was compiled: load a checkpoint into it before.
+        Preprocessing operators and coarse propagators do not change. Those of family "thinned" are
+        copies of the weights at compile time: load a checkpoint into the model before.
 
         Args:
             state: A state dict with the model's own keys.
-            strict: Whether every key must be there, and no other.
+            strict: Whether all keys of the model must be there, and no others.
 
         Raises:
             OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
                 is loaded then.
         """
-        own = self.original_state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        weights = self.original_state_dict()
+        missing = sorted(weights.keys() - state.keys())
+        unknown = sorted(state.keys() - weights.keys())
         if strict and (missing or unknown):
             raise OptionError(
                 f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
                 f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
                 "pass strict=False to load what fits"
             )
-        common = own.keys() & state.keys()
-        wrong = [key for key in common if own[key].shape != state[key].shape]
-        if wrong:
-            key = min(wrong)
+        common = weights.keys() & state.keys()
+        mismatched = [key for key in common if weights[key].shape != state[key].shape]
+        if mismatched:
+            key = min(mismatched)
             raise OptionError(
                 f"{key} has shape {list(state[key].shape)} in the checkpoint and "
-                f"{list(own[key].shape)} in {self.plan.model}"
+                f"{list(weights[key].shape)} in {self.plan.model}"
             )
         with torch.no_grad():
             for key in common:
-                own[key].copy_(state[key])
+                weights[key].copy_(state[key])
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:
@@ -190,7 +190,7 @@ class Compiled:
         return partition_graph(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: a small picture of the stages."""
+        """Return a small picture of the stages, for notebooks."""
         from pnn_compile.report.html import picture
 
         return picture(self.plan)
@@ -202,7 +202,7 @@ class Compiled:
         return render(self, width=width)
 
     def verify(self, *, strict: bool = False) -> VerifyReport:
-        """Hold the network against the program that it was made from.
+        """Compare the network with the program that it was compiled from.
 
         Args:
             strict: Whether to raise if a check fails.
@@ -215,7 +215,7 @@ class Compiled:
         return verify(self, strict=strict)
 
     def calibrate(self, inputs: Iterable[Any]) -> CalibrationReport:
-        """Fit guesses and corrections in closed form; see `pnn_compile.fit.calibrate`."""
+        """Fit the cheap operators in closed form; see `pnn_compile.fit.calibrate`."""
         from pnn_compile.fit.calibrate import calibrate
 
         return calibrate(self, inputs)
@@ -233,7 +233,7 @@ class Compiled:
         return forecast(self, **options)
 
     def distribute(self, **options: Any) -> RankModule:
-        """Return this rank's part; `pnn_compile.runtime.distribute` lists the options."""
+        """Return the part of this rank; `pnn_compile.runtime.distribute` lists the options."""
         from pnn_compile.runtime import distribute
 
         return distribute(self, **options)
@@ -246,7 +246,7 @@ class Compiled:
         iterations: int = 2,
         **options: Any,
     ) -> Verdict:
-        """Tell what the network keeps, beside early exits; see `pnn_compile.evaluate.assess`."""
+        """Compare the network with the original on samples; see `pnn_compile.evaluate.assess`."""
         from pnn_compile.evaluate.assess import assess
 
         return assess(self, inputs, stages=stages, iterations=iterations, **options)
@@ -294,13 +294,13 @@ class Compiled:
         """Write the parareal network, in evaluation mode, as ONNX, and check it.
 
         Args:
-            path: File of one model, every node of which says its stage and role; per stage, the
-                directory of `manifest.json` and `stages/*.onnx`, which run side by side.
+            path: File of one model, in which every node names its stage and role; with `per_stage`,
+                directory of `manifest.json` and `stages/*.onnx`, which can run in parallel.
             per_stage: Whether to write a model per stage.
-            verify: Whether to check the form and compare ONNX Runtime with torch.
+            verify: Whether to check the file and compare ONNX Runtime with torch.
 
         Raises:
-            ExportError: An operator has no ONNX form, a package is missing, or ONNX Runtime
+            ExportError: An operator does not exist in ONNX, a package is missing, or ONNX Runtime
                 disagrees with torch.
         """
         from pnn_compile.export.onnx import export_onnx
@@ -330,32 +330,33 @@ def compile(
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
-        options: What to decide and how; `passes.options.Options` describes every one.
-        dynamic_batch: Whether the batch size stays free where the model allows it.
-        plan: Replay this plan instead of deciding anew; no option may be given. Where a cut was
-            moved in it (the `first` of a stage, or one of the other names of the same cut), its
-            stages are made anew for the cuts that it then has.
-        calibration: Batches of inputs, as in `calibrate`, or a function that makes them from the
-            captured program. Guesses and corrections are fitted to the model's weights, and
-            "auto" families are chosen by how well they fit within the budget; a guess may copy
-            first layers worth as much again, unless `prologue` says otherwise.
-        cache: Whether to keep measured seconds in files (`pnn_compile.forecast.timing_cache` says
-            where), and to take those that are there; or the folder to keep them in.
-        passes: What runs between capture and calibration, in order; `passes.pipeline.insert` puts
+        options: The options; `passes.options.Options` describes every one.
+        dynamic_batch: Whether batches of any size may follow, where the model allows it.
+        plan: Plan to replay instead of deciding; no option may be set with it. Where its cuts were
+            moved (the `first` of a stage, or one of the other names of the same cut), the rest is
+            planned again for these cuts.
+        calibration: Batches of inputs, as in `calibrate`, or a function that returns them for the
+            captured program. Preprocessing operators and coarse propagators are fitted to the
+            model's weights, and "auto" families are chosen by their error within the budget; a
+            preprocessing operator may spend that budget again on a copy of first layers, unless
+            `prologue` is set.
+        cache: Whether to read and write a cache of measured seconds
+            (`pnn_compile.forecast.timing_cache` says where); or the folder of that cache.
+        passes: The passes between capture and calibration, in order; `passes.pipeline.insert` adds
             a pass of your own between two others.
         debug: Whether to verify every graph between passes.
         **choices: The same options by their names (`stages=4, coarse="units"`), instead of
             `options` or in addition: they replace what is set there.
 
     Returns:
-        The compiled network; `compiled.module` is what runs and trains.
+        The compiled network; `compiled.module` runs and trains.
 
     Raises:
         OptionError: An option is unknown or out of range.
         CaptureError: The model cannot be captured as a graph, or fails on the example inputs.
         PartitionError: It cannot be cut into that many stages, or does not fit the devices.
-        SynthesisError: No guess or correction can be made for an interface.
-        ArtifactError: `plan` was made for another model, or was edited and makes no sense.
+        SynthesisError: No preprocessing operator or coarse propagator exists for an interface.
+        ArtifactError: `plan` belongs to another model, or was edited and is inconsistent.
     """
     from pnn_compile.forecast.timing_cache import TimingCache
     from pnn_compile.inputs import example
@@ -396,9 +397,8 @@ def compile(
 
 
 def _calibrate(c: Compilation) -> Compilation:
-    """Fit the operators to samples; those that options leave open are chosen by how they fit."""
-    from pnn_compile.fit.calibrate import calibrate
-    from pnn_compile.fit.select import choose
+    """Fit the operators to samples; choose those that the options leave open by their error."""
+    from pnn_compile.fit.calibrate import calibrate, choose
 
     assert c.samples is not None
     compiled = gather(c, ())
@@ -412,7 +412,7 @@ def _calibrate(c: Compilation) -> Compilation:
 
 
 CALIBRATE = Pass("calibrate", ("samples", "plan", "module"), ("calibration",), _calibrate)
-"""Fit guesses and corrections to samples."""
+"""The pass that fits preprocessing operators and coarse propagators to samples."""
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
@@ -420,8 +420,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
 
     Args:
         path: The directory.
-        model: Replay the plan over this model instead of the stored program; for a program that
-            could not be stored. It is copied, and the stored weights are loaded into the copy.
+        model: The model, for an artifact whose program could not be stored: the plan is replayed
+            over a copy of it, into which the stored weights are loaded.
 
     Raises:
         ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
@@ -433,10 +433,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
 
 
 def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = False) -> Compiled:
-    """Build the network that a plan describes over a program.
+    """Build the network that a plan describes, from a program.
 
     Raises:
-        ArtifactError: The plan was made for another program, or was edited and makes no sense.
+        ArtifactError: The plan belongs to another program, or was edited and is inconsistent.
     """
     check_replayed(program, plan)
     compilation, results = run_passes(Compilation(program=program, plan=plan), REPLAY, check=debug)
@@ -444,10 +444,10 @@ def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = Fals
 
 
 def check_replayed(program: Program, plan: Plan) -> None:
-    """Check that a plan was made for a program, and means something over it.
+    """Check that a plan belongs to a program, and is consistent with it.
 
     Raises:
-        ArtifactError: It was made for another one, or was edited and makes no sense.
+        ArtifactError: It belongs to another one, or was edited and is inconsistent.
     """
     if plan.fingerprint != program.fingerprint:
         raise ArtifactError(
@@ -458,7 +458,7 @@ def check_replayed(program: Program, plan: Plan) -> None:
 
 
 def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:
-    """Collect what a finished compilation made."""
+    """Collect the results of a finished compilation."""
     c = compilation
     assert c.program is not None
     assert c.plan is not None

@@ -34,7 +34,7 @@ from passes.partition.choose_cuts import problem_builder
 from passes.partition.problem import makespan
 from passes.partition.search import solve
 from passes.schedule.instruction import Kind
-from pnn_compile.bench.parts import PartsTimer
+from pnn_compile.bench.measurements import PartsTimer
 from pnn_compile.runtime import Times
 from pnn_compile.runtime.local_ranks import run_on_ranks
 from pnn_compile.sources import load_source

@@ -19,7 +19,7 @@ import torch
 
 from passes.capture.ladder import capture
 from passes.ir.direct_call import DirectCaller, with_frame_headroom
-from pnn_compile.bench.parts import mean_square, optimizer_of
+from pnn_compile.bench.measurements import mean_square, optimizer_of
 from pnn_compile.runtime.local_ranks import run_on_ranks
 from pnn_compile.sources import load_source
 

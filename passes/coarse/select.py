@@ -1,8 +1,8 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
 "auto" takes the families of the paper if they fit: a strided convolution from an image, and copies
-of the repeating block; otherwise channel maps. With samples, `pnn_compile.fit.select` chooses among
-the candidates of this file by their errors.
+of the repeating block; otherwise channel maps. With samples, `pnn_compile.fit.calibrate` chooses
+among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.

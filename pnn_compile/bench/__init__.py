@@ -4,7 +4,7 @@ In: a compiled network. Out: timings, as plain data. Read `contenders.py` first,
 `processes.py` (one process a rank) and `gpu_streams.py` (all stages on one GPU).
 """
 
+from pnn_compile.bench.measurements import Bench, Parts, Timing
 from pnn_compile.bench.processes import bench
-from pnn_compile.bench.result import Bench, Parts, Timing
 
 __all__ = ["Bench", "Parts", "Timing", "bench"]

@@ -8,6 +8,8 @@ nothing on a rank that has no part in it. Three ranks, one batch:
     ddp          every rank: the original, a third of the batch; gradients are reduced
     parareal     rank j: stage j of the parareal network
     gpipe        rank j: stage j of the original, in micro-batches
+
+Pipelines run the original over the cuts of the parareal network (torch.distributed.pipelining).
 """
 
 from __future__ import annotations
@@ -24,11 +26,19 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.ir.direct_call import DirectCaller
-from pnn_compile.bench.parts import RankParts, mean_square, optimizer_of
-from pnn_compile.runtime import distribute
+from passes.transform.executor import Executor
+from pnn_compile.bench.measurements import RankParts, mean_square, optimizer_of
+from pnn_compile.runtime import distribute, place
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
+
+
+COUNTS = (1, 2, 4, 8, 16, 32)
+"""Numbers of micro-batches to try."""
+
+_TRIALS, _MAX_SECONDS = 3, 1.0
+"""Trial steps after the first one, and the seconds after which no further one is taken."""
 
 
 class NotApplicable(Exception):
@@ -210,3 +220,146 @@ def _samples(workload: Workload, start: int, count: int) -> dict[str, Any]:
         return leaf
 
     return {name: pytree.tree_map(cut, value) for name, value in workload.inputs.items()}
+
+
+def best_pipeline(workload: Workload, kind: str) -> TunedStep:
+    """Build the pipeline with the fastest number of micro-batches, found by trial.
+
+    Args:
+        workload: The workload.
+        kind: As of `pipeline`.
+
+    Raises:
+        NotApplicable: No number of micro-batches divides the batch.
+    """
+    candidates = COUNTS if workload.training or kind == "gpipe" else ()
+    counts = [
+        count
+        for count in candidates
+        if workload.batch % count == 0 and _supported(kind, count, workload)
+    ]
+    if not counts:
+        raise NotApplicable(_reason(kind, workload, workload.batch))
+    steps = {count: pipeline(workload, kind, count) for count in counts}
+    seconds = {count: _shortest(step, workload) for count, step in steps.items()}
+    best = min(counts, key=seconds.__getitem__)
+    return TunedStep(steps[best], f"best of {', '.join(map(str, counts))} micro-batches: {best}")
+
+
+def pipeline(workload: Workload, kind: str, micro_batches: int) -> StepFunction:
+    """Build a pipeline: the stages in sequence, micro-batch after micro-batch.
+
+    Args:
+        workload: The workload.
+        kind: "gpipe", all forward and then all backward (Huang et al. 2019); or "1f1b", one forward
+            and one backward in turns (Narayanan et al. 2019).
+        micro_batches: Number of micro-batches.
+
+    Raises:
+        NotApplicable: The schedule does not support that number, or it does not divide the batch.
+    """
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+    if workload.batch % micro_batches or not _supported(kind, micro_batches, workload):
+        raise NotApplicable(_reason(kind, workload, micro_batches))
+    compiled = workload.compiled
+    placement = place(len(compiled.plan.stages), workload.ranks)
+    piece = _PipelineStageModule(compiled, placement, workload.rank)
+    stage = PipelineStage(
+        piece, workload.rank, workload.ranks, workload.device, group=workload.group
+    )
+    loss = mean_square if workload.training else None
+    make: Any = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
+    schedule = make(stage, micro_batches, loss_fn=loss)
+    first = next(iter(workload.inputs.values()))
+    if not isinstance(first, torch.Tensor):
+        raise NotApplicable("the first input is not a tensor")
+    leading = () if workload.rank else (first,)
+    last = workload.rank == workload.ranks - 1
+    target = torch.zeros(workload.batch, device=workload.device) if last and loss else None
+    optimizer = optimizer_of(piece.train(workload.training)) if workload.training else None
+
+    def step() -> None:
+        with torch.set_grad_enabled(workload.training):
+            if optimizer is not None:
+                optimizer.zero_grad()
+            schedule.step(*leading, target=target, **workload.inputs)
+            if optimizer is not None:
+                optimizer.step()
+
+    return step
+
+
+def _supported(kind: str, micro_batches: int, workload: Workload) -> bool:
+    """Return whether a schedule runs so many micro-batches: 1F1B trains, and needs one a rank."""
+    return kind == "gpipe" or (workload.training and micro_batches >= workload.ranks)
+
+
+def _reason(kind: str, workload: Workload, micro_batches: int) -> str:
+    if kind != "gpipe" and not workload.training:
+        return "1F1B takes turns between forward and backward: it only trains"
+    if workload.batch % micro_batches:
+        return f"no {micro_batches} equal micro-batches of a batch of {workload.batch}"
+    return f"1F1B needs at least {workload.ranks} micro-batches on {workload.ranks} ranks"
+
+
+def _shortest(step: StepFunction, workload: Workload) -> float:
+    """Return the seconds of the shortest of a few steps, on the slowest rank."""
+    times: list[float] = []
+    # The first step also infers shapes, which dominates where steps are short.
+    while len(times) <= _TRIALS and sum(times) < _MAX_SECONDS:
+        dist.barrier(workload.group)
+        start = time.perf_counter()
+        step()
+        if workload.device.type == "cuda":
+            torch.cuda.synchronize(workload.device)
+        seconds = torch.tensor(time.perf_counter() - start, device=workload.device)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX, workload.group)
+        times.append(seconds.item())
+    return min(times)
+
+
+class _PipelineStageModule(nn.Module):
+    """Fine stages of one rank, and the head on the last one, as a stage of a pipeline.
+
+    Positional tensors are the state from the rank before; the outputs are the state for the next
+    one. The first rank ignores them: all inputs reach every rank by name.
+    """
+
+    def __init__(self, compiled: Compiled, placement: tuple[int, ...], rank: int) -> None:
+        super().__init__()
+        self._executor = [Executor(compiled)]  # a list hides it from nn.Module
+        self._stages = [stage for stage, place in enumerate(placement) if place == rank]
+        self._last = len(placement) - 1
+        for stage in self._stages:
+            self.add_module(f"fine_{stage}", compiled.stages.fine[stage])
+        if self._last in self._stages:
+            self.add_module("head", compiled.stages.head)
+
+    def forward(self, *crossing: torch.Tensor, **inputs: Any) -> Any:
+        executor, state = self._executor[0], {}
+        if first := self._stages[0]:
+            names = [value.name for value in executor.plan.interfaces[first - 1].state]
+            state = dict(zip(names, crossing, strict=True))
+        for stage in self._stages:
+            state = executor.advance(stage, state, executor.fine(stage, state, inputs))
+        if self._last in self._stages:
+            return executor.head(state, inputs)
+        return tuple(state.values())
+
+
+def pipelines() -> dict[str, Contender]:
+    """Return all pipelines by name; "gpipe:4" has 4 micro-batches."""
+    by_name: dict[str, Contender] = {}
+    for kind in ("gpipe", "1f1b"):
+        by_name[kind] = _best(kind)
+        by_name |= {f"{kind}:{count}": _fixed(kind, count) for count in COUNTS}
+    return by_name
+
+
+def _best(kind: str) -> Contender:
+    return lambda workload: best_pipeline(workload, kind)
+
+
+def _fixed(kind: str, count: int) -> Contender:
+    return lambda workload: pipeline(workload, kind, count)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pnn_compile.artifact.directory import load
-from pnn_compile.bench.parts import mean_square, optimizer_of
+from pnn_compile.bench.measurements import mean_square, optimizer_of
 from pnn_compile.compiled import Compiled
 from pnn_compile.fit.metrics import RelativeError
 from pnn_compile.inputs import batch_size, check_batch_size, device_of, resized

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, RuntimeFault
-from pnn_compile.bench.parts import mean_square, optimizer_of
+from pnn_compile.bench.measurements import mean_square, optimizer_of
 from pnn_compile.inputs import check_batch_size, device_of, resized
 from pnn_compile.runtime import CapturedForward, CapturedStep, StreamNetwork
 

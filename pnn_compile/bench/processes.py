@@ -33,12 +33,23 @@ from pnn_compile.bench.contenders import (
     copies,
     data_parallel,
     direct,
+    pipelines,
     sequential,
     threads_of_all_ranks,
 )
-from pnn_compile.bench.parts import PartsTimer, RankParts, median_parts, median_rank, parts_of
-from pnn_compile.bench.pipelines import pipelines
-from pnn_compile.bench.result import COPIES, DIRECT, SEQUENTIAL, Bench, Parts, Timing
+from pnn_compile.bench.measurements import (
+    COPIES,
+    DIRECT,
+    SEQUENTIAL,
+    Bench,
+    Parts,
+    PartsTimer,
+    RankParts,
+    Timing,
+    median_parts,
+    median_rank,
+    parts_of,
+)
 from pnn_compile.inputs import check_batch_size, resized
 from pnn_compile.runtime import place
 from pnn_compile.runtime.local_ranks import TIMEOUT, run_on_ranks

@@ -1,4 +1,8 @@
-"""The command line: `pnn-compile MODEL`, and a command for everything else."""
+"""The command line: `pnn-compile MODEL` compiles; every other task is a command.
+
+In: words. Out: text or JSON on stdout, progress on stderr, an exit code. Read `compiling.py` first;
+`common.py` contains what the commands share.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +16,35 @@ from typing import Any
 import click
 
 from passes.errors import PnnError, VerificationError
-from pnn_compile.cli.artifacts import inspect, verify
-from pnn_compile.cli.benching import bench_command
+from pnn_compile.cli.benching import bench_command, run_command
 from pnn_compile.cli.compiling import compile_command
 from pnn_compile.cli.exporting import export_command
+from pnn_compile.cli.fitting import assess, dial_command, fit_command
 from pnn_compile.cli.forecasting import forecast_command, profile_command
-from pnn_compile.cli.running import run_command
-from pnn_compile.cli.trained import assess, dial_command, fit_command
+from pnn_compile.cli.inspecting import inspect, verify
 
 __all__ = ["main"]
 
 
 class _ModelFirst(click.Group):
-    """A group whose first word is a model unless it names a command."""
+    """Group of commands whose first word is a model unless it names a command."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Insert the command `compile` in front of a model."""
+        """Insert the command `compile` before a model."""
         if args and args[0] not in self.commands:
             args = ["compile", *args]
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Let options of `compile` stand in front of the model, and --debug before any command."""
-        known = {"--help", "-h", "--version"}
+        """Accept options of `compile` before the model, and --debug and --json before a command."""
+        group_options = {"--help", "-h", "--version"}
         flags = list(itertools.takewhile(lambda word: word in ("--debug", "--json"), args))
-        rest = args[len(flags) :]
-        if rest and rest[0] in self.commands:
-            args = [rest[0], *flags, *rest[1:]]
-        if args and args[0].startswith("-") and args[0] not in known:
+        words = args[len(flags) :]
+        if words and words[0] in self.commands:
+            args = [words[0], *flags, *words[1:]]
+        if args and args[0].startswith("-") and args[0] not in group_options:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
 
@@ -51,14 +54,14 @@ _HELP = """Compile PyTorch models into parareal neural networks.
 \b
 pnn-compile model.py -n 4             compile build_model() of model.py into 4 stages
 pnn-compile model.py:Net --input 1x3x224x224
-pnn-compile package.module:attribute -n 8 -o out --emit graph,onnx
-pnn-compile timm:resnet50 -n 4        also torchvision:vgg16, hf:llama, a folder or file .pt2
+pnn-compile package.module:name -n 8 -o out --emit graph,onnx
+pnn-compile timm:resnet50 -n 4        also torchvision:vgg16, hf:llama, or a .pt2 file
 """  # \b keeps click from filling the lines that follow
 
 
 @click.group(
     cls=_ModelFirst,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help=_HELP,
     subcommand_metavar="MODEL [OPTIONS] | COMMAND",
 )
@@ -75,20 +78,26 @@ for _command in (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit code.
+    """Run the command line.
 
-    0 done, 1 a bug of this program, 2 a mistake in the input, 3 verification failed.
+    Args:
+        arguments: The words; those of the process if None.
+
+    Returns:
+        The exit code: 0 done, 1 a bug of this program, 2 a mistake in the input, 3 a failed
+        verification, 130 interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
-    code = _guarded(lambda: cli.main(words, "pnn-compile", standalone_mode=False), debug)
+    code = _run(lambda: cli.main(words, "pnn-compile", standalone_mode=False), debug)
     if arguments is None:
         sys.exit(code)
     return code
 
 
-def _guarded(action: Callable[[], Any], debug: bool) -> int:
+def _run(action: Callable[[], Any], debug: bool) -> int:
+    """Run a command; print its error and return the exit code."""
     try:
         result = action()
     except click.ClickException as error:

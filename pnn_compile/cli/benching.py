@@ -1,46 +1,104 @@
-"""`pnn-compile bench`: a parareal network beside what else N processes could do."""
+"""`pnn-compile run` and `bench`: measure a network on local processes, beside other methods."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from passes.errors import OptionError
-from pnn_compile.cli.common import Progress, console, numbers, open_target
-from pnn_compile.cli.options import ARG, DEBUG, JSON, stages_option
+from passes.errors import OptionError, VerificationError
+from pnn_compile.cli.common import (
+    DEBUG,
+    JSON,
+    RANKS,
+    THREADS,
+    Progress,
+    console,
+    open_target,
+    read_numbers,
+    target_options,
+)
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-__all__ = ["bench_command"]
+
+@click.command(name="run")
+@click.argument("directory", type=click.Path(path_type=Path))
+@RANKS
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Samples of a step.",
+    show_default="as compiled",
+)
+@click.option("--steps", default=5, type=click.IntRange(min=1), help="Number of timed steps.")
+@click.option(
+    "--train",
+    "training",
+    is_flag=True,
+    help="Time training steps, with the mean square of the outputs as loss.",
+)
+@THREADS
+@JSON
+@DEBUG
+def run_command(
+    directory: Path,
+    ranks: int | None,
+    batch: int | None,
+    steps: int,
+    training: bool,
+    threads: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Run the artifact DIRECTORY on local processes.
+
+    Shows the stages of every process and the seconds of a step, and compares the outputs with those
+    of one process.
+    """
+    from pnn_compile.bench.first_run import first_run
+
+    with Progress(as_json)("running"):
+        result = first_run(
+            directory, ranks=ranks, batch=batch, steps=steps, training=training, threads=threads
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(result) | {"equal": result.equal}, indent=2))
+    else:
+        from pnn_compile.report.tables import first_run_table
+
+        console().print(first_run_table(result))
+    if not result.equal:
+        raise VerificationError(
+            f"the ranks do not compute what one process does (relative error {result.error:.1e})"
+        )
 
 
 @click.command(name="bench")
 @click.argument("target")
-@click.option("-n", "--stages", default="2", callback=stages_option, help="For a model: stages.")
-@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
-@ARG
-@click.option("--ranks", type=click.IntRange(min=1), help="Processes; one a stage by default.")
+@target_options("2")
+@RANKS
 @click.option("--batch", "batches", default="1", metavar="B,B,...", help="Samples of a step.")
 @click.option(
     "--against",
     default="direct,threads,ddp,gpipe,1f1b",
     metavar="NAME,...",
-    help="direct (layers called as in the stages), threads, ddp, the pipelines gpipe and 1f1b at "
-    "their best number of micro-batches, or gpipe:M, 1f1b:M at M of them; the original is always "
-    "measured.",
+    help="Methods to compare with: direct (the original, its layers called as in the stages), "
+    "threads, ddp, the pipelines gpipe and 1f1b at their best number of micro-batches, or gpipe:M "
+    "and 1f1b:M at M of them; the original is always measured.",
 )
 @click.option(
     "--streams",
     metavar="N,N,...",
-    help="On one GPU, stages side by side on CUDA streams, in place of processes.",
+    help="Measure numbers of stages on CUDA streams of one GPU, instead of processes.",
 )
-@click.option("--inference", is_flag=True, help="Forward alone, instead of training steps.")
-@click.option("--rounds", default=7, type=click.IntRange(min=1), help="Steps of each.")
-@click.option("--threads", default=1, type=click.IntRange(min=1), help="Threads of a process.")
+@click.option("--inference", is_flag=True, help="Time the forward pass, not training steps.")
+@click.option("--rounds", default=7, type=click.IntRange(min=1), help="Steps of every method.")
+@THREADS
 @JSON
 @DEBUG
 def bench_command(
@@ -56,22 +114,25 @@ def bench_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Measure a step of TARGET, an artifact or a model, on local processes, side by side."""
+    """Measure a step of TARGET beside other methods, on local processes.
+
+    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
+    """
+    sizes = read_numbers(batches, "--batch")
     if streams is not None:
-        counts = numbers(streams, "--streams")
+        counts = read_numbers(streams, "--streams")
         with Progress(as_json)("compiling"):
             networks = [open_target(target, n, inputs, arguments, debug) for n in counts]
-        _bench_streams(networks, counts, numbers(batches, "--batch"), as_json, options)
+        _bench_streams(networks, counts, sizes, as_json, options)
         return
     from pnn_compile.bench import bench
     from pnn_compile.report.tables import bench_table
 
-    sizes = numbers(batches, "--batch")
     names = [name.strip() for name in against.split(",") if name.strip()]
     with Progress(as_json)("compiling"):
         compiled = open_target(target, stages, inputs, arguments, debug)
     with Progress(as_json)("measuring"):
-        found = bench(
+        result = bench(
             compiled,
             ranks=ranks,
             batches=sizes,
@@ -81,10 +142,10 @@ def bench_command(
             threads=options["threads"],
         )
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        click.echo(json.dumps(asdict(result), indent=2))
     else:
-        console().print(bench_table(found))
-    if any(timing.contender == "parareal" and timing.problem for timing in found.timings):
+        console().print(bench_table(result))
+    if any(timing.contender == "parareal" and timing.problem for timing in result.timings):
         raise OptionError("the parareal network could not run; see the table")
 
 
@@ -95,18 +156,20 @@ def _bench_streams(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
+    """Measure networks on CUDA streams, and show the result."""
     from pnn_compile.bench.gpu_streams import bench_streams
     from pnn_compile.report.tables import streams_table
 
-    found = [len(network.plan.stages) for network in networks]
-    if found != counts:
-        raise OptionError(f"the artifact has {found[0]} stages: ask for --streams {found[0]}")
+    compiled_counts = [len(network.plan.stages) for network in networks]
+    if compiled_counts != counts:  # an artifact has one number of stages
+        stages = compiled_counts[0]
+        raise OptionError(f"the artifact has {stages} stages: ask for --streams {stages}")
     training = not options["inference"]
     with Progress(as_json)("measuring"):
-        measured = bench_streams(
+        result = bench_streams(
             networks, batches=batches, training=training, rounds=options["rounds"]
         )
     if as_json:
-        click.echo(json.dumps(asdict(measured), indent=2))
+        click.echo(json.dumps(asdict(result), indent=2))
     else:
-        console().print(streams_table(measured))
+        console().print(streams_table(result))

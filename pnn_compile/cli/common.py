@@ -1,53 +1,169 @@
-"""What the commands share: options, the console, progress."""
+"""Share options, console, progress and files among the commands.
+
+Options of the compiler are made from its own description of them, the docstring of `Options`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import click
 from rich.console import Console
 
+from passes.coarse.family import family_help
 from passes.errors import OptionError
+from passes.options import Options
 
 if TYPE_CHECKING:
+    from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
-
-__all__ = [
-    "CALIBRATION_BATCH",
-    "Progress",
-    "checks",
-    "console",
-    "numbers",
-    "open_target",
-]
+    from pnn_compile.sources import Source
 
 CALIBRATION_BATCH = 128
 """Samples of one batch of calibration."""
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
-def numbers(text: str, option: str) -> list[int]:
-    """Read positive numbers by comma."""
+JSON = click.option("--json", "as_json", is_flag=True, help="Write one JSON document to stdout.")
+INPUT = click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SHAPE[:DTYPE]",
+    help="Example input of a model, such as 1x3x224x224 or mask=1x128:bool; repeatable.",
+)
+ARG = click.option(
+    "--arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument of the function or class that builds the model, such as num_layers=24; "
+    "repeatable.",
+)
+CACHE = click.option(
+    "--cache/--no-cache", default=True, help="Read and write the cache of measured seconds."
+)
+DEBUG = click.option(
+    "--debug", is_flag=True, help="Show tracebacks, and check every graph between passes."
+)
+THREADS = click.option(
+    "--threads", default=1, type=click.IntRange(min=1), help="Threads of every process."
+)
+RANKS = click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Number of processes.",
+    show_default="one per stage",
+)
+
+
+def stages_option(default: str, text: str) -> Callable[[_Command], _Command]:
+    """Return the option `-n`, a number of stages or "auto", with a default and a help text."""
+    return click.option("-n", "--stages", default=default, callback=_read_stages, help=text)
+
+
+def target_options(stages: str) -> Callable[[_Command], _Command]:
+    """Return the options that tell how to compile a target that is a model, not an artifact.
+
+    Args:
+        stages: Default number of stages, or "auto".
+    """
+
+    def decorate(command: _Command) -> _Command:
+        number = stages_option(stages, "Number of stages of a model, or auto.")
+        return number(INPUT(ARG(command)))
+
+    return decorate
+
+
+def _read_stages(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise OptionError(f"-n must be a number or 'auto' (got {value!r})") from error
+
+
+def compiler_options(*names: str) -> Callable[[_Command], _Command]:
+    """Add options of the compiler to a command, with the defaults and texts of `Options`.
+
+    Args:
+        names: Fields of `Options` that are plain values; `coarse_budget` becomes `--coarse-budget`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+
+    def decorate(command: _Command) -> _Command:
+        for name in reversed(names):
+            field = fields[name]
+            text = option_texts()[name]
+            if name == "coarse":
+                text = family_help("coarse")
+            elif name == "preprocess":
+                text = family_help("preprocess")
+            kind = float if "float" in str(field.type) else type(field.default)
+            flag = f"--{name.replace('_', '-')}"
+            command = click.option(flag, default=field.default, type=kind, help=text)(command)
+        return command
+
+    return decorate
+
+
+@cache
+def option_texts() -> Mapping[str, str]:
+    """Return the descriptions of all options, from the docstring of `Options`."""
+    text = inspect.getdoc(Options) or ""
+    attributes = text.partition("Attributes:\n")[2].partition("\n\n")[0]
+    parts = re.split(r"^ {4}(\w+): ", attributes, flags=re.MULTILINE)[1:]
+    texts = (" ".join(part.split()) for part in parts[1::2])
+    return dict(zip(parts[::2], texts, strict=True))
+
+
+def read_numbers(text: str, option: str) -> list[int]:
+    """Read positive numbers separated by commas.
+
+    >>> read_numbers("2,3, 6", "-n")
+    [2, 3, 6]
+
+    Raises:
+        OptionError: A word is no positive number.
+    """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() and int(word) > 0 for word in words):
         raise OptionError(f"{option} must be numbers by comma, such as 2,3,6 (got {text!r})")
     return [int(word) for word in words]
 
 
-def checks(report: VerifyReport) -> list[dict[str, Any]]:
-    """The checks of a verification as plain data."""
-    return [asdict(check) | {"passed": check.passed} for check in report.checks]
+def checks_data(report: VerifyReport) -> list[dict[str, Any]]:
+    """Return the checks of a verification as plain data."""
+    return [dataclasses.asdict(check) | {"passed": check.passed} for check in report.checks]
 
 
 def console() -> Console:
-    """The terminal's own width; 100 columns where the output is no terminal."""
+    """Create a console of the terminal's width; of 100 columns where stdout is no terminal."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
     return Console(highlight=False, width=width)
+
+
+def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...] = ()) -> Source:
+    """Build a model and its inputs; what the user's code prints goes to stderr.
+
+    Stdout belongs to the report, or to the JSON document.
+    """
+    from pnn_compile.sources import load_source
+
+    with redirect_stdout(sys.stderr):
+        return load_source(text, inputs, arguments)
 
 
 def open_target(
@@ -57,40 +173,68 @@ def open_target(
     arguments: tuple[str, ...],
     debug: bool,
 ) -> Compiled:
-    """Load a saved artifact, or compile a model on the spot."""
+    """Load a saved artifact, or compile a model."""
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.compiled import load
-    from pnn_compile.sources import load_source
 
     if Path(target).is_dir():
         return load(target)
-    with redirect_stdout(sys.stderr):
-        source = load_source(target, inputs, arguments)
+    source = build_source(target, inputs, arguments)
     return compile_model(
         source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
     )
 
 
+def read_plan(path: Path) -> Plan:
+    """Read a file that contains a plan alone.
+
+    Raises:
+        OptionError: The file cannot be read.
+    """
+    from passes.plan.schema import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the plan {path} cannot be read ({error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        OptionError: The file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror}") from error
+
+
 class Progress:
-    """A spinner on stderr, for a terminal only."""
+    """Show progress on stderr, if that is a terminal.
+
+    Args:
+        silent: Whether to show nothing.
+    """
 
     def __init__(self, silent: bool) -> None:
         self._console = Console(stderr=True, quiet=silent or not sys.stderr.isatty())
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[Callable[[str], object]]:
-        """Spin while something is done; what is given says what it is by now."""
-        with self._console.status(f"{what} ...") as status:
-            yield lambda now: status.update(f"{now} ...")
+    def __call__(self, text: str) -> Iterator[Callable[[str], object]]:
+        """Show a spinner beside a text; yield a function that replaces the text."""
+        with self._console.status(f"{text} ...") as status:
+            yield lambda new_text: status.update(f"{new_text} ...")
 
     @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int, float], None]]:
-        """A progress bar of steps with the loss beside it."""
+    def bar(self, text: str) -> Iterator[Callable[[int, int, float], None]]:
+        """Show a progress bar of steps; yield a function of step, number of steps and loss."""
         from rich.progress import Progress, TextColumn
 
         columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4g}"))
         with Progress(*columns, console=self._console) as progress:
-            task = progress.add_task(what, total=None, loss=float("nan"))
+            task = progress.add_task(text, total=None, loss=float("nan"))
 
             def advance(step: int, total: int, loss: float) -> None:
                 progress.update(task, completed=step, total=total, loss=loss)

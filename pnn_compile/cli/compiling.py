@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,9 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from passes.errors import OptionError, VerificationError
-from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, checks, console
-from pnn_compile.cli.exporting import described, export_to
-from pnn_compile.cli.options import ARG, CACHE, DEBUG, JSON, compiler_options, stages_option
+from pnn_compile.cli.common import (
+    ARG,
+    CACHE,
+    CALIBRATION_BATCH,
+    DEBUG,
+    INPUT,
+    JSON,
+    Progress,
+    build_source,
+    checks_data,
+    compiler_options,
+    console,
+    read_plan,
+    stages_option,
+)
+from pnn_compile.cli.exporting import export_to, exported_data
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -24,72 +35,70 @@ if TYPE_CHECKING:
     from pnn_compile.evaluate.verify import VerifyReport
     from pnn_compile.export.onnx import Exported
 
-__all__ = ["EMITTED", "compile_command"]
-
-EMITTED = ("graph", "onnx", "onnx-stages")
-"""What can be written into the directory."""
+FORMATS = ("graph", "onnx", "onnx-stages")
+"""Formats that can be written into the directory."""
 
 
-def _emitted(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    wanted = tuple(part.strip() for part in value.split(",") if part.strip())
-    unknown = [part for part in wanted if part not in EMITTED]
+def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    formats = tuple(part.strip() for part in value.split(",") if part.strip())
+    unknown = [part for part in formats if part not in FORMATS]
     if unknown:
-        raise OptionError(f"--emit knows {', '.join(EMITTED)} (got {', '.join(unknown)})")
-    return wanted
+        raise OptionError(f"--emit takes {', '.join(FORMATS)} (got {', '.join(unknown)})")
+    return formats
 
 
 @click.command(name="compile")
 @click.argument("model")
-@click.option(
-    "-n", "--stages", default="auto", callback=stages_option, help="Number of stages, or auto."
-)
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="SHAPE[:DTYPE]",
-    help="Example input, such as 1x3x224x224 or mask=1x128:bool; repeatable.",
-)
+@stages_option("auto", "Number of stages, or auto: the smallest one that is about the fastest.")
+@INPUT
 @ARG
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to save to.")
 @click.option(
     "--emit",
     default="graph",
-    callback=_emitted,
+    callback=_read_formats,
     metavar="graph,onnx",
-    help="What to write into the directory: graph, onnx (model.onnx), onnx-stages (a model per "
+    help="Formats to write into the directory: graph, onnx (model.onnx), onnx-stages (a model per "
     "stage, and manifest.json).",
 )
 @click.option(
     "--cost",
     default="flops",
-    help="flops; measured or roofline, of a training step; either with -forward, of inference.",
+    help="Unit of costs: flops; measured or roofline, seconds of a training step; "
+    "measured-forward or roofline-forward, of the forward pass.",
 )
 @click.option(
     "--devices",
     metavar="NAME,...",
-    help="Profile of all devices, or of one per stage: built in (h100) or a .toml file.",
+    help="Profile of all devices, or one per stage: built in (h100) or a .toml file.",
 )
 @compiler_options(
     "coarse", "coarse_budget", "units", "rank", "preprocess", "prologue", "correction", "sweep",
     "iterations", "seed",
 )  # fmt: skip
-@click.option("--cut-at", metavar="NAMES", help="Modules that come first in stages 1.., by comma.")
+@click.option(
+    "--cut-at",
+    metavar="NAME,...",
+    help="Modules that start stages 1 to N - 1.",
+    show_default="search",
+)
 @click.option(
     "--plan",
     "plan_file",
     type=click.Path(path_type=Path),
-    help="Replay it; its cuts may be moved.",
+    help="Plan to replay; its cuts may have been moved.",
 )
 @click.option(
     "--calibrate",
     "samples",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Fit guesses and corrections to the weights, on samples (.safetensors or .npz).",
+    help="Samples (.safetensors or .npz) to fit preprocessing operators and coarse propagators on.",
 )
-@click.option("--verify/--no-verify", "check", default=True, help="Run the oracles (default).")
-@click.option("-q", "--quiet", is_flag=True, help="No report.")
+@click.option(
+    "--verify/--no-verify", "check", default=True, help="Check the network against the original."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no report.")
 @CACHE
 @JSON
 @DEBUG
@@ -104,7 +113,7 @@ def compile_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Compile MODEL.
+    """Compile MODEL into a parareal neural network.
 
     \b
     MODEL is one of
@@ -112,7 +121,7 @@ def compile_command(
       timm:NAME, torchvision:NAME    random weights
       hf:NAME                        a model type or class of transformers, small and random,
                                      or a folder with a config.json
-      file.pt2                       written by torch.export.save; nothing in it runs
+      file.pt2                       written by torch.export.save; no code in it is run
     """  # noqa: D301  # click reads the backspace
     if output is None and emit != ("graph",):
         raise OptionError(f"--emit {','.join(emit)} needs a directory to write to: add -o DIR")
@@ -155,12 +164,9 @@ def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
 
 def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
     from pnn_compile.compiled import compile as compile_model
-    from pnn_compile.forecast.device_profiles import load_profile
-    from pnn_compile.sources import load_source
+    from pnn_compile.forecast.forecast import load_profile
 
-    # What the user's own file prints belongs to stderr: stdout is the report's, or the JSON's.
-    with redirect_stdout(sys.stderr):
-        source = load_source(model, options.pop("inputs"), options.pop("arguments"))
+    source = build_source(model, options.pop("inputs"), options.pop("arguments"))
     cuts = options.pop("cut_at")
     devices = options.pop("devices")
     plan_file = options.pop("plan_file")
@@ -169,20 +175,11 @@ def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
         args=source.args,
         kwargs=source.kwargs,
         cuts=[name.strip() for name in cuts.split(",")] if cuts else None,
-        plan=_read_plan(plan_file) if plan_file else None,
+        plan=read_plan(plan_file) if plan_file else None,
         devices=[load_profile(name.strip()) for name in devices.split(",")] if devices else None,
         debug=debug,
         **options,
     )
-
-
-def _read_plan(path: Path) -> Any:
-    from passes.plan.schema import Plan
-
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"the plan {path} cannot be read: {error.strerror}") from error
 
 
 def _show(
@@ -194,34 +191,34 @@ def _show(
     quiet: bool,
     as_json: bool,
 ) -> None:
+    """Show the result as tables or as one JSON document."""
     if as_json:
         document = {
             "plan": json.loads(compiled.plan.to_json()),
             "capture": asdict(compiled.program.capture),
             "passes": [asdict(result) for result in compiled.passes],
-            "verify": checks(checked) if checked else None,
+            "verify": checks_data(checked) if checked else None,
             "calibration": asdict(compiled.calibration) if compiled.calibration else None,
             "verdict": asdict(verdict) if verdict else None,
             "output": str(output) if output else None,
-            "onnx": [described(each) for each in exported],
+            "onnx": [exported_data(export) for export in exported],
         }
         click.echo(json.dumps(document, indent=2))
         return
     if quiet:
         return
-    calibrated = compiled.calibration
     from pnn_compile.report.tables import verdict_table
     from pnn_compile.report.terminal import calibration_table, checks_table, report
 
     screen = console()
     screen.print(report(compiled, screen.width))
-    if calibrated is not None:
-        screen.print(calibration_table(calibrated))
+    if compiled.calibration is not None:
+        screen.print(calibration_table(compiled.calibration))
     if verdict is not None:
         screen.print(verdict_table(verdict))
     if checked is not None:
         screen.print(checks_table(checked))
     if output is not None:
         screen.print(f"saved to {output}", highlight=False)
-    for each in exported:
-        screen.print(str(each), highlight=False)
+    for export in exported:
+        screen.print(str(export), highlight=False)

@@ -1,4 +1,4 @@
-"""`pnn-compile export`: write an artifact or a model as ONNX, and look at what was written."""
+"""`pnn-compile export`: write an artifact or a model as ONNX; and show ONNX files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pnn_compile.cli.common import Progress, console, open_target
-from pnn_compile.cli.options import ARG, DEBUG, JSON, stages_option
+from pnn_compile.cli.common import DEBUG, JSON, Progress, console, open_target, target_options
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
     from pnn_compile.export.onnx import Exported
-
-__all__ = ["described", "export_command", "export_to", "is_onnx", "show_onnx"]
 
 
 @click.command(name="export")
@@ -27,12 +24,15 @@ __all__ = ["described", "export_command", "export_to", "is_onnx", "show_onnx"]
     type=click.Path(path_type=Path),
     help="File to write; with --per-stage, directory of manifest.json and stages/.",
 )
-@click.option("--per-stage", is_flag=True, help="A model per stage, which run side by side.")
-@click.option("-n", "--stages", default="auto", callback=stages_option, help="For a model: stages.")
-@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
-@ARG
 @click.option(
-    "--verify/--no-verify", "check", default=True, help="Hold it against torch (default)."
+    "--per-stage", is_flag=True, help="Write a model per stage, which can run in parallel."
+)
+@target_options("auto")
+@click.option(
+    "--verify/--no-verify",
+    "check",
+    default=True,
+    help="Compare the outputs of ONNX Runtime with those of torch.",
 )
 @JSON
 @DEBUG
@@ -47,23 +47,34 @@ def export_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Write a saved artifact, or a model compiled on the spot, as ONNX."""
+    """Write TARGET as ONNX.
+
+    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
+    """
     compiled = open_target(target, stages, inputs, arguments, debug)
     with Progress(as_json)("exporting to ONNX"):
         exported = compiled.export_onnx(onnx, per_stage=per_stage, verify=check)
     if as_json:
-        click.echo(json.dumps(described(exported), indent=2))
+        click.echo(json.dumps(exported_data(exported), indent=2))
     else:
         console().print(str(exported), highlight=False)
 
 
 def export_to(
-    compiled: Compiled, folder: Path, emit: tuple[str, ...], check: bool, progress: Progress
+    compiled: Compiled, folder: Path, formats: tuple[str, ...], check: bool, progress: Progress
 ) -> list[Exported]:
-    """Write what --emit names in ONNX into a saved artifact."""
-    wanted = {"onnx": folder / "model.onnx", "onnx-stages": folder}
-    wanted = {name: path for name, path in wanted.items() if name in emit}
-    if not wanted:
+    """Write ONNX models into the directory of an artifact.
+
+    Args:
+        compiled: The network.
+        folder: The directory.
+        formats: Of `--emit`; all but "onnx" and "onnx-stages" are ignored.
+        check: Whether to compare ONNX Runtime with torch.
+        progress: Shows the progress.
+    """
+    paths = {"onnx": folder / "model.onnx", "onnx-stages": folder}
+    paths = {name: path for name, path in paths.items() if name in formats}
+    if not paths:
         return []
     from pnn_compile.export.onnx import export_onnx, lower_network
 
@@ -73,18 +84,18 @@ def export_to(
             export_onnx(
                 compiled, path, per_stage=name == "onnx-stages", verify=check, lowered=lowered
             )
-            for name, path in wanted.items()
+            for name, path in paths.items()
         ]
 
 
-def described(exported: Exported) -> dict[str, Any]:
-    """What was exported, as plain data."""
+def exported_data(exported: Exported) -> dict[str, Any]:
+    """Return the description of an export as plain data."""
     data = asdict(exported)
     return data | {"path": str(exported.path), "files": [str(file) for file in exported.files]}
 
 
 def is_onnx(target: str) -> bool:
-    """Whether a word of the command line names an ONNX file or a manifest of stage models."""
+    """Whether a word of the command line is an ONNX file or a manifest of stage models."""
     return target.endswith(".onnx") or Path(target).name == "manifest.json"
 
 

@@ -1,55 +1,83 @@
-"""`pnn-compile forecast` and `profile`: what devices would give, and what the one at hand is."""
+"""`pnn-compile forecast` and `profile`: predict steps on many devices, and measure this device."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
 from passes.errors import OptionError
-from pnn_compile.cli.common import Progress, console, numbers
-from pnn_compile.cli.options import ARG, CACHE, DEBUG, JSON, compiler_options
+from pnn_compile.cli.common import (
+    ARG,
+    CACHE,
+    DEBUG,
+    INPUT,
+    JSON,
+    THREADS,
+    Progress,
+    build_source,
+    compiler_options,
+    console,
+    read_numbers,
+    write_text,
+)
 
-__all__ = ["counts", "forecast_command", "profile_command"]
 
+def device_counts(text: str) -> list[int]:
+    """Read numbers of devices.
 
-def counts(text: str) -> list[int]:
-    """Read numbers of devices: 2..64, 2,4,8, or both mixed."""
-    found: list[int] = []
+    >>> device_counts("2..4,8")
+    [2, 3, 4, 8]
+
+    Raises:
+        OptionError: The text cannot be read, or a range is empty.
+    """
+    numbers: list[int] = []
     for word in text.split(","):
         first, dots, last = word.partition("..")
         if not dots:
-            found += numbers(word, "-n")
+            numbers += read_numbers(word, "-n")
             continue
-        low, high = numbers(first, "-n")[0], numbers(last, "-n")[0]
+        low, high = read_numbers(first, "-n")[0], read_numbers(last, "-n")[0]
         if high < low:
             raise OptionError(f"-n {word} is empty: name the smaller number first")
-        found += range(low, high + 1)
-    return found
+        numbers += range(low, high + 1)
+    return numbers
 
 
 @click.command(name="forecast")
 @click.argument("target")
-@click.option("-n", "--stages", default="2..64", metavar="N..N", help="Numbers of devices.")
-@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
+@click.option(
+    "-n",
+    "--stages",
+    default="2..64",
+    metavar="N..N",
+    help="Numbers of devices, such as 2..8 or 2,4,8.",
+)
+@INPUT
 @ARG
 @click.option(
     "--devices",
     metavar="NAME,...",
-    help="Profile of every device, or of each of several: built in (h100) or a .toml file.",
+    help="Profile of all devices, or one per device: built in (h100) or a .toml file.",
 )
 @click.option(
     "--cost",
     type=click.Choice(["flops", "roofline", "measured"]),
-    help="How nodes are weighed: roofline where --devices are given, else measured here.",
+    help="Unit of costs.",
+    show_default="roofline with --devices, else measured on this machine",
 )
-@click.option("--inference", is_flag=True, help="Forward alone, instead of training steps.")
+@click.option("--inference", is_flag=True, help="Predict the forward pass, not training steps.")
 @compiler_options("coarse", "coarse_budget")
-@click.option("--micro-batches", default="4", metavar="M,...", help="Of pipelines set beside.")
+@click.option(
+    "--micro-batches",
+    default="4",
+    metavar="M,...",
+    help='Micro-batches of the pipelines to compare with; "" for no pipelines.',
+)
 @CACHE
 @JSON
 @DEBUG
@@ -68,55 +96,61 @@ def forecast_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Forecast a step of TARGET, a model or an artifact, on numbers of devices."""
-    from pnn_compile.forecast.device_profiles import load_profile
-    from pnn_compile.forecast.forecast import forecast
+    """Predict a step of TARGET on N devices, beside other methods.
 
-    wanted = counts(stages)
+    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
+    """
+    from pnn_compile.forecast.forecast import forecast, load_profile
+
+    counts = device_counts(stages)
     profiles = [load_profile(name.strip()) for name in devices.split(",")] if devices else []
-    model, given = _target(target, inputs, arguments)
+    model, examples = _open_model(target, inputs, arguments)
     progress = Progress(as_json)
-    with progress("forecasting") as say:
-        found = forecast(
+    with progress("forecasting") as show:
+        table = forecast(
             model,
-            stages=wanted,
+            stages=counts,
             devices=profiles[0] if len(profiles) == 1 else profiles,
             cost=cost,
             training=not inference,
-            micro_batches=numbers(micro_batches, "--micro-batches") if micro_batches else [],
+            micro_batches=read_numbers(micro_batches, "--micro-batches") if micro_batches else [],
             coarse=coarse,
             coarse_budget=coarse_budget,
             cache=cache,
-            progress=say,
-            **given,
+            progress=show,
+            **examples,
         )
     if as_json:
-        click.echo(json.dumps(found.as_data(), indent=2))
+        click.echo(json.dumps(table.as_data(), indent=2))
         return
     from pnn_compile.report.tables import forecast_tables
 
-    console().print(forecast_tables(found))
+    console().print(forecast_tables(table))
 
 
-def _target(
+def _open_model(
     target: str, inputs: tuple[str, ...], arguments: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any]]:
-    """What to forecast, and the example inputs of a model."""
+    """Load an artifact, or build a model; return it, and the example inputs of a model."""
     from pnn_compile.compiled import load
-    from pnn_compile.sources import load_source
 
     if Path(target).is_dir() and (Path(target) / "plan.json").is_file():
         return load(target), {}
-    with redirect_stdout(sys.stderr):
-        source = load_source(target, inputs, arguments)
+    source = build_source(target, inputs, arguments)
     return source.model, {"args": source.args, "kwargs": source.kwargs}
 
 
 @click.command(name="profile")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write (.toml).")
-@click.option("--device", "kind", type=click.Choice(["cpu", "cuda"]), help="Default: what is here.")
-@click.option("--threads", default=1, type=click.IntRange(min=1), help="Threads of a process.")
-@click.option("--name", help="What to call the device.")
+@click.option(
+    "--device",
+    "kind",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device to measure.",
+    show_default="cuda if there is one",
+)
+@THREADS
+@click.option("--name", help="Name of the profile.", show_default="that of the device")
 @JSON
 @DEBUG
 def profile_command(
@@ -127,24 +161,19 @@ def profile_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Measure the device at hand, and the link between two local processes.
+    """Measure this device, and the link between two local processes.
 
-    Without -o the profile goes to stdout. `pnn-compile forecast MODEL --devices FILE` uses it.
+    Without -o the profile goes to stdout. Use it by `pnn-compile forecast MODEL --devices FILE`.
     """
-    import dataclasses
-
     from passes.cost.device_profile import write_profile
     from pnn_compile.bench.measure_device import measure_device
 
-    with Progress(as_json)("measuring") as say:
-        found = measure_device(kind, threads=threads, name=name, progress=say)
-    text = write_profile(found)
+    with Progress(as_json)("measuring") as show:
+        profile = measure_device(kind, threads=threads, name=name, progress=show)
+    text = write_profile(profile)
     if output is not None:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OptionError(f"{output} cannot be written: {error.strerror}") from error
+        write_text(output, text)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        click.echo(json.dumps(dataclasses.asdict(profile), indent=2))
     else:
         click.echo(text if output is None else f"{text}\nwritten to {output}")

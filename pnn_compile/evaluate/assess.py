@@ -15,9 +15,9 @@ from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from pnn_compile.compiled import Compiled, gather
 from pnn_compile.evaluate.iterate import dial
+from pnn_compile.fit.calibrate import choose
 from pnn_compile.fit.early_exit import EarlyExit, fit_early_exit
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
-from pnn_compile.fit.select import choose
 from pnn_compile.inputs import CalibrationBatches, batch_size
 
 _KEPT = 0.99

@@ -27,9 +27,14 @@ from torch.utils import _pytree as pytree
 from passes.errors import OptionError
 from passes.transform.executor import Executor
 from pnn_compile.fit.calibrate import calibrate_candidates
-from pnn_compile.fit.checkpoint import FitState, checkpoint_file
 from pnn_compile.fit.distill import Distiller, InterfaceLoss, train_mode
-from pnn_compile.fit.optimizer import MakeOptimizer, OptimizerStep, warm_cosine
+from pnn_compile.fit.optimizer import (
+    FitState,
+    MakeOptimizer,
+    OptimizerStep,
+    checkpoint_file,
+    warm_cosine,
+)
 from pnn_compile.fit.regression_sweep import CurrentOperators
 from pnn_compile.inputs import batch_size, device_of, named_batch
 

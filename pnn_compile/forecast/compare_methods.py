@@ -13,25 +13,129 @@ Two stages and two micro-batches (0, 1) of a pipeline, forward and backward:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
+from torch import fx
+
+from passes.analysis.analysis import Analysis
+from passes.cost.device_profile import DeviceProfile
+from passes.cost.memory import Memory
 from passes.errors import OptionError, PartitionError
+from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
 from passes.plan.build import make_plan
 from passes.plan.estimate import find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
-from passes.schedule.simulate import Times, simulate
-from pnn_compile.forecast.step_costs import StepCosts, critical_parts, free_links, link_bytes
+from passes.schedule.simulate import Timeline, Times, simulate
 from pnn_compile.forecast.table import ForecastRow
 
 _PARAREAL_ONLY = (Kind.GUESS, Kind.GUESS_BACKWARD, Kind.CORRECT, Kind.COARSE_BACKWARD)
 """Instructions that the original network does not have."""
 
+_PART = {
+    Kind.FINE: "fine",
+    Kind.FINE_BACKWARD: "fine",
+    Kind.GUESS: "preprocessing",
+    Kind.GUESS_BACKWARD: "preprocessing",
+    Kind.CORRECT: "coarse",
+    Kind.COARSE_BACKWARD: "coarse",
+    Kind.HEAD: "head",
+    Kind.HEAD_BACKWARD: "head",
+}
+"""Part of a step that an instruction belongs to; "link" for all others."""
 
-def parareal_row(costs: StepCosts, sweep: str, stages: int) -> ForecastRow:
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """Times, memory and links of a step of the original on every device.
+
+    Attributes:
+        analysis: Costs and legal cuts of the model.
+        options: Options of the parareal networks; stages and sweep are set row by row.
+        training: Whether a step trains.
+        batch: Samples of a step.
+        profiles: One device for all, or one per stage; none for free links and unlimited memory.
+    """
+
+    analysis: Analysis
+    options: Options
+    training: bool
+    batch: int
+    profiles: tuple[DeviceProfile, ...]
+
+    @property
+    def linked(self) -> bool:
+        """Whether links take time: only where the unit of times is seconds."""
+        return bool(self.profiles) and self.analysis.unit == "seconds"
+
+    @property
+    def latency(self) -> float:
+        """Latency of the slowest link, in seconds."""
+        return max(p.link_latency for p in self.profiles) if self.linked else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of the slowest link."""
+        return min(p.link_bandwidth for p in self.profiles) if self.linked else math.inf
+
+    def device(self, rank: int) -> DeviceProfile | None:
+        """Return the device of a rank."""
+        if not self.profiles:
+            return None
+        return self.profiles[rank] if len(self.profiles) > 1 else self.profiles[0]
+
+    def forward(self, node: fx.Node, rank: int = 0) -> float:
+        """Return the time of a node, forward."""
+        cost = self.analysis.on(self.device(rank))[node]
+        return float(cost.flops) if self.analysis.unit == "FLOPs" else cost.forward
+
+    def backward(self, node: fx.Node, rank: int = 0) -> float:
+        """Return the time of a node, backward; 0 in inference."""
+        cost = self.analysis.on(self.device(rank))[node]
+        if not self.training:
+            return 0.0
+        return float(cost.backward_flops) if self.analysis.unit == "FLOPs" else cost.backward
+
+    def total(self, node: fx.Node, rank: int = 0) -> float:
+        """Return the time of a node in a step, forward and backward."""
+        return self.forward(node, rank) + self.backward(node, rank)
+
+    def original(self, rank: int) -> float:
+        """Return the time of the original on the device of a rank."""
+        return sum(self.total(node, rank) for node in self.analysis.frontiers.order)
+
+    @cached_property
+    def sequential(self) -> float:
+        """Time of the original on one device, the fastest one for it."""
+        return min(self.original(rank) for rank in range(max(1, len(self.profiles))))
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Memory of consecutive nodes."""
+        return Memory(self.analysis.program, self.analysis.costs, training=self.training)
+
+    def check_memory(self, memory: Sequence[float]) -> None:
+        """Check the bytes of every rank against the memory of its device.
+
+        Raises:
+            PartitionError: A device has less memory.
+        """
+        for rank, size in enumerate(memory):
+            device = self.device(rank)
+            if device is not None and size > device.memory:
+                raise PartitionError(
+                    f"device {rank} ({device.name}) needs {size:.3g} bytes and has "
+                    f"{device.memory:.3g}"
+                )
+
+
+def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
     """Plan a parareal network of that many stages, and simulate a step.
 
     Raises:
@@ -44,9 +148,9 @@ def parareal_row(costs: StepCosts, sweep: str, stages: int) -> ForecastRow:
     lists = schedule(range(stages), Sweep.of(plan), backward=costs.training)
     timeline = simulate(lists, times)
     sequential = costs.sequential
-    parts = critical_parts(timeline)
+    parts = _critical_parts(timeline)
     speedup = sequential / timeline.time if timeline.time else 1.0
-    fine_alone = simulate(lists, free_links(times, *_PARAREAL_ONLY)).time
+    fine_alone = simulate(lists, _free_links(times, *_PARAREAL_ONLY)).time
     return ForecastRow(
         stages=stages,
         method=plan.sweep,
@@ -55,13 +159,13 @@ def parareal_row(costs: StepCosts, sweep: str, stages: int) -> ForecastRow:
         bound=sequential / fine_alone if fine_alone else 1.0,
         efficiency=speedup / stages,
         memory=_plan_memory(costs, plan),
-        link_bytes=link_bytes(lists, times),
+        link_bytes=_link_bytes(lists, times),
         parts=parts,
         limit=_plan_limit(costs, plan, parts),
     )
 
 
-def _plan_memory(costs: StepCosts, plan: Plan) -> tuple[float, ...]:
+def _plan_memory(costs: DeviceCosts, plan: Plan) -> tuple[float, ...]:
     """Return the bytes of every device; the last one also holds the head."""
     order = costs.analysis.frontiers.order
     index = {node.name: position for position, node in enumerate(order)}
@@ -74,7 +178,7 @@ def _plan_memory(costs: StepCosts, plan: Plan) -> tuple[float, ...]:
     return tuple(memory)
 
 
-def _plan_limit(costs: StepCosts, plan: Plan, parts: Mapping[str, float]) -> str:
+def _plan_limit(costs: DeviceCosts, plan: Plan, parts: Mapping[str, float]) -> str:
     limit = find_bottleneck(parts, costs.sequential, len(plan.stages))
     if limit != "fine":
         return limit
@@ -148,7 +252,7 @@ def gpipe_lists(
     return tuple(lists)
 
 
-def pipeline_row(costs: StepCosts, batches: int, stages: int) -> ForecastRow:
+def pipeline_row(costs: DeviceCosts, batches: int, stages: int) -> ForecastRow:
     """Forecast a pipeline of the original over the cuts that balance it.
 
     Raises:
@@ -180,7 +284,7 @@ def pipeline_row(costs: StepCosts, batches: int, stages: int) -> ForecastRow:
     lists = gpipe_lists(stages, batches, backward=costs.training)
     timeline = simulate(lists, times)
     time, sequential = timeline.time, costs.sequential
-    parts = critical_parts(timeline)
+    parts = _critical_parts(timeline)
     slowest = max(
         batches * (compute[Kind.FINE, r] + compute[Kind.FINE_BACKWARD, r]) for r in range(stages)
     )
@@ -191,16 +295,16 @@ def pipeline_row(costs: StepCosts, batches: int, stages: int) -> ForecastRow:
         method=f"gpipe:{batches}",
         time=time,
         speedup=sequential / time,
-        bound=sequential / simulate(lists, free_links(times)).time,
+        bound=sequential / simulate(lists, _free_links(times)).time,
         efficiency=sequential / time / stages,
         memory=tuple(memory),
-        link_bytes=link_bytes(lists, times),
+        link_bytes=_link_bytes(lists, times),
         parts=parts,
         limit=_limit(parts, sequential, stages),
     )
 
 
-def data_parallel_row(costs: StepCosts, stages: int) -> ForecastRow:
+def data_parallel_row(costs: DeviceCosts, stages: int) -> ForecastRow:
     """Forecast the original on equal shares of the batch; a ring reduces the gradients.
 
     Raises:
@@ -244,3 +348,24 @@ def data_parallel_row(costs: StepCosts, stages: int) -> ForecastRow:
 def _limit(parts: dict[str, float], sequential: float, count: int) -> str:
     limit = find_bottleneck(parts, sequential, count)
     return "imbalance" if limit == "fine" else limit
+
+
+def _free_links(times: Times, *kinds: Kind) -> Times:
+    """Return the same times with free links, and without the work of some kinds."""
+    return Times({key: value for key, value in times.compute.items() if key[0] not in kinds})
+
+
+def _link_bytes(lists: Sequence[Sequence[Instruction]], times: Times) -> float:
+    """Sum the bytes that cross links in one step."""
+    instructions = (instruction for by_rank in lists for instruction in by_rank)
+    return sum(times.bytes.get((one.kind, one.stage), 0.0) for one in instructions)
+
+
+def _critical_parts(timeline: Timeline) -> dict[str, float]:
+    """Split the time of a step by kind of work along its critical path."""
+    parts = dict.fromkeys(("fine", "preprocessing", "coarse", "head", "link"), 0.0)
+    before = 0.0
+    for _, span in timeline.critical_path:
+        parts[_PART.get(span.instruction.kind, "link")] += span.end - before
+        before = span.end
+    return parts

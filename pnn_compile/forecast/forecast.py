@@ -1,9 +1,13 @@
-"""Forecast the time of a step on N devices before any network is built or device bought."""
+"""Forecast the time of a step on N devices before any network is built or device bought.
+
+Devices are profiles: built-in ones from `devices/`, or files of users.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +15,24 @@ from torch import nn
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
-from passes.cost.device_profile import DeviceProfile
+from passes.cost.device_profile import DeviceProfile, read_profile
 from passes.cost.node_facts import observe
 from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.options import Options
 from pnn_compile.compiled import Compiled
-from pnn_compile.forecast.compare_methods import data_parallel_row, parareal_row, pipeline_row
-from pnn_compile.forecast.step_costs import StepCosts
+from pnn_compile.forecast.compare_methods import (
+    DeviceCosts,
+    data_parallel_row,
+    parareal_row,
+    pipeline_row,
+)
 from pnn_compile.forecast.table import PARAREAL, ForecastRow, ForecastTable
 from pnn_compile.forecast.timing_cache import TimingCache
 from pnn_compile.inputs import batch_size, example
 
 _COSTS = ("flops", "roofline", "measured")
+_SUFFIX = ".toml"
+_FOLDER = files(__package__) / "devices"
 
 
 def forecast(
@@ -82,7 +92,7 @@ def forecast(
         model, example_inputs, args, kwargs, cost, training, profiles, progress, timings, options
     )
     batch = batch_size(analysis.program.args)
-    costs = StepCosts(analysis, network_options, training, batch, profiles)
+    costs = DeviceCosts(analysis, network_options, training, batch, profiles)
     rows, problems = _rows(costs, counts, sweeps, micro_batches, progress)
     if not rows:
         raise OptionError("nothing can be forecast: " + "; ".join(problems))
@@ -165,7 +175,7 @@ def _analysis(
 
 
 def _rows(
-    costs: StepCosts,
+    costs: DeviceCosts,
     counts: Sequence[int],
     sweeps: Sequence[str],
     micro_batches: Sequence[int],
@@ -195,7 +205,7 @@ def _rows(
     return rows, problems
 
 
-def _notes(costs: StepCosts, timings: TimingCache) -> tuple[str, ...]:
+def _notes(costs: DeviceCosts, timings: TimingCache) -> tuple[str, ...]:
     notes = []
     if timings.path is not None:
         notes.append(f"timings are cached in {timings.path}; delete it to measure them again")
@@ -204,3 +214,36 @@ def _notes(costs: StepCosts, timings: TimingCache) -> tuple[str, ...]:
     if costs.batch == 1:
         notes.append("a batch of one sample has no shares for pipelines and data parallelism")
     return tuple(notes)
+
+
+def built_in_profiles() -> tuple[str, ...]:
+    """Return the names of the built-in profiles; their files name the sources of all figures."""
+    names = (entry.name for entry in _FOLDER.iterdir())
+    return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
+
+
+def load_profile(source: str | Path) -> DeviceProfile:
+    """Read a device profile.
+
+    Args:
+        source: The name of a built-in profile ("h100"), or the path of a TOML file.
+
+    Raises:
+        OptionError: There is no such profile, or it is incomplete.
+    """
+    name = str(source)
+    if name.lower() in built_in_profiles():
+        text = _FOLDER.joinpath(f"{name.lower()}{_SUFFIX}").read_text(encoding="utf-8")
+        return read_profile(text, f"the built-in profile {name!r}")
+    path = Path(source)
+    if path.suffix != _SUFFIX and not path.is_file():
+        raise OptionError(
+            f"no built-in device profile is called {name!r}: take one of "
+            f"{', '.join(built_in_profiles())}, or a file ending in {_SUFFIX} that `pnn-compile "
+            "profile -o FILE` writes"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the device profile {name!r} ({error})") from error
+    return read_profile(text, f"the device profile {name!r}")

@@ -58,12 +58,10 @@ class TimingCache:
     Attributes:
         folder: Folder of the files; None to measure every time and write nothing.
         path: File of the last measurement; None if it was not written.
-        found: Whether that file existed before.
     """
 
     folder: Path | None = dataclasses.field(default_factory=default_folder)
     path: Path | None = None
-    found: bool = False
 
     @classmethod
     def of(cls, cache: bool | str | Path) -> TimingCache:
@@ -76,7 +74,7 @@ class TimingCache:
         self, program: Program, segments: Sequence[Sequence[fx.Node]], *, backward: bool = False
     ) -> list[Seconds]:
         """Return the seconds of every segment; see `passes.cost.measured.measure_seconds`."""
-        self.path, self.found = None, False
+        self.path = None
         if self.folder is None:
             return measure_seconds(program, segments, backward=backward)
         conditions = _conditions(program, segments, backward)
@@ -84,7 +82,7 @@ class TimingCache:
         path = self.folder / f"{digest[:32]}.json"
         cached = _read(path, conditions, len(segments))
         if cached is not None:
-            self.path, self.found = path, True
+            self.path = path
             return cached
         measured = measure_seconds(program, segments, backward=backward)
         if _write(path, conditions, measured):

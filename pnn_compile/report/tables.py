@@ -212,7 +212,7 @@ def _milliseconds(seconds: float) -> str:
 
 def _bounds(bench: Bench, batch: int) -> str:
     """Compare the measured speed-up with what its parts allow; "" where it was not measured."""
-    from pnn_compile.bench.result import DIRECT  # here: most tables need no torch.distributed
+    from pnn_compile.bench.measurements import DIRECT  # here: most tables need no torch.distributed
 
     bound = bench.bound(batch)
     timing = next((t for t in bench.timings if (t.contender, t.batch) == ("parareal", batch)), None)

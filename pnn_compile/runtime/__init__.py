@@ -1,8 +1,8 @@
-"""Runs a parareal network on several ranks at once, forward and backward, or on one GPU's streams.
+"""Run a parareal network on several ranks, forward and backward, or on the streams of one GPU.
 
-In: a compiled network or an artifact. Out: a `RankModule` a rank, whose `train_step` runs the
-instruction lists of `passes.schedule`. Start at `distribute.py`; `engine.py` shows one step, and
-`transport.py` is all that the engine needs to know of other ranks.
+In: a compiled network or an artifact. Out: a `RankModule` per rank, whose `train_step` runs the
+instruction lists of `passes.schedule`. Read `distribute.py` first; `engine.py` shows one step, and
+`transport.py` is the engine's only connection to other ranks.
 """
 
 from passes.schedule.instruction import Instruction, Kind
@@ -11,8 +11,7 @@ from passes.schedule.simulate import Timeline, Times, simulate
 from passes.schedule.trace import chrome_trace
 from passes.schedule.verify import check
 from pnn_compile.runtime.checkpoint import Checkpoints
-from pnn_compile.runtime.cuda_graphs import CapturedForward, CapturedStep
-from pnn_compile.runtime.cuda_streams import StreamNetwork
+from pnn_compile.runtime.cuda import CapturedForward, CapturedStep, StreamNetwork
 from pnn_compile.runtime.distribute import distribute, place
 from pnn_compile.runtime.rank_module import RankModule
 

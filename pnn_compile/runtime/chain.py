@@ -1,8 +1,8 @@
-"""Handlers of the chain sweep: what the engine does with fine stages and corrections, K times.
+"""Handle the instructions of a chain sweep: fine stages and corrections, K times.
 
 In iteration k a stage j reads the state after stage j - 1 of the iteration before, x_j (the guess
 where k = 0), and is corrected to U_j = y_j + F_j(U_{j-1} - x_j). Stage k is exact: it has no
-correction, and its state is what it computed and what crosses it untouched.
+correction, and its state is its output and the values that cross it unchanged.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _correct(engine: Engine, it: Instruction) -> None:
 
 
 def _correction(engine: Engine, it: Instruction, true: State) -> State:
-    """Compute F_j(U_{j-1} - x_j) as a graph of its own."""
+    """Compute F_j(U_{j-1} - x_j) in a separate autograd graph."""
     executor, consumes = engine.executor, engine.plan.stages[it.stage].consumes
     guess = as_leaves(_entering(engine, it))
     residual = as_leaves({name: true[name] - guess[name].detach() for name in consumes})
@@ -70,7 +70,7 @@ def _correction(engine: Engine, it: Instruction, true: State) -> State:
 
 
 _TAG = "guess of "
-"""Tells a leaf for the guess from the leaf for its residual, of the same name."""
+"""Prefix of the leaf for a guess, whose residual has a leaf of the same name."""
 
 
 def _send(engine: Engine, it: Instruction) -> None:
@@ -85,7 +85,7 @@ def _receive_adjoint(engine: Engine, it: Instruction) -> None:
 
 
 def _coarse_backward(engine: Engine, it: Instruction) -> None:
-    """Carry the adjoint through the coarse network to the state after the stage before."""
+    """Propagate the adjoint through the coarse network to the state after the stage before."""
     moved = engine.coarse[it.key].backward(engine.adjoints[it.key])
     consumes = engine.plan.stages[it.stage].consumes
     residual = {name: moved[name] for name in consumes if name in moved}
@@ -98,7 +98,7 @@ def _send_adjoint(engine: Engine, it: Instruction) -> None:
 
 
 def _fine_backward(engine: Engine, it: Instruction) -> None:
-    """Run the fine stage backward; add the adjoint of what it read to where that came from."""
+    """Run the fine stage backward; add the adjoint of its input to that of the input's source."""
     stage, batch, k = it.key
     total = engine.fine.pop(it.key).backward(engine.adjoints[it.key])
     if stage > k:
@@ -117,7 +117,7 @@ def _fine_backward(engine: Engine, it: Instruction) -> None:
 
 
 def _untouched(engine: Engine, it: Instruction) -> State:
-    """Return the adjoint of what crosses a stage without being computed there."""
+    """Return the adjoint of the values that cross a stage unchanged."""
     produces = engine.plan.stages[it.stage].produces
     return {n: a for n, a in engine.adjoints[it.key].items() if n not in produces}
 
@@ -132,4 +132,4 @@ HANDLERS: dict[Kind, Callable[[Engine, Instruction], None]] = {
     Kind.SEND_ADJOINT: _send_adjoint,
     Kind.FINE_BACKWARD: _fine_backward,
 }
-"""What runs each kind of instruction of a chain."""
+"""Handlers of a chain by kind of instruction."""

@@ -1,14 +1,14 @@
-"""Checkpoints: saves a distributed run, and resumes it from where it stopped.
+"""Save a distributed run to checkpoints, and resume it.
 
 A checkpoint is a directory of torch.distributed.checkpoint: every rank writes its own tensors. Its
 keys do not depend on the placement of the stages, so another number of ranks can read it: tensors
-of fine stages and the head go by the keys of the original model under `model.`, those of guesses
-and corrections by piece and stage under `operators.`, and the state of the optimizer by the key of
-its parameter.
+of fine stages and the head have the keys of the original model under `model.`, those of operators
+names of piece and stage under `operators.`, and the state of the optimizer the keys of its
+parameters.
 
-torch's own `set_optimizer_state_dict` would do the last of these, but takes an optimizer step at
-rate zero to make room for the state, which runs the hooks of the step, and goes by names that
-depend on the placement where weights are tied.
+`set_optimizer_state_dict` of torch would load the last of these, but takes an optimizer step at
+rate zero to allocate the state, which runs the hooks of the step, and uses names that depend on the
+placement where weights are tied.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ class Stateful(Protocol):
         """Return the state, as plain data."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Go on from a state."""
+        """Load a state."""
 
 
 class Checkpoints:
-    """Save and resume a run, one directory `step-N` a checkpoint; all ranks call this alike.
+    """Save and resume a run, one directory `step-N` per checkpoint; all ranks must call this.
 
-    A checkpoint is complete or absent: it is written beside its place and then renamed, and older
-    ones go only after that. It holds the network, the optimizer, the number of steps and the seed,
-    so that the run goes on bit by bit as if it had not stopped, given the same batches. It may be
-    resumed on another number of ranks. Reading unpickles, as torch.distributed.checkpoint does:
-    read your own files only.
+    A checkpoint is complete or absent: it is written under another name and then renamed, and older
+    ones are deleted only after that. It contains the network, the optimizer, the number of steps
+    and the seed, so that with the same batches the run continues bit by bit as if it had not
+    stopped. It may be resumed on another number of ranks. Reading unpickles, as in
+    torch.distributed.checkpoint: read your own files only.
 
     Args:
-        folder: Where they are, on a file system that all ranks share; made if need be.
+        folder: Directory of all checkpoints, on a file system that all ranks share.
         module: This rank's part of the network.
-        optimizer: Of this rank's parameters.
-        parts: Whatever else has a state, the same on all ranks, by name.
-        keep: How many checkpoints stay.
+        optimizer: Optimizer of this rank's parameters.
+        parts: Other objects with a state, the same on all ranks, by name.
+        keep: Number of checkpoints to keep.
 
     Raises:
         RuntimeFault: `keep` is below one.
@@ -88,14 +88,14 @@ class Checkpoints:
         self._leads = dist.get_rank(self._group) == 0
 
     def save(self) -> Path:
-        """Write a checkpoint of the step that was taken last.
+        """Write a checkpoint of the last step.
 
         Returns:
             Its directory.
 
         Raises:
             RuntimeFault: There is one of a later step, or it could not be written; older ones are
-                as they were.
+                unchanged.
         """
         steps = self._module.steps
         target = self._folder / f"step-{steps:08d}"
@@ -111,7 +111,7 @@ class Checkpoints:
             ) from error
         if newest is not None and newest > steps:
             raise RuntimeFault(
-                f"{self._folder} holds a checkpoint of step {newest}, and this run has taken "
+                f"{self._folder} has a checkpoint of step {newest}, and this run has taken "
                 f"{steps}: resume() from it, or choose another folder"
             )
         return target
@@ -120,7 +120,7 @@ class Checkpoints:
         """Load the newest checkpoint.
 
         Returns:
-            The number of steps that were taken; 0 if there is no checkpoint.
+            The number of steps so far; 0 if there is no checkpoint.
 
         Raises:
             RuntimeFault: It does not fit this network or optimizer, or is damaged.
@@ -169,11 +169,11 @@ class Checkpoints:
         run = _read(target, {"run": None}, self._group)["run"]
         if run["plan"] != module.plan_digest:
             raise RuntimeFault(
-                "the checkpoint is of another plan: compile with the options that it was made "
-                "with, or load its weights alone, by their original names"
+                "the checkpoint belongs to another plan: compile with the options of that "
+                "plan, or load its weights alone, by their original names"
             )
         module.steps, module.seed = run["steps"], run["seed"]
-        named: dict[str, Any] = dict(_tensors(module))  # they are read in place
+        named: dict[str, Any] = dict(_tensors(module))  # read in place
         named |= {f"parts.{name}": None for name in self._parts}
         values = _read(target, named, self._group, self._optimizer)
         self._optimizer.load({key: values[key] for key in values.keys() - named.keys()})
@@ -184,13 +184,13 @@ class Checkpoints:
         """Return the step of the newest checkpoint, on all ranks; None if there is none."""
         newest: list[int | None] = [None]
         if self._leads:
-            self._put_back()
+            self._restore_replaced()
             newest = [*self._steps()[-1:]] or [None]
         dist.broadcast_object_list(newest, dist.get_global_rank(self._group, 0), self._group)
         return newest[0]
 
-    def _put_back(self) -> None:
-        """Undo a replacement that was cut off between its two renames."""
+    def _restore_replaced(self) -> None:
+        """Undo a replacement that was interrupted between its two renames."""
         for aside in self._folder.glob(".step-*.old"):
             target = aside.with_name(aside.name[1:].removesuffix(".old"))
             if not target.exists():
@@ -221,7 +221,7 @@ def _key_of(name: str) -> str:
 def _parameter_keys(module: RankModule) -> dict[nn.Parameter, str]:
     """Return the key of every parameter of a rank.
 
-    One with several keys (a tied weight) goes by the first of the whole network, on all ranks.
+    One with several keys (a tied weight) has the first key in the whole network, on all ranks.
     """
     first: dict[nn.Parameter, str] = {}
     keys: dict[str, str] = {}
@@ -233,7 +233,7 @@ def _parameter_keys(module: RankModule) -> dict[nn.Parameter, str]:
 
 def _tensors(module: RankModule) -> dict[str, torch.Tensor]:
     """Return parameters and buffers of a rank by key; they share its memory."""
-    # Weights of the model that no stage reads stay with the first rank.
+    # Weights of the model that no stage reads belong to the first rank.
     unused = {} if module.rank else module.whole.program.unused
     return {
         **{_MODEL + name: tensor for name, tensor in unused.items()},
@@ -268,11 +268,11 @@ class _OptimizerState:
     def __init__(self, optimizer: Optimizer, keys: Mapping[nn.Parameter, str]) -> None:
         self._optimizer = optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        strange = [p for p in parameters if p not in keys]
-        if strange:
+        foreign = [p for p in parameters if p not in keys]
+        if foreign:
             raise RuntimeFault(
-                f"the optimizer has {len(strange)} parameters that are not of this rank, the "
-                f"first of shape {list(strange[0].shape)}: make it of module.parameters()"
+                f"the optimizer has {len(foreign)} parameters that are not of this rank, the "
+                f"first of shape {list(foreign[0].shape)}: create it from module.parameters()"
             )
         self._keys = keys
         self._parameters = {key: parameter for parameter, key in keys.items()}
@@ -301,7 +301,7 @@ class _OptimizerState:
         return [key for key in stored if belongs(key)]
 
     def empty(self, key: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Make a tensor to read a state into, sharded as its parameter where it has its shape."""
+        """Create a tensor to read a state into, sharded as its parameter if it has its shape."""
         parameter = self._parameters[_split(key)[0]]
         if parameter.shape == size:
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
@@ -340,15 +340,15 @@ def _common_options(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any
     missing = [key for key in keys if _OPTIONS + key not in values]
     if missing:
         raise RuntimeFault(
-            f"the checkpoint knows no optimizer of {missing[0]} ({len(missing)} such): give the "
-            "optimizer the parameters that it had"
+            f"the checkpoint has no optimizer state of {missing[0]} ({len(missing)} such): create "
+            "the optimizer with the same parameters"
         )
     options = [values[_OPTIONS + key] for key in keys]
     for key, other in zip(keys, options, strict=True):
         if other != options[0]:
             raise RuntimeFault(
                 f"{keys[0]} and {key} are in one group of the optimizer, and had different "
-                "options in the checkpoint: make the groups as they were"
+                "options in the checkpoint: create the same groups"
             )
     return options[0] if options else {}
 
@@ -371,16 +371,16 @@ def _read(
     group: dist.ProcessGroup,
     optimizer: _OptimizerState | None = None,
 ) -> dict[str, Any]:
-    """Read values, on all ranks of a group alike.
+    """Read values, on all ranks of a group.
 
     Args:
         folder: The checkpoint.
         values: Tensors to read into, in place, and None for values that are no tensors.
-        group: All its ranks call this alike.
-        optimizer: Says which further values to read.
+        group: All its ranks must call this.
+        optimizer: Selects further values to read.
 
     Returns:
-        All that was read, by key.
+        All values, by key.
 
     Raises:
         RuntimeFault: A key is missing.
@@ -394,8 +394,8 @@ def _read(
     missing = sorted(values.keys() - stored.keys())
     if missing:
         raise RuntimeFault(
-            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} in all): it is no checkpoint "
-            "of this run"
+            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} in all): it is not a "
+            "checkpoint of this run"
         )
     values = dict(values)
     for key in optimizer.keys_in(stored) if optimizer is not None else ():

@@ -1,9 +1,9 @@
-"""Handlers of the collapsed sweep: what the engine does with fine stages and corrections.
+"""Handle the instructions of a collapsed sweep: fine stages and corrections.
 
-With x_j the guess of what enters stage j and y_j what the stage makes of it, the last state is one
-sum over all ranks, U_N = y_N + sum_j P_j(y_{j-1} - x_j). A rank's share of it is what its own
-stages computed of the last state, plus what its maps P_j add; `engine.states` holds the share at
-the last stage.
+With x_j the guess of the input of stage j and y_j the output of the stage for it, the last state is
+one sum over all ranks, U_N = y_N + sum_j P_j(y_{j-1} - x_j). The share of a rank is the part of the
+last state that its stages computed, plus the outputs of its maps P_j; `engine.states` stores the
+share under the last stage.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _receive_output(engine: Engine, it: Instruction) -> None:
 
 
 def _correct(engine: Engine, it: Instruction) -> None:
-    """Compute P_j(y_{j-1} - x_j) as a graph of its own."""
+    """Compute P_j(y_{j-1} - x_j) in a separate autograd graph."""
     guess = engine.remote_guesses.pop(it.key, None) or engine.guesses[it.key].outputs
     residual = as_leaves(
         {
@@ -74,7 +74,7 @@ def _correct(engine: Engine, it: Instruction) -> None:
 
 
 def _output(engine: Engine, name: str, batch: int) -> torch.Tensor:
-    """Return what a stage computed, here or elsewhere."""
+    """Return the output of a stage, on this rank or received from another."""
     key = engine.pieces.producers[name], batch, 0
     return (engine.remote_outputs.get(key) or engine.fine[key].outputs)[name]
 
@@ -104,7 +104,7 @@ def _receive_sum_adjoint(engine: Engine, it: Instruction) -> None:
 
 
 def _coarse_backward(engine: Engine, it: Instruction) -> None:
-    """Carry the adjoint of the last state through P_j, to what the residual is made of."""
+    """Propagate the adjoint of the last state through P_j, to both terms of the residual."""
     last = engine.adjoints[engine.pieces.last, it.batch, 0]
     residual = engine.coarse.pop(it.key).backward(last)
     for name, adjoint in residual.items():
@@ -156,7 +156,7 @@ def _guess_shapes(engine: Engine, it: Instruction) -> State:
 
 
 def _output_shapes(engine: Engine, it: Instruction, reader: int | None) -> State:
-    """Describe what a stage computes and the corrections on a rank read."""
+    """Describe the outputs of a stage that the corrections on a rank read."""
     assert reader is not None
     after, read = engine.shapes(it.stage, it.batch), engine.pieces.residuals[reader]
     return {name: after[name] for name in engine.plan.stages[it.stage].produces if name in read}
@@ -184,4 +184,4 @@ HANDLERS: dict[Kind, Callable[[Engine, Instruction], None]] = {
     Kind.RECEIVE_GUESS_ADJOINT: _receive_guess_adjoint,
     Kind.FINE_BACKWARD: _fine_backward,
 }
-"""What runs each kind of instruction of a collapsed sweep."""
+"""Handlers of a collapsed sweep by kind of instruction."""

@@ -1,7 +1,7 @@
-"""Data parallelism: the process groups of a run, replicas of a network, and their shards (FSDP2).
+"""Run replicas of a network on other samples: process groups, averages, and shards (FSDP2).
 
 A run is a grid of processes: along "stage" the ranks of one network, along "data" the processes
-that hold the same pieces and see other samples.
+with the same pieces and other samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DATA, STAGE = "data", "stage"
 """Names of the dimensions of a mesh."""
 
 _BUCKET = 25 * 2**20
-"""Bytes of one message; what DistributedDataParallel takes."""
+"""Bytes of one message, as in DistributedDataParallel."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Groups:
     """Process groups of one rank.
 
     Attributes:
-        stages: Its network: one process a rank of the placement.
-        replicas: Those that hold the same stages and see other data; None where there are none.
+        stages: Processes of its network, one per rank of the placement.
+        replicas: Processes with the same stages and other samples; None without replicas.
         everyone: All processes of the run.
-        data: The dimension of the replicas; None where there are none.
+        data: Mesh dimension of the replicas; None without replicas.
     """
 
     stages: dist.ProcessGroup
@@ -49,10 +49,10 @@ class Groups:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Groups:
-        """Take the groups of a mesh, or one group for everything (the default one if None).
+        """Return the groups of a mesh, or one group for everything (the default one if None).
 
         Raises:
-            RuntimeFault: torch.distributed is not initialised, both are given, or the mesh has
+            RuntimeFault: torch.distributed is not initialised, both are passed, or the mesh has
                 other dimensions than "data" and "stage".
         """
         if not dist.is_initialized():
@@ -67,8 +67,8 @@ class Groups:
         names = mesh.mesh_dim_names or ()
         if group is not None or STAGE not in names or not set(names) <= {DATA, STAGE}:
             raise RuntimeFault(
-                f"a mesh has the dimensions ({DATA!r}, {STAGE!r}), or {STAGE!r} alone, and stands "
-                f"in place of a group (it has {tuple(names)}): make it with "
+                f"a mesh has the dimensions ({DATA!r}, {STAGE!r}), or {STAGE!r} alone, and "
+                f"replaces a group (it has {tuple(names)}): create it with "
                 'init_device_mesh("cpu", (replicas, ranks), mesh_dim_names=("data", "stage"))'
             )
         members = sorted(mesh.mesh.flatten().tolist())
@@ -85,26 +85,26 @@ class Groups:
         return 0 if self.replicas is None else dist.get_rank(self.replicas)
 
     def check_backend(self, device: torch.device) -> None:
-        """Refuse weights that the ranks could not send each other.
+        """Check that the ranks can send each other tensors on this device.
 
         Raises:
             RuntimeFault: The group has no backend for this kind of device.
         """
         if backend_of(self.stages, device) is None:
             raise RuntimeFault(
-                f"the weights are on {device}, and the process group sends nothing from there "
-                f"(backend {dist.get_backend(self.stages)}): give distribute(device=...), or start "
+                f"the weights are on {device}, and the process group cannot send from there "
+                f"(backend {dist.get_backend(self.stages)}): pass distribute(device=...), or start "
                 'it with init_process_group("cpu:gloo,cuda:nccl")'
             )
 
     def common_seed(self) -> int:
-        """Return the seed of the first process, on all of them."""
+        """Return the seed of the first process, on all processes."""
         seed = [torch.initial_seed() % 2**48]
         dist.broadcast_object_list(seed, dist.get_global_rank(self.everyone, 0), self.everyone)
         return seed[0]
 
     def check_plan(self, digest: str) -> None:
-        """Refuse processes that hold different networks.
+        """Check that all processes have the same network.
 
         Raises:
             RuntimeFault: The digests of the plans differ.
@@ -114,18 +114,18 @@ class Groups:
         if len(set(digests)) > 1:
             different = [rank for rank, other in enumerate(digests) if other != digests[0]]
             raise RuntimeFault(
-                f"ranks {different} hold another plan than rank 0: compile with the same model, "
+                f"ranks {different} have another plan than rank 0: compile with the same model, "
                 "options and seed on all of them, or load one artifact"
             )
 
 
 def plan_digest(compiled: Compiled) -> str:
-    """Return a short text that differs where plans do."""
+    """Return a digest of the plan, to compare those of several processes."""
     return hashlib.sha256(compiled.plan.to_json().encode()).hexdigest()
 
 
 class Replicas:
-    """Keep the copies of a rank's pieces alike that other processes hold and feed with other data.
+    """Keep the pieces of a rank equal to those of other processes, which run other samples.
 
     They start with the weights of the first replica, average their gradients after every backward
     pass, and take the buffers of the first replica (statistics of BatchNorm) before every forward
@@ -133,8 +133,8 @@ class Replicas:
 
     Args:
         module: The pieces of this rank.
-        group: The processes that hold the same pieces; None for this one alone.
-        sharded: Whether the weights will be sharded, and their gradients come averaged.
+        group: The processes with the same pieces; None without replicas.
+        sharded: Whether FSDP2 shards the weights and averages their gradients.
     """
 
     def __init__(
@@ -149,22 +149,22 @@ class Replicas:
                 self._broadcast(module.buffers())
 
     def share_buffers(self) -> None:
-        """Give all replicas the buffers of the first one."""
+        """Copy the buffers of the first replica to all others."""
         if self._group is not None:
             self._broadcast(self._module.buffers())
 
     def average_gradients(self) -> None:
-        """Average the gradients over the replicas; all get one where any of them has one."""
+        """Average gradients over the replicas, of every parameter that has one on any replica."""
         if self._group is None or self._sharded:
             return
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         device = next((p.device for p in parameters), torch.device("cpu"))
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        has = has.to(device)
-        dist.all_reduce(has, dist.ReduceOp.MAX, self._group)
+        flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        flags = flags.to(device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
         gradients = []
-        for parameter, somewhere in zip(parameters, has.tolist(), strict=True):
-            if somewhere:
+        for parameter, has_gradient in zip(parameters, flags.tolist(), strict=True):
+            if has_gradient:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
@@ -188,7 +188,8 @@ class Replicas:
         source = dist.get_global_rank(self._group, 0)
         for bucket in _buckets([tensor.detach() for tensor in tensors]):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.broadcast(flat.view(torch.uint8), source, self._group)  # not all types are sent
+            # As bytes: not all types can be sent.
+            dist.broadcast(flat.view(torch.uint8), source, self._group)
             for tensor, value in zip(bucket, _split(flat, bucket), strict=True):
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
@@ -214,13 +215,13 @@ def shard_weights(compiled: Compiled, pieces: RankPieces, mesh: DeviceMesh | Non
     """Shard the weights of a rank over the replicas, every piece as one unit of FSDP2.
 
     FSDP2's hooks gather the weights of a piece before it runs, forward and backward, and scatter
-    the averaged gradients after its backward pass. They work on modules, so the explicit backward
-    of the engine meets them as any backward does.
+    the averaged gradients after its backward pass. They belong to modules, so they also
+    run in the explicit backward of the engine.
 
     Args:
         compiled: The whole network.
         pieces: The pieces of the rank; their parameters become DTensors of the same names.
-        mesh: The dimension of the replicas.
+        mesh: Mesh dimension of the replicas.
 
     Raises:
         RuntimeFault: There are no replicas, or a parameter is in several pieces, which FSDP2 would
@@ -230,21 +231,21 @@ def shard_weights(compiled: Compiled, pieces: RankPieces, mesh: DeviceMesh | Non
 
     if mesh is None:
         raise RuntimeFault(
-            "weights are sharded over replicas, and there are none: give a mesh with a dimension "
-            '"data" of at least two, or leave shard=False'
+            "weights are sharded over replicas, and there are none: pass a mesh with a dimension "
+            '"data" of at least two, or shard=False'
         )
-    seen: dict[nn.Parameter, str] = {}
+    owners: dict[nn.Parameter, str] = {}
     for piece, child in compiled.module.named_children():
         for name, parameter in child.named_parameters():
-            if parameter in seen:
+            if parameter in owners:
                 raise RuntimeFault(
-                    f"{seen[parameter]} and {piece}.{name} are one tied parameter, which cannot be "
-                    "sharded piece by piece: leave shard=False"
+                    f"{owners[parameter]} and {piece}.{name} are one tied parameter, which cannot "
+                    "be sharded piece by piece: pass shard=False"
                 )
-            seen[parameter] = f"{piece}.{name}"
+            owners[parameter] = f"{piece}.{name}"
     for child in pieces.children():
-        # Every piece is a root, which would otherwise stay gathered after a forward pass, and an
-        # optimizer made then would take parameters that nobody trains.
+        # Every piece is a root, which would stay gathered after a forward pass by default; an
+        # optimizer created then would get parameters that are not trained.
         fully_shard(child, mesh=mesh, reshard_after_forward=True)
 
 
@@ -255,6 +256,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor; all ranks that have a shard of it call this alike."""
+    """Return the whole of a tensor; all ranks with a shard of it must call this."""
     whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole

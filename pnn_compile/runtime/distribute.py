@@ -1,18 +1,20 @@
-"""`distribute`: the entry of the runtime; puts a network on the ranks of a group or mesh."""
+"""Distribute a network over the ranks of a group or mesh: the entry of the runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from passes.errors import RuntimeFault
 from pnn_compile.runtime.data_parallel import Groups
 from pnn_compile.runtime.rank_module import RankModule
-from pnn_compile.runtime.rank_pieces import PieceOptions
+from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,38 +50,38 @@ def distribute(
     device: torch.device | str | None = None,
     inputs: Literal["every rank", "rank 0"] = "every rank",
 ) -> RankModule:
-    """Take this rank's part of a network, on every rank of a process group or mesh.
+    """Return this rank's part of a network, on every rank of a process group or mesh.
 
-    A mesh of dimensions ("data", "stage") holds several replicas of the network, each on the ranks
-    along "stage" and each with batches of its own. Along "data" it is DistributedDataParallel:
-    gradients are averaged over the replicas, which is the gradient of the mean loss over all their
-    samples where their batches are equally large; BatchNorm normalises by the batch of its replica,
-    and all replicas go on with the running statistics of the first one.
+    On a mesh of dimensions ("data", "stage"), several replicas of the network, each on the ranks
+    along "stage", run different batches. Along "data" it is DistributedDataParallel: gradients are
+    averaged over the replicas, which is the gradient of the mean loss over all samples if the
+    batches are equally large; BatchNorm normalizes by the batch of its replica, and all replicas
+    continue with the running statistics of the first one.
 
     Args:
-        compiled: The whole network, made alike on every rank; or the directory of an artifact, of
-            which a rank reads and holds the weights of its own stages alone.
-        group: Process group with one process a rank; the default one if None.
-        mesh: In place of a group, `init_device_mesh("cpu", (replicas, ranks),
+        compiled: The whole network, the same on every rank; or the directory of an artifact, of
+            which every rank reads the weights of its stages only.
+        group: Process group with one process per rank; the default one if None.
+        mesh: Instead of a group, `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))`.
         placement: Rank of every stage; neighbours together, evenly, if None.
         batches: Number of micro-batches of a step.
         autocast: Precision of torch.autocast around every piece, and of the states that cross
             between ranks: torch.bfloat16, or torch.float16 with `RankModule.grad_scaler`.
-        recompute: Whether fine stages keep their inputs alone and run again in the backward pass
+        recompute: Whether fine stages save only their inputs and run again in the backward pass
             (activation checkpointing).
-        compile_backend: Backend of torch.compile, which every piece goes through by itself.
-        shard: Whether replicas hold a share of the weights each (FSDP2, every piece one unit).
-        device: Where this rank's pieces are moved to, and batches with them; where the weights are
-            if None, which of an artifact is the CPU.
-        inputs: Who has the batches: every rank the same one, or rank 0 of a network alone, which
-            hands every rank what its stages read.
+        compile_backend: Backend of torch.compile, which compiles every piece separately.
+        shard: Whether every replica stores a shard of the weights only (FSDP2, a unit per piece).
+        device: Device of this rank's pieces and batches; that of the weights if None, which for an
+            artifact is the CPU.
+        inputs: Ranks that pass the batches: every rank the same one, or rank 0 of a network alone,
+            which sends every rank the tensors that its stages read.
 
     Returns:
-        This rank's module; train it with `RankModule.train_step`.
+        The module of this rank; train it with `RankModule.train_step`.
 
     Raises:
-        RuntimeFault: torch.distributed is not initialised, the ranks hold different networks, the
+        RuntimeFault: torch.distributed is not initialised, the ranks have different networks, the
             placement does not fit, or there is no such device.
         ArtifactError: As `pnn.load`.
     """
@@ -96,11 +98,9 @@ def distribute(
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
     if folder is not None:
-        from pnn_compile.runtime.partial_load import load_part
-
         compiled = load_part(compiled, placement, dist.get_rank(groups.stages), folder)
     if inputs not in ("every rank", "rank 0"):
-        raise RuntimeFault(f"inputs are with 'every rank' or 'rank 0' (got {inputs!r})")
+        raise RuntimeFault(f"inputs must be 'every rank' or 'rank 0' (got {inputs!r})")
     return RankModule(
         compiled,
         placement,
@@ -121,4 +121,57 @@ def _device(name: torch.device | str | None) -> torch.device | None:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeFault(f"no pieces can be on device {str(name)!r}: {reason}") from error
+        raise RuntimeFault(f"device {str(name)!r} cannot be used: {reason}") from error
+
+
+def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
+    """Read the tensors of one rank's pieces from an artifact, and no others.
+
+    The network was loaded without data, on the meta device. It is changed: wherever it contains a
+    tensor of the pieces, the tensor is replaced by that of the file.
+
+    Args:
+        compiled: What `artifact.load(folder, without_data=True)` returned.
+        placement: Rank of every stage.
+        rank: This rank.
+        folder: The artifact.
+
+    Returns:
+        The network.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        RuntimeFault: The placement does not fit the network.
+    """
+    from pnn_compile.artifact.directory import tensor_readers
+    from pnn_compile.artifact.modules import named_tensors
+
+    of_program, of_operators = tensor_readers(folder)
+    stages = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
+    operators = compiled.operators.named()
+    in_program = {id(tensor): name for piece in stages for name, tensor in named_tensors(piece)}
+    in_operators = {id(tensor): name for name, tensor in named_tensors(operators)}
+    values: dict[int, torch.Tensor] = {}
+    for _, tensor in named_tensors(RankPieces(compiled, placement, rank)):
+        if not tensor.is_meta or id(tensor) in values:
+            continue
+        if id(tensor) in in_program:
+            values[id(tensor)] = of_program.read(in_program[id(tensor)])
+        else:
+            values[id(tensor)] = of_operators.read(in_operators[id(tensor)])
+    _replace((*stages, operators), values)
+    if rank or not compiled.program.unused:
+        return compiled
+    # Weights of the model that no stage reads belong to the first rank.
+    unused = {name: of_program.read(name) for name in compiled.program.unused}
+    return replace(compiled, program=replace(compiled.program, unused=unused))
+
+
+def _replace(roots: Iterable[nn.Module], values: Mapping[int, torch.Tensor]) -> None:
+    """Replace tensors by identity, so that tied weights stay tied."""
+    for module in {module for root in roots for module in root.modules()}:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and id(tensor) in values:
+                    # Not into the dict alone: modules may keep lists of their tensors.
+                    setattr(module, name, values[id(tensor)])

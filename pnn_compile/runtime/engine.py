@@ -1,4 +1,4 @@
-"""The engine of a rank: runs its list of instructions, forward and backward.
+"""Run the instruction list of a rank, forward and backward: the engine.
 
 One training step of two stages on two ranks, one micro-batch (x_1 guess, y_j fine output, U_j
 corrected state, a_j adjoint of U_j), top to bottom in time:
@@ -19,9 +19,9 @@ corrected state, a_j adjoint of U_j), top to bottom in time:
 Both fine stages run at the same time in both directions; only the lines between them wait for the
 other rank. `passes/schedule/lists.py` has the order of the messages for any number of ranks.
 
-Backward is explicit. Every piece is an autograd graph of its own: its inputs are cut off from what
-came before, and the engine carries their gradients on. So no message hides in autograd, and the
-order of messages is the order of the instructions.
+Backward is explicit. Every piece is a separate autograd graph: its inputs are detached, and the
+engine passes their gradients on. So autograd sends no messages, and their order is the order of the
+instructions.
 """
 
 from __future__ import annotations
@@ -64,32 +64,31 @@ _Key = tuple[int, int, int]
 class Engine:
     """Run one step of a rank over micro-batches.
 
-    Values are kept by `Instruction.key`, for as long as a later instruction needs them.
+    Values are stored by `Instruction.key`, as long as a later instruction needs them.
 
     Args:
-        pieces: What the rank holds.
+        pieces: The pieces of the rank.
         inputs: Inputs of every micro-batch, by argument name.
         transport: Messages to and from the other ranks.
-        shapes: What crosses between stages.
-        loss: Of the last stage; None to run forward alone.
-        seed: Of the random numbers of this step. Every piece draws its own in training mode, so
-            that dropout does not depend on which rank a piece is on.
-        synchronize: Wait for the GPU after every instruction, for exact `seconds`.
+        shapes: Shapes of the states between stages.
+        loss: Loss function, for the last stage; None to run forward only.
+        seed: Seed of this step. Every piece draws separate random numbers in training mode, so that
+            dropout does not depend on the placement.
+        synchronize: Whether to wait for the GPU after every instruction, for exact `seconds`.
 
     Attributes:
         guesses: Preprocessing operators that ran here.
         fine: Fine stages that ran here.
         coarse: Corrections that ran here.
-        states: States after stages. In a collapsed sweep, at the last stage: this rank's share.
-        adjoints: Adjoints of these states, as far as they are added up.
-        guess_adjoints: What the guesses made here go backward from.
-        remote_guesses: Collapsed sweep: guesses that other ranks made.
-        remote_outputs: Collapsed sweep: what stages of other ranks computed.
+        states: States after stages; in a collapsed sweep this rank's share of the last state.
+        adjoints: Adjoints of these states, summed so far.
+        guess_adjoints: Adjoints of the guesses that were computed here.
+        remote_guesses: Collapsed sweep: guesses of other ranks.
+        remote_outputs: Collapsed sweep: outputs of fine stages of other ranks.
         output_adjoints: Collapsed sweep: adjoints of outputs, from the corrections that read them.
-        outputs: Outputs of the model by micro-batch, where the last stage is.
-        losses: By micro-batch, once the head ran here or an adjoint arrived.
-        seconds: How long each kind of instruction took. On a GPU: to launch it, unless
-            synchronized.
+        outputs: Outputs of the model by micro-batch, on the rank of the last stage.
+        losses: Losses by micro-batch, once the head ran here or an adjoint arrived.
+        seconds: Seconds by kind of instruction; on a GPU to launch it, unless synchronized.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Engine:
 
     @contextmanager
     def _random_numbers(self, it: Instruction) -> Iterator[None]:
-        """Seed the generators for one piece in training mode, and put their states back."""
+        """Seed the generators for one piece in training mode, and restore their states."""
         if not self.pieces.training:
             yield
             return
@@ -190,7 +189,7 @@ class Engine:
         for name, value in like.items():
             if name in state and state[name].shape != value.shape:
                 raise RuntimeFault(
-                    f"{name} is {[*state[name].shape]}, but rank {peer} waits for "
+                    f"{name} is {[*state[name].shape]}, but rank {peer} expects "
                     f"{[*value.shape]}: the shapes of the inputs are not those of the example"
                 )
         self.transport.send(
@@ -217,20 +216,20 @@ class Engine:
     def send_adjoint(self, it: Instruction, adjoint: State) -> None:
         """Send the adjoint of the state after a stage, and the loss with it.
 
-        So every rank knows the loss before its fine stages run backward, and none waits for it
-        after them.
+        So every rank has the loss before its fine stages run backward, and none waits for it after
+        them.
         """
         like = {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER}
         self.send(it.peer, {**adjoint, _LOSS: self.losses[it.batch]}, like)
 
     def receive_adjoint(self, it: Instruction) -> None:
-        """Wait for what `send_adjoint` sends."""
+        """Wait for the adjoint and the loss that `send_adjoint` sends."""
         adjoint = self.receive(it.peer, {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER})
         self.losses[it.batch] = adjoint.pop(_LOSS)
         self.adjoints[it.key] = adjoint
 
     def _failure(self, it: Instruction, error: Exception) -> RuntimeFault:
-        """Name rank, phase, stage, modules and shapes of a failure."""
+        """Describe a failure: rank, instruction, modules and shapes."""
         stage = self.plan.stages[it.stage]
         shapes = {
             name: list(value.shape)
@@ -240,7 +239,7 @@ class Engine:
         advice = ""
         if _is_memory(error):
             advice = (
-                "; memory is short: distribute() with more micro-batches (batches=) or "
+                "; out of memory: distribute() with more micro-batches (batches=) or "
                 "recompute=True, or compile more stages for more ranks"
             )
         return RuntimeFault(
@@ -254,13 +253,13 @@ _NUMBER = torch.empty((), dtype=torch.float64, device="meta")
 
 
 def _is_memory(error: Exception) -> bool:
-    """Tell whether memory ran out; torch says so on the CPU in words alone."""
+    """Whether memory ran out; on the CPU only the message of torch tells."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
-# What every sweep begins and ends with
+# Handlers that all sweeps share
 
 
 def _guess(engine: Engine, it: Instruction) -> None:
@@ -288,7 +287,7 @@ def _guess_backward(engine: Engine, it: Instruction) -> None:
     engine.guesses.pop(it.key).backward(engine.guess_adjoints.pop(it.key))
 
 
-_ENDS: dict[Kind, Handler] = {
+_SHARED: dict[Kind, Handler] = {
     Kind.GUESS: _guess,
     Kind.HEAD: _head,
     Kind.HEAD_BACKWARD: _head_backward,
@@ -296,21 +295,21 @@ _ENDS: dict[Kind, Handler] = {
 }
 
 _HANDLERS: dict[str, dict[Kind, Handler]] = {
-    "chain": {**_ENDS, **chain.HANDLERS},
-    "collapsed": {**_ENDS, **collapsed.HANDLERS},
+    "chain": {**_SHARED, **chain.HANDLERS},
+    "collapsed": {**_SHARED, **collapsed.HANDLERS},
 }
-"""By kind of sweep, what runs each kind of instruction."""
+"""Handlers by sweep, then by kind of instruction."""
 
 
 def state_shapes(
     compiled: Compiled, inputs: Sequence[Mapping[str, Any]], precision: torch.dtype | None = None
 ) -> StateShapes:
-    """Make the function from a stage and a micro-batch to meta tensors like the state after it.
+    """Return a function from a stage and a micro-batch to meta tensors like the state after it.
 
     Args:
         compiled: The network.
         inputs: Inputs of every micro-batch, by argument name.
-        precision: In which states are sent; None for that of the weights.
+        precision: Precision of states between ranks; None for that of the weights.
     """
     example = batch_size(compiled.program.args)
     sizes = [*map(batch_size, inputs)]
@@ -352,9 +351,9 @@ def run_in_one_process(
         compiled: The network.
         ranks: The pieces of every rank.
         inputs: Inputs of every micro-batch, by argument name.
-        loss: Of the last stage; None to run forward alone.
-        seed: Of the random numbers of this step.
-        synchronize: Wait for the GPU after every instruction.
+        loss: Loss function, for the last stage; None to run forward only.
+        seed: Seed of this step.
+        synchronize: Whether to wait for the GPU after every instruction.
 
     Returns:
         The engine of every rank, with outputs, losses and seconds.

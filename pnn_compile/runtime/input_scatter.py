@@ -1,4 +1,4 @@
-"""Input scatter: cuts a batch into micro-batches, and hands it from rank 0 to the others."""
+"""Scatter inputs: cut a batch into micro-batches, and send it from rank 0 to the other ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pnn_compile.runtime.transport import PointToPoint
 def divide(batch: Any, count: int) -> list[Any]:
     """Cut a batch into micro-batches along dimension 0 of the tensors that have its samples.
 
-    What holds no sample (a tensor whose dimension 0 has another size, a number) goes into each of
-    them whole. They differ by one sample at most.
+    A leaf without samples (a tensor whose dimension 0 has another size, a number) goes into all of
+    them as it is. Their sizes differ by one sample at most.
 
     Raises:
-        RuntimeFault: It has too few samples.
+        RuntimeFault: The batch has too few samples.
     """
     if count == 1:
         return [batch]
     samples = batch_size({"batch": batch})
     if samples < count:
         raise RuntimeFault(
-            f"a batch of {samples} does not divide into {count} micro-batches: give at least "
+            f"a batch of {samples} does not divide into {count} micro-batches: pass at least "
             f"{count} samples, best a multiple"
         )
 
@@ -46,7 +46,7 @@ def divide(batch: Any, count: int) -> list[Any]:
 
 
 def arguments_read(pieces: RankPieces, arguments: list[str]) -> set[str]:
-    """Name the arguments of the model that the pieces of a rank read."""
+    """Return the arguments of the model that the pieces of a rank read."""
     plan, executor = pieces.plan, pieces.executor
     inputs = [name for stage in pieces.stages for name in plan.stages[stage].inputs]
     for stage in pieces.guessed:
@@ -67,13 +67,13 @@ class _Blank:
 
 
 class InputScatter:
-    """Hand the batches of rank 0 out; what a rank does not read comes without data.
+    """Send every rank the tensors of rank 0's batch that it reads; the others come without data.
 
     The rank of the last stage gets everything, for the loss may read it. Messages, not
     `scatter_object_list`, which pickles the tensors and pads every part to the largest.
 
     Args:
-        pieces: What this rank holds.
+        pieces: The pieces of this rank.
         arguments: Names of the arguments of the model.
         group: Process group with one process a rank.
     """
@@ -87,7 +87,7 @@ class InputScatter:
         dist.all_gather_object(self._needs, needs, group=group)
 
     def __call__(self, batch: Any) -> Any:
-        """Return this rank's batch; all ranks call it, and that of rank 0 counts."""
+        """Return this rank's batch; all ranks call it, and only the batch of rank 0 is used."""
         rank, source = dist.get_rank(self._group), dist.get_global_rank(self._group, 0)
         outline = [pytree.tree_map(_blank, batch) if rank == 0 else None]
         dist.broadcast_object_list(outline, source, self._group)
@@ -109,7 +109,7 @@ class InputScatter:
         return pytree.tree_unflatten(leaves, structure)
 
     def _places(self, outline: Any, rank: int) -> list[int]:
-        """Positions, among the leaves of a batch, of the tensors that a rank reads."""
+        """Return the positions, among the leaves of a batch, of the tensors that a rank reads."""
         if isinstance(outline, Mapping):
             columns = [*outline.items()]
         elif isinstance(outline, (tuple, list)):

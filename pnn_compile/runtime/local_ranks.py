@@ -1,4 +1,4 @@
-"""Local ranks: starts processes on this machine that reach each other by torch.distributed."""
+"""Start local ranks: processes on this machine that communicate by torch.distributed."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run_on_ranks(
     threads: int = 1,
     cuda: bool = False,
 ) -> list[Any]:
-    """Run `function(device, *arguments)` in one process a rank; return what each returned.
+    """Run `function(device, *arguments)` in one process per rank; return the results.
 
     Args:
-        function: A function of a module; what it takes and returns is pickled.
+        function: A function of a module; its arguments and results are pickled.
         ranks: Number of processes.
-        arguments: What it is called with, alike on every rank.
+        arguments: Its arguments, the same on every rank.
         threads: Threads of each process.
         cuda: Use one GPU a rank if there are enough; else all compute on the CPU.
 
     Raises:
-        RuntimeFault: It failed on a rank; the message holds the traceback.
+        RuntimeFault: It failed on a rank; the message contains the traceback.
     """
     from torch.multiprocessing.spawn import ProcessException, spawn
 
@@ -80,8 +80,8 @@ def _enter(
     try:
         _result(folder, rank).write_bytes(pickle.dumps(function(device, *arguments)))
     finally:
-        # What is left in reference cycles would keep Gloo's threads beyond the interpreter, and
-        # those abort the process where they still hold a tensor.
+        # Objects in reference cycles would keep Gloo's threads alive after the interpreter, and
+        # these abort the process if they still own a tensor.
         gc.collect()
         dist.destroy_process_group()
 
@@ -92,7 +92,7 @@ def _result(folder: Path, rank: int) -> Path:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set, for processes that start inside."""
+    """Set variables that are not set yet, for processes that start in this context."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

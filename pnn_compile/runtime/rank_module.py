@@ -1,4 +1,4 @@
-"""`RankModule`: what a user holds of a parareal network on one rank of torch.distributed."""
+"""`RankModule`: the part of a parareal network on one rank of torch.distributed, and its steps."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
 _ADVICE = (
-    "convert the network before distribute(), or give distribute(autocast=torch.bfloat16), which "
-    "keeps the weights as they are"
+    "convert the network before distribute(), or pass distribute(autocast=torch.bfloat16), which "
+    "does not convert the weights"
 )
 
 
 class RankModule(nn.Module):
-    """This rank's guesses, fine stages, corrections and head, and the steps that it takes part in.
+    """The pieces of one rank, and the training steps that it takes together with the others.
 
-    Its parameters are those of its own pieces: give them to any optimizer. A parameter that several
-    ranks hold (a tied embedding) has the same gradient on all of them after `forward_backward`.
+    Its parameters are those of its pieces: pass them to any optimizer. A parameter of several ranks
+    (a tied embedding) has the same gradient on all of them after `forward_backward`.
 
     Args:
         compiled: The whole network.
         placement: Rank of every stage.
         groups: The processes of the run.
         batches: Number of micro-batches of a step.
-        options: How the pieces are called.
-        shard: Whether replicas hold a share of the weights each.
-        scatter: Whether rank 0 hands the batches out.
-        device: Where the pieces are moved to; None to leave them where they are.
+        options: Options to call the pieces.
+        shard: Whether every replica stores a shard of the weights only.
+        scatter: Whether rank 0 sends the batches to the others.
+        device: Device to move the pieces to; None to leave them where they are.
 
     Attributes:
         network: The pieces of this rank.
         groups: The processes of the run.
         replicas: Other processes with the same pieces.
-        steps: Number of training steps that were begun.
-        seed: Of the random numbers of the run.
-        plan_digest: Differs where plans do.
-        seconds: How long each kind of instruction took in the last step; a receive waits for other
-            ranks. On a GPU that is the time to launch it.
+        steps: Number of training steps that were started.
+        seed: Seed of the run.
+        plan_digest: Digest of the plan.
+        seconds: Seconds by kind of instruction in the last step; a receive waits for other ranks.
+            On a GPU that is the time to launch it.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class RankModule(nn.Module):
         self._sharded = shard
         if shard:
             shard_weights(compiled, self.network, groups.data)
-        # Listed once: walking through a thousand modules takes longer than some of their steps.
+        # Listed once: to walk through a thousand modules takes longer than some training steps.
         self._parameters_here = tuple(self.network.parameters())
         self._precisions = tuple(parameter.dtype for parameter in self._parameters_here)
         self._shapes: dict[tuple[int, ...], StateShapes] = {}
@@ -109,14 +109,14 @@ class RankModule(nn.Module):
 
     @property
     def whole(self) -> Compiled:
-        """The network that this rank has a part of."""
+        """The whole network."""
         return self._compiled[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run forward on what the model takes; outputs on the rank of the last stage, else None.
+        """Run forward, without gradients; return the outputs on the last stage's rank, else None.
 
-        Every rank passes the same inputs, or rank 0 alone where it feeds the others. Without
-        gradients; `forward_backward` trains.
+        Every rank passes the same inputs, those of the model; or rank 0 alone, with
+        `inputs="rank 0"`.
 
         Raises:
             RuntimeFault: The step failed on this rank or on one that it waits for.
@@ -136,13 +136,13 @@ class RankModule(nn.Module):
         loss: Callable[[Any, Any], torch.Tensor],
         scaler: GradScaler | None = None,
     ) -> torch.Tensor:
-        """Run forward and backward over micro-batches; gradients add up as usual.
+        """Run forward and backward over micro-batches; gradients accumulate as usual.
 
         Args:
-            batch: Inputs, alike on every rank: a tensor, a tuple (labels may follow), or a dict.
-                Where rank 0 feeds the others, theirs is not looked at.
+            batch: Inputs, the same on every rank: a tensor, a tuple (labels may follow), or a dict.
+                With `inputs="rank 0"`, those of other ranks are ignored.
             loss: From outputs and the micro-batch to a mean over samples.
-            scaler: Scales the loss, and with it the gradients; not the loss that is returned.
+            scaler: Scales the loss, and so the gradients, but not the returned loss.
 
         Returns:
             The mean loss over the micro-batches, on every rank.
@@ -188,12 +188,12 @@ class RankModule(nn.Module):
             loss: As in `forward_backward`.
             optimizer: Of this rank's parameters; None for a rank that has none.
             clip_norm: Largest norm of the gradient of the whole network, or None.
-            scaler: Made by `grad_scaler`, for float16: where a gradient overflows on one rank, no
-                rank takes the step.
+            scaler: Made by `grad_scaler`, for float16: if a gradient overflows on one rank, no rank
+                takes the step.
 
         Raises:
-            RuntimeFault: As in `forward_backward`; or the loss is not finite, without a scaler:
-                then no rank has taken the step.
+            RuntimeFault: As in `forward_backward`; or the loss is not finite, without a scaler; no
+                rank has taken the step then.
         """
         for parameter in self._parameters_here:
             parameter.grad = None
@@ -218,7 +218,7 @@ class RankModule(nn.Module):
         return value
 
     def grad_scaler(self, **options: Any) -> GradScaler:
-        """Make a gradient scaler that all ranks agree with; options as of torch.amp.GradScaler."""
+        """Create a gradient scaler for all ranks; options as for torch.amp.GradScaler."""
         from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
         device = self.network.device.type
@@ -229,10 +229,10 @@ class RankModule(nn.Module):
             return 1.0
         if not hasattr(scaler, "process_group"):
             raise RuntimeFault(
-                f"a {type(scaler).__name__} of this rank alone does not know of overflows on the "
-                "others: make it with module.grad_scaler()"
+                f"a {type(scaler).__name__} of this rank alone does not see overflows on the "
+                "others: create it with module.grad_scaler()"
             )
-        scaler.scale(torch.zeros((), device=self.network.device))  # makes its scale
+        scaler.scale(torch.zeros((), device=self.network.device))  # creates its scale
         return scaler.get_scale()
 
     def clip_gradients(self, most: float) -> torch.Tensor:
@@ -258,7 +258,8 @@ class RankModule(nn.Module):
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Collect the weights of the fine stages and the head under the model's own keys.
 
-        Every rank calls it; rank 0 of the network gets all of them, on the CPU, the others none.
+        All ranks must call it; rank 0 of the network returns all weights, on the CPU, the others
+        none.
         """
         with self._exchanging("weights"):
             return gather_original_weights(self)
@@ -266,33 +267,33 @@ class RankModule(nn.Module):
     def load_original_state_dict(
         self, state: Mapping[str, torch.Tensor], *, strict: bool = True
     ) -> None:
-        """Load this rank's part of a checkpoint of the original model; every rank calls it.
+        """Load this rank's part of a checkpoint of the original model; all ranks must call it.
 
         Args:
             state: A state dict with the model's own keys, on every rank.
-            strict: Whether every key must be there, and no other.
+            strict: Whether all keys of the model must be there, and no others.
 
         Raises:
-            OptionError: As `Network.load_original_state_dict`.
+            OptionError: As `Compiled.load_original_state_dict`.
             RuntimeFault: The weights are sharded.
         """
         if self._sharded:
             raise RuntimeFault(
-                "sharded weights take no state dict: load it into the network before distribute()"
+                "sharded weights cannot load a state dict: load it before distribute()"
             )
         self.whole.load_original_state_dict(state, strict=strict)
 
     def _scattered(self, batch: Any) -> Any:
-        """Return this rank's batch: as it is, or from rank 0."""
+        """Return the batch of this rank, received from rank 0 if that scatters the batches."""
         if isinstance(batch, Mapping):
-            batch = dict(batch)  # torch looks into no other mapping
+            batch = dict(batch)  # torch does not look into other mappings
         if self._scatter is None:
             return batch
         with self._exchanging("the batch"):
             return self._scatter(batch)
 
     def _inputs(self, batch: Any) -> dict[str, Any]:
-        # Of the whole network the first weights may be those of another rank, without data.
+        # Not the device of the whole network, whose first weights may be of another rank.
         inputs = named_batch(self.whole, batch, self.network.device)
         try:
             check_shapes(self.whole, inputs)
@@ -320,7 +321,7 @@ class RankModule(nn.Module):
         return engine
 
     def _state_shapes(self, inputs: Sequence[Mapping[str, Any]]) -> StateShapes:
-        """Return what crosses between stages, made once for all sizes of the micro-batches."""
+        """Return the shapes of states, computed once per sizes of the micro-batches."""
         sizes = tuple(map(batch_size, inputs))
         if sizes not in self._shapes:
             self._shapes[sizes] = state_shapes(self.whole, inputs, self.network.autocast)
@@ -328,7 +329,7 @@ class RankModule(nn.Module):
 
     @contextmanager
     def _exchanging(self, what: str) -> Iterator[None]:
-        """Name rank and stages where an exchange fails because another rank is gone."""
+        """Add rank and stages to the error of an exchange, as when another rank has died."""
         try:
             yield
         except Exception as error:
@@ -338,12 +339,12 @@ class RankModule(nn.Module):
             ) from error
 
     def _check_precision(self) -> None:
-        """Refuse converted weights: states would cross as no other rank expects them."""
+        """Check that weights were not converted: other ranks expect states of the old precision."""
         for parameter, dtype in zip(self._parameters_here, self._precisions, strict=True):
             if parameter.dtype is not dtype:
                 raise RuntimeFault(
                     f"rank {self.rank}: weights were converted from {dtype} to {parameter.dtype} "
-                    f"behind distribute(): {_ADVICE}"
+                    f"after distribute(): {_ADVICE}"
                 )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -353,7 +354,7 @@ class RankModule(nn.Module):
             after = fn(torch.empty(0, dtype=dtype)).dtype
             if after != dtype:
                 raise RuntimeFault(
-                    f"the ranks agreed on states of {dtype}, which cannot become {after} behind "
+                    f"the ranks agreed on states of {dtype}, which cannot become {after} after "
                     f"distribute(): {_ADVICE}"
                 )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

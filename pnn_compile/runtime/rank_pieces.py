@@ -1,4 +1,4 @@
-"""The pieces of a rank: which networks it holds, how it calls them, and one autograd graph of each.
+"""Hold the pieces of a rank, call them, and run each as a separate autograd graph.
 
 A piece is a preprocessing operator C_j ("guess"), a fine stage, a coarse propagator F_j
 ("correction") or the head.
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 
 class RankPieces(nn.Module):
-    """Hold the guesses, fine stages, corrections and head that live on one rank.
+    """The preprocessing operators, fine stages, coarse propagators and head of one rank.
 
     Args:
         compiled: The whole network; the pieces are shared with it, not copied.
         placement: Rank of every stage.
         rank: This rank.
-        device: Where the pieces are moved to; None to leave them where they are.
+        device: Device to move the pieces to; None to leave them where they are.
 
     Attributes:
-        stages: Numbers of the stages that live here.
-        guessed: Numbers of the stages whose guess is made here.
-        corrected: Numbers of the stages whose correction lives here; in a collapsed sweep that is
-            where the stage before is.
+        stages: Numbers of the stages on this rank.
+        guessed: Numbers of the stages whose guess is computed here.
+        corrected: Numbers of the stages whose correction is computed here; in a collapsed sweep
+            that is the rank of the stage before.
         producers: By name of a value, the stage that computes it.
         residuals: By rank, names of the values whose residuals the corrections there read.
         autocast: Precision of torch.autocast around every piece; None without.
@@ -95,7 +95,7 @@ class RankPieces(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the rank computes: where its tensors are, if it has any."""
+        """Device of the rank: that of its tensors, if it has any."""
         return device_of(self, self._home)
 
     @property
@@ -105,13 +105,13 @@ class RankPieces(nn.Module):
 
     @property
     def holds_head(self) -> bool:
-        """Whether the last stage lives here, and with it the head."""
+        """Whether the last stage is on this rank, and with it the head."""
         return self.last in self.stages
 
     def instruction_lists(
         self, *, batches: int = 1, backward: bool = True
     ) -> tuple[tuple[Instruction, ...], ...]:
-        """List what every rank does in one step; see `passes.schedule.lists.schedule`."""
+        """Return the instructions of every rank for a step (`passes.schedule.lists.schedule`)."""
         return schedule(self.placement, self.sweep, batches=batches, backward=backward)
 
 
@@ -127,19 +127,19 @@ def _check_placement(compiled: Compiled, placement: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class PieceOptions:
-    """How a rank calls its pieces.
+    """Options to call the pieces of a rank.
 
     Attributes:
         autocast: Precision of torch.autocast around every piece, and of the states that cross
             between ranks; None for that of the weights.
-        recompute: Whether fine stages keep their inputs alone and run again in the backward pass
-            (activation checkpointing). They draw the same random numbers then, and leave
-            statistics as they are.
-        backend: Backend of torch.compile, which every piece goes through by itself; None to call
+        recompute: Whether fine stages save only their inputs and run again in the backward pass
+            (activation checkpointing), with the same random numbers and without a second update
+            of statistics.
+        backend: Backend of torch.compile, which compiles every piece separately; None to call
             its layers one by one (`passes.ir.direct_call`).
 
     Raises:
-        RuntimeFault: `autocast` is no type that autocast takes.
+        RuntimeFault: Autocast does not support the type.
     """
 
     autocast: torch.dtype | None = None
@@ -153,7 +153,7 @@ class PieceOptions:
             )
 
     def apply(self, pieces: RankPieces) -> None:
-        """Make a rank call its pieces this way; its parameters and their names stay."""
+        """Make a rank call its pieces with these options; parameters keep their names."""
         pieces.autocast = self.autocast
         executor, local = pieces.executor, set(pieces.children())
         for operators in (executor.guesses, executor.corrections):
@@ -176,11 +176,11 @@ class PieceOptions:
 
 
 class _Recomputed:
-    """Run a piece that keeps its inputs and buffers in place of its activations.
+    """Run a piece that saves its inputs and buffers instead of its activations.
 
     Args:
         module: The piece.
-        run: How it is called.
+        run: Function that calls it.
     """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
@@ -204,7 +204,7 @@ class _Recomputed:
 
 @contextmanager
 def _other_buffers(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Lend a module other buffers, so that the second run does not count in its statistics."""
+    """Replace the buffers of a module, so that a second run does not update its statistics."""
     places = {
         name: (module.get_submodule(name.rpartition(".")[0])._buffers, name.rpartition(".")[2])
         for name in values
@@ -220,11 +220,11 @@ def _other_buffers(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Ite
 
 
 class PieceGraph:
-    """Keep one piece as an autograd graph of its own, cut off at both ends.
+    """Autograd graph of one piece, detached at both ends.
 
     Args:
         leaves: Its inputs, as leaves of the graph.
-        outputs: What it computed from them.
+        outputs: Its outputs.
 
     Attributes:
         gradients: After `backward`, the gradients of the leaves by name.
@@ -259,7 +259,7 @@ def as_leaves(state: State) -> State:
 
 
 def detached(state: State) -> State:
-    """Return the same values, without their graph."""
+    """Return the same values, detached from their graph."""
     return {name: value.detach() for name, value in state.items()}
 
 

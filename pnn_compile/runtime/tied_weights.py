@@ -1,4 +1,4 @@
-"""Tied weights: parameters that several ranks hold, kept equal."""
+"""Keep tied weights equal: parameters that several ranks own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class TiedWeights:
-    """Parameters that several ranks hold; they start with the values of the first of these ranks.
+    """Parameters that several ranks own; they start with the values of the first of these ranks.
 
-    Messages between the holders, not collectives: those would need a process group for every set
+    Messages between the owners, not collectives: those would need a process group for every set
     of ranks, whose creation all processes of the run would have to take part in.
 
     Args:
@@ -33,16 +33,16 @@ class TiedWeights:
     def __init__(
         self, compiled: Compiled, placement: Sequence[int], group: dist.ProcessGroup
     ) -> None:
-        holders: dict[nn.Parameter, list[int]] = {}
+        owners: dict[nn.Parameter, list[int]] = {}
         for rank in range(max(placement) + 1):
             for parameter in RankPieces(compiled, placement, rank).parameters():
-                holders.setdefault(parameter, []).append(rank)
+                owners.setdefault(parameter, []).append(rank)
         self._transport = PointToPoint(group)
         self._rank = dist.get_rank(group)
-        self._counted = {p for p, ranks in holders.items() if ranks[0] == self._rank}
+        self._counted = {p for p, ranks in owners.items() if ranks[0] == self._rank}
         # In the same order on all ranks, so that messages meet.
         self._tied: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for parameter, ranks in holders.items():
+        for parameter, ranks in owners.items():
             if len(ranks) > 1 and self._rank in ranks:
                 self._tied.setdefault(tuple(ranks), []).append(parameter)
         for members, parameters in self._tied.items():
@@ -50,11 +50,11 @@ class TiedWeights:
                 self._broadcast(parameter.detach(), members)
 
     def counts(self, parameter: nn.Parameter) -> bool:
-        """Tell whether a parameter counts here, in a sum that counts each of them once."""
+        """Whether this rank counts a parameter, in sums that count every parameter once."""
         return parameter in self._counted
 
     def set_aside(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Take away the gradients of earlier passes, which are summed already, and return them."""
+        """Remove and return the gradients of earlier passes, which are summed already."""
         earlier = {}
         for parameter in itertools.chain.from_iterable(self._tied.values()):
             if parameter.grad is not None:
@@ -62,9 +62,9 @@ class TiedWeights:
         return earlier
 
     def sum_gradients(self, earlier: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        """Add up the gradients of every tied parameter over the ranks that hold it.
+        """Sum the gradients of every tied parameter over the ranks that own it.
 
-        A parameter that got no gradient on any rank is left without.
+        A parameter without a gradient on all ranks stays without.
 
         Args:
             earlier: What `set_aside` returned before the pass; it is added to the sums.
@@ -99,7 +99,7 @@ class TiedWeights:
         return selected
 
     def _sum(self, tensor: torch.Tensor, ranks: Sequence[int]) -> None:
-        """Add tensors up on the first of the ranks, in their order, and copy the sum to all."""
+        """Sum tensors on the first of the ranks, in rank order, and copy the sum to all."""
         if self._rank == ranks[0]:
             for peer in ranks[1:]:
                 tensor += self._transport.receive(peer, [tensor])[0]

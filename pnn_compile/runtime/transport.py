@@ -16,7 +16,7 @@ from passes.errors import RuntimeFault
 
 
 class Transport(Protocol):
-    """One rank's end of the messages to and from all others."""
+    """Send and receive the messages of one rank."""
 
     def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Start to send tensors, without waiting for the receiver."""
@@ -29,7 +29,7 @@ class Transport(Protocol):
 
 
 class _Posted(NamedTuple):
-    """A receive under way: the tensor it fills, what to wait for, and where the tensor belongs."""
+    """A pending receive: the tensor it fills, its request, and the device for the result."""
 
     tensor: torch.Tensor
     work: dist.Work | None
@@ -39,13 +39,13 @@ class _Posted(NamedTuple):
 class PointToPoint:
     """Messages over a process group of torch.distributed.
 
-    Tensors go by way of the host where the backend cannot do otherwise: Gloo takes tensors on a GPU
-    in its collectives, and in no message between two ranks.
+    Tensors go through the host where the backend requires it: Gloo accepts tensors on a GPU in its
+    collectives, but not in messages between two ranks.
 
     Args:
         group: Process group with one process a rank.
-        device: Where received tensors belong; where `like` is if None.
-        through_host: Whether messages go by way of the host; None if the backend needs it.
+        device: Device of received tensors; that of `like` if None.
+        through_host: Whether messages go through the host; None if only where required.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class PointToPoint:
         self._expected: dict[int, deque[list[_Posted]]] = defaultdict(deque)
 
     def send(self, peer: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Start to send tensors; they may be written again after `wait`."""
+        """Start to send tensors; they may be overwritten after `wait`."""
         for tensor in tensors:
             ready = tensor.detach().contiguous()
-            if self._by_host(ready.device):
+            if self._through_host_memory(ready.device):
                 ready = ready.to("cpu")
             self._sent.append((ready, dist.isend(ready, group=self._group, group_dst=peer)))
 
@@ -75,16 +75,16 @@ class PointToPoint:
 
     def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Wait for tensors of these shapes and types."""
-        ahead = self._expected[peer]
+        posted = self._expected[peer]
         received = []
-        for tensor, work, device in ahead.popleft() if ahead else self._post(peer, like):
+        for tensor, work, device in posted.popleft() if posted else self._post(peer, like):
             if work is not None:
                 work.wait()
             received.append(tensor.to(device))
         return received
 
     def wait(self) -> None:
-        """Wait until everything is sent."""
+        """Wait until all tensors are sent."""
         for _, work in self._sent:
             if work is not None:
                 work.wait()
@@ -94,34 +94,34 @@ class PointToPoint:
         posted = []
         for expected in like:
             home = self._device or expected.device
-            device = torch.device("cpu") if self._by_host(home) else home
+            device = torch.device("cpu") if self._through_host_memory(home) else home
             tensor = torch.empty(expected.shape, dtype=expected.dtype, device=device)
             work = dist.irecv(tensor, group=self._group, group_src=peer)
             posted.append(_Posted(tensor, work, home))
         return posted
 
-    def _by_host(self, device: torch.device) -> bool:
+    def _through_host_memory(self, device: torch.device) -> bool:
         if self._through_host is not None:
             return self._through_host
         return device.type != "cpu" and backend_of(self._group, device) == "gloo"
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Name the backend that a group has for a kind of device; None if there is none."""
+    """Return the backend of a group for a kind of device; None if there is none."""
     pairs = (part.partition(":") for part in dist.get_backend_config(group).split(","))
     return {kind: backend for kind, _, backend in pairs}.get(device.type)
 
 
 _Queues = defaultdict[tuple[int, int], deque[list[torch.Tensor]]]
-"""Messages on their way, by sender and receiver."""
+"""Messages in transit, by sender and receiver."""
 
 
 class InProcess:
     """Messages between ranks that take turns in one process: for tests, timings and simulation.
 
     Args:
-        rank: The rank whose end this is.
-        queues: Shared by all ranks.
+        rank: This rank.
+        queues: The messages of all ranks.
     """
 
     def __init__(self, rank: int, queues: _Queues) -> None:
@@ -130,7 +130,7 @@ class InProcess:
 
     @classmethod
     def of(cls, ranks: int) -> list[InProcess]:
-        """Connect a number of ranks; return their ends."""
+        """Connect a number of ranks; return one transport per rank."""
         queues: _Queues = defaultdict(deque)
         return [cls(rank, queues) for rank in range(ranks)]
 
@@ -139,7 +139,7 @@ class InProcess:
         self._queues[self._rank, peer].append([tensor.detach().clone() for tensor in tensors])
 
     def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
-        """Do nothing: a queue has room."""
+        """Do nothing: queues are unbounded."""
 
     def receive(self, peer: int, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Take the next message of the peer.

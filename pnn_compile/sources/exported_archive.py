@@ -1,10 +1,10 @@
-"""What a `.pt2` file may hold: checked, and written anew, before torch reads any of it.
+"""Check what a `.pt2` file contains, and write a clean copy, before torch reads any of it.
 
 torch's loader trusts such a file. It unpickles what a table marks so (and sample inputs that its
-safe reader refuses), evaluates sizes that are given as text, opens compiled libraries, resolves
-the target of a node by attribute access (`torch.os.system` is one), and puts names into generated
-code. So members, tables, targets, names and expressions are held against lists here, and torch is
-given an archive of just what passed, which no second reading of a tampered zip file can change.
+safe reader refuses), evaluates sizes that are texts, opens compiled libraries, resolves the target
+of a node by attribute access (`torch.os.system` is one), and puts names into generated code. So
+members, tables, targets, names and expressions are checked against lists here, and torch reads an
+archive of what passed alone, which no second reading of a tampered zip file can change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import torch
 from passes.errors import ArtifactError, SourceError
 from pnn_compile.artifact.functions import function
 
-__all__ = ["check_expression", "checked"]
-
 _MODEL = "models/model.json"
 _SAMPLES = "data/sample_inputs/model.pt"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
@@ -35,21 +33,27 @@ _MEMBERS = re.compile(
     r"|archive_format|archive_version|byteorder|version|\.data/(version|serialization_id)"
 )
 _EXTRA = "data/extra/"
-"""Texts that a user added to the file; they are not read."""
+"""Folder of texts that a user added to the file; they are not read."""
 
 
-def checked(path: Path) -> io.BytesIO:
-    """Return an archive that holds what a saved program needs, and nothing that could run.
+def checked_archive(path: Path) -> io.BytesIO:
+    """Copy a file into an archive with what a saved program needs, and nothing that could run.
+
+    Args:
+        path: A file of torch.export.save.
+
+    Returns:
+        The archive, for torch.export.load.
 
     Raises:
-        SourceError: The file is no such archive, or holds something else; it is named.
+        SourceError: The file is no such archive, or contains something else; the message names it.
     """
     members = _members(path)
     try:
         model = json.loads(members[_MODEL])
         tables = {name: json.loads(members[name]) for name in _CONFIGS}
     except (KeyError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no file of torch.export.save: {error!r}") from error
+        raise SourceError(f"{path} is not a file of torch.export.save: {error!r}") from error
     try:
         for name, table in tables.items():
             _check_table(table, name.rpartition("/")[0], members)
@@ -57,27 +61,27 @@ def checked(path: Path) -> io.BytesIO:
         model["guards_code"] = []  # code that compares inputs with those of the export
     except _Refused as refused:
         raise SourceError(
-            f"{path} holds {refused}, and loading that could run any code: save it again with "
+            f"{path} contains {refused}, and loading that could run any code: save it again with "
             "torch.export.save from plain tensors, or name the Python file that builds the model"
         ) from None
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(f"{path} is damaged: {error!r}") from error
     _check_samples(path, members.get(_SAMPLES, b""))
     members[_MODEL] = json.dumps(model).encode()
-    written = io.BytesIO()
-    with zipfile.ZipFile(written, "w") as archive:
+    clean = io.BytesIO()
+    with zipfile.ZipFile(clean, "w") as archive:
         for name, data in members.items():
             archive.writestr(f"model/{name}", data)
-    written.seek(0)
-    return written
+    clean.seek(0)
+    return clean
 
 
 class _Refused(Exception):
-    """What the file holds that it may not."""
+    """The file contains something that it may not; the message names it."""
 
 
 def _members(path: Path) -> dict[str, bytes]:
-    """Read the members by their names inside the archive's one folder."""
+    """Return the members by their names inside the only folder of the archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -85,19 +89,19 @@ def _members(path: Path) -> dict[str, bytes]:
             names = [entry.filename.partition("/")[2] for entry in entries]
             if _MODEL not in names:
                 raise SourceError(
-                    f"{path} is no file of torch.export.save, or one of an old format: save it "
+                    f"{path} is not a file of torch.export.save, or one of an old format: save it "
                     "again with this version of torch"
                 )
-            strange = [
+            refused = [
                 entry.filename
                 for entry, name in zip(entries, names, strict=True)
                 if not (_MEMBERS.fullmatch(name) or name.startswith(_EXTRA))
-                or entry.compress_type != zipfile.ZIP_STORED  # torch packs none: a bomb does
+                or entry.compress_type != zipfile.ZIP_STORED  # a zip bomb is not stored
                 or names.count(name) > 1
             ]
-            if strange or len(folders) > 1:
+            if refused or len(folders) > 1:
                 raise SourceError(
-                    f"{path} holds {', '.join(map(repr, strange[:3] or sorted(folders)[:3]))}, "
+                    f"{path} contains {', '.join(map(repr, refused[:3] or sorted(folders)[:3]))}, "
                     "which torch.export.save writes for no plain program: save it again, or name "
                     "the Python file that builds the model"
                 )
@@ -107,11 +111,11 @@ def _members(path: Path) -> dict[str, bytes]:
                 if not name.startswith(_EXTRA)
             }
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise SourceError(f"{path} is no file of torch.export.save: {error}") from error
+        raise SourceError(f"{path} is not a file of torch.export.save: {error}") from error
 
 
 def _check_table(table: Any, folder: str, members: Mapping[str, bytes]) -> None:
-    """Check that a table names raw tensors alone, none larger than its bytes."""
+    """Check that a table refers to raw tensors only, none without its bytes."""
     for name, entry in table["config"].items():
         _check_strings(entry, name)
         file = f"{folder}/{entry['path_name']}"
@@ -126,7 +130,7 @@ def _check_samples(path: Path, data: bytes) -> None:
     try:
         if data:
             torch.load(io.BytesIO(data), weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
+    except Exception as error:  # whatever torch raises on a damaged or hostile pickle
         raise SourceError(
             f"the sample inputs of {path} cannot be read without unpickling objects, which could "
             "run any code: export with plain tensors, in tuples, lists and dicts, and save again"
@@ -135,13 +139,13 @@ def _check_samples(path: Path, data: bytes) -> None:
 
 _WORD = re.compile(r"[\w. -]*")
 _TEXT = ("stack_trace", "nn_module_stack", "as_string", "as_strings", "torch_version")
-"""Texts that are shown, or given to operators as they are; none of them becomes code."""
+"""Keys of texts that are shown, or passed to operators; none of them becomes code."""
 _DROPPED = ("source_fn_stack", "torch_fn", "custom", "from_node")
-"""Notes of a node that torch resolves to functions; nothing here reads them."""
+"""Keys of a node's notes that torch resolves to functions; nothing here reads them."""
 
 
 def _check_strings(value: Any, key: str) -> None:
-    """Check every text in a table by the key that it stands under; drop the notes of nodes."""
+    """Check every text in a table by the rule of its key; drop the notes of nodes."""
     if isinstance(value, dict):
         for name in _DROPPED:
             value.pop(name, None)
@@ -185,7 +189,7 @@ def _check_target(text: str) -> None:
 
 
 def _check_structure(text: str) -> None:
-    """Check how inputs and outputs are nested: JSON, whose texts are names of types and keys."""
+    """Check a pytree spec of inputs or outputs: JSON, whose texts are names of types and keys."""
 
     def check(value: Any) -> None:
         if isinstance(value, dict):
@@ -221,29 +225,35 @@ _LONGEST, _LARGEST, _POWER = 2000, 2**64, 16
 def check_expression(text: str) -> None:
     """Check that a size is an expression of numbers, symbols, arithmetic and torch's functions.
 
-    Either as people write it, `2*s0 + FloorDiv(s1, 4)`, or as sympy does,
-    `Mul(Integer(2), Symbol('s0', integer=True))`; not `__import__('os')`, `s0.real`, `9**9**9`.
+    Either as people write it or as sympy does; not `__import__('os')`, `s0.real`, `9**9**9`.
+
+    >>> check_expression("2*s0 + FloorDiv(s1, 4)")
+    >>> check_expression("Mul(Integer(2), Symbol('s0', integer=True))")
+    >>> check_expression("s0.real")
+    Traceback (most recent call last):
+    ValueError: Attribute in it
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not; the message names the part that is refused.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"{len(text)} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, RecursionError, MemoryError):
-        raise ValueError("no expression") from None
+        raise ValueError("not an expression") from None
     if sum(isinstance(node, ast.Pow) or _called(node) == "Pow" for node in ast.walk(tree)) > 1:
-        raise ValueError("powers in it")  # of powers, which take for ever
+        raise ValueError("powers in it")  # a power of powers would compute forever
     _check_arithmetic(tree)
 
 
 def _called(node: ast.AST) -> str:
-    """Name of the function that a node calls by its name, else nothing."""
+    """Return the name of the function that a node calls by name; "" of other nodes."""
     return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
 def _check_arithmetic(node: ast.expr) -> None:
+    """Check an expression tree: the node itself, then its operands."""
     operators: list[ast.AST] = []
     parts: list[ast.expr] = []
     match node:
@@ -273,9 +283,9 @@ def _check_arithmetic(node: ast.expr) -> None:
             operators, parts = [*comparisons], [left, *others]
         case _:
             raise ValueError(f"{_called(node) or type(node).__name__} in it")
-    for used in operators:
-        if not isinstance(used, _OPERATORS):
-            raise ValueError(f"{type(used).__name__} in it")
+    for symbol in operators:
+        if not isinstance(symbol, _OPERATORS):
+            raise ValueError(f"{type(symbol).__name__} in it")
     for part in parts:
         _check_arithmetic(part)
 
@@ -305,5 +315,5 @@ _RULES: Mapping[str, Callable[[str], None]] = {
     "expr_str": _check_expression,
     "in_spec": _check_structure,
     "out_spec": _check_structure,
-    "guards_code": lambda _: None,  # left out of what torch reads
+    "guards_code": lambda _: None,  # the copy for torch has none
 }

@@ -1,7 +1,7 @@
-"""`file.pt2`: a program that torch.export.save wrote.
+"""Load a `.pt2` file: a program that torch.export.save wrote.
 
-Such a file holds a graph and raw weights. torch's loader would run code that a crafted one holds:
-`pnn_compile.sources.exported_archive` looks at it first, and gives torch what it found in order.
+Such a file contains a graph and raw weights. torch's loader would run the code in a crafted one:
+`pnn_compile.sources.exported_archive` checks it first, and torch reads only what passed.
 """
 
 from __future__ import annotations
@@ -16,54 +16,56 @@ from torch import fx
 from passes.capture.refold import toggle
 from passes.errors import SourceError
 from passes.ir.program import Provenance, provenance, set_provenance
-from pnn_compile.sources.calls import refuse_arguments
-from pnn_compile.sources.errors import first_line
-from pnn_compile.sources.exported_archive import checked
+from pnn_compile.sources.exported_archive import checked_archive
 from pnn_compile.sources.source import Inputs, Source
-
-__all__ = ["SUFFIX", "load"]
+from pnn_compile.sources.user_code import first_line, refuse_arguments
 
 SUFFIX = ".pt2"
 
 _FLAGS = ("training", "train", "use_input_stats")
-"""What operators call the argument that says whether they train."""
+"""Names of the argument that tells an operator whether to train."""
 
 
-def load(text: str, arguments: Mapping[str, Any], given: Inputs | None) -> Source:
-    """Load a saved exported program; its own example inputs serve unless others are given.
+def load(text: str, arguments: Mapping[str, Any], inputs: Inputs | None) -> Source:
+    """Load a saved exported program.
+
+    Args:
+        text: Path of the file.
+        arguments: Must be empty: a program is not built.
+        inputs: Inputs that replace the example inputs of the file.
 
     Raises:
-        SourceError: The file is missing, damaged, of another version of torch, or holds what could
-            run code; it has no example inputs; or it cannot be switched between training and
+        SourceError: The file is missing, damaged, of another version of torch, or contains what
+            could run code; it has no example inputs; or it cannot switch between training and
             evaluation.
     """
     path = Path(text)
     refuse_arguments(arguments, text, "it is a program already, not a factory")
     if not path.is_file():
         raise SourceError(f"no such file: {path}")
-    archive = checked(path)
+    archive = checked_archive(path)
     try:
         exported = torch.export.load(archive)
         module = exported.module(check_guards=False)
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # whatever torch raises on a damaged file
         raise SourceError(
             f"{path} cannot be loaded ({type(error).__name__}: {first_line(error)}): save it "
             f"again with torch.export.save of torch {torch.__version__}"
         ) from error
     assert isinstance(module, fx.GraphModule)
-    _free(module, text)
-    given = given or exported.example_inputs
-    if given is None:
-        raise SourceError(f"{path} holds no example inputs: add --input 1x3x32x32 for each of them")
-    args, kwargs = given
+    _enable_modes(module, text)
+    inputs = inputs or exported.example_inputs
+    if inputs is None:
+        raise SourceError(f"{path} has no example inputs: add --input 1x3x32x32 for each argument")
+    args, kwargs = inputs
     return Source(module, tuple(args), dict(kwargs), text)
 
 
-def _free(module: fx.GraphModule, text: str) -> None:
-    """Let train() and eval() work, which torch takes from an exported module.
+def _enable_modes(module: fx.GraphModule, text: str) -> None:
+    """Make train() and eval() work, which raise in an exported module.
 
     Raises:
-        SourceError: An operator trains and cannot be switched.
+        SourceError: An operator trains and cannot switch to evaluation.
     """
     for node in module.graph.nodes:
         stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -74,16 +76,17 @@ def _free(module: fx.GraphModule, text: str) -> None:
         if _trains(node):
             raise SourceError(
                 f"{text} was exported in training mode, and {node.target} of "
-                f"{provenance(node).path or node.name} cannot be switched to evaluation: call "
+                f"{provenance(node).path or node.name} cannot switch to evaluation: call "
                 "model.eval() before torch.export.export, or name the Python file that builds it"
             )
-    del module.train, module.eval  # they refuse; the class has its own
+    del module.train, module.eval  # these raise, and hide those of the class
     module.recompile()
 
 
 def _trains(node: fx.Node) -> bool:
+    """Whether an operator is called in training mode."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return any(given.get(flag) is True for flag in _FLAGS)
+    values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return any(values.get(flag) is True for flag in _FLAGS)

@@ -1,11 +1,16 @@
-"""Models in Python: `file.py`, `file.py:name` or `package.module:name`, and their inputs.
+"""Load a model from Python: `file.py`, `file.py:name` or `package.module:name`, with its inputs.
 
-A name may be dotted and means an `nn.Module`, a class, or a factory without required arguments.
-Without one, `build_model`, `get_model` or `model` is taken, or else the only `nn.Module` subclass
-of the file whose signature asks for no arguments. Inputs are `--input` texts, or come from
-`example_inputs` beside the model: a value, or a function without required arguments, that gives a
-tensor, a tuple or list of positional arguments, or a dict of keyword arguments. For a factory
+A name may be dotted; it refers to an `nn.Module`, a class, or a factory without required arguments.
+Without a name, the model is `build_model`, `get_model` or `model`, or else the only `nn.Module`
+subclass of the file that is built without arguments. Inputs come from `--input` texts, or from
+`example_inputs` beside the model: a tensor, a tuple or list of positional arguments, a dict of
+keyword arguments, or a function without required arguments that returns one of these. For a factory
 `build_<x>_model`, `<x>_example_inputs` comes first.
+
+    # model.py                                           pnn-compile model.py
+    class Net(nn.Module): ...                            builds Net()
+    def example_inputs():                                and calls it with this tensor
+        return torch.randn(2, 3, 32, 32)
 """
 
 from __future__ import annotations
@@ -25,27 +30,32 @@ import torch
 from torch import nn
 
 from passes.errors import SourceError
-from pnn_compile.sources.calls import call, lacks, refuse_arguments
-from pnn_compile.sources.errors import advise, blame, first_line, library
 from pnn_compile.sources.source import Inputs, Source
-
-__all__ = ["imports_from", "load"]
+from pnn_compile.sources.user_code import (
+    call,
+    first_line,
+    is_library,
+    missing_arguments,
+    refuse_arguments,
+    report_errors,
+    suggest,
+)
 
 NAMES = ("build_model", "get_model", "model")
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _PREFIX = "_pnn_source_"
 _counter = itertools.count()
-_local: set[str] = set()  # top-level names that the last call imported from the user's folders
+_local: set[str] = set()  # top-level modules that the last call imported from the user's folders
 
 
-def load(text: str, arguments: dict[str, Any], given: Inputs | None) -> Source:
+def load(text: str, arguments: dict[str, Any], inputs: Inputs | None) -> Source:
     """Import and build the model that `text` names, and find its example inputs.
 
     Args:
         text: `file.py`, `file.py:name` or `package.module:name`.
         arguments: Keyword arguments of the factory.
-        given: Inputs that replace the `example_inputs` beside the model.
+        inputs: Inputs that replace the `example_inputs` beside the model.
 
     Raises:
         SourceError: See `load_source`.
@@ -59,11 +69,11 @@ def load(text: str, arguments: dict[str, Any], given: Inputs | None) -> Source:
     if not name or path.is_file() or path.suffix == ".py" or not _NAME.fullmatch(place):
         _check_file(path)
         with imports_from(path.resolve().parent, Path.cwd()):
-            return _take(_import_file(path), place, name, arguments, given)
+            return _build(_import_file(path), place, name, arguments, inputs)
     with imports_from(Path.cwd()):
-        with blame(place):
+        with report_errors(place):
             module = importlib.import_module(place)
-        return _take(module, place, name, arguments, given)
+        return _build(module, place, name, arguments, inputs)
 
 
 def _check_file(path: Path) -> None:
@@ -71,21 +81,21 @@ def _check_file(path: Path) -> None:
         return
     if path.is_file():
         raise SourceError(f"{path} is not a Python file: name the one that builds the model")
-    what = f"{path} is a directory" if path.is_dir() else f"no such file: {path}"
+    problem = f"{path} is a directory" if path.is_dir() else f"no such file: {path}"
     folder = path if path.is_dir() else path.parent
-    advice = advise(path.name, sorted(file.name for file in folder.glob("*.py")))
+    advice = suggest(path.name, sorted(file.name for file in folder.glob("*.py")))
     if path.suffix != ".py":
         advice += " (a model of a module is typed package.module:name)"
-    raise SourceError(f"{what}; in {folder}, {advice}")
+    raise SourceError(f"{problem}; in {folder}, {advice}")
 
 
 @contextmanager
 def imports_from(*folders: Path) -> Iterator[None]:
-    """Let imports find modules in folders; forget those that an earlier call found so."""
+    """Put folders first in `sys.path`; forget the modules that an earlier call imported so."""
     for name in [name for name in sys.modules if name.partition(".")[0] in _local]:
         del sys.modules[name]
     _local.clear()
-    path, known = list(sys.path), {name.partition(".")[0] for name in sys.modules}
+    path, imported = list(sys.path), {name.partition(".")[0] for name in sys.modules}
     sys.path[:0] = map(str, folders)
     importlib.invalidate_caches()  # a file may be younger than a listing of its folder
     try:
@@ -94,22 +104,22 @@ def imports_from(*folders: Path) -> Iterator[None]:
         sys.path[:] = path
         for name, module in list(sys.modules.items()):
             root = name.partition(".")[0]
-            if root not in known and not root.startswith(_PREFIX):
+            if root not in imported and not root.startswith(_PREFIX):
                 file = Path(getattr(module, "__file__", None) or "")
-                if any(file.is_relative_to(each) for each in folders) and not library(file):
+                if any(file.is_relative_to(f) for f in folders) and not is_library(file):
                     _local.add(root)
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, which pickle and torch can look up later."""
+    """Import a file under a unique name, which pickle and torch can look up later."""
     name = f"{_PREFIX}{next(_counter)}_" + re.sub(r"\W", "_", path.stem)
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with blame(str(path)):
-            # not by the loader: its cache may be stale within a second of an edit
+        with report_errors(str(path)):
+            # Not by the loader: its cache may be stale within a second of an edit.
             code = compile(path.read_bytes(), str(path.resolve()), "exec", dont_inherit=True)
             exec(code, vars(module))
     except SourceError:
@@ -118,18 +128,18 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _take(
-    module: ModuleType, place: str, name: str, arguments: dict[str, Any], given: Inputs | None
+def _build(
+    module: ModuleType, place: str, name: str, arguments: dict[str, Any], inputs: Inputs | None
 ) -> Source:
-    """Build the model called `name`, or the one that the rules choose, and its inputs."""
+    """Build the model called `name`, or the only candidate of the module, and its inputs."""
     name = name or _choose(module, place, arguments)
     origin = f"{place}:{name}"
-    with blame(origin):
+    with report_errors(origin):
         target = _look_up(module, place, name)
     factory = re.fullmatch(r"build_(\w+)_model", name.rpartition(".")[2])
     keys = [f"{factory[1]}_example_inputs" if factory else "", "example_inputs"]
     key = next((key for key in keys if key in vars(module)), "")
-    if not given and not key:
+    if not inputs and not key:
         raise SourceError(
             f"{origin} needs example inputs: add --input 1x3x32x32 for each argument, or paste "
             f"`def example_inputs(): return (torch.randn(1, 3, 32, 32),)` into {place}"
@@ -138,57 +148,62 @@ def _take(
         refuse_arguments(arguments, origin, "it is a model already, not a factory")
     model = target if isinstance(target, nn.Module) else call(target, origin, arguments)
     if not isinstance(model, nn.Module):
-        raise SourceError(f"{origin} gives a {type(model).__name__}: return an nn.Module alone")
-    return Source(model, *(given or _arguments(vars(module)[key], f"{place}:{key}")), origin)
+        raise SourceError(f"{origin} returns a {type(model).__name__}: return an nn.Module alone")
+    return Source(model, *(inputs or _arguments(vars(module)[key], f"{place}:{key}")), origin)
 
 
 def _choose(module: ModuleType, place: str, arguments: dict[str, Any]) -> str:
-    """Return the name of the model in a file that was given without one."""
+    """Return the name of the only model of a module.
+
+    Raises:
+        SourceError: It has none, or several.
+    """
     obstacles = {
         name: _obstacle(name, value, module, arguments) for name, value in vars(module).items()
     }
-    free = {id(vars(module)[name]): name for name, why in obstacles.items() if why == ""}
-    names = [name for name in NAMES if obstacles.get(name) == ""][:1] or list(free.values())
+    # By identity: a class under two names is one model.
+    models = {id(vars(module)[name]): name for name, why in obstacles.items() if why == ""}
+    names = [name for name in NAMES if obstacles.get(name) == ""][:1] or list(models.values())
     if len(names) == 1:
         return names[0]
     if names:
         advice = " or ".join(f"{place}:{name}" for name in names)
-        raise SourceError(f"{place} has {len(names)} models, and it is open which: type {advice}")
-    seen = "; ".join(f"{name} {why}" for name, why in obstacles.items() if why)
+        raise SourceError(f"{place} has {len(names)} models: type {advice}")
+    refused = "; ".join(f"{name} {why}" for name, why in obstacles.items() if why)
     raise SourceError(
-        f"no model found in {place} ({seen or 'no nn.Module in it'}): add a function build_model() "
-        f"that returns it, or type {place}:name"
+        f"no model found in {place} ({refused or 'no nn.Module in it'}): add a function "
+        f"build_model() that returns it, or type {place}:name"
     )
 
 
 def _obstacle(
     name: str, value: object, module: ModuleType, arguments: dict[str, Any]
 ) -> str | None:
-    """Say why a value cannot be taken for the model: "" if it can, None if nobody would."""
-    own = getattr(value, "__module__", None) == module.__name__
-    own_class = own and isinstance(value, type) and issubclass(value, nn.Module)
+    """Return why a value cannot be the model; "" if it can, None if it is no candidate."""
+    local = getattr(value, "__module__", None) == module.__name__
+    local_class = local and isinstance(value, type) and issubclass(value, nn.Module)
     if name in NAMES and not callable(value):
         return f"is of type {type(value).__name__}"
     if isinstance(value, nn.Module):
         return "" if name in NAMES else "has another name"
-    if not callable(value) or not (own_class or name in NAMES):
+    if not callable(value) or not (local_class or name in NAMES):
         return None
     if inspect.isabstract(value):
         return "is abstract"
-    if (own_class or not own) and (missing := lacks(value, arguments)):
-        return f"needs arguments {missing}"
-    return ""  # a factory of this file is meant, even one that must be mended
+    if (local_class or not local) and (signature := missing_arguments(value, arguments)):
+        return f"needs arguments {signature}"
+    return ""  # a factory of this file is the model, even one that its call will refuse
 
 
 def _look_up(module: ModuleType, place: str, name: str) -> Any:
-    """Return the attribute `name`, which may be dotted."""
+    """Return the attribute `name` of a module; it may be dotted."""
     value: Any = module
     for part in name.split("."):
         try:
             value = getattr(value, part)
-        except AttributeError as exc:
-            advice = advise(part, [key for key in dir(value) if not key.startswith("_")])
-            raise SourceError(f"there is no {part!r} in {place}; {advice}") from exc
+        except AttributeError as error:
+            advice = suggest(part, [key for key in dir(value) if not key.startswith("_")])
+            raise SourceError(f"there is no {part!r} in {place}; {advice}") from error
     return value
 
 
@@ -202,6 +217,6 @@ def _arguments(value: Any, origin: str) -> Inputs:
     if value and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return (), dict(value)
     raise SourceError(
-        f"{origin} gives {first_line(repr(value))}: let it give a tensor, a tuple or list of "
-        "positional arguments, or a dict of keyword arguments"
+        f"{origin} is {first_line(repr(value))}: make it a tensor, a tuple or list of positional "
+        "arguments, a dict of keyword arguments, or a function that returns one of these"
     )

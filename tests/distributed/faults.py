@@ -78,9 +78,9 @@ class Fault:
         write = filesystem._write_item
 
         def faulty(*args: Any, **kwargs: Any) -> Any:
-            found = write(*args, **kwargs)
+            result = write(*args, **kwargs)
             self._fire(1)
-            return found
+            return result
 
         filesystem._write_item = faulty
 

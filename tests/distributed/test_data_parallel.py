@@ -95,14 +95,14 @@ def _dropout(rank: int) -> float:
     module = pnn.runtime.distribute(
         network(2, norm=False, dropout=0.5), mesh=_mesh(2, 1), placement=[0, 0]
     ).train()
-    seen = []
+    visited = []
 
     def record(outputs: Tensor, batch: Any) -> Tensor:
-        seen.append(loss(outputs, batch).item())
+        visited.append(loss(outputs, batch).item())
         return loss(outputs, batch)
 
     module.forward_backward(batches(1)[0], record)
-    return seen[0]
+    return visited[0]
 
 
 def test_replicas_drop_different_units(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def _refused(rank: int) -> list[str]:
 def test_a_mesh_of_other_dimensions_is_refused(tmp_path: Path) -> None:
     for strange, both in start(_refused, 2, tmp_path):
         assert "('pipe',)" in strange
-        assert "in place of a group" in both
+        assert "replaces a group" in both
 
 
 def _train_sharded(rank: int, folder: str, shard: bool, stop: int, options: dict[str, Any]) -> Any:
@@ -161,12 +161,12 @@ def test_sharded_replicas_train_alike(options: dict[str, Any], tmp_path: Path) -
     folder = str(tmp_path / "shards")
     first = start(_train_sharded, 4, tmp_path, folder, True, 2, options)
     second = start(_train_sharded, 4, tmp_path, folder, True, STEPS, options)  # from the checkpoint
-    for begun, ended, wanted in zip(first, second, whole, strict=True):
-        assert begun["losses"] + ended["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
-        running = {key for key in wanted["state"] if "running" in key}  # each replica's own
+    for begun, ended, expected in zip(first, second, whole, strict=True):
+        assert begun["losses"] + ended["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        running = {key for key in expected["state"] if "running" in key}  # each replica's own
         _compare(
             {key: ended["state"][key] for key in ended["state"].keys() - running},
-            {key: wanted["state"][key] for key in wanted["state"].keys() - running},
+            {key: expected["state"][key] for key in expected["state"].keys() - running},
         )
     for rank in (0, 1):
         assert second[rank]["held"] + second[rank + 2]["held"] == whole[rank]["held"]

@@ -118,8 +118,8 @@ def _compare(compiled: pnn.Compiled, example: Any, placement: tuple[int, ...]) -
     wanted = reference(*smaller)
     _loss(wanted).backward()
     compiled.module.train()
-    (found,), _ = _run(compiled, [smaller], placement)
-    torch.testing.assert_close(found, wanted)
+    (result,), _ = _run(compiled, [smaller], placement)
+    torch.testing.assert_close(result, wanted)
     gradients = dict(reference.named_parameters())
     for key, parameter in compiled.module.named_parameters():
         expected = gradients[key].grad
@@ -174,9 +174,9 @@ def test_forward_alone_keeps_no_graph() -> None:
     compiled = pnn.compile(model, example, stages=3)
     compiled.module.eval()
     with torch.no_grad():
-        (found,), _ = _run(compiled, [example], (0, 1, 2), train=False)
-        torch.testing.assert_close(found, compiled.module(*example))
-    assert not found.requires_grad
+        (result,), _ = _run(compiled, [example], (0, 1, 2), train=False)
+        torch.testing.assert_close(result, compiled.module(*example))
+    assert not result.requires_grad
 
 
 def test_a_rank_owns_its_stages_and_nothing_else() -> None:

@@ -52,23 +52,23 @@ def _train(rank: int, inputs: Any, micro: int) -> dict[str, Any]:
     for _ in range(2):
         batch = {name: torch.randn(4, 8, generator=generator) for name in ("x", "labels")}
         batch["late"] = torch.randint(5, (4,), generator=generator)
-        given = batch if rank == 0 or inputs == "every rank" else None
-        losses.append(module.train_step(given, _loss, optimizer).item())
-    arguments = (batch["x"],) if given is not None else ()
-    kwargs = {"late": batch["late"]} if given is not None else {}
+        passed = batch if rank == 0 or inputs == "every rank" else None
+        losses.append(module.train_step(passed, _loss, optimizer).item())
+    arguments = (batch["x"],) if passed is not None else ()
+    kwargs = {"late": batch["late"]} if passed is not None else {}
     outputs = module.eval()(*arguments, **kwargs)
-    fed = None if module._scatter is None else module._scatter(given)
+    fed = None if module._scatter is None else module._scatter(passed)
     return {"losses": losses, "outputs": outputs, "fed": fed}
 
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_ranks_that_are_fed_train_alike(micro: int, tmp_path: Path) -> None:
     wanted = start(_train, 3, tmp_path, "every rank", micro)
-    found = start(_train, 3, tmp_path, "rank 0", micro)
-    for own, expected in zip(found, wanted, strict=True):
+    result = start(_train, 3, tmp_path, "rank 0", micro)
+    for own, expected in zip(result, wanted, strict=True):
         assert own["losses"] == expected["losses"]
-    assert torch.equal(found[2]["outputs"], wanted[2]["outputs"])
-    first, middle, last = (rank["fed"] for rank in found)
+    assert torch.equal(result[2]["outputs"], wanted[2]["outputs"])
+    first, middle, last = (rank["fed"] for rank in result)
     # No state of the middle depends on the late argument, so that its guess does not read it.
     assert {name for name, value in middle.items() if not value.is_meta} == {"x"}
     assert middle["labels"].shape == (4, 8)
@@ -152,7 +152,7 @@ def _wrong(rank: int) -> Any:
     compiled = _convolutions()
     module = pnn.runtime.distribute(compiled).train()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    said = []
+    message = []
     for batch, loss in (
         (torch.randn(2, 4, 6, 6), _distance),
         (torch.randn(2, 4, 8, 8), _nothing_but_numbers),
@@ -161,9 +161,9 @@ def _wrong(rank: int) -> Any:
         try:
             module.train_step(batch, loss, optimizer)
         except pnn.RuntimeFault as error:
-            said.append(str(error))
+            message.append(str(error))
         assert all(torch.equal(before[name], value) for name, value in module.named_parameters())
-    return said, module.train_step(torch.randn(3, 4, 8, 8), _distance, optimizer).item()
+    return message, module.train_step(torch.randn(3, 4, 8, 8), _distance, optimizer).item()
 
 
 def test_wrong_shapes_and_losses_get_a_clear_error_on_every_rank(tmp_path: Path) -> None:

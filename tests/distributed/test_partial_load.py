@@ -40,15 +40,15 @@ def test_ranks_that_hold_their_own_stages_train_alike(kind: str, tmp_path: Path)
     compiled = network(3, kind)
     path = str(compiled.save(tmp_path / "artifact"))
     wanted = start(_train, 3, tmp_path, path, True)
-    found = start(_train, 3, tmp_path, path, False)
-    for rank, (own, expected) in enumerate(zip(found, wanted, strict=True)):
+    result = start(_train, 3, tmp_path, path, False)
+    for rank, (own, expected) in enumerate(zip(result, wanted, strict=True)):
         assert own["losses"] == expected["losses"]
         assert own["state"].keys() == expected["state"].keys()
         for key, value in own["state"].items():
             assert torch.equal(value, expected["state"][key]), key
         assert (own["alone"], expected["alone"]) == (True, False), rank
-    assert torch.equal(found[2]["outputs"], wanted[2]["outputs"])
-    assert found[0]["original"].keys() == compiled.original_state_dict().keys()
+    assert torch.equal(result[2]["outputs"], wanted[2]["outputs"])
+    assert result[0]["original"].keys() == compiled.original_state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_piece_runs_on_what_its_rank_holds(
     build: Any, inputs: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     from pnn_compile.artifact.directory import load
-    from pnn_compile.runtime.partial_load import load_part
+    from pnn_compile.runtime.distribute import load_part
     from pnn_compile.runtime.rank_pieces import RankPieces
 
     torch.manual_seed(0)
@@ -77,14 +77,14 @@ def test_every_piece_runs_on_what_its_rank_holds(
     path = compiled.save(tmp_path / "artifact")
     wanted = pnn.load(path)
     for rank in range(2):
-        held = load_part(load(path, without_data=True), (0, 1), rank, path)
-        own, expected = (RankPieces(each, (0, 1), rank).eval() for each in (held, wanted))
+        stored = load_part(load(path, without_data=True), (0, 1), rank, path)
+        own, expected = (RankPieces(each, (0, 1), rank).eval() for each in (stored, wanted))
         assert own.state_dict().keys() == expected.state_dict().keys()
         for key, value in expected.state_dict().items():
             assert torch.equal(own.state_dict()[key], value), key
-        given = held.program.args
-        fine = own.executor.fine(rank, _ones(held, rank), given)
-        for key, value in expected.executor.fine(rank, _ones(held, rank), given).items():
+        passed = stored.program.args
+        fine = own.executor.fine(rank, _ones(stored, rank), passed)
+        for key, value in expected.executor.fine(rank, _ones(stored, rank), passed).items():
             torch.testing.assert_close(fine[key], value)
     with pytest.raises(pnn.ArtifactError, match="does not exist"):
         load(tmp_path / "nothing", without_data=True)

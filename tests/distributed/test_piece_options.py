@@ -88,13 +88,13 @@ def test_autocast_is_that_of_one_process(tmp_path: Path) -> None:
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    wanted = module.state_dict()
+    expected = module.state_dict()
     for rank in start(_bfloat16, 2, tmp_path):
         assert rank["sent"] == {torch.bfloat16}
         assert rank["losses"] == pytest.approx(losses, rel=0.02)
         for key, value in rank["state"].items():
             assert value.dtype == torch.float32
-            torch.testing.assert_close(value, wanted[key], rtol=0.05, atol=0.01, msg=key)
+            torch.testing.assert_close(value, expected[key], rtol=0.05, atol=0.01, msg=key)
 
 
 def _overflow(rank: int) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _overflow(rank: int) -> dict[str, Any]:
         losses.append(module.train_step(batch, loss, optimizer, clip_norm=10.0, scaler=scaler))
         after = zip(before, module.parameters(), strict=True)
         moved.append(any(not torch.equal(a, b) for a, b in after))
-    with pytest.raises(pnn.RuntimeFault, match=r"make it with module\.grad_scaler\(\)"):
+    with pytest.raises(pnn.RuntimeFault, match=r"create it with module\.grad_scaler\(\)"):
         module.train_step(batches(1)[0], loss, optimizer, scaler=torch.amp.GradScaler("cpu"))
     return {"moved": moved, "scale": scaler.get_scale(), "losses": losses}
 
@@ -133,9 +133,9 @@ def _converted(rank: int) -> tuple[Any, Any]:
 
 
 def test_states_cross_in_the_precision_of_the_weights(tmp_path: Path) -> None:
-    _, (found, wanted) = start(_converted, 2, tmp_path)
-    torch.testing.assert_close(found, wanted)
-    assert found.dtype == torch.float64
+    _, (result, expected) = start(_converted, 2, tmp_path)
+    torch.testing.assert_close(result, expected)
+    assert result.dtype == torch.float64
 
 
 def test_other_types_are_refused() -> None:

@@ -90,14 +90,14 @@ def _train_in_one_process(
 def test_training_on_ranks_equals_training_in_one_process(
     name: str, stages: int, micro: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = start(_train, stages, tmp_path, name, stages, micro, options)
+    result = start(_train, stages, tmp_path, name, stages, micro, options)
     wanted = _train_in_one_process(name, stages, micro, options)
-    for rank, each in enumerate(found):
+    for rank, each in enumerate(result):
         assert each["losses"] == pytest.approx(wanted["losses"], rel=1e-4), rank
         for key, value in each["state"].items():
             expected = wanted["state"][key.removeprefix("network.")]
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=key)
-    *others, last = found
+    *others, last = result
     assert all(each["outputs"] is None for each in others)
     torch.testing.assert_close(last["outputs"], wanted["outputs"], rtol=1e-4, atol=1e-5)
 
@@ -105,17 +105,17 @@ def test_training_on_ranks_equals_training_in_one_process(
 def _several_stages(rank: int) -> Any:
     compiled, batches = _compiled("resnet", 4)
     module = pnn.runtime.distribute(compiled).eval()
-    found = module(batches[0])
+    result = module(batches[0])
     with torch.no_grad():
-        wanted = compiled.module.eval()(batches[0])
-    return module.network.stages, found, wanted
+        expected = compiled.module.eval()(batches[0])
+    return module.network.stages, result, expected
 
 
 def test_ranks_may_hold_several_stages(tmp_path: Path) -> None:
-    (first, nothing, _), (second, found, wanted) = start(_several_stages, 2, tmp_path)
+    (first, nothing, _), (second, result, expected) = start(_several_stages, 2, tmp_path)
     assert (first, second) == ([0, 1], [2, 3])
     assert nothing is None
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(result, expected)
 
 
 def _different(rank: int) -> str:
@@ -129,7 +129,7 @@ def _different(rank: int) -> str:
 
 def test_ranks_with_different_networks_are_refused(tmp_path: Path) -> None:
     for message in start(_different, 2, tmp_path):
-        assert "ranks [1] hold another plan than rank 0" in message
+        assert "ranks [1] have another plan than rank 0" in message
 
 
 def _out_of_memory(*_: object) -> None:
@@ -149,5 +149,5 @@ def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
     first, second = start(_failing, 2, tmp_path)
     assert "rank 0 failed at fine (stage 0, micro-batch 0), modules stem" in first
     assert "[2, 3, 16, 16]" in first
-    assert "MemoryError: no room for 3 GB; memory is short: distribute() with more" in first
+    assert "MemoryError: no room for 3 GB; out of memory: distribute() with more" in first
     assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second

@@ -11,7 +11,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from pnn_compile.bench import Bench, Parts, Timing, bench
-from pnn_compile.bench.parts import PartsTimer
+from pnn_compile.bench.measurements import PartsTimer
 from pnn_compile.cli import main
 from pnn_compile.inputs import resized
 from pnn_compile.report.tables import bench_table
@@ -30,10 +30,10 @@ def _compiled() -> pnn.Compiled:
 
 
 def test_contenders_take_turns_on_the_same_ranks() -> None:
-    found = bench(
+    result = bench(
         _compiled(), batches=(3, 4), against=("direct", "threads", "ddp", "gpipe:2"), rounds=3
     )
-    by_name = {(each.contender, each.batch): each for each in found.timings}
+    by_name = {(each.contender, each.batch): each for each in result.timings}
     assert set(by_name) == {
         (name, batch)
         for name in ("sequential", "parareal", "direct", "threads", "ddp", "gpipe:2", "copies")
@@ -48,7 +48,7 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
             assert not timing.problem
             assert len(timing.seconds) == 3
             assert min(timing.seconds) > 0
-    for known in (found.parts, found.together):
+    for known in (result.parts, result.together):
         assert [parts.batch for parts in known] == [3, 4]
         for parts in known:
             assert len(parts.forward) == len(parts.backward) == len(parts.optimizer) == 2
@@ -83,7 +83,7 @@ def test_parts_hold_every_instruction_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_figures_are_medians_of_ratios_of_a_round() -> None:
-    found = Bench(
+    result = Bench(
         "Net", True, 2, 2, 1, "CPU",
         (
             Timing("sequential", 1, (4.0, 8.0, 6.0)),
@@ -95,12 +95,12 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
         (Parts(1, (1.0, 0.5), 0.25, (0.5, 1.25), (1.0, 0.5)),),
         (Parts(1, (1.0, 1.25), 0.25, (0.5, 1.75), (1.0, 0.5)),),
     )  # fmt: skip
-    assert found.ratios(found.timings[1]) == (2.0, 1.0, 3.0)
-    assert found.bound(1) == 6.0 / (1.0 + 0.25 + 1.75)
-    assert found.bound(1, together=True) == 6.0 / (1.25 + 0.25 + 2.25)
-    text = " ".join(to_text(bench_table(found)).split())
+    assert result.ratios(result.timings[1]) == (2.0, 1.0, 3.0)
+    assert result.bound(1) == 6.0 / (1.0 + 0.25 + 1.75)
+    assert result.bound(1, together=True) == 6.0 / (1.25 + 0.25 + 2.25)
+    text = " ".join(to_text(bench_table(result)).split())
     assert "batch 1: ddp could not run: no 2 equal shares of a batch of 1" in text
-    assert found.machine(1) == 1.6
+    assert result.machine(1) == 1.6
     assert "in one process, allow 2.00; 100% of it is reached; timed on the ranks" in text
     assert (
         "in the steps themselves, they allow 1.60; 125% of it is reached; parareal is 1.50" in text
@@ -111,10 +111,10 @@ def test_figures_are_medians_of_ratios_of_a_round() -> None:
 def test_inputs_are_repeated_or_cut_to_the_batch() -> None:
     compiled = _compiled()
     (example,) = compiled.program.args.values()
-    (found,) = resized(compiled, 5, CPU).values()
-    assert torch.equal(found, example[[0, 1, 2, 0, 1]])
-    (found,) = resized(compiled, 2, CPU).values()
-    assert torch.equal(found, example[:2])
+    (result,) = resized(compiled, 5, CPU).values()
+    assert torch.equal(result, example[[0, 1, 2, 0, 1]])
+    (result,) = resized(compiled, 2, CPU).values()
+    assert torch.equal(result, example[:2])
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -136,25 +136,25 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "could not run" not in out  # a skip over two cuts is nothing special to any of them
     forward = [*arguments, "--against", "direct,ddp,gpipe,1f1b", "--inference", "--json"]
     assert main([*forward, "--rounds", "2"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["training"] is False
-    problems = {each["contender"]: each["problem"] for each in found["timings"] if each["problem"]}
+    result = json.loads(capsys.readouterr().out)
+    assert result["training"] is False
+    problems = {each["contender"]: each["problem"] for each in result["timings"] if each["problem"]}
     assert problems.keys() == {"1f1b"}
     assert "it only trains" in problems["1f1b"]
-    assert found["parts"][0]["optimizer"] == found["together"][0]["optimizer"] == [0.0, 0.0]
+    assert result["parts"][0]["optimizer"] == result["together"][0]["optimizer"] == [0.0, 0.0]
     assert main([*arguments, "--batch", "0"]) == 2
 
 
 def test_pipelines_are_at_their_best_and_what_is_sent_is_counted() -> None:
     compiled = _compiled()
     against = ("ddp", "gpipe", "gpipe:2", "1f1b")
-    found = bench(compiled, batches=(1, 4), against=against, rounds=1)
-    by_name = {(each.contender, each.batch): each for each in found.timings}
+    result = bench(compiled, batches=(1, 4), against=against, rounds=1)
+    by_name = {(each.contender, each.batch): each for each in result.timings}
     assert by_name["gpipe", 1].choice == "best of 1 micro-batches: 1"
     assert by_name["gpipe", 4].choice.startswith("best of 1, 2, 4 micro-batches: ")
     assert by_name["1f1b", 4].choice.startswith("best of 2, 4 micro-batches: ")
     assert "at least 2 micro-batches on 2 ranks" in by_name["1f1b", 1].problem
-    assert "batch 4: gpipe, best of 1, 2, 4" in to_text(bench_table(found))
+    assert "batch 4: gpipe, best of 1, 2, 4" in to_text(bench_table(result))
 
     sent = {name: each.sent for (name, batch), each in by_name.items() if batch == 4}
     state = 4 * 8 * 4  # samples, features, bytes

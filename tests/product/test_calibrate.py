@@ -79,9 +79,9 @@ def test_a_collapsed_sweep_is_calibrated_too(samples: torch.Tensor) -> None:
     assert last.corrected_after < last.corrected_before
     assert report.output_error_after < 0.5 * report.output_error_before
     with torch.no_grad():
-        found = compiled.module.eval()(samples[-64:])
-        wanted = compiled.sequential.eval()(samples[-64:])
-    error = ((found - wanted).norm() / wanted.norm()).item()
+        result = compiled.module.eval()(samples[-64:])
+        expected = compiled.sequential.eval()(samples[-64:])
+    error = ((result - expected).norm() / expected.norm()).item()
     assert error == pytest.approx(report.output_error_after, rel=0.5)
     assert compiled.verify().ok
 
@@ -134,7 +134,7 @@ def test_one_batch_is_too_few(samples: torch.Tensor) -> None:
 
 
 def test_a_generator_is_too_short(samples: torch.Tensor) -> None:
-    with pytest.raises(pnn.OptionError, match=r"got a generator.*give list\(batches\)"):
+    with pytest.raises(pnn.OptionError, match=r"got a generator.*pass list\(batches\)"):
         pnn.calibrate(_compiled(samples), (batch for batch in samples.split(64)))
 
 
@@ -154,14 +154,14 @@ def test_arguments_go_by_the_names_that_users_see() -> None:
     assert pnn.calibrate(compiled, [{"input": x} for x in rows]).held_out == 16
     assert pnn.fit(compiled, rows).samples == 64
     assert pnn.fit(compiled, [{"input": x} for x in rows]).samples == 64
-    with pytest.raises(pnn.OptionError, match="a batch lacks input: give"):
+    with pytest.raises(pnn.OptionError, match="a batch lacks input: pass"):
         pnn.calibrate(compiled, [{"input_1": x} for x in rows])
 
 
 @pytest.mark.parametrize("first", [Shifts(), nn.ReLU(inplace=True)])
 def test_batches_are_left_as_they_are(first: nn.Module) -> None:
     compiled = pnn.compile(_plain(first), torch.randn(2, 8), stages=2, coarse="exact")
-    batches, wanted = _rows(), _rows()
+    batches, expected = _rows(), _rows()
     pnn.calibrate(compiled, batches)
     named_batch(compiled, batches[0])["input"].zero_()
 
@@ -170,7 +170,7 @@ def test_batches_are_left_as_they_are(first: nn.Module) -> None:
         return (outputs - target).square().mean()
 
     pnn.fit(compiled, batches[:1], loss=close)
-    for batch, before in zip(batches, wanted, strict=True):
+    for batch, before in zip(batches, expected, strict=True):
         assert torch.equal(batch, before)
 
 
@@ -391,9 +391,9 @@ def test_several_iterations_are_judged_as_they_run(samples: torch.Tensor) -> Non
         )  # fmt: skip
         report = pnn.calibrate(compiled, batches)
         with torch.no_grad():
-            found = torch.cat([compiled.module.eval()(x) for x in batches[4::5]])
-            wanted = torch.cat([compiled.sequential.eval()(x) for x in batches[4::5]])
-        error = ((found - wanted).norm() / wanted.norm()).item()
+            result = torch.cat([compiled.module.eval()(x) for x in batches[4::5]])
+            expected = torch.cat([compiled.sequential.eval()(x) for x in batches[4::5]])
+        error = ((result - expected).norm() / expected.norm()).item()
         assert report.output_error_after == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
@@ -410,10 +410,10 @@ def test_features_without_variance_are_fitted() -> None:
 @pytest.mark.parametrize("shape", [(6, 1), (6,), (6, 5), (6, 4, 3), (6, 3, 2, 2)])
 def test_agreement_looks_along_the_classes(shape: tuple[int, ...]) -> None:
     right = torch.randn(shape)
-    found = agreement(-right, right)
+    result = agreement(-right, right)
     if shape in ((6, 1), (6,)):
-        assert found is None
+        assert result is None
         return
     assert agreement(right, right) == 1
     axis = 1 if len(shape) > 3 else -1
-    assert found == (right.argmax(axis) == right.argmin(axis)).double().mean().item()
+    assert result == (right.argmax(axis) == right.argmin(axis)).double().mean().item()

@@ -59,15 +59,15 @@ def test_a_run_goes_on_bit_by_bit_on_any_placement(
     kind: str, optimizer: str, tmp_path: Path
 ) -> None:
     whole, halves, other = (str(tmp_path / name) for name in ("whole", "halves", "other"))
-    wanted = start(_run, 2, tmp_path, kind, optimizer, whole, STEPS, None)
+    expected = start(_run, 2, tmp_path, kind, optimizer, whole, STEPS, None)
     first = start(_run, 2, tmp_path, kind, optimizer, halves, 2, None)
     os.rename(halves, other)
     second = start(_run, 3, tmp_path, kind, optimizer, other, STEPS, [0, 1, 2, 1])
     assert [rank["begun"] for rank in second] == [2, 2, 2]
-    assert first[0]["losses"] + second[0]["losses"] == wanted[0]["losses"]
-    found = _merged(second)
-    for key, value in _merged(wanted).items():
-        assert torch.equal(found[key], value), key
+    assert first[0]["losses"] + second[0]["losses"] == expected[0]["losses"]
+    result = _merged(second)
+    for key, value in _merged(expected).items():
+        assert torch.equal(result[key], value), key
     assert sorted(os.listdir(other)) == ["step-00000003", "step-00000004"]
 
 

@@ -56,8 +56,8 @@ def test_the_plan_says_what_was_tried_and_why_it_was_taken(
     loaded = pnn.load(compiled.save(tmp_path / "out"))
     assert loaded.plan == compiled.plan
     with torch.no_grad():
-        found, wanted = loaded.module.eval()(samples[1]), compiled.module.eval()(samples[1])
-    torch.testing.assert_close(found, wanted)
+        result, expected = loaded.module.eval()(samples[1]), compiled.module.eval()(samples[1])
+    torch.testing.assert_close(result, expected)
 
 
 def test_what_was_asked_for_is_not_chosen_anew(samples: list[torch.Tensor]) -> None:

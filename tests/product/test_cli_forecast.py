@@ -8,16 +8,16 @@ import pytest
 
 from passes.errors import OptionError
 from pnn_compile.cli import main
-from pnn_compile.cli.forecasting import counts
+from pnn_compile.cli.forecasting import device_counts
 
 
 def test_numbers_of_devices_are_read() -> None:
-    assert counts("2..5") == [2, 3, 4, 5]
-    assert counts("2,4,8..9") == [2, 4, 8, 9]
+    assert device_counts("2..5") == [2, 3, 4, 5]
+    assert device_counts("2,4,8..9") == [2, 4, 8, 9]
     with pytest.raises(OptionError, match="is empty"):
-        counts("5..2")
+        device_counts("5..2")
     with pytest.raises(OptionError, match="-n must be numbers"):
-        counts("2..")
+        device_counts("2..")
 
 
 ARGUMENTS = [
@@ -33,10 +33,10 @@ def test_a_forecast_as_tables_and_as_json(capsys: pytest.CaptureFixture[str]) ->
     assert "parareal, collapsed sweep" in text
     assert "speed-up gpipe:2" in text
     assert main([*ARGUMENTS, "-n", "2", "--json", "--inference"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in found["rows"]] == ["chain", "collapsed", "gpipe:2", "ddp"]
-    assert found["verdict"]
-    assert found["training"] is False
+    result = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in result["rows"]] == ["chain", "collapsed", "gpipe:2", "ddp"]
+    assert result["verdict"]
+    assert result["training"] is False
 
 
 def test_mistakes_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

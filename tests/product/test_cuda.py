@@ -44,9 +44,9 @@ def _compiled(stages: int, sweep: str = "chain", tied: bool = False, **model: An
     if sweep == "chain" and not tied:
         return network(stages, **model)
     torch.manual_seed(0)
-    made = Tied(**model)
+    built = Tied(**model)
     example = torch.randn(4, WIDTH)
-    return pnn.compile(made, example, stages=stages, coarse_budget=1.0, sweep=sweep)
+    return pnn.compile(built, example, stages=stages, coarse_budget=1.0, sweep=sweep)
 
 
 def _placed(compiled: pnn.Compiled, **options: Any) -> pnn.runtime.RankModule:
@@ -86,9 +86,9 @@ def test_stages_of_one_process_give_outputs_and_gradients_of_the_network(
     reference, (batch,) = _alone(compiled), batches(1)
     module = _placed(compiled)
     value = module.forward_backward(batch, loss)
-    wanted = loss(reference(batch.to(DEVICE)), batch)
-    wanted.backward()
-    torch.testing.assert_close(value, wanted.detach())
+    expected = loss(reference(batch.to(DEVICE)), batch)
+    expected.backward()
+    torch.testing.assert_close(value, expected.detach())
     _same(module.network, reference, **CLOSE)
     outputs = module.eval()(batch)
     assert outputs.device == torch.device(DEVICE)
@@ -131,15 +131,15 @@ def _losses(module: pnn.runtime.RankModule, **step: Any) -> list[float]:
 def test_bfloat16_is_that_of_one_process() -> None:
     compiled = _compiled(2, norm=False, dropout=0.0)
     reference = _alone(compiled)
-    found = _losses(_placed(compiled, autocast=torch.bfloat16))
+    result = _losses(_placed(compiled, autocast=torch.bfloat16))
     optimizer = torch.optim.SGD(reference.parameters(), 0.1)
-    for value, batch in zip(found, batches(STEPS), strict=True):
+    for value, batch in zip(result, batches(STEPS), strict=True):
         optimizer.zero_grad()
         with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
-            wanted = loss(reference(batch.to(DEVICE)), batch)
-        wanted.backward()
+            expected = loss(reference(batch.to(DEVICE)), batch)
+        expected.backward()
         optimizer.step()
-        assert value == pytest.approx(wanted.item(), rel=0.02)
+        assert value == pytest.approx(expected.item(), rel=0.02)
 
 
 def test_float16_trains_under_a_scaler_and_skips_an_overflow() -> None:
@@ -158,8 +158,8 @@ def test_float16_trains_under_a_scaler_and_skips_an_overflow() -> None:
 def test_pieces_that_torch_compile_made_train_alike() -> None:
     plain = _losses(_placed(_compiled(2, depth=2, norm=False, dropout=0.0)))
     compiled = _compiled(2, depth=2, norm=False, dropout=0.0)
-    found = _losses(_placed(compiled, compile_backend="inductor"))
-    assert found == pytest.approx(plain, rel=1e-3)
+    result = _losses(_placed(compiled, compile_backend="inductor"))
+    assert result == pytest.approx(plain, rel=1e-3)
 
 
 def test_a_run_goes_on_from_its_checkpoint_bit_by_bit(tmp_path: Path) -> None:
@@ -173,18 +173,18 @@ def test_a_run_goes_on_from_its_checkpoint_bit_by_bit(tmp_path: Path) -> None:
             checkpoints.save()
         return {key: value.clone() for key, value in module.network.state_dict().items()}
 
-    wanted = run("whole", STEPS)
+    expected = run("whole", STEPS)
     run("parts", 2)
-    found = run("parts", STEPS)
-    for key, value in wanted.items():
+    result = run("parts", STEPS)
+    for key, value in expected.items():
         assert value.device == torch.device(DEVICE)
-        assert torch.equal(found[key], value), key
+        assert torch.equal(result[key], value), key
 
 
 def test_weights_that_the_group_cannot_send_are_refused() -> None:
     if BACKEND != "nccl":
         pytest.skip("Gloo sends from everywhere")
-    with pytest.raises(pnn.RuntimeFault, match=r"give distribute\(device=\.\.\.\)"):
+    with pytest.raises(pnn.RuntimeFault, match=r"pass distribute\(device=\.\.\.\)"):
         pnn.runtime.distribute(_compiled(2), placement=[0, 0])
 
 
@@ -210,8 +210,8 @@ def test_two_ranks_share_one_gpu(sweep: str, tied: bool, tmp_path: Path) -> None
     value = loss(reference(batch.to(DEVICE)), batch)
     value.backward()
     expected = dict(reference.named_parameters(remove_duplicate=False))
-    found = start(_shared, 2, tmp_path, path)
-    for each in found:
+    result = start(_shared, 2, tmp_path, path)
+    for each in result:
         assert each["devices"] == {DEVICE}
         torch.testing.assert_close(each["loss"], value.detach().cpu())
         assert each["gradients"]
@@ -221,7 +221,7 @@ def test_two_ranks_share_one_gpu(sweep: str, tied: bool, tmp_path: Path) -> None
             torch.testing.assert_close(gradient, wanted.cpu(), msg=key, **CLOSE)
     with torch.no_grad():
         outputs = reference.eval()(batch.to(DEVICE)).cpu()
-    torch.testing.assert_close(found[1]["outputs"], outputs, **CLOSE)
+    torch.testing.assert_close(result[1]["outputs"], outputs, **CLOSE)
 
 
 def _each_its_own(device: torch.device, path: str) -> tuple[float, str]:
@@ -236,7 +236,7 @@ def test_two_ranks_on_two_gpus(sweep: str, tmp_path: Path) -> None:
         pytest.skip("NCCL takes a GPU once, and there is one")
     compiled = _compiled(2, sweep, norm=False, dropout=0.0)
     path = str(compiled.save(tmp_path / "artifact"))
-    wanted = loss(_alone(compiled)(batches(1)[0].to(DEVICE)), None).item()
+    expected = loss(_alone(compiled)(batches(1)[0].to(DEVICE)), None).item()
     for value, backend in run_on_ranks(_each_its_own, 2, path, cuda=True):
         assert backend == "nccl"
-        assert value == pytest.approx(wanted, rel=1e-4)
+        assert value == pytest.approx(expected, rel=1e-4)

@@ -23,26 +23,26 @@ def _said(function: Any, *arguments: Any) -> str:
 
 
 def _conversions(rank: int) -> dict[str, str]:
-    found = {}
+    result = {}
     module = pnn.runtime.distribute(network(2), placement=[0, 0]).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    found["half"] = _said(module.half)
-    found["to"] = _said(lambda: module.to(torch.float64))
+    result["half"] = _said(module.half)
+    result["to"] = _said(lambda: module.to(torch.float64))
     assert module.to("cpu").float() is module  # changes nothing
     after = module.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     module.network.double()  # by the back door
-    found["step"] = _said(module.forward_backward, batches(1)[0].double(), loss)
-    return found
+    result["step"] = _said(module.forward_backward, batches(1)[0].double(), loss)
+    return result
 
 
 def test_precision_does_not_change_behind_distribute(tmp_path: Path) -> None:
-    (found,) = start(_conversions, 1, tmp_path)
-    assert "states of torch.float32, which cannot become torch.float16" in found["half"]
-    assert "cannot become torch.float64" in found["to"]
-    assert "rank 0: weights were converted from torch.float32 to torch.float64" in found["step"]
+    (result,) = start(_conversions, 1, tmp_path)
+    assert "states of torch.float32, which cannot become torch.float16" in result["half"]
+    assert "cannot become torch.float64" in result["to"]
+    assert "rank 0: weights were converted from torch.float32 to torch.float64" in result["step"]
     assert all(
-        "before distribute(), or give distribute(autocast" in said for said in found.values()
+        "before distribute(), or pass distribute(autocast" in message for message in result.values()
     )
 
 
@@ -58,15 +58,15 @@ def _placed(rank: int, path: str) -> tuple[str, str, Any]:
 def test_a_device_is_given_by_name(tmp_path: Path) -> None:
     path = str(network(2).save(tmp_path / "artifact"))
     for wrong, unknown, types in start(_placed, 2, tmp_path, path):
-        assert "no pieces can be on device 'cuda:77'" in wrong
-        assert "no pieces can be on device 'toaster'" in unknown
+        assert "device 'cuda:77' cannot be used" in wrong
+        assert "device 'toaster' cannot be used" in unknown
         assert types == {"cpu"}
 
 
 def test_a_device_that_the_group_cannot_send_from_is_refused(tmp_path: Path) -> None:
-    (said,) = start(_on_meta, 1, tmp_path)
-    assert "the weights are on meta" in said
-    assert "give distribute(device=...)" in said
+    (message,) = start(_on_meta, 1, tmp_path)
+    assert "the weights are on meta" in message
+    assert "pass distribute(device=...)" in message
 
 
 def _on_meta(rank: int) -> str:
@@ -94,6 +94,6 @@ def _by_host(rank: int) -> tuple[list[Tensor], float]:
 
 
 def test_messages_may_go_by_way_of_the_host(tmp_path: Path) -> None:
-    (sent, _), (found, total) = start(_by_host, 2, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(sent, found, strict=True))
+    (sent, _), (result, total) = start(_by_host, 2, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(sent, result, strict=True))
     assert total == 15

@@ -17,8 +17,8 @@ from passes.ir.isolation import preserved
 from passes.transform.executor import Executor, State
 from pnn_compile.cli import main
 from pnn_compile.fit.calibrate import calibrate_candidates
-from pnn_compile.fit.checkpoint import random_state, set_random_state
 from pnn_compile.fit.distill import Distiller
+from pnn_compile.fit.optimizer import random_state, set_random_state
 from pnn_compile.fit.regression_sweep import CurrentOperators
 from tests.models.builders import Shifts, block_list
 from tests.models.zoo import by_name
@@ -42,8 +42,8 @@ def _distiller(compiled: pnn.Compiled, total: int = 40, learning_rate: float = 1
     def trainer(
         parameters: Any, steps: int
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        made = torch.optim.AdamW(parameters, learning_rate)
-        return made, torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1.0)
+        built = torch.optim.AdamW(parameters, learning_rate)
+        return built, torch.optim.lr_scheduler.LambdaLR(built, lambda step: 1.0)
 
     teacher = copy.deepcopy(compiled.sequential).eval().requires_grad_(False)
     return Distiller(compiled, teacher, trainer, total, autocast=None, clip_norm=1.0)
@@ -113,12 +113,12 @@ def test_no_gradient_crosses_an_interface(sweep: Any) -> None:
     _distil(alone, _images(16))
     names = ["preprocess_2"] + ["coarse_2"] * (sweep == "chain")  # P_2 reads what the guess 1 gave
     for name in names:
-        wanted = together.operators.named().get_submodule(name).state_dict()
-        found = alone.operators.named().get_submodule(name).state_dict()
+        expected = together.operators.named().get_submodule(name).state_dict()
+        result = alone.operators.named().get_submodule(name).state_dict()
         start = _compiled(coarse="linear", sweep=sweep).operators.named().get_submodule(name)
-        for key, value in found.items():
-            assert torch.equal(value, wanted[key]), key
-        assert any(not torch.equal(v, found[k]) for k, v in start.state_dict().items())
+        for key, value in result.items():
+            assert torch.equal(value, expected[key]), key
+        assert any(not torch.equal(v, result[k]) for k, v in start.state_dict().items())
 
 
 def test_the_fine_stage_itself_leaves_nothing_to_correct() -> None:
@@ -179,17 +179,17 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(
 
     settings: dict[str, Any] = {"epochs": 2, "interface_epochs": 2, "checkpoint_every": 3}
     whole = _compiled(coarse="linear", **options)
-    wanted = pnn.fit(whole, _images(), **settings)
+    expected = pnn.fit(whole, _images(), **settings)
     settings["checkpoint"] = tmp_path / "fit.pt"
     with pytest.raises(Interrupted):
         pnn.fit(_compiled(coarse="linear", **options), _images(), progress=stop, **settings)
     again = _compiled(coarse="linear", **options)
-    assert pnn.fit(again, _images(), **settings) == wanted
-    assert (wanted.steps, wanted.interface_steps, wanted.samples) == (16, 16, 128)
+    assert pnn.fit(again, _images(), **settings) == expected
+    assert (expected.steps, expected.interface_steps, expected.samples) == (16, 16, 128)
     pieces = [nn.ModuleList([c.module, c.operators.named()]) for c in (whole, again)]
-    found = pieces[1].state_dict()
+    result = pieces[1].state_dict()
     for key, value in pieces[0].state_dict().items():
-        assert torch.equal(value, found[key]), key
+        assert torch.equal(value, result[key]), key
 
 
 def test_a_fit_of_interfaces_leaves_modes_and_gradients() -> None:
@@ -265,7 +265,7 @@ def test_recurrent_layers_and_attention_drop_nothing_in_a_fit() -> None:
 
 @pytest.mark.parametrize("count", [5, 7, 8])
 def test_half_an_epoch_for_each_part_sees_every_sample_once(count: int) -> None:
-    seen: list[float] = []
+    visited: list[float] = []
 
     class Loader:
         def __len__(self) -> int:
@@ -273,11 +273,11 @@ def test_half_an_epoch_for_each_part_sees_every_sample_once(count: int) -> None:
 
         def __iter__(self) -> Iterator[torch.Tensor]:
             for batch in _images(8 * count):
-                seen.append(batch[0, 0, 0, 0].item())
+                visited.append(batch[0, 0, 0, 0].item())
                 yield batch
 
     report = pnn.fit(_compiled(coarse="linear"), Loader(), interface_epochs=0.5, epochs=0.5)
-    assert report.steps + report.interface_steps == len(seen) == len(set(seen)) == count
+    assert report.steps + report.interface_steps == len(visited) == len(set(visited)) == count
 
 
 def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
@@ -320,17 +320,17 @@ def test_batches_are_left_as_they_are() -> None:
 
 
 def test_lower_precision_and_another_optimizer() -> None:
-    made: list[list[nn.Parameter]] = []
+    built: list[list[nn.Parameter]] = []
 
     def sgd(parameters: Any) -> torch.optim.Optimizer:
-        made.append(list(parameters))
-        return torch.optim.SGD(made[-1], 1e-3)
+        built.append(list(parameters))
+        return torch.optim.SGD(built[-1], 1e-3)
 
     compiled = _compiled(coarse="linear")
     report = pnn.fit(
         compiled, _images(16), interface_epochs=1, optimizer=sgd, autocast=torch.bfloat16
     )
-    assert len(made) == 5  # two guesses, two corrections, the whole
+    assert len(built) == 5  # two guesses, two corrections, the whole
     assert len(report.interfaces) == 2
 
 
@@ -374,11 +374,11 @@ def test_random_states_of_cuda_devices_are_kept(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         torch.cuda, "set_rng_state", lambda state, device: put.__setitem__(device, state)
     )
-    found = random_state(OnTwo())
-    assert found["cuda"] == states
-    wanted = torch.rand(3)
-    set_random_state(OnTwo(), {**found, "cuda": {1: states[1]}})
-    assert torch.equal(torch.rand(3), wanted)
+    result = random_state(OnTwo())
+    assert result["cuda"] == states
+    expected = torch.rand(3)
+    set_random_state(OnTwo(), {**result, "cuda": {1: states[1]}})
+    assert torch.equal(torch.rand(3), expected)
     assert put == {1: states[1]}
 
 

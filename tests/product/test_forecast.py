@@ -42,10 +42,10 @@ def blocks(count: int = 12, width: int = 8) -> tuple[nn.Module, torch.Tensor]:
 
 
 def test_more_devices_stop_paying_where_five_percent_are_left() -> None:
-    found = table(row(2, 0.6), row(4, 0.31), row(6, 0.30), row(8, 0.32, limit="link"))
-    assert found.enough("chain").stages == 4
-    assert found.best.stages == 4
-    assert found.verdict == (
+    result = table(row(2, 0.6), row(4, 0.31), row(6, 0.30), row(8, 0.32, limit="link"))
+    assert result.enough("chain").stages == 4
+    assert result.best.stages == 4
+    assert result.verdict == (
         "more than 4 devices do not pay: these give 3.23 times the speed of one with the chain "
         "sweep, and what holds back more at 8 is the links"
     )
@@ -59,9 +59,9 @@ def test_the_verdict_says_when_nothing_pays_and_when_the_end_is_not_seen() -> No
 
 
 def test_a_table_is_plain_data() -> None:
-    found = table(row(2, 0.5), row(2, 0.6, "ddp")).as_data()
-    assert json.loads(json.dumps(found))["best"] == {"stages": 2, "method": "chain"}
-    assert found["rows"][0]["parts"]["fine"] == 0.5
+    result = table(row(2, 0.5), row(2, 0.6, "ddp")).as_data()
+    assert json.loads(json.dumps(result))["best"] == {"stages": 2, "method": "chain"}
+    assert result["rows"][0]["parts"]["fine"] == 0.5
 
 
 @given(st.lists(TIMES, min_size=1, max_size=7), st.data())
@@ -73,10 +73,10 @@ def test_the_balanced_cut_is_the_best_of_all(work: list[float], data: st.DataObj
 
     every = itertools.combinations(range(1, len(work)), stages - 1)
     best = min(largest((*inner, len(work))) for inner in every)
-    found = balanced(work, stages)
-    assert len(set(found)) == stages
-    assert found[-1] == len(work)
-    assert largest(found) <= best + 1e-6 * sum(work)
+    result = balanced(work, stages)
+    assert len(set(result)) == stages
+    assert result[-1] == len(work)
+    assert largest(result) <= best + 1e-6 * sum(work)
 
 
 @given(st.lists(st.tuples(TIMES, TIMES, TIMES, TIMES), min_size=2, max_size=9), TIMES)
@@ -95,12 +95,12 @@ def test_a_chain_takes_what_the_formula_of_the_step_says(
             compute[Kind.CORRECT, number] = compute[Kind.COARSE_BACKWARD, number] = coarse
 
     def slowest(fine: int) -> float:
-        found = []
+        result = []
         for number, each in enumerate(stages):
             own = (each[0] if number else 0.0) + each[fine]
             hops = [stages[i][2] for i in range(max(1, number), count)]
-            found.append(own + sum(hops) + latency * (count - 1 - number))
-        return max(found)
+            result.append(own + sum(hops) + latency * (count - 1 - number))
+        return max(result)
 
     took = simulate(schedule(range(count)), Times(compute, latency=latency)).time
     assert took == pytest.approx(slowest(1) + 3.0 + slowest(3))
@@ -118,15 +118,15 @@ def test_a_forecast_is_what_the_simulator_gives_for_the_plan_that_compile_makes(
     from pnn_compile.compiled import compile as compile_model
 
     model, x = blocks()
-    found = forecast(model, x, stages=[2, 3], cost="flops", micro_batches=[2])
-    assert found.methods == ("chain", "collapsed", "gpipe:2", "ddp")
+    result = forecast(model, x, stages=[2, 3], cost="flops", micro_batches=[2])
+    assert result.methods == ("chain", "collapsed", "gpipe:2", "ddp")
     plan = compile_model(model, x, stages=3).plan
     lists = schedule(range(3), Sweep.of(plan))
-    chain = found.of("chain")[1]
+    chain = result.of("chain")[1]
     assert chain.time == simulate(lists, Times.of(plan)).time
-    for each in found.rows:
+    for each in result.rows:
         assert sum(each.parts.values()) == pytest.approx(each.time)
-        assert each.speedup == pytest.approx(found.sequential / each.time)
+        assert each.speedup == pytest.approx(result.sequential / each.time)
         assert each.bound >= each.speedup * (1 - 1e-9)
         assert len(each.memory) == each.stages
         assert each.limit in BOTTLENECKS
@@ -135,11 +135,11 @@ def test_a_forecast_is_what_the_simulator_gives_for_the_plan_that_compile_makes(
 def test_slow_links_are_what_limits() -> None:
     model, x = blocks()
     slow = dataclasses.replace(profile(), link_bandwidth=1e3, launch=0.0)
-    found = forecast(model, x, stages=[4], devices=slow)
-    assert found.of("chain")[0].limit == "link"
-    assert found.of("chain")[0].parts["link"] > 0.5 * found.of("chain")[0].time
-    assert found.devices == ("test",)
-    assert found.unit == "seconds"
+    result = forecast(model, x, stages=[4], devices=slow)
+    assert result.of("chain")[0].limit == "link"
+    assert result.of("chain")[0].parts["link"] > 0.5 * result.of("chain")[0].time
+    assert result.devices == ("test",)
+    assert result.unit == "seconds"
 
 
 def test_inference_takes_no_way_back() -> None:
@@ -162,8 +162,8 @@ def test_a_compiled_network_is_forecast_as_its_model() -> None:
 
 def test_what_cannot_be_is_named() -> None:
     model, x = blocks(4)
-    found = forecast(model, x, stages=[2, 40], cost="flops", micro_batches=[3])
-    text = " ".join(found.problems)
+    result = forecast(model, x, stages=[2, 40], cost="flops", micro_batches=[3])
+    text = " ".join(result.problems)
     assert "no chain at 1 of 2 numbers of devices, from 40 on" in text
     assert "no 3 equal micro-batches" in text
     with pytest.raises(OptionError, match="stages must be whole numbers"):
@@ -192,9 +192,9 @@ def test_devices_that_differ_and_their_memory_count() -> None:
     most = [row.most_memory for row in alike.of("chain")]
     assert most[1] < most[0]
     small = dataclasses.replace(profile(), memory=1.02 * most[1])
-    found = forecast(model, x, stages=[2, 3], devices=small, sweeps=["chain"], micro_batches=[])
-    assert [row.stages for row in found.of("chain")] == [3]
-    assert any(problem.startswith("no chain at 1 of 2") for problem in found.problems)
+    result = forecast(model, x, stages=[2, 3], devices=small, sweeps=["chain"], micro_batches=[])
+    assert [row.stages for row in result.of("chain")] == [3]
+    assert any(problem.startswith("no chain at 1 of 2") for problem in result.problems)
 
 
 def test_guesses_and_corrections_take_their_own_seconds() -> None:

@@ -11,7 +11,7 @@ import torch
 from passes.errors import OptionError
 from pnn_compile.bench import measure_device as profiling
 from pnn_compile.cli import main
-from pnn_compile.forecast.device_profiles import load_profile
+from pnn_compile.forecast.forecast import load_profile
 
 CPU = torch.device("cpu")
 
@@ -23,15 +23,15 @@ def test_the_device_at_hand_is_measured_and_written(
     code = main(["profile", "--device", "cpu", "--name", "here", "-o", str(path), "--json"])
     assert code == 0
     printed = json.loads(capsys.readouterr().out)
-    found = load_profile(path)
-    assert found.name == printed["name"] == "here"
-    assert 1e8 < found.flops["float32"] < 1e14
-    assert 1e8 < found.bandwidth < 1e13
-    assert 1e-7 < found.launch < 1e-2
-    assert 1e-7 < found.link_latency < 1
-    assert found.link_bandwidth > 1e6
-    assert found.memory > 2**28
-    assert not found.asynchronous
+    result = load_profile(path)
+    assert result.name == printed["name"] == "here"
+    assert 1e8 < result.flops["float32"] < 1e14
+    assert 1e8 < result.bandwidth < 1e13
+    assert 1e-7 < result.launch < 1e-2
+    assert 1e-7 < result.link_latency < 1
+    assert result.link_bandwidth > 1e6
+    assert result.memory > 2**28
+    assert not result.asynchronous
 
 
 def test_dtypes_without_kernels_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

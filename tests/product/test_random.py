@@ -89,5 +89,5 @@ def test_any_network_is_cut_and_composed_soundly(
         {"iterations": stages},
     ):
         module = parts(compile_program(captured, stages=stages, **options))[2].eval()
-        found = step(captured.module, (x,), train=False, forward=module).output
-        torch.testing.assert_close(found, expected[False].output, rtol=1e-3, atol=1e-3)
+        result = step(captured.module, (x,), train=False, forward=module).output
+        torch.testing.assert_close(result, expected[False].output, rtol=1e-3, atol=1e-3)

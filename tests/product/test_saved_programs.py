@@ -313,5 +313,5 @@ def test_models_of_many_kinds_are_loaded(tmp_path: Path) -> None:
 def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.pt2"
     path.write_bytes(content)
-    assert "no file of torch.export.save" in refusal(str(path))
+    assert "not a file of torch.export.save" in refusal(str(path))
     assert "no such file" in refusal(str(tmp_path / "none.pt2"))

@@ -73,10 +73,10 @@ def test_missing_inputs_show_both_ways(write: Write) -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ("example_inputs = 3", "example_inputs gives 3: let it give a tensor"),
-        ("example_inputs = None", "gives None"),
-        ("example_inputs = ()", "gives ()"),
-        ("example_inputs = {1: 2}", "gives {1: 2}"),
+        ("example_inputs = 3", "example_inputs is 3: make it a tensor"),
+        ("example_inputs = None", "is None"),
+        ("example_inputs = ()", "is ()"),
+        ("example_inputs = {1: 2}", "is {1: 2}"),
         ("def example_inputs(batch): pass", "example_inputs needs arguments (batch)"),
         ("def example_inputs(): return 1 / 0", "example_inputs raises ZeroDivisionError"),
     ],
@@ -165,7 +165,7 @@ def test_impossible_input(text: str, message: str) -> None:
 def test_bad_input_is_met_before_the_import(write: Write) -> None:
     write("model.py", "raise RuntimeError")
     assert "bad --input" in refusal("model.py", "2x")
-    assert "gives a name twice" in refusal("model.py", "x=2", "x=3")
+    assert "repeats a name" in refusal("model.py", "x=2", "x=3")
 
 
 FACTORY = HEAD + "def build_model(width, depth=2, kind='x', *, flag=False):\n"
@@ -185,7 +185,7 @@ def test_arguments_are_literals_or_text(write: Write, name: str) -> None:
     [
         (["depth=3"], "needs arguments (width, depth=2, kind='x', *, flag=False)"),
         (["width=3", "dept=1"], "takes no argument 'dept'; did you mean depth?"),
-        (["width=3", "width=4"], "gives 'width' twice"),
+        (["width=3", "width=4"], "sets 'width' twice"),
         (["width"], "type name=value"),
         (["=3"], "type name=value"),
     ],

@@ -160,9 +160,12 @@ def test_factory_with_arguments_shows_its_signature(write: Write) -> None:
     ("value", "message"),
     [
         ("build_model = 1\n", "build_model is of type int: name a model or factory"),
-        ("def build_model():\n    return 1, 2\n", "build_model gives a tuple: return an nn.Module"),
-        ("def build_model():\n    pass\n", "build_model gives a NoneType"),
-        ("class build_model:\n    pass\n", "build_model gives a build_model"),
+        (
+            "def build_model():\n    return 1, 2\n",
+            "build_model returns a tuple: return",
+        ),
+        ("def build_model():\n    pass\n", "build_model returns a NoneType"),
+        ("class build_model:\n    pass\n", "build_model returns a build_model"),
     ],
 )
 def test_factory_of_something_else(write: Write, value: str, message: str) -> None:

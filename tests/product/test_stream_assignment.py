@@ -1,4 +1,4 @@
-"""Lanes: what waits for what, checked against the data flow of the graph itself."""
+"""Stream assignment: waits between streams, checked against the data flow of the graph."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import fx, nn
 import pnn_compile as pnn
 from examples import resnet110, unet
 from pnn_compile.runtime import Sweep
-from pnn_compile.runtime.cuda_streams import StreamAssignment, assign_streams
+from pnn_compile.runtime.cuda import StreamAssignment, assign_streams
 
 FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
@@ -50,8 +50,8 @@ def _started_before(graph: fx.Graph, found: StreamAssignment) -> dict[fx.Node, s
 def test_everything_read_is_done(name: str, form: str) -> None:
     compiled = _compiled(name, form)
     graph = compiled.module.graph
-    found = assign_streams(graph, compiled.plan)
-    done = _started_before(graph, found)
+    result = assign_streams(graph, compiled.plan)
+    done = _started_before(graph, result)
     for node, before in done.items():
         read = {n for n in node.all_input_nodes if n.op != "placeholder"}
         assert read <= before, node
@@ -63,14 +63,14 @@ def test_fine_stages_of_the_first_iteration_wait_for_their_guess_alone(
     name: str, form: str
 ) -> None:
     compiled = _compiled(name, form)
-    found = assign_streams(compiled.module.graph, compiled.plan)
-    done = _started_before(compiled.module.graph, found)
-    computed = [f"fine_{j}" for j in Sweep.of(compiled.plan).computed(found.count, 0)]
+    result = assign_streams(compiled.module.graph, compiled.plan)
+    done = _started_before(compiled.module.graph, result)
+    computed = [f"fine_{j}" for j in Sweep.of(compiled.plan).computed(result.count, 0)]
     first = {str(node.target): before for node, before in reversed(done.items())}
     for target in computed:
         calls = {str(n.target) for n in first[target] if n.op == "call_module"}
         assert calls <= {target.replace("fine", "preprocess")}
-    assert found.count == 3
+    assert result.count == 3
     assert len(computed) >= 2
 
 

@@ -56,14 +56,14 @@ def test_outputs_are_those_of_one_stream(name: str, options: dict[str, Any]) -> 
     run = CapturedForward(network, x)
     with torch.no_grad():
         for _ in range(3):
-            given = x.flip(-1) if x.is_floating_point() else x.flip(0)
-            torch.testing.assert_close(run(given), compiled.module(given))
-            torch.testing.assert_close(network(given), compiled.module(given))
+            passed = x.flip(-1) if x.is_floating_point() else x.flip(0)
+            torch.testing.assert_close(run(passed), compiled.module(passed))
+            torch.testing.assert_close(network(passed), compiled.module(passed))
 
 
 @pytest.mark.parametrize("options", FORMS[:3], ids=str)
 def test_gradients_and_buffers_are_those_of_one_stream(options: dict[str, Any]) -> None:
-    found = []
+    result = []
     for streams in (False, True):
         compiled, x = _compiled("resnet", **options)
         network = StreamNetwork(compiled) if streams else compiled.module
@@ -71,8 +71,8 @@ def test_gradients_and_buffers_are_those_of_one_stream(options: dict[str, Any]) 
         network(x).square().mean().backward()
         torch.cuda.synchronize()
         gradients = [p.grad for p in compiled.module.parameters()]
-        found.append([*gradients, *compiled.module.buffers()])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+        result.append([*gradients, *compiled.module.buffers()])
+    torch.testing.assert_close(result[1], result[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_captured_step_trains_as_a_plain_loop_does() -> None:
@@ -101,13 +101,13 @@ def test_a_captured_step_trains_as_a_plain_loop_does() -> None:
 def test_a_captured_network_keeps_its_weights_when_nothing_else_does() -> None:
     compiled, x = _compiled("resnet")
     with torch.no_grad():
-        wanted = compiled.module.eval()(x)
+        expected = compiled.module.eval()(x)
     run = CapturedForward(StreamNetwork(compiled), x)
     del compiled
     gc.collect()
     torch.cuda.empty_cache()
     others = [torch.full((1024, 1024), 1e9, device="cuda") for _ in range(16)]
-    torch.testing.assert_close(run(x), wanted)
+    torch.testing.assert_close(run(x), expected)
     assert others
 
 
@@ -121,10 +121,10 @@ def test_other_shapes_are_refused() -> None:
 def test_the_benchmark_holds_what_it_measures_against_the_network() -> None:
     networks = [_compiled("resnet", stages)[0] for stages in (2, 3)]
     for training in (False, True):
-        found = bench_streams(
+        result = bench_streams(
             networks, batches=[1 if not training else 4], training=training, rounds=2
         )
-        names = [timing.contender for timing in found.timings]
+        names = [timing.contender for timing in result.timings]
         assert names[:2] == ["original", BASELINE]
         assert len(names) == 6
-        assert all((t.error or 0) < 1e-3 for t in found.timings)
+        assert all((t.error or 0) < 1e-3 for t in result.timings)

@@ -54,15 +54,15 @@ class Network(nn.Module):
 def losses(module: nn.Module, tokens: Tensor, targets: Tensor) -> list[float]:
     """Train ten steps with the same seeds; return the loss before each."""
     optimizer = torch.optim.SGD(module.train().parameters(), lr=0.05, momentum=0.9)
-    found = []
+    result = []
     for number in range(10):
         torch.manual_seed(number)
         loss = F.cross_entropy(module(tokens), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.item())
-    return found
+        result.append(loss.item())
+    return result
 
 
 @pytest.mark.parametrize("exported", [False, True])

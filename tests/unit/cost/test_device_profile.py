@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passes.cost.device_profile import DeviceProfile, read_profile, write_profile
 from passes.errors import OptionError
-from pnn_compile.forecast.device_profiles import built_in_profiles, load_profile
+from pnn_compile.forecast.forecast import built_in_profiles, load_profile
 
 POSITIVE = st.floats(min_value=1e-12, max_value=1e18)
 

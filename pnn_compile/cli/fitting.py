@@ -1,29 +1,44 @@
-"""`pnn-compile assess`, `fit` and `dial`: what a trained model keeps, and how to keep more."""
+"""`pnn-compile assess`, `fit` and `dial`: fit a network to a trained model, and judge the fit."""
 
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import click
 
-from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, console, numbers
-from pnn_compile.cli.options import DEBUG, JSON
+from pnn_compile.cli.common import (
+    CALIBRATION_BATCH,
+    DEBUG,
+    INPUT,
+    JSON,
+    Progress,
+    build_source,
+    compiler_options,
+    console,
+    read_numbers,
+)
 
-__all__ = ["assess", "dial_command", "fit_command"]
+_SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
+_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 
 
 @click.command()
 @click.argument("model")
-@click.argument("samples", type=click.Path(path_type=Path))
-@click.option("-n", "--stages", default="2,3,4", metavar="N,N,...", help="Numbers of stages.")
-@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="Example input.")
-@click.option("--coarse-budget", default=0.05, type=float, help="Largest share of the sweep.")
-@click.option("--iterations", default=2, type=click.IntRange(min=1), help="Largest K to try.")
+@_SAMPLES
+@click.option(
+    "-n", "--stages", default="2,3,4", metavar="N,N,...", help="Numbers of stages to try."
+)
+@INPUT
+@compiler_options("coarse_budget")
+@click.option(
+    "--iterations",
+    default=2,
+    type=click.IntRange(min=1),
+    help="Largest number K of parareal iterations to try.",
+)
 @JSON
 @DEBUG
 def assess(
@@ -36,24 +51,26 @@ def assess(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Tell what MODEL, trained, keeps as a parareal network, on SAMPLES, without training it."""
+    """Judge how well the trained MODEL converts, without training it.
+
+    Compiles and calibrates MODEL, and compares outputs of the parareal networks and of early exits
+    with those of MODEL on SAMPLES, a .safetensors or .npz file with an array per argument.
+    """
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.inputs import read_batches
     from pnn_compile.report.tables import verdict_table
-    from pnn_compile.sources import load_source
 
-    sizes = numbers(stages, "-n")
+    counts = read_numbers(stages, "-n")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
-    with redirect_stdout(sys.stderr):
-        source = load_source(model, inputs)
+    source = build_source(model, inputs)
     with Progress(as_json)("judging"):
         compiled = compile_model(
-            source.model, args=source.args, kwargs=source.kwargs, stages=sizes[0],
+            source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],
             coarse_budget=coarse_budget, calibration=read, debug=debug,
         )  # fmt: skip
         verdict = compiled.assess(
             read(compiled.program),
-            stages=sizes[1:],
+            stages=counts[1:],
             iterations=iterations,
             coarse_budget=coarse_budget,
         )
@@ -64,20 +81,24 @@ def assess(
 
 
 @click.command(name="fit")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("samples", type=click.Path(path_type=Path))
-@click.option("--epochs", default=1.0, type=float, help="Times through the samples.")
+@_DIRECTORY
+@_SAMPLES
+@click.option("--epochs", default=1.0, type=float, help="Passes over the samples, end to end.")
 @click.option(
     "--interface-epochs",
     default=0.0,
     type=float,
-    help="Times before that, for every guess and correction by itself.",
+    help="Passes before that to train every preprocessing operator and coarse propagator alone.",
 )
-@click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per step.")
+@click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples of a step.")
 @click.option("--learning-rate", default=1.5e-3, type=float, help="Peak learning rate.")
-@click.option("--dropout", is_flag=True, help="Leave dropout on.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to save to and resume.")
-@click.option("--seed", default=0, type=int, help="Seed of the order of the samples.")
+@click.option("--dropout", is_flag=True, help="Keep dropout on.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="File to save to, and to resume from.",
+)
+@click.option("--seed", default=0, type=int, help="Seed of the shuffled order of samples.")
 @JSON
 @DEBUG
 def fit_command(
@@ -93,7 +114,11 @@ def fit_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Train a saved artifact to the outputs of its original on SAMPLES, and save it again."""
+    """Train DIRECTORY to the outputs of its original, and save it.
+
+    DIRECTORY is an artifact, and SAMPLES is a .safetensors or .npz file with an array per argument;
+    no labels are needed.
+    """
     from pnn_compile.compiled import load
     from pnn_compile.fit.train import fit
     from pnn_compile.inputs import read_batches
@@ -127,13 +152,16 @@ def fit_command(
 
 
 @click.command(name="dial")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("samples", type=click.Path(path_type=Path))
-@click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples per call.")
+@_DIRECTORY
+@_SAMPLES
+@click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples of a call.")
 @JSON
 @DEBUG
 def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debug: bool) -> None:
-    """Measure on SAMPLES what a saved artifact gives at every number of iterations."""
+    """Measure the error of DIRECTORY by number of iterations.
+
+    DIRECTORY is an artifact, and SAMPLES is a .safetensors or .npz file with an array per argument.
+    """
     from pnn_compile.compiled import load
     from pnn_compile.inputs import read_batches
 

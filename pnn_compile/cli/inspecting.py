@@ -1,4 +1,4 @@
-"""`pnn-compile inspect` and `verify`: look at what was compiled."""
+"""`pnn-compile inspect` and `verify`: show, draw, compare and check compiled networks."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from passes.errors import OptionError, VerificationError
-from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, checks, console, open_target
+from pnn_compile.cli.common import (
+    CALIBRATION_BATCH,
+    DEBUG,
+    JSON,
+    Progress,
+    checks_data,
+    console,
+    open_target,
+    read_plan,
+    target_options,
+    write_text,
+)
 from pnn_compile.cli.exporting import is_onnx, show_onnx
-from pnn_compile.cli.options import ARG, DEBUG, JSON, stages_option
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
-
-__all__ = ["inspect", "verify"]
 
 _FILE = partial(click.option, type=click.Path(path_type=Path), metavar="FILE")
 
 
 @click.command()
 @click.argument("target")
-@click.option("-n", "--stages", default="auto", callback=stages_option, help="For a model: stages.")
-@click.option("--input", "inputs", multiple=True, metavar="SHAPE[:DTYPE]", help="For a model.")
-@ARG
+@target_options("auto")
 @click.option("--depth", default=2, type=int, help="Levels of the module path to show.")
-@_FILE("--html", help="Write the report: one page that opens from disk.")
-@_FILE("--samples", help="Measure accuracy against K for the report, on these samples.")
+@_FILE("--html", help="Write the report as one HTML page that opens from disk.")
+@_FILE("--samples", help="Samples to measure the error by number of iterations on, for --html.")
 @_FILE("--dot", help="Write the partition graph as DOT.")
-@_FILE("--mermaid", help="Write it as a Mermaid flowchart, modules collapsed to --depth levels.")
+@_FILE("--mermaid", help="Write it as a Mermaid flowchart, with --depth levels of modules.")
 @_FILE("--graphml", help="Write it as GraphML.")
-@_FILE("--trace", help="Write one simulated training step, for ui.perfetto.dev.")
-@click.option("--against", metavar="OTHER", help="Compare with an artifact, a plan or a model.")
+@_FILE("--trace", help="Write a simulated training step, for ui.perfetto.dev.")
+@click.option("--against", metavar="OTHER", help="Artifact, plan or model to compare with.")
 @JSON
 @DEBUG
 def inspect(
@@ -49,31 +55,36 @@ def inspect(
     debug: bool,
     **output: Any,
 ) -> None:
-    """Show the partition of a saved artifact, of a model compiled on the spot, or of a .onnx.
+    """Show the partition of TARGET.
 
-    With --json the partition graph as node-link data, or what --against found.
+    TARGET is the directory of an artifact, a model as in `pnn-compile compile`, or a .onnx file.
+    With --json, the output is the partition graph as node-link data, or the result of --against.
     """
     files = [output[name] for name in ("html", "dot", "mermaid", "graphml", "trace")]
     if is_onnx(target):
         if any(files) or output["samples"] or against:
             raise OptionError(
-                f"{target} holds operators and no plan: it can only be shown; give the artifact "
+                f"{target} contains operators and no plan: it can only be shown; name the artifact "
                 "that it was exported from"
             )
         show_onnx(target, as_json)
         return
     if output["samples"] is not None and output["html"] is None:
-        raise OptionError("--samples are for the report: add --html FILE")
+        raise OptionError("--samples belong to the report: add --html FILE")
     if output["depth"] < 1:
         raise OptionError(f"--depth must be at least 1 (got {output['depth']})")
-    opened = partial(open_target, stages=stages, inputs=inputs, arguments=arguments, debug=debug)
+    open_network = partial(
+        open_target, stages=stages, inputs=inputs, arguments=arguments, debug=debug
+    )
     if against is not None and not any(files):
-        _compare(_plan(against, opened), _plan(target, opened), (against, target), as_json)
+        _compare(
+            _plan(against, open_network), _plan(target, open_network), (against, target), as_json
+        )
         return
-    compiled = opened(target)
+    compiled = open_network(target)
     _write_files(compiled, **output)
     if against is not None:
-        _compare(_plan(against, opened), compiled.plan, (against, target), as_json)
+        _compare(_plan(against, open_network), compiled.plan, (against, target), as_json)
     elif as_json:
         from pnn_compile.export.graph_formats import to_node_link
 
@@ -111,52 +122,41 @@ def _write_files(
     if dot is not None:
         from pnn_compile.export.graph_formats import to_dot
 
-        _write(dot, to_dot(compiled.graph))
+        write_text(dot, to_dot(compiled.graph))
     if mermaid is not None:
         from pnn_compile.export.graph_formats import to_mermaid
 
-        _write(mermaid, to_mermaid(compiled.graph, depth))
+        write_text(mermaid, to_mermaid(compiled.graph, depth))
     if graphml is not None:
         from pnn_compile.export.graph_formats import to_graphml
 
-        _write(graphml, to_graphml(compiled.graph))
+        write_text(graphml, to_graphml(compiled.graph))
     if trace is not None:
         from passes.schedule.trace import step_trace
 
-        _write(trace, json.dumps(step_trace(compiled.plan)))
+        write_text(trace, json.dumps(step_trace(compiled.plan)))
 
 
-def _plan(target: str, opened: partial[Compiled]) -> Plan:
-    """The plan of an artifact, of a file with a plan alone, or of a model compiled on the spot."""
-    from passes.plan.schema import Plan
+def _plan(target: str, open_network: partial[Compiled]) -> Plan:
+    """Return the plan of an artifact, of a file with a plan alone, or of a model."""
     from pnn_compile.artifact.directory import load_plan
 
     path = Path(target)
     if path.is_dir():
         return load_plan(path)
     if path.suffix != ".json":
-        return opened(target).plan
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"the plan {path} cannot be read ({error})") from error
+        return open_network(target).plan
+    return read_plan(path)
 
 
 def _compare(before: Plan, after: Plan, names: tuple[str, str], as_json: bool) -> None:
     from pnn_compile.report.compare import compare, comparison_table
 
-    found = compare(before, after)
+    comparison = compare(before, after)
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        click.echo(json.dumps(asdict(comparison), indent=2))
     else:
-        console().print(comparison_table(found, names))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror}") from error
+        console().print(comparison_table(comparison, names))
 
 
 @click.command()
@@ -164,14 +164,18 @@ def _write(path: Path, text: str) -> None:
 @JSON
 @DEBUG
 def verify(directory: Path, as_json: bool, debug: bool) -> None:
-    """Run the oracles on a saved artifact."""
+    """Check the artifact DIRECTORY against its original.
+
+    The checks do not depend on the weights: they show that the model was cut and assembled
+    correctly. The exit code is 3 if one fails.
+    """
     from pnn_compile.compiled import load
 
     compiled = load(directory)
     with Progress(as_json)("verifying"):
         checked = compiled.verify()
     if as_json:
-        click.echo(json.dumps(checks(checked), indent=2))
+        click.echo(json.dumps(checks_data(checked), indent=2))
     else:
         from pnn_compile.report.terminal import checks_table
 
