@@ -30,8 +30,7 @@ from passes.coarse.strided_conv import Convolution
 from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
 from passes.coarse.wrappers import ExactOptions, PreprocessingOperator, Sum, Zero, build_exact
 from passes.errors import SynthesisError
-from passes.ir.program import Program
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import Program, extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
 
 Build = Callable[[Any, Site], nn.Module]

@@ -57,8 +57,7 @@ from passes.coarse.spec import (
     Span,
     ValueName,
 )
-from passes.ir.program import Program
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import Program, extract, nodes_between
 
 SteppedBlocks = tuple[tuple[Block, ...], int]
 """A group of neighboring blocks to keep (one block, unless blocks alternate), and the number m of

@@ -16,9 +16,8 @@ from torch.fx.node import map_aggregate
 
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
-from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import preserved
-from passes.ir.program import Program, is_compute, provenance
+from passes.ir.program import Interpreter, Program, is_compute, provenance
 from passes.ir.tensor_spec import TensorSpec
 
 _CHANNELS_FIRST = (

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from passes.capture.refold import dropouts
 from passes.coarse.family import build_coarse, build_preprocess, is_fine
 from passes.coarse.spec import CoarseSpec
 from passes.coarse.wrappers import Difference
 from passes.ir.isolation import seeded
-from passes.ir.mode_layers import dropouts
 from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages

@@ -23,7 +23,7 @@ from passes.coarse.linear import Linear, linear_flops
 from passes.coarse.lowrank import LowRank, lowrank_flops
 from passes.coarse.wrappers import Sum
 from passes.ir.isolation import seeded
-from passes.ir.subgraph import extract
+from passes.ir.program import extract
 from passes.ir.tensor_spec import TensorSpec
 from passes.transform.executor import Executor
 from pnn_compile.fit.metrics import evaluating
