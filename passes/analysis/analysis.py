@@ -17,11 +17,10 @@ from passes.analysis.dependence import (
     input_dependence,
     preprocessing_sources,
 )
-from passes.cost.device_profile import DeviceProfile
+from passes.cost.device_profile import DeviceProfile, roofline_costs
 from passes.cost.flops import NodeCost, measure_costs
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import Fact
-from passes.cost.roofline import roofline_costs
 from passes.errors import OptionError
 from passes.ir.program import Program
 

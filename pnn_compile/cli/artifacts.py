@@ -121,7 +121,7 @@ def _write_files(
 
         _write(graphml, to_graphml(compiled.graph))
     if trace is not None:
-        from passes.schedule.trace import step_trace
+        from passes.schedule.simulate import step_trace
 
         _write(trace, json.dumps(step_trace(compiled.plan)))
 

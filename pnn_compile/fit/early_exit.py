@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from passes.analysis.cut_points import Position, requirements
-from passes.coarse.linear import Linear, linear_flops
-from passes.coarse.lowrank import LowRank, lowrank_flops
+from passes.coarse.linear import Linear, LowRank, linear_flops, lowrank_flops
 from passes.coarse.wrappers import Sum
 from passes.ir.isolation import seeded
 from passes.ir.program import extract

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
-from passes.schedule.trace import step_trace
+from passes.schedule.simulate import step_trace
 from pnn_compile.export.format import count
 from pnn_compile.export.graph_formats import to_dot, to_graphml, to_mermaid, to_node_link
 
