@@ -125,9 +125,16 @@ class DeviceProfile:
         launch = operators * self.launch
         return max(work, launch) if self.asynchronous else work + launch
 
-    def transfer(self, size: float) -> float:
-        """Return the seconds of a message of `size` bytes to another device."""
-        return self.link_latency + size / self.link_bandwidth
+    def transfer(self, size: float, other: DeviceProfile | None = None) -> float:
+        """Return the seconds of a message of `size` bytes, over the slower link of two devices.
+
+        Args:
+            size: Bytes of the message.
+            other: The device at the other end; None for an equal one.
+        """
+        other = other or self
+        latency = max(self.link_latency, other.link_latency)
+        return latency + size / min(self.link_bandwidth, other.link_bandwidth)
 
 
 def read_profile(text: str, origin: str) -> DeviceProfile:

@@ -120,11 +120,7 @@ class Program:
 
     def fresh_inputs(self) -> list[Any]:
         """Copy the example inputs, by position: the program may write into them."""
-
-        def fresh(value: Any) -> Any:
-            return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-        return [pytree.tree_map(fresh, self.args[str(node.target)]) for node in self.inputs]
+        return [clone_tensors(self.args[str(node.target)]) for node in self.inputs]
 
 
 def provenance(node: fx.Node) -> Provenance:
@@ -158,6 +154,24 @@ def resolve(module: nn.Module, target: str) -> Any:
     for atom in target.split("."):
         value = getattr(value, atom)
     return value
+
+
+def clone_tensors(value: Any) -> Any:
+    """Copy the tensors in nested containers, without their gradients."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in the value or the arguments of a node, in order."""
+    tensors: list[torch.Tensor] = []
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            tensors.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(value, visit)
+    return tensors
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
@@ -334,15 +348,7 @@ def _output_ends(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _no_tensor_constants(module: fx.GraphModule, node: fx.Node) -> bool:
-    tensors: list[torch.Tensor] = []
-
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            tensors.append(leaf)
-        return leaf
-
-    fx.node.map_aggregate((node.args, node.kwargs), visit)
-    return not tensors
+    return not tensors_in((node.args, node.kwargs))
 
 
 _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (

@@ -58,7 +58,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     if any(cut.devices):
         stages = _with_memory(analysis, cut, stages, interfaces, options)
     head = _head(analysis, positions[-1], cut.devices[-1] if cut.devices else None)
-    forecast = forecast_step(analysis, stages, interfaces, head, options, cut.gap)
+    forecast = forecast_step(analysis, stages, interfaces, options, cut.gap)
     return Plan(
         model=analysis.program.name,
         correction=options.correction,
@@ -134,9 +134,7 @@ def with_operators(
         dataclasses.replace(stage, preprocess=preprocess.get(number), coarse=coarse.get(number))
         for number, stage in enumerate(plan.stages)
     ]
-    forecast = forecast_step(
-        analysis, stages, plan.interfaces, plan.head, options, plan.forecast.gap
-    )
+    forecast = forecast_step(analysis, stages, plan.interfaces, options, plan.forecast.gap)
     # Notes that do not depend on the operators stay.
     stale = _notes(analysis, options, plan.forecast)
     kept = [note for note in plan.notes if note not in stale]

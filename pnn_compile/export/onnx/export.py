@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from passes.errors import ArtifactError, ExportError
+from passes.errors import ArtifactError, ExportError, first_line
 from passes.ir.isolation import preserved
+from passes.ir.program import clone_tensors
 from passes.ir.run_step import output_leaves, relative_error
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
@@ -248,7 +249,7 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
                 "--no-verify (verify=False) keeps the file all the same"
             ) from error
         with torch.no_grad():
-            leaves = output_leaves(compiled.module(**_cloned(inputs)))
+            leaves = output_leaves(compiled.module(**clone_tensors(inputs)))
         references = [leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
         for index, (value, reference) in enumerate(zip(outputs, references, strict=True)):
             worst = max(worst, _error(index, size, value, reference))
@@ -283,15 +284,5 @@ def _arrays(
     return dict(zip(names, arrays, strict=True))
 
 
-def _cloned(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Clone the inputs, for a model may write into them."""
-
-    def clone(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-    return {name: pytree.tree_map(clone, value) for name, value in inputs.items()}
-
-
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return first_line(error)[:300] or type(error).__name__
