@@ -72,7 +72,7 @@ def build_propagator(
     leaving = [value.spec for value in plan.corrects(number)]
     network = build_coarse(program, spec, entering, leaving, fine)
     exact = is_fine(spec.family)
-    if plan.correction == "difference" and not spec.linear:
+    if plan.reads_guess(spec):
         # Both calls are one batch if the network treats samples independently.
         plain = all(tensor.batch_axis == 0 for tensor in (*entering, *leaving))
         plain = plain and program.dynamic_batch and not dropouts(network)
