@@ -45,3 +45,8 @@ class RuntimeFault(PnnError):
 
 class ExportError(PnnError):
     """A compiled network cannot be written in the requested format."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not blank; "" if there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

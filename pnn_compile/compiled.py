@@ -18,9 +18,8 @@ from passes.errors import ArtifactError, OptionError
 from passes.ir.program import Program, graph_module, resolve
 from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
-from passes.plan.edit import moved_cuts, options_of
 from passes.plan.schema import Plan
-from passes.plan.validate import check_plan
+from passes.plan.validate import check_plan, moved_cuts, stored_options
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators
 
@@ -381,7 +380,7 @@ def compile(
         if plan.fingerprint == program.fingerprint:
             moved = moved_cuts([node.name for node in program.order], plan)
         if moved is not None:
-            compilation, plan = replace(compilation, options=options_of(plan, moved)), None
+            compilation, plan = replace(compilation, options=stored_options(plan, moved)), None
     if plan is not None:
         check_replayed(program, plan)
         compilation, passes = replace(compilation, plan=plan, options=None), REPLAY

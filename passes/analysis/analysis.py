@@ -12,13 +12,15 @@ from torch import fx
 
 from passes.analysis.blocks import Block, repeated_blocks
 from passes.analysis.cut_points import Frontiers, find_frontiers
-from passes.analysis.dependence import input_dependence
-from passes.analysis.sources import PreprocessingSource, preprocessing_sources
-from passes.cost.device_profile import DeviceProfile
+from passes.analysis.dependence import (
+    PreprocessingSource,
+    input_dependence,
+    preprocessing_sources,
+)
+from passes.cost.device_profile import DeviceProfile, roofline_costs
 from passes.cost.flops import NodeCost, measure_costs
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import Fact
-from passes.cost.roofline import roofline_costs
 from passes.errors import OptionError
 from passes.ir.program import Program
 
@@ -197,7 +199,7 @@ def analyze(
         costs=costs,
         frontiers=frontiers,
         blocks=tuple(repeated_blocks(program, frontiers, facts)),
-        sources=tuple(preprocessing_sources(program, frontiers, facts)),
+        sources=tuple(preprocessing_sources(program, facts, frontiers.recomputable)),
         unit=unit,
         device=device if not callable(source) and source in ROOFLINE else None,
     )

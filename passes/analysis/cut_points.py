@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.analysis.recomputable import find_recomputable
+from passes.analysis.dependence import FLOAT_DTYPES, Recomputable, find_recomputable
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact, memory_of
 from passes.ir.program import Program, provenance
@@ -27,8 +27,6 @@ from passes.ir.tensor_spec import TensorSpec
 
 MAX_SIDE_SHARE = 0.01
 """Largest share of all FLOPs that a stage may spend to recompute one side value."""
-
-FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Frontiers:
 
     order: tuple[fx.Node, ...]
     positions: tuple[Position, ...]
-    recomputable: Mapping[fx.Node, tuple[fx.Node, ...]]
+    recomputable: Recomputable
     refused: Mapping[str, int]
 
 
@@ -212,7 +210,7 @@ def _enclosing_modules(node: fx.Node) -> list[str]:
 def requirements(
     program: Program,
     nodes: Sequence[fx.Node],
-    recomputable: Mapping[fx.Node, tuple[fx.Node, ...]],
+    recomputable: Recomputable,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Find the inputs and side values that consecutive nodes need.
 

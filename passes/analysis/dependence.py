@@ -1,17 +1,38 @@
-"""Find the inputs that every value of a program depends on, in-place writes included.
+"""Find what the values of a program depend on: inputs, side values, and preprocessing sources.
 
-A preprocessing operator or coarse propagator may read no input that the state it approximates does
-not depend on: otherwise a prediction could depend on the labels.
+- `input_dependence`: the inputs that every value depends on, in-place writes included. A
+  preprocessing operator or coarse propagator may read no input that the state it approximates does
+  not depend on: otherwise a prediction could depend on the labels.
+- `find_recomputable`: the side values, which are cheap to recompute from the inputs (an attention
+  mask, a position embedding). A stage that reads one recomputes it with its recomputable subgraph,
+  so that it need not cross a cut:
+
+      a = embed(tokens)         subgraph of a: {a, b}, because b writes the memory of a
+      b = a.mul_(scale)         subgraph of b: {a, b}
+      m = dropout(b)            none: it draws random numbers
+
+- `preprocessing_sources`: the values that preprocessing operators read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
+from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
 from passes.ir.program import Program
+from passes.ir.tensor_spec import TensorSpec
+
+FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+Recomputable = Mapping[fx.Node, tuple[fx.Node, ...]]
+"""For every side value, the nodes that recompute it from the inputs, itself included, in order."""
+
+_Subgraph = frozenset[fx.Node]
+"""Nodes that recompute a side value."""
 
 
 def input_leaves(program: Program, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
@@ -51,3 +72,132 @@ def input_dependence(
         for storage in facts[node].writes if node in facts else ():
             written[storage] = written.get(storage, frozenset()) | inputs
     return depends
+
+
+def find_recomputable(
+    order: Sequence[fx.Node],
+    facts: Mapping[fx.Node, Fact],
+    costs: Mapping[fx.Node, NodeCost],
+    persistent: frozenset[int],
+    max_share: float,
+) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """Find every value that can be recomputed from the inputs, and the nodes that this takes.
+
+    A value may be in memory that is written in place (an embedding scaled by `mul_`, a mask filled
+    by `fill_`): its subgraph then contains every write, and it counts as a side value if all of
+    them are recomputable.
+
+    Args:
+        order: The compute nodes in topological order.
+        facts: Observed facts by node.
+        costs: Costs by node.
+        persistent: Memory that outlives a run; values written there cannot be recomputed.
+        max_share: Largest share of all FLOPs in one subgraph.
+
+    Returns:
+        For each such value its subgraph, itself included, in order.
+    """
+    limit = max_share * sum(cost.flops for cost in costs.values())
+    number = {node: index for index, node in enumerate(order)}
+    last_write = {s: index for index, node in enumerate(order) for s in facts[node].writes}
+    final: dict[fx.Node, _Subgraph] = {}
+    unfinished: dict[fx.Node, _Subgraph] = {}  # values in memory with writes still to come
+    writers: dict[int, _Subgraph] = {}  # by memory: the subgraph of all writes so far
+    tainted = set(persistent & last_write.keys())  # memory with a write that is not recomputable
+    for index, node in enumerate(order):
+        result_memory = facts[node].storages | facts[node].writes
+        memory = result_memory.union(*(facts[n].storages for n in node.all_input_nodes))
+        written = memory & last_write.keys()
+        sources = [n for n in node.all_input_nodes if n in number]
+        parts = [final.get(source) or unfinished.get(source) for source in sources]
+        parts += [writers[storage] for storage in written if storage in writers]
+        recomputable = [part for part in parts if part is not None]
+        subgraph = _Subgraph((node,)).union(*recomputable)
+        pure = not facts[node].random and not written & tainted
+        if (
+            len(recomputable) < len(parts)
+            or not pure
+            or sum(costs[member].flops for member in subgraph) > limit
+        ):
+            tainted |= facts[node].writes
+            continue
+        writers.update(dict.fromkeys(facts[node].writes, subgraph))
+        if all(last_write[storage] <= index for storage in written):
+            final[node] = subgraph
+        elif result_memory & written:
+            unfinished[node] = subgraph
+    # A later reader of an unfinished value sees all writes: they become part of its subgraph.
+    for node, subgraph in unfinished.items():
+        memory = facts[node].storages & last_write.keys()
+        if not memory & tainted:
+            final[node] = subgraph.union(*(writers[storage] for storage in memory))
+    values = sorted(final, key=number.__getitem__)
+    return {node: tuple(sorted(final[node], key=number.__getitem__)) for node in values}
+
+
+@dataclass(frozen=True)
+class PreprocessingSource:
+    """A value that preprocessing operators read.
+
+    Attributes:
+        node: A floating-point input, or a learned value computed directly from inputs (an
+            embedding).
+        spec: Its type.
+    """
+
+    node: fx.Node
+    spec: TensorSpec
+
+
+def preprocessing_sources(
+    program: Program, facts: Mapping[fx.Node, Fact], recomputable: Recomputable
+) -> list[PreprocessingSource]:
+    """Find the values that the preprocessing operators of all interfaces may read.
+
+    These are the floating-point inputs with a batch axis and, in place of other inputs (token ids),
+    the first learned values that the trunk reads, if recomputing them in every stage is cheap.
+
+    Args:
+        program: The program.
+        facts: Observed facts by node.
+        recomputable: For every side value, the nodes that recompute it.
+    """
+    sources: list[PreprocessingSource] = []
+    for leaf in input_leaves(program, facts):
+        spec = facts[leaf].spec
+        if spec is None or spec.batch_axis is None:
+            continue
+        if spec.dtype in FLOAT_DTYPES:
+            sources.append(PreprocessingSource(leaf, spec))
+        else:
+            sources += _learned_values(leaf, facts, recomputable)
+    return list({source.node: source for source in sources}.values())
+
+
+def _learned_values(
+    leaf: fx.Node, facts: Mapping[fx.Node, Fact], recomputable: Recomputable
+) -> list[PreprocessingSource]:
+    """Return the side values that look up parameters by an input, and that the trunk reads."""
+    sources: list[PreprocessingSource] = []
+    for node, subgraph in recomputable.items():
+        spec = facts[node].spec
+        if spec is None or spec.batch_axis is None or spec.dtype not in FLOAT_DTYPES:
+            continue
+        learned = any(_looks_up(leaf, member, recomputable) for member in subgraph)
+        feeds_trunk = any(user not in recomputable for user in node.users)
+        covered = any(source.node in subgraph for source in sources)
+        if learned and feeds_trunk and not covered:
+            sources.append(PreprocessingSource(node, spec))
+    return sources
+
+
+def _looks_up(leaf: fx.Node, member: fx.Node, recomputable: Recomputable) -> bool:
+    """Whether a node reads parameters and the values of an input, as an embedding does.
+
+    A table of positions that is only combined with a mask of the input does not count: it carries
+    no information on the values of the input.
+    """
+    if member.op != "call_module" and all(n.op != "get_attr" for n in member.all_input_nodes):
+        return False
+    subgraph = recomputable.get(member, (member,))
+    return any(leaf in node.all_input_nodes for node in subgraph)

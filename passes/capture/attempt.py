@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from passes.capture.equivalence import Reference
+from passes.capture.equivalence import Reference, summarize
 from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
-from passes.errors import CaptureError
+from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs, Leaf, placeholder_names
 from passes.ir.isolation import DrawObserver, preserved, without_causal_detection
 from passes.ir.program import graph_module, is_user_code, verify_graph
@@ -200,14 +200,14 @@ def _copy_before_write(graph: fx.Graph, leaf: Leaf) -> None:
 
 def describe_error(model: nn.Module, error: BaseException) -> str:
     """Describe in one line what failed, in which module, at which line of the user's code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MismatchError):
-        return lines[0]
-    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return first_line(error)
     if (location := locate_error(model, error)) is None:
-        return message
+        return summarize(error)
     class_name = type(model.get_submodule(location.path)).__name__
-    return f"{message} in {location.path or class_name} ({class_name}) at {location.source}"
+    return (
+        f"{summarize(error)} in {location.path or class_name} ({class_name}) at {location.source}"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 
-from passes.errors import CaptureError
+from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs
 from passes.ir.run_step import Forward, StepResult, compare, run_one_step
 
@@ -48,7 +48,7 @@ class Reference:
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} itself fails on the example inputs "
-                f"({_shapes(inputs)}): {_first_line(error)}"
+                f"({_shapes(inputs)}): {summarize(error)}"
             ) from error
         self.dynamic_batch = dynamic_batch and self._accepts_larger_batch(model)
         self._second_inputs = inputs.varied(grow=self.dynamic_batch)
@@ -68,7 +68,7 @@ class Reference:
                 model, _call(model), larger, train=False, grad=False
             )
         except Exception as error:
-            self.notes.append(f"batch size fixed: the model refuses another ({_first_line(error)})")
+            self.notes.append(f"batch size fixed: the model refuses another ({summarize(error)})")
             return False
         return True
 
@@ -80,7 +80,7 @@ class Reference:
             try:
                 self._runs[True, second] = _training_step(model, self._choose(second), grad)
             except Exception as error:
-                failures.append(_first_line(error))
+                failures.append(summarize(error))
         if len(failures) == 2:
             self.notes.append(
                 f"training mode was not compared: the model fails in it ({failures[0]}); give an "
@@ -145,7 +145,7 @@ class Reference:
                     input_gradients=expected.input_gradients,
                 )
             except Exception as error:
-                return f"the graph fails {where}: {_first_line(error)}"
+                return f"the graph fails {where}: {summarize(error)}"
             if reason := compare(result, expected):
                 return f"{where}, {reason}"
         return self._mismatch_alone(candidate, train=False not in modes)
@@ -160,7 +160,7 @@ class Reference:
                     candidate, _call_by_name(candidate), inputs, train=train, grad=False
                 )
             except Exception as error:
-                return f"the graph fails where one input is changed: {_first_line(error)}"
+                return f"the graph fails where one input is changed: {summarize(error)}"
             if reason := compare(result, expected):
                 return f"where one input is changed by itself, {reason}"
         return ""
@@ -215,6 +215,6 @@ def _shapes(inputs: ExampleInputs) -> str:
     return ", ".join(f"{leaf.argument} {list(leaf.value.shape)}" for leaf in inputs.leaves)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def summarize(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    return ": ".join(filter(None, (type(error).__name__, first_line(error))))

@@ -33,8 +33,7 @@ from passes.coarse.spec import (
     ValueName,
 )
 from passes.errors import SynthesisError
-from passes.ir.program import Program
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import Program, extract, nodes_between
 
 
 @dataclass(frozen=True, kw_only=True)

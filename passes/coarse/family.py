@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from passes.coarse.conv_residual import Conv
+from passes.coarse.convolution import Conv, Convolution
 from passes.coarse.copied_blocks import UnitsOptions, build_units
-from passes.coarse.linear import Linear, linear_flops
-from passes.coarse.lowrank import LowRank, LowRankOptions
+from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops
 from passes.coarse.spec import (
     CoarseOptions,
     CoarseSpec,
@@ -26,12 +25,10 @@ from passes.coarse.spec import (
     Role,
     Site,
 )
-from passes.coarse.strided_conv import Convolution
 from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
 from passes.coarse.wrappers import ExactOptions, PreprocessingOperator, Sum, Zero, build_exact
 from passes.errors import SynthesisError
-from passes.ir.program import Program
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import Program, extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
 
 Build = Callable[[Any, Site], nn.Module]

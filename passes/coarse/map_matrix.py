@@ -19,11 +19,9 @@ import torch
 from torch import nn
 
 from passes.coarse.regression import Moments, Solution
+from passes.coarse.spec import Reads
 from passes.coarse.tensor_layout import layouts, resize
 from passes.ir.tensor_spec import TensorSpec
-
-Reads = Sequence[Sequence[int]]
-"""For every leaving tensor, the indices of the entering tensors that it may depend on."""
 
 
 class MapMatrix(nn.Module):

@@ -22,7 +22,7 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.analysis.sources import PreprocessingSource
+from passes.analysis.dependence import PreprocessingSource
 from passes.coarse.family import copies_blocks
 from passes.coarse.spec import PreprocessOptions, Reads, SourceSpec
 from passes.coarse.thinned_blocks import FrontOptions, Stem, SteppedBlocks, stepped_copies, thin

@@ -39,15 +39,12 @@ class Solution:
         bias: `[targets]`, float64.
         down: `[rank, features]`, a factor of `weight = up @ down`; None at full rank.
         up: `[targets, rank]`.
-        error: Square root of the unexplained share of the sum of squares of the targets, on
-            held-out samples.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
     down: torch.Tensor | None
     up: torch.Tensor | None
-    error: float
 
 
 class _Sums:
@@ -160,14 +157,11 @@ class Moments:
             rank: Largest rank of the map; None for full rank.
         """
         judge = self._held_out if self._held_out.count else self._fit
-        maps = [self._affine(ridge, rank) for ridge in RIDGES]
-        errors = [judge.residual(affine) for affine in maps]
-        error, best = min(zip(errors, maps, strict=True), key=lambda pair: pair[0])
-        share = (error / judge.yy) ** 0.5 if judge.yy else 0.0
+        best = min((self._affine(ridge, rank) for ridge in RIDGES), key=judge.residual)
         if best.basis is None:
-            return Solution(best.left.T.contiguous(), best.bias, None, None, share)
+            return Solution(best.left.T.contiguous(), best.bias, None, None)
         weight = best.basis @ best.left.T
-        return Solution(weight, best.bias, best.left.T.contiguous(), best.basis, share)
+        return Solution(weight, best.bias, best.left.T.contiguous(), best.basis)
 
     def _affine(self, ridge: float, rank: int | None) -> _Affine:
         """Return the solution with a ridge, projected to a rank unless that is full."""

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
+from passes.coarse.convolution import convolution_fits, convolution_flops
 from passes.coarse.family import (
     build_coarse,
     build_preprocess,
@@ -46,7 +47,6 @@ from passes.coarse.spec import (
     Span,
     dependence,
 )
-from passes.coarse.strided_conv import convolution_fits, convolution_flops
 from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
 from passes.errors import SynthesisError

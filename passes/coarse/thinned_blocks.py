@@ -20,19 +20,22 @@ The steps add up to the number of blocks, 2 + 3 + 1 + 3 = 9.
 The family copies weights and buffers at compilation, so the model must be trained by then. It is
 not linear. In difference form it is a good propagator from the start. In residual form its
 correction of a zero residual is not zero, a bias that training has to remove. A network with
-BatchNorm needs its statistics recalibrated (`passes.coarse.batchnorm`).
+BatchNorm carries the statistics of the trunk, but it takes larger steps and is called on guesses
+and residuals: `recalibrate` replaces them by the average over sample calls.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.blocks import Block
@@ -57,8 +60,7 @@ from passes.coarse.spec import (
     Span,
     ValueName,
 )
-from passes.ir.program import Program
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import Program, extract, nodes_between
 
 SteppedBlocks = tuple[tuple[Block, ...], int]
 """A group of neighboring blocks to keep (one block, unless blocks alternate), and the number m of
@@ -280,3 +282,54 @@ def build_front(program: Program, options: FrontOptions) -> Front:
     reads = [name for name in options.inputs if name in read_by(program, options.blocks)]
     units = _units(program, options.blocks, reads)
     return Front(stem, units, options.inputs, options.stem.inputs, reads)
+
+
+def recalibrate(network: nn.Module, calls: Iterable[tuple[Any, ...]]) -> int:
+    """Set the running statistics of every BatchNorm to their average over calls.
+
+    Each layer normalizes by the statistics of the current batch, so later layers are calibrated on
+    the outputs of layers that are calibrated already. Modes, momentum, weights and gradients do not
+    change, dropout is off, and layers without running statistics are left alone. Without calls,
+    nothing changes.
+
+    Args:
+        network: The network, such as a coarse propagator; its BatchNorm layers are changed.
+        calls: The positional arguments of each call, one batch each; iterated once, so a generator
+            holds one batch at a time.
+
+    Returns:
+        The number of layers that were recalibrated.
+
+    Raises:
+        ValueError: A batch gives a layer one value per channel only, too few for a variance.
+    """
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    called = False
+    with _averaging(network, layers), torch.no_grad():
+        for arguments in calls:
+            if not called:
+                for layer in layers:
+                    layer.reset_running_stats()
+            called = True
+            network(*arguments)
+    return len(layers) if called else 0
+
+
+@contextmanager
+def _averaging(network: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Put only these layers into training mode, with a cumulative average (momentum None)."""
+    modes = {module: module.training for module in network.modules()}
+    momenta = [layer.momentum for layer in layers]
+    try:
+        network.eval()
+        for layer in layers:
+            layer.train()
+            layer.momentum = None
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

@@ -4,12 +4,11 @@ In: a `Program`, and a device profile for seconds on another device. Out: facts 
 Read `node_facts.py` first, then `flops.py`, which defines the cost of an operator.
 """
 
-from passes.cost.device_profile import DeviceProfile, read_profile, write_profile
+from passes.cost.device_profile import DeviceProfile, read_profile, roofline_costs, write_profile
 from passes.cost.flops import NodeCost, count_work, measure_costs
 from passes.cost.measured import Seconds, measure_network, measure_seconds
 from passes.cost.memory import Memory, last_fitting_ends
 from passes.cost.node_facts import Fact, observe
-from passes.cost.roofline import roofline_costs
 
 __all__ = [
     "DeviceProfile",

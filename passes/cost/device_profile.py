@@ -1,4 +1,6 @@
-"""Device profiles: rates of compute, memory, launches and links, read from and written to TOML.
+"""Device profiles: rates of a device, read from and written to TOML, and seconds of nodes by them.
+
+A program is costed on a device that is not at hand by the roofline model (`roofline_costs`).
 
 >>> profile = DeviceProfile(
 ...     name="example", flops={"float32": 1e9}, bandwidth=1e8, launch=1e-3, memory=1e9,
@@ -17,9 +19,13 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from torch import fx
+
+from passes.cost.flops import NodeCost
+from passes.cost.node_facts import Fact
 from passes.errors import OptionError
 
 _DEFAULT_DTYPE = "float32"
@@ -31,6 +37,8 @@ _UNITS = {
     "link_bandwidth": "bytes per second between two devices, each way",
     "link_latency": "seconds per message",
 }
+_BACKWARD_FACTOR = 2
+"""Operators and bytes of the backward pass per one of the forward pass: a gradient per operand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +125,16 @@ class DeviceProfile:
         launch = operators * self.launch
         return max(work, launch) if self.asynchronous else work + launch
 
-    def transfer(self, size: float) -> float:
-        """Return the seconds of a message of `size` bytes to another device."""
-        return self.link_latency + size / self.link_bandwidth
+    def transfer(self, size: float, other: DeviceProfile | None = None) -> float:
+        """Return the seconds of a message of `size` bytes, over the slower link of two devices.
+
+        Args:
+            size: Bytes of the message.
+            other: The device at the other end; None for an equal one.
+        """
+        other = other or self
+        latency = max(self.link_latency, other.link_latency)
+        return latency + size / min(self.link_bandwidth, other.link_bandwidth)
 
 
 def read_profile(text: str, origin: str) -> DeviceProfile:
@@ -175,3 +190,39 @@ def _quoted(text: str) -> str:
         for c in text
     )
     return f'"{escaped}"'
+
+
+def roofline_costs(
+    costs: Mapping[fx.Node, NodeCost],
+    facts: Mapping[fx.Node, Fact],
+    profile: DeviceProfile,
+    *,
+    backward: bool,
+) -> dict[fx.Node, NodeCost]:
+    """Replace the cost of every node by its seconds on a device.
+
+    A node takes the time of its FLOPs at the rate of its dtype or the time of its bytes in memory,
+    whichever is longer, and the launches of its operators (`DeviceProfile.seconds`). The backward
+    pass launches twice the operators and moves twice the bytes.
+
+    Args:
+        costs: Counted costs by node.
+        facts: Observed facts by node.
+        profile: The device.
+        backward: Whether the backward pass counts too.
+    """
+    estimated = {}
+    for node, cost in costs.items():
+        spec = facts[node].spec
+        dtype = spec.dtype if spec is not None else "float32"
+        forward = profile.seconds(cost.flops, cost.moved, dtype, cost.operators)
+        backward_seconds = 0.0
+        if backward and cost.operators:
+            backward_seconds = profile.seconds(
+                cost.backward_flops,
+                _BACKWARD_FACTOR * cost.moved,
+                dtype,
+                _BACKWARD_FACTOR * cost.operators,
+            )
+        estimated[node] = replace(cost, cost=forward + backward_seconds, backward=backward_seconds)
+    return estimated

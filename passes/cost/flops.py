@@ -27,9 +27,8 @@ from torch.utils.flop_counter import flop_registry
 
 from passes.cost.node_facts import Fact
 from passes.errors import OptionError
-from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import LOCK, preserved
-from passes.ir.program import Program, is_compute, resolve
+from passes.ir.program import Interpreter, Program, is_compute, resolve
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
 """Operators that only make a view although torch does not mark them as such."""

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
 
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
-from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import preserved
-from passes.ir.program import Program, is_compute, provenance
+from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
 _CHANNELS_FIRST = (
@@ -29,7 +27,7 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Multihea
 _MAYBE_VIEWS = ("contiguous", "flatten", "ravel", "reshape")
 """Operators that copy or make a view depending on the strides of their operand. The strides of a
 preprocessing operator's output may differ from those observed."""
-_TRUSTED_PACKAGES = ("torch.nn.", "passes.")
+TRUSTED_PACKAGES = ("torch.nn.", "passes.")
 """Packages whose modules alias memory in the same way for all values of their inputs."""
 _MAX_DISTANCE = 4
 """Largest number of nodes to a layer that tells which axis of a tensor holds the channels."""
@@ -68,7 +66,7 @@ class _Observer(Interpreter):
         reads = [
             (self.facts[source].storages, tensor)
             for source in n.all_input_nodes
-            for tensor in _tensors(self.env[source])
+            for tensor in tensors_in(self.env[source])
         ]
         if n.op == "call_module":
             owner = self.module.get_submodule(str(n.target))
@@ -82,7 +80,7 @@ class _Observer(Interpreter):
             for (memory, tensor), version in zip(reads, versions, strict=True)
             if tensor._version != version
         ]
-        tensors = _tensors(value)
+        tensors = tensors_in(value)
         storages = frozenset(map(memory_of, tensors))
         uncertain = self._may_be_view(n)
         shared = [memory for memory, _ in reads if uncertain or memory & storages]
@@ -101,7 +99,7 @@ class _Observer(Interpreter):
         if n.op == "call_module":
             layer = self.module.get_submodule(str(n.target))
             # An opaque module may return its argument or a copy, depending on values.
-            trusted = type(layer).__module__.startswith(_TRUSTED_PACKAGES)
+            trusted = type(layer).__module__.startswith(TRUSTED_PACKAGES)
             return isinstance(layer, nn.Flatten) or not trusted
         name = getattr(n.target, "__name__", str(n.target))
         return name.partition(".")[0] in _MAYBE_VIEWS
@@ -165,18 +163,6 @@ def _random_state() -> list[torch.Tensor]:
     if torch.cuda.is_available():
         states += torch.cuda.get_rng_state_all()
     return states
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    tensors: list[torch.Tensor] = []
-
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            tensors.append(leaf)
-        return leaf
-
-    map_aggregate(value, visit)
-    return tensors
 
 
 def memory_of(tensor: torch.Tensor) -> int:

@@ -6,20 +6,21 @@ trace. Read `program.py` first.
 
 from passes.ir.direct_call import DirectCaller, with_frame_headroom
 from passes.ir.example_inputs import ExampleInputs, bind
-from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import exclusive, preserved, seeded
 from passes.ir.program import (
     CaptureReport,
+    Interpreter,
     Program,
     Provenance,
+    extract,
     graph_module,
+    nodes_between,
     provenance,
     resolve,
     set_provenance,
     verify_graph,
 )
 from passes.ir.run_step import StepResult, compare, relative_error, run_one_step
-from passes.ir.subgraph import extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec, Value
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The captured graph: `Program`, the provenance of its nodes, and its executable specification.
+"""The captured graph: `Program`, its subgraphs, its interpreter, its executable specification.
 
 A program is flat: every module call of the model that torch.nn defines is one node, and control
 flow of Python is gone.
@@ -13,7 +13,7 @@ flow of Python is gone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from passes.errors import CaptureError
+from passes.errors import CaptureError, PartitionError
 from passes.ir.structure_hash import program_digest
 
 _PROVENANCE_KEY = "pnn_provenance"
@@ -119,11 +120,7 @@ class Program:
 
     def fresh_inputs(self) -> list[Any]:
         """Copy the example inputs, by position: the program may write into them."""
-
-        def fresh(value: Any) -> Any:
-            return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-        return [pytree.tree_map(fresh, self.args[str(node.target)]) for node in self.inputs]
+        return [clone_tensors(self.args[str(node.target)]) for node in self.inputs]
 
 
 def provenance(node: fx.Node) -> Provenance:
@@ -159,6 +156,24 @@ def resolve(module: nn.Module, target: str) -> Any:
     return value
 
 
+def clone_tensors(value: Any) -> Any:
+    """Copy the tensors in nested containers, without their gradients."""
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in the value or the arguments of a node, in order."""
+    tensors: list[torch.Tensor] = []
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            tensors.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(value, visit)
+    return tensors
+
+
 def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     """Build a GraphModule that shares modules, parameters and buffers with `root`.
 
@@ -183,6 +198,119 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     for name, child in module.named_modules():
         child.training = modes.get(name, root.training)
     return module
+
+
+def nodes_between(program: Program, first: str, last: str) -> list[fx.Node]:
+    """Return the compute nodes from `first` to `last`, both included.
+
+    Args:
+        program: The program.
+        first: Name of the first node.
+        last: Name of the last node.
+
+    Raises:
+        PartitionError: A name is not in the program, or `last` comes before `first`.
+    """
+    order = program.order
+    names = [node.name for node in order]
+    if first not in names or last not in names or names.index(first) > names.index(last):
+        raise PartitionError(
+            f"the plan does not fit the program {program.name}: no run of nodes from {first!r} "
+            f"to {last!r}; compile again without the plan"
+        )
+    return order[names.index(first) : names.index(last) + 1]
+
+
+def extract(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    entering: Sequence[str],
+    leaving: Sequence[str] | None,
+    *,
+    inputs: Sequence[str],
+    sides: Sequence[str],
+    name: str,
+) -> fx.GraphModule:
+    """Copy consecutive nodes into a GraphModule that shares the modules of the program.
+
+    Stages, copied blocks and heads are made this way. Side values are cheap values that are
+    recomputed from the inputs instead of crossing a cut.
+
+    Args:
+        program: The program.
+        nodes: The nodes to copy, in order.
+        entering: Names of the values that become the first placeholders.
+        leaving: Names of the values to return; None for the output of the program.
+        inputs: Names of the program's placeholders that become the next placeholders.
+        sides: Names of the side values to recompute first, with every node that they need, in
+            order.
+        name: Class name of the result.
+
+    Returns:
+        The module, called with the entering values and then the inputs. It returns one tensor, or a
+        tuple if several values leave.
+
+    Raises:
+        PartitionError: A node reads a value that neither enters nor is computed inside, or a name
+            is not in the program.
+    """
+    by_name = {node.name: node for node in program.graph.nodes}
+    if unknown := [n for n in (*entering, *inputs, *sides, *(leaving or ())) if n not in by_name]:
+        raise PartitionError(f"{name} names {unknown[0]!r}, which the program does not have")
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in mapping and node.op == "get_attr":
+            mapping[node] = graph.node_copy(node)
+        if node not in mapping:
+            raise PartitionError(f"{name} reads {node.name!r}, which does not reach it")
+        return mapping[node]
+
+    for placeholder in [*entering, *inputs]:
+        mapping[by_name[placeholder]] = graph.placeholder(placeholder)
+    for node in [by_name[side] for side in sides] + list(nodes):
+        if node not in mapping:
+            mapping[node] = graph.node_copy(node, value)
+    if leaving is None:
+        graph.output(fx.node.map_arg(program.output.args[0], value))
+    else:
+        results = tuple(value(by_name[result]) for result in leaving)
+        graph.output(results[0] if len(results) == 1 else results)
+    graph.lint()
+    return graph_module(program.module, graph, name)
+
+
+class Interpreter(fx.Interpreter):
+    """Run a graph node by node, as its generated code would.
+
+    torch.fx stores list and dict arguments of a node as immutable containers. The code that it
+    generates passes a fresh list or dict at every call; its own interpreter passes the stored
+    container itself, which a function that changes its argument cannot write to:
+
+    >>> def append_one(values):
+    ...     values.append(1)
+    ...     return len(values)
+    >>> graph = fx.Graph()
+    >>> _ = graph.output(graph.call_function(append_one, ([5, 6],)))
+    >>> module = fx.GraphModule({}, graph)
+    >>> Interpreter(module).run(), Interpreter(module).run()
+    (3, 3)
+    """
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a node, with values for nodes and fresh lists and dicts."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_mutable, args)), {key: _mutable(value) for key, value in kwargs.items()}
+
+
+def _mutable(value: Any) -> Any:
+    """Copy immutable lists and dicts, nested ones included, to plain ones."""
+    if isinstance(value, immutable_list):
+        return [_mutable(item) for item in value]
+    if isinstance(value, immutable_dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return tuple(map(_mutable, value)) if type(value) is tuple else value
 
 
 def verify_graph(module: fx.GraphModule) -> None:
@@ -220,15 +348,7 @@ def _output_ends(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _no_tensor_constants(module: fx.GraphModule, node: fx.Node) -> bool:
-    tensors: list[torch.Tensor] = []
-
-    def visit(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            tensors.append(leaf)
-        return leaf
-
-    fx.node.map_aggregate((node.args, node.kwargs), visit)
-    return not tensors
+    return not tensors_in((node.args, node.kwargs))
 
 
 _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (

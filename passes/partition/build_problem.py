@@ -23,14 +23,6 @@ _INSIDE_BLOCK = 0.01
 """Share of a stage by which a cut inside a block must be cheaper than one between blocks."""
 
 
-def transfer(size: float, one: DeviceProfile | None, other: DeviceProfile | None) -> float:
-    """Return the seconds of a message of `size` bytes, over the slower link of two devices."""
-    if one is None or other is None:
-        return 0.0
-    latency = max(one.link_latency, other.link_latency)
-    return latency + size / min(one.link_bandwidth, other.link_bandwidth)
-
-
 class ProblemBuilder:
     """Builder of cut problems for any number of stages over the same candidate positions.
 
@@ -112,7 +104,7 @@ class ProblemBuilder:
             coarse = [0.0] * len(coarse)
         hops = [
             cost
-            + len(phases) * transfer(p.bytes, before, device)
+            + (len(phases) * device.transfer(p.bytes, before) if before and device else 0.0)
             # One FLOP per byte breaks ties in favor of the smaller state.
             + p.bytes * scale
             + (0.0 if p.boundary else preference)

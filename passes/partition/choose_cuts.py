@@ -270,14 +270,14 @@ def next_best_moves(problem: CutProblem, cuts: Sequence[int]) -> list[CutMove | 
 
 def _slowest_without_pair(costs: Sequence[Phases]) -> list[Phases]:
     """Return for each stage but the last: the slowest of all stages but it and the next one."""
+
+    def slower(one: Phases, other: Phases) -> Phases:
+        return Phases.slowest((one, other))
+
     none = Phases(0.0, 0.0)
-    front = [none, *itertools.accumulate(costs, _slower)]
-    back = [none, *itertools.accumulate(reversed(costs), _slower)][::-1]
-    return [_slower(front[i], back[i + 2]) for i in range(len(costs) - 1)]
-
-
-def _slower(one: Phases, other: Phases) -> Phases:
-    return Phases(max(one.forward, other.forward), max(one.backward, other.backward))
+    front = [none, *itertools.accumulate(costs, slower)]
+    back = [none, *itertools.accumulate(reversed(costs), slower)][::-1]
+    return [slower(front[i], back[i + 2]) for i in range(len(costs) - 1)]
 
 
 def _named(

@@ -33,7 +33,7 @@ then the slowest forward plus the slowest backward, which may be those of two di
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -51,6 +51,11 @@ class Phases(NamedTuple):
     def makespan(self) -> float:
         """Sum of both: no stage starts its backward before the slowest forward is done."""
         return self.forward + self.backward
+
+    @classmethod
+    def slowest(cls, costs: Iterable[Phases]) -> Phases:
+        """Return the slowest forward and the slowest backward, maybe of two stages."""
+        return cls(*map(max, zip(*costs, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +205,7 @@ class CutProblem:
 
 def slowest_phases(problem: CutProblem, cuts: Sequence[int]) -> Phases:
     """Return the slowest stage of a partition in each phase, max_j(t(C_j) + t(g_j))."""
-    costs = problem.stage_costs(cuts)
-    return Phases(max(c.forward for c in costs), max(c.backward for c in costs))
+    return Phases.slowest(problem.stage_costs(cuts))
 
 
 def makespan(problem: CutProblem, cuts: Sequence[int]) -> float:

@@ -24,7 +24,16 @@ from passes.ir.tensor_spec import Value
 from passes.options import Options
 from passes.partition.choose_cuts import Cut, choose_cut
 from passes.plan.estimate import forecast_step
-from passes.plan.schema import Forecast, Head, Interface, OperatorOptions, Plan, Stage
+from passes.plan.schema import (
+    Forecast,
+    Head,
+    Interface,
+    OperatorOptions,
+    Plan,
+    Stage,
+    corrected_values,
+    entering_values,
+)
 
 _WIDE_GAP = 0.01
 """Relative distance from the proven optimum above which the plan gets a note."""
@@ -58,7 +67,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     if any(cut.devices):
         stages = _with_memory(analysis, cut, stages, interfaces, options)
     head = _head(analysis, positions[-1], cut.devices[-1] if cut.devices else None)
-    forecast = forecast_step(analysis, stages, interfaces, head, options, cut.gap)
+    forecast = forecast_step(analysis, stages, interfaces, options, cut.gap)
     return Plan(
         model=analysis.program.name,
         correction=options.correction,
@@ -90,13 +99,8 @@ def _with_operators(
 ) -> Stage:
     """Return a stage after the first with its preprocessing operator and coarse propagator."""
     stage, start, stop = stages[number], cut.positions[number - 1], cut.positions[number]
-    values = {value.name: value for value in interfaces[number - 1].state}
-    entering = tuple(values[name] for name in stage.consumes)
-    last, produced = number, set(stage.produces)
-    if options.sweep == "collapsed":  # its correction is added to the last state
-        last = len(stages) - 1
-        produced = {name for later in stages[number:] for name in later.produces}
-    leaving = tuple(value for value in interfaces[last].state if value.name in produced)
+    entering = entering_values(stages, interfaces, number)
+    leaving = corrected_values(stages, interfaces, number, options.sweep)
     span = Span(analysis, options, start, stop, entering, leaving)
     return dataclasses.replace(
         stage,
@@ -134,9 +138,7 @@ def with_operators(
         dataclasses.replace(stage, preprocess=preprocess.get(number), coarse=coarse.get(number))
         for number, stage in enumerate(plan.stages)
     ]
-    forecast = forecast_step(
-        analysis, stages, plan.interfaces, plan.head, options, plan.forecast.gap
-    )
+    forecast = forecast_step(analysis, stages, plan.interfaces, options, plan.forecast.gap)
     # Notes that do not depend on the operators stay.
     stale = _notes(analysis, options, plan.forecast)
     kept = [note for note in plan.notes if note not in stale]

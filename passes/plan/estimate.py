@@ -22,9 +22,8 @@ from passes.analysis.analysis import Analysis
 from passes.coarse.spec import OperatorSpec
 from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
-from passes.partition.build_problem import transfer
 from passes.partition.problem import Phases
-from passes.plan.schema import Forecast, Head, Interface, Plan, Stage
+from passes.plan.schema import Forecast, Interface, Plan, Stage
 
 BOTTLENECKS = {
     "block": "the largest piece that cannot be cut",
@@ -77,13 +76,13 @@ class StepCosts:
             depth = math.ceil(math.log2(len(self.fine)))
             coarse, link = max(self.coarse), max(self.links, default=0.0) * depth
         with_preprocess = [_sum(*pair) for pair in zip(self.fine, self.preprocess, strict=True)]
-        slowest = _slowest(self.fine)
+        slowest = Phases.slowest(self.fine).makespan
         share = (sequential - self.head) / len(self.fine)
         return Forecast.of(
             iterations,
             unit=unit,
             sequential=sequential,
-            makespan=_slowest(with_preprocess),
+            makespan=Phases.slowest(with_preprocess).makespan,
             slowest=slowest,
             sweep=coarse + link,
             tail=self.head,
@@ -97,7 +96,6 @@ def forecast_step(
     analysis: Analysis,
     stages: Sequence[Stage],
     interfaces: Sequence[Interface],
-    head: Head,
     options: Options,
     gap: float,
 ) -> Forecast:
@@ -107,7 +105,6 @@ def forecast_step(
         analysis: Costs of the nodes.
         stages: The stages, with their operators.
         interfaces: Where the stages end.
-        head: The head.
         options: Options of the compilation: devices, sweep and iterations.
         gap: Relative distance of the cut from the optimum.
     """
@@ -132,8 +129,8 @@ def forecast_step(
             for device, stage, count in zip(costs, stages, calls, strict=True)
         ],
         links=[
-            phases * transfer(interfaces[j - 1].bytes, devices[j - 1], devices[j])
-            for j in range(1, len(stages))
+            phases * device.transfer(face.bytes, before) if before and device else 0.0
+            for face, before, device in zip(interfaces, devices, devices[1:], strict=False)
         ],
         head=math.fsum(costs[-1].nodes(order[stages[-1].last] + 1, len(order))),
     )
@@ -195,11 +192,6 @@ class _DeviceCosts:
 
 def _sum(one: Phases, other: Phases) -> Phases:
     return Phases(one.forward + other.forward, one.backward + other.backward)
-
-
-def _slowest(costs: Sequence[Phases]) -> float:
-    """Return the slowest forward plus the slowest backward: the head lies between them."""
-    return max(cost.forward for cost in costs) + max(cost.backward for cost in costs)
 
 
 def find_bottleneck(parts: Mapping[str, float], sequential: float, count: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -100,6 +100,25 @@ class Stage:
     def operator_parameters(self) -> int:
         """Number of parameters of the preprocessing operator and the coarse propagator."""
         return sum(s.parameters for s in (self.preprocess, self.coarse) if s is not None)
+
+
+def entering_values(
+    stages: Sequence[Stage], interfaces: Sequence[Interface], number: int
+) -> tuple[Value, ...]:
+    """Return the values that a stage after the first reads; see `Plan.enters`."""
+    values = {value.name: value for value in interfaces[number - 1].state}
+    return tuple(values[name] for name in stages[number].consumes)
+
+
+def corrected_values(
+    stages: Sequence[Stage], interfaces: Sequence[Interface], number: int, sweep: str
+) -> tuple[Value, ...]:
+    """Return the values that the correction of a stage is added to; see `Plan.corrects`."""
+    names, face = set(stages[number].produces), interfaces[number]
+    if sweep == "collapsed":
+        names = {name for stage in stages[number:] for name in stage.produces}
+        face = interfaces[-1]
+    return tuple(value for value in face.state if value.name in names)
 
 
 @dataclass(frozen=True)
@@ -290,8 +309,7 @@ class Plan:
 
     def enters(self, number: int) -> tuple[Value, ...]:
         """Return the values that a stage after the first reads, which its guess stands for."""
-        values = {value.name: value for value in self.interfaces[number - 1].state}
-        return tuple(values[name] for name in self.stages[number].consumes)
+        return entering_values(self.stages, self.interfaces, number)
 
     def reads_guess(self, coarse: OperatorSpec) -> bool:
         """Return whether a coarse propagator takes the guess in front of the residual."""
@@ -303,12 +321,7 @@ class Plan:
         In a chain, those that the stage produces; in a collapsed sweep, those that cross the last
         interface and depend on the stage.
         """
-        names = set(self.stages[number].produces)
-        face = self.interfaces[number]
-        if self.sweep == "collapsed":
-            names = {name for stage in self.stages[number:] for name in stage.produces}
-            face = self.interfaces[-1]
-        return tuple(value for value in face.state if value.name in names)
+        return corrected_values(self.stages, self.interfaces, number, self.sweep)
 
     def to_json(self) -> str:
         """Return the plan as readable, diffable JSON text."""

@@ -6,8 +6,7 @@ Read `instruction.py` first, then `lists.py`, which orders the messages.
 
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
-from passes.schedule.simulate import Timeline, Times, simulate
-from passes.schedule.trace import chrome_trace, step_trace
+from passes.schedule.simulate import Timeline, Times, chrome_trace, simulate, step_trace
 from passes.schedule.verify import check
 
 __all__ = [

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.errors import PartitionError
-from passes.ir.program import Program
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import Program, extract, nodes_between
 from passes.plan.schema import Plan
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from passes.capture.refold import dropouts
 from passes.coarse.family import build_coarse, build_preprocess, is_fine
 from passes.coarse.spec import CoarseSpec
 from passes.coarse.wrappers import Difference
 from passes.ir.isolation import seeded
-from passes.ir.mode_layers import dropouts
 from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
@@ -72,7 +72,7 @@ def build_propagator(
     leaving = [value.spec for value in plan.corrects(number)]
     network = build_coarse(program, spec, entering, leaving, fine)
     exact = is_fine(spec.family)
-    if plan.correction == "difference" and not spec.linear:
+    if plan.reads_guess(spec):
         # Both calls are one batch if the network treats samples independently.
         plain = all(tensor.batch_axis == 0 for tensor in (*entering, *leaving))
         plain = plain and program.dynamic_batch and not dropouts(network)

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from passes.capture.refold import Attention, BatchNorm
 from passes.errors import ArtifactError
-from passes.ir.mode_layers import Attention, BatchNorm
 from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
 _NOT_LEAVES = (

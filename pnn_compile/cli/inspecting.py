@@ -132,7 +132,7 @@ def _write_files(
 
         write_text(graphml, to_graphml(compiled.graph))
     if trace is not None:
-        from passes.schedule.trace import step_trace
+        from passes.schedule.simulate import step_trace
 
         write_text(trace, json.dumps(step_trace(compiled.plan)))
 

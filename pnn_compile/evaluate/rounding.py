@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import preserved
-from passes.ir.program import Program
+from passes.ir.program import Interpreter, Program
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators

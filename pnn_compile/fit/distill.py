@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
+from passes.capture.refold import dropouts
 from passes.errors import OptionError
-from passes.ir.mode_layers import dropouts
 from passes.transform.executor import Executor, State
 from passes.transform.split import Stages
 from pnn_compile.fit.optimizer import MakeOptimizer, OptimizerStep

@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 from passes.analysis.cut_points import Position, requirements
-from passes.coarse.linear import Linear, linear_flops
-from passes.coarse.lowrank import LowRank, lowrank_flops
+from passes.coarse.linear import Linear, LowRank, linear_flops, lowrank_flops
 from passes.coarse.wrappers import Sum
 from passes.ir.isolation import seeded
-from passes.ir.subgraph import extract
+from passes.ir.program import extract
 from passes.ir.tensor_spec import TensorSpec
 from passes.transform.executor import Executor
 from pnn_compile.fit.metrics import evaluating

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from passes.coarse.batchnorm import recalibrate
 from passes.coarse.family import is_fine
 from passes.coarse.map_matrix import MatrixFit, fitted_parts
 from passes.coarse.spec import OperatorSpec, PreprocessOptions, Trial
+from passes.coarse.thinned_blocks import recalibrate
 from passes.errors import OptionError
 from passes.transform.executor import Operator
 from pnn_compile.fit.metrics import RelativeError

@@ -7,8 +7,7 @@ instruction lists of `passes.schedule`. Read `distribute.py` first; `engine.py` 
 
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.lists import Sweep, schedule
-from passes.schedule.simulate import Timeline, Times, simulate
-from passes.schedule.trace import chrome_trace
+from passes.schedule.simulate import Timeline, Times, chrome_trace, simulate
 from passes.schedule.verify import check
 from pnn_compile.runtime.checkpoint import Checkpoints
 from pnn_compile.runtime.cuda import CapturedForward, CapturedStep, StreamNetwork

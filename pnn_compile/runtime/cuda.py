@@ -22,7 +22,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
-from passes.ir.interpreter import Interpreter
+from passes.ir.program import Interpreter
 from passes.plan.schema import Plan
 from passes.transform.assemble import step_of
 from passes.transform.sweep import Role

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
-from passes.schedule.trace import step_trace
+from passes.schedule.simulate import step_trace
 from pnn_compile.export.graph_formats import (
     format_count,
     to_dot,

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from passes.capture.refold import Attention
 from passes.errors import ArtifactError
-from passes.ir.mode_layers import Attention
 from pnn_compile.artifact.functions import check_method, function, function_name
 from pnn_compile.artifact.modules import ModuleWriter, build
 from pnn_compile.artifact.values import UnsupportedError, decode, encode

@@ -306,7 +306,7 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: 
 
 
 def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pnn_compile.export.onnx.verify.LIMIT", 0.0)
+    monkeypatch.setattr("pnn_compile.export.onnx.export.LIMIT", 0.0)
     compiled = pnn.compile(
         nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8), stages=2
     )

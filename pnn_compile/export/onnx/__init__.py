@@ -10,17 +10,16 @@ path of an export, `compiled.export_onnx(path)`:
       write_model           write.py      nodes with stage, role, iteration and origin; weights
       write_stages          stages.py     the same per stage, with a manifest (manifest.py)
       check_form and
-        check_values        verify.py     onnx's checker; outputs against torch (run.py)
+        check_values        export.py     onnx's checker; outputs against torch (run.py)
 
 `read_summary` in `read.py` reads the files back for `pnn-compile inspect`. Read `export.py` first.
 """
 
-from pnn_compile.export.onnx.export import Exported, export_onnx
+from pnn_compile.export.onnx.export import BATCHES, LIMIT, Checked, Exported, export_onnx
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import Manifest
 from pnn_compile.export.onnx.read import OnnxSummary, read_summary
 from pnn_compile.export.onnx.run import StageExecutor, open_streams, session
-from pnn_compile.export.onnx.verify import BATCHES, LIMIT, Checked
 
 __all__ = [
     "BATCHES",

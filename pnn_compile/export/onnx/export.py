@@ -1,36 +1,69 @@
 """Export a network: lower it, write it as one file or as stage models, and verify what was written.
 
 The files are drafted in a temporary directory beside their destination and move there once all
-checks have passed, so that a failed export leaves what was there before.
+checks have passed, so that a failed export leaves what was there before. The checks are onnx's
+checker, the types of all values, and the outputs of ONNX Runtime against torch at batch sizes 1, 2
+and 5 if the batch is dynamic: an exporter that takes the batch of the example for a constant fails
+at one of them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
-from passes.errors import ArtifactError, ExportError
+from passes.errors import ArtifactError, ExportError, first_line
 from passes.ir.isolation import preserved
+from passes.ir.program import clone_tensors
+from passes.ir.run_step import output_leaves, relative_error
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
 from pnn_compile.export.onnx.run import StageExecutor, session
 from pnn_compile.export.onnx.stages import write_stages
 from pnn_compile.export.onnx.translate import OPSET
-from pnn_compile.export.onnx.verify import Checked, check_form, check_values
 from pnn_compile.export.onnx.write import IR_VERSION, save_model, write_model
+from pnn_compile.fit.metrics import Agreement, main_output
+from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pnn_compile.compiled import Compiled
 
+
+LIMIT = 1e-3
+"""Largest relative error of ONNX Runtime against torch that passes, float32."""
+
+BATCHES = (1, 2, 5)
+"""Batch sizes of the comparison if the batch is dynamic."""
+
+_Run = Callable[[Mapping[str, "np.ndarray"]], Sequence["np.ndarray"]]
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Difference between ONNX Runtime and torch.
+
+    Attributes:
+        batches: Batch sizes that were compared.
+        error: Largest error of an output over its largest magnitude, at any batch size.
+        agreement: Share of samples with the same top-1 class; None if the output has no classes.
+    """
+
+    batches: tuple[int, ...]
+    error: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -164,3 +197,92 @@ def _drafting(folder: Path) -> Iterator[Path]:
                 os.replace(entry, target)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def check_form(path: Path) -> None:
+    """Check a model file, including the types and shapes of its values.
+
+    Raises:
+        ExportError: The checker of onnx rejects it, or shape inference leaves a value untyped.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(str(path), load_external_data=False)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    except Exception as error:
+        raise ExportError(
+            f"onnx refuses {path.name}: {_first_line(error)}; the file was not kept"
+        ) from error
+    typed = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    computed = [name for node in inferred.graph.node for name in node.output]
+    untyped = [name for name in computed if name and name not in typed]
+    if untyped:
+        raise ExportError(
+            f"shape inference finds no type for {len(untyped)} values of {path.name} "
+            f"({', '.join(untyped[:3])}); the file was not kept"
+        )
+
+
+def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked:
+    """Compare a model with the network, in the mode it is in, on the example inputs.
+
+    Args:
+        compiled: The network.
+        run: Runs the model on arrays by input name, and returns its outputs in order.
+        names: Names of the inputs.
+
+    Raises:
+        ExportError: An output differs, or the runtime cannot run the model.
+    """
+    sizes = BATCHES if compiled.program.dynamic_batch else (batch_size(compiled.program.args),)
+    worst, agreement = 0.0, Agreement()
+    for size in sizes:
+        inputs = resized(compiled, size, compiled.program.device)
+        feeds = _arrays(compiled, inputs, names)
+        try:
+            outputs = [torch.from_numpy(value) for value in run(feeds)]
+        except Exception as error:
+            raise ExportError(
+                f"ONNX Runtime cannot run the model at batch {size}: {_first_line(error)}; "
+                "--no-verify (verify=False) keeps the file all the same"
+            ) from error
+        with torch.no_grad():
+            leaves = output_leaves(compiled.module(**clone_tensors(inputs)))
+        references = [leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        for index, (value, reference) in enumerate(zip(outputs, references, strict=True)):
+            worst = max(worst, _error(index, size, value, reference))
+        agreement.add(main_output(outputs), main_output(references), size)
+    return Checked(sizes, worst, agreement.share)
+
+
+def _error(index: int, size: int, value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative error of an output, if it is small enough."""
+    output = f"output {index} at batch {size}"
+    if value.shape != reference.shape or value.dtype != reference.dtype:
+        raise ExportError(
+            f"ONNX Runtime returns {output} as {[*value.shape]} {value.dtype}, torch as "
+            f"{[*reference.shape]} {reference.dtype}; the file was not kept"
+        )
+    error = relative_error(value, reference)
+    if not error <= LIMIT or math.isnan(error):
+        raise ExportError(
+            f"ONNX Runtime disagrees with torch on {output}: relative error {error:.1e}, "
+            f"limit {LIMIT:.0e}; the file was not kept"
+        )
+    return error
+
+
+def _arrays(
+    compiled: Compiled, inputs: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return the tensors of a network's inputs as arrays, by their names in ONNX."""
+    order = [str(node.target) for node in compiled.program.inputs]
+    leaves = pytree.tree_leaves([inputs[name] for name in order])
+    arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return dict(zip(names, arrays, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return first_line(error)[:300] or type(error).__name__

@@ -28,8 +28,8 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import ExportError
 from passes.ir.example_inputs import as_plain
-from passes.ir.interpreter import Interpreter
 from passes.ir.isolation import preserved
+from passes.ir.program import Interpreter
 from passes.ir.run_step import output_leaves
 from passes.transform.assemble import step_of
 from passes.transform.sweep import Step

@@ -29,7 +29,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.ir.program import Provenance, provenance, resolve
+from passes.cost.node_facts import TRUSTED_PACKAGES
+from passes.ir.program import Provenance, is_compute, provenance, resolve
 from passes.ir.run_step import output_leaves
 from passes.ir.structure_hash import digest, node_lines
 
@@ -91,8 +92,7 @@ class Piece:
     @property
     def nodes(self) -> list[fx.Node]:
         """The compute nodes, in order."""
-        skipped = ("placeholder", "get_attr", "output")
-        return [node for node in self.module.graph.nodes if node.op not in skipped]
+        return [node for node in self.module.graph.nodes if is_compute(node)]
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
@@ -329,7 +329,7 @@ def _structure(piece: Piece, nodes: Sequence[fx.Node]) -> Hashable:
 def _is_describable(module: nn.Module) -> bool:
     """Whether a module consists of modules of torch and of the compiler, without hooks."""
     return all(
-        type(child).__module__.startswith(("torch.nn.", "passes."))
+        type(child).__module__.startswith(TRUSTED_PACKAGES)
         and not child._forward_hooks
         and not child._forward_pre_hooks
         for child in module.modules()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.ir.subgraph import extract
+from passes.ir.program import extract
 from tests.models.builders import ResidualMLP
 from tests.support.parity import assert_same_step, step
 from tests.support.programs import CAPTURABLE, analysis, analyze_model, program

@@ -9,8 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from passes.capture.ladder import capture
-from passes.capture.refold import RULES, attach, toggle
-from passes.ir.mode_layers import Attention
+from passes.capture.refold import RULES, Attention, attach, toggle
 from passes.ir.program import graph_module
 from tests.models.builders import Exported
 

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.coarse.conv_residual import Conv
+from passes.coarse.convolution import Conv, Convolution, convolution_fits, convolution_flops
 from passes.coarse.copied_blocks import Units, UnitsOptions, build_units
-from passes.coarse.linear import Linear, linear_flops
-from passes.coarse.lowrank import LowRank
+from passes.coarse.linear import Linear, LowRank, linear_flops
 from passes.coarse.spec import CoarseSpec, Site
-from passes.coarse.strided_conv import Convolution, convolution_fits, convolution_flops
 from passes.coarse.tensor_layout import layouts, resize
 from passes.coarse.wrappers import Difference, PreprocessingOperator, Zero
 from passes.errors import SynthesisError

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110
-from passes.coarse.batchnorm import recalibrate
 from passes.coarse.copied_blocks import Units
 from passes.coarse.spec import CoarseSpec, Site
-from passes.coarse.thinned_blocks import ThinnedOptions, build_thinned, thin
+from passes.coarse.thinned_blocks import ThinnedOptions, build_thinned, recalibrate, thin
 from passes.errors import ArtifactError, OptionError, SynthesisError
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan

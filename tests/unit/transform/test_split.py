@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import PartitionError
-from passes.ir.subgraph import extract, nodes_between
+from passes.ir.program import extract, nodes_between
 from passes.ir.tensor_spec import Value
 from passes.plan.schema import Plan
 from passes.transform.split import split
