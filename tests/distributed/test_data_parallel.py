@@ -43,9 +43,9 @@ def _train(rank: int, kind: str, norm: bool) -> dict[str, Any]:
 def _train_alone(kind: str) -> tuple[list[float], dict[str, Tensor]]:
     compiled = network(2, kind, norm=False, dropout=0.0)
     with torch.no_grad():
-        own = {id(p) for p in compiled.stages.fine[0].parameters()}
+        first = {id(p) for p in compiled.stages.fine[0].parameters()}
         for parameter in compiled.module.parameters():
-            parameter.add_(0.0 if id(parameter) in own else 0.1)  # those of ranks 0 and 1
+            parameter.add_(0.0 if id(parameter) in first else 0.1)  # those of ranks 0 and 1
     module = compiled.module.train()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     losses = []
@@ -149,10 +149,10 @@ def _train_sharded(rank: int, folder: str, shard: bool, stop: int, options: dict
     }
 
 
-def _compare(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for key, value in found.items():
-        torch.testing.assert_close(value, wanted[key], msg=key)
+def _compare(result: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    assert result.keys() == reference.keys()
+    for key, value in result.items():
+        torch.testing.assert_close(value, reference[key], msg=key)
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True, "batches": 2}])

@@ -115,11 +115,11 @@ def _compare(compiled: pnn.Compiled, example: Any, placement: tuple[int, ...]) -
     compiled.module.zero_grad()
     reference = copy.deepcopy(compiled.module).train()
     smaller = tuple(value[:4] for value in example)
-    wanted = reference(*smaller)
-    _loss(wanted).backward()
+    outputs = reference(*smaller)
+    _loss(outputs).backward()
     compiled.module.train()
     (result,), _ = _run(compiled, [smaller], placement)
-    torch.testing.assert_close(result, wanted)
+    torch.testing.assert_close(result, outputs)
     gradients = dict(reference.named_parameters())
     for key, parameter in compiled.module.named_parameters():
         expected = gradients[key].grad

@@ -39,22 +39,22 @@ def _train(rank: int, *arguments: Any) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """Weights of every rank behind a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return start(_train, RANKS, folder, str(folder / "run"))
 
 
-def _check(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> None:
-    for own, expected in zip(found, wanted, strict=True):
-        assert own.keys() == expected.keys()
-        for key, value in own.items():
+def _check(result: list[dict[str, Tensor]], reference: list[dict[str, Tensor]]) -> None:
+    for actual, expected in zip(result, reference, strict=True):
+        assert actual.keys() == expected.keys()
+        for key, value in actual.items():
             assert torch.equal(value, expected[key]), key
 
 
 @pytest.mark.parametrize(("victim", "phase"), CASES)
 def test_a_killed_rank_ends_the_run_which_resumes(
-    victim: int, phase: str, wanted: list[dict[str, Tensor]], tmp_path: Path
+    victim: int, phase: str, reference: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     context, _ = begin(_train, RANKS, tmp_path, str(run), victim, phase)
@@ -71,7 +71,7 @@ def test_a_killed_rank_ends_the_run_which_resumes(
             assert f"passes.errors.RuntimeFault: rank {rank} " in message
     assert "step-00000002" in os.listdir(run)
     assert "step-00000003" not in os.listdir(run)
-    _check(start(_train, RANKS, tmp_path, str(run)), wanted)
+    _check(start(_train, RANKS, tmp_path, str(run)), reference)
 
 
 def test_a_rank_that_hangs_ends_the_others(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again(
-    wanted: list[dict[str, Tensor]], tmp_path: Path
+    reference: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
@@ -98,9 +98,9 @@ def test_torchrun_starts_a_killed_run_again(
         "1", "backward",
     ]  # fmt: skip
     # Gloo finds addresses of dead ranks in a store that torchrun keeps over a restart.
-    own = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
-        command, env=own, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
-    _check([torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)], wanted)
+    _check([torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)], reference)

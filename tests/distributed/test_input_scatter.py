@@ -63,11 +63,11 @@ def _train(rank: int, inputs: Any, micro: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("micro", [1, 2])
 def test_ranks_that_are_fed_train_alike(micro: int, tmp_path: Path) -> None:
-    wanted = start(_train, 3, tmp_path, "every rank", micro)
+    reference = start(_train, 3, tmp_path, "every rank", micro)
     result = start(_train, 3, tmp_path, "rank 0", micro)
-    for own, expected in zip(result, wanted, strict=True):
-        assert own["losses"] == expected["losses"]
-    assert torch.equal(result[2]["outputs"], wanted[2]["outputs"])
+    for actual, expected in zip(result, reference, strict=True):
+        assert actual["losses"] == expected["losses"]
+    assert torch.equal(result[2]["outputs"], reference[2]["outputs"])
     first, middle, last = (rank["fed"] for rank in result)
     # No state of the middle depends on the late argument, so that its guess does not read it.
     assert {name for name, value in middle.items() if not value.is_meta} == {"x"}
@@ -130,14 +130,14 @@ def _convolutions() -> pnn.Compiled:
 
 
 @pytest.mark.parametrize(
-    "found", [torch.ones(2, 4, 6, 6), torch.ones(2, 4, 8), torch.ones(2, 4, 8, 8).long()]
+    "shaped", [torch.ones(2, 4, 6, 6), torch.ones(2, 4, 8), torch.ones(2, 4, 8, 8).long()]
 )
-def test_another_shape_than_that_of_the_example_is_refused(found: Tensor) -> None:
+def test_another_shape_than_that_of_the_example_is_refused(shaped: Tensor) -> None:
     compiled = _convolutions()
     (name,) = compiled.program.args
     check_shapes(compiled, {name: torch.ones(5, 4, 8, 8, dtype=torch.float64)})
     with pytest.raises(pnn.OptionError, match=r"compiled for \[any number, 4, 8, 8\]"):
-        check_shapes(compiled, {name: found})
+        check_shapes(compiled, {name: shaped})
 
 
 def _distance(outputs: Tensor, _: Any) -> Tensor:

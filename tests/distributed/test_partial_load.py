@@ -1,4 +1,4 @@
-"""A rank that reads an artifact holds the weights of its own stages, and no others."""
+"""A rank that reads an artifact stores the weights of its stages, and no others."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def _train(rank: int, path: str, whole: bool) -> dict[str, Any]:
 def test_ranks_that_hold_their_own_stages_train_alike(kind: str, tmp_path: Path) -> None:
     compiled = network(3, kind)
     path = str(compiled.save(tmp_path / "artifact"))
-    wanted = start(_train, 3, tmp_path, path, True)
+    reference = start(_train, 3, tmp_path, path, True)
     result = start(_train, 3, tmp_path, path, False)
-    for rank, (own, expected) in enumerate(zip(result, wanted, strict=True)):
-        assert own["losses"] == expected["losses"]
-        assert own["state"].keys() == expected["state"].keys()
-        for key, value in own["state"].items():
+    for rank, (actual, expected) in enumerate(zip(result, reference, strict=True)):
+        assert actual["losses"] == expected["losses"]
+        assert actual["state"].keys() == expected["state"].keys()
+        for key, value in actual["state"].items():
             assert torch.equal(value, expected["state"][key]), key
-        assert (own["alone"], expected["alone"]) == (True, False), rank
-    assert torch.equal(result[2]["outputs"], wanted[2]["outputs"])
+        assert (actual["alone"], expected["alone"]) == (True, False), rank
+    assert torch.equal(result[2]["outputs"], reference[2]["outputs"])
     assert result[0]["original"].keys() == compiled.original_state_dict().keys()
 
 
@@ -75,15 +75,15 @@ def test_every_piece_runs_on_what_its_rank_holds(
     }[inputs]  # fmt: skip
     compiled = pnn.compile(build(), example, stages=2, coarse_budget=1.0, **options)
     path = compiled.save(tmp_path / "artifact")
-    wanted = pnn.load(path)
+    reference = pnn.load(path)
     for rank in range(2):
         stored = load_part(load(path, without_data=True), (0, 1), rank, path)
-        own, expected = (RankPieces(each, (0, 1), rank).eval() for each in (stored, wanted))
-        assert own.state_dict().keys() == expected.state_dict().keys()
+        actual, expected = (RankPieces(each, (0, 1), rank).eval() for each in (stored, reference))
+        assert actual.state_dict().keys() == expected.state_dict().keys()
         for key, value in expected.state_dict().items():
-            assert torch.equal(own.state_dict()[key], value), key
+            assert torch.equal(actual.state_dict()[key], value), key
         passed = stored.program.args
-        fine = own.executor.fine(rank, _ones(stored, rank), passed)
+        fine = actual.executor.fine(rank, _ones(stored, rank), passed)
         for key, value in expected.executor.fine(rank, _ones(stored, rank), passed).items():
             torch.testing.assert_close(fine[key], value)
     with pytest.raises(pnn.ArtifactError, match="does not exist"):

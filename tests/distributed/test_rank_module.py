@@ -1,4 +1,4 @@
-"""Ranks in processes of their own give what one process gives."""
+"""Ranks in separate processes compute what one process computes."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ def test_training_on_ranks_equals_training_in_one_process(
     name: str, stages: int, micro: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     result = start(_train, stages, tmp_path, name, stages, micro, options)
-    wanted = _train_in_one_process(name, stages, micro, options)
+    reference = _train_in_one_process(name, stages, micro, options)
     for rank, each in enumerate(result):
-        assert each["losses"] == pytest.approx(wanted["losses"], rel=1e-4), rank
+        assert each["losses"] == pytest.approx(reference["losses"], rel=1e-4), rank
         for key, value in each["state"].items():
-            expected = wanted["state"][key.removeprefix("network.")]
+            expected = reference["state"][key.removeprefix("network.")]
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=key)
     *others, last = result
     assert all(each["outputs"] is None for each in others)
-    torch.testing.assert_close(last["outputs"], wanted["outputs"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last["outputs"], reference["outputs"], rtol=1e-4, atol=1e-5)
 
 
 def _several_stages(rank: int) -> Any:
