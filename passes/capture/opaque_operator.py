@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs
 from passes.ir.isolation import preserved, without_causal_detection
-from passes.ir.program import Provenance, set_provenance
+from passes.ir.program import Provenance, set_provenance, tensor_leaves
 
 _LITERALS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 """Arguments of an opaque module besides tensors: the graph holds them as they are."""
@@ -245,8 +245,8 @@ def _observe_calls(
 
     def hook(path: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            shapes = [tensor.shape for tensor in _tensors((args, kwargs))]
-            observations[path].append(_Observation(shapes, _tensors(output), output))
+            shapes = [tensor.shape for tensor in tensor_leaves((args, kwargs))]
+            observations[path].append(_Observation(shapes, tensor_leaves(output), output))
 
         return record
 
@@ -261,10 +261,6 @@ def _observe_calls(
         args, kwargs = inputs.with_leaves(values)
         model(*args, **kwargs)
     return observations
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _make_forward(

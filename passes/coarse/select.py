@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
@@ -51,7 +50,7 @@ from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
 from passes.errors import SynthesisError
 from passes.ir.isolation import seeded
-from passes.ir.program import provenance
+from passes.ir.program import provenance, tensor_leaves
 from passes.ir.tensor_spec import TensorSpec, Value
 
 if TYPE_CHECKING:
@@ -340,7 +339,7 @@ def _measure_call(
 
     def correct(*tensors: torch.Tensor) -> Any:
         result = call(*(a - b for a, b in zip(tensors, values, strict=True)))
-        return [x + x.detach() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        return [x + x.detach() for x in tensor_leaves(result)]
 
     flops, moved, operators = count_work(lambda: call(*values))
     work: dict[str, Any] = {"flops": flops}

@@ -22,13 +22,12 @@ import torch
 from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from passes.cost.node_facts import Fact
 from passes.errors import OptionError
 from passes.ir.isolation import LOCK, preserved
-from passes.ir.program import Interpreter, Program, is_compute, resolve
+from passes.ir.program import Interpreter, Program, is_compute, resolve, tensor_leaves
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
 """Operators that only make a view although torch does not mark them as such."""
@@ -87,8 +86,7 @@ class _FlopMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
         result = func(*args, **kwargs)
         if func.is_view or func._overloadpacket in _VIEWS:
             return result
-        written = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written, read = tensor_leaves(result), tensor_leaves((args, kwargs))
         self.moved += sum(t.numel() * t.element_size() for t in (*read, *written))
         self.operators += 1
         formula = flop_registry.get(func._overloadpacket)

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from passes.ir.direct_call import DirectCaller, with_frame_headroom
 from passes.ir.isolation import preserved
-from passes.ir.program import Program, graph_module
+from passes.ir.program import Program, graph_module, tensor_leaves
 
 _WARM_UP_RUNS = 1
 _MIN_RUNS, _MAX_RUNS = 3, 30
@@ -104,11 +103,7 @@ def measure_network(
         for _ in range(_WARM_UP_RUNS + _NETWORK_RUNS):
             leaves = [x.detach().requires_grad_(backward) for x in inputs]
             readings = [read()]
-            outputs = [
-                x
-                for x in pytree.tree_leaves(with_frame_headroom(run, *leaves))
-                if isinstance(x, torch.Tensor)
-            ]
+            outputs = tensor_leaves(with_frame_headroom(run, *leaves))
             readings.append(read())
             ends = [x for x in outputs if x.requires_grad]
             if backward and ends:
@@ -207,11 +202,7 @@ class _Clock:
 
     def _run_backward(self, outputs: Any) -> list[Any]:
         """Run the backward pass; return the readings before and after it, [] without gradients."""
-        differentiable = [
-            leaf
-            for leaf in pytree.tree_leaves(outputs)
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-        ]
+        differentiable = [leaf for leaf in tensor_leaves(outputs) if leaf.requires_grad]
         if not differentiable:
             return []
         loss = torch.stack([leaf.float().sum() for leaf in differentiable]).sum()
@@ -226,8 +217,8 @@ class _Clock:
             self._gradient_readings[index] = self._read()
 
         self._forward_readings.append(self._read())
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+        for leaf in tensor_leaves(value):
+            if leaf.requires_grad:
                 leaf.register_hook(complete)  # type: ignore[no-untyped-call]
 
     def _seconds(self, readings: Sequence[Any]) -> list[float]:

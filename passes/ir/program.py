@@ -95,8 +95,7 @@ class Program:
     def device(self) -> torch.device:
         """Device of the first parameter or buffer; that of the first input if there is none."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
-        leaves = [x for x in pytree.tree_leaves(dict(self.args)) if isinstance(x, torch.Tensor)]
-        return next(iter([*tensors, *leaves])).device
+        return next(iter([*tensors, *tensor_leaves(dict(self.args))])).device
 
     @property
     def graph(self) -> fx.Graph:
@@ -159,6 +158,11 @@ def resolve(module: nn.Module, target: str) -> Any:
 def clone_tensors(value: Any) -> Any:
     """Copy the tensors in nested containers, without their gradients."""
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
+
+
+def tensor_leaves(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -71,6 +71,11 @@ def output_leaves(output: Any) -> list[Any]:
     return leaves
 
 
+def output_tensors(output: Any) -> list[torch.Tensor]:
+    """Return the leaves of an output that are tensors."""
+    return [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 def run_one_step(
     module: nn.Module,
     forward: Forward,

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from passes.errors import ArtifactError, ExportError, first_line
 from passes.ir.isolation import preserved
-from passes.ir.program import clone_tensors
-from passes.ir.run_step import output_leaves, relative_error
+from passes.ir.program import clone_tensors, tensor_leaves
+from passes.ir.run_step import output_tensors, relative_error
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
 from pnn_compile.export.onnx.run import StageExecutor, session
@@ -249,8 +248,8 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
                 "--no-verify (verify=False) keeps the file all the same"
             ) from error
         with torch.no_grad():
-            leaves = output_leaves(compiled.module(**clone_tensors(inputs)))
-        references = [leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            expected = output_tensors(compiled.module(**clone_tensors(inputs)))
+        references = [tensor.cpu() for tensor in expected]
         for index, (value, reference) in enumerate(zip(outputs, references, strict=True)):
             worst = max(worst, _error(index, size, value, reference))
         agreement.add(main_output(outputs), main_output(references), size)
@@ -279,8 +278,8 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a network's inputs as arrays, by their names in ONNX."""
     order = [str(node.target) for node in compiled.program.inputs]
-    leaves = pytree.tree_leaves([inputs[name] for name in order])
-    arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = tensor_leaves([inputs[name] for name in order])
+    arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
     return dict(zip(names, arrays, strict=True))
 
 

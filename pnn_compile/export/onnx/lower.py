@@ -30,7 +30,7 @@ from passes.errors import ExportError
 from passes.ir.example_inputs import as_plain
 from passes.ir.isolation import preserved
 from passes.ir.program import Interpreter
-from passes.ir.run_step import output_leaves
+from passes.ir.run_step import output_tensors
 from passes.transform.assemble import step_of
 from passes.transform.sweep import Step
 from pnn_compile.export.onnx.pieces import (
@@ -231,8 +231,8 @@ def _named_outputs(output: Any) -> list[tuple[str, Any]]:
     if all(isinstance(leaf, torch.Tensor) or as_plain(leaf) is leaf for _, leaf in paths):
         pairs = [(path, leaf) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
     else:
-        tensors = [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
-        pairs = [((pytree.SequenceKey(index),), leaf) for index, leaf in enumerate(tensors)]
+        leaves = enumerate(output_tensors(output))
+        pairs = [((pytree.SequenceKey(index),), leaf) for index, leaf in leaves]
     return [(_path_name(path), _sketch(leaf)) for path, leaf in pairs]
 
 

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from passes.cost.node_facts import TRUSTED_PACKAGES
 from passes.ir.program import Provenance, is_compute, provenance, resolve
-from passes.ir.run_step import output_leaves
+from passes.ir.run_step import output_tensors
 from passes.ir.structure_hash import digest, node_lines
 
 CHILD = "network"
@@ -128,7 +128,7 @@ def flatten(
         outputs = pytree.tree_leaves(output)
         if len(outputs) != count or not all(node in specs for node in outputs):
             # The output holds constants, or objects that hide tensors: unpack it at run time.
-            outputs = _items(graph, graph.call_function(_tensor_leaves, (output,)), count)
+            outputs = _items(graph, graph.call_function(output_tensors, (output,)), count)
     else:
         root = nn.Module()
         root.add_module(CHILD, module)
@@ -195,10 +195,6 @@ def _copy(
             if isinstance(values[node.name], SymbolicSpec):
                 specs[copy] = values[node.name]
     raise AssertionError("a graph ends with its output")
-
-
-def _tensor_leaves(output: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _items(graph: fx.Graph, sequence: fx.Node, count: int) -> list[fx.Node]:
