@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 from passes.analysis.analysis import MEASURED, ROOFLINE, CostSource
 from passes.coarse.family import FAMILIES, names_of
-from passes.coarse.spec import Role
+from passes.coarse.spec import OperatorRole
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
 
@@ -203,7 +203,7 @@ def _among(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(allowed)}")
 
 
-def _check_family(role: Role, family: str) -> None:
+def _check_family(role: OperatorRole, family: str) -> None:
     parts, sums = str(family).split("+"), names_of(role, summed=True)
     if len(parts) == 1:
         _among(role, family, ("auto", *names_of(role)))

@@ -1,7 +1,8 @@
 """The table of families: every kind of preprocessing operator C_j and coarse propagator F_j.
 
-A row says what a family is and what the compiler may do with it; no code outside of this room
-depends on the name of a family. `docs/write_a_coarse_family.md` shows how to add a row.
+A row says what a family is and what the compiler may do with it: a new row works under its name
+(`coarse="mine"`) everywhere. Which families "auto" and calibration try is decided in `select.py`.
+`docs/write_a_coarse_family.md` shows how to add a row.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops
 from passes.coarse.spec import (
     CoarseOptions,
     CoarseSpec,
+    OperatorRole,
     OperatorSpec,
     PreprocessOptions,
     PreprocessSpec,
-    Role,
     Site,
 )
 from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
@@ -147,7 +148,7 @@ FAMILIES: dict[str, Family] = {
 """The families by name. Users add rows before they compile."""
 
 
-def names_of(role: Role, *, summed: bool = False) -> tuple[str, ...]:
+def names_of(role: OperatorRole, *, summed: bool = False) -> tuple[str, ...]:
     """Return the families that have a role; with `summed`, those of them that can be summed."""
     return tuple(
         name
@@ -179,7 +180,7 @@ def is_fine(family: str) -> bool:
     return any(row.is_fine for row in rows_of(family))
 
 
-def options_of(role: Role, family: str) -> type[PreprocessOptions] | type[CoarseOptions]:
+def options_of(role: OperatorRole, family: str) -> type[PreprocessOptions] | type[CoarseOptions]:
     """Return the options class of a family, or of a sum: the one that extends all others.
 
     Raises:
@@ -252,7 +253,7 @@ def _build(spec: OperatorSpec, site: Site) -> nn.Module:
     return parts[0] if len(parts) == 1 else Sum(parts)
 
 
-def family_help(role: Role) -> str:
+def family_help(role: OperatorRole) -> str:
     """Return the families of a role with their descriptions, for help texts."""
     sums = names_of(role, summed=True)
     rows = "; ".join(f"{name}: {FAMILIES[name].about}" for name in names_of(role))

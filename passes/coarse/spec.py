@@ -21,7 +21,7 @@ from passes.ir.tensor_spec import TensorSpec, Value
 if TYPE_CHECKING:
     from passes.options import Options
 
-Role = Literal["preprocess", "coarse"]
+OperatorRole = Literal["preprocess", "coarse"]
 
 NodeName = Annotated[str, "node"]
 """Name of a node of the program that computes something."""
@@ -188,7 +188,7 @@ class OperatorSpec:
         backward_seconds: The backward part of `seconds`.
     """
 
-    role: ClassVar[Role]
+    role: ClassVar[OperatorRole]
 
     family: str
     options: PreprocessOptions | CoarseOptions

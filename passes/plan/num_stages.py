@@ -9,7 +9,7 @@ work, a coarse propagator of 1.5 per interface, and a head of 4:
     step time                  100  53.5  32.5  29.2  27.5  26.7  26.5  26.7  27.1  32.5  37.3
 
 The best time is 26.5, of 8 stages. Six stages are within 5 % of it (27.8) and need two devices
-less: 6 is chosen. The scan stops at N = 20: more than twice 8, and more than 25 % slower.
+less: 6 is chosen. The scan stops at N = 20: at least twice 8, and more than 25 % slower.
 
 >>> fewest_near_best(lambda count: 96 / count + 1.5 * (count - 1) + 4, most=64)
 6

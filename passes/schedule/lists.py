@@ -4,41 +4,44 @@ A stage lives on one rank. Forward: all ranks preprocess and run their fine stag
 sweep corrects the last state. Backward mirrors it: the adjoints travel back through the coarse
 propagators alone, and each fine stage runs backward as soon as its adjoint arrives.
 
-A **chain** passes the corrected state from stage to stage. Four ranks, one stage each; g preprocess
-(guess), f fine, c correct, h head, * message; capitals are backward:
+A **chain** passes the corrected state from stage to stage. Four ranks, one stage each, in time from
+left to right: p preprocess (the guess), f fine stage, c correct, h head, * message, and in capitals
+the same backward:
 
     rank 0    f f f f c *                                           * F F F F
-    rank 1  g f f f f   * c *                                   * C * F F F F G
-    rank 2  g f f f f       * c *                           * C *     F F F F G
-    rank 3  g f f f f           * c h H C *  F F F F G
+    rank 1  p f f f f   * c *                                   * C * F F F F P
+    rank 2  p f f f f       * c *                           * C *     F F F F P
+    rank 3  p f f f f           * c h H C *  F F F F P
 
 With K iterations, iteration k (from 0) computes the stages k to N - K + k: the stages before are
 exact by then, and the stages after do not reach any result. A state that arrives in one iteration
 is the input of the stage in the next, so each state and each adjoint is one message.
 
-A **collapsed** sweep sends every residual through a map P_j of its own to the last state, and sums
-the results along a binary tree whose root holds the last stage: ceil(log2 R) receives deep for R
-ranks. The residual y_{j-1} - x_j needs the output of stage j - 1 and the guess of stage j, which
-live on two ranks. The *guess* is sent, to the rank of stage j - 1, where P_j lives too: it arrives
-before the fine stage is done, and backward its adjoint has the time of a whole fine stage. (Were
-y_{j-1} sent, of the same size, each phase would have one more link on its critical path.) A rank
-posts receives for these messages in an order that all ranks share, and waits for them later.
+A **collapsed** sweep sends every residual through a coarse propagator F_j of its own to the last
+state, and sums the results along a binary tree whose root holds the last stage: ceil(log2 R)
+receives deep for R ranks. The residual y_{j-1} - x_j needs the output of stage j - 1 and the guess
+of stage j, which live on two ranks. The *guess* is sent, to the rank of stage j - 1, where F_j
+lives too: it arrives before the fine stage is done, and backward its adjoint has the time of a
+whole fine stage. (Were y_{j-1} sent, of the same size, each phase would have one more link on its
+critical path.) A rank posts receives for these messages in an order that all ranks share, and waits
+for them later.
 
     rank 0  f f f f *   c *                           * C *   F F F F
-    rank 1  g * f f f f * c * *                   * * C * F F F F * G
-    rank 2  g * f f f f * c *                     * C *   F F F F * G
-    rank 3  g * f f f f         * * h H * *   F F F F * G
+    rank 1  p * f f f f * c * *                   * * C * F F F F * P
+    rank 2  p * f f f f * c *                     * C *   F F F F * P
+    rank 3  p * f f f f         * * h H * *   F F F F * P
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from passes.plan.schema import Plan
-from passes.schedule.instruction import Instruction, Kind
-from passes.transform.sweep import Role, sweep
+from passes.schedule.instruction import EXPECTS, Instruction, Kind
+from passes.transform.sweep import Role, Symbol
+from passes.transform.sweep import sweep as list_steps
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Sweep:
         >>> [list(Sweep(iterations=2).computed(4, iteration)) for iteration in (0, 1)]
         [[0, 1, 2], [1, 2, 3]]
         """
-        steps = sweep(stages, self.kind, self.iterations)
+        steps = list_steps(stages, self.kind, self.iterations)
         computed = [s.stage for s in steps if s.role is Role.FINE and s.iteration == iteration]
         return range(computed[0], computed[-1] + 1)
 
@@ -149,7 +152,7 @@ class _ListWriter(Protocol):
 
 
 class _ChainLists:
-    """Lists of a chain of K iterations.
+    """Lists of a chain of K iterations: a walk over the steps of the sweep, and its mirror image.
 
     Args:
         placement: Rank of every stage.
@@ -160,89 +163,65 @@ class _ChainLists:
     def __init__(
         self, placement: tuple[int, ...], sweep: Sweep, stages_of: Sequence[Sequence[int]]
     ) -> None:
-        self._placement = placement
-        self._stages_of = stages_of
-        self._last = len(placement) - 1
-        self._bands = [sweep.computed(len(placement), k) for k in range(sweep.iterations)]
+        steps = list_steps(len(placement), sweep.kind, sweep.iterations)
+        readers: dict[Symbol, set[int]] = {}  # ranks that read a state
+        for step in steps:
+            for symbol in step.reads:
+                readers.setdefault(symbol, set()).add(placement[step.stage])
+        self._corrected = {(s.stage, s.iteration) for s in steps if s.role is Role.COARSE}
+        # By rank: what waits for no state of another rank, and all that follows.
+        self._start: list[list[Instruction]] = [[] for _ in stages_of]
+        self._sweep: list[list[Instruction]] = [[] for _ in stages_of]
+        for step in steps:
+            rank, stage, k = placement[step.stage], step.stage, step.iteration
+            if step.role is Role.FINE and not k:
+                if stage:
+                    self._start[rank].append(Instruction(Kind.GUESS, stage, 0))
+                self._start[rank].append(Instruction(Kind.FINE, stage, 0))
+            elif step.role in _COMPUTES:
+                self._sweep[rank].append(Instruction(_COMPUTES[step.role], stage, 0, None, k))
+            if step.role is Role.CORRECT:
+                # A state travels as soon as it is there, to the rank of the stage after.
+                for reader in readers[step.writes] - {rank}:
+                    self._sweep[rank].append(Instruction(Kind.SEND, stage, 0, reader, k))
+                    self._sweep[reader].append(Instruction(Kind.RECEIVE, stage, 0, rank, k))
 
     def start(self, rank: int, batch: int) -> list[Instruction]:
-        instructions = []
-        for stage in self._computed(rank, 0):
-            if stage:
-                instructions.append(Instruction(Kind.GUESS, stage, batch))
-            instructions.append(Instruction(Kind.FINE, stage, batch))
-        return instructions
+        return [replace(instruction, batch=batch) for instruction in self._start[rank]]
 
     def sweep(self, rank: int, batch: int) -> list[Instruction]:
-        instructions = []
-        for k in range(len(self._bands)):
-            if k:
-                instructions += [_fine(stage, batch, k) for stage in self._computed(rank, k)]
-            instructions += self._sweep(rank, batch, k)
-        return instructions
+        return [replace(instruction, batch=batch) for instruction in self._sweep[rank]]
 
     def backward(self, rank: int, batch: int) -> list[Instruction]:
-        instructions = []
-        for k in reversed(range(len(self._bands))):
-            instructions += self._sweep_backward(rank, batch, k)
-            for stage in reversed(self._computed(rank, k)):
-                instructions.append(Instruction(Kind.FINE_BACKWARD, stage, batch, None, k))
-                if stage and not k:
-                    instructions.append(Instruction(Kind.GUESS_BACKWARD, stage, batch))
-        return instructions
-
-    def _sweep(self, rank: int, batch: int, k: int) -> list[Instruction]:
-        instructions = []
-        for stage in self._stages_of[rank]:
-            if (
-                stage
-                and stage - 1 in self._bands[k]
-                and (peer := self._neighbor_rank(stage, -1)) is not None
-            ):
-                instructions.append(Instruction(Kind.RECEIVE, stage - 1, batch, peer, k))
-            if stage not in self._bands[k]:
-                continue
-            instructions.append(Instruction(Kind.CORRECT, stage, batch, None, k))
-            if stage == self._last:
-                instructions.append(Instruction(Kind.HEAD, stage, batch, None, k))
-            elif (peer := self._neighbor_rank(stage, +1)) is not None:
-                instructions.append(Instruction(Kind.SEND, stage, batch, peer, k))
-        return instructions
-
-    def _sweep_backward(self, rank: int, batch: int, k: int) -> list[Instruction]:
-        instructions = []
-        for stage in reversed(self._stages_of[rank]):
-            if stage in self._bands[k]:
-                if stage == self._last:
-                    instructions.append(Instruction(Kind.HEAD_BACKWARD, stage, batch, None, k))
-                elif (peer := self._neighbor_rank(stage, +1)) is not None:
-                    instructions.append(Instruction(Kind.RECEIVE_ADJOINT, stage, batch, peer, k))
-                if stage > k:  # stage k is exact
-                    instructions.append(Instruction(Kind.COARSE_BACKWARD, stage, batch, None, k))
-            if (
-                stage
-                and stage - 1 in self._bands[k]
-                and (peer := self._neighbor_rank(stage, -1)) is not None
-            ):
-                instructions.append(Instruction(Kind.SEND_ADJOINT, stage - 1, batch, peer, k))
-        return instructions
-
-    def _computed(self, rank: int, k: int) -> list[int]:
-        return [stage for stage in self._stages_of[rank] if stage in self._bands[k]]
-
-    def _neighbor_rank(self, stage: int, side: int) -> int | None:
-        """Return the rank of a neighboring stage; None if it is the same rank."""
-        rank = self._placement[stage + side]
-        return rank if rank != self._placement[stage] else None
+        forward = [*self._start[rank], *self._sweep[rank]]
+        return [
+            replace(it, kind=_BACKWARD[it.kind], batch=batch)
+            for it in reversed(forward)
+            # A state without a correction has no coarse propagator to go back through.
+            if it.kind is not Kind.CORRECT or (it.stage, it.iteration) in self._corrected
+        ]
 
 
-def _fine(stage: int, batch: int, k: int) -> Instruction:
-    return Instruction(Kind.FINE, stage, batch, None, k)
+_COMPUTES = {Role.FINE: Kind.FINE, Role.CORRECT: Kind.CORRECT, Role.HEAD: Kind.HEAD}
+"""Instructions of a chain by step; CORRECT includes residual and coarse propagator."""
+
+_BACKWARD = {
+    Kind.GUESS: Kind.GUESS_BACKWARD,
+    Kind.FINE: Kind.FINE_BACKWARD,
+    Kind.CORRECT: Kind.COARSE_BACKWARD,
+    Kind.HEAD: Kind.HEAD_BACKWARD,
+    Kind.SEND: Kind.RECEIVE_ADJOINT,
+    Kind.RECEIVE: Kind.SEND_ADJOINT,
+}
+"""Backward instruction of every forward instruction of a chain."""
 
 
 class _CollapsedLists:
     """Lists of a collapsed sweep: one map per residual, and one sum over the ranks.
 
+    Every rank handles the guesses by stage, then the outputs by stage and reader, forward and
+    backward alike: as any two ranks see the same order, no cycle of waits can occur.
+
     Args:
         placement: Rank of every stage.
         sweep: The sweep.
@@ -252,48 +231,41 @@ class _CollapsedLists:
     def __init__(
         self, placement: tuple[int, ...], sweep: Sweep, stages_of: Sequence[Sequence[int]]
     ) -> None:
-        self._placement = placement
-        self._corrector = sweep.corrector
-        self._stages_of = stages_of
+        self._root = placement[-1]
+        self._ranks = len(stages_of)
         self._last = len(placement) - 1
-        corrected: list[list[int]] = [[] for _ in stages_of]
-        readers: list[set[int]] = [set() for _ in placement]
-        for stage in range(1, len(placement)):
-            rank = placement[self._corrector(stage)]
-            corrected[rank].append(stage)
+        # By rank: what it computes and posts at once, and the corrections, which wait for messages.
+        self._start: list[list[Instruction]] = [[] for _ in stages_of]
+        self._corrections: list[list[Instruction]] = [[] for _ in stages_of]
+        correctors = {
+            stage: placement[sweep.corrector(stage)] for stage in range(1, self._last + 1)
+        }
+        readers: list[set[int]] = [set() for _ in placement]  # of the output of every stage
+        for stage, rank in correctors.items():
             for source in sweep.reads(stage):
                 readers[source].add(rank)
-        # By rank, the stages whose corrections it computes, and the outputs that these need.
-        self._corrected = corrected
-        self._readers = [sorted(ranks - {placement[i]}) for i, ranks in enumerate(readers)]
-        self._read: list[list[int]] = [[] for _ in stages_of]
-        for stage, ranks in enumerate(self._readers):
-            for rank in ranks:
-                self._read[rank].append(stage)
-        # By rank, the stages whose guesses, and whose outputs, it computes or reads.
-        self._with_guesses = [
-            sorted({*a, *b} - {0}) for a, b in zip(stages_of, corrected, strict=True)
-        ]
-        self._with_outputs = [sorted({*a, *b}) for a, b in zip(stages_of, self._read, strict=True)]
+        for step in list_steps(len(placement), sweep.kind):
+            stage, owner = step.stage, placement[step.stage]
+            if step.role is Role.PREPROCESS:
+                self._start[owner].append(Instruction(Kind.GUESS, stage, 0))
+                self._post(Kind.SEND_GUESS, Kind.EXPECT_GUESS, stage, owner, {correctors[stage]})
+            elif step.role is Role.FINE:
+                self._start[owner].append(Instruction(Kind.FINE, stage, 0))
+                self._post(Kind.SEND_OUTPUT, Kind.EXPECT_OUTPUT, stage, owner, readers[stage])
+            elif step.role is Role.COARSE:
+                correction = Instruction(Kind.CORRECT, stage, 0)
+                self._corrections[correctors[stage]].append(correction)
+
+    def _post(self, send: Kind, expect: Kind, stage: int, owner: int, readers: set[int]) -> None:
+        """Post a message from the owner of a value to every other rank that reads it."""
+        for reader in sorted(readers - {owner}):
+            self._start[owner].append(Instruction(send, stage, 0, reader))
+            self._start[reader].append(Instruction(expect, stage, 0, owner))
 
     def start(self, rank: int, batch: int) -> list[Instruction]:
-        instructions, corrected = [], self._corrected[rank]
-        for stage in self._with_guesses[rank]:
-            if self._placement[stage] == rank:
-                instructions.append(Instruction(Kind.GUESS, stage, batch))
-            instructions += self._guess(rank, stage, batch, Kind.SEND_GUESS, Kind.EXPECT_GUESS)
-        for stage in self._with_outputs[rank]:
-            if self._placement[stage] == rank:
-                instructions.append(Instruction(Kind.FINE, stage, batch))
-            instructions += self._output(rank, stage, batch, Kind.SEND_OUTPUT, Kind.EXPECT_OUTPUT)
-        for stage in corrected:
-            if self._guess_reader(stage) is not None:
-                owner = self._placement[stage]
-                instructions.append(Instruction(Kind.RECEIVE_GUESS, stage, batch, owner))
-        for stage in self._read[rank]:
-            owner = self._placement[stage]
-            instructions.append(Instruction(Kind.RECEIVE_OUTPUT, stage, batch, owner))
-        return instructions + [Instruction(Kind.CORRECT, stage, batch) for stage in corrected]
+        posted = self._start[rank]
+        awaited = [replace(it, kind=EXPECTS[it.kind]) for it in posted if it.kind in EXPECTS]
+        return [replace(it, batch=batch) for it in (*posted, *awaited, *self._corrections[rank])]
 
     def sweep(self, rank: int, batch: int) -> list[Instruction]:
         below, above = self._tree(rank)
@@ -309,56 +281,28 @@ class _CollapsedLists:
             instructions = [Instruction(Kind.RECEIVE_SUM_ADJOINT, self._last, batch, above)]
         for peer in reversed(below):  # the deepest branch first, as it takes longest
             instructions.append(Instruction(Kind.SEND_SUM_ADJOINT, self._last, batch, peer))
-        instructions += [Instruction(Kind.COARSE_BACKWARD, s, batch) for s in self._corrected[rank]]
-        for stage in self._with_outputs[rank]:
-            instructions += self._output(
-                rank, stage, batch, Kind.EXPECT_OUTPUT_ADJOINT, Kind.SEND_OUTPUT_ADJOINT
-            )
-        for stage in self._with_guesses[rank]:
-            instructions += self._guess(
-                rank, stage, batch, Kind.EXPECT_GUESS_ADJOINT, Kind.SEND_GUESS_ADJOINT
-            )
-        for stage in self._stages_of[rank]:
-            for peer in self._readers[stage]:
-                instructions.append(Instruction(Kind.RECEIVE_OUTPUT_ADJOINT, stage, batch, peer))
+        posted = self._start[rank]
+        outputs = [it for it in posted if it.kind in (Kind.SEND_OUTPUT, Kind.EXPECT_OUTPUT)]
+        guesses = [it for it in posted if it.kind in (Kind.SEND_GUESS, Kind.EXPECT_GUESS)]
+        instructions += [replace(it, kind=Kind.COARSE_BACKWARD) for it in self._corrections[rank]]
+        # An adjoint travels the way of its value in reverse: who sent expects, who expected sends.
+        instructions += [replace(it, kind=_ADJOINT[it.kind]) for it in (*outputs, *guesses)]
         instructions += [
-            Instruction(Kind.FINE_BACKWARD, stage, batch) for stage in self._stages_of[rank]
+            replace(it, kind=Kind.RECEIVE_OUTPUT_ADJOINT)
+            for it in outputs
+            if it.kind is Kind.SEND_OUTPUT
         ]
-        for stage in self._stages_of[rank]:
-            if stage:
-                if (home := self._guess_reader(stage)) is not None:
-                    instructions.append(Instruction(Kind.RECEIVE_GUESS_ADJOINT, stage, batch, home))
-                instructions.append(Instruction(Kind.GUESS_BACKWARD, stage, batch))
-        return instructions
-
-    # All ranks handle the guesses by stage, then the outputs by stage and reader (backward in the
-    # reverse order): as any two of them see the same order, no cycle of waits can occur.
-
-    def _guess(
-        self, rank: int, stage: int, batch: int, owner: Kind, corrector: Kind
-    ) -> list[Instruction]:
-        """Return the side of a rank in the message of a guess, or of its adjoint."""
-        owned, home = self._placement[stage], self._guess_reader(stage)
-        if home is None or rank not in (owned, home):
-            return []
-        if rank == owned:
-            return [Instruction(owner, stage, batch, home)]
-        return [Instruction(corrector, stage, batch, owned)]
-
-    def _output(
-        self, rank: int, stage: int, batch: int, owner: Kind, reader: Kind
-    ) -> list[Instruction]:
-        """Return the side of a rank in the messages of an output, or of its adjoints."""
-        if self._placement[stage] == rank:
-            return [Instruction(owner, stage, batch, peer) for peer in self._readers[stage]]
-        if rank in self._readers[stage]:
-            return [Instruction(reader, stage, batch, self._placement[stage])]
-        return []
-
-    def _guess_reader(self, stage: int) -> int | None:
-        """Return the rank that the guess of a stage is sent to; None if it is the same rank."""
-        rank = self._placement[self._corrector(stage)]
-        return rank if rank != self._placement[stage] else None
+        instructions += [
+            replace(it, kind=Kind.FINE_BACKWARD) for it in posted if it.kind is Kind.FINE
+        ]
+        sent = {it.stage: it for it in guesses if it.kind is Kind.SEND_GUESS}
+        for guess in posted:
+            if guess.kind is Kind.GUESS:
+                if guess.stage in sent:
+                    message = sent[guess.stage]
+                    instructions.append(replace(message, kind=Kind.RECEIVE_GUESS_ADJOINT))
+                instructions.append(replace(guess, kind=Kind.GUESS_BACKWARD))
+        return [replace(it, batch=batch) for it in instructions]
 
     def _tree(self, rank: int) -> tuple[list[int], int | None]:
         """Return the ranks whose partial sums a rank receives, in order, and its parent.
@@ -367,8 +311,8 @@ class _CollapsedLists:
         send their sums to the rank 2^d nearer. With 8 ranks and root 7: rank 1 receives from 0,
         5 from 4, 3 from 2 and 1, and 7 from 6, 5 and 3.
         """
-        ranks, root = len(self._stages_of), self._placement[-1]
-        distance, step = (root - rank) % ranks, 1
+        ranks = self._ranks
+        distance, step = (self._root - rank) % ranks, 1
         below: list[int] = []
         while step < ranks:
             if distance & step:
@@ -377,3 +321,12 @@ class _CollapsedLists:
                 below.append((rank - step) % ranks)
             step *= 2
         return below, None
+
+
+_ADJOINT = {
+    Kind.SEND_OUTPUT: Kind.EXPECT_OUTPUT_ADJOINT,
+    Kind.EXPECT_OUTPUT: Kind.SEND_OUTPUT_ADJOINT,
+    Kind.SEND_GUESS: Kind.EXPECT_GUESS_ADJOINT,
+    Kind.EXPECT_GUESS: Kind.SEND_GUESS_ADJOINT,
+}
+"""Message of the adjoint, on the same rank, for every message of a value."""

@@ -96,7 +96,7 @@ class VerifyReport:
 
 
 def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
-    """StepResult every check on a compiled network.
+    """Run every check on a compiled network.
 
     - The stages in sequence equal the program, in training mode (outputs, gradients, buffers after
       the step) and in evaluation mode.
@@ -136,7 +136,7 @@ def _timed(compiled: Compiled, check: _CheckFunction) -> Check:
 
 
 def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
-    """StepResult a network that shares the program's parameters, on the example inputs."""
+    """Run a network that shares the program's parameters, on the example inputs."""
     return _run_by(compiled.program, lambda inputs: network(**inputs), train=train, grad=grad)
 
 

@@ -218,7 +218,7 @@ def choose(
     Args:
         network: The network as compiled without samples.
         analysis: Costs and legal cuts of its model.
-        options: "auto" families are chosen among all that the budget allows.
+        options: "auto" families are chosen among those that `passes.coarse.select` proposes.
         inputs: Batches, as in `calibrate`.
 
     Returns:
@@ -272,7 +272,7 @@ class _CandidateBuilder:
         self._cuts: list[Position] = [ends[face.after] for face in network.plan.interfaces]
 
     def preprocess(self, number: int) -> Sequence[Operator]:
-        """Build preprocessing operators of every family, rank and prologue within the budget."""
+        """Build the preprocessing operators that `passes.coarse.select` proposes."""
         if self._options.preprocess != "auto":
             return self._current.preprocess(number)
         program, plan = self._network.program, self._network.plan
@@ -285,7 +285,7 @@ class _CandidateBuilder:
         return self._build(specs, lambda spec: build_preprocess(program, spec, types))
 
     def coarse(self, number: int) -> Sequence[Operator]:
-        """Build coarse propagators of every family and rank within the budget."""
+        """Build the coarse propagators that `passes.coarse.select` proposes."""
         if self._options.coarse != "auto":
             return self._current.coarse(number)
         network, plan = self._network, self._network.plan

@@ -1,7 +1,8 @@
 """Handle the instructions of a chain sweep: fine stages and corrections, K times.
 
-In iteration k a stage j reads the state after stage j - 1 of the iteration before, x_j (the guess
-where k = 0), and is corrected to U_j = y_j + F_j(U_{j-1} - x_j). Stage k is exact: it has no
+The formulas are those of `passes/transform/sweep.py`. In iteration k a stage j reads e_j, the state
+after stage j - 1 of the iteration before (the guess x_j where k = 0), and is corrected to
+u_j = y_j + F_j(u_{j-1} - e_j). Stage k is exact: it has no
 correction, and its state is its output and the values that cross it unchanged.
 """
 
@@ -28,7 +29,7 @@ def _fine(engine: Engine, it: Instruction) -> None:
 
 
 def _entering(engine: Engine, it: Instruction) -> State:
-    """Return what a stage reads in an iteration, x_j."""
+    """Return what a stage reads in an iteration, e_j."""
     if not it.stage:
         return {}
     if not it.iteration:
@@ -58,7 +59,7 @@ def _correct(engine: Engine, it: Instruction) -> None:
 
 
 def _correction(engine: Engine, it: Instruction, true: State) -> State:
-    """Compute F_j(U_{j-1} - x_j) in a separate autograd graph."""
+    """Compute F_j(u_{j-1} - e_j) in a separate autograd graph."""
     executor, consumes = engine.executor, engine.plan.stages[it.stage].consumes
     guess = as_leaves(_entering(engine, it))
     residual = as_leaves({name: true[name] - guess[name].detach() for name in consumes})

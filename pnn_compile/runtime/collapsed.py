@@ -1,9 +1,9 @@
 """Handle the instructions of a collapsed sweep: fine stages and corrections.
 
 With x_j the guess of the input of stage j and y_j the output of the stage for it, the last state is
-one sum over all ranks, U_N = y_N + sum_j P_j(y_{j-1} - x_j). The share of a rank is the part of the
-last state that its stages computed, plus the outputs of its maps P_j; `engine.states` stores the
-share under the last stage.
+one sum over all ranks, u_{N-1} = y_{N-1} + sum_j F_j(y_{j-1} - x_j). The share of a rank is the
+part of the last state that its stages computed, plus the outputs of its coarse propagators F_j;
+`engine.states` stores the share under the last stage.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _receive_output(engine: Engine, it: Instruction) -> None:
 
 
 def _correct(engine: Engine, it: Instruction) -> None:
-    """Compute P_j(y_{j-1} - x_j) in a separate autograd graph."""
+    """Compute F_j(y_{j-1} - x_j) in a separate autograd graph."""
     guess = engine.remote_guesses.pop(it.key, None) or engine.guesses[it.key].outputs
     residual = as_leaves(
         {
@@ -104,7 +104,7 @@ def _receive_sum_adjoint(engine: Engine, it: Instruction) -> None:
 
 
 def _coarse_backward(engine: Engine, it: Instruction) -> None:
-    """Propagate the adjoint of the last state through P_j, to both terms of the residual."""
+    """Propagate the adjoint of the last state through F_j, to both terms of the residual."""
     last = engine.adjoints[engine.pieces.last, it.batch, 0]
     residual = engine.coarse.pop(it.key).backward(last)
     for name, adjoint in residual.items():

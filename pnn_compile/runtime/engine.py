@@ -1,17 +1,17 @@
 """Run the instruction list of a rank, forward and backward: the engine.
 
-One training step of two stages on two ranks, one micro-batch (x_1 guess, y_j fine output, U_j
-corrected state, a_j adjoint of U_j), top to bottom in time:
+One training step of two stages on two ranks, one micro-batch (x_1 guess, y_j fine output, u_j
+corrected state, a_j adjoint of u_j), top to bottom in time:
 
     rank 0                                    rank 1
     FINE 0             y_0 = g_0(inputs)      GUESS 1            x_1 = C_1(inputs)
                                               FINE 1             y_1 = g_1(x_1)
-    CORRECT 0          U_0 = y_0, exact
-    SEND 0             ---- U_0 ------------> RECEIVE 0
-                                              CORRECT 1          U_1 = y_1 + F_1(U_0 - x_1)
-                                              HEAD 1             loss = L(h(U_1))
-                                              HEAD_BACKWARD 1    a_1 = dloss / dU_1
-                                              COARSE_BACKWARD 1  a_0 = F_1'(U_0 - x_1)^T a_1
+    CORRECT 0          u_0 = y_0, exact
+    SEND 0             ---- u_0 ------------> RECEIVE 0
+                                              CORRECT 1          u_1 = y_1 + F_1(u_0 - x_1)
+                                              HEAD 1             loss = L(h(u_1))
+                                              HEAD_BACKWARD 1    a_1 = dloss / du_1
+                                              COARSE_BACKWARD 1  a_0 = F_1'(u_0 - x_1)^T a_1
     RECEIVE_ADJOINT 0  <--- a_0 and loss ---- SEND_ADJOINT 0
     FINE_BACKWARD 0    weights of g_0         FINE_BACKWARD 1    weights of g_1: g_1'(x_1)^T a_1
                                               GUESS_BACKWARD 1   weights of C_1: that minus a_0

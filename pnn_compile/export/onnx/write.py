@@ -2,7 +2,7 @@
 
 A node of the model, as ONNX prints it:
 
-    name                  stage_1/fine/layers.3.conv1/Conv
+    name                  stage_1/fine/layers.3.conv1/Conv (after the role: iteration_0, if K > 1)
     device_configurations {configuration_id: "pnn", pipeline_stage: 1}
     metadata_props        {pnn.stage: 1, pnn.role: fine, pnn.iteration: 0,
                            pnn.module: layers.3.conv1, pnn.source: model.py:41}
