@@ -8,7 +8,6 @@ operator is part of it; operators with a training flag then become modules that 
 
 from __future__ import annotations
 
-import copy
 import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from passes.capture.equivalence import Reference, summarize
+from passes.capture.model_copy import copy_model
 from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
 from passes.errors import CaptureError, first_line
@@ -34,18 +34,6 @@ MAX_TRIES = 3
 
 _CONSTANTS = "traced_constants"
 """Name of the submodule that holds the tensor constants of a graph."""
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model.
-
-    Raises:
-        CaptureError: The model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
 class MismatchError(Exception):
