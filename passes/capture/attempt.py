@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from passes.capture.equivalence import Reference, summarize
 from passes.capture.model_copy import copy_model
+from passes.capture.model_notes import join_few
 from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
 from passes.errors import CaptureError, first_line
@@ -133,16 +134,6 @@ class Attempt:
         if missing:
             raise CaptureError(f"the graph does not take the arguments {', '.join(missing)}")
         return module
-
-
-def join_few(paths: Sequence[str]) -> str:
-    """Join the first three paths and count the others.
-
-    >>> join_few(["a", "b.0", "", "b.1", "b.2"])
-    'a, b.0, the model itself and 2 more'
-    """
-    shown = ", ".join(path or "the model itself" for path in paths[:3])
-    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _adopt_constants(

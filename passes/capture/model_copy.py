@@ -35,10 +35,12 @@ from passes.errors import CaptureError, first_line
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Attributes of a module that hold the hooks of its calls."""
 
-_STATE_HOOKS = (
+STATE_HOOKS = (
     "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+"""Attributes of a module that hold the hooks of its state dict."""
+
 _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",  # the import takes a second
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -148,13 +150,15 @@ def walk(root: Any) -> Iterator[tuple[str, Any]]:
 def _children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a value holds directly."""
     attributes: Any = {}
-    if name := _wrapped(value):
-        yield f"{path}.{name}", getattr(value, name)
-    elif isinstance(value, nn.Module):
-        registered = {**value._modules, **value._parameters, **value._buffers}
-        yield from ((f"{path}.{key}", item) for key, item in registered.items())
-        rest = vars(value).items()
-        yield from ((f"{path}.{k}", v) for k, v in rest if k not in _REGISTRIES)
+    if isinstance(value, nn.Module):
+        if name := _wrapped(value):
+            yield f"{path}.{name}", getattr(value, name)
+            return
+        attributes = {**value._modules, **value._parameters, **value._buffers}
+        for key, item in vars(value).items():
+            # Most of them are registries of hooks that are empty.
+            if key not in _REGISTRIES and not (isinstance(item, dict) and not item):
+                attributes[key] = item
     elif isinstance(value, torch.Tensor):
         yield from ((f"{path} (hook)", hook) for hook in _tensor_hooks(value))
         attributes = _attributes(value)
@@ -288,7 +292,7 @@ class _Memo:
 
     def _hooks(self) -> Iterator[Any]:
         for module in self._modules:
-            for name in (*HOOKS, *_STATE_HOOKS):
+            for name in (*HOOKS, *STATE_HOOKS):
                 yield from vars(module).get(name, {}).values()
         for value in self._values:
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
@@ -402,16 +406,15 @@ def _plain_root(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a class whose structure torch can list as that of a submodule."""
     overridden: dict[str, Callable[..., Any]] = {}
     for name in _STRUCTURE:
-        owner = next(base for base in kind.__mro__ if name in vars(base))
-        if not owner.__module__.startswith("torch."):
+        base = next(base for base in kind.__mro__ if name in vars(base))
+        if not base.__module__.startswith("torch."):
             overridden[name] = getattr(nn.Module, name)
     return type(kind.__name__, (kind,), overridden) if overridden else kind
 
 
 def _find_uncopyable(model: nn.Module, memo: _Memo) -> str:
     """Name the first attribute of a module that cannot be copied by itself; "" if there is none."""
-    entries = {id(module): module for module in nn.Module.modules(model)}
-    entries |= {i: value for i, value in memo.entries.items() if isinstance(i, int)}
+    entries = {**memo.entries, **{id(module): module for module in nn.Module.modules(model)}}
     for path, module in nn.Module.named_modules(model):
         for name, value in vars(module).items():
             if name == "_modules":

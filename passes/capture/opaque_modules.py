@@ -18,10 +18,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.capture.attempt import Attempt, describe_error, join_few, locate_error
+from passes.capture.attempt import Attempt, describe_error, locate_error
 from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import is_leaf, trace
 from passes.capture.model_copy import copy_model
+from passes.capture.model_notes import join_few
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind

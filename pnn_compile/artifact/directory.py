@@ -12,7 +12,6 @@ The files of an artifact:
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import json
 import logging
