@@ -35,7 +35,9 @@ def example(
             `kwargs`.
     """
     if not isinstance(model, nn.Module):
-        raise OptionError(f"model must be a torch.nn.Module (got {type(model).__name__})")
+        advice = {"ExportedProgram": ": pass its .module(), or the file it was saved to"}
+        kind = type(model).__name__
+        raise OptionError(f"model must be a torch.nn.Module (got {kind}){advice.get(kind, '')}")
     if example_inputs is None and not args and not kwargs:
         raise OptionError(
             f"{type(model).__name__} needs example inputs: "

@@ -8,10 +8,9 @@ operator is part of it; operators with a training flag then become modules that 
 
 from __future__ import annotations
 
-import copy
 import random
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +18,8 @@ import torch
 from torch import fx, nn
 
 from passes.capture.equivalence import Reference, summarize
+from passes.capture.model_copy import copy_model
+from passes.capture.model_notes import join_few
 from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
 from passes.errors import CaptureError, first_line
@@ -34,18 +35,6 @@ MAX_TRIES = 3
 
 _CONSTANTS = "traced_constants"
 """Name of the submodule that holds the tensor constants of a graph."""
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model.
-
-    Raises:
-        CaptureError: The model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
 class MismatchError(Exception):
@@ -145,16 +134,6 @@ class Attempt:
         if missing:
             raise CaptureError(f"the graph does not take the arguments {', '.join(missing)}")
         return module
-
-
-def join_few(paths: Sequence[str]) -> str:
-    """Join the first three paths and count the others.
-
-    >>> join_few(["a", "b.0", "", "b.1", "b.2"])
-    'a, b.0, the model itself and 2 more'
-    """
-    shown = ", ".join(path or "the model itself" for path in paths[:3])
-    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _adopt_constants(

@@ -28,11 +28,12 @@ from passes.capture.attempt import (
     Attempt,
     FrontEnd,
     MismatchError,
-    copy_model,
     describe_error,
 )
 from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import trace
+from passes.capture.model_copy import copy_model, unwrap
+from passes.capture.model_notes import describe_overrides, notes_on_graph, notes_on_runs
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
@@ -100,7 +101,7 @@ def capture(
             captured it; then the message names the module and the line that stood in the way.
     """
     with LOCK:
-        return _Ladder(model, bind(model, args, kwargs or {}), dynamic_batch).run()
+        return _Ladder(model, bind(unwrap(model), args, kwargs or {}), dynamic_batch).run()
 
 
 class _Ladder:
@@ -108,10 +109,12 @@ class _Ladder:
 
     def __init__(self, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> None:
         self.model = model
+        self.name = type(unwrap(model)).__name__
         self.inputs = inputs
         self.dynamic_batch = dynamic_batch
         self.reference = self._make_reference()
         self.rejected: list[str] = []
+        self.notes = notes_on_runs(model, copy_model(model), inputs)
 
     def _make_reference(self) -> Reference:
         return Reference(copy_model(self.model), self.inputs, dynamic_batch=self.dynamic_batch)
@@ -125,8 +128,9 @@ class _Ladder:
         if program := self._capture_one_mode():
             return program
         attempts = "".join(f"\n  {line}" for line in self.rejected)
-        name = type(self.model).__name__
-        raise CaptureError(f"{name} cannot be captured as a graph:{attempts}\n{self._advice()}")
+        raise CaptureError(
+            f"{self.name} cannot be captured as a graph:{attempts}\n{self._advice()}"
+        )
 
     def _capture_one_mode(self) -> Program | None:
         """Capture the model in its current mode alone."""
@@ -149,13 +153,17 @@ class _Ladder:
 
     def _advice(self) -> str:
         """Tell what the user can do, after every rung was rejected."""
+        reasons = "".join(f"{note}\n" for note in self.notes) + describe_overrides(self.model)
         if self.model.training:
-            evaluating = copy_model(self.model).eval()
+            evaluating = copy_model(self.model)
+            evaluating.eval()
             ladder = _Ladder(evaluating, self.inputs, self.reference.dynamic_batch)
             ladder.rejected.append("")
             if ladder._capture_one_mode():
-                return "it can be captured for evaluation mode alone: call model.eval() first"
-        return "compile the submodule around that line, or move the control flow out of forward"
+                advice = "it can be captured for evaluation mode alone: call model.eval() first"
+                return f"{reasons}{advice}"
+        advice = "compile the submodule around that line, or move the control flow out of forward"
+        return f"{reasons}{advice}"
 
     def _try(
         self,
@@ -186,6 +194,7 @@ class _Ladder:
     ) -> Program:
         used = module.state_dict().keys()
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
+        notes += [*self.notes, *notes_on_graph(model, module)]
         output_type = self.reference.output_type
         if isinstance(module.graph.output_node().args[0], dict) and output_type not in _DICTS:
             notes.append(f"the output, a {output_type.__name__}, becomes a dict of its fields")
@@ -194,7 +203,7 @@ class _Ladder:
             args=self.inputs.tensor_arguments(),
             dynamic_batch=self.reference.dynamic_batch,
             capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
-            name=type(self.model).__name__,
+            name=self.name,
             unused={key: value for key, value in model.state_dict().items() if key not in used},
             fixed=self.inputs.fixed_arguments(),
         )

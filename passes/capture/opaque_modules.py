@@ -18,9 +18,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.capture.attempt import Attempt, copy_model, describe_error, join_few, locate_error
+from passes.capture.attempt import Attempt, describe_error, locate_error
 from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import is_leaf, trace
+from passes.capture.model_copy import copy_model
+from passes.capture.model_notes import join_few
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
@@ -101,9 +103,8 @@ def find_unexportable(
         try:
             with preserved(candidate), without_causal_detection():
                 for train in (True, False):
-                    export(
-                        candidate.train(train), inputs, dynamic_batch=dynamic_batch, opaque=opaque
-                    )
+                    candidate.train(train)  # an override may return nothing
+                    export(candidate, inputs, dynamic_batch=dynamic_batch, opaque=opaque)
         except Exception as error:
             opaque = _with_failing_class(model, candidate, opaque, error)
         else:

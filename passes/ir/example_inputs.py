@@ -186,11 +186,22 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return inputs.replaced(_without_aliases(model, inputs.tensors()))
 
 
+def call_signature(model: nn.Module) -> inspect.Signature:
+    """Return the signature of a call: of forward, or of the `__call__` that a class overrides."""
+    forward = inspect.signature(model.forward)
+    if type(model).__call__ is nn.Module.__call__:
+        return forward
+    signature = inspect.signature(model.__call__)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    passes_on = kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return forward if passes_on else signature
+
+
 def _positional_names(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[str]:
     """Return the name of every positional argument; those of `*rest` are `rest_0`, `rest_1`, ..."""
-    signature = inspect.signature(model.forward)
+    signature = call_signature(model)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:

@@ -12,7 +12,6 @@ The files of an artifact:
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import json
 import logging
@@ -29,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from passes.capture.ladder import capture
+from passes.capture.model_copy import unwrap
 from passes.errors import ArtifactError, CaptureError, PnnError
+from passes.ir.example_inputs import call_signature
 from passes.ir.program import Program
 from passes.pipeline import PassResult
 from passes.plan.schema import Plan
@@ -365,7 +366,7 @@ def _call(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...],
     Of `forward(first, *others)`, the placeholders are "first", "others_0", "others_1".
     """
     remaining, args = dict(inputs), list[Any]()
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = call_signature(unwrap(model)).parameters.values()
     unpacks = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
     for parameter in parameters:
         if parameter.kind is parameter.VAR_POSITIONAL:

@@ -321,7 +321,7 @@ def test_a_model_that_refuses_another_batch_size_keeps_its_own() -> None:
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = nn.Linear(4, 4)
     model.generator = (i for i in range(3))  # type: ignore[assignment]
-    with pytest.raises(CaptureError, match=r"Linear cannot be copied: cannot pickle 'generator'"):
+    with pytest.raises(CaptureError, match="Linear cannot be copied: attribute generator is a "):
         capture(model, (torch.zeros(2, 4),))
 
 
