@@ -13,20 +13,24 @@ the inputs:
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
-from passes.analysis.dependence import FLOAT_DTYPES, Recomputable, find_recomputable
+from passes.analysis.dependence import (
+    FLOAT_DTYPES,
+    MAX_SIDE_SHARE,
+    Recomputable,
+    find_recomputable,
+    with_sources,
+)
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact, memory_of
 from passes.ir.program import Program, provenance
 from passes.ir.tensor_spec import TensorSpec
-
-MAX_SIDE_SHARE = 0.01
-"""Largest share of all FLOPs that a stage may spend to recompute one side value."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def find_frontiers(
     order = tuple(program.order)
     number = {node: index for index, node in enumerate(order)}
     persistent = _persistent_memory(program, facts)
-    recomputable = find_recomputable(order, facts, costs, persistent, MAX_SIDE_SHARE)
+    recompute = functools.partial(find_recomputable, order, facts, costs, persistent)
+    recomputable = with_sources(program, facts, recompute(MAX_SIDE_SHARE), recompute)
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order

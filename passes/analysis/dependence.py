@@ -12,11 +12,12 @@
       m = dropout(b)            none: it draws random numbers
 
 - `preprocessing_sources`: the values that preprocessing operators read.
+- `with_sources`: side values of any cost for the states that otherwise nothing could guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -25,6 +26,9 @@ from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
+
+MAX_SIDE_SHARE = 0.01
+"""Largest share of all FLOPs that a stage may spend to recompute one side value."""
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -155,7 +159,9 @@ def preprocessing_sources(
     """Find the values that the preprocessing operators of all interfaces may read.
 
     These are the floating-point inputs with a batch axis and, in place of other inputs (token ids),
-    the first learned values that the trunk reads, if recomputing them in every stage is cheap.
+    the first learned values that the trunk reads, if recomputing them in every stage is cheap. If
+    no learned value depends on an input alone, any floating-point value will do (an image of
+    integers that is divided by 255).
 
     Args:
         program: The program.
@@ -165,28 +171,103 @@ def preprocessing_sources(
     sources: list[PreprocessingSource] = []
     for leaf in input_leaves(program, facts):
         spec = facts[leaf].spec
-        if spec is None or spec.batch_axis is None:
-            continue
-        if spec.dtype in FLOAT_DTYPES:
+        if spec is None or spec.dtype not in FLOAT_DTYPES:
+            sources += _side_values(leaf, facts, recomputable, learned=True)
+        elif spec.batch_axis is not None:
             sources.append(PreprocessingSource(leaf, spec))
-        else:
-            sources += _learned_values(leaf, facts, recomputable)
+    if not sources:
+        for leaf in input_leaves(program, facts):
+            sources += _side_values(leaf, facts, recomputable, learned=False)
     return list({source.node: source for source in sources}.values())
 
 
-def _learned_values(
-    leaf: fx.Node, facts: Mapping[fx.Node, Fact], recomputable: Recomputable
+def with_sources(
+    program: Program,
+    facts: Mapping[fx.Node, Fact],
+    recomputable: Recomputable,
+    recompute: Callable[[float], Recomputable],
+) -> Recomputable:
+    """Add side values of any cost where no state could be guessed without them.
+
+    In a small network a look-up in an embedding may take more than the share of a side value, and
+    a network that takes integers alone has no other source.
+
+    Args:
+        program: The program.
+        facts: Observed facts by node.
+        recomputable: For every cheap side value, the nodes that recompute it.
+        recompute: Finds the side values up to a larger share of all FLOPs.
+    """
+    depends = input_dependence(program, facts)
+    states = {
+        depends[node]: node
+        for node in program.order
+        if node not in recomputable and _is_state(facts[node])
+    }
+    result = dict(recomputable)
+    for inputs, state in states.items():
+        sources = preprocessing_sources(program, facts, result)
+        if any(depends[source.node] <= inputs for source in sources):
+            continue
+        for learned in (True, False):
+            if subgraph := _cheapest(program, facts, recompute, inputs, state, learned=learned):
+                result |= subgraph
+                break
+    return result
+
+
+def _cheapest(
+    program: Program,
+    facts: Mapping[fx.Node, Fact],
+    recompute: Callable[[float], Recomputable],
+    inputs: frozenset[fx.Node],
+    state: fx.Node,
+    *,
+    learned: bool,
+) -> Recomputable:
+    """Return the first value, with all that recomputes it, from which a state can be guessed."""
+    depends = input_dependence(program, facts)
+    share = 2 * MAX_SIDE_SHARE
+    while share < 2:
+        values = recompute(share)
+        for node in values:
+            fits = _is_state(facts[node]) and node is not state and depends[node] <= inputs
+            if not fits or not depends[node]:
+                continue
+            if not learned or any(_looks_up(leaf, node, values) for leaf in inputs):
+                return {member: values[member] for member in values[node]}
+        share *= 2
+    return {}
+
+
+def _is_state(fact: Fact) -> bool:
+    spec = fact.spec
+    return spec is not None and spec.batch_axis is not None and spec.dtype in FLOAT_DTYPES
+
+
+def _side_values(
+    leaf: fx.Node, facts: Mapping[fx.Node, Fact], recomputable: Recomputable, *, learned: bool
 ) -> list[PreprocessingSource]:
-    """Return the side values that look up parameters by an input, and that the trunk reads."""
+    """Return the side values that follow from an input, and that the trunk reads.
+
+    Args:
+        leaf: The input.
+        facts: Observed facts by node.
+        recomputable: For every side value, the nodes that recompute it.
+        learned: Whether only those count that look up parameters.
+    """
     sources: list[PreprocessingSource] = []
     for node, subgraph in recomputable.items():
         spec = facts[node].spec
-        if spec is None or spec.batch_axis is None or spec.dtype not in FLOAT_DTYPES:
+        if spec is None or not _is_state(facts[node]):
             continue
-        learned = any(_looks_up(leaf, member, recomputable) for member in subgraph)
+        if learned:
+            follows = any(_looks_up(leaf, member, recomputable) for member in subgraph)
+        else:
+            follows = any(leaf in member.all_input_nodes for member in subgraph)
         feeds_trunk = any(user not in recomputable for user in node.users)
         covered = any(source.node in subgraph for source in sources)
-        if learned and feeds_trunk and not covered:
+        if follows and feeds_trunk and not covered:
             sources.append(PreprocessingSource(node, spec))
     return sources
 

@@ -8,7 +8,6 @@ operator is part of it; operators with a training flag then become modules that 
 
 from __future__ import annotations
 
-import random
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -24,7 +23,12 @@ from passes.capture.refold import attach, toggle
 from passes.capture.train_eval import merge_modes
 from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs, Leaf, placeholder_names
-from passes.ir.isolation import DrawObserver, preserved, without_causal_detection
+from passes.ir.isolation import (
+    DrawObserver,
+    preserved,
+    random_sources,
+    without_causal_detection,
+)
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
 FrontEnd = Callable[[nn.Module, ExampleInputs, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
@@ -108,19 +112,23 @@ class Attempt:
             # threads share the generators, so a changed state alone does not say who drew: the
             # next attempts observe the operators of this thread.
             observer = DrawObserver() if attempt else nullcontext()
-            with preserved(model), without_causal_detection(), observer:
+            sources = random_sources(self.original, model)
+            with preserved(self.original, model), without_causal_detection(), observer:
                 model.train(train)
-                before = torch.get_rng_state(), random.getstate()
+                before, states = torch.get_rng_state(), [source.state() for source in sources]
                 graph, constants = self.front_end(model, self.inputs, self.reference.dynamic_batch)
-                after = torch.get_rng_state(), random.getstate()
-            if isinstance(observer, DrawObserver):
-                drawn = observer.drawn
-            else:
-                drawn = not torch.equal(before[0], after[0])
-            if not drawn and before[1] == after[1]:
+                pairs = zip(sources, states, strict=True)
+                drawn = [source.name for source, state in pairs if source.state() != state]
+                changed = not torch.equal(before, torch.get_rng_state())
+            if observer.drawn if isinstance(observer, DrawObserver) else changed:
+                drawn.append("torch")
+            if not drawn:
                 break
         else:
-            raise MismatchError("forward depends on random numbers that it draws outside the graph")
+            raise MismatchError(
+                "forward depends on random numbers that it draws outside the graph, from "
+                + " and ".join(drawn)
+            )
         _adopt_constants(self.model, graph, constants, "" if train else "evaluation_")
         for index in self.reference.written:
             _copy_before_write(graph, self.inputs.leaves[index])

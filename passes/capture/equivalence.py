@@ -1,7 +1,8 @@
 """Validate a captured graph against the model: outputs, gradients and buffers, in both modes.
 
-A graph of a front end counts only after this validation. Every run starts from the same random
-state and leaves the parameters, buffers and modes of the model as they were.
+A graph of a front end counts only after this validation. The reference is the user's own object,
+not a copy, which could lack what the graph lacks: every run starts from the same random state and
+leaves the model as it was.
 
 The reference runs cover both modes and two inputs, of which the second has one more sample if the
 model allows it; besides, one input tensor at a time is changed, because a graph may ignore an
@@ -10,21 +11,27 @@ argument without an effect on the first two.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs
+from passes.ir.isolation import parameters_preserved
 from passes.ir.run_step import Forward, StepResult, compare, run_one_step
+
+_SECOND_SEED = 1
+"""Seed of the runs on the second input: a graph may hold the random numbers of the first."""
 
 
 class Reference:
     """Runs of the original model that every candidate graph is compared with.
 
     Args:
-        model: A copy of the model.
+        model: The model itself, which is only read.
         inputs: Its example inputs.
         dynamic_batch: Whether to try another batch size.
 
@@ -39,46 +46,95 @@ class Reference:
     def __init__(self, model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool) -> None:
         self._model = model
         self._inputs = inputs
+        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
         self.notes: list[str] = []
         # By mode (training?) and input (the second?).
         self._runs: dict[tuple[bool, bool], StepResult] = {}
         try:
-            self._runs[False, False] = _evaluation_step(model, inputs)
+            self._runs[False, False] = self._evaluation_step()
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} itself fails on the example inputs "
                 f"({_shapes(inputs)}): {summarize(error)}"
             ) from error
-        self.dynamic_batch = dynamic_batch and self._accepts_larger_batch(model)
+        self.dynamic_batch = dynamic_batch and self._accepts_larger_batch()
         self._second_inputs = inputs.varied(grow=self.dynamic_batch)
         if not self.dynamic_batch:
-            self._runs[False, True] = run_one_step(
-                model, _call(model), self._second_inputs, train=False, grad=False
+            self._runs[False, True] = self._run(
+                self._second_inputs, train=False, grad=False, seed=_SECOND_SEED
             )
-        self._run_training(model)
+        self._run_training()
         outputs = [output for result in self._runs.values() for output in result.outputs]
         if any(isinstance(output, torch.Tensor) and output.is_meta for output in outputs):
             self.notes.append("on the meta device shapes were compared, and no values")
 
-    def _accepts_larger_batch(self, model: nn.Module) -> bool:
+    def _run(self, inputs: ExampleInputs, **options: Any) -> StepResult:
+        """Run one step of the model, and check that it leaves its parameters as they were."""
+        with parameters_preserved(self._model, self._parameters):
+            return run_one_step(self._model, _call(self._model), inputs, **options)
+
+    def _evaluation_step(self) -> StepResult:
+        """Run in evaluation mode, with gradients if the model has them in that mode.
+
+        Outputs alone miss errors in a branch that starts at zero, such as one with a residual scale
+        of zero.
+        """
+        try:
+            return self._run(self._inputs, train=False, grad=True)
+        except CaptureError:
+            raise
+        except Exception:
+            return self._run(self._inputs, train=False, grad=False)
+
+    def _training_step(self, second: bool, grad: bool) -> StepResult:
+        """Run in training mode; some models refuse inputs that require gradients."""
+        run = functools.partial(
+            self._run, self._choose(second), train=True, grad=grad, seed=_SECOND_SEED * second
+        )
+        try:
+            return run()
+        except Exception:
+            if not grad:
+                raise
+            return run(input_gradients=False)
+
+    def _accepts_larger_batch(self) -> bool:
         larger = self._inputs.varied(grow=True)
         try:
-            self._runs[False, True] = run_one_step(
-                model, _call(model), larger, train=False, grad=False
-            )
+            result = self._run(larger, train=False, grad=False, seed=_SECOND_SEED)
         except Exception as error:
             self.notes.append(f"batch size fixed: the model refuses another ({summarize(error)})")
             return False
+        shapes = [
+            [output.shape for output in run.outputs if isinstance(output, torch.Tensor)]
+            for run in (self._runs[False, False], result)
+        ]
+        counting = {
+            leaf.value.shape[0]: leaf.argument for leaf in self._inputs.leaves if leaf.value.dim()
+        }
+        counting.pop(self._inputs.batch_size or 0, None)
+        other = next((counting[s[0]] for s in shapes[0] if s and s[0] in counting), None)
+        if shapes[0] == shapes[1] and other is not None:
+            self.notes.append(
+                f"batch size fixed: the outputs count samples as {other!r} does, not as the first "
+                f"input {self._inputs.leaves[0].argument!r}"
+            )
+            return False
+        self._runs[False, True] = result
         return True
 
-    def _run_training(self, model: nn.Module) -> None:
+    def _run_training(self) -> None:
         """Run training steps on both inputs; BatchNorm may refuse a batch of one sample."""
         failures = []
         for second in (False, True):
             grad = not self._has_gradients(train=True)
             try:
-                self._runs[True, second] = _training_step(model, self._choose(second), grad)
+                self._runs[True, second] = self._training_step(second, grad)
+            except CaptureError:
+                raise
             except Exception as error:
                 failures.append(summarize(error))
         if len(failures) == 2:
@@ -93,19 +149,18 @@ class Reference:
     def _choose(self, second: bool) -> ExampleInputs:
         return self._second_inputs if second else self._inputs
 
-    def differentiate(self, model: nn.Module, *, train: bool) -> None:
+    def differentiate(self, *, train: bool) -> None:
         """Add gradients to the runs of a mode if they have none.
 
         Args:
-            model: A copy of the model.
             train: Whether the mode is training mode.
         """
         if self._has_gradients(train=train):
             return
         for mode, second in list(self._runs):
             if mode == train:
-                self._runs[mode, second] = run_one_step(
-                    model, _call(model), self._choose(second), train=train, grad=True
+                self._runs[mode, second] = self._run(
+                    self._choose(second), train=train, grad=True, seed=_SECOND_SEED * second
                 )
 
     @property
@@ -143,6 +198,7 @@ class Reference:
                     train=train,
                     grad=bool(expected.gradients),
                     input_gradients=expected.input_gradients,
+                    seed=_SECOND_SEED * second,
                 )
             except Exception as error:
                 return f"the graph fails {where}: {summarize(error)}"
@@ -171,36 +227,10 @@ class Reference:
         for index in range(count if count > 1 else 0):  # the second input changes a single one
             inputs = self._inputs.varied_alone(index)
             try:
-                result = run_one_step(
-                    self._model, _call(self._model), inputs, train=train, grad=False
-                )
+                result = self._run(inputs, train=train, grad=False)
             except Exception:  # some inputs must agree with each other
                 continue
             yield inputs, result
-
-
-def _evaluation_step(model: nn.Module, inputs: ExampleInputs) -> StepResult:
-    """Run in evaluation mode, with gradients if the model has them in that mode.
-
-    Outputs alone miss errors in a branch that starts at zero, such as one with a residual scale of
-    zero.
-    """
-    try:
-        return run_one_step(model, _call(model), inputs, train=False, grad=True)
-    except Exception:
-        return run_one_step(model, _call(model), inputs, train=False, grad=False)
-
-
-def _training_step(model: nn.Module, inputs: ExampleInputs, grad: bool) -> StepResult:
-    """Run in training mode; some models refuse inputs that require gradients."""
-    try:
-        return run_one_step(model, _call(model), inputs, train=True, grad=grad)
-    except Exception:
-        if not grad:
-            raise
-        return run_one_step(
-            model, _call(model), inputs, train=True, grad=grad, input_gradients=False
-        )
 
 
 def _call(model: nn.Module) -> Forward:

@@ -1,13 +1,18 @@
 """First rung of the capture ladder: a torch.fx trace that keeps torch.nn modules whole.
 
+Custom autograd functions stay one call as well: operators inside their forward would be
+differentiated as what they compute, and the function's own backward would be lost.
+
 Every front end calls the model through `Entry`, which takes the tensors of the example inputs one
 by one. The qualified names that it records therefore begin with `model.`, which `strip` removes.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,7 +21,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, as_plain, placeholder_names
-from passes.ir.isolation import exclusive
+from passes.ir.isolation import exclusive, for_this_thread
 from passes.ir.program import Provenance, is_user_code, set_provenance
 
 _CONTAINERS = (
@@ -111,6 +116,46 @@ class ModuleTracer(fx.Tracer):
         return node
 
 
+@contextmanager
+def _functions_kept_whole() -> Iterator[None]:
+    """Make this thread record calls of custom autograd functions as single nodes."""
+    original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+        if proxy is None:
+            return original(cls, *args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", as_callable(cls), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(for_this_thread(apply, original))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = classmethod(original)  # type: ignore[assignment]
+
+
+@functools.cache
+def as_callable(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return a function that applies a custom autograd function, under the name of its class."""
+
+    @functools.wraps(function, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return call
+
+
+def called_functions(graph: fx.Graph) -> list[str]:
+    """Return the names of the custom autograd functions that a graph calls."""
+    classes = [getattr(node.target, "__wrapped__", None) for node in graph.nodes]
+    return [
+        function.__qualname__
+        for function in dict.fromkeys(classes)
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function)
+    ]
+
+
 def strip(path: str) -> str:
     """Remove the entry's own prefix from a qualified name."""
     return path.removeprefix("model").removeprefix(".")
@@ -143,7 +188,7 @@ def trace(
         Exception: Whatever the model's own code raises on symbolic values.
     """
     entry = Entry(model, inputs)
-    with exclusive():
+    with exclusive(), _functions_kept_whole():
         graph = ModuleTracer(inputs, opaque).trace(entry)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:

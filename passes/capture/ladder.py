@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from passes.capture.attempt import (
     MAX_TRIES,
@@ -31,9 +32,10 @@ from passes.capture.attempt import (
     describe_error,
 )
 from passes.capture.equivalence import Reference
-from passes.capture.fx_trace import trace
+from passes.capture.fx_trace import called_functions, trace
 from passes.capture.model_copy import copy_model, unwrap
 from passes.capture.model_notes import describe_overrides, notes_on_graph, notes_on_runs
+from passes.capture.obstacles import find_obstacle
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
@@ -101,7 +103,25 @@ def capture(
             captured it; then the message names the module and the line that stood in the way.
     """
     with LOCK:
-        return _Ladder(model, bind(unwrap(model), args, kwargs or {}), dynamic_batch).run()
+        model = unwrap(model)
+        _check_layouts(model, args, kwargs or {})
+        return _Ladder(model, bind(model, args, kwargs or {}), dynamic_batch).run()
+
+
+def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse sparse parameters, buffers and inputs by name; sparse gradients are fine."""
+    named = [(f"buffer {name!r}", buffer) for name, buffer in model.named_buffers()]
+    named += [(f"parameter {name!r}", parameter) for name, parameter in model.named_parameters()]
+    for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
+        if isinstance(leaf, torch.Tensor):
+            named.append((f"example input {pytree.keystr(path[1:])}", leaf))
+    for name, tensor in named:
+        if tensor.layout is not torch.strided and not tensor.is_mkldnn:
+            raise CaptureError(
+                f"{name} of {type(model).__name__} is sparse ({tensor.layout}), which states, "
+                "artifacts and ONNX graphs cannot hold: use its .to_dense(), or take indices and "
+                "values as inputs of their own"
+            )
 
 
 class _Ladder:
@@ -117,7 +137,7 @@ class _Ladder:
         self.notes = notes_on_runs(model, copy_model(model), inputs)
 
     def _make_reference(self) -> Reference:
-        return Reference(copy_model(self.model), self.inputs, dynamic_batch=self.dynamic_batch)
+        return Reference(self.model, self.inputs, dynamic_batch=self.dynamic_batch)
 
     def run(self) -> Program:
         for rung, front_end in LADDER:
@@ -127,6 +147,10 @@ class _Ladder:
             return program
         if program := self._capture_one_mode():
             return program
+        if obstacle := find_obstacle(copy_model(self.model), self.inputs):
+            raise CaptureError(
+                f"{self.name} cannot be captured as a graph: {obstacle}; {self._advice()}"
+            )
         attempts = "".join(f"\n  {line}" for line in self.rejected)
         raise CaptureError(
             f"{self.name} cannot be captured as a graph:{attempts}\n{self._advice()}"
@@ -144,7 +168,7 @@ class _Ladder:
         def attempt_one_mode(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
             return attempt.run_in_one_mode(), [note]
 
-        self.reference.differentiate(copy_model(self.model), train=self.model.training)
+        self.reference.differentiate(train=self.model.training)
         programs = (
             self._try(f"{rung}, {mode} mode alone", front_end, attempt_one_mode)
             for rung, front_end in LADDER
@@ -195,6 +219,10 @@ class _Ladder:
         used = module.state_dict().keys()
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
         notes += [*self.notes, *notes_on_graph(model, module)]
+        notes += [
+            f"{function} (torch.autograd.Function) is one call that no artifact can store"
+            for function in called_functions(module.graph)
+        ]
         output_type = self.reference.output_type
         if isinstance(module.graph.output_node().args[0], dict) and output_type not in _DICTS:
             notes.append(f"the output, a {output_type.__name__}, becomes a dict of its fields")

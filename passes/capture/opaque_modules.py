@@ -208,7 +208,7 @@ def _try_tracing(module: nn.Module, call: _ModuleCall, opaque: tuple[type[nn.Mod
     candidate = copy_model(module)
     try:
         inputs = bind(module, *call)
-        reference = Reference(copy_model(module), inputs, dynamic_batch=True)
+        reference = Reference(module, inputs, dynamic_batch=True)
     except CaptureError:
         return ""
     try:

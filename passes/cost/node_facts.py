@@ -121,13 +121,14 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
     if program.dynamic_batch:
         larger = _run(program, inputs.varied(grow=True), train=False)
     trained = _run_training(program, inputs) or evaluated
+    batch_size = _batch_size(inputs, evaluated)
     facts: dict[fx.Node, Fact] = {}
     for node, fact in trained.facts.items():
         value = evaluated.values[node]
         spec = None
         if isinstance(value, torch.Tensor):
             larger_shape = larger.values[node].shape if larger is not None else None
-            spec = _spec(program, node, value, larger_shape, inputs.batch_size)
+            spec = _spec(program, node, value, larger_shape, batch_size)
         facts[node] = Fact(
             spec=spec,
             storages=fact.storages | evaluated.facts[node].storages,
@@ -158,6 +159,17 @@ def _run(program: Program, inputs: ExampleInputs, *, train: bool) -> _Observer:
     return observer
 
 
+def _batch_size(inputs: ExampleInputs, observer: _Observer) -> int | None:
+    """Return the number of samples: that of the first output that counts as an input does.
+
+    The first input may be a flat list of the tokens of all samples, whose offsets are another one.
+    """
+    sizes = [tensor.shape[0] for tensor in inputs.tensors() if tensor.dim()]
+    (outputs,) = fx.node.map_arg(observer.graph.output_node().args, observer.values.__getitem__)
+    counts = [tensor.shape[0] for tensor in tensors_in(outputs) if tensor.dim()]
+    return next((count for count in counts if count in sizes), inputs.batch_size)
+
+
 def _random_state() -> list[torch.Tensor]:
     states = [torch.get_rng_state()]
     if torch.cuda.is_available():
@@ -166,7 +178,9 @@ def _random_state() -> list[torch.Tensor]:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Return the identity of a tensor's memory."""
+    """Return the identity of a tensor's memory; of a sparse one, that of its values."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     return int(tensor.untyped_storage()._cdata)
 
 

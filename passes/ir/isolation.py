@@ -8,9 +8,14 @@ models that run in other threads meanwhile are not affected (`exclusive`).
 from __future__ import annotations
 
 import functools
+import pickle
+import random
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from passes.errors import CaptureError
 
 LOCK = threading.RLock()
 """Guards the state that all threads share: patched methods, random state, backend flags."""
@@ -58,9 +65,85 @@ def exclusive() -> Iterator[None]:
             _Patcher.patch_method = patch
 
 
+@dataclass(frozen=True)
+class RandomSource:
+    """A random generator that a model can reach.
+
+    Attributes:
+        name: What it is, for messages.
+        read: Returns its state.
+        write: Puts a state back.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+    def state(self) -> bytes:
+        """Return the state as bytes, to compare it with another."""
+        state = self.read()
+        return bytes(state.tolist()) if isinstance(state, torch.Tensor) else pickle.dumps(state)
+
+
+def random_sources(*modules: nn.Module) -> list[RandomSource]:
+    """Return the generators of Python and numpy, and those that the modules hold.
+
+    torch's own generators are not among them: operators of a graph may draw from these.
+    """
+    sources = [RandomSource("Python's random module", random.getstate, random.setstate)]
+    if numpy := sys.modules.get("numpy"):
+        functions = numpy.random.get_state, numpy.random.set_state
+        sources.append(RandomSource("numpy's random module", *functions))
+    for module in modules:
+        for path, child in module.named_modules():
+            for name, value in vars(child).items():
+                if name in _TORCH_TABLES:
+                    continue
+                label = f"{path}.{name}".lstrip(".")
+                sources += _generators(label, pytree.tree_leaves(value))
+    return sources
+
+
+def _generators(label: str, values: list[Any]) -> Iterator[RandomSource]:
+    """Make a source of every generator among the values of an attribute."""
+    numpy = sys.modules.get("numpy")
+    for value in values:
+        name = f"the {type(value).__name__} {label!r}"
+        if isinstance(value, torch.Generator):
+            yield RandomSource(name, value.get_state, value.set_state)
+        elif isinstance(value, random.Random):
+            yield RandomSource(name, value.getstate, value.setstate)
+        elif numpy and isinstance(value, numpy.random.RandomState):
+            yield RandomSource(name, value.get_state, value.set_state)
+        elif numpy and isinstance(value, numpy.random.Generator):
+            bits = value.bit_generator
+            write = functools.partial(setattr, bits, "state")
+            yield RandomSource(name, functools.partial(getattr, bits, "state"), write)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch, Python and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+
+
+@contextmanager
+def _same_random_state(*modules: nn.Module) -> Iterator[None]:
+    """Restore every generator on exit."""
+    with torch.random.fork_rng():
+        states = [(source, source.read()) for source in random_sources(*modules)]
+        try:
+            yield
+        finally:
+            for source, state in states:
+                source.write(state)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the random generators, and restore their state on exit."""
+    """Seed the random generators of torch, and restore their state on exit."""
     with LOCK, torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -108,14 +191,14 @@ def without_causal_detection() -> Iterator[None]:
 
     with LOCK:
         original = transformer._detect_is_causal_mask
-        transformer._detect_is_causal_mask = _for_this_thread(declared, original)
+        transformer._detect_is_causal_mask = for_this_thread(declared, original)
         try:
             yield
         finally:
             transformer._detect_is_causal_mask = original
 
 
-def _for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `new` in the current thread and `original` in others."""
     owner = threading.get_ident()
 
@@ -138,39 +221,142 @@ def deterministic_cudnn() -> Iterator[None]:
             cudnn.deterministic, cudnn.benchmark = flags
 
 
+_TORCH_TABLES = frozenset(vars(nn.Module()))
+"""Attributes in which nn.Module keeps its parameters, buffers, submodules, hooks and its mode."""
+
+
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restore buffers, modes, gradients and the random state on exit.
+    """Restore buffers, attributes, modes, gradients and all random generators on exit.
 
     Args:
         modules: The modules to restore, with all their submodules.
     """
-    with LOCK, torch.random.fork_rng():
+    with LOCK, _same_random_state(*modules):
         children = [child for module in modules for child in module.modules()]
         # A forward may write to a buffer in place, or replace it by another tensor.
         saved = [
-            (child, name, tensor, tensor.detach().clone())
+            (child._buffers, name, tensor, None if tensor is None else tensor.detach().clone())
             for child in children
-            for name, tensor in child.named_buffers(recurse=False)
+            for name, tensor in child._buffers.items()
         ]
+        attributes = [_Attributes(child) for child in children]
         modes = [(child, child.training) for child in children]
         grads = [(p, p.grad) for module in modules for p in module.parameters()]
         try:
             yield
         finally:
             with torch.no_grad():
-                for child, name, tensor, value in saved:
-                    _restore(tensor, value)
-                    setattr(child, name, tensor)
+                for child in children:
+                    child._buffers.clear()
+                for buffers, name, tensor, value in saved:
+                    buffers[name] = tensor
+                    if tensor is not None and value is not None:
+                        _restore(tensor, value)
+                for record in attributes:
+                    record.restore()
             for child, mode in modes:
                 child.training = mode
             for parameter, grad in grads:
                 parameter.grad = grad
 
 
+class _Attributes:
+    """Plain attributes of a module: what is bound to them, and what containers and tensors hold.
+
+    A forward may count its calls, or keep tensors for the next call (`self.cache = ...`).
+
+    Args:
+        module: The module, without its submodules.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._table = vars(module)
+        self._values = {k: v for k, v in self._table.items() if k not in _TORCH_TABLES}
+        self._contents = [
+            (value, type(value)(value))
+            for value in self._values.values()
+            if type(value) in (list, dict, set)
+        ]
+        self._contents += [(v, v.copy()) for v in self._values.values() if type(v) is deque]
+        self._tensors = [
+            (leaf, leaf.detach().clone())
+            for leaf in pytree.tree_leaves(list(self._values.values()))
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for name in [name for name in self._table if name not in _TORCH_TABLES]:
+            if name not in self._values:
+                del self._table[name]
+        self._table.update(self._values)
+        for container, content in self._contents:
+            container.clear()
+            add = container.extend if isinstance(container, list | deque) else container.update
+            add(content)
+        for tensor, value in self._tensors:
+            _restore(tensor, value)
+
+
+@contextmanager
+def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Check on exit that the parameters of a module are what they were, and put them back if not.
+
+    Args:
+        module: The module.
+        values: Copies of its parameters, by name.
+
+    Raises:
+        CaptureError: The code in the block changed or replaced a parameter.
+    """
+    parameters, children = dict(module.named_parameters()), [*module.modules()]
+    storages = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        yield
+    finally:
+        changed = []
+        for name, parameter in parameters.items():
+            if not same_values(parameter, values[name]):
+                changed.append(name)
+                parameter.data = storages[name]
+                with torch.no_grad():
+                    parameter.copy_(values[name])
+    if changed:
+        raise CaptureError(
+            f"forward changes the parameter {changed[0]}, which no graph can hold: make it a "
+            "buffer, or change it outside forward"
+        )
+    after = dict(module.named_parameters())
+    if list(map(id, after.values())) != list(map(id, parameters.values())) or [
+        *map(id, module.modules())
+    ] != [*map(id, children)]:
+        raise CaptureError(
+            "forward adds or replaces parameters or submodules, which no graph can hold: call the "
+            "model once before you compile it, or build them in __init__"
+        )
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape and values; NaNs are equal, layouts do not matter."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return True
+    a, b = strided(a.detach()), strided(b.detach())
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is stored densely; sparse ones are converted."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def _restore(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy values back in place; torch refuses to write to the repeats of an expanded tensor."""
-    for axis, step in enumerate(tensor.stride()):
-        if step == 0 and tensor.shape[axis] > 1:
-            tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
+    tensor = tensor.detach()
+    if tensor.layout is torch.strided:
+        for axis, step in enumerate(tensor.stride()):
+            if step == 0 and tensor.shape[axis] > 1:
+                tensor, value = tensor.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
     tensor.copy_(value)

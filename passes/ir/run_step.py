@@ -22,7 +22,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.ir.example_inputs import ExampleInputs, as_plain
-from passes.ir.isolation import deterministic_cudnn, preserved, without_causal_detection
+from passes.ir.isolation import (
+    deterministic_cudnn,
+    preserved,
+    same_values,
+    seed_everything,
+    strided,
+    without_causal_detection,
+)
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -84,6 +91,7 @@ def run_one_step(
     train: bool,
     grad: bool,
     input_gradients: bool = True,
+    seed: int = 0,
 ) -> StepResult:
     """Run one step on copies of the inputs, and leave the module as it was.
 
@@ -94,6 +102,7 @@ def run_one_step(
         train: Whether to run in training mode.
         grad: Whether to run backward from a fixed random projection of the outputs.
         input_gradients: Whether to compute gradients with respect to the inputs as well.
+        seed: Seed of all random generators.
     """
     with (
         preserved(module),
@@ -101,7 +110,7 @@ def run_one_step(
         deterministic_cudnn(),
         torch.set_grad_enabled(grad),
     ):
-        torch.manual_seed(0)
+        seed_everything(seed)
         random_state = torch.get_rng_state()
         module.train(train)
         buffers = {
@@ -118,7 +127,8 @@ def run_one_step(
         outputs = output_leaves(output)
         return StepResult(
             gradients=_gradients(module, outputs, leaves) if grad else {},
-            outputs=[o.detach() if isinstance(o, torch.Tensor) else o for o in outputs],
+            # Copies, because an output may be a buffer that is put back afterwards.
+            outputs=[o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs],
             changed={
                 name: tensor.detach().clone()
                 for name, tensor in module.named_buffers()
@@ -143,7 +153,7 @@ def _parameter_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 def _changed(tensor: torch.Tensor, before: torch.Tensor, version: int) -> bool:
     if tensor.is_meta:  # it has no values to compare
         return tensor._version != version
-    return not torch.equal(tensor, before)
+    return not same_values(tensor, before)
 
 
 def _copy_leaf(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
@@ -155,7 +165,7 @@ def _gradients(
     module: nn.Module, outputs: list[Any], inputs: list[torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
     """Differentiate a fixed random projection of the outputs by parameters and inputs."""
-    heads = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+    heads = [strided(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
     leaves: dict[str, torch.Tensor] = {
         name: p for name, p in module.named_parameters() if p.requires_grad
     }
@@ -165,8 +175,12 @@ def _gradients(
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in heads]
     cotangents = [w.to(o.device, o.dtype) for w, o in zip(weights, heads, strict=True)]
-    gradients = torch.autograd.grad(heads, list(leaves.values()), cotangents, allow_unused=True)
-    return dict(zip(leaves, gradients, strict=True))
+    gradients: Any = torch.autograd.grad(
+        heads, list(leaves.values()), cotangents, allow_unused=True
+    )
+    # An embedding may have sparse gradients.
+    dense = [None if gradient is None else strided(gradient) for gradient in gradients]
+    return dict(zip(leaves, dense, strict=True))
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -179,6 +193,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """
     if value.numel() == 0 or value.is_meta:
         return 0.0
+    value, reference = strided(value), strided(reference)
     if not reference.is_floating_point() and not reference.is_complex():
         return 0.0 if torch.equal(value, reference) else float("inf")
     a, b = value.detach().double(), reference.detach().double()

@@ -152,7 +152,11 @@ def _disconnected(analysis: Analysis, positions: Sequence[Position]) -> Position
 
 
 def _head(analysis: Analysis) -> Position:
-    """Return where the head begins: after the trunk, at the state of the fewest tensors."""
+    """Return where the head begins: after the trunk, at the state of the fewest tensors.
+
+    If no cut lies before it, because most of the work is in the first layers (a large table that
+    small layers follow), everything counts as trunk.
+    """
     positions = analysis.frontiers.positions
     if not positions:
         refused = ", ".join(f"{count} x {why}" for why, count in analysis.frontiers.refused.items())
@@ -162,7 +166,9 @@ def _head(analysis: Analysis) -> Position:
         )
     end = analysis.trunk_end()
     after = [p for p in positions if p.index >= end] or [positions[-1]]
-    return min(after, key=lambda position: (len(position.state), position.index))
+    head = min(after, key=lambda position: (len(position.state), position.index))
+    before = [position for position in positions if position.index < head.index]
+    return head if _distinct(before, head) else positions[-1]
 
 
 def _solve(

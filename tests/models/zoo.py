@@ -7,10 +7,8 @@ global random state alone. Tags say what a case is good for:
 front end, exactly one of
     fx              `torch.fx.symbolic_trace` gives a faithful graph with positions to cut
     export          only `torch.export.export` (non-strict) does
-    whole           neither does, but plain tracing with a module or two kept whole
     uncapturable    nothing does
 traps
-    fx-wrong        plain tracing succeeds, and its outputs or gradients are wrong
     export-wrong    torch.export succeeds, and its outputs or gradients are wrong
     fx-opaque       plain tracing is faithful, but hides nearly all layers in one node
     unused          some parameters are never used, and have no gradient
@@ -235,7 +233,7 @@ CASES: tuple[Case, ...] = (
     case("export recurrent", "unrolled_lstm", UnrolledLSTM, floats(6, 4)),
     case("uncapturable", "data_branch", DataBranch, VECTOR),
     case(
-        "whole fx-wrong export-wrong custom-gradient",
+        "fx export-wrong custom-gradient",
         "custom_gradient",
         repeat(CustomGradient),
         VECTOR,

@@ -21,9 +21,8 @@ from tests.support.parity import assert_same_step, step
 from tests.support.programs import CAPTURABLE, call, node, program
 
 FX, EXPORT = "torch.fx trace", "torch.export"
-WHOLE = "torch.fx trace, modules kept whole"
 EXPORTED = tuple(case.name for case in with_tag("export"))
-RUNGS = {"fx": FX, "export": EXPORT, "whole": WHOLE}
+RUNGS = {"fx": FX, "export": EXPORT}
 
 
 # --- every model of the zoo -----------------------------------------------------------------------

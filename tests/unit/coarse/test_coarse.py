@@ -484,16 +484,3 @@ def test_a_convolution_that_does_not_fit_is_refused() -> None:
         SynthesisError, match=r"preprocess='convolution' needs one image-like input"
     ):
         compiled("mlp", stages=2, preprocess="convolution")
-
-
-def test_without_a_source_there_is_no_guess() -> None:
-    class Dear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.layers(nn.functional.one_hot(ids, 4).float())
-
-    with pytest.raises(SynthesisError, match=r"Dear has no floating-point input that follows"):
-        compile_model(Dear(), torch.tensor([0, 1, 2]), stages=2)
