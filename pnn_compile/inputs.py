@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,25 +73,13 @@ def named_batch(
 
     Args:
         compiled: The network.
-        batch: A tensor, a tuple of positional arguments (labels may follow; they are dropped), or
-            a dict of arguments by name.
+        batch: As in `by_argument`.
         device: The device; that of the network if None.
 
     Raises:
-        OptionError: An argument of the network is missing.
+        OptionError: As `by_argument`.
     """
-    names = argument_names(compiled.program)
-    if isinstance(batch, Mapping):
-        named = dict(batch)
-    elif isinstance(batch, (tuple, list)):
-        named = dict(zip(names, batch, strict=False))
-    else:
-        named = {names[0]: batch}
-    missing = [name for name in names if name not in named]
-    if missing:
-        raise OptionError(
-            f"a batch lacks {', '.join(missing)}: pass ({', '.join(names)}) or a dict of them"
-        )
+    named = by_argument(compiled.program, batch)
     target = device_of(compiled.module) if device is None else device
 
     def copied(leaf: Any) -> Any:
@@ -99,7 +88,124 @@ def named_batch(
         # A model may write into its inputs; the user's tensors must not change.
         return leaf.detach().to(target, copy=True)
 
-    return {name: pytree.tree_map(copied, named[name]) for name in names}
+    return {name: pytree.tree_map(copied, value) for name, value in named.items()}
+
+
+def by_argument(program: Program, batch: Any) -> dict[str, Any]:
+    """Return the arguments of a program, by name.
+
+    Args:
+        program: The program.
+        batch: A tensor, a tuple of positional arguments (labels may follow; they are dropped), or
+            a dict of arguments by name. Values that are no tensors are constants of the graph: they
+            may be left out of a tuple or dict.
+
+    Raises:
+        OptionError: An argument is missing, or a constant is not the one of the example inputs.
+    """
+    names = argument_names(program)
+    if isinstance(batch, Mapping):
+        named = dict(batch)
+    elif isinstance(batch, (tuple, list)):
+        pairs = zip(arguments_of(program, batch), batch, strict=True)
+        named = {name: value for name, value in pairs if name is not None}
+    else:
+        named = {names[0]: batch}
+    missing = [name for name in names if name not in named]
+    if missing:
+        raise OptionError(
+            f"a batch lacks {', '.join(missing)}: pass ({', '.join(names)}) or a dict of them"
+        )
+    for name, constant in program.fixed.items():
+        if name in named:
+            _check_constant(program, name, named[name], constant)
+    for name in names:
+        _check_constants(program, name, named[name])
+    return {name: named[name] for name in names}
+
+
+def call_arguments(
+    program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call, by name; as `by_argument`, but nothing may follow them.
+
+    Raises:
+        OptionError: As `by_argument`, or there is no such argument.
+    """
+    names = arguments_of(program, args)
+    pairs = enumerate(zip(names, args, strict=True))
+    unknown = [str(at) for at, (name, value) in pairs if name is None and value is not None]
+    known = {*argument_names(program), *program.fixed}
+    unknown += [n for n, value in kwargs.items() if n not in known and value is not None]
+    if unknown:
+        raise OptionError(
+            f"{program.name} was compiled without argument {unknown[0]}: it takes "
+            f"{', '.join(argument_names(program))}; compile it with an example of that call"
+        )
+    named = {name: value for name, value in zip(names, args, strict=True) if name is not None}
+    return named | dict(kwargs)
+
+
+def arguments_of(program: Program, elements: Iterable[Any]) -> list[str | None]:
+    """Return the argument that every element of a tuple is; None for the labels after them.
+
+    Elements with tensors are the arguments with tensors, in order, and the others the constants.
+    """
+    tensors, constants = deque(argument_names(program)), deque(program.fixed)
+    names: list[str | None] = []
+    for element in elements:
+        name = None
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(element)):
+            name = tensors.popleft() if tensors else None
+        elif constants and (tensors or isinstance(element, _PLAIN)):
+            name = constants.popleft()
+        elif tensors:
+            name = tensors.popleft()
+        if name is None:
+            constants.clear()  # from here on everything belongs to the loss
+        names.append(name)
+    return names
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Types of constants that can be compared."""
+
+
+def _check_constants(program: Program, name: str, value: Any) -> None:
+    """Check everything in a nested argument that is no tensor."""
+    leaves, expected = (
+        {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_flatten_with_path(x)[0]}
+        for x in (value, program.args[name])
+    )
+    different = leaves.keys() ^ expected.keys()
+    if different:
+        raise OptionError(
+            f"{min(different)} is {'' if min(different) in leaves else 'not '}in the batch, unlike "
+            f"the example inputs of {program.name}: pass {name} with the structure of the example"
+        )
+    for path, constant in expected.items():
+        _check_constant(program, path, leaves[path], constant)
+
+
+def _check_constant(program: Program, name: str, value: Any, constant: Any) -> None:
+    tensors = isinstance(value, torch.Tensor), isinstance(constant, torch.Tensor)
+    if all(tensors):
+        return
+    if isinstance(constant, (list, tuple, dict)) and isinstance(value, type(constant)):
+        same = pytree.tree_leaves(value) == pytree.tree_leaves(constant)
+    elif isinstance(value, _PLAIN) or isinstance(constant, _PLAIN) or any(tensors):
+        same = type(value) is type(constant) and (value == constant or value != value)
+    else:
+        return  # objects that only the model can compare
+    if not same:
+        raise OptionError(
+            f"{name} is {_shown(value)}, but {program.name} was compiled with {_shown(constant)}, "
+            "which is part of its graph: leave it out, or compile another network for it"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)[:80]
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:

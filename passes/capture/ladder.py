@@ -39,7 +39,7 @@ from passes.capture.obstacles import find_obstacle
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
-from passes.ir.example_inputs import ExampleInputs, bind
+from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
 from passes.ir.isolation import LOCK
 from passes.ir.program import CaptureReport, Program, graph_module
 
@@ -233,7 +233,7 @@ class _Ladder:
             capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
             name=self.name,
             unused={key: value for key, value in model.state_dict().items() if key not in used},
-            fixed=self.inputs.fixed_arguments(),
+            fixed=constant_arguments(self.model, self.inputs),
         )
 
     def _reject(self, rung: str, reason: str) -> None:

@@ -217,6 +217,19 @@ def _positional_names(
     return names[: len(args)]
 
 
+def constant_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+    """Return the arguments without a tensor and the plain defaults, by name, in signature order."""
+    parameters = inspect.signature(model.forward).parameters
+    constants = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if isinstance(parameter.default, (bool, int, float, str))
+    }
+    constants |= inputs.fixed_arguments()
+    tensors, order = placeholder_names(inputs), [*parameters, *constants]
+    return {name: constants[name] for name in sorted(constants.keys() - tensors, key=order.index)}
+
+
 def _without_aliases(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy the tensors that share memory with the model or with an earlier tensor."""
     memories = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}

@@ -74,8 +74,8 @@ class Program:
         capture: How the graph was captured.
         name: Class name of the model.
         unused: Entries of the model's state dict that the graph does not read.
-        fixed: Arguments of the model's forward that hold no tensor, by name: their values are
-            constants of the graph.
+        fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
+            their values are constants of the graph.
     """
 
     module: fx.GraphModule

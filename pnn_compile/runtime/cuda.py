@@ -26,7 +26,7 @@ from passes.ir.program import Interpreter
 from passes.plan.schema import Plan
 from passes.transform.assemble import step_of
 from passes.transform.sweep import Role
-from pnn_compile.inputs import argument_names, device_of
+from pnn_compile.inputs import argument_names, by_argument, call_arguments, device_of
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -104,7 +104,7 @@ class StreamNetwork(nn.Module):
             )
         self.network = compiled.module
         self.training = compiled.module.training
-        self._names = argument_names(compiled.program)
+        self._program = compiled.program
         self._assignment = assign_streams(compiled.module.graph, compiled.plan)
         self._streams = [
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -127,9 +127,9 @@ class StreamNetwork(nn.Module):
         streams = [current, *self._streams]
         for stream in self._streams:
             stream.wait_stream(current)
-        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        inputs = by_argument(self._program, call_arguments(self._program, args, kwargs))
         result = _Runner(self.network, self._assignment, streams).run(
-            *(inputs[name] for name in self._names)
+            *(inputs[name] for name in argument_names(self._program))
         )
         for stream in self._streams:
             current.wait_stream(stream)

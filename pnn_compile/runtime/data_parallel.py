@@ -175,6 +175,26 @@ class Replicas:
             for gradient, mean in zip(bucket, _split(flat, bucket), strict=True):
                 gradient.copy_(mean)
 
+    def combine(self, loss: Any) -> torch.Tensor:
+        """Return the loss of this replica, so that the mean over the replicas is that of all.
+
+        Args:
+            loss: What the loss function returned: a scalar, or a pair of a sum and its weight.
+
+        Raises:
+            RuntimeFault: It is something else.
+        """
+        total, weight = loss if isinstance(loss, (tuple, list)) and len(loss) == 2 else (loss, None)
+        if not isinstance(total, torch.Tensor) or total.numel() != 1:
+            raise RuntimeFault(
+                "the loss function must return a scalar, or a pair of a sum and its weight "
+                f"(got {list(total.shape) if isinstance(total, torch.Tensor) else total!r})"
+            )
+        if weight is None:
+            return total.reshape(())
+        share = torch.as_tensor(weight, dtype=torch.float32, device=total.device).detach()
+        return total.reshape(()) / self.mean(share.reshape(()).clone())
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Average a value over the replicas."""
         if self._group is None:

@@ -22,6 +22,10 @@ other rank. `passes/schedule/lists.py` has the order of the messages for any num
 Backward is explicit. Every piece is a separate autograd graph: its inputs are detached, and the
 engine passes their gradients on. So autograd sends no messages, and their order is the order of the
 instructions.
+
+All micro-batches go forward before the first one goes backward. So the loss is computed once, from
+the outputs of all of them, after the last head: it is the loss of the whole batch, whatever it
+averages over or compares.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
 from passes.ir.direct_call import with_frame_headroom
@@ -48,8 +53,8 @@ from pnn_compile.runtime.transport import InProcess, Transport
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
-Loss = Callable[[Any, int], torch.Tensor]
-"""From the outputs of one micro-batch, and its number, to a scalar."""
+Loss = Callable[[list[Any]], torch.Tensor]
+"""From the outputs of all micro-batches to a scalar."""
 
 StateShapes = Callable[[int, int], dict[str, torch.Tensor]]
 """From a stage and a micro-batch to meta tensors like the state after that stage."""
@@ -87,7 +92,8 @@ class Engine:
         remote_outputs: Collapsed sweep: outputs of fine stages of other ranks.
         output_adjoints: Collapsed sweep: adjoints of outputs, from the corrections that read them.
         outputs: Outputs of the model by micro-batch, on the rank of the last stage.
-        losses: Losses by micro-batch, once the head ran here or an adjoint arrived.
+        objective: Graph of the loss, from the last head to the first backward.
+        loss_value: The loss, once it was computed here or arrived with an adjoint.
         seconds: Seconds by kind of instruction; on a GPU to launch it, unless synchronized.
     """
 
@@ -124,7 +130,8 @@ class Engine:
         self.remote_outputs: dict[_Key, State] = {}
         self.output_adjoints: dict[_Key, State] = {}
         self.outputs: dict[int, Any] = {}
-        self.losses: dict[int, torch.Tensor] = {}
+        self.objective: torch.Tensor | None = None
+        self.loss_value = torch.zeros(())
         self.seconds: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
 
     def run_list(self, instructions: Sequence[Instruction]) -> None:
@@ -220,12 +227,12 @@ class Engine:
         them.
         """
         like = {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER}
-        self.send(it.peer, {**adjoint, _LOSS: self.losses[it.batch]}, like)
+        self.send(it.peer, {**adjoint, _LOSS: self.loss_value}, like)
 
     def receive_adjoint(self, it: Instruction) -> None:
         """Wait for the adjoint and the loss that `send_adjoint` sends."""
         adjoint = self.receive(it.peer, {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER})
-        self.losses[it.batch] = adjoint.pop(_LOSS)
+        self.loss_value = adjoint.pop(_LOSS)
         self.adjoints[it.key] = adjoint
 
     def _failure(self, it: Instruction, error: Exception) -> RuntimeFault:
@@ -271,15 +278,42 @@ def _head(engine: Engine, it: Instruction) -> None:
     entering = as_leaves(engine.states.pop(it.key))
     outputs = engine.executor.head(entering, engine.inputs[it.batch])
     engine.outputs[it.batch] = outputs
-    if engine.loss is not None:
-        loss = engine.loss(outputs, it.batch)
-        engine.losses[it.batch] = loss.detach()
-        engine.heads[it.key] = PieceGraph(entering, {"loss": loss})
+    if engine.loss is None:
+        return
+    count = len(engine.inputs)
+    # The graph of a single micro-batch goes on into the loss: there is nothing to wait for.
+    results, engine.outputs[it.batch] = ({}, outputs) if count == 1 else _cut_off(outputs)
+    engine.heads[it.key] = PieceGraph(entering, results)
+    if it.batch + 1 == count:
+        engine.objective = engine.loss([engine.outputs[number] for number in range(count)])
+        engine.loss_value = engine.objective.detach()
+
+
+def _cut_off(outputs: Any) -> tuple[State, Any]:
+    """Return the outputs that have gradients, by number, and all outputs as leaves of the loss."""
+    leaves, structure = pytree.tree_flatten(outputs)
+    results = {
+        str(number): leaf
+        for number, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    }
+    cut = as_leaves(results)
+    leaves = [cut.get(str(number), leaf) for number, leaf in enumerate(leaves)]
+    return results, pytree.tree_unflatten(leaves, structure)
 
 
 def _head_backward(engine: Engine, it: Instruction) -> None:
-    one = torch.ones_like(engine.losses[it.batch])
-    engine.adjoints[it.key] = engine.heads.pop(it.key).backward({"loss": one})
+    """Run the loss backward, before the first head, and then this head."""
+    if engine.objective is not None and engine.objective.requires_grad:
+        engine.objective.backward()  # type: ignore[no-untyped-call]
+    engine.objective = None
+    graph = engine.heads.pop(it.key)
+    gradients = {
+        str(number): leaf.grad
+        for number, leaf in enumerate(pytree.tree_leaves(engine.outputs[it.batch]))
+        if str(number) in graph.outputs and leaf.grad is not None
+    }
+    engine.adjoints[it.key] = graph.backward(gradients)
 
 
 def _guess_backward(engine: Engine, it: Instruction) -> None:
@@ -356,7 +390,7 @@ def run_in_one_process(
         synchronize: Whether to wait for the GPU after every instruction.
 
     Returns:
-        The engine of every rank, with outputs, losses and seconds.
+        The engine of every rank, with outputs, loss and seconds.
     """
     shapes = state_shapes(compiled, inputs)
     engines = [

@@ -13,13 +13,16 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from passes.errors import OptionError, RuntimeFault
+from passes.ir.isolation import preserved
+from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.verify import check
-from pnn_compile.inputs import argument_names, batch_size, check_shapes, named_batch
+from pnn_compile.inputs import batch_size, by_argument, call_arguments, check_shapes, named_batch
 from pnn_compile.runtime.checkpoint import gather_original_weights
 from pnn_compile.runtime.data_parallel import Groups, Replicas, local, plan_digest, shard_weights
 from pnn_compile.runtime.engine import Engine, Loss, StateShapes, state_shapes
-from pnn_compile.runtime.input_scatter import InputScatter, divide
+from pnn_compile.runtime.input_scatter import InputScatter
+from pnn_compile.runtime.micro_batches import Joiner, divide, part
 from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
 from pnn_compile.runtime.tied_weights import TiedWeights
 from pnn_compile.runtime.transport import PointToPoint
@@ -31,6 +34,10 @@ _ADVICE = (
     "convert the network before distribute(), or pass distribute(autocast=torch.bfloat16), which "
     "does not convert the weights"
 )
+
+
+StepLoss = Callable[[Any, Any], torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]]
+"""From the outputs and the batch to a scalar, or to a sum and its weight."""
 
 
 class RankModule(nn.Module):
@@ -91,8 +98,7 @@ class RankModule(nn.Module):
         self.seed = groups.common_seed()
         self._scatter = None
         if scatter:
-            names = argument_names(compiled.program)
-            self._scatter = InputScatter(self.network, names, groups.stages)
+            self._scatter = InputScatter(self.network, compiled.program, groups.stages)
         self._sharded = shard
         if shard:
             shard_weights(compiled, self.network, groups.data)
@@ -100,6 +106,8 @@ class RankModule(nn.Module):
         self._parameters_here = tuple(self.network.parameters())
         self._precisions = tuple(parameter.dtype for parameter in self._parameters_here)
         self._shapes: dict[tuple[int, ...], StateShapes] = {}
+        self._divisible = False  # unless two micro-batches were tried
+        self._joiner: Joiner | None = None
         self.seconds: dict[Kind, float] = {}
 
     @property
@@ -121,9 +129,8 @@ class RankModule(nn.Module):
         Raises:
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
-        names = argument_names(self.whole.program)
-        batch = {**dict(zip(names, args, strict=False)), **kwargs}
-        inputs = self._inputs(self._scattered(batch))
+        batch = call_arguments(self.whole.program, args, kwargs)
+        (inputs,) = self._inputs(self._scattered(batch), 1)
         with self._exchanging("buffers of replicas"):
             self.replicas.share_buffers()
         with torch.no_grad():
@@ -133,49 +140,56 @@ class RankModule(nn.Module):
     def forward_backward(
         self,
         batch: Any,
-        loss: Callable[[Any, Any], torch.Tensor],
+        loss: StepLoss,
         scaler: GradScaler | None = None,
     ) -> torch.Tensor:
         """Run forward and backward over micro-batches; gradients accumulate as usual.
 
+        With several micro-batches, the first call also runs two of them apart and together, in
+        evaluation mode, and refuses a model that mixes samples.
+
         Args:
             batch: Inputs, the same on every rank: a tensor, a tuple (labels may follow), or a dict.
                 With `inputs="rank 0"`, those of other ranks are ignored.
-            loss: From outputs and the micro-batch to a mean over samples.
+            loss: From the outputs of all micro-batches, put together, and the batch to a scalar;
+                called once, on the rank of the last stage. Replicas take the mean of their losses.
+                Where they count unequally (tokens, `ignore_index`), return a pair instead, a sum
+                and its weight: the loss is then the total sum by the total weight of all replicas.
             scaler: Scales the loss, and so the gradients, but not the returned loss.
 
         Returns:
-            The mean loss over the micro-batches, on every rank.
+            The loss, on every rank.
 
         Raises:
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
-        pieces = divide(self._scattered(batch), self._batches)
-        inputs = [self._inputs(piece) for piece in pieces]
-        samples = [*map(batch_size, inputs)]
-        weights = [count / max(1, sum(samples)) for count in samples]
+        batch = self._scattered(batch)
+        inputs = self._inputs(batch, self._batches)
+        sizes = [*map(batch_size, inputs)]
         scale = self._scale(scaler)
-
-        def weighted(outputs: Any, number: int) -> torch.Tensor:
-            return loss(outputs, pieces[number]) * (weights[number] * scale)
-
         with self._exchanging("buffers of replicas"):
             self.replicas.share_buffers()
+        if self._batches > 1 and not self._divisible:
+            self._try_division(batch, inputs)
+
+        def scaled(outputs: list[Any]) -> torch.Tensor:
+            whole = outputs[0] if self._joiner is None else self._joiner(outputs, sizes)
+            return self.replicas.combine(loss(whole, batch)) * scale
+
         earlier = self._tied.set_aside()
-        engine = self._run(inputs, weighted, self._training)
+        engine = self._run(inputs, scaled, self._training)
         with self._exchanging("gradients"):
             self._tied.sum_gradients(earlier)
             self.replicas.average_gradients()
-        losses = [engine.losses[number].double() for number in range(self._batches)]
-        total = (torch.stack(losses).sum() / scale).float()
+        value = (engine.loss_value.double() / scale).float()
         with self._exchanging("the loss"):
-            return self.replicas.mean(total)
+            return self.replicas.mean(value)
 
     def train_step(
         self,
         batch: Any,
-        loss: Callable[[Any, Any], torch.Tensor],
+        loss: StepLoss,
         optimizer: torch.optim.Optimizer | None,
         *,
         clip_norm: float | None = None,
@@ -201,7 +215,8 @@ class RankModule(nn.Module):
         if scaler is None and not torch.isfinite(value):
             raise RuntimeFault(
                 f"the loss of step {self.steps} is {value.item()} on all ranks: lower the "
-                "learning rate, or check the inputs; the weights are as they were before"
+                "learning rate, or check the inputs (a mean over no labels is NaN: on replicas, "
+                "return a sum and its weight); the weights are as they were before"
             )
         if scaler is not None and optimizer is not None:
             with self._exchanging("overflows"):
@@ -292,14 +307,61 @@ class RankModule(nn.Module):
         with self._exchanging("the batch"):
             return self._scatter(batch)
 
-    def _inputs(self, batch: Any) -> dict[str, Any]:
-        # Not the device of the whole network, whose first weights may be of another rank.
-        inputs = named_batch(self.whole, batch, self.network.device)
+    def _inputs(self, batch: Any, count: int) -> list[dict[str, Any]]:
+        """Return the arguments of every micro-batch, on the device of this rank."""
+        program, device = self.whole.program, self.network.device
         try:
-            check_shapes(self.whole, inputs)
+            pieces = divide(by_argument(program, batch), count, program.args)
+            # Not the device of the whole network, whose first weights may be of another rank.
+            inputs = [named_batch(self.whole, piece, device) for piece in pieces]
+            for piece in inputs:
+                check_shapes(self.whole, piece)
         except OptionError as error:
-            raise RuntimeFault(f"rank {self.rank}: {error}") from error
+            message = f"rank {self.rank}: {error}"
+            if count > 1 and not program.dynamic_batch:
+                size = batch_size(program.args)
+                message += f" (each of the {count} micro-batches must have {size} samples)"
+            raise RuntimeFault(message) from error
         return inputs
+
+    def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
+        """Run two micro-batches apart and together, and learn to join their outputs.
+
+        Raises:
+            RuntimeFault: The outputs differ, on all ranks.
+        """
+        program = self.whole.program
+        sizes = [*map(batch_size, inputs[:2])]
+        both = part(by_argument(program, batch), 0, sum(sizes), program.args)
+        both = named_batch(self.whole, both, self.network.device)
+        outputs = []
+        with preserved(self.network), torch.no_grad():
+            self.network.eval()
+            before = self._random_state()
+            for piece in (*inputs[:2], both):
+                copies = clone_tensors(piece)  # a model may write into its inputs
+                outputs.append(self._run([copies], None, self._evaluation).outputs.get(0))
+            drawn = not torch.equal(before, self._random_state())
+        draws: list[Any] = [None] * dist.get_world_size(self.groups.stages)
+        messages: list[Any] = [None] * dist.get_world_size(self.groups.everyone)
+        with self._exchanging("the outputs of two micro-batches"):
+            dist.all_gather_object(draws, drawn, group=self.groups.stages)
+            message = ""
+            if self.network.holds_head:
+                try:
+                    self._joiner = Joiner(outputs[:2], sizes, outputs[2], random=any(draws))
+                except RuntimeFault as error:
+                    message = str(error)
+            dist.all_gather_object(messages, message, group=self.groups.everyone)
+        if any(messages):
+            raise RuntimeFault(next(filter(None, messages)))
+        self._divisible = True
+
+    def _random_state(self) -> torch.Tensor:
+        device = self.network.device
+        if device.type != "cuda":
+            return torch.get_rng_state()
+        return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
 
     def _run(
         self,

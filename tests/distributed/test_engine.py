@@ -73,11 +73,11 @@ def _run(
     ranks = [RankPieces(compiled, placement, rank) for rank in range(max(placement) + 1)]
     named = [named_batch(compiled, each) for each in inputs]
 
-    def share(outputs: Any, number: int) -> Tensor:
-        return _loss(outputs) / len(inputs)
+    def mean(outputs: list[Any]) -> Tensor:
+        return torch.stack([_loss(piece) for piece in outputs]).mean()
 
     check(ranks[0].instruction_lists(batches=len(inputs), backward=train))
-    engines = run_in_one_process(compiled, ranks, named, share if train else None)
+    engines = run_in_one_process(compiled, ranks, named, mean if train else None)
     last = engines[placement[-1]]
     return [last.outputs[number] for number in range(len(inputs))], ranks
 

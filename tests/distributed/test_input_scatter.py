@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import pnn_compile as pnn
 from pnn_compile.inputs import check_shapes
-from pnn_compile.runtime.input_scatter import arguments_read, divide
+from pnn_compile.runtime.input_scatter import arguments_read
+from pnn_compile.runtime.micro_batches import divide
 from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
 
@@ -111,16 +112,19 @@ def test_only_what_has_the_samples_is_cut() -> None:
     with pytest.raises(
         pnn.RuntimeFault, match=r"a batch of 3 does not divide into 4 micro-batches"
     ):
-        divide(torch.ones(3, 2), 4)
+        divide({"x": torch.ones(3, 2)}, 4)
 
 
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    assert [len(piece) for piece in divide(torch.randn(5, 2), 2)] == [3, 2]
-    pieces = divide((torch.randn(4, 2), torch.arange(4), "flag"), 2)
-    assert [piece[2] for piece in pieces] == ["flag", "flag"]
-    assert pieces[1][1].tolist() == [2, 3]
-    with pytest.raises(pnn.RuntimeFault, match="a batch of 2 does not divide into 3"):
-        divide({"x": torch.randn(2, 2)}, 3)
+def test_the_example_tells_what_has_samples() -> None:
+    example = {"table": torch.ones(3, 2), "x": torch.ones(2, 2)}
+    batch = {"x": torch.randn(6, 2), "table": torch.ones(6, 2)}
+    with pytest.raises(pnn.RuntimeFault, match="a batch of 6 does not divide into 7"):
+        divide(batch, 7, example)
+    example = {"x": torch.ones(2, 2), "table": torch.ones(3, 2)}
+    pieces = divide(batch, 4, example)  # the table has as many rows as the batch by chance
+    assert [(len(piece["x"]), len(piece["table"])) for piece in pieces] == [
+        (2, 6), (2, 6), (1, 6), (1, 6)
+    ]  # fmt: skip
 
 
 def _convolutions() -> pnn.Compiled:

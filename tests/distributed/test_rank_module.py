@@ -65,12 +65,12 @@ def _train_in_one_process(
             compiled,
             ranks,
             named,
-            lambda outputs, _: _loss(outputs, None) / micro,
+            lambda outputs: _loss(torch.cat(outputs), None),
             seed=SEED + number,
         )
         torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
-        losses.append(sum(loss.item() for loss in engines[-1].losses.values()))
+        losses.append(engines[-1].loss_value.item())
     with torch.no_grad():
         return {
             "losses": losses, "state": module.state_dict(), "outputs": module.eval()(batches[0]),

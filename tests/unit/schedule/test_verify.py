@@ -191,7 +191,7 @@ def test_ranks_that_meet_for_every_message_end_with_the_same_gradients(
     meeting, inputs = _Meeting(), [named_batch(compiled, example)]
     engines = [
         Engine(RankPieces(compiled, placement, rank), inputs, _MeetingTransport(meeting, rank),
-               state_shapes(compiled, inputs), lambda outputs, _: outputs.square().mean())
+               state_shapes(compiled, inputs), lambda outputs: outputs[0].square().mean())
         for rank in range(max(placement) + 1)
     ]  # fmt: skip
     problems: list[BaseException] = []
