@@ -10,13 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-
 from passes.errors import OptionError
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
+    from pnn_compile.report.terminal import PlainConsole
 
 __all__ = [
     "CALIBRATION_BATCH",
@@ -44,10 +43,12 @@ def checks(report: VerifyReport) -> list[dict[str, Any]]:
     return [asdict(check) | {"passed": check.passed} for check in report.checks]
 
 
-def console() -> Console:
+def console() -> PlainConsole:
     """The terminal's own width; 100 columns where the output is no terminal."""
+    from pnn_compile.report.terminal import PlainConsole
+
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(highlight=False, width=width)
+    return PlainConsole(width=width)
 
 
 def open_target(
@@ -75,7 +76,9 @@ class Progress:
     """A spinner on stderr, for a terminal only."""
 
     def __init__(self, silent: bool) -> None:
-        self._console = Console(stderr=True, quiet=silent or not sys.stderr.isatty())
+        from pnn_compile.report.terminal import PlainConsole
+
+        self._console = PlainConsole(stderr=True, quiet=silent or not sys.stderr.isatty())
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[Callable[[str], object]]:

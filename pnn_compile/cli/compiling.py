@@ -222,6 +222,6 @@ def _show(
     if checked is not None:
         screen.print(checks_table(checked))
     if output is not None:
-        screen.print(f"saved to {output}", highlight=False)
+        screen.print(f"saved to {output}")
     for each in exported:
-        screen.print(str(each), highlight=False)
+        screen.print(str(each))
