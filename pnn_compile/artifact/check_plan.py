@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch.utils import _pytree as pytree
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError
 from passes.ir.interpreter import Interpreter
-from passes.ir.isolation import preserved
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
 from passes.transform.split import Stages, split
 from passes.transform.synthesize import Operators, synthesize
+from pnn_compile.artifact.functions import is_fragile
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.tensors import Record, TensorReader
 
@@ -59,33 +60,45 @@ def _specs(plan: Plan) -> Iterator[tuple[str, str, TensorSpec]]:
 
 
 class _Shapes(Interpreter):
-    """Records the shapes of all single tensors."""
+    """Records the shapes of all single tensors, and which nodes were run."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.done: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        self.done.add(n.name)
         if isinstance(value, torch.Tensor):
             self.shapes[n.name] = tuple(value.shape)
         return value
 
 
 def _shapes(program: Program) -> Mapping[str, tuple[int, ...]]:
-    recorder = _Shapes(program.module)
+    """Return the shapes of all values; the program runs without data, and if it can with them."""
+    mode = FakeTensorMode()
+    shell = _without_data(program, mode, "cpu")
+    recorder = _Shapes(shell.module)
     try:
-        with preserved(program.module), FakeTensorMode(allow_non_fake_inputs=True):
-            recorder.run(*program.fresh_inputs())
-    except Exception:  # a branch on values, an operator without a rule for shapes: run it then
-        try:
-            facts = observe(program)
-        except Exception as error:
-            raise ArtifactError(
-                f"the program does not run on its example inputs ({type(error).__name__}: {error})"
-            ) from error
-        return {n.name: fact.spec.shape for n, fact in facts.items() if fact.spec is not None}
-    return recorder.shapes
+        with mode:
+            recorder.run(*[shell.args[str(node.target)] for node in shell.inputs])
+        return recorder.shapes
+    except Exception as without_data:  # a branch on values, or an operator without such a rule
+        for node in program.graph.nodes:
+            if is_fragile(node.target) and node.name not in recorder.done:
+                raise ArtifactError(
+                    f"whether {node.target} can run at {node.name} is not known ({without_data})"
+                ) from without_data
+    if program.device.type == "meta":
+        return recorder.shapes
+    try:
+        facts = observe(program)
+    except Exception as error:
+        raise ArtifactError(
+            f"the program does not run on its example inputs ({type(error).__name__}: {error})"
+        ) from error
+    return {n.name: fact.spec.shape for n, fact in facts.items() if fact.spec is not None}
 
 
 def check_operators(
@@ -102,7 +115,9 @@ def check_operators(
     Raises:
         ArtifactError: One is missing or has another shape, or they are larger than the files.
     """
-    shell = program if program.device.type == "meta" else _without_data(program)
+    shell = program
+    if program.device.type != "meta":
+        shell = _without_data(program, nullcontext(), "meta")
     stages = split(shell, plan)
     operators = synthesize(shell, plan, stages)
     tensors = {name: tensor for name, _, tensor in operator_tensors(shell, stages, operators)}
@@ -141,17 +156,18 @@ def operator_tensors(
             yield name, "buffer", buffer
 
 
-def _without_data(program: Program) -> Program:
-    """Copy a program, with all tensors on the meta device, example inputs included."""
+def _without_data(program: Program, mode: AbstractContextManager[Any], device: str) -> Program:
+    """Copy a program, with tensors without data in place of all others, example inputs included."""
 
     def shell_of(leaf: Any) -> Any:
-        return torch.empty_like(leaf, device="meta") if isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        with mode:
+            shell = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+            return (
+                nn.Parameter(shell, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else shell
+            )
 
-    shells: dict[int, Any] = {}
-    for _, tensor in named_tensors(program.module):
-        shell = shell_of(tensor)
-        if isinstance(tensor, nn.Parameter):
-            shell = nn.Parameter(shell, requires_grad=tensor.requires_grad)
-        shells.setdefault(id(tensor), shell)
+    shells = {id(tensor): shell_of(tensor) for _, tensor in named_tensors(program.module)}
     args = pytree.tree_map(shell_of, dict(program.args))
     return dataclasses.replace(program, module=copy.deepcopy(program.module, shells), args=args)

@@ -33,7 +33,6 @@ from passes.errors import ArtifactError, CaptureError, PnnError
 from passes.ir.program import Program
 from passes.pipeline import PassResult
 from passes.plan.schema import Plan
-from pnn_compile.artifact.atomic import recover, replace_directory
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.program_json import (
@@ -48,6 +47,7 @@ from pnn_compile.artifact.program_json import (
     training_modes,
 )
 from pnn_compile.artifact.tensors import TensorFile, TensorReader, TensorWriter, assign
+from pnn_compile.atomic import recover, replace_directory
 from pnn_compile.compiled import Compiled, check_replayed, replay
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def load(
     fits = _file_errors(folder / _PLAN) if model is None else _model_errors(folder)
     with fits:
         check_replayed(program, plan)
-        if not without_data:
-            check_states(program, plan)
+        check_states(program, plan)
     with _file_errors(folder / _WEIGHTS):
         check_operators(program, plan, data["network"]["tensors"], weights)
     with _file_errors(folder / _PLAN):

@@ -29,7 +29,13 @@ from passes.ir.program import (
     set_provenance,
     verify_graph,
 )
-from pnn_compile.artifact.functions import check_attribute, check_method, function, function_name
+from pnn_compile.artifact.functions import (
+    check_attribute,
+    check_enums,
+    check_method,
+    function,
+    function_name,
+)
 from pnn_compile.artifact.modules import ModuleWriter, build, is_container, named_tensors
 from pnn_compile.artifact.tensors import (
     Record,
@@ -438,6 +444,7 @@ def _read_graph(records: list[Data]) -> fx.Graph:
             target = function(target)
             if target is getattr:
                 check_attribute(args, kwargs)
+            check_enums(target, args, kwargs)
         else:
             target = _check_target(op, target)
         node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)

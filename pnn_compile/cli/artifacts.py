@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from passes.errors import OptionError, VerificationError
-from pnn_compile.cli.common import CALIBRATION_BATCH, Progress, checks, console, open_target
+from pnn_compile.cli.common import (
+    CALIBRATION_BATCH,
+    Progress,
+    checks,
+    console,
+    open_target,
+    write_file,
+)
 from pnn_compile.cli.exporting import is_onnx, show_onnx
 from pnn_compile.cli.options import ARG, DEBUG, JSON, stages_option
 
@@ -111,19 +118,19 @@ def _write_files(
     if dot is not None:
         from pnn_compile.export.graph_formats import to_dot
 
-        _write(dot, to_dot(compiled.graph))
+        write_file(dot, to_dot(compiled.graph))
     if mermaid is not None:
         from pnn_compile.export.graph_formats import to_mermaid
 
-        _write(mermaid, to_mermaid(compiled.graph, depth))
+        write_file(mermaid, to_mermaid(compiled.graph, depth))
     if graphml is not None:
         from pnn_compile.export.graph_formats import to_graphml
 
-        _write(graphml, to_graphml(compiled.graph))
+        write_file(graphml, to_graphml(compiled.graph))
     if trace is not None:
         from passes.schedule.trace import step_trace
 
-        _write(trace, json.dumps(step_trace(compiled.plan)))
+        write_file(trace, json.dumps(step_trace(compiled.plan)))
 
 
 def _plan(target: str, opened: partial[Compiled]) -> Plan:
@@ -150,13 +157,6 @@ def _compare(before: Plan, after: Plan, names: tuple[str, str], as_json: bool) -
         click.echo(json.dumps(asdict(found), indent=2))
     else:
         console().print(comparison_table(found, names))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror}") from error
 
 
 @click.command()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from passes.errors import OptionError
+from pnn_compile.atomic import write_text
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -24,6 +25,7 @@ __all__ = [
     "console",
     "numbers",
     "open_target",
+    "write_file",
 ]
 
 CALIBRATION_BATCH = 128
@@ -36,6 +38,14 @@ def numbers(text: str, option: str) -> list[int]:
     if not all(word.isdigit() and int(word) > 0 for word in words):
         raise OptionError(f"{option} must be numbers by comma, such as 2,3,6 (got {text!r})")
     return [int(word) for word in words]
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file, completely or not at all."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def checks(report: VerifyReport) -> list[dict[str, Any]]:

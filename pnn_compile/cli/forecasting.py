@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from passes.errors import OptionError
-from pnn_compile.cli.common import Progress, console, numbers
+from pnn_compile.cli.common import Progress, console, numbers, write_file
 from pnn_compile.cli.options import ARG, CACHE, DEBUG, JSON, compiler_options
 
 __all__ = ["counts", "forecast_command", "profile_command"]
@@ -140,10 +140,7 @@ def profile_command(
         found = measure_device(kind, threads=threads, name=name, progress=say)
     text = write_profile(found)
     if output is not None:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OptionError(f"{output} cannot be written: {error.strerror}") from error
+        write_file(output, text)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:

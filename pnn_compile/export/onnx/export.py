@@ -6,9 +6,6 @@ checks have passed, so that a failed export leaves what was there before.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ import torch
 
 from passes.errors import ArtifactError, ExportError
 from passes.ir.isolation import preserved
+from pnn_compile.atomic import replace_entries
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
 from pnn_compile.export.onnx.run import StageExecutor, session
@@ -153,14 +151,7 @@ def _drafting(folder: Path) -> Iterator[Path]:
         ExportError: Something cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as name:
-            draft = Path(name)
+        with replace_entries(folder) as draft:
             yield draft
-            for entry in sorted(draft.iterdir()):
-                target = folder / entry.name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                os.replace(entry, target)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode, parse
+from pnn_compile.atomic import recover_entries
 
 SCHEMA = 1
 """Version of the format."""
@@ -137,6 +138,7 @@ class Manifest:
         """
         file = Path(path)
         file = file / MANIFEST if file.is_dir() else file
+        recover_entries(file.parent)
         try:
             data = parse(file.read_text(encoding="utf-8"))
             if isinstance(data, dict) and data.get("schema") != SCHEMA:
