@@ -6,9 +6,28 @@ prints it in one piece, without a traceback, and exits with 2 (3 for `Verificati
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Write out what a terminal would obey, such as escape sequences in a name from a file.
+
+    >>> print(printable("stage \x1b[2J of\nmodel"))
+    stage \x1b[2J of
+    model
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
 
 class PnnError(Exception):
     """Base class of all errors of the compiler."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class OptionError(PnnError):

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.cost.node_facts import observe
-from passes.errors import ArtifactError, OptionError
+from passes.errors import ArtifactError, OptionError, printable
 from passes.ir.program import Program, graph_module, resolve
 from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
@@ -70,8 +70,8 @@ class Compiled:
     def __repr__(self) -> str:
         plan = self.plan
         return (
-            f"<{type(self).__name__} {plan.model}: {len(plan.stages)} stages, {plan.correction} "
-            f"form, K = {plan.iterations}>"
+            f"<{type(self).__name__} {printable(plan.model)}: {len(plan.stages)} stages, "
+            f"{plan.correction} form, K = {plan.iterations}>"
         )
 
     @cached_property

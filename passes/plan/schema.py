@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from passes.coarse.family import names_of, options_of
 from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec
 from passes.errors import ArtifactError
+from passes.ir.checked_json import decode, parse
 from passes.ir.tensor_spec import Value
 
 SCHEMA = 1
@@ -341,13 +341,13 @@ class Plan:
                 unknown or of another type; the message names the place.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ArtifactError(f"the plan is not JSON ({error})") from error
+            data = parse(text)
+        except ArtifactError as error:
+            raise ArtifactError(f"the plan is {error}") from error
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
             raise ArtifactError(f"the plan has schema {schema!r}, this version reads {SCHEMA}")
-        plan: Plan = _decode(cls, data, "plan")
+        plan: Plan = decode(cls, data, "plan", _refine)
         if plan.forecast.sequential and not plan.forecast.slowest:
             plan = dataclasses.replace(plan, forecast=_with_parts(plan))
         return plan
@@ -370,48 +370,16 @@ def _with_parts(plan: Plan) -> Forecast:
     return dataclasses.replace(forecast, slowest=slowest, sweep=sweep, tail=tail)
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
-    """Rebuild a value of the annotated type `kind` from plain JSON data."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_record(kind, data, where)
-    if type(None) in arguments:
-        return None if data is None else _decode(arguments[0], data, where)
-    if origin is tuple and isinstance(data, list):
-        kinds = arguments[:1] * len(data) if ... in arguments else arguments
-        if len(kinds) != len(data):
-            raise ArtifactError(f"{where} should have {len(kinds)} items, found {len(data)}")
-        pairs = enumerate(zip(kinds, data, strict=True))
-        return tuple(_decode(inner, item, f"{where}[{i}]") for i, (inner, item) in pairs)
-    if origin is Mapping and isinstance(data, dict):
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if isinstance(kind, type) and type(data) is kind:
-        return data
-    name = "list" if origin is tuple else getattr(kind, "__name__", str(kind))
-    raise ArtifactError(f"{where} should be {name}, found {type(data).__name__}")
-
-
-def _decode_record(kind: Any, data: Any, where: str) -> Any:
-    """Rebuild a dataclass; fields with defaults may be missing."""
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{where} should be an object, found {type(data).__name__}")
-    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in fields(kind)}
-    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
-    for name in needed:
-        if name not in data:
-            raise ArtifactError(f"{where}.{name} is missing: it needs {', '.join(needed)}")
-    if unknown := sorted(set(data) - set(hints)):
-        raise ArtifactError(f"{where} has unknown fields ({', '.join(unknown)})")
-    if issubclass(kind, OperatorSpec):
-        hints["options"] = _options_of(kind, data["family"], f"{where}.family")
-    return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in data})
+def _refine(kind: Any, data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the type of the options of an operator."""
+    if not issubclass(kind, OperatorSpec):
+        return {}
+    return {"options": _options_of(kind, data["family"], f"{where}.family")}
 
 
 def _options_of(kind: type[OperatorSpec], family: Any, where: str) -> type:
     """Return the class of the options that the name of a family implies."""
-    parts = _decode(str, family, where).split("+")
+    parts = decode(str, family, where).split("+")
     names = names_of(kind.role, summed=len(parts) > 1)
     for index, part in enumerate(parts):
         if part not in names:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
+import torch
 from torch import nn
 
 from passes.capture.refold import dropouts
@@ -38,10 +40,14 @@ class Operators:
 
 
 def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
-    """Build every operator of a plan; the same plan and seed give the same initial weights."""
+    """Build every operator of a plan; the same plan and seed give the same initial weights.
+
+    Of a program without data, on the meta device, they are built without data, whatever their size.
+    """
     preprocess: dict[int, nn.Module] = {}
     coarse: dict[int, nn.Module] = {}
-    with seeded(plan.seed):
+    without_data = program.device.type == "meta"
+    with seeded(plan.seed), torch.device("meta") if without_data else nullcontext():
         for number, stage in enumerate(plan.stages):
             if stage.preprocess is None or stage.coarse is None:
                 continue

@@ -34,7 +34,7 @@ from passes.ir.example_inputs import call_signature
 from passes.ir.program import Program
 from passes.pipeline import PassResult
 from passes.plan.schema import Plan
-from pnn_compile.artifact.atomic import recover, replace_directory
+from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.program_json import (
     few,
@@ -42,12 +42,14 @@ from pnn_compile.artifact.program_json import (
     inputs_from_data,
     program_from_data,
     program_to_data,
+    read_data,
     restore_tensors,
     set_training_modes,
     training_modes,
 )
 from pnn_compile.artifact.tensors import TensorFile, TensorReader, TensorWriter, assign
-from pnn_compile.compiled import Compiled, replay
+from pnn_compile.atomic import recover, replace_directory
+from pnn_compile.compiled import Compiled, check_replayed, replay
 
 if TYPE_CHECKING:
     from pnn_compile.forecast.table import ForecastTable
@@ -93,7 +95,9 @@ def save(compiled: Compiled, path: str | Path, forecast: ForecastTable | None = 
     plan = dataclasses.replace(compiled.plan, fingerprint=program.fingerprint)
     data, values = program_to_data(program)
     writer = TensorWriter()
-    for name, kind, tensor in _operator_tensors(compiled):
+    for name, kind, tensor in operator_tensors(
+        compiled.program, compiled.stages, compiled.operators
+    ):
         writer.add(name, kind, tensor)
     data["network"] = {"training": training_modes(compiled.module), "tensors": writer.records}
     report = _report(compiled, forecast)
@@ -149,37 +153,37 @@ def load(
     start = time.perf_counter()
     folder = Path(path)
     plan = load_plan(folder)
-    data = _read(folder / _PROGRAM, _read_json)
+    data = _read(folder / _PROGRAM, _read_program_file)
     read_tensors = TensorFile if without_data else load_file
     values: Mapping[str, torch.Tensor] = _read(folder / _TENSORS, read_tensors)
     weights: Mapping[str, torch.Tensor] = _read(folder / _WEIGHTS, read_tensors)
     if without_data:
-        with _file_errors(folder / _PROGRAM):
-            _drop_data(data)
+        _drop_data(data)
     if model is not None:
         program = _capture(folder, data, values, model)
     else:
-        unknown = data.get("unknown")
-        if isinstance(unknown, list) and unknown:
+        if unknown := data["unknown"]:
             raise ArtifactError(
                 f"{folder} has no program, because an artifact cannot store all of it "
-                f"({few(list(map(str, unknown)))}): "
+                f"({few(unknown)}): "
                 f"use pnn.load({str(folder)!r}, model=...)"
             )
         with _file_errors(folder / _PROGRAM):
             program = program_from_data(data, values)
     load_pass = PassResult("load", time.perf_counter() - start)
-    if model is None:
-        with _file_errors(folder / _PLAN):
-            compiled = replay(program, plan, load_pass)
-    else:
-        compiled = _replay_over(folder, program, plan, load_pass)
+    fits = _file_errors(folder / _PLAN) if model is None else _model_errors(folder)
+    with fits:
+        check_replayed(program, plan)
+        check_states(program, plan)
+    with _file_errors(folder / _WEIGHTS):
+        check_operators(program, plan, data["network"]["tensors"], weights)
+    with _file_errors(folder / _PLAN):
+        compiled = replay(program, plan, load_pass)
+    if model is not None:
         with _file_errors(folder / _TENSORS):
             restore_tensors(program, data, values)
-    with _file_errors(folder / _PROGRAM):
-        network = data["network"]
     with _file_errors(folder / _WEIGHTS):
-        _restore_network(compiled, network, weights)
+        _restore_network(compiled, data["network"], weights)
     return compiled
 
 
@@ -205,7 +209,7 @@ def tensor_readers(path: str | Path) -> tuple[TensorReader, TensorReader]:
     """
     folder = Path(path)
     _check_artifact(folder)
-    data = _read(folder / _PROGRAM, _read_json)
+    data = _read(folder / _PROGRAM, _read_program_file)
     values, weights = _read(folder / _TENSORS, TensorFile), _read(folder / _WEIGHTS, TensorFile)
     with _file_errors(folder / _PROGRAM):
         return (
@@ -309,27 +313,10 @@ def _check_modules(compiled: Compiled) -> None:
                 )
 
 
-def _operator_tensors(compiled: Compiled) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield name, kind and value of the operators' tensors that no stage shares."""
-    pieces = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
-    shared = {id(tensor) for piece in pieces for _, tensor in named_tensors(piece)}
-    operators = compiled.operators.named()
-    for name, parameter in operators.named_parameters():
-        if id(parameter) not in shared:
-            yield name, "parameter", parameter
-    for name, buffer in operators.named_buffers():
-        if id(buffer) not in shared:
-            yield name, "buffer", buffer
-
-
 def _restore_network(
     compiled: Compiled, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> None:
     records = network["tensors"]
-    stored = {record["name"] for record in records}
-    missing = [name for name, _, _ in _operator_tensors(compiled) if name not in stored]
-    if missing:
-        raise ArtifactError(f"{len(missing)} weights are missing ({', '.join(missing[:3])})")
     targets = dict(named_tensors(compiled.operators.named()))
     reader = TensorReader(records, weights)
     assign(targets, records, reader, "the network of the plan")
@@ -342,7 +329,7 @@ def _capture(
     """Capture the user's model on the example inputs of the artifact."""
     with _file_errors(folder / _PROGRAM):
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
-        dynamic, notes = bool(data["dynamic_batch"]), data["capture"]["notes"]
+        dynamic, notes = data["dynamic_batch"], data["capture"]["notes"]
     args, kwargs = _call(model, inputs)
     try:
         return capture(model, args, kwargs, dynamic_batch=dynamic)
@@ -353,9 +340,11 @@ def _capture(
         ) from error
 
 
-def _replay_over(folder: Path, program: Program, plan: Plan, load_pass: PassResult) -> Compiled:
+@contextmanager
+def _model_errors(folder: Path) -> Iterator[None]:
+    """Turn an error about a plan into one about the model that was given."""
     try:
-        return replay(program, plan, load_pass)
+        yield
     except PnnError as error:
         raise ArtifactError(f"{folder} does not fit the model that was given: {error}") from error
 
@@ -403,8 +392,5 @@ def _read(file: Path, read: Callable[[Path], _T]) -> _T:
         return read(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    data = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ArtifactError(f"should hold a JSON object, holds a {type(data).__name__}: {_ADVICE}")
-    return data
+def _read_program_file(file: Path) -> dict[str, Any]:
+    return read_data(file.read_text(encoding="utf-8"))

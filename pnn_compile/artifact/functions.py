@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import fx
 from torch.nn import functional as F
 
 from passes.errors import ArtifactError
@@ -65,7 +66,15 @@ _MATH = _words(
 _EXCLUDED = re.compile(
     "autocast|lobpcg|from_file|record_stream|set_?|set_data|resize.*|fbgemm_.*|quantized_.*"
     "|cudnn_.*|miopen_.*|mkldnn_.*|sparse_.*|triplet_margin_with_distance_loss"
+    # These trust sizes and indices of their operands: with others they crash the process.
+    "|.*_backward(_.*)?|segment_reduce|ctc_loss|lu_unpack|(linalg_)?eig(vals)?|promote_types"
+    "|_?native_batch_norm.*|batch_norm_(?!inference).*|quantize_per_.*|choose_qparams.*"
 )
+
+_FRAGILE = re.compile(
+    "_fft_.*|_weight_norm.*|_embedding_bag.*|_convolution.*|(lstm|gru|rnn_tanh|rnn_relu)(_cell)?"
+)
+"""Operators that trust sizes of their operands, but follow shapes without data safely."""
 
 _EXCLUDED_METHODS = _words(
     "apply_ as_subclass backward const_data_ptr data_ptr map2_ map_ module_load numpy "
@@ -76,8 +85,7 @@ _EXCLUDED_METHODS = _words(
 _PRIVATE_ATEN = re.compile(
     "__(and|or|xor|lshift|rshift|iand|ior|ixor|ilshift|irshift)__"
     "|_adaptive_avg_pool[23]d|_assert_async|_conj|_convolution|_embedding_bag|_fft_.*"
-    "|_log_softmax|_native_batch_norm_legit.*|_pack_padded_sequence|_pad_packed_sequence"
-    "|_prelu_kernel|_safe_softmax|_softmax|_to_copy"
+    "|_log_softmax|_prelu_kernel|_safe_softmax|_softmax|_to_copy"
     "|_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?|_unsafe_(view|index)"
     "|_scaled_dot_product_attention_math|_upsample_.*|_weight_norm(_interface)?"
 )
@@ -159,6 +167,37 @@ def function(name: str) -> Callable[..., Any]:
     if name not in _functions():
         raise ArtifactError(f"function {name!r} is not among those that a graph may call")
     return _functions()[name]
+
+
+def is_fragile(target: Any) -> bool:
+    """Return whether an operator may only run where its operands are known to fit."""
+    operator_name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    return _FRAGILE.fullmatch(operator_name.partition("::")[2]) is not None
+
+
+_ENUM_TYPES = {
+    "ScalarType": torch.dtype,
+    "Layout": torch.layout,
+    "MemoryFormat": torch.memory_format,
+}
+
+
+def check_enums(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check that an operator gets no number for a dtype: it would take it for its code, unchecked.
+
+    Raises:
+        UnsupportedError: It gets one.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    arguments = target._schema.arguments
+    values = dict(zip((argument.name for argument in arguments), args, strict=False)) | {**kwargs}
+    for argument in arguments:
+        kind = _ENUM_TYPES.get(re.sub(r"Optional\[(.*)\]", r"\1", str(argument.real_type)))
+        value = values.get(argument.name)
+        is_read = isinstance(value, fx.Node) and value.target is getattr
+        if kind is not None and value is not None and not (is_read or isinstance(value, kind)):
+            raise UnsupportedError(f"{argument.name}={value!r} of {target}")
 
 
 @cache

@@ -27,6 +27,7 @@ from pnn_compile.artifact.values import UnsupportedError, decode, encode
 _NOT_LEAVES = (
     nn.Container, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
     nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.modules.lazy.LazyModuleMixin,
+    nn.CTCLoss,  # see functions.py
 )  # fmt: skip
 _PLACEMENT = ("device", "dtype")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import fx, nn
 
 from passes.capture.train_eval import ByMode
 from passes.errors import ArtifactError
+from passes.ir.checked_json import decode as decode_json
+from passes.ir.checked_json import parse
 from passes.ir.program import (
     CaptureReport,
     Program,
@@ -27,9 +29,21 @@ from passes.ir.program import (
     set_provenance,
     verify_graph,
 )
-from pnn_compile.artifact.functions import check_attribute, check_method, function, function_name
+from pnn_compile.artifact.functions import (
+    check_attribute,
+    check_enums,
+    check_method,
+    function,
+    function_name,
+)
 from pnn_compile.artifact.modules import ModuleWriter, build, is_container, named_tensors
-from pnn_compile.artifact.tensors import Record, TensorReader, TensorWriter, assign
+from pnn_compile.artifact.tensors import (
+    Record,
+    TensorReader,
+    TensorRecord,
+    TensorWriter,
+    assign,
+)
 from pnn_compile.artifact.values import (
     UnsupportedError,
     check_identifier,
@@ -41,6 +55,75 @@ from pnn_compile.artifact.values import (
 SCHEMA = 1
 
 Data = dict[str, Any]
+
+_Modes = TypedDict("_Modes", {"default": bool, "except": list[str]})
+
+
+class _Node(TypedDict):
+    name: str
+    op: str
+    path: str
+    source: str
+    target: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+_Module = TypedDict(
+    "_Module",
+    {
+        "path": str,
+        "same_as": NotRequired[str],
+        "class": NotRequired[str],
+        "arguments": NotRequired[dict[str, Any]],
+        "by_mode": NotRequired[dict[str, list[_Node]]],
+    },
+)
+
+
+class _Network(TypedDict):
+    training: _Modes
+    tensors: list[TensorRecord]
+
+
+class _Capture(TypedDict):
+    rung: str
+    rejected: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class _Program(TypedDict):
+    name: str
+    dynamic_batch: bool
+    capture: _Capture
+    unknown: list[str]
+    inputs: dict[str, Any]
+    fixed: NotRequired[dict[str, Any]]
+    training: _Modes
+    modules: list[_Module] | None
+    tensors: list[TensorRecord]
+    nodes: list[_Node] | None
+
+
+class _SavedProgram(_Program):
+    network: _Network
+
+
+def read_data(text: str) -> Data:
+    """Read the text of a program, and check the types of all that it holds.
+
+    Raises:
+        ArtifactError: It is not JSON, has another schema, or a value is of another type.
+    """
+    try:
+        data = parse(text)
+    except ArtifactError as error:
+        raise ArtifactError(f"the program is {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"should hold a JSON object, holds a {type(data).__name__}")
+    _check_schema(data)
+    checked: Data = decode_json(_SavedProgram, data, "program")
+    return checked
 
 
 def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
@@ -216,10 +299,10 @@ def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Progra
             its graph.
     """
     _check_schema(data)
-    if data.get("unknown"):
+    if data.get("unknown") or data.get("nodes") is None or data.get("modules") is None:
         raise ArtifactError(f"the program contains {few(data['unknown'])}, which has no form here")
     try:
-        return _read_program(data, tensors)
+        return _read_program(decode_json(_Program, data, "program"), tensors)
     except UnsupportedError as error:
         raise ArtifactError(f"{error} is not among what an artifact may contain") from error
     except ArtifactError:
@@ -230,7 +313,7 @@ def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Progra
 
 def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     reader = TensorReader(data["tensors"], tensors)
-    root = _read_modules(data["modules"])
+    root = _read_modules(data["modules"], len(data["tensors"]))
     _set_tensors(root, data["tensors"], reader)
     name = check_identifier(data["name"])
     module = graph_module(root, _read_graph(data["nodes"]), name)
@@ -239,12 +322,15 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     for node in module.graph.find_nodes(op="call_module"):
         if is_container(module.get_submodule(str(node.target))):
             raise ArtifactError(f"node {node.name!r} calls {node.target}, which is not described")
-    capture = data["capture"]
+    inputs = inputs_from_data(data, tensors)
+    expected = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    if sorted(inputs) != sorted(expected):
+        raise ArtifactError(f"the example inputs are not those of the graph ({few(expected)})")
     return Program(
         module=module,
-        args=inputs_from_data(data, tensors),
-        dynamic_batch=bool(data["dynamic_batch"]),
-        capture=CaptureReport(capture["rung"], tuple(capture["rejected"]), tuple(capture["notes"])),
+        args=inputs,
+        dynamic_batch=data["dynamic_batch"],
+        capture=CaptureReport(**data["capture"]),
         name=name,
         unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},
         fixed=fixed_from_data(data),
@@ -267,8 +353,13 @@ def _of_kind(data: Data, *kinds: str) -> list[Record]:
     return [record for record in data["tensors"] if record["kind"] in kinds]
 
 
-def _read_modules(records: list[Data]) -> nn.Module:
-    """Build the modules on the meta device, in the order of the records."""
+def _read_modules(records: list[Data], tensors: int) -> nn.Module:
+    """Build the modules on the meta device, in the order of the records.
+
+    Args:
+        records: The records.
+        tensors: How many tensors there are: no module has more layers than that.
+    """
     root = nn.Module()
     for record in records:
         parent, _, name = check_path(record["path"]).rpartition(".")
@@ -277,6 +368,9 @@ def _read_modules(records: list[Data]) -> nn.Module:
         if "same_as" in record:
             module = root.get_submodule(check_path(record["same_as"]))
         else:
+            layers = record["arguments"].get("num_layers", 1)
+            if isinstance(layers, int) and layers > tensors:  # each of them takes its time
+                raise ArtifactError(f"{record['path']} has {layers} layers and {tensors} tensors")
             module = build(record["class"], record["arguments"])
         _container(root, parent).add_module(name, module)
     for record in records:
@@ -350,6 +444,7 @@ def _read_graph(records: list[Data]) -> fx.Graph:
             target = function(target)
             if target is getattr:
                 check_attribute(args, kwargs)
+            check_enums(target, args, kwargs)
         else:
             target = _check_target(op, target)
         node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
@@ -399,6 +494,6 @@ def training_modes(module: nn.Module) -> Data:
 
 def set_training_modes(module: nn.Module, data: Data) -> None:
     """Set the modes that `training_modes` described."""
-    exceptions, default = set(data["except"]), bool(data["default"])
+    exceptions, default = set(data["except"]), data["default"]
     for name, child in module.named_modules(remove_duplicate=False):
         child.training = default != (name in exceptions)

@@ -2,7 +2,8 @@
 
 A record has `name`, `kind`, `shape` and `dtype`, and only where they differ from the default `key`
 (name of the stored values), `same_as` (name of the same tensor object), `stride`, `meta`,
-`requires_grad` and `persistent`. Two tied weights and a buffer on the same memory:
+`requires_grad` and `persistent`; `crc32` tells damaged values. Two tied weights and a buffer on the
+same memory:
 
     {"name": "embedding.weight", "kind": "parameter", "shape": [10, 4], "dtype": "float32"}
     {"name": "head.weight", "kind": "parameter", "same_as": "embedding.weight"}
@@ -12,9 +13,11 @@ A record has `name`, `kind`, `shape` and `dtype`, and only where they differ fro
 
 from __future__ import annotations
 
+import ctypes
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -24,6 +27,23 @@ from passes.errors import ArtifactError
 from pnn_compile.artifact.values import DTYPES
 
 Record = dict[str, Any]
+
+
+class TensorRecord(TypedDict):
+    """Types of the fields of a record."""
+
+    name: str
+    kind: Literal["parameter", "buffer", "unused", "input"]
+    shape: NotRequired[tuple[int, ...]]
+    dtype: NotRequired[str]
+    key: NotRequired[str]
+    same_as: NotRequired[str]
+    stride: NotRequired[list[int]]
+    crc32: NotRequired[int]
+    meta: NotRequired[bool]
+    requires_grad: NotRequired[bool]
+    persistent: NotRequired[bool]
+
 
 _STORABLE = (torch.Tensor, nn.Parameter)
 
@@ -86,7 +106,9 @@ class TensorWriter:
         if not tensor.is_contiguous() and _is_permuted(tensor.shape, tensor.stride()):
             record["stride"] = list(tensor.stride())
         key = self._store(name, tensor.detach())
-        return record if key == name else {**record, "key": key}
+        if key != name:
+            return {**record, "key": key}
+        return {**record, "crc32": _checksum(self.values[key])}
 
     def _store(self, name: str, tensor: torch.Tensor) -> str:
         # Tensors of the same memory and type share their stored values.
@@ -168,6 +190,12 @@ class TensorReader:
         stored = [r for r in self._records.values() if "same_as" not in r and not r.get("meta")]
         return dict.fromkeys(str(record.get("key", record["name"])) for record in stored)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the tensor of a record; that of its values where they are read."""
+        record = self._records[name]
+        record = self._records.get(str(record.get("same_as", name)), record)
+        return tuple(record["shape"]) if record.get("meta") else tuple(self.read(name).shape)
+
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor of a record, a Parameter if its kind is "parameter".
 
@@ -195,6 +223,9 @@ class TensorReader:
             raise ArtifactError(
                 f"{name} should be {list(shape)} {dtype}, found {list(value.shape)} {value.dtype}"
             )
+        crc32 = self._records.get(str(record.get("key", name)), record).get("crc32")
+        if not value.is_meta and crc32 is not None and crc32 != _checksum(value):
+            raise ArtifactError(f"the values of {name} are not those that were saved")
         if "stride" in record:
             value = _restride(value, record["stride"])
         is_parameter = record["kind"] == "parameter"
@@ -210,6 +241,12 @@ class TensorReader:
             paired = dtype.is_complex and value.dim() == len(shape) + 1 and value.shape[-1] == 2
             self._stored[key] = torch.view_as_complex(value) if paired else value
         return self._stored[key]
+
+
+def _checksum(value: torch.Tensor) -> int:
+    """Return the CRC-32 of the bytes of a contiguous tensor on the CPU."""
+    size = value.numel() * value.element_size()
+    return zlib.crc32((ctypes.c_char * size).from_address(value.data_ptr()) if size else b"")
 
 
 def _restride(value: torch.Tensor, stride: list[int]) -> torch.Tensor:

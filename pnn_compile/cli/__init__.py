@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from passes.errors import PnnError, VerificationError
+from passes.errors import PnnError, VerificationError, printable
 from pnn_compile.cli.benching import bench_command, run_command
 from pnn_compile.cli.compiling import compile_command
 from pnn_compile.cli.exporting import export_command
@@ -77,6 +77,13 @@ for _command in (
     cli.add_command(_command)
 
 
+class _Formatter(logging.Formatter):
+    """Writes out control characters: messages hold names from models and files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
@@ -89,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
     code = _run(lambda: cli.main(words, "pnn-compile", standalone_mode=False), debug)
     if arguments is None:
         sys.exit(code)

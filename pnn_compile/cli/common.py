@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
-from rich.console import Console
 
 from passes.coarse.family import family_help
 from passes.errors import OptionError
 from passes.options import Options
+from pnn_compile import atomic
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
+    from pnn_compile.report.terminal import PlainConsole
     from pnn_compile.sources import Source
 
 CALIBRATION_BATCH = 128
@@ -149,10 +150,12 @@ def checks_data(report: VerifyReport) -> list[dict[str, Any]]:
     return [dataclasses.asdict(check) | {"passed": check.passed} for check in report.checks]
 
 
-def console() -> Console:
+def console() -> PlainConsole:
     """Create a console of the terminal's width; of 100 columns where stdout is no terminal."""
+    from pnn_compile.report.terminal import PlainConsole
+
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(highlight=False, width=width)
+    return PlainConsole(width=width)
 
 
 def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...] = ()) -> Source:
@@ -200,15 +203,15 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file.
+    """Write a text file, completely or not at all.
 
     Raises:
         OptionError: The file cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        atomic.write_text(path, text)
     except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror}") from error
+        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class Progress:
@@ -219,7 +222,9 @@ class Progress:
     """
 
     def __init__(self, silent: bool) -> None:
-        self._console = Console(stderr=True, quiet=silent or not sys.stderr.isatty())
+        from pnn_compile.report.terminal import PlainConsole
+
+        self._console = PlainConsole(stderr=True, quiet=silent or not sys.stderr.isatty())
 
     @contextmanager
     def __call__(self, text: str) -> Iterator[Callable[[str], object]]:

@@ -219,6 +219,6 @@ def _show(
     if checked is not None:
         screen.print(checks_table(checked))
     if output is not None:
-        screen.print(f"saved to {output}", highlight=False)
+        screen.print(f"saved to {output}")
     for export in exported:
-        screen.print(str(export), highlight=False)
+        screen.print(str(export))

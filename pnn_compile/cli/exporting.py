@@ -57,7 +57,7 @@ def export_command(
     if as_json:
         click.echo(json.dumps(exported_data(exported), indent=2))
     else:
-        console().print(str(exported), highlight=False)
+        console().print(str(exported))
 
 
 def export_to(

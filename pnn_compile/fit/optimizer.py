@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from passes.errors import OptionError
+from pnn_compile.atomic import replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +144,11 @@ class FitState:
         self.losses.append(loss)
 
     def save(self) -> None:
-        """Write the file atomically; do nothing without one."""
+        """Write the file atomically; do nothing without one.
+
+        Raises:
+            OptionError: It cannot be written; an older one is unchanged.
+        """
         if self._file is None:
             return
         saved = {
@@ -154,9 +158,14 @@ class FitState:
             "losses": self.losses,
             "random": random_state(self._network),
         }
-        draft = self._file.with_name(self._file.name + ".part")
-        torch.save(saved, draft)
-        os.replace(draft, self._file)
+        try:
+            with replace_file(self._file) as draft:
+                torch.save(saved, draft)
+        except (OSError, RuntimeError) as error:  # torch raises the second on a full disk
+            raise OptionError(
+                f"the fit cannot be saved to {self._file} ({error}): make room or name another "
+                "file; a checkpoint from before is unchanged"
+            ) from error
 
     def _load(self, file: Path) -> None:
         try:

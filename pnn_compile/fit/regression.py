@@ -11,6 +11,7 @@ is taken whose error on held-out samples is within 5 % of the smallest:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,7 +99,11 @@ def _cheapest(results: Sequence[tuple[Operator, float]]) -> tuple[Operator, Oper
     results = sorted(results, key=lambda pair: pair[0].spec.flops)
     least = min(error for _, error in results)
     best, error = next(pair for pair in results if pair[1] <= _TOLERANCE * least)
-    tried = tuple(Trial(_label(one.spec), one.spec.flops, error) for one, error in results)
+    tried = tuple(
+        Trial(_label(one.spec), one.spec.flops, error)
+        for one, error in results
+        if math.isfinite(error)
+    )
     why = f"error {error:.3f} on held-out samples, best of {len(results)} tried: {least:.3f}"
     return best, replace(best.spec, why=why, tried=tried)
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from passes.cost.measured import Seconds, measure_seconds
+from passes.errors import ArtifactError
+from passes.ir.checked_json import decode, parse
 from passes.ir.program import Program
+from pnn_compile.atomic import write_text
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 3
@@ -122,14 +124,15 @@ def _digest(lines: Any) -> str:
 def _read(path: Path, conditions: dict[str, Any], count: int) -> list[Seconds] | None:
     """Return the seconds in a file; None if it does not exist or is damaged."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        seconds = [Seconds(float(a), float(b)) for a, b in data["seconds"]]
+        data = parse(path.read_text(encoding="utf-8"))
+        pairs = decode(list[tuple[float, float]], data["seconds"], "seconds")
+        seconds = [Seconds(*pair) for pair in pairs]
         if data["conditions"] == conditions and len(seconds) == count:
             return seconds
         _LOG.warning("%s is of another measurement: measuring again", path)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
         _LOG.warning("%s cannot be read (%s): measuring again", path, error)
     return None
 
@@ -139,11 +142,7 @@ def _write(path: Path, conditions: dict[str, Any], measured: Sequence[Seconds]) 
     text = json.dumps({"conditions": conditions, "seconds": measured}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".part", delete=False
-        ) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        write_text(path, text)
     except OSError as error:
         _LOG.warning("measured seconds are not cached: %s", error)
         return False

@@ -15,6 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import OptionError
+from pnn_compile.atomic import write_text
 from pnn_compile.export.graph_formats import format_count, format_size
 from pnn_compile.report.page_data import page_data
 
@@ -57,10 +58,10 @@ def write_report(compiled: Compiled, path: str | Path, dial: Sequence[DialRow] =
     target = Path(path)
     text = html_report(compiled, dial, quick_forecast(compiled))
     try:
-        target.write_text(text, encoding="utf-8")
+        write_text(target, text)
     except OSError as error:
         raise OptionError(
-            f"{target} cannot be written ({error.strerror}): give another path"
+            f"{target} cannot be written ({error.strerror or error}): give another path"
         ) from error
     return target
 

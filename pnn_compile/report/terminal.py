@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from passes.errors import printable
 from pnn_compile.export.graph_formats import format_count, format_seconds, format_size
 from pnn_compile.export.partition_graph import partition_graph
 from pnn_compile.report.tables import figures_table
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
     from pnn_compile.fit.train import FitReport
 
 
+class PlainConsole(Console):
+    """A console that shows text as it is: names of a model or a file are no markup and no codes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render anything; control characters are written out."""
+        for segment in super().render(renderable, options):
+            plain = segment.control or segment.text.isprintable()
+            yield segment if plain else Segment(printable(segment.text), segment.style)
+
+
 def render(compiled: Compiled, width: int = 100) -> str:
     """Return the report as plain text of at most `width` columns."""
     return to_text(report(compiled, width), width)
@@ -33,7 +49,7 @@ def render(compiled: Compiled, width: int = 100) -> str:
 
 def to_text(content: RenderableType, width: int = 100) -> str:
     """Render rich content as plain text without colors."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console = PlainConsole(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(content)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -259,27 +275,34 @@ def stage_tree(compiled: Compiled, depth: int = 2) -> Tree:
         depth: Number of levels of the module path to show.
     """
     plan = compiled.plan
-    root = Tree(f"[bold]{escape(plan.model)}[/bold]")
+    root = Tree(Text(plan.model, style="bold"))
     total = sum(stage.flops for stage in plan.stages) + plan.head.flops or 1
     module_flops = _flops_by_module(compiled, depth)
     for number, (stage, interface) in enumerate(zip(plan.stages, plan.interfaces, strict=True)):
         measured = f", {format_seconds(stage.seconds)}" if stage.seconds is not None else ""
         branch = root.add(
-            f"[bold]stage {number}[/bold]: {format_count(stage.flops)} FLOPs "
-            f"({stage.flops / total:.1%}){measured}, {format_count(stage.parameters)} parameters, "
-            f"{stage.nodes} nodes"
-        )
+            _labeled(
+                f"stage {number}", "bold",
+                f": {format_count(stage.flops)} FLOPs ({stage.flops / total:.1%}){measured}, "
+                f"{format_count(stage.parameters)} parameters, {stage.nodes} nodes",
+            )
+        )  # fmt: skip
         if stage.preprocess:
-            branch.add(f"[cyan]preprocess_{number}[/cyan] {operator_summary(stage.preprocess)}")
-        fine = branch.add(f"[blue]fine_{number}[/blue] {escape(module_span(stage))}")
+            summary = f" {operator_summary(stage.preprocess)}"
+            branch.add(_labeled(f"preprocess_{number}", "cyan", summary))
+        fine = branch.add(_labeled(f"fine_{number}", "blue", f" {module_span(stage)}"))
         _add_modules(fine, module_flops[number])
         if stage.coarse:
-            why = f" [dim]{escape(stage.coarse.why)}[/dim]" if stage.coarse.why else ""
-            branch.add(f"[green]coarse_{number}[/green] {operator_summary(stage.coarse)}{why}")
-        branch.add(f"[dim]state out[/dim] {escape(_state(interface))}")
-    head = root.add(f"[magenta]head[/magenta]: {format_count(plan.head.flops)} FLOPs")
+            label = _labeled(f"coarse_{number}", "green", f" {operator_summary(stage.coarse)}")
+            branch.add(label.append(f" {stage.coarse.why}".rstrip(), style="dim"))
+        branch.add(_labeled("state out", "dim", f" {_state(interface)}"))
+    head = root.add(_labeled("head", "magenta", f": {format_count(plan.head.flops)} FLOPs"))
     _add_modules(head, module_flops[-1])
     return root
+
+
+def _labeled(label: str, style: str, rest: str) -> Text:
+    return Text.assemble((label, style), rest)
 
 
 _MAX_MODULES = 6
@@ -287,10 +310,10 @@ _MAX_MODULES = 6
 
 def _add_modules(branch: Tree, module_flops: dict[str, int]) -> None:
     """Add modules in the order of the graph, of a long list the first and the last ones."""
-    lines = [f"{escape(name)} {format_count(flops)}" for name, flops in module_flops.items()]
+    lines = [Text(f"{name} {format_count(flops)}") for name, flops in module_flops.items()]
     if len(lines) > _MAX_MODULES:
         half = _MAX_MODULES // 2
-        more = f"[dim]... {len(lines) - _MAX_MODULES} more[/dim]"
+        more = Text(f"... {len(lines) - _MAX_MODULES} more", style="dim")
         lines = [*lines[:half], more, *lines[-half:]]
     for line in lines:
         branch.add(line)

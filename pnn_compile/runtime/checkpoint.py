@@ -14,12 +14,12 @@ placement where weights are tied.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from passes.errors import RuntimeFault
+from passes.ir.checked_json import decode
+from pnn_compile.atomic import recover, replace_directory
+from pnn_compile.runtime.checkpoint_files import check_plain, read, write
 from pnn_compile.runtime.data_parallel import full
 
 if TYPE_CHECKING:
@@ -36,6 +39,12 @@ _log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d+)")
 _MODEL, _STATE, _OPTIONS = "model.", "optimizer.state.", "optimizer.options."
 _ORIGINAL = re.compile(r"(?:fine_\d+|head)\.(.+)", re.DOTALL)
+
+
+class _Run(TypedDict):
+    steps: int
+    seed: int
+    plan: str
 
 
 class Stateful(Protocol):
@@ -51,11 +60,11 @@ class Stateful(Protocol):
 class Checkpoints:
     """Save and resume a run, one directory `step-N` per checkpoint; all ranks must call this.
 
-    A checkpoint is complete or absent: it is written under another name and then renamed, and older
+    A checkpoint is complete or absent: it is written beside its place and then renamed, and older
     ones are deleted only after that. It contains the network, the optimizer, the number of steps
     and the seed, so that with the same batches the run continues bit by bit as if it had not
-    stopped. It may be resumed on another number of ranks. Reading unpickles, as in
-    torch.distributed.checkpoint: read your own files only.
+    stopped. It may be resumed on another number of ranks. Reading runs nothing: of its pickles,
+    only plain data, tensors and torch.distributed.checkpoint's own records are read.
 
     Args:
         folder: Directory of all checkpoints, on a file system that all ranks share.
@@ -86,6 +95,7 @@ class Checkpoints:
         self._parts = dict(parts or {})
         self._keep = keep
         self._leads = dist.get_rank(self._group) == 0
+        self._first = dist.get_global_rank(self._group, 0)
 
     def save(self) -> Path:
         """Write a checkpoint of the last step.
@@ -148,25 +158,21 @@ class Checkpoints:
         values["run"] = {"steps": module.steps, "seed": module.seed, "plan": module.plan_digest}
         for name, part in self._parts.items():
             values[f"parts.{name}"] = part.state_dict()
-        draft = target.with_name(f".{target.name}.part")
+        check_plain(values)
+        with ExitStack() as stack:
+            draft: list[str | None] = [None]
+            if self._leads:
+                draft = [str(stack.enter_context(replace_directory(target.resolve(), _keep_none)))]
+            dist.broadcast_object_list(draft, self._first, self._group)
+            write(Path(str(draft[0])), values, self._group)
         if self._leads:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._drop(".step-*.part")
-        dist.barrier(self._group)
-        _write(draft, values, self._group)
-        if self._leads:
-            aside = target.with_name(f".{target.name}.old")
-            if target.exists():
-                self._drop(aside.name)
-                os.rename(target, aside)
-            os.rename(draft, target)
-            self._drop(".step-*.old")
             self._drop_older()
         dist.barrier(self._group)
 
     def _load(self, target: Path) -> None:
         module = self._module
-        run = _read(target, {"run": None}, self._group)["run"]
+        stored = read(target, {"run": None}, self._group)["run"]
+        run = decode(_Run, stored, "run")
         if run["plan"] != module.plan_digest:
             raise RuntimeFault(
                 "the checkpoint belongs to another plan: compile with the options of that "
@@ -175,7 +181,7 @@ class Checkpoints:
         module.steps, module.seed = run["steps"], run["seed"]
         named: dict[str, Any] = dict(_tensors(module))  # read in place
         named |= {f"parts.{name}": None for name in self._parts}
-        values = _read(target, named, self._group, self._optimizer)
+        values = read(target, named, self._group, self._optimizer)
         self._optimizer.load({key: values[key] for key in values.keys() - named.keys()})
         for name, part in self._parts.items():
             part.load_state_dict(values[f"parts.{name}"])
@@ -184,17 +190,11 @@ class Checkpoints:
         """Return the step of the newest checkpoint, on all ranks; None if there is none."""
         newest: list[int | None] = [None]
         if self._leads:
-            self._restore_replaced()
+            for hidden in self._folder.glob(".step-*"):  # left by a process that was killed
+                recover(self._folder.resolve() / hidden.name.split(".")[1], _keep_none)
             newest = [*self._steps()[-1:]] or [None]
-        dist.broadcast_object_list(newest, dist.get_global_rank(self._group, 0), self._group)
+        dist.broadcast_object_list(newest, self._first, self._group)
         return newest[0]
-
-    def _restore_replaced(self) -> None:
-        """Undo a replacement that was interrupted between its two renames."""
-        for aside in self._folder.glob(".step-*.old"):
-            target = aside.with_name(aside.name[1:].removesuffix(".old"))
-            if not target.exists():
-                os.rename(aside, target)
 
     def _steps(self) -> list[int]:
         """List the steps of all checkpoints, in order."""
@@ -203,13 +203,14 @@ class Checkpoints:
         matches = [_STEP.fullmatch(entry.name) for entry in self._folder.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
 
-    def _drop(self, pattern: str) -> None:
-        for folder in self._folder.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
-
     def _drop_older(self) -> None:
         for step in self._steps()[: -self._keep]:
             shutil.rmtree(self._folder / f"step-{step:08d}", ignore_errors=True)
+
+
+def _keep_none(entry: Path) -> bool:
+    """Carry nothing over from an older checkpoint."""
+    return False
 
 
 def _key_of(name: str) -> str:
@@ -351,58 +352,3 @@ def _common_options(keys: list[str], values: Mapping[str, Any]) -> dict[str, Any
                 "options in the checkpoint: create the same groups"
             )
     return options[0] if options else {}
-
-
-# torch.distributed.checkpoint is slow to import: the functions below do it when they are called.
-
-
-def _write(folder: Path, values: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Write the values of all ranks of a group; those of several ranks are written once."""
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    save(values, checkpoint_id=folder, planner=planner, process_group=group)
-
-
-def _read(
-    folder: Path,
-    values: dict[str, Any],
-    group: dist.ProcessGroup,
-    optimizer: _OptimizerState | None = None,
-) -> dict[str, Any]:
-    """Read values, on all ranks of a group.
-
-    Args:
-        folder: The checkpoint.
-        values: Tensors to read into, in place, and None for values that are no tensors.
-        group: All its ranks must call this.
-        optimizer: Selects further values to read.
-
-    Returns:
-        All values, by key.
-
-    Raises:
-        RuntimeFault: A key is missing.
-    """
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    missing = sorted(values.keys() - stored.keys())
-    if missing:
-        raise RuntimeFault(
-            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} in all): it is not a "
-            "checkpoint of this run"
-        )
-    values = dict(values)
-    for key in optimizer.keys_in(stored) if optimizer is not None else ():
-        described = stored[key]
-        values[key] = None
-        if optimizer is not None and isinstance(described, TensorStorageMetadata):
-            values[key] = optimizer.empty(key, described.size, described.properties.dtype)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    load(values, checkpoint_id=folder, planner=planner, process_group=group)
-    return values

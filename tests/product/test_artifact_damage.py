@@ -85,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no values": (remove("program.safetensors"), r"program\.safetensors is missing: restore"),
     "no weights": (remove("weights.safetensors"), r"weights\.safetensors is missing: restore"),
     "cut plan": (truncate("plan.json"), r"plan\.json: the plan is not JSON.*restore"),
-    "cut program": (truncate("program.json"), r"program\.json is damaged.*restore"),
+    "cut program": (truncate("program.json"), r"program\.json: the program is not JSON.*restore"),
     "cut values": (truncate("program.safetensors"), r"program\.safetensors is damaged.*restore"),
     "cut weights": (truncate("weights.safetensors"), r"weights\.safetensors is damaged.*restore"),
     "empty program": (
@@ -98,7 +98,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "nested plan": (
         write("plan.json", b"[" * 100_000),
-        r"plan\.json is damaged.*RecursionError",
+        r"plan\.json: the plan is not JSON \(RecursionError",
     ),
     "schema of plan": (
         edit_json("plan.json", set_item("schema", 99)),
@@ -110,11 +110,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "field of program": (
         edit_json("program.json", lambda data: data.pop("nodes")),
-        r"program\.json: malformed program \(KeyError: 'nodes'\); restore",
+        r"program\.json: program\.nodes is missing; restore",
     ),
     "network of program": (
         edit_json("program.json", lambda data: data.pop("network")),
-        r"program\.json is damaged.*'network'",
+        r"program\.json: program\.network is missing; restore",
     ),
     "missing value": (
         edit_tensors("program.safetensors", lambda tensors: tensors.pop("features.0.weight")),

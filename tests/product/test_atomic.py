@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pnn_compile as pnn
-from pnn_compile.artifact import atomic
+from pnn_compile import atomic
 from tests.models.builders import block_chain
 
 EVENTS = ("os.", "shutil.", "open", "ctypes.call_function", "fcntl.flock")

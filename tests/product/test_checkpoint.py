@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +177,7 @@ def test_a_folder_with_later_steps_is_refused(tmp_path: Path) -> None:
 
 def test_a_step_is_saved_again_and_drafts_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    (folder / ".step-00000003.part").mkdir(parents=True)
+    (folder / ".step-00000003.1a2b3c4d.new").mkdir(parents=True)
     assert start(_save, 2, tmp_path, str(folder), False, 2) == ["", ""]
     assert os.listdir(folder) == ["step-00000001"]
 
@@ -182,5 +185,94 @@ def test_a_step_is_saved_again_and_drafts_are_removed(tmp_path: Path) -> None:
 def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     start(_save, 2, tmp_path, str(folder), False)
-    (folder / "step-00000001").rename(folder / ".step-00000001.old")
+    (folder / "step-00000001").rename(folder / ".step-00000001.1a2b3c4d.old")
     assert start(_save, 2, tmp_path, str(folder), True) == ["1", "1"]
+
+
+class Hostile:
+    """Unpickles to a call of the system."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.flag),)
+
+
+def _metadata(folder: Path, flag: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(flag)))
+
+
+def _value(folder: Path, flag: Path) -> None:
+    """Put an object where the number of steps is stored."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    (info,) = [i for index, i in metadata.storage_data.items() if index.fqn == "run"]
+    file = io.BytesIO()
+    torch.save(Hostile(flag), file)
+    info.relative_path, info.offset, info.length = "other.distcp", 0, len(file.getvalue())
+    (folder / "other.distcp").write_bytes(file.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _outside(folder: Path, flag: Path) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../{folder.name}/{info.relative_path}"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _larger(folder: Path, flag: Path) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    record = next(r for r in metadata.state_dict_metadata.values() if hasattr(r, "size"))
+    record.size = torch.Size([10**6, 10**6])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_metadata, "is no record of a checkpoint"),
+        (_value, "weights_only"),
+        (_outside, "it names the file"),
+        (_larger, "more than its files hold"),
+    ],
+)
+def test_a_checkpoint_runs_nothing(
+    change: Callable[[Path, Path], None], reason: str, tmp_path: Path
+) -> None:
+    flag, folder = tmp_path / "was here", tmp_path / "run"
+    start(_save, 1, tmp_path, str(folder), False)
+    change(folder / "step-00000001", flag)
+    (message,) = start(_resume_error, 1, tmp_path, str(folder))
+    assert "step-00000001 cannot be resumed" in message
+    assert reason in message
+    assert not flag.exists()
+
+
+def _resume_error(rank: int, folder: str) -> str:
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        _save(rank, folder, True)
+    return str(caught.value)
+
+
+class _WithObjects:
+    def state_dict(self) -> Any:
+        return {"begun": Path("here")}
+
+    def load_state_dict(self, state_dict: Any, /) -> None:
+        raise AssertionError
+
+
+def _save_objects(rank: int, folder: str) -> str:
+    module = pnn.runtime.distribute(network(2))
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    checkpoints = pnn.runtime.Checkpoints(folder, module, optimizer, {"clock": _WithObjects()})
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        checkpoints.save()
+    return str(caught.value)
+
+
+def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path) -> None:
+    (message,) = start(_save_objects, 1, tmp_path, str(tmp_path / "run"))
+    assert "parts.clock holds objects" in message
+    assert not (tmp_path / "run").exists()

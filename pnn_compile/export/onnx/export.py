@@ -10,9 +10,6 @@ at one of them.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from passes.errors import ArtifactError, ExportError, first_line
 from passes.ir.isolation import preserved
 from passes.ir.program import clone_tensors, tensor_leaves
 from passes.ir.run_step import output_tensors, relative_error
+from pnn_compile.atomic import replace_entries
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
 from pnn_compile.export.onnx.run import StageExecutor, session
@@ -185,15 +183,8 @@ def _drafting(folder: Path) -> Iterator[Path]:
         ExportError: Something cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as name:
-            draft = Path(name)
+        with replace_entries(folder) as draft:
             yield draft
-            for entry in sorted(draft.iterdir()):
-                target = folder / entry.name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.rmtree(target)
-                os.replace(entry, target)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from passes.errors import ArtifactError
+from passes.ir.checked_json import decode, parse
+from pnn_compile.atomic import recover_entries
 
 SCHEMA = 1
 """Version of the format."""
 
 MANIFEST = "manifest.json"
 """Name of the file."""
+
+_INSIDE = re.compile(r"(?!/)(?!.*(^|/)\.\.(/|$))[^\\\0:]+")
+"""A relative path that does not lead out of its directory."""
 
 
 @dataclass(frozen=True)
@@ -134,29 +138,24 @@ class Manifest:
         """
         file = Path(path)
         file = file / MANIFEST if file.is_dir() else file
+        recover_entries(file.parent)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data.get("schema") != SCHEMA:
+            data = parse(file.read_text(encoding="utf-8"))
+            if isinstance(data, dict) and data.get("schema") != SCHEMA:
                 raise ArtifactError(
-                    f"{file} has schema {data.get('schema')!r}, this version reads {SCHEMA}: "
-                    "export it again"
+                    f"it has schema {data.get('schema')!r}, this version reads {SCHEMA}"
                 )
-            return cls(
-                **{
-                    **data,
-                    "inputs": _tensors(data["inputs"]),
-                    "outputs": _tensors(data["outputs"]),
-                    "models": tuple(_model(item) for item in data["models"]),
-                    "runs": tuple(_run(item) for item in data["runs"]),
-                }
-            )
+            manifest: Manifest = decode(cls, data, "manifest")
+            for entry in (entry for model in manifest.models for entry in model.files):
+                if not _INSIDE.fullmatch(entry.path):
+                    raise ArtifactError(f"{entry.path!r} is no file below its directory")
         except OSError as error:
             raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArtifactError, UnicodeDecodeError) as error:
             raise ArtifactError(
-                f"{file} is no manifest of stage models ({type(error).__name__}: {error}): export "
-                "it again"
+                f"{file} is no manifest of stage models ({error}): export it again"
             ) from error
+        return manifest
 
     def check_files(self, folder: Path) -> None:
         """Compare the files with their checksums.
@@ -179,28 +178,3 @@ def checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tensors(items: Iterable[dict[str, Any]]) -> tuple[TensorEntry, ...]:
-    return tuple(TensorEntry(i["name"], tuple(i["shape"]), i["dtype"]) for i in items)
-
-
-def _model(item: dict[str, Any]) -> ModelEntry:
-    return ModelEntry(
-        name=item["name"],
-        stage=int(item["stage"]),
-        roles=tuple(item["roles"]),
-        inputs=_tensors(item["inputs"]),
-        outputs=_tensors(item["outputs"]),
-        files=tuple(FileEntry(f["path"], f["bytes"], f["sha256"]) for f in item["files"]),
-    )
-
-
-def _run(item: dict[str, Any]) -> RunEntry:
-    return RunEntry(
-        item["model"],
-        int(item["stage"]),
-        int(item["iteration"]),
-        tuple(item["inputs"]),
-        tuple(item["outputs"]),
-    )

@@ -1,15 +1,17 @@
-"""Replace a directory completely or not at all, even if the process is killed in between.
+"""Replace files and directories completely or not at all, even if the process is killed in between.
 
-A new directory is written beside the target under a hidden name, then exchanged with it in one
-step, or in two renames where the system cannot exchange:
+New contents are written beside the target under a hidden name, flushed to the disk, and moved in
+one step: a file over the old one, a directory in exchange for it, or in two renames where the
+system cannot exchange:
 
     net                    the target, until the exchange
-    .net.1a2b3c4d.new      the new directory; after the exchange the old one, until it is removed
-    .net.1a2b3c4d.old      the old one between the two renames
+    .net.1a2b3c4d.new      the new contents; after the exchange the old ones, until they are removed
+    .net.1a2b3c4d.old      the old ones between the two renames
+    .net.1a2b3c4d.moves    new entries that are about to move into the directory `net`
 
-A process locks the hidden directories that it writes, and the lock ends with the process. An
-unlocked one was therefore left by a killed process: the next save or load moves the `.old` one back
-if the target is missing, and removes all others.
+A process locks what it writes, and the lock ends with the process. What is unlocked was therefore
+left by a killed process: the next save or load moves the `.old` one back if the target is missing,
+finishes the `.moves`, and removes all others.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -52,6 +55,7 @@ def replace_directory(target: Path, keep: Keep) -> Iterator[Path]:
             locks.enter_context(_locked(new))
         try:
             yield new
+            _flush(new)
             if target.exists():
                 locks.enter_context(_locked(target))
                 _carry_over(target, new, keep)
@@ -60,11 +64,107 @@ def replace_directory(target: Path, keep: Keep) -> Iterator[Path]:
                     os.rename(new, target)
             else:
                 os.rename(new, target)
+            _flush(target.parent, recurse=False)
         finally:
             if old.exists() and not target.exists():
                 os.rename(old, target)
             for leftover in (old, new):
                 _remove(leftover, target, keep)
+
+
+@contextmanager
+def replace_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write to; the file replaces `target` if the block succeeds.
+
+    What is no plain file, such as /dev/stdout, is written in place.
+
+    Raises:
+        OSError: The file cannot be written; the old one is unchanged then.
+    """
+    target = target.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    recover(target, lambda _: False)
+    new = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.new")
+    with ExitStack() as locks:
+        with _locked(target.parent):
+            new.touch()
+            locks.enter_context(_locked(new))
+        try:
+            yield new
+            if target.exists():
+                shutil.copymode(target, new)
+            _flush(new)
+            os.replace(new, target)
+            _flush(target.parent, recurse=False)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text as `target`, in UTF-8, completely or not at all.
+
+    Raises:
+        OSError: The file cannot be written; the old one is unchanged then.
+    """
+    with replace_file(target) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replace_entries(folder: Path) -> Iterator[Path]:
+    """Yield a directory whose entries replace those of the same names in `folder`, all or none.
+
+    Raises:
+        OSError: Something cannot be written; the directory is unchanged then.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    recover_entries(folder)
+    new = folder / f".{folder.name}.{uuid.uuid4().hex[:8]}.new"
+    moves = new.with_suffix(".moves")
+    with ExitStack() as locks:
+        with _locked(folder):
+            new.mkdir()
+            locks.enter_context(_locked(new))
+        try:
+            yield new
+            _flush(new)
+            os.rename(new, moves)  # from here on a killed process is finished by the next one
+            _move_entries(moves, folder)
+            _flush(folder, recurse=False)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def recover_entries(folder: Path) -> None:
+    """Finish what a killed process was about to move into a directory, and remove its drafts."""
+    folder = folder.resolve()
+    recover(folder / folder.name, lambda _: False)
+
+
+def _move_entries(moves: Path, folder: Path) -> None:
+    for entry in sorted(moves.iterdir()):
+        target = folder / entry.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    moves.rmdir()
+
+
+def _flush(path: Path, *, recurse: bool = True) -> None:
+    """Have the system write a file, or a directory and all in it, to the disk."""
+    if recurse and path.is_dir() and not path.is_symlink():
+        for entry in path.iterdir():
+            _flush(entry)
+    if path.is_symlink() or (sys.platform == "win32" and path.is_dir()):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def recover(target: Path, keep: Keep) -> None:
@@ -80,7 +180,9 @@ def recover(target: Path, keep: Keep) -> None:
                 with suppress(OSError), _locked(path, wait=False) as abandoned:
                     if not abandoned:
                         continue
-                    if path.suffix == ".old" and not target.exists():
+                    if path.suffix == ".moves":
+                        _move_entries(path, path.parent)
+                    elif path.suffix == ".old" and not target.exists():
                         os.rename(path, target)
                         _log.warning("%s was moved away by a process that died: restored", target)
                     else:
@@ -88,27 +190,20 @@ def recover(target: Path, keep: Keep) -> None:
 
 
 def _hidden(target: Path) -> list[Path]:
-    """List the hidden directories of a target, the `.old` ones first."""
+    """List the hidden files and directories of a target, the `.new` ones last."""
     if not target.parent.is_dir():
         return []
-    prefix, names = f".{target.name}.", os.listdir(target.parent)
-    hidden = [
-        name
-        for name in names
-        if name.startswith(prefix)
-        and name[len(prefix) :].count(".") == 1
-        and name.endswith((".old", ".new"))
-    ]
-    return [
-        target.with_name(name)
-        for name in sorted(hidden, key=lambda name: not name.endswith(".old"))
-    ]
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(old|new|moves)")
+    hidden = filter(pattern.fullmatch, os.listdir(target.parent))
+    return [target.with_name(name) for name in sorted(hidden, key=lambda name: name[-4:] == ".new")]
 
 
 def _remove(path: Path, target: Path, keep: Keep) -> None:
-    """Remove a directory, after the user's entries are carried over to `target`."""
+    """Remove a file, or a directory after the user's entries are carried over to `target`."""
     with suppress(OSError):
-        if path.exists():
+        if path.is_file():
+            path.unlink()
+        elif path.exists():
             if target.exists():
                 _carry_over(path, target, keep)
             shutil.rmtree(path, ignore_errors=True)
@@ -135,22 +230,22 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Lock a directory until the end of the block or of the process.
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Lock a file or directory until the end of the block or of the process.
 
     Args:
-        folder: The directory.
+        path: The file or directory.
         wait: Whether to wait for another process that holds the lock.
 
     Yields:
-        Whether the directory is locked.
+        Whether it is locked.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield False
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
