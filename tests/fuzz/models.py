@@ -283,7 +283,13 @@ def _compiled_differs(model: nn.Module, inputs: tuple[Any, ...], options: dict[s
     if not all(torch.isfinite(g).all() for g in gradients):
         return "gradients of the parareal network are not finite"
     with tempfile.TemporaryDirectory() as folder:
-        loaded = pnn.load(compiled.save(f"{folder}/artifact"))
+        path = compiled.save(f"{folder}/artifact")
+        try:
+            loaded = pnn.load(path)
+        except pnn.ArtifactError as error:
+            if "model=" not in str(error):
+                raise
+            loaded = pnn.load(path, model=model)
     for name, network in (("module", compiled.module), ("sequential", compiled.sequential)):
         a, b = (_evaluate(n, inputs) for n in (network, getattr(loaded, name)))
         if not all(torch.equal(p, q) for p, q in zip(a, b, strict=True)):
