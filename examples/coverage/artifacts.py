@@ -33,7 +33,7 @@ _PATIENCE = 900.0  # seconds for a chunk
 
 def sums(output: Any) -> float:
     """Return one number of an output, the same wherever it is computed."""
-    values = [*output.values()] if hasattr(output, "values") else output
+    values = [*output.values()] if hasattr(output, "keys") else output
     leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
     return sum(leaf.detach().double().nan_to_num().abs().sum().item() for leaf in leaves)
 
@@ -150,7 +150,8 @@ def main() -> None:
     if words.results.exists():
         done = [json.loads(line) for line in words.results.read_text().splitlines()]
     checked = {row["model"] for row in done}
-    todo = [s for s in _spread(specifications(), words.count) if s.text not in checked]
+    listed = [s for s in specifications() if s.library != "zoo"]  # those are in the test suite
+    todo = [s for s in _spread(listed, words.count) if s.text not in checked]
     for start in range(0, len(todo), words.chunk):
         rows = check_chunk(todo[start : start + words.chunk])
         done += rows
