@@ -152,23 +152,29 @@ def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:
 
 def _is_users(hook: Any) -> bool:
     """Whether a hook is not one of torch's own, such as that of `weight_norm`."""
+    hook = getattr(hook, "hook", hook)  # torch wraps hooks of state dicts
     module = getattr(hook, "__module__", None) or type(hook).__module__
     return str(module).partition(".")[0] != "torch"
 
 
 def _translations(copied: nn.Module) -> str:
     """Name the modules that translate checkpoints, which an artifact cannot."""
-    paths = [path for path, child in nn.Module.named_modules(copied) if translates(child)]
+    paths = translating(copied)
     if not paths:
         return ""
     return (
-        f"{join_few(paths)} translates checkpoints by code of its own (hooks, overridden methods "
-        "or extra state): original_state_dict and load_original_state_dict apply it, but not "
-        "in a network that was loaded from an artifact"
+        f"code of {join_few(paths)} takes part in saving and loading state (hooks, overridden "
+        "methods, extra state): original_state_dict and load_original_state_dict run it, but not "
+        "in a network that was loaded from an artifact without the model"
     )
 
 
-def translates(module: nn.Module) -> bool:
+def translating(model: nn.Module) -> list[str]:
+    """Return the paths of the modules whose code takes part in saving and loading a model."""
+    return [path for path, child in nn.Module.named_modules(model) if _translates(child)]
+
+
+def _translates(module: nn.Module) -> bool:
     """Whether a module changes what `state_dict` and `load_state_dict` do with its tensors."""
     if any(_is_users(hook) for name in STATE_HOOKS for hook in vars(module).get(name, {}).values()):
         return True

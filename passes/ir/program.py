@@ -76,6 +76,7 @@ class Program:
         unused: Entries of the model's state dict that the graph does not read.
         fixed: Arguments of the model's forward that hold no tensor, by name: their values are
             constants of the graph.
+        model: Copy of the model, which loads checkpoints by its own code; None if there is none.
     """
 
     module: fx.GraphModule
@@ -85,6 +86,7 @@ class Program:
     name: str
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     @cached_property
     def fingerprint(self) -> str:
