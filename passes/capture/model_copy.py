@@ -31,6 +31,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from passes.errors import CaptureError, first_line
+from passes.ir.program import storage_id
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Attributes of a module that hold the hooks of its calls."""
@@ -362,14 +363,6 @@ class _Memo:
                     vars(module)[name] = types.MethodType(function, value.__self__)
         _drop_computed(result)
         result.__class__ = _plain_root(type(result))
-
-
-def storage_id(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's memory; None if it has none (sparse or fake tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def _shell(function: types.FunctionType) -> types.FunctionType:

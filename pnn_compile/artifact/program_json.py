@@ -23,6 +23,7 @@ from passes.ir.program import (
     Program,
     Provenance,
     graph_module,
+    has_gradient_hooks,
     provenance,
     set_provenance,
     verify_graph,
@@ -76,6 +77,8 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
     unknown: list[str] = []
     modules = list(_write_modules(program.module, "", {}, ModuleWriter(), unknown))
     nodes = [_write_node(node, unknown) for node in program.graph.nodes]
+    hooked = [n for n, p in program.module.named_parameters() if has_gradient_hooks(p)]
+    unknown += [f"{name}: a hook on its gradient" for name in hooked]
     data |= {"modules": modules, "tensors": writer.records, "nodes": nodes}
     if not unknown:
         unknown += _round_trip_errors(program, data, writer.values)
