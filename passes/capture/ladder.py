@@ -34,7 +34,7 @@ from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import trace
 from passes.capture.model_copy import copy_model, unwrap
 from passes.capture.model_notes import (
-    describe_overrides,
+    describe_obstacles,
     notes_on_graph,
     notes_on_runs,
     translating,
@@ -158,7 +158,7 @@ class _Ladder:
 
     def _advice(self) -> str:
         """Tell what the user can do, after every rung was rejected."""
-        reasons = "".join(f"{note}\n" for note in self.notes) + describe_overrides(self.model)
+        reasons = "".join(f"{note}\n" for note in self.notes) + describe_obstacles(self.model)
         if self.model.training:
             evaluating = copy_model(self.model)
             evaluating.eval()
