@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from passes.errors import CaptureError, first_line
 from passes.ir.program import storage_id
@@ -87,6 +88,12 @@ def unwrap(model: nn.Module) -> nn.Module:
                 f"({getattr(module, 'original_name', type(module).__name__)}), whose Python code "
                 "is gone: pass the module that was given to torch.jit.script or torch.jit.trace"
             )
+        held = {**module._parameters, **module._buffers}
+        if empty := [key for key, tensor in held.items() if is_lazy(tensor)]:
+            raise CaptureError(
+                f"{f'{path}.{empty[0]}'.lstrip('.')} of a {type(module).__name__} has no values "
+                "yet: call the model once before compiling"
+            )
         kinds = {kind.__name__ for kind in type(module).__mro__}
         kinds |= {type(parameter).__name__ for parameter in module._parameters.values()}
         if sharded := sorted(kinds & _SHARDED):
@@ -115,7 +122,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         memo.fill()
         result = copy.deepcopy(model, memo.entries)
     except Exception as error:
-        place = _find_uncopyable(model, memo)
+        place = _find_uncopyable(model, memo.shared)
         raise CaptureError(
             f"{name} cannot be copied: {place or first_line(error)}; set the attribute to None "
             "before compiling, or give its class a __deepcopy__ method"
@@ -254,11 +261,13 @@ class _Memo:
 
     Attributes:
         entries: Copies by the id of the original, as `copy.deepcopy` takes them.
+        shared: Those of them that are the originals.
         parts: Ids of the modules, parameters and buffers of the model.
     """
 
     def __init__(self, model: nn.Module, reached: Iterable[tuple[str, Any]]) -> None:
         self.entries: dict[int, Any] = {}
+        self.shared: dict[int, Any] = {}
         self.model = model
         self._values = [value for _, value in reached]  # alive, so that ids stay theirs
         self._modules = [*nn.Module.modules(model)]
@@ -276,6 +285,7 @@ class _Memo:
                 self.entries[id(hook)] = hook
                 if isinstance(hook, types.MethodType):
                     self.entries[id(hook.__self__)] = hook.__self__
+        self.shared = dict(self.entries)
         functions = [v for v in self._values if isinstance(v, types.FunctionType)]
         shells = [(f, _shell(f)) for f in functions if self._must_copy(f)]
         wrappers = [module for module in self._values if _wrapped(module)]
@@ -405,9 +415,9 @@ def _plain_root(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), overridden) if overridden else kind
 
 
-def _find_uncopyable(model: nn.Module, memo: _Memo) -> str:
+def _find_uncopyable(model: nn.Module, shared: dict[int, Any]) -> str:
     """Name the first attribute of a module that cannot be copied by itself; "" if there is none."""
-    entries = {**memo.entries, **{id(module): module for module in nn.Module.modules(model)}}
+    entries = {**shared, **{id(module): module for module in nn.Module.modules(model)}}
     for path, module in nn.Module.named_modules(model):
         for name, value in vars(module).items():
             if name == "_modules":

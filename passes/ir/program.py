@@ -164,10 +164,10 @@ def clone_tensors(value: Any) -> Any:
 
 
 def storage_id(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's memory; None if it has none (sparse or fake tensors)."""
+    """Return the identity of a tensor's memory; None if it has none (sparse, uninitialized)."""
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):
         return None
 
 

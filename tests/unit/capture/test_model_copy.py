@@ -238,6 +238,14 @@ def test_a_message_names_what_cannot_be_copied() -> None:
         copy_model(model)
 
 
+def test_a_model_without_values_is_refused() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=r"0\.weight of a LazyLinear has no values yet: call"):
+        capture(model, (X,))
+    model(X)
+    assert_trains_alike(model)
+
+
 # --- wrappers -------------------------------------------------------------------------------------
 
 
