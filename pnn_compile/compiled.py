@@ -20,6 +20,7 @@ from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan, moved_cuts, stored_options
+from passes.transform.original_weights import load_state_dict, to_state_dict, weights_by_name
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators
 
@@ -139,10 +140,7 @@ class Compiled:
 
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights of the fine stages and the head under the model's own keys."""
-        weights = dict(self.program.unused)
-        for piece in (*self.stages.fine, self.stages.head):
-            weights.update(piece.state_dict())
-        return weights
+        return to_state_dict(self.program, weights_by_name(self.program, self.stages))
 
     def load_original_state_dict(
         self, state: Mapping[str, torch.Tensor], *, strict: bool = True
@@ -157,29 +155,10 @@ class Compiled:
             strict: Whether all keys of the model must be there, and no others.
 
         Raises:
-            OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
-                is loaded then.
+            OptionError: Keys are missing or unknown under `strict`, a shape or something that is
+                no tensor differs, or the network is on the meta device. Nothing is loaded then.
         """
-        weights = self.original_state_dict()
-        missing = sorted(weights.keys() - state.keys())
-        unknown = sorted(state.keys() - weights.keys())
-        if strict and (missing or unknown):
-            raise OptionError(
-                f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
-                f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
-                "pass strict=False to load what fits"
-            )
-        common = weights.keys() & state.keys()
-        mismatched = [key for key in common if weights[key].shape != state[key].shape]
-        if mismatched:
-            key = min(mismatched)
-            raise OptionError(
-                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
-                f"{list(weights[key].shape)} in {self.plan.model}"
-            )
-        with torch.no_grad():
-            for key in common:
-                weights[key].copy_(state[key])
+        load_state_dict(self.program, self.stages, state, strict=strict)
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:

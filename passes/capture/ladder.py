@@ -34,7 +34,12 @@ from passes.capture.attempt import (
 from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import called_functions, trace
 from passes.capture.model_copy import copy_model, unwrap
-from passes.capture.model_notes import describe_overrides, notes_on_graph, notes_on_runs
+from passes.capture.model_notes import (
+    describe_obstacles,
+    notes_on_graph,
+    notes_on_runs,
+    translating,
+)
 from passes.capture.obstacles import find_obstacle
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
 from passes.capture.torch_export import export
@@ -177,7 +182,7 @@ class _Ladder:
 
     def _advice(self) -> str:
         """Tell what the user can do, after every rung was rejected."""
-        reasons = "".join(f"{note}\n" for note in self.notes) + describe_overrides(self.model)
+        reasons = "".join(f"{note}\n" for note in self.notes) + describe_obstacles(self.model)
         if self.model.training:
             evaluating = copy_model(self.model)
             evaluating.eval()
@@ -216,7 +221,6 @@ class _Ladder:
     def _make_program(
         self, rung: str, model: nn.Module, module: fx.GraphModule, notes: list[str]
     ) -> Program:
-        used = module.state_dict().keys()
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
         notes += [*self.notes, *notes_on_graph(model, module)]
         notes += [
@@ -232,8 +236,9 @@ class _Ladder:
             dynamic_batch=self.reference.dynamic_batch,
             capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
             name=self.name,
-            unused={key: value for key, value in model.state_dict().items() if key not in used},
+            unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
+            model=model,
         )
 
     def _reject(self, rung: str, reason: str) -> None:
@@ -277,6 +282,24 @@ def _run_with_notes(
             for opaque in classes
         ),
     ]
+
+
+def _unused(model: nn.Module, module: fx.GraphModule) -> dict[str, Any]:
+    """Return the entries of a model's state dict that its graph does not read.
+
+    They are tensors by qualified name alone where code of the model translates its state dict.
+    """
+    used = module.state_dict().keys()
+    if not translating(model):
+        return {key: value for key, value in model.state_dict().items() if key not in used}
+    return {
+        f"{path}.{name}".lstrip("."): tensor.detach()
+        for path, owner in nn.Module.named_modules(model, remove_duplicate=False)
+        for name, tensor in {**owner._parameters, **owner._buffers}.items()
+        if tensor is not None
+        and name not in owner._non_persistent_buffers_set
+        and f"{path}.{name}".lstrip(".") not in used
+    }
 
 
 def _notes_on_constants(inputs: ExampleInputs) -> list[str]:

@@ -29,8 +29,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from passes.errors import CaptureError, first_line
+from passes.ir.program import storage_id
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Attributes of a module that hold the hooks of its calls."""
@@ -86,6 +88,12 @@ def unwrap(model: nn.Module) -> nn.Module:
                 f"({getattr(module, 'original_name', type(module).__name__)}), whose Python code "
                 "is gone: pass the module that was given to torch.jit.script or torch.jit.trace"
             )
+        held = {**module._parameters, **module._buffers}
+        if empty := [key for key, tensor in held.items() if is_lazy(tensor)]:
+            raise CaptureError(
+                f"{f'{path}.{empty[0]}'.lstrip('.')} of a {type(module).__name__} has no values "
+                "yet: call the model once before compiling"
+            )
         kinds = {kind.__name__ for kind in type(module).__mro__}
         kinds |= {type(parameter).__name__ for parameter in module._parameters.values()}
         if sharded := sorted(kinds & _SHARDED):
@@ -114,7 +122,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         memo.fill()
         result = copy.deepcopy(model, memo.entries)
     except Exception as error:
-        place = _find_uncopyable(model, memo)
+        place = _find_uncopyable(model, memo.shared)
         raise CaptureError(
             f"{name} cannot be copied: {place or first_line(error)}; set the attribute to None "
             "before compiling, or give its class a __deepcopy__ method"
@@ -253,11 +261,13 @@ class _Memo:
 
     Attributes:
         entries: Copies by the id of the original, as `copy.deepcopy` takes them.
+        shared: Those of them that are the originals.
         parts: Ids of the modules, parameters and buffers of the model.
     """
 
     def __init__(self, model: nn.Module, reached: Iterable[tuple[str, Any]]) -> None:
         self.entries: dict[int, Any] = {}
+        self.shared: dict[int, Any] = {}
         self.model = model
         self._values = [value for _, value in reached]  # alive, so that ids stay theirs
         self._modules = [*nn.Module.modules(model)]
@@ -275,6 +285,7 @@ class _Memo:
                 self.entries[id(hook)] = hook
                 if isinstance(hook, types.MethodType):
                     self.entries[id(hook.__self__)] = hook.__self__
+        self.shared = dict(self.entries)
         functions = [v for v in self._values if isinstance(v, types.FunctionType)]
         shells = [(f, _shell(f)) for f in functions if self._must_copy(f)]
         wrappers = [module for module in self._values if _wrapped(module)]
@@ -364,14 +375,6 @@ class _Memo:
         result.__class__ = _plain_root(type(result))
 
 
-def storage_id(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's memory; None if it has none (sparse or fake tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
 def _shell(function: types.FunctionType) -> types.FunctionType:
     """Return a function with the same code and empty closure cells."""
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
@@ -412,9 +415,9 @@ def _plain_root(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), overridden) if overridden else kind
 
 
-def _find_uncopyable(model: nn.Module, memo: _Memo) -> str:
+def _find_uncopyable(model: nn.Module, shared: dict[int, Any]) -> str:
     """Name the first attribute of a module that cannot be copied by itself; "" if there is none."""
-    entries = {**memo.entries, **{id(module): module for module in nn.Module.modules(model)}}
+    entries = {**shared, **{id(module): module for module in nn.Module.modules(model)}}
     for path, module in nn.Module.named_modules(model):
         for name, value in vars(module).items():
             if name == "_modules":

@@ -140,7 +140,7 @@ def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:
         path
         for path, child in nn.Module.named_modules(copied)
         if not any(path == target or path.startswith(f"{target}.") for target in called)
-        and any(_is_users(hook) for name in HOOKS for hook in vars(child)[name].values())
+        and _hooked(child)
     ]
     if not silent:
         return ""
@@ -152,31 +152,34 @@ def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:
 
 def _is_users(hook: Any) -> bool:
     """Whether a hook is not one of torch's own, such as that of `weight_norm`."""
+    hook = getattr(hook, "hook", hook)  # torch wraps hooks of state dicts
     module = getattr(hook, "__module__", None) or type(hook).__module__
     return str(module).partition(".")[0] != "torch"
 
 
 def _translations(copied: nn.Module) -> str:
     """Name the modules that translate checkpoints, which an artifact cannot."""
-    paths = [path for path, child in nn.Module.named_modules(copied) if translates(child)]
+    paths = translating(copied)
     if not paths:
         return ""
     return (
-        f"{join_few(paths)} translates checkpoints by code of its own (hooks, overridden methods "
-        "or extra state): original_state_dict and load_original_state_dict apply it, but not "
-        "in a network that was loaded from an artifact"
+        f"code of {join_few(paths)} takes part in saving and loading state (hooks, overridden "
+        "methods, extra state): original_state_dict and load_original_state_dict run it, but not "
+        "in a network that was loaded from an artifact without the model"
     )
 
 
-def translates(module: nn.Module) -> bool:
+def translating(model: nn.Module) -> list[str]:
+    """Return the paths of the modules whose code takes part in saving and loading a model."""
+    return [path for path, child in nn.Module.named_modules(model) if _translates(child)]
+
+
+def _translates(module: nn.Module) -> bool:
     """Whether a module changes what `state_dict` and `load_state_dict` do with its tensors."""
     if any(_is_users(hook) for name in STATE_HOOKS for hook in vars(module).get(name, {}).values()):
         return True
-    for name in _CHECKPOINT_METHODS:
-        base = next(base for base in type(module).__mro__ if name in vars(base))
-        if base.__module__.partition(".")[0] != "torch":
-            return True
-    return False
+    owners = [_owner(type(module), name) for name in _CHECKPOINT_METHODS]
+    return any(owner.partition(".")[0] != "torch" for owner in owners)
 
 
 _CHECKPOINT_METHODS = (
@@ -224,15 +227,29 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def describe_overrides(model: nn.Module) -> str:
-    """Name a model's own `train()`, which no graph follows; "" if there is none."""
-    own = [
+def describe_obstacles(model: nn.Module) -> str:
+    """Name what often keeps a model from capture: hooks, and a `train()` of its own; "" if none."""
+    hooked = [path for path, module in nn.Module.named_modules(model) if _hooked(module)]
+    overriding = [
         path
         for path, module in nn.Module.named_modules(model)
-        if not next(b for b in type(module).__mro__ if "train" in vars(b)).__module__.startswith(
-            "torch."
-        )
+        if _owner(type(module), "train").partition(".")[0] != "torch"
     ]
-    if not own:
-        return ""
-    return f"{join_few(own)} overrides train(), which the network's train() does not call: "
+    text = ""
+    if hooked:
+        text = (
+            f"hooks of {join_few(hooked)} are part of forward: remove those that only look on "
+            "(handle.remove()) before compiling\n"
+        )
+    if overriding:
+        text += f"{join_few(overriding)} overrides train(), which the network does not call\n"
+    return text
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(_is_users(hook) for name in HOOKS for hook in vars(module)[name].values())
+
+
+def _owner(kind: type, name: str) -> str:
+    """Return the Python module of the class that defines a method."""
+    return next(base for base in kind.__mro__ if name in vars(base)).__module__

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
+from passes.ir.program import storage_id
 
 
 class AttributeKey(str):
@@ -232,23 +233,15 @@ def constant_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any
 
 def _without_aliases(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy the tensors that share memory with the model or with an earlier tensor."""
-    memories = {_memory(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    memories = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     separate = []
     for tensor in tensors:
-        memory = _memory(tensor)
+        memory = storage_id(tensor)
         if memory in memories and memory is not None:
             tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
         memories.add(memory)
         separate.append(tensor)
     return separate
-
-
-def _memory(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's memory; None if it has none (sparse tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -76,6 +76,7 @@ class Program:
         unused: Entries of the model's state dict that the graph does not read.
         fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
             their values are constants of the graph.
+        model: Copy of the model, which loads checkpoints by its own code; None if there is none.
     """
 
     module: fx.GraphModule
@@ -85,6 +86,7 @@ class Program:
     name: str
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,6 +165,40 @@ def clone_tensors(value: Any) -> Any:
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def storage_id(tensor: torch.Tensor) -> int | None:
+    """Return the identity of a tensor's memory; None if it has none (sparse, uninitialized)."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
+
+
+def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors lie in one memory, and their parts of it overlap.
+
+    >>> flat = torch.zeros(6)
+    >>> share_memory(flat, flat[3:].view(3, 1)), share_memory(flat[:3], flat[3:])
+    (True, False)
+    """
+    if storage_id(a) is None or storage_id(a) != storage_id(b) or not a.numel() or not b.numel():
+        return False
+    (start, end), (other_start, other_end) = _span(a), _span(b)
+    return start < other_end and other_start < end
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first byte of a tensor in its memory, and the one after its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    first = int(tensor.storage_offset())
+    last = first + sum((size - 1) * step for size, step in steps)
+    return first * tensor.itemsize, (last + 1) * tensor.itemsize
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has hooks on its gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from passes.ir.program import (
     Program,
     Provenance,
     graph_module,
+    has_gradient_hooks,
     provenance,
     set_provenance,
     verify_graph,
@@ -159,6 +160,8 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
     unknown: list[str] = []
     modules = list(_write_modules(program.module, "", {}, ModuleWriter(), unknown))
     nodes = [_write_node(node, unknown) for node in program.graph.nodes]
+    hooked = [n for n, p in program.module.named_parameters() if has_gradient_hooks(p)]
+    unknown += [f"{name}: a hook on its gradient" for name in hooked]
     data |= {"modules": modules, "tensors": writer.records, "nodes": nodes}
     if not unknown:
         unknown += _round_trip_errors(program, data, writer.values)
@@ -211,8 +214,25 @@ def _write_tensors(program: Program, writer: TensorWriter) -> None:
         writer.add(name, "parameter", parameter)
     for name, buffer in program.module.named_buffers(remove_duplicate=False):
         writer.add(name, "buffer", buffer, persistent=name in saved)
-    for name, tensor in program.unused.items():
-        writer.add(name, "unused", tensor)
+    for name, value in program.unused.items():
+        if not isinstance(value, torch.Tensor):
+            raise ArtifactError(_no_tensor(program, name, value))
+        writer.add(name, "unused", value)
+
+
+def _no_tensor(program: Program, name: str, value: Any) -> str:
+    """Describe an entry of a state dict that is no tensor, with the module that saves it."""
+    message = f"{name} is a {type(value).__name__}, no tensor, which an artifact cannot hold"
+    path = name.rpartition(".")[0]
+    while path and program.model is not None and path not in dict(program.model.named_modules()):
+        path = path.rpartition(".")[0]
+    if program.model is None or not path:
+        return message
+    kind = type(program.model.get_submodule(path))
+    return (
+        f"{message}: it belongs to {path}, a {kind.__module__}.{kind.__qualname__} (quantized "
+        "modules and the like are not saved: compile and save the model before it is converted)"
+    )
 
 
 def _write_modules(

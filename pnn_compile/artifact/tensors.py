@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from passes.errors import ArtifactError
+from passes.ir.program import share_memory, storage_id
 from pnn_compile.artifact.values import DTYPES
 
 Record = dict[str, Any]
@@ -63,6 +64,7 @@ class TensorWriter:
         self._views: dict[tuple[Any, ...], str] = {}
         self._storages: set[int] = set()
         self._alive: list[torch.Tensor] = []
+        self._by_storage: dict[int | None, list[tuple[str, str, torch.Tensor]]] = {}
 
     def add(self, name: str, kind: str, tensor: torch.Tensor, *, persistent: bool = True) -> str:
         """Add a tensor under a name.
@@ -105,10 +107,25 @@ class TensorWriter:
             return {**record, "meta": True}
         if not tensor.is_contiguous() and _is_permuted(tensor.shape, tensor.stride()):
             record["stride"] = list(tensor.stride())
+        self._check_overlap(name, kind, tensor)
         key = self._store(name, tensor.detach())
         if key != name:
             return {**record, "key": key}
         return {**record, "crc32": _checksum(self.values[key])}
+
+    def _check_overlap(self, name: str, kind: str, tensor: torch.Tensor) -> None:
+        """Refuse a parameter over the memory of another tensor, unless both are one view of it."""
+        for other, other_kind, others in self._by_storage.get(storage_id(tensor), ()):
+            same = (tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset()) == (
+                others.shape, others.stride(), others.dtype, others.storage_offset()
+            )  # fmt: skip
+            if "parameter" in (kind, other_kind) and not same and share_memory(tensor, others):
+                raise ArtifactError(
+                    f"{name} and {other} are different views of one memory, of which one is a "
+                    "parameter; an artifact cannot hold that: give one of them memory of its own "
+                    "(.clone()), or let forward compute it from the other"
+                )
+        self._by_storage.setdefault(storage_id(tensor), []).append((name, kind, tensor))
 
     def _store(self, name: str, tensor: torch.Tensor) -> str:
         # Tensors of the same memory and type share their stored values.
@@ -215,10 +232,11 @@ class TensorReader:
 
     def _make(self, name: str, record: Record) -> torch.Tensor:
         shape, dtype = tuple(record["shape"]), DTYPES[record["dtype"]]
+        key = str(record.get("key", name))
         if record.get("meta"):
-            value = torch.empty(shape, dtype=dtype, device="meta")
+            value = self._stored.setdefault(key, torch.empty(shape, dtype=dtype, device="meta"))
         else:
-            value = self._load(str(record.get("key", name)), shape, dtype)
+            value = self._load(key, shape, dtype)
         if (value.shape, value.dtype) != (shape, dtype):
             raise ArtifactError(
                 f"{name} should be {list(shape)} {dtype}, found {list(value.shape)} {value.dtype}"
@@ -227,7 +245,8 @@ class TensorReader:
         if not value.is_meta and crc32 is not None and crc32 != _checksum(value):
             raise ArtifactError(f"the values of {name} are not those that were saved")
         if "stride" in record:
-            value = _restride(value, record["stride"])
+            key = f"{key} {record['stride']}"  # tensors of one key and stride stay one memory
+            value = self._stored.setdefault(key, _restride(value, record["stride"]))
         is_parameter = record["kind"] == "parameter"
         gradient = bool(record.get("requires_grad", is_parameter))
         if is_parameter:

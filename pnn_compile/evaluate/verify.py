@@ -46,6 +46,7 @@ from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan
 from passes.transform.assemble import assemble, sequential
+from passes.transform.original_weights import weights_by_name
 from passes.transform.synthesize import synthesize
 from pnn_compile.evaluate.rounding import in_double, scaled_operators
 
@@ -413,7 +414,7 @@ def _implausible(result: StepResult, original: StepResult) -> list[str]:
 def _keys(compiled: Compiled) -> Check:
     name = "checkpoint keys of the stages = keys of the original, one to one"
     original = {*compiled.program.module.state_dict(), *compiled.program.unused}
-    mapped = set(compiled.original_state_dict())
+    mapped = set(weights_by_name(compiled.program, compiled.stages))
     prefixes = ("fine_", "preprocess_", "coarse_", "head.")
     stray = [key for key in compiled.module.state_dict() if not key.startswith(prefixes)]
     wrong = sorted(original ^ mapped) + stray

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from passes.errors import RuntimeFault
 from passes.ir.checked_json import decode
+from passes.transform.original_weights import to_state_dict
 from pnn_compile.atomic import recover, replace_directory
 from pnn_compile.runtime.checkpoint_files import check_plain, read, write
 from pnn_compile.runtime.data_parallel import full
@@ -252,7 +253,8 @@ def gather_original_weights(module: RankModule) -> dict[str, torch.Tensor]:
     group = module.groups.stages
     parts: list[Any] | None = None if module.rank else [None] * dist.get_world_size(group)
     dist.gather_object(weights, parts, dist.get_global_rank(group, 0), group)
-    return {key: tensor for part in parts or () for key, tensor in part.items()}
+    gathered = {key: tensor for part in parts or () for key, tensor in part.items()}
+    return to_state_dict(module.whole.program, gathered) if gathered else {}
 
 
 class _OptimizerState:

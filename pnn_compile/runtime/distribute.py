@@ -15,6 +15,7 @@ from passes.errors import RuntimeFault
 from pnn_compile.runtime.data_parallel import Groups
 from pnn_compile.runtime.rank_module import RankModule
 from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
+from pnn_compile.runtime.tied_weights import check_memory, check_shardable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -82,7 +83,7 @@ def distribute(
 
     Raises:
         RuntimeFault: torch.distributed is not initialised, the ranks have different networks, the
-            placement does not fit, or there is no such device.
+            placement does not fit, there is no such device, or different parameters share memory.
         ArtifactError: As `pnn.load`.
     """
     groups, home = Groups.of(group, mesh), _device(device)
@@ -97,8 +98,11 @@ def distribute(
         placement = place(len(compiled.plan.stages), ranks)
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
+    check_memory(compiled, placement)
     if folder is not None:
         compiled = load_part(compiled, placement, dist.get_rank(groups.stages), folder)
+    if shard:
+        check_shardable(compiled)
     if inputs not in ("every rank", "rank 0"):
         raise RuntimeFault(f"inputs must be 'every rank' or 'rank 0' (got {inputs!r})")
     return RankModule(

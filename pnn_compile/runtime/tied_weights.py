@@ -11,11 +11,53 @@ import torch.distributed as dist
 from torch import nn
 
 from passes.errors import RuntimeFault
+from passes.ir.program import has_gradient_hooks, share_memory, storage_id
 from pnn_compile.runtime.rank_pieces import RankPieces
 from pnn_compile.runtime.transport import PointToPoint
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
+
+
+def check_memory(compiled: Compiled, placement: Sequence[int]) -> None:
+    """Refuse different parameters over one memory (`a.weight.data = b.weight.data`) on two ranks.
+
+    Raises:
+        RuntimeFault: There are such parameters.
+    """
+    holders: dict[int | None, list[tuple[int, str, nn.Parameter]]] = {}
+    for rank in range(max(placement) + 1):
+        for name, parameter in RankPieces(compiled, placement, rank).named_parameters():
+            others = holders.setdefault(storage_id(parameter), [])
+            for other_rank, other_name, other in others:
+                if rank != other_rank and parameter is not other and share_memory(parameter, other):
+                    raise RuntimeFault(
+                        f"{other_name} of rank {other_rank} and {name} of rank {rank} are two "
+                        "parameters over one memory, which ranks cannot keep equal: make them one "
+                        "Parameter (a.weight = b.weight) and compile again, or place their stages "
+                        "on one rank"
+                    )
+            others.append((rank, name, parameter))
+
+
+def check_shardable(compiled: Compiled) -> None:
+    """Refuse to shard what sharding would lose: hooks on gradients, parameters over one memory.
+
+    Raises:
+        RuntimeFault: The network has either.
+    """
+    by_storage: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in compiled.module.named_parameters():
+        if has_gradient_hooks(parameter):
+            raise RuntimeFault(f"{name} has a hook on its gradient, which shard=True would lose")
+        others = by_storage.setdefault(storage_id(parameter), [])
+        for other_name, other in others:
+            if share_memory(parameter, other):
+                raise RuntimeFault(
+                    f"{other_name} and {name} are two parameters over one memory, which shard=True "
+                    "would separate: make them one Parameter (a.weight = b.weight)"
+                )
+        others.append((name, parameter))
 
 
 class TiedWeights:

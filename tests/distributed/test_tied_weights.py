@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pnn_compile as pnn
+from pnn_compile.artifact.directory import load
+from pnn_compile.runtime.tied_weights import check_memory, check_shardable
 from tests.distributed.ranks import start
+from tests.models.builders import linear_chain
 from tests.models.distributed_models import batches, loss, network
 
 
@@ -60,3 +64,33 @@ def _half_frozen(rank: int) -> str:
 def test_what_is_frozen_on_some_ranks_only_is_refused(tmp_path: Path) -> None:
     for message in start(_half_frozen, 2, tmp_path):
         assert "is frozen on 1 of the ranks [0, 1]" in message
+
+
+def _over_one_memory() -> pnn.Compiled:
+    """First and last layer have different parameters over one memory."""
+    model: Any = linear_chain(4, 8)
+    model[3].weight.data = model[0].weight.data
+    return pnn.compile(model, torch.randn(3, 8), stages=2)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_parameters_over_one_memory_stay_on_one_rank(stored: bool, tmp_path: Path) -> None:
+    compiled = _over_one_memory()
+    if stored:
+        compiled = load(compiled.save(tmp_path / "artifact"), without_data=True)
+    check_memory(compiled, (0, 0))
+    with pytest.raises(
+        pnn.RuntimeFault, match=r"0\.weight of rank 0 and .*3\.weight of rank 1 are"
+    ):
+        check_memory(compiled, (0, 1))
+
+
+def test_what_sharding_would_lose_is_refused() -> None:
+    check_shardable(network(2))
+    with pytest.raises(pnn.RuntimeFault, match="are two parameters over one memory"):
+        check_shardable(_over_one_memory())
+    hooked = network(2)
+    name, parameter = next(iter(hooked.module.named_parameters()))
+    parameter.register_hook(lambda gradient: gradient)
+    with pytest.raises(pnn.RuntimeFault, match=f"{name} has a hook on its gradient"):
+        check_shardable(hooked)

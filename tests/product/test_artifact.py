@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from examples import decoder, vgg16
 from passes.ir.isolation import preserved
 from passes.ir.program import provenance
 from pnn_compile.artifact import directory as artifact
+from tests.models.builders import linear_chain
 from tests.models.zoo import CASES, Case
 
 FILES = ("plan.json", "program.json", "program.safetensors", "weights.safetensors")
@@ -145,6 +147,43 @@ def test_tied_weights_stay_tied_through_training(tmp_path: Path) -> None:
     head = again.module.get_parameter("head.head.weight")
     assert head is again.module.get_parameter("fine_0.token_embedding.weight")
     assert head is again.program.module.get_parameter("head.weight")
+
+
+def over_one_memory(view: Callable[[Tensor], Tensor]) -> pnn.Compiled:
+    """A network whose last layer has a parameter over the memory of the first one's."""
+    model: Any = linear_chain(4, 8)
+    model[3].weight.data = view(model[0].weight.data)
+    return pnn.compile(model, torch.randn(3, 8), stages=2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parameters_over_one_memory_stay_so_or_are_refused(
+    transposed: bool, tmp_path: Path
+) -> None:
+    compiled = over_one_memory(Tensor.t if transposed else Tensor.detach)
+    if transposed:
+        with pytest.raises(pnn.ArtifactError, match=r"3\.weight and 0\.weight are different views"):
+            compiled.save(tmp_path / "artifact")
+        return
+    loaded = pnn.load(compiled.save(tmp_path / "artifact"))
+    with torch.no_grad():
+        loaded.original_state_dict()["0.weight"].fill_(2.0)
+    assert (loaded.original_state_dict()["3.weight"] == 2.0).all()
+
+
+def test_hooks_on_gradients_need_the_model(tmp_path: Path) -> None:
+    model: Any = linear_chain(4, 8)
+    x = torch.randn(3, 8)
+    model[2].weight.register_hook(torch.zeros_like)
+    folder = pnn.compile(model, x, stages=2).save(tmp_path / "artifact")
+    with pytest.raises(pnn.ArtifactError, match=r"2\.weight: a hook on its gradient"):
+        pnn.load(folder)
+    loaded = pnn.load(folder, model=model)
+    loaded.sequential(x).sum().backward()
+    module = loaded.program.module
+    assert module.get_parameter("0.weight").grad.any()  # type: ignore[union-attr]
+    assert not module.get_parameter("2.weight").grad.any()  # type: ignore[union-attr]
+    assert model[0].weight.grad is None
 
 
 def test_a_loaded_network_is_saved_again_alike(folder: Path, tmp_path: Path) -> None:
