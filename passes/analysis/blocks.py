@@ -46,11 +46,15 @@ def repeated_blocks(
 
     Returns:
         The blocks between consecutive boundaries, in order; those that repeat have one signature.
+        Nodes that only compute side values (`t = steps[3]`) are no block; they belong to the one
+        that follows, and its signature leaves them out.
     """
     single = [p for p in frontiers.positions if len(p.state) == 1 and p.boundary]
     blocks = []
-    for start, stop in itertools.pairwise(single):
-        nodes = frontiers.order[start.index : stop.index]
+    first = {position.state: position for position in reversed(single)}
+    for start, stop in itertools.pairwise(sorted(first.values(), key=lambda p: p.index)):
+        inside = frontiers.order[start.index : stop.index]
+        nodes = [node for node in inside if node not in frontiers.recomputable]
         blocks.append(
             Block(start, stop, start.specs[0], stop.specs[0], _signature(program, nodes, facts))
         )

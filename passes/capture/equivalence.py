@@ -16,12 +16,13 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs
 from passes.ir.isolation import parameters_preserved
-from passes.ir.run_step import Forward, StepResult, compare, run_one_step
+from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, run_one_step
 
 _SECOND_SEED = 1
 """Seed of the runs on the second input: a graph may hold the random numbers of the first."""
@@ -202,7 +203,7 @@ class Reference:
                 )
             except Exception as error:
                 return f"the graph fails {where}: {summarize(error)}"
-            if reason := compare(result, expected):
+            if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"{where}, {reason}"
         return self._mismatch_alone(candidate, train=False not in modes)
 
@@ -217,7 +218,7 @@ class Reference:
                 )
             except Exception as error:
                 return f"the graph fails where one input is changed: {summarize(error)}"
-            if reason := compare(result, expected):
+            if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"where one input is changed by itself, {reason}"
         return ""
 
@@ -231,6 +232,16 @@ class Reference:
             except Exception:  # some inputs must agree with each other
                 continue
             yield inputs, result
+
+
+def _lowest_precision(candidate: nn.Module) -> float:
+    """Return the tolerance of the lowest precision that a graph converts values to; 0 if none."""
+    graph = getattr(candidate, "graph", None)
+    nodes = graph.nodes if isinstance(graph, fx.Graph) else ()
+    leaves = (leaf for node in nodes for leaf in tree_leaves((node.args, node.kwargs)))
+    return max(
+        (TOLERANCE.get(leaf, 0.0) for leaf in leaves if isinstance(leaf, torch.dtype)), default=0.0
+    )
 
 
 def _call(model: nn.Module) -> Forward:

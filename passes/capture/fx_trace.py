@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, as_plain, placeholder_names
 from passes.ir.isolation import exclusive, for_this_thread
 from passes.ir.program import Provenance, is_user_code, set_provenance
@@ -77,6 +78,7 @@ class ModuleTracer(fx.Tracer):
         super().__init__()
         self._inputs = inputs
         self._opaque = opaque
+        self._autocast = _autocasting(inputs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Keep modules of torch.nn whole, except containers and the traced model itself."""
@@ -108,6 +110,8 @@ class ModuleTracer(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """Create the node and record its module path and source line."""
+        if _autocasting(self._inputs) - self._autocast:
+            raise CaptureError("forward turns on torch.autocast, which calls do not record")
         if kind in ("call_module", "get_attr"):
             name = strip(str(target)).replace(".", "_") or name
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
@@ -154,6 +158,12 @@ def called_functions(graph: fx.Graph) -> list[str]:
         for function in dict.fromkeys(classes)
         if isinstance(function, type) and issubclass(function, torch.autograd.Function)
     ]
+
+
+def _autocasting(inputs: ExampleInputs) -> set[str]:
+    """Return the types of devices of the inputs, and the CPU, for which autocast is on."""
+    devices = {"cpu", *(tensor.device.type for tensor in inputs.tensors())} - {"meta"}
+    return {device for device in devices if torch.is_autocast_enabled(device)}
 
 
 def strip(path: str) -> str:

@@ -4,6 +4,7 @@ The model runs once more in each mode, under an observer of its calls of torch. 
 
 - derivatives that forward takes itself (`torch.autograd.grad`),
 - generators that forward passes to torch, or draws from beside torch,
+- another result of a second run from the same random state,
 - random numbers that Python decides by:
 
       keep = torch.rand(1)          drawn
@@ -27,8 +28,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.isolation import preserved, random_sources, seed_everything
+from passes.ir.isolation import preserved, random_sources, same_values, seed_everything
 from passes.ir.program import is_user_code
+from passes.ir.run_step import output_leaves
 
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _READS = ("__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy")
@@ -43,14 +45,31 @@ def find_obstacle(model: nn.Module, inputs: ExampleInputs) -> str:
         inputs: Its example inputs.
     """
     for train in (True, False):
+        mode = f"in {'training' if train else 'evaluation'} mode"
         observer = _Observer()
-        args, kwargs = inputs.with_leaves([t.detach().clone() for t in inputs.tensors()])
-        with preserved(model), _watch(model, observer), contextlib.suppress(Exception), observer:
-            seed_everything(0)
-            model.train(train)(*args, **kwargs)
+        results = [_run(model, inputs, observer, train=train) for _ in range(2)]
         if observer.obstacle:
-            return f"in {'training' if train else 'evaluation'} mode, {observer.obstacle}"
+            return f"{mode}, {observer.obstacle}"
+        pairs = zip(*results, strict=False)
+        if len(results[0]) != len(results[1]) or not all(same_values(a, b) for a, b in pairs):
+            return (
+                f"{mode}, a second run from the same random state has another result (forward "
+                "draws from a generator of its own, reads a clock, or counts its calls outside of "
+                "the model)"
+            )
     return ""
+
+
+def _run(
+    model: nn.Module, inputs: ExampleInputs, observer: _Observer, *, train: bool
+) -> list[torch.Tensor]:
+    """Run a model under an observer; return its output tensors, none if it fails."""
+    args, kwargs = inputs.with_leaves([t.detach().clone() for t in inputs.tensors()])
+    output = None
+    with preserved(model), _watch(model, observer), contextlib.suppress(Exception), observer:
+        seed_everything(0)
+        output = model.train(train)(*args, **kwargs)
+    return [leaf.detach() for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 class _Observer(TorchFunctionMode):

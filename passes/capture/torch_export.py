@@ -2,7 +2,11 @@
 
 The exported graph is copied operator by operator: nested graphs of regions (`torch.no_grad`,
 autocast) go in the place of their calls, opaque modules become calls again, and `refold.outline`
-folds the operators of torch.nn modules back into calls.
+folds the operators of torch.nn modules back into calls. Under autocast, the conversions that torch
+makes by itself become nodes, so that the graph needs no context:
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x)         y = aten.linear(to(x, bfloat16), to(w, bfloat16), to(b, bfloat16))
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.capture.fx_trace import Entry, strip
 from passes.capture.opaque_operator import OPERATOR, OpaqueCalls, replace_by_operators
@@ -26,12 +31,14 @@ from passes.capture.refold import CALL_KEY, outline
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import exclusive
-from passes.ir.program import Provenance, is_user_code, resolve, set_provenance
+from passes.ir.program import Provenance, is_user_code, provenance, resolve, set_provenance
 
 _log = logging.getLogger(__name__)
 
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn")
 """Operators that only assert what held at the example inputs; they read and change nothing."""
+
+_CONVERSIONS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _REGIONS: Mapping[Any, int] = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, _AUTOCAST: 4}
@@ -138,6 +145,7 @@ class _Copier:
 
     def __init__(self, model: nn.Module, graph: fx.Graph, opaque_calls: OpaqueCalls) -> None:
         self.graph = graph
+        self._autocast: tuple[str, torch.dtype] | None = None
         self._opaque_calls = opaque_calls
         self._model_tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._model_tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -171,7 +179,9 @@ class _Copier:
     def _copy_node(
         self, module: fx.GraphModule, node: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
     ) -> fx.Node:
-        copied = self.graph.node_copy(node, mapping.__getitem__)
+        casts = {} if self._autocast is None else _casts(node, *self._autocast)
+        converted = {source: self._convert(mapping[source], casts[source]) for source in casts}
+        copied = self.graph.node_copy(node, lambda n: converted.get(n, mapping[n]))
         copied.meta.clear()
         if node.op == "get_attr":
             name = str(node.target)
@@ -181,7 +191,14 @@ class _Copier:
                 copied.target = f"{prefix}{name}"
                 self.constants[f"{prefix}{name}"] = resolve(module, name)
         _set_origin(copied, node)
+        if self._autocast is not None:
+            copied.meta.pop(CALL_KEY, None)  # a module call would leave out the conversions
+        for value in converted.values():
+            set_provenance(value, provenance(copied))
         return _alias(copied)
+
+    def _convert(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
 
     def _region(
         self, module: fx.GraphModule, call: fx.Node, mapping: Mapping[fx.Node, Any], prefix: str
@@ -193,16 +210,15 @@ class _Copier:
         arguments: Any = call.args
         num_options = _REGIONS[call.target]
         options, (graph, *values) = arguments[:num_options], arguments[num_options:]
-        if call.target is _AUTOCAST and options[2]:
-            raise CaptureError(
-                f"forward turns on torch.autocast ({options[0]}, {options[1]}): turn it on around "
-                "the call of the model instead"
-            )
         name = str(graph.target)
         nested: fx.GraphModule = resolve(module, name)
         placeholders = nested.graph.find_nodes(op="placeholder")
         inner = dict(zip(placeholders, (mapping[value] for value in values), strict=True))
+        outside = self._autocast
+        if call.target is _AUTOCAST:
+            self._autocast = (options[0], options[1]) if options[2] else None
         self.copy(nested, inner, f"{prefix}{name}_")
+        self._autocast = outside
         outputs: Any = nested.graph.output_node().args[0]
         results = [inner[node] for node in outputs]
         if call.target is _AUTOCAST or options[0]:
@@ -215,6 +231,41 @@ class _Copier:
         detached = self.graph.call_function(torch.ops.aten.detach.default, (value,))
         _set_origin(detached, call)
         return detached
+
+
+class _CastObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Observe to which precision autocast converts the arguments of an operator."""
+
+    def __init__(self, arguments: Mapping[int, fx.Node]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.arguments = arguments
+        self.casts: dict[fx.Node, torch.dtype] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and id(args[0]) in self.arguments:
+            self.casts.setdefault(self.arguments[id(args[0])], result.dtype)
+        return result
+
+
+def _casts(node: fx.Node, device: str, dtype: torch.dtype) -> dict[fx.Node, torch.dtype]:
+    """Return to which precision autocast converts each argument of an operator that it converts.
+
+    Args:
+        node: The operator, in an exported graph.
+        device: Type of the device of the region.
+        dtype: Precision of the region.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _CONVERSIONS:
+        return {}
+    values = {source: source.meta["val"] for source in node.all_input_nodes}
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    observer = _CastObserver({id(value): source for source, value in values.items()})
+    with torch.autocast(device, dtype, cache_enabled=False), observer:
+        node.target(*args, **kwargs)
+    return observer.casts
 
 
 def _element(node: fx.Node, mapping: Mapping[fx.Node, Any]) -> Any:

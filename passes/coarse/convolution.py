@@ -30,7 +30,8 @@ _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3
 
 def convolution_fits(source: TensorSpec, target: TensorSpec) -> bool:
     """Return whether both are channels-first grids of one rank, and the target is not finer."""
-    grids = source.channel_axis == target.channel_axis == 1
+    # A target that counts from the end may not be mixed.
+    grids = source.channel_axis in (1, 1 - len(source.shape)) and target.channel_axis == 1
     same = len(source.shape) == len(target.shape) and 3 <= len(source.shape) <= 5
     batches = source.batch_axis == target.batch_axis == 0
     if not (grids and same and batches and source.shape[0] == target.shape[0]):

@@ -190,7 +190,7 @@ class LowRankMap(FittedMap):
     ) -> None:
         super().__init__()
         self._source, self._target = layouts(source, target)
-        self._whole = _is_grid(source) and _is_grid(target)
+        self._whole = _is_grid(source) and _is_grid(target) and target.channel_axis >= 0
         self._grids = _capped(self._source), _capped(self._target)
         features, targets = self._source.channels, self._target.channels
         if self._whole:
@@ -269,7 +269,7 @@ class LowRankMap(FittedMap):
 
 def _is_grid(spec: TensorSpec) -> bool:
     """Return whether positions may be mixed: in an image or a flat state, not in a sequence."""
-    return len(spec.shape) < 3 or spec.channel_axis == 1
+    return len(spec.shape) < 3 or spec.channel_axis in (1, 1 - len(spec.shape))
 
 
 def _capped(layout: Layout) -> tuple[int, ...]:

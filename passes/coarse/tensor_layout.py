@@ -46,7 +46,7 @@ class Layout:
         rank = len(spec.shape)
         self.groups = groups
         self.batch_axis = spec.batch_axis or 0
-        self.channel_axis = spec.channel_axis if rank > 1 else None
+        self.channel_axis = spec.channel_axis % rank if rank > 1 else None
         if self.channel_axis == self.batch_axis:
             self.channel_axis = next(axis for axis in range(rank) if axis != self.batch_axis)
         spatial = [a for a in range(rank) if a not in (self.batch_axis, self.channel_axis)]

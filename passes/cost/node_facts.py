@@ -7,7 +7,7 @@ and `add_` have one storage in common, and `add_` writes it: no cut may separate
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
-from passes.ir.isolation import preserved
+from passes.ir.isolation import preserved, same_values
 from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
@@ -122,6 +122,7 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
         larger = _run(program, inputs.varied(grow=True), train=False)
     trained = _run_training(program, inputs) or evaluated
     batch_size = _batch_size(inputs, evaluated)
+    sequences = _sequence_axes(program, inputs, evaluated, batch_size)
     facts: dict[fx.Node, Fact] = {}
     for node, fact in trained.facts.items():
         value = evaluated.values[node]
@@ -129,6 +130,8 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
         if isinstance(value, torch.Tensor):
             larger_shape = larger.values[node].shape if larger is not None else None
             spec = _spec(program, node, value, larger_shape, batch_size)
+            if node in sequences:
+                spec = replace(spec, channel_axis=_unmixed(spec, sequences[node]))
         facts[node] = Fact(
             spec=spec,
             storages=fact.storages | evaluated.facts[node].storages,
@@ -147,6 +150,71 @@ def _run_training(program: Program, inputs: ExampleInputs) -> _Observer | None:
         except (RuntimeError, ValueError):
             continue
     return None
+
+
+class _SequenceProbe(Interpreter):
+    """Compare the values of a run on inputs that differ in later positions with those of another.
+
+    Args:
+        module: The program.
+        expected: The values of the other run.
+        size: Number of positions; the second half differs.
+    """
+
+    def __init__(self, module: fx.GraphModule, expected: Mapping[fx.Node, Any], size: int) -> None:
+        super().__init__(module)
+        self.expected = expected
+        self.size = size
+        self.axes: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and value.dim() > 2 and is_compute(n):
+            other = self.expected[n]
+            axes = [axis for axis in range(value.dim()) if value.shape[axis] == self.size]
+            for axis in axes if value.shape == other.shape else []:
+                halves = (tensor.narrow(axis, 0, self.size // 2) for tensor in (value, other))
+                if same_values(*halves) and not same_values(value, other):
+                    self.axes[n] = axis
+        return value
+
+
+def _sequence_axes(
+    program: Program, inputs: ExampleInputs, evaluated: _Observer, batch_size: int | None
+) -> Mapping[fx.Node, int]:
+    """Find the axis of every value along which it reads no later position of the inputs.
+
+    A causal network is run once more on inputs of which the later half differs: what the earlier
+    half of a value reads, an approximation of it may read.
+    """
+    axes: dict[fx.Node, int] = {}
+    for index, tensor in enumerate(inputs.tensors()):
+        for axis, size in enumerate(tensor.shape if tensor.dim() > 1 else ()):
+            if size < 2 or tensor.is_meta or (axis == 0 and size == batch_size):
+                continue
+            values = [value.detach().clone() for value in inputs.tensors()]
+            later = values[index].narrow(axis, size // 2, size - size // 2)
+            changed = later.roll(1, axis) if size > 3 else later.flip(0)
+            later.copy_(changed * 0.9 + 0.05 if changed.is_floating_point() else changed)
+            probe = _SequenceProbe(program.module, evaluated.values, size)
+            _, kwargs = inputs.with_leaves(values)
+            try:
+                with preserved(program.module), torch.no_grad():
+                    program.module.eval()
+                    probe.run(*(kwargs[str(node.target)] for node in program.inputs))
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            axes = probe.axes | axes
+    return axes
+
+
+def _unmixed(spec: TensorSpec, sequence: int) -> int:
+    """Return the channel axis of a value whose positions along an axis must not be mixed."""
+    rank, axis = len(spec.shape), spec.channel_axis
+    if axis == sequence:
+        others = [other for other in range(rank) if other not in (sequence, spec.batch_axis)]
+        axis = others[-1] if others else axis
+    return axis - rank if axis == 1 else axis
 
 
 def _run(program: Program, inputs: ExampleInputs, *, train: bool) -> _Observer:

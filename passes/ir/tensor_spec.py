@@ -19,7 +19,8 @@ class TensorSpec:
         shape: Sizes at the example inputs.
         dtype: Name of the torch dtype, such as "float32".
         batch_axis: Dimension that follows the batch size; None if no dimension does.
-        channel_axis: Dimension that layers mix (1 in images, the last one in token sequences).
+        channel_axis: Dimension that layers mix (1 in images, the last one in token sequences). It
+            counts from the end (-2 of `[B, C, T]`) if no position may be mixed with later ones.
     """
 
     shape: tuple[int, ...]

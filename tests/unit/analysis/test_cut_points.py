@@ -391,3 +391,37 @@ class PositionBias(nn.Module):
 def test_a_masked_table_of_positions_is_no_source_of_guesses() -> None:
     result = analyze_model(PositionBias(), torch.randint(1, 20, (2, 7)))
     assert [source.node.name for source in result.sources] == ["embedding"]
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+class Sampler(nn.Module):
+    """Applies one step at several times, which are an input."""
+
+    def __init__(self, by_index: bool) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.first, self.last = nn.Linear(17, 32), nn.Linear(32, 16)
+        self.by_index = by_index
+
+    def step(self, x: Tensor, time: Tensor) -> Tensor:
+        h = torch.cat([x, time.expand(x.shape[0], 1)], 1)
+        return x + self.last(torch.tanh(self.first(h)))
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        x = self.stem(x)
+        for time in (times[i] for i in range(4)) if self.by_index else times:
+            x = self.step(x, time)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_what_does_no_work_is_no_block(by_index: bool) -> None:
+    facts = analyze_model(Sampler(by_index), torch.randn(3, 16), torch.linspace(0, 1, 4))
+
+    steps = facts.trunk_blocks
+    assert len(steps) == 4
+    assert len({block.signature for block in steps}) == 1
+    assert all(facts.block_flops(block) for block in facts.blocks)
+    assert [block.leaving.shape for block in steps] == [(3, 16)] * 4

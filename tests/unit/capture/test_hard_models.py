@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 import pnn_compile as pnn
 from passes.capture.ladder import capture
-from passes.errors import CaptureError
 from tests.models.builders import mlp
 from tests.support.parity import assert_same_step, step
 
@@ -56,18 +57,57 @@ def test_what_is_computed_without_gradients_has_none(nested: bool) -> None:
     compiled.verify(strict=True)
 
 
-def test_autocast_inside_forward_is_refused_with_advice() -> None:
-    class Casts(nn.Module):
+class Casts(nn.Module):
+    """Runs its trunk in lower precision, and its head outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.LayerNorm(WIDTH), *body(6), nn.BatchNorm1d(WIDTH), nn.Dropout(0.5)]
+        self.trunk, self.head = nn.Sequential(*layers), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.trunk(x) + torch.softmax(x @ x.mT, -1) @ x
+        with torch.autocast("cpu", enabled=False):
+            return self.head(y.float())
+
+
+def test_conversions_by_autocast_become_part_of_the_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Casts(), torch.randn(4, WIDTH)
+    compiled = pnn.compile(model, x, stages=3)
+    x = torch.randn(6, WIDTH)
+
+    assert compiled.program.capture.rung == "torch.export"
+    loaded = pnn.load(compiled.save(tmp_path / "casts"))
+    for train in (True, False):
+        for network in (compiled.sequential, loaded.sequential):
+            torch.manual_seed(1)
+            result = network.train(train)(x)
+            torch.manual_seed(1)
+            expected = model.train(train)(x)
+            torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+    in_full = copy.deepcopy(model).eval()
+    in_full.forward = lambda x: in_full.head(  # type: ignore[method-assign]
+        in_full.trunk(x) + torch.softmax(x @ x.mT, -1) @ x
+    )
+    assert not torch.equal(in_full(x), expected)
+    compiled.verify(strict=True)
+
+
+def test_a_trace_that_would_lose_autocast_is_no_graph() -> None:
+    class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = body()
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return self.body(x)
+                y = self.body(x)
+            return y.to(torch.bfloat16).float()
 
-    with pytest.raises(CaptureError, match=r"turns on torch\.autocast .*: turn it on around"):
-        capture(Casts(), (torch.randn(4, WIDTH),))
+    rejected = capture(Mixed(), (torch.randn(4, WIDTH),)).capture.rejected
+    assert "forward turns on torch.autocast" in rejected[0]
 
 
 @pytest.mark.parametrize("exported", [False, True])
