@@ -157,29 +157,20 @@ class Compiled:
             strict: Whether all keys of the model must be there, and no others.
 
         Raises:
-            OptionError: Keys are missing or unknown under `strict`, or a shape differs. Nothing
-                is loaded then.
+            OptionError: Keys are missing or unknown under `strict`, a shape differs, or network or
+                checkpoint have no data (the meta device). Nothing is loaded then.
         """
         weights = self.original_state_dict()
-        missing = sorted(weights.keys() - state.keys())
-        unknown = sorted(state.keys() - weights.keys())
-        if strict and (missing or unknown):
+        empty = sorted(key for key, tensor in weights.items() if tensor.is_meta)
+        if empty:
             raise OptionError(
-                f"the checkpoint does not fit {self.plan.model}: {len(missing)} keys missing "
-                f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
-                "pass strict=False to load what fits"
+                f"{empty[0]} of {self.plan.model} has no data ({len(empty)} such): it was compiled "
+                "on the meta device, by shapes. Move the model to memory with "
+                'model.to_empty(device="cpu"), load the checkpoint into it, and compile it again'
             )
-        common = weights.keys() & state.keys()
-        mismatched = [key for key in common if weights[key].shape != state[key].shape]
-        if mismatched:
-            key = min(mismatched)
-            raise OptionError(
-                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
-                f"{list(weights[key].shape)} in {self.plan.model}"
-            )
-        with torch.no_grad():
-            for key in common:
-                weights[key].copy_(state[key])
+        from pnn_compile.inputs import load_weights
+
+        load_weights(self.plan.model, weights, state, strict=strict)
 
     @cached_property
     def graph(self) -> nx.DiGraph[str]:

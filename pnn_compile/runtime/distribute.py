@@ -85,6 +85,8 @@ def distribute(
             placement does not fit, or there is no such device.
         ArtifactError: As `pnn.load`.
     """
+    from pnn_compile.artifact.modules import named_tensors
+
     groups, home = Groups.of(group, mesh), _device(device)
     folder = None
     if isinstance(compiled, (str, Path)):
@@ -92,6 +94,12 @@ def distribute(
 
         folder = Path(compiled)
         compiled = load(folder, without_data=True)
+    elif any(tensor.is_meta for _, tensor in named_tensors(compiled.module)):
+        raise RuntimeFault(
+            f"{compiled.plan.model} has weights on the meta device, without data: compile it with "
+            "its weights and save it; distribute() of that artifact reads on every rank what it "
+            "needs alone"
+        )
     ranks = dist.get_world_size(groups.stages)
     if placement is None:
         placement = place(len(compiled.plan.stages), ranks)

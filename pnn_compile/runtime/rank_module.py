@@ -17,7 +17,14 @@ from passes.ir.isolation import preserved
 from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.verify import check
-from pnn_compile.inputs import batch_size, by_argument, call_arguments, check_shapes, named_batch
+from pnn_compile.inputs import (
+    batch_size,
+    by_argument,
+    call_arguments,
+    check_shapes,
+    load_weights,
+    named_batch,
+)
 from pnn_compile.runtime.checkpoint import gather_original_weights
 from pnn_compile.runtime.data_parallel import Groups, Replicas, local, plan_digest, shard_weights
 from pnn_compile.runtime.engine import Engine, Loss, StateShapes, state_shapes
@@ -296,7 +303,9 @@ class RankModule(nn.Module):
             raise RuntimeFault(
                 "sharded weights cannot load a state dict: load it before distribute()"
             )
-        self.whole.load_original_state_dict(state, strict=strict)
+        # Weights of other ranks, read from an artifact, have no data here.
+        weights = self.whole.original_state_dict()
+        load_weights(self.whole.plan.model, weights, state, strict=strict)
 
     def _scattered(self, batch: Any) -> Any:
         """Return the batch of this rank, received from rank 0 if that scatters the batches."""
