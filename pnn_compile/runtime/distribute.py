@@ -55,8 +55,9 @@ def distribute(
     On a mesh of dimensions ("data", "stage"), several replicas of the network, each on the ranks
     along "stage", run different batches. Along "data" it is DistributedDataParallel: gradients are
     averaged over the replicas, which is the gradient of the mean loss over all samples if the
-    batches are equally large; BatchNorm normalizes by the batch of its replica, and all replicas
-    continue with the running statistics of the first one.
+    batches are equally large, or if the loss returns a sum and its weight; BatchNorm normalizes by
+    the batch of its replica, and all replicas continue with the running statistics of the first
+    one.
 
     Args:
         compiled: The whole network, the same on every rank; or the directory of an artifact, of
@@ -65,7 +66,8 @@ def distribute(
         mesh: Instead of a group, `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))`.
         placement: Rank of every stage; neighbours together, evenly, if None.
-        batches: Number of micro-batches of a step.
+        batches: Number of micro-batches of a step; more than one for models that treat every
+            sample alone (but for BatchNorm in training), which the first step checks.
         autocast: Precision of torch.autocast around every piece, and of the states that cross
             between ranks: torch.bfloat16, or torch.float16 with `RankModule.grad_scaler`.
         recompute: Whether fine stages save only their inputs and run again in the backward pass
