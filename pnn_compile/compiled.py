@@ -161,12 +161,13 @@ class Compiled:
                 checkpoint have no data (the meta device). Nothing is loaded then.
         """
         weights = self.original_state_dict()
-        empty = sorted(key for key, tensor in weights.items() if tensor.is_meta)
-        if empty:
+        values = [*weights.values(), *pytree.tree_leaves(dict(self.program.args))]
+        if any(isinstance(value, torch.Tensor) and value.is_meta for value in values):
             raise OptionError(
-                f"{empty[0]} of {self.plan.model} has no data ({len(empty)} such): it was compiled "
-                "on the meta device, by shapes. Move the model to memory with "
-                'model.to_empty(device="cpu"), load the checkpoint into it, and compile it again'
+                f"{self.plan.model} was compiled on the meta device, by shapes: its weights, "
+                "preprocessing operators and coarse propagators have no values. Move the "
+                'model to memory with model.to_empty(device="cpu"), load the checkpoint into it, '
+                "and compile it again"
             )
         from pnn_compile.inputs import load_weights
 

@@ -322,6 +322,12 @@ class RankModule(nn.Module):
     def _inputs(self, batch: Any, count: int) -> list[dict[str, Any]]:
         """Return the arguments of every micro-batch, on the device of this rank."""
         program, device = self.whole.program, self.network.device
+        if count > 1 and not program.dynamic_batch:
+            raise RuntimeFault(
+                f"{program.name} was compiled for batches of {batch_size(program.args)} only, so "
+                f"that {count} micro-batches cannot be compared with one batch: pass "
+                "distribute(batches=1); gradients add up over calls of forward_backward"
+            )
         try:
             pieces = divide(by_argument(program, batch), count, program.args)
             # Not the device of the whole network, whose first weights may be of another rank.
@@ -329,11 +335,7 @@ class RankModule(nn.Module):
             for piece in inputs:
                 check_shapes(self.whole, piece)
         except OptionError as error:
-            message = f"rank {self.rank}: {error}"
-            if count > 1 and not program.dynamic_batch:
-                size = batch_size(program.args)
-                message += f" (each of the {count} micro-batches must have {size} samples)"
-            raise RuntimeFault(message) from error
+            raise RuntimeFault(f"rank {self.rank}: {error}") from error
         return inputs
 
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
