@@ -11,7 +11,11 @@ if Path(passes.__file__ or "").resolve().parent != _expected:
         "it: rename that one, or take its directory off sys.path"
     )
 
-from passes.cost.device_profile import DeviceProfile  # noqa: E402  # after the check above
+from passes.interrupt import end_on_interrupt  # noqa: E402  # after the check above
+
+end_on_interrupt()  # before torch is imported
+
+from passes.cost.device_profile import DeviceProfile  # noqa: E402
 from passes.errors import (  # noqa: E402
     ArtifactError,
     CaptureError,

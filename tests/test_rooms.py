@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ORDERS: dict[str, tuple[str, ...]] = {
     "passes": (
-        "errors", "ir", "capture", "cost", "analysis", "coarse", "options", "partition", "plan",
-        "transform", "schedule", "pipeline",
+        "interrupt", "errors", "ir", "capture", "cost", "analysis", "coarse", "options",
+        "partition", "plan", "transform", "schedule", "pipeline",
     ),
     "pnn_compile": (
         "atomic", "compiled", "inputs", "fit", "evaluate", "forecast", "artifact", "runtime",

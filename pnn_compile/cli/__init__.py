@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from passes.errors import PnnError, VerificationError, printable
+from passes.interrupt import INTERRUPTED, end_interrupted, raise_on_interrupt
 from pnn_compile.cli.benching import bench_command, run_command
 from pnn_compile.cli.compiling import compile_command
 from pnn_compile.cli.exporting import export_command
@@ -47,6 +48,13 @@ class _ModelFirst(click.Group):
         if args and args[0].startswith("-") and args[0] not in group_options:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an interrupt ends it without the empty line of click."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise click.Abort from error
 
 
 _HELP = """Compile PyTorch models into parareal neural networks.
@@ -94,15 +102,18 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0 done, 1 a bug of this program, 2 a mistake in the input, 3 a failed
         verification, 130 interrupted.
     """
+    raise_on_interrupt()
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
     code = _run(lambda: cli.main(words, "pnn-compile", standalone_mode=False), debug)
-    if arguments is None:
-        sys.exit(code)
-    return code
+    if arguments is not None:
+        return code
+    if code == INTERRUPTED:
+        end_interrupted()
+    sys.exit(code)
 
 
 def _run(action: Callable[[], Any], debug: bool) -> int:
@@ -113,8 +124,7 @@ def _run(action: Callable[[], Any], debug: bool) -> int:
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
+        return INTERRUPTED
     except PnnError as error:
         if debug:
             traceback.print_exc()

@@ -115,11 +115,12 @@ class Checkpoints:
             if newest is None or newest <= steps:
                 self._write(target)
         except Exception as error:
-            raise RuntimeFault(
+            fault = RuntimeFault(
                 f"rank {self._module.rank} could not write the checkpoint {target} "
                 f"({type(error).__name__}: {error}): check permissions and free space of "
                 f"{self._folder}, and that no rank has died"
-            ) from error
+            )
+            raise self._module.peers.explain(fault) from error
         if newest is not None and newest > steps:
             raise RuntimeFault(
                 f"{self._folder} has a checkpoint of step {newest}, and this run has taken "
@@ -136,7 +137,8 @@ class Checkpoints:
         Raises:
             RuntimeFault: It does not fit this network or optimizer, or is damaged.
         """
-        newest = self._newest()
+        with self._module.exchanging("the step of the newest checkpoint"):
+            newest = self._newest()
         if newest is None:
             return 0
         target = self._folder / f"step-{newest:08d}"

@@ -56,8 +56,9 @@ def distribute(
     On a mesh of dimensions ("data", "stage"), several replicas of the network, each on the ranks
     along "stage", run different batches. Along "data" it is DistributedDataParallel: gradients are
     averaged over the replicas, which is the gradient of the mean loss over all samples if the
-    batches are equally large; BatchNorm normalizes by the batch of its replica, and all replicas
-    continue with the running statistics of the first one.
+    batches are equally large, or if the loss returns a sum and its weight; BatchNorm normalizes by
+    the batch of its replica, and all replicas continue with the running statistics of the first
+    one.
 
     Args:
         compiled: The whole network, the same on every rank; or the directory of an artifact, of
@@ -66,7 +67,8 @@ def distribute(
         mesh: Instead of a group, `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))`.
         placement: Rank of every stage; neighbours together, evenly, if None.
-        batches: Number of micro-batches of a step.
+        batches: Number of micro-batches of a step; more than one for models that treat every
+            sample alone (but for BatchNorm in training), which the first step checks.
         autocast: Precision of torch.autocast around every piece, and of the states that cross
             between ranks: torch.bfloat16, or torch.float16 with `RankModule.grad_scaler`.
         recompute: Whether fine stages save only their inputs and run again in the backward pass
@@ -86,6 +88,8 @@ def distribute(
             placement does not fit, there is no such device, or different parameters share memory.
         ArtifactError: As `pnn.load`.
     """
+    from pnn_compile.artifact.modules import named_tensors
+
     groups, home = Groups.of(group, mesh), _device(device)
     folder = None
     if isinstance(compiled, (str, Path)):
@@ -93,6 +97,12 @@ def distribute(
 
         folder = Path(compiled)
         compiled = load(folder, without_data=True)
+    elif any(tensor.is_meta for _, tensor in named_tensors(compiled.module)):
+        raise RuntimeFault(
+            f"{compiled.plan.model} has weights on the meta device, without data: compile it with "
+            "its weights and save it; distribute() of that artifact reads on every rank what it "
+            "needs alone"
+        )
     ranks = dist.get_world_size(groups.stages)
     if placement is None:
         placement = place(len(compiled.plan.stages), ranks)

@@ -94,6 +94,7 @@ class Engine:
         outputs: Outputs of the model by micro-batch, on the rank of the last stage.
         objective: Graph of the loss, from the last head to the first backward.
         loss_value: The loss, once it was computed here or arrived with an adjoint.
+        exchanging: Whether the last instruction was a message to or from another rank.
         seconds: Seconds by kind of instruction; on a GPU to launch it, unless synchronized.
     """
 
@@ -132,6 +133,7 @@ class Engine:
         self.outputs: dict[int, Any] = {}
         self.objective: torch.Tensor | None = None
         self.loss_value = torch.zeros(())
+        self.exchanging = False
         self.seconds: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
 
     def run_list(self, instructions: Sequence[Instruction]) -> None:
@@ -141,6 +143,7 @@ class Engine:
             RuntimeFault: An instruction failed; it names rank, stage, modules and shapes.
         """
         for instruction in instructions:
+            self.exchanging = instruction.peer is not None
             try:
                 self.run(instruction)
             except RuntimeFault:

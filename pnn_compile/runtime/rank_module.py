@@ -17,11 +17,19 @@ from passes.ir.isolation import preserved
 from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.verify import check
-from pnn_compile.inputs import batch_size, by_argument, call_arguments, check_shapes, named_batch
+from pnn_compile.inputs import (
+    batch_size,
+    by_argument,
+    call_arguments,
+    check_shapes,
+    load_weights,
+    named_batch,
+)
 from pnn_compile.runtime.checkpoint import gather_original_weights
 from pnn_compile.runtime.data_parallel import Groups, Replicas, local, plan_digest, shard_weights
 from pnn_compile.runtime.engine import Engine, Loss, StateShapes, state_shapes
 from pnn_compile.runtime.input_scatter import InputScatter
+from pnn_compile.runtime.lost_ranks import Peers
 from pnn_compile.runtime.micro_batches import Joiner, divide, part
 from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
 from pnn_compile.runtime.tied_weights import TiedWeights
@@ -59,6 +67,7 @@ class RankModule(nn.Module):
     Attributes:
         network: The pieces of this rank.
         groups: The processes of the run.
+        peers: The other processes of the run.
         replicas: Other processes with the same pieces.
         steps: Number of training steps that were started.
         seed: Seed of the run.
@@ -92,6 +101,7 @@ class RankModule(nn.Module):
             check(lists)
         self.plan_digest = plan_digest(compiled)
         groups.check_plan(self.plan_digest)
+        self.peers = Peers(groups.everyone)
         self._tied = TiedWeights(compiled, placement, groups.stages)
         self.replicas = Replicas(self.network, groups.replicas, sharded=shard)
         self.steps = 0
@@ -131,7 +141,7 @@ class RankModule(nn.Module):
         """
         batch = call_arguments(self.whole.program, args, kwargs)
         (inputs,) = self._inputs(self._scattered(batch), 1)
-        with self._exchanging("buffers of replicas"):
+        with self.exchanging("buffers of replicas"):
             self.replicas.share_buffers()
         with torch.no_grad():
             engine = self._run([inputs], None, self._evaluation)
@@ -168,7 +178,7 @@ class RankModule(nn.Module):
         inputs = self._inputs(batch, self._batches)
         sizes = [*map(batch_size, inputs)]
         scale = self._scale(scaler)
-        with self._exchanging("buffers of replicas"):
+        with self.exchanging("buffers of replicas"):
             self.replicas.share_buffers()
         if self._batches > 1 and not self._divisible:
             self._try_division(batch, inputs)
@@ -179,11 +189,11 @@ class RankModule(nn.Module):
 
         earlier = self._tied.set_aside()
         engine = self._run(inputs, scaled, self._training)
-        with self._exchanging("gradients"):
+        with self.exchanging("gradients"):
             self._tied.sum_gradients(earlier)
             self.replicas.average_gradients()
         value = (engine.loss_value.double() / scale).float()
-        with self._exchanging("the loss"):
+        with self.exchanging("the loss"):
             return self.replicas.mean(value)
 
     def train_step(
@@ -219,7 +229,7 @@ class RankModule(nn.Module):
                 "return a sum and its weight); the weights are as they were before"
             )
         if scaler is not None and optimizer is not None:
-            with self._exchanging("overflows"):
+            with self.exchanging("overflows"):
                 scaler.unscale_(optimizer)
         if clip_norm is not None:
             self.clip_gradients(clip_norm)
@@ -262,7 +272,7 @@ class RankModule(nn.Module):
         total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
         total = total.to(self.network.device)
         group = self.groups.everyone if self._sharded else self.groups.stages
-        with self._exchanging("the norm of the gradient"):
+        with self.exchanging("the norm of the gradient"):
             dist.all_reduce(total, group=group)
         norm = total.sqrt()
         scale = (most / (norm + 1e-6)).clamp(max=1.0)
@@ -276,7 +286,7 @@ class RankModule(nn.Module):
         All ranks must call it; rank 0 of the network returns all weights, on the CPU, the others
         none.
         """
-        with self._exchanging("weights"):
+        with self.exchanging("weights"):
             return gather_original_weights(self)
 
     def load_original_state_dict(
@@ -296,7 +306,9 @@ class RankModule(nn.Module):
             raise RuntimeFault(
                 "sharded weights cannot load a state dict: load it before distribute()"
             )
-        self.whole.load_original_state_dict(state, strict=strict)
+        # Weights of other ranks, read from an artifact, have no data here.
+        weights = self.whole.original_state_dict()
+        load_weights(self.whole.plan.model, weights, state, strict=strict)
 
     def _scattered(self, batch: Any) -> Any:
         """Return the batch of this rank, received from rank 0 if that scatters the batches."""
@@ -304,12 +316,18 @@ class RankModule(nn.Module):
             batch = dict(batch)  # torch does not look into other mappings
         if self._scatter is None:
             return batch
-        with self._exchanging("the batch"):
+        with self.exchanging("the batch"):
             return self._scatter(batch)
 
     def _inputs(self, batch: Any, count: int) -> list[dict[str, Any]]:
         """Return the arguments of every micro-batch, on the device of this rank."""
         program, device = self.whole.program, self.network.device
+        if count > 1 and not program.dynamic_batch:
+            raise RuntimeFault(
+                f"{program.name} was compiled for batches of {batch_size(program.args)} only, so "
+                f"that {count} micro-batches cannot be compared with one batch: pass "
+                "distribute(batches=1); gradients add up over calls of forward_backward"
+            )
         try:
             pieces = divide(by_argument(program, batch), count, program.args)
             # Not the device of the whole network, whose first weights may be of another rank.
@@ -317,11 +335,7 @@ class RankModule(nn.Module):
             for piece in inputs:
                 check_shapes(self.whole, piece)
         except OptionError as error:
-            message = f"rank {self.rank}: {error}"
-            if count > 1 and not program.dynamic_batch:
-                size = batch_size(program.args)
-                message += f" (each of the {count} micro-batches must have {size} samples)"
-            raise RuntimeFault(message) from error
+            raise RuntimeFault(f"rank {self.rank}: {error}") from error
         return inputs
 
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
@@ -334,17 +348,17 @@ class RankModule(nn.Module):
         sizes = [*map(batch_size, inputs[:2])]
         both = part(by_argument(program, batch), 0, sum(sizes), program.args)
         both = named_batch(self.whole, both, self.network.device)
-        outputs = []
-        with preserved(self.network), torch.no_grad():
-            self.network.eval()
-            before = self._random_state()
-            for piece in (*inputs[:2], both):
+        outputs, drawn = [], False
+        for piece in (*inputs[:2], both):
+            with preserved(self.network), torch.no_grad():
+                self.network.eval()
+                before = self._random_state()
                 copies = clone_tensors(piece)  # a model may write into its inputs
                 outputs.append(self._run([copies], None, self._evaluation).outputs.get(0))
-            drawn = not torch.equal(before, self._random_state())
+                drawn |= not torch.equal(before, self._random_state())
         draws: list[Any] = [None] * dist.get_world_size(self.groups.stages)
         messages: list[Any] = [None] * dist.get_world_size(self.groups.everyone)
-        with self._exchanging("the outputs of two micro-batches"):
+        with self.exchanging("the outputs of two micro-batches"):
             dist.all_gather_object(draws, drawn, group=self.groups.stages)
             message = ""
             if self.network.holds_head:
@@ -377,8 +391,11 @@ class RankModule(nn.Module):
         engine = Engine(self.network, inputs, transport, self._state_shapes(inputs), loss, seed)
         self.steps += loss is not None
         self.seconds = engine.seconds
-        engine.run_list(lists[self.rank])
-        with self._exchanging("the last messages"):
+        try:
+            engine.run_list(lists[self.rank])
+        except RuntimeFault as error:
+            raise self.peers.explain(error, exchange=engine.exchanging) from error.__cause__
+        with self.exchanging("the last messages"):
             transport.wait()
         return engine
 
@@ -390,15 +407,16 @@ class RankModule(nn.Module):
         return self._shapes[sizes]
 
     @contextmanager
-    def _exchanging(self, what: str) -> Iterator[None]:
+    def exchanging(self, what: str) -> Iterator[None]:
         """Add rank and stages to the error of an exchange, as when another rank has died."""
         try:
             yield
         except Exception as error:
-            raise RuntimeFault(
+            fault = RuntimeFault(
                 f"rank {self.rank} (stages {self.network.stages}) failed to exchange {what}: "
                 f"{type(error).__name__}: {error}"
-            ) from error
+            )
+            raise self.peers.explain(fault) from error
 
     def _check_precision(self) -> None:
         """Check that weights were not converted: other ranks expect states of the old precision."""

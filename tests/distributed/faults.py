@@ -26,11 +26,11 @@ from passes.schedule.instruction import Instruction, Kind
 from pnn_compile.runtime.engine import Engine
 from tests.models.distributed_models import batches, loss, network
 
-__all__ = ["PHASES", "RANKS", "train"]
+__all__ = ["FAULT_STEP", "PHASES", "RANKS", "train"]
 
 RANKS, STEPS, FAULT_STEP = 3, 4, 2
 
-INSTRUCTIONS = {"fine": Kind.FINE, "sweep": Kind.CORRECT, "backward": Kind.FINE_BACKWARD}
+INSTRUCTIONS = {"forward": Kind.FINE, "sweep": Kind.CORRECT, "backward": Kind.FINE_BACKWARD}
 PHASES = (*INSTRUCTIONS, "optimizer", "checkpoint")
 
 
@@ -42,6 +42,7 @@ class Fault:
         number: The signal.
         module: The network of this rank, which knows the step.
         optimizer: Its optimizer.
+        step: The step, from 0.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Fault:
         number: int,
         module: pnn.runtime.RankModule,
         optimizer: torch.optim.Optimizer,
+        step: int,
     ) -> None:
+        self._step = step
         self._number = number
         self._module = module
         if phase == "optimizer":
@@ -61,7 +64,7 @@ class Fault:
             self._at(INSTRUCTIONS[phase])
 
     def _fire(self, already: int) -> None:
-        if self._module.steps == FAULT_STEP + already:
+        if self._module.steps == self._step + already:
             os.kill(os.getpid(), self._number)
 
     def _at(self, kind: Kind) -> None:
@@ -86,13 +89,20 @@ class Fault:
 
 
 def train(
-    rank: int, folder: str, victim: int | None = None, phase: str = "", number: int = signal.SIGKILL
+    rank: int,
+    folder: str,
+    victim: int | None = None,
+    phase: str = "",
+    number: int = signal.SIGKILL,
+    step: int = FAULT_STEP,
+    kind: str = "blocks",
+    micro: int = 1,
 ) -> dict[str, Tensor]:
     """Train to the end, from where the checkpoint in the folder stands; give the weights."""
-    module = pnn.runtime.distribute(network(RANKS)).train()
+    module = pnn.runtime.distribute(network(RANKS, kind), batches=micro).train()
     optimizer = torch.optim.AdamW(module.parameters(), 0.01)
     if rank == victim:
-        Fault(phase, number, module, optimizer)
+        Fault(phase, number, module, optimizer, step)
     checkpoints = pnn.runtime.Checkpoints(folder, module, optimizer)
     for batch in batches(STEPS)[checkpoints.resume() :]:
         module.train_step(batch, loss, optimizer)

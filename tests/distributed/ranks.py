@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-__all__ = ["begin", "spawn", "start"]
+__all__ = ["begin", "start"]
 
 _NUMBERS = itertools.count()
 
@@ -48,11 +48,6 @@ def start(function: Callable[..., Any], ranks: int, folder: Path, *arguments: An
     while not context.join():
         pass
     return [torch.load(results / f"{rank}.pt") for rank in range(ranks)]
-
-
-def spawn(function: Callable[..., Any], args: tuple[Any, ...], nprocs: int) -> None:
-    """Take the place of torch's `spawn`, whose processes import everything anew."""
-    start_processes(function, args, nprocs, start_method="forkserver")
 
 
 def begin(

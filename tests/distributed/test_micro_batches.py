@@ -199,3 +199,27 @@ def test_constants_are_those_of_the_example() -> None:
         call_arguments(program, (x, more, labels), {})
     with pytest.raises(pnn.OptionError, match="compiled without argument label"):
         call_arguments(program, (x, more), {"label": labels})
+
+
+class _FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x.view(4, 8)
+
+
+def _fixed(rank: int) -> str:
+    compiled = pnn.compile(_FixedBatch(), torch.randn(4, 8), stages=2)
+    module = pnn.runtime.distribute(compiled, batches=2).train()
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        module.forward_backward(torch.randn(8, 8), lambda outputs, _: outputs.mean())
+    return str(caught.value)
+
+
+def test_a_fixed_batch_size_has_no_micro_batches(tmp_path: Path) -> None:
+    for message in start(_fixed, 2, tmp_path):
+        assert "compiled for batches of 4 only" in message

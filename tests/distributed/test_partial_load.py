@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pnn_compile as pnn
 from examples import decoder, resnet110
 from tests.distributed.ranks import start
-from tests.models.distributed_models import batches, loss, network
+from tests.models.distributed_models import Blocks, batches, loss, network
 
 
 def _held(module: nn.Module) -> set[Tensor]:
@@ -49,6 +49,45 @@ def test_ranks_that_hold_their_own_stages_train_alike(kind: str, tmp_path: Path)
         assert (actual["alone"], expected["alone"]) == (True, False), rank
     assert torch.equal(result[2]["outputs"], reference[2]["outputs"])
     assert result[0]["original"].keys() == compiled.original_state_dict().keys()
+
+
+def _load_weights(rank: int, path: str) -> tuple[bool, str]:
+    module = pnn.runtime.distribute(path)
+    weights = {key: tensor + 1 for key, tensor in pnn.load(path).original_state_dict().items()}
+    module.load_original_state_dict(weights)
+    loaded = module.original_state_dict()
+    with pytest.raises(pnn.OptionError) as caught:
+        module.load_original_state_dict({key: tensor.to("meta") for key, tensor in weights.items()})
+    return all(torch.equal(loaded[key], weights[key]) for key in loaded), str(caught.value)
+
+
+def test_a_rank_loads_the_weights_that_it_has(tmp_path: Path) -> None:
+    path = str(network(3).save(tmp_path / "artifact"))
+    for equal, message in start(_load_weights, 3, tmp_path, path):
+        assert equal
+        assert "has no data in the checkpoint" in message
+
+
+def _on_meta(rank: int) -> list[str]:
+    model = Blocks()
+    compiled = pnn.compile(model.to("meta"), torch.randn(4, 8, device="meta"), stages=2)
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        pnn.runtime.distribute(compiled, device="cpu")
+    messages = [str(caught.value)]
+    for _ in range(2):
+        with pytest.raises(pnn.OptionError) as refused:
+            compiled.load_original_state_dict(Blocks().state_dict())
+        messages.append(str(refused.value))
+        compiled.module.to_empty(device="cpu")
+    return messages
+
+
+def test_a_network_without_data_is_refused(tmp_path: Path) -> None:
+    distributing, *loading = start(_on_meta, 1, tmp_path)[0]
+    assert "has weights on the meta device" in distributing
+    for message in loading:
+        assert "was compiled on the meta device, by shapes" in message
+        assert "compile it again" in message
 
 
 @pytest.mark.parametrize(

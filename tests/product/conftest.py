@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
 import pnn_compile as pnn
+import tests.distributed.ranks  # noqa: F401  # tells what the server of ranks imports
 from examples import unet
-from tests.distributed.ranks import spawn
+from pnn_compile.runtime import local_ranks
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +19,4 @@ def unet_compiled() -> pnn.Compiled:
 @pytest.fixture
 def _forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ranks that the product starts come from the server of the tests, which has torch."""
-    module = importlib.import_module("torch.multiprocessing.spawn")  # a function hides its name
-    monkeypatch.setattr(module, "spawn", spawn)
+    monkeypatch.setattr(local_ranks, "START_METHOD", "forkserver")
