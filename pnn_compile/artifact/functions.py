@@ -67,7 +67,8 @@ _EXCLUDED = re.compile(
     "autocast|lobpcg|from_file|record_stream|set_?|set_data|resize.*|fbgemm_.*|quantized_.*"
     "|cudnn_.*|miopen_.*|mkldnn_.*|sparse_.*|triplet_margin_with_distance_loss"
     # These trust sizes and indices of their operands: with others they crash the process.
-    "|.*_backward(_.*)?|segment_reduce|ctc_loss|lu_unpack|(linalg_)?eig(vals)?|promote_types"
+    "|.*_backward(_.*)?|segment_reduce|ctc_loss|lu_unpack|(linalg_)?(lu|ldl)_solve"
+    "|(linalg_)?eig(vals)?|promote_types"
     "|_?native_batch_norm.*|batch_norm_(?!inference).*|quantize_per_.*|choose_qparams.*"
 )
 

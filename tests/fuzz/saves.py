@@ -32,6 +32,9 @@ from pnn_compile.export.onnx.run import StageExecutor, session
 from pnn_compile.fit.checkpoint import FitState
 from tests.models.builders import block_chain
 
+REFUSED = 3
+"""Exit code of a process whose work ended in a PnnError."""
+
 OUTCOMES = ("old", "new", "lost", "leftovers")
 
 
@@ -187,7 +190,7 @@ def in_child(
         work()
         os._exit(0)
     except BaseException as error:
-        os._exit(3 if isinstance(error, pnn.PnnError) else 4)
+        os._exit(REFUSED if isinstance(error, pnn.PnnError) else 4)
     finally:
         os._exit(5)
 
