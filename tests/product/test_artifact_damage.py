@@ -279,7 +279,6 @@ def test_a_plan_is_held_against_the_weights_that_a_model_gets(folder: Path) -> N
         torch.ops.aten.segment_reduce.default,
         torch.ops.aten.lu_unpack.default,
         torch.ops.aten.linalg_ldl_solve.default,
-        torch.ops.aten._native_batch_norm_legit.default,
         torch.segment_reduce,
         nn.functional.ctc_loss,
     ],
@@ -312,6 +311,34 @@ def test_operators_run_only_where_their_operands_fit(tmp_path: Path) -> None:
 
     edit_json("program.json", change)(folder)
     with pytest.raises(pnn.ArtifactError):
+        pnn.load(folder)
+
+
+def test_statistics_have_a_value_for_every_channel(tmp_path: Path) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("var", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            normal = torch.ops.aten._native_batch_norm_legit_no_training.default
+            return normal(x.relu(), None, None, self.mean, self.var, 0.1, 1e-5)[0].sin()
+
+    folder = pnn.compile(Normalized(), torch.randn(2, 8), stages=2).save(tmp_path / "out")
+    pnn.load(folder)
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors["mean"] = torch.zeros(1)
+
+    def record(data: dict[str, Any]) -> None:
+        mean = next(r for r in data["tensors"] if r["name"] == "mean")
+        mean["shape"] = [1]
+        del mean["crc32"]
+
+    edit_tensors("program.safetensors", shrink)(folder)
+    edit_json("program.json", record)(folder)
+    with pytest.raises(pnn.ArtifactError, match=r"made for another|channels"):
         pnn.load(folder)
 
 
