@@ -170,7 +170,7 @@ def _tensor(place: str, spec: TensorSpec) -> _Problems:
     for index, size in enumerate(spec.shape):
         if size < 0:
             yield f"{place}.shape[{index}]", f"is {size!r}, no size"
-    axes = tuple(range(-len(spec.shape), len(spec.shape)))
+    axes = tuple(range(len(spec.shape)))
     yield from _among(f"{place}.batch_axis", spec.batch_axis, (None, *axes))
     if axes:
         yield from _among(f"{place}.channel_axis", spec.channel_axis, axes)

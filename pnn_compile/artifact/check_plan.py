@@ -25,7 +25,7 @@ from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
 from passes.transform.split import Stages, split
 from passes.transform.synthesize import Operators, synthesize
-from pnn_compile.artifact.functions import is_fragile
+from pnn_compile.artifact.functions import check_operands, is_fragile
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.tensors import Record, TensorReader
 
@@ -67,6 +67,8 @@ class _Shapes(Interpreter):
         self.done: set[str] = set()
 
     def run_node(self, n: fx.Node) -> Any:
+        if is_fragile(n.target):
+            check_operands(n.target, self.fetch_args_kwargs_from_env(n)[0])
         value = super().run_node(n)
         self.done.add(n.name)
         if isinstance(value, torch.Tensor):

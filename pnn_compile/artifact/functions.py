@@ -67,12 +67,14 @@ _EXCLUDED = re.compile(
     "autocast|lobpcg|from_file|record_stream|set_?|set_data|resize.*|fbgemm_.*|quantized_.*"
     "|cudnn_.*|miopen_.*|mkldnn_.*|sparse_.*|triplet_margin_with_distance_loss"
     # These trust sizes and indices of their operands: with others they crash the process.
-    "|.*_backward(_.*)?|segment_reduce|ctc_loss|lu_unpack|(linalg_)?eig(vals)?|promote_types"
-    "|_?native_batch_norm.*|batch_norm_(?!inference).*|quantize_per_.*|choose_qparams.*"
+    "|.*_backward(_.*)?|segment_reduce|ctc_loss|lu_unpack|(linalg_)?(lu|ldl)_solve"
+    "|(linalg_)?eig(vals)?|promote_types"
+    "|batch_norm_(?!inference).*|quantize_per_.*|choose_qparams.*"
 )
 
 _FRAGILE = re.compile(
     "_fft_.*|_weight_norm.*|_embedding_bag.*|_convolution.*|(lstm|gru|rnn_tanh|rnn_relu)(_cell)?"
+    "|_?native_batch_norm.*"
 )
 """Operators that trust sizes of their operands, but follow shapes without data safely."""
 
@@ -85,7 +87,7 @@ _EXCLUDED_METHODS = _words(
 _PRIVATE_ATEN = re.compile(
     "__(and|or|xor|lshift|rshift|iand|ior|ixor|ilshift|irshift)__"
     "|_adaptive_avg_pool[23]d|_assert_async|_conj|_convolution|_embedding_bag|_fft_.*"
-    "|_log_softmax|_prelu_kernel|_safe_softmax|_softmax|_to_copy"
+    "|_log_softmax|_native_batch_norm_legit.*|_prelu_kernel|_safe_softmax|_softmax|_to_copy"
     "|_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?|_unsafe_(view|index)"
     "|_scaled_dot_product_attention_math|_upsample_.*|_weight_norm(_interface)?"
 )
@@ -173,6 +175,18 @@ def is_fragile(target: Any) -> bool:
     """Return whether an operator may only run where its operands are known to fit."""
     operator_name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
     return _FRAGILE.fullmatch(operator_name.partition("::")[2]) is not None
+
+
+def check_operands(target: Any, args: tuple[Any, ...]) -> None:
+    """Check what following the shapes does not: that statistics have a value for every channel.
+
+    Raises:
+        ArtifactError: They do not.
+    """
+    if is_fragile(target) and "batch_norm" in str(target):
+        x, *statistics = (value for value in args[:5] if isinstance(value, torch.Tensor))
+        if any(value.shape != x.shape[1:2] for value in statistics):
+            raise ArtifactError(f"{target} gets statistics of another number of channels")
 
 
 _ENUM_TYPES = {

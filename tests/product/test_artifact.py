@@ -387,7 +387,7 @@ def test_files_of_the_user_stay(
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["directory.save_file", "atomic._exchange"])
+@pytest.mark.parametrize("where", ["artifact.directory.save_file", "atomic._exchange"])
 def test_a_failure_leaves_the_older_artifact_whole(
     compiled: pnn.Compiled,
     folder: Path,
@@ -404,7 +404,7 @@ def test_a_failure_leaves_the_older_artifact_whole(
             raise error
         save_file(*arguments)
 
-    monkeypatch.setattr(f"pnn_compile.artifact.{where}", fail)
+    monkeypatch.setattr(f"pnn_compile.{where}", fail)
     clean = isinstance(error, OSError)
     with pytest.raises(
         pnn.ArtifactError if clean else KeyboardInterrupt,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 import pnn_compile as pnn
 from examples import vgg16
+from pnn_compile.artifact.functions import check_enums, function_name
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,12 @@ def set_item(*path: Any) -> Callable[[Any], None]:
 def call_eval(data: dict[str, Any]) -> None:
     node = next(node for node in data["nodes"] if node["op"] == "call_function")
     node["target"] = "builtins.eval"
+
+
+def endless_number(folder: Path) -> None:
+    text = (folder / "plan.json").read_text()
+    text = re.sub(r'"speedup": [\d.e+-]+', '"speedup": 1e999', text)
+    (folder / "plan.json").write_text(text)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -174,6 +182,50 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_json("plan.json", set_item("interfaces", 0, "state", 0, "spec", "dtype", "load")),
         r"plan\.json: .*\.state\[0\]\.spec\.dtype is 'load', no dtype of torch.*restore",
     ),
+    "size of plan": (
+        edit_json("plan.json", set_item("interfaces", 0, "state", 0, "spec", "shape", [2, 10**9])),
+        r"plan\.json: plan\.interfaces\[0\]\.state\[0\]\.spec\.shape is \[2, 1000000000\], and",
+    ),
+    "operator of plan": (
+        edit_json("plan.json", set_item("stages", 1, "preprocess", "family", "linear")),
+        r"weights\.safetensors: (\d+ weights are missing|the artifact has)",
+    ),
+    "truth for a number": (
+        edit_json("plan.json", set_item("stages", 0, "flops", True)),
+        r"plan\.json: plan\.stages\[0\]\.flops should be int, found bool; restore",
+    ),
+    "no number": (
+        edit_json("plan.json", set_item("forecast", "speedup", float("nan"))),
+        r"plan\.json: the plan is not JSON \(ValueError: NaN is no number",
+    ),
+    "endless number": (
+        endless_number,
+        r"plan\.json: plan\.forecast\.speedup is inf, which is no number or too large",
+    ),
+    "half a character": (
+        edit_json("plan.json", set_item("model", "\ud800")),
+        r"plan\.json: the plan is not JSON \(UnicodeEncodeError",
+    ),
+    "number for a text": (
+        edit_json("program.json", set_item("nodes", 1, "source", 7)),
+        r"program\.json: program\.nodes\[1\]\.source should be str, found int",
+    ),
+    "object for a note": (
+        edit_json("program.json", set_item("capture", "notes", [{}])),
+        r"program\.json: program\.capture\.notes\[0\] should be str, found dict",
+    ),
+    "inputs of another name": (
+        edit_json("program.json", lambda data: data["inputs"].update(more=1)),
+        r"program\.json: the example inputs are not those of the graph",
+    ),
+    "value of another kind": (
+        edit_json("program.json", lambda data: data.update(inputs={"images": 3})),
+        r"the program does not run on its example inputs",
+    ),
+    "flipped bit": (
+        edit_tensors("weights.safetensors", lambda tensors: next(iter(tensors.values())).add_(1)),
+        r"weights\.safetensors: the values of .* are not those that were saved",
+    ),
     "family of plan": (
         edit_json("plan.json", set_item("stages", 1, "coarse", "family", "magic")),
         r"plan\.json: plan\.stages\[1\]\.coarse\.family is 'magic'; possible here: linear,",
@@ -186,6 +238,107 @@ def test_damage_is_one_clear_error(name: str, folder: Path) -> None:
     damage, message = DAMAGES[name]
     damage(folder)
     with pytest.raises(pnn.ArtifactError, match=message):
+        pnn.load(folder)
+
+
+def test_layers_without_tensors_are_not_built(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), Recurrent())
+    folder = pnn.compile(model, torch.randn(2, 3, 4), stages=2).save(tmp_path / "out")
+
+    def change(data: dict[str, Any]) -> None:
+        record = next(r for r in data["modules"] if r["class"] == "torch.nn.LSTM")
+        record["arguments"]["num_layers"] = 10**6
+
+    edit_json("program.json", change)(folder)
+    with pytest.raises(pnn.ArtifactError, match=r"3\.layer has 1000000 layers and \d+ tensors"):
+        pnn.load(folder)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def test_a_plan_is_held_against_the_weights_that_a_model_gets(folder: Path) -> None:
+    edit_json("plan.json", set_item("interfaces", 0, "state", 0, "spec", "shape", [2, 10**9]))(
+        folder
+    )
+    with pytest.raises(pnn.ArtifactError, match="does not fit the model"):
+        pnn.load(folder, vgg16.build_model(width=4))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.ops.aten.max_pool2d_with_indices_backward.default,
+        torch.ops.aten.adaptive_max_pool2d_backward.default,
+        torch.ops.aten.segment_reduce.default,
+        torch.ops.aten.lu_unpack.default,
+        torch.ops.aten.linalg_ldl_solve.default,
+        torch.segment_reduce,
+        nn.functional.ctc_loss,
+    ],
+)
+def test_operators_that_crash_on_hostile_operands_are_not_listed(target: Any) -> None:
+    with pytest.raises(pnn.ArtifactError, match=r"operator|function"):
+        function_name(target)
+
+
+def test_a_number_is_no_dtype() -> None:
+    x = fx.Graph().placeholder("x")
+    check_enums(torch.ops.aten.sum.default, (x,), {"dtype": torch.float64})
+    for target, args in ((torch.ops.aten.promote_types.default, (3, 64)),
+                         (torch.ops.aten.to.dtype, (x, 10**6))):  # fmt: skip
+        with pytest.raises(pnn.ArtifactError, match=r"dtype|type1"):
+            check_enums(target, args, {})
+
+
+def test_operators_run_only_where_their_operands_fit(tmp_path: Path) -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(torch.ops.aten._fft_r2c.default(x.relu(), [1], 0, True)).sin()
+
+    folder = pnn.compile(Spectrum(), torch.randn(2, 8), stages=2).save(tmp_path / "out")
+    pnn.load(folder)
+
+    def change(data: dict[str, Any]) -> None:
+        node = next(node for node in data["nodes"] if "_fft_r2c" in str(node["target"]))
+        node["args"][1] = [2**40]
+
+    edit_json("program.json", change)(folder)
+    with pytest.raises(pnn.ArtifactError):
+        pnn.load(folder)
+
+
+def test_statistics_have_a_value_for_every_channel(tmp_path: Path) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("var", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            normal = torch.ops.aten._native_batch_norm_legit_no_training.default
+            return normal(x.relu(), None, None, self.mean, self.var, 0.1, 1e-5)[0].sin()
+
+    folder = pnn.compile(Normalized(), torch.randn(2, 8), stages=2).save(tmp_path / "out")
+    pnn.load(folder)
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors["mean"] = torch.zeros(1)
+
+    def record(data: dict[str, Any]) -> None:
+        mean = next(r for r in data["tensors"] if r["name"] == "mean")
+        mean["shape"] = [1]
+        del mean["crc32"]
+
+    edit_tensors("program.safetensors", shrink)(folder)
+    edit_json("program.json", record)(folder)
+    with pytest.raises(pnn.ArtifactError, match=r"made for another|channels"):
         pnn.load(folder)
 
 

@@ -1,5 +1,7 @@
 """The terminal report: what it says, and that it fits."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -52,3 +54,28 @@ def test_the_table_of_checks_shows_failures(unet_compiled: pnn.Compiled) -> None
 )
 def test_counts_carry_a_prefix(number: float, text: str) -> None:
     assert format_count(number) == text
+
+
+HOSTILE = "a[/bold]b[red]\x1b[2J:smile:"
+
+
+class _Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module(HOSTILE, nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.get_submodule(HOSTILE)(x))
+
+
+def test_names_are_neither_markup_nor_codes() -> None:
+    compiled = pnn.compile(
+        nn.Sequential(*(_Named() for _ in range(4))), torch.randn(2, 8), stages=2
+    )
+    hostile = dataclasses.replace(compiled.plan, model=HOSTILE, notes=(HOSTILE,))
+    compiled = dataclasses.replace(compiled, plan=hostile)
+    shown = r"a[/bold]b[red]\x1b[2J:smile:"
+    for text in (compiled.report(160), to_text(stage_tree(compiled, 3), 120), repr(compiled)):
+        assert shown in text
+        assert all(line.isprintable() for line in text.splitlines())
+    assert shown in str(pnn.PnnError(f"no module {HOSTILE}"))

@@ -132,7 +132,7 @@ def _export_whole(compiled: Compiled, lowered: Lowered, target: Path, verify: bo
     if target.is_dir():
         raise ExportError(f"{target} is a directory: name a file in it, such as model.onnx")
     checked = None
-    with _drafting(target.parent) as folder:
+    with drafting(target.parent) as folder:
         files = save_model(model, folder / target.name)
         del model  # its weights are on disk
         if verify:
@@ -149,7 +149,7 @@ def _export_stages(compiled: Compiled, lowered: Lowered, target: Path, verify: b
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file: name a directory for the stage models")
     checked = None
-    with _drafting(target) as folder:
+    with drafting(target) as folder:
         manifest, nodes = write_stages(compiled.plan, lowered, folder)
         if verify:
             for model in manifest.models:
@@ -174,7 +174,7 @@ def _opened(opening: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def _drafting(folder: Path) -> Iterator[Path]:
+def drafting(folder: Path) -> Iterator[Path]:
     """Provide an empty directory whose contents move to `folder` if the block succeeds.
 
     A directory replaces the directory of the same name, a file the file.

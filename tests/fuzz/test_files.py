@@ -1,0 +1,44 @@
+"""A minute of the harnesses of files, and saves on a full disk."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import artifacts, saves
+
+ROOM = 3000
+
+
+def test_damaged_artifacts_are_refused_or_whole() -> None:
+    results = artifacts.run(range(10**6, 10**6 + 400), jobs=1, seconds=25)
+    assert [row for row in results if row[2] in artifacts.BAD] == []
+    assert sum(row[2] == "refused" for row in results) > 10
+
+
+def test_killed_saves_leave_the_old_or_the_new() -> None:
+    results = saves.run(60, end=time.monotonic() + 30)
+    assert [row for row in results if row[1] not in ("old", "new")] == []
+
+
+@pytest.mark.parametrize("kind", saves.KINDS)
+def test_a_full_disk_is_one_error_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    saved, folder = saves.KINDS[kind], tmp_path / "out"
+    folder.mkdir()
+
+    def save_in_little_room() -> None:
+        saves._network(1)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
+        saved.save(folder, 1)
+
+    _, status = os.waitpid(saves.in_child(lambda: saved.save(folder, 0)), 0)
+    assert status == 0
+    before = sorted(folder.rglob("*"))
+    _, status = os.waitpid(saves.in_child(save_in_little_room), 0)
+    assert os.waitstatus_to_exitcode(status) == saves.REFUSED
+    assert sorted(folder.rglob("*")) == before
+    assert saves.read_in_child(saved, folder) == 0
