@@ -29,7 +29,7 @@ from torch import nn
 import pnn_compile as pnn
 from pnn_compile.export.onnx.export import drafting
 from pnn_compile.export.onnx.run import StageExecutor, session
-from pnn_compile.fit.checkpoint import FitState
+from pnn_compile.fit.optimizer import FitState
 from tests.models.builders import block_chain
 
 REFUSED = 3
