@@ -183,6 +183,10 @@ class _Copier:
         converted = {source: self._convert(mapping[source], casts[source]) for source in casts}
         copied = self.graph.node_copy(node, lambda n: converted.get(n, mapping[n]))
         copied.meta.clear()
+        if node.target is torch.ops.aten.view.default:
+            # torch.export drops `contiguous()` where it saw no need; another attention kernel, or
+            # the state that a copied block is given, may have other strides.
+            copied.target = torch.ops.aten.reshape.default
         if node.op == "get_attr":
             name = str(node.target)
             if strip(name) in self._model_tensors:

@@ -305,7 +305,9 @@ def _dependencies(
         values.add(value)
         node = value.producer()
         if node is None:
-            if value.is_graph_input() and value not in inputs:
+            # The inputs of a loop's body are no inputs of the model.
+            outside = value.graph is inputs[0].graph if inputs else True
+            if value.is_graph_input() and outside and value not in inputs:
                 raise _Entangled
         elif node not in nodes:
             nodes.add(node)

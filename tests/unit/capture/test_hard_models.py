@@ -345,3 +345,29 @@ def test_a_model_that_sets_requires_grad_is_compared_in_training_mode() -> None:
         model = AsksForGradients().train(train)
         model.load_state_dict(program.module.state_dict())
         torch.testing.assert_close(program.module.train(train)(x), model(x))
+
+
+class AttentionBlock(nn.Module):
+    """Makes the attended values contiguous, which torch.export drops where they are already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.outlet = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        if length > 100:
+            return x
+        heads = self.inlet(x).view(batch, length, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*heads.unbind(0))
+        return x + self.outlet(mixed.transpose(1, 2).contiguous().view(batch, length, WIDTH))
+
+
+def test_exported_attention_is_copied_whatever_the_strides() -> None:
+    model = nn.Sequential(nn.Linear(3, WIDTH), *(AttentionBlock() for _ in range(6)))
+    x = torch.randn(2, 5, 3)
+    compiled = pnn.compile(model, x, stages=3, coarse="units")
+
+    assert compiled.program.capture.rung == "torch.export"
+    compiled.module.train()(x).sum().backward()
+    compiled.verify(strict=True)
