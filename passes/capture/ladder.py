@@ -33,7 +33,7 @@ from passes.capture.attempt import (
 )
 from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import called_functions, trace
-from passes.capture.model_copy import copy_model, unwrap
+from passes.capture.model_copy import copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
     describe_obstacles,
     notes_on_graph,
@@ -108,9 +108,9 @@ def capture(
             captured it; then the message names the module and the line that stood in the way.
     """
     with LOCK:
-        model = unwrap(model)
-        _check_layouts(model, args, kwargs or {})
-        return _Ladder(model, bind(model, args, kwargs or {}), dynamic_batch).run()
+        inner = unwrap(model)
+        _check_layouts(inner, args, kwargs or {})
+        return _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch).run()
 
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -142,7 +142,9 @@ class _Ladder:
         self.notes = notes_on_runs(model, copy_model(model), inputs)
 
     def _make_reference(self) -> Reference:
-        return Reference(self.model, self.inputs, dynamic_batch=self.dynamic_batch)
+        return Reference(
+            without_wrappers(self.model), self.inputs, dynamic_batch=self.dynamic_batch
+        )
 
     def run(self) -> Program:
         for rung, front_end in LADDER:

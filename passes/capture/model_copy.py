@@ -104,6 +104,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """Return a module that runs the user's own model, under the names of its wrappers.
+
+    Of `torch.compile(net)` it calls `net` itself, as a child called `_orig_mod`.
+    """
+    if not (name := _wrapped(model)):
+        return model
+    shell = _Unwrapped()
+    shell.add_module(name, without_wrappers(getattr(model, name)))
+    shell.training = model.training
+    return shell
+
+
 def _wrapped(value: Any) -> str:
     """Return the name under which a wrapper holds its module; "" for anything else."""
     return _WRAPPERS.get(f"{type(value).__module__}.{type(value).__qualname__}", "")

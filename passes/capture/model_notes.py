@@ -73,7 +73,8 @@ def notes_on_runs(model: nn.Module, copied: nn.Module, inputs: ExampleInputs) ->
 
 def _learned(model: nn.Module, inputs: ExampleInputs, train: bool) -> list[torch.Tensor]:
     """Return the tensors, inputs aside, whose gradients the output of a mode leads to."""
-    with preserved(model), without_causal_detection(), torch.enable_grad():
+    # Attributes stay as forward left them: that is what `notes_on_runs` compares.
+    with preserved(), without_causal_detection(), torch.enable_grad():
         model.train(train)
         values = [leaf.detach().clone() for leaf in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)

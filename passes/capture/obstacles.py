@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.isolation import preserved, random_sources, same_values, seed_everything
+from passes.ir.isolation import preserved, random_sources, same_values, seed_everything, set_mode
 from passes.ir.program import is_user_code
 from passes.ir.run_step import output_leaves
 
@@ -68,7 +68,8 @@ def _run(
     output = None
     with preserved(model), _watch(model, observer), contextlib.suppress(Exception), observer:
         seed_everything(0)
-        output = model.train(train)(*args, **kwargs)
+        set_mode(model, train)
+        output = model(*args, **kwargs)
     return [leaf.detach() for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 

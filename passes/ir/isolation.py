@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +223,12 @@ def deterministic_cudnn() -> Iterator[None]:
 
 _TORCH_TABLES = frozenset(vars(nn.Module()))
 """Attributes in which nn.Module keeps its parameters, buffers, submodules, hooks and its mode."""
+
+
+def set_mode(module: nn.Module, train: bool) -> None:
+    """Set the mode of a module; one that has a fixed mode, as torch.export makes, keeps it."""
+    with suppress(NotImplementedError):
+        module.train(train)
 
 
 @contextmanager

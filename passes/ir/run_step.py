@@ -27,6 +27,7 @@ from passes.ir.isolation import (
     preserved,
     same_values,
     seed_everything,
+    set_mode,
     strided,
     without_causal_detection,
 )
@@ -112,7 +113,7 @@ def run_one_step(
     ):
         seed_everything(seed)
         random_state = torch.get_rng_state()
-        module.train(train)
+        set_mode(module, train)
         buffers = {
             name: (tensor.detach().clone(), tensor._version)
             for name, tensor in module.named_buffers()

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
-from passes.ir.program import Program, provenance
+from passes.ir.program import Program, provenance, storage_id
 from tests.models.builders import Exported, Table, linear_chain
 from tests.models.topologies import WIDTH, tied_linear
 from tests.models.zoo import by_name, with_tag
@@ -73,8 +73,11 @@ def test_the_users_model_is_left_as_it_was(name: str) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(map(torch.equal, pytree.tree_leaves(inputs), pytree.tree_leaves((args, kwargs))))
     assert torch.equal(torch.get_rng_state(), random)
-    shared = {id(p) for p in model.parameters()} & {id(p) for p in captured.module.parameters()}
-    assert not shared
+    of_model, of_graph = (
+        {storage_id(t) for t in (*m.parameters(), *m.buffers()) if t.numel()}
+        for m in (model, captured.module)
+    )
+    assert not of_model & of_graph
 
 
 @pytest.mark.parametrize(
