@@ -215,7 +215,7 @@ def locate_error(model: nn.Module, error: BaseException) -> ErrorLocation | None
 
     A frame belongs to a module if its first argument (`self`) is that module.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in nn.Module.named_modules(model)}
     location = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         arguments = frame.f_code.co_varnames

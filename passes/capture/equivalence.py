@@ -47,7 +47,9 @@ class Reference:
     def __init__(self, model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool) -> None:
         self._model = model
         self._inputs = inputs
-        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._parameters = {
+            name: p.detach().clone() for name, p in nn.Module.named_parameters(model)
+        }
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
         self.notes: list[str] = []
         # By mode (training?) and input (the second?).

@@ -115,8 +115,10 @@ def capture(
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse sparse parameters, buffers and inputs by name; sparse gradients are fine."""
-    named = [(f"buffer {name!r}", buffer) for name, buffer in model.named_buffers()]
-    named += [(f"parameter {name!r}", parameter) for name, parameter in model.named_parameters()]
+    named = [(f"buffer {name!r}", buffer) for name, buffer in nn.Module.named_buffers(model)]
+    named += [
+        (f"parameter {name!r}", parameter) for name, parameter in nn.Module.named_parameters(model)
+    ]
     for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
         if isinstance(leaf, torch.Tensor):
             named.append((f"example input {pytree.keystr(path[1:])}", leaf))

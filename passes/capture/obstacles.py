@@ -153,10 +153,10 @@ def _watch(model: nn.Module, observer: _Observer) -> Any:
 
         return compare
 
-    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles = [module.register_forward_pre_hook(enter) for module in nn.Module.modules(model)]
     handles += [
         module.register_forward_hook(leave(path), always_call=True)
-        for path, module in model.named_modules()
+        for path, module in nn.Module.named_modules(model)
     ]
     try:
         yield

@@ -95,7 +95,7 @@ def random_sources(*modules: nn.Module) -> list[RandomSource]:
         functions = numpy.random.get_state, numpy.random.set_state
         sources.append(RandomSource("numpy's random module", *functions))
     for module in modules:
-        for path, child in module.named_modules():
+        for path, child in nn.Module.named_modules(module):
             for name, value in vars(child).items():
                 if name in _TORCH_TABLES:
                     continue
@@ -239,7 +239,8 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         modules: The modules to restore, with all their submodules.
     """
     with LOCK, _same_random_state(*modules):
-        children = [child for module in modules for child in module.modules()]
+        # Unbound, as a model may override what it is asked here.
+        children = [c for module in modules for _, c in nn.Module.named_modules(module)]
         # A forward may write to a buffer in place, or replace it by another tensor.
         saved = [
             (child._buffers, name, tensor, None if tensor is None else tensor.detach().clone())
@@ -248,7 +249,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         ]
         attributes = [_Attributes(child) for child in children]
         modes = [(child, child.training) for child in children]
-        grads = [(p, p.grad) for module in modules for p in module.parameters()]
+        grads = [(p, p.grad) for module in modules for _, p in nn.Module.named_parameters(module)]
         try:
             yield
         finally:
@@ -316,7 +317,8 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
     Raises:
         CaptureError: The code in the block changed or replaced a parameter.
     """
-    parameters, children = dict(module.named_parameters()), [*module.modules()]
+    parameters = dict(nn.Module.named_parameters(module))
+    children = [child for _, child in nn.Module.named_modules(module)]
     storages = {name: parameter.data for name, parameter in parameters.items()}
     try:
         yield
@@ -333,10 +335,11 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
             f"forward changes the parameter {changed[0]}, which no graph can hold: make it a "
             "buffer, or change it outside forward"
         )
-    after = dict(module.named_parameters())
-    if list(map(id, after.values())) != list(map(id, parameters.values())) or [
-        *map(id, module.modules())
-    ] != [*map(id, children)]:
+    after = dict(nn.Module.named_parameters(module))
+    modules = [child for _, child in nn.Module.named_modules(module)]
+    if [*map(id, after.values())] != [*map(id, parameters.values())] or (
+        [*map(id, modules)] != [*map(id, children)]
+    ):
         raise CaptureError(
             "forward adds or replaces parameters or submodules, which no graph can hold: call the "
             "model once before you compile it, or build them in __init__"

@@ -52,6 +52,13 @@ def load_state_dict(
             memory for it.
     """
     name, model, weights = program.name, program.model, weights_by_name(program, stages)
+    values = [*weights.values(), *pytree.tree_leaves(dict(program.args))]
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in values):
+        raise OptionError(
+            f"{name} was compiled on the meta device, by shapes: its weights, preprocessing "
+            "operators and coarse propagators have no values. Move the model to memory with "
+            'model.to_empty(device="cpu"), load the checkpoint into it, and compile it again'
+        )
     if model is not None and translating(model):
         state = _translated(model, name, weights, state, strict=strict)
     elif strict and weights.keys() != state.keys():
@@ -101,13 +108,6 @@ def _check_shapes(
             raise OptionError(
                 f"{key} has shape {list(value.shape)} in the checkpoint and "
                 f"{list(weights[key].shape)} in {name}"
-            )
-        if weights[key].is_meta and not value.is_meta:
-            raise OptionError(
-                f"{key} of {name} is on the meta device, which holds no values: load the "
-                "checkpoint into the model and compile it then, or call "
-                "compiled.module.to_empty(device='cpu') first and initialize its preprocessing "
-                "operators and coarse propagators"
             )
 
 

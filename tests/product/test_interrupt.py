@@ -32,6 +32,11 @@ def _children(parent: int) -> list[int]:
     return [process for process, its_parent in _processes() if its_parent == parent]
 
 
+def _listen() -> None:
+    # A job in the background of a shell ignores the signal, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pnn_compile", *words],
@@ -39,6 +44,7 @@ def _start(*words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_listen,
     )
 
 
@@ -56,7 +62,11 @@ def test_an_interrupt_ends_the_ranks(
     begun = time.monotonic()
     # A terminal sends the signal to all processes of the command.
     (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert time.monotonic() - begun < 30
     assert (process.returncode, output, errors) == (130, "", "interrupted\n")
     time.sleep(0.5)

@@ -74,7 +74,7 @@ class Global(nn.Module):
 
 @pytest.mark.parametrize(
     ("layer", "name"),
-    [(Listed, r"1\.scales\[0\]"), (Viewed, r"1\.first"), (Global, r"a tensor \[4\] outside")],
+    [(Listed, r"1\.scales\[0\]"), (Global, r"a tensor \[4\] outside")],
 )
 def test_parameters_that_are_not_registered_are_named(layer: type[nn.Module], name: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), layer())
@@ -83,6 +83,11 @@ def test_parameters_that_are_not_registered_are_named(layer: type[nn.Module], na
     assert re.match(f"{name}.*: not registered as parameters", note)
     torch.testing.assert_close(program.module(X), model(X))
     assert not any(buffer.requires_grad for buffer in program.module.buffers())
+
+
+def test_a_view_that_leads_to_a_parameter_is_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match=r"1\.first: not registered as parameters"):
+        capture(nn.Sequential(nn.Linear(4, 4), Viewed()), (X,))
 
 
 class Counts(nn.Module):

@@ -150,7 +150,7 @@ def test_every_family_trains_in_both_forms(coarse: str, correction: str) -> None
     inputs = call("resnet", 8)
     labels = torch.arange(8) % 4
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         loss = nn.functional.cross_entropy(module(**inputs), labels)
         optimizer.zero_grad()
         loss.backward()
