@@ -44,6 +44,7 @@ from pnn_compile.artifact.tensors import (
     TensorRecord,
     TensorWriter,
     assign,
+    describe_no_tensor,
 )
 from pnn_compile.artifact.values import (
     UnsupportedError,
@@ -216,23 +217,8 @@ def _write_tensors(program: Program, writer: TensorWriter) -> None:
         writer.add(name, "buffer", buffer, persistent=name in saved)
     for name, value in program.unused.items():
         if not isinstance(value, torch.Tensor):
-            raise ArtifactError(_no_tensor(program, name, value))
+            raise ArtifactError(describe_no_tensor(program, name, value))
         writer.add(name, "unused", value)
-
-
-def _no_tensor(program: Program, name: str, value: Any) -> str:
-    """Describe an entry of a state dict that is no tensor, with the module that saves it."""
-    message = f"{name} is a {type(value).__name__}, no tensor, which an artifact cannot hold"
-    path = name.rpartition(".")[0]
-    while path and program.model is not None and path not in dict(program.model.named_modules()):
-        path = path.rpartition(".")[0]
-    if program.model is None or not path:
-        return message
-    kind = type(program.model.get_submodule(path))
-    return (
-        f"{message}: it belongs to {path}, a {kind.__module__}.{kind.__qualname__} (quantized "
-        "modules and the like are not saved: compile and save the model before it is converted)"
-    )
 
 
 def _write_modules(

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from passes.errors import ArtifactError
-from passes.ir.program import share_memory, storage_id
+from passes.ir.program import Program, share_memory, storage_id
 from pnn_compile.artifact.values import DTYPES
 
 Record = dict[str, Any]
@@ -303,3 +303,18 @@ def assign(targets: Mapping[str, torch.Tensor], records: Iterable[Record], reade
             target.data = value.detach().to(target.device)
         if target.is_leaf:
             target.requires_grad_(value.requires_grad)
+
+
+def describe_no_tensor(program: Program, name: str, value: Any) -> str:
+    """Describe an entry of a state dict that is no tensor, with the module that saves it."""
+    message = f"{name} is a {type(value).__name__}, no tensor, which an artifact cannot hold"
+    path = name.rpartition(".")[0]
+    while path and program.model is not None and path not in dict(program.model.named_modules()):
+        path = path.rpartition(".")[0]
+    if program.model is None or not path:
+        return message
+    kind = type(program.model.get_submodule(path))
+    return (
+        f"{message}: it belongs to {path}, a {kind.__module__}.{kind.__qualname__} (quantized "
+        "modules and the like are not saved: compile and save the model before it is converted)"
+    )
