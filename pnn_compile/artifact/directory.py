@@ -37,7 +37,6 @@ from passes.plan.schema import Plan
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
 from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.program_json import (
-    few,
     fixed_from_data,
     inputs_from_data,
     program_from_data,
@@ -48,6 +47,7 @@ from pnn_compile.artifact.program_json import (
     training_modes,
 )
 from pnn_compile.artifact.tensors import TensorFile, TensorReader, TensorWriter, assign
+from pnn_compile.artifact.values import few
 from pnn_compile.atomic import recover, replace_directory
 from pnn_compile.compiled import Compiled, check_replayed, replay
 

@@ -9,7 +9,7 @@ A node of the graph is one record; modules, functions and values are those of `m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NotRequired, TypedDict
 
@@ -52,6 +52,7 @@ from pnn_compile.artifact.values import (
     check_path,
     decode,
     encode,
+    few,
 )
 
 SCHEMA = 1
@@ -347,12 +348,6 @@ def _check_schema(data: Data) -> None:
     schema = data.get("schema")
     if schema != SCHEMA:
         raise ArtifactError(f"the program has schema {schema!r}, this version reads {SCHEMA}")
-
-
-def few(items: Sequence[str]) -> str:
-    """Join the first three items, and count the others."""
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return f"{'; '.join(items[:3])}{more}"
 
 
 def _of_kind(data: Data, *kinds: str) -> list[Record]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,3 +170,9 @@ def _decode_rare(kind: str, content: Any) -> Any:
     if kind == "device":
         return torch.device(content)
     raise ArtifactError(f"unknown value ({kind}: {str(content)[:80]})")
+
+
+def few(items: Sequence[str]) -> str:
+    """Join the first three items, and count the others."""
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{'; '.join(items[:3])}{more}"
