@@ -97,7 +97,7 @@ def random_sources(*modules: nn.Module) -> list[RandomSource]:
     for module in modules:
         for path, child in nn.Module.named_modules(module):
             for name, value in vars(child).items():
-                if name in _TORCH_TABLES:
+                if name in _TORCH_TABLES or _is_plain(value):
                     continue
                 label = f"{path}.{name}".lstrip(".")
                 sources += _generators(label, pytree.tree_leaves(value))
@@ -268,6 +268,18 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 parameter.grad = grad
 
 
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is a number, a text or a tuple of these, as nearly all of torch.nn are.
+
+    Flattening such a value takes longer than looking at it, and a deep model has thousands.
+    """
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value))
+
+
 class _Attributes:
     """Plain attributes of a module: what is bound to them, and what containers and tensors hold.
 
@@ -288,7 +300,7 @@ class _Attributes:
         self._contents += [(v, v.copy()) for v in self._values.values() if type(v) is deque]
         self._tensors = [
             (leaf, leaf.detach().clone())
-            for leaf in pytree.tree_leaves(list(self._values.values()))
+            for leaf in pytree.tree_leaves([v for v in self._values.values() if not _is_plain(v)])
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)
         ]
 
