@@ -141,7 +141,8 @@ class _Ladder:
         self.dynamic_batch = dynamic_batch
         self.reference = self._make_reference()
         self.rejected: list[str] = []
-        self.notes = notes_on_runs(model, copy_model(model), inputs)
+        self._unused_copy: nn.Module | None = copy_model(model)
+        self.notes = notes_on_runs(model, self._unused_copy, inputs)
 
     def _make_reference(self) -> Reference:
         return Reference(
@@ -206,7 +207,9 @@ class _Ladder:
     ) -> Program | None:
         """Run one attempt; return its program, or None after its rejection was recorded."""
         for tries_left in reversed(range(MAX_TRIES)):
-            model = copy_model(self.model)  # a front end that fails may leave changes in it
+            # A front end that fails may leave changes in its copy.
+            model = self._unused_copy or copy_model(self.model)
+            self._unused_copy = None
             attempt = Attempt(model, self.model, self.inputs, front_end, self.reference)
             try:
                 module, notes = execute(attempt)

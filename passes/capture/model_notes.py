@@ -49,15 +49,16 @@ def notes_on_runs(model: nn.Module, copied: nn.Module, inputs: ExampleInputs) ->
 
     Args:
         model: The user's model, which is not run.
-        copied: A copy of it; its attributes change.
+        copied: A copy of it, which is left as it was.
         inputs: Its example inputs.
 
     Raises:
         CaptureError: The copy reads a tensor of the user's model.
     """
-    before = _plain_values(copied)
-    learned = [leaf for train in (True, False) for leaf in _learned(copied, inputs, train)]
-    after = _plain_values(copied)
+    with preserved(copied):
+        before = _plain_values(copied)
+        learned = [leaf for train in (True, False) for leaf in _learned(copied, inputs, train)]
+        after = _plain_values(copied)
     names = dict.fromkeys((*before, *after))
     changing = [name for name in names if not _same(before.get(name), after.get(name))]
     _check_foreign(model, learned)
@@ -73,8 +74,8 @@ def notes_on_runs(model: nn.Module, copied: nn.Module, inputs: ExampleInputs) ->
 
 def _learned(model: nn.Module, inputs: ExampleInputs, train: bool) -> list[torch.Tensor]:
     """Return the tensors, inputs aside, whose gradients the output of a mode leads to."""
-    # Attributes stay as forward left them: that is what `notes_on_runs` compares.
-    with preserved(), without_causal_detection(), torch.enable_grad():
+    # `notes_on_runs` compares attributes as forward leaves them, and puts them back.
+    with without_causal_detection(), torch.enable_grad():
         model.train(train)
         values = [leaf.detach().clone() for leaf in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)
@@ -140,8 +141,8 @@ def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:
     silent = [
         path
         for path, child in nn.Module.named_modules(copied)
-        if not any(path == target or path.startswith(f"{target}.") for target in called)
-        and _hooked(child)
+        if _hooked(child)
+        and not any(path == target or path.startswith(f"{target}.") for target in called)
     ]
     if not silent:
         return ""
@@ -197,7 +198,7 @@ def _plain_values(model: nn.Module) -> Mapping[str, list[Any]]:
         computed = {getattr(hook, "name", "") for hook in hooks if not _is_users(hook)}
         for name, value in plain_attributes(module).items():
             if name not in computed:  # of weight_norm, which computes it before every call
-                leaves = list(_leaves(value))
+                leaves = [value] if type(value) in (bool, int, float, str) else [*_leaves(value)]
                 if leaves or value is None:
                     values[f"{path}.{name}".lstrip(".")] = leaves
     return values

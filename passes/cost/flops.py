@@ -14,7 +14,7 @@ for others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,26 +101,30 @@ _RECURRENT = ("lstm", "gru", "rnn")
 
 
 @contextmanager
-def _plain_kernels(recurrent: bool) -> Iterator[None]:
-    """Keep torch from fusing layers into one operator, whose FLOPs cannot be counted.
-
-    Args:
-        recurrent: Whether recurrent layers run inside; mkldnn and cuDNN are off for them.
-    """
-    # Set as properties: the context managers of these modules also set TF32, which warns on a CPU.
-    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
-    libraries = backends if recurrent else ()
+def _plain_attention() -> Iterator[None]:
+    """Keep torch from fusing attention into one operator, whose FLOPs cannot be counted."""
     with LOCK:
         fast = torch.backends.mha.get_fastpath_enabled()
-        enabled = [library.enabled for library in libraries]
         torch.backends.mha.set_fastpath_enabled(False)
-        for library in libraries:
-            library.enabled = False
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    """Keep mkldnn and cuDNN from fusing recurrent layers into one operator."""
+    # Set as properties: the context managers of these modules also set TF32, which warns on a CPU.
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    with LOCK:
+        enabled = [library.enabled for library in libraries]
+        for library in libraries:
+            library.enabled = False
+        try:
+            yield
+        finally:
             for library, flag in zip(libraries, enabled, strict=True):
                 library.enabled = flag
 
@@ -134,7 +138,7 @@ def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
 
 def count_work(function: Callable[[], Any]) -> tuple[int, int, int]:
     """Run a function and return the FLOPs, bytes moved and number of its operators."""
-    with torch.no_grad(), _plain_kernels(recurrent=True), _FlopMode() as mode:
+    with torch.no_grad(), _plain_attention(), _plain_recurrence(), _FlopMode() as mode:
         function()
         return int(mode.registered + mode.other), mode.moved, mode.operators
 
@@ -149,7 +153,7 @@ class _FlopCounter(Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.mode.count
-        with _plain_kernels(_is_recurrent(self.module, n)):
+        with _plain_recurrence() if _is_recurrent(self.module, n) else nullcontext():
             value = super().run_node(n)
         self.counts[n] = tuple(b - a for a, b in zip(before, self.mode.count, strict=True))
         return value
@@ -171,7 +175,7 @@ def measure_costs(
     Raises:
         OptionError: `cost_function` returned a negative or non-finite number.
     """
-    with _evaluating(program) as inputs, _FlopMode() as mode:
+    with _evaluating(program) as inputs, _plain_attention(), _FlopMode() as mode:
         counter = _FlopCounter(program.module, mode)
         counter.run(*inputs)
     costs: dict[fx.Node, NodeCost] = {}

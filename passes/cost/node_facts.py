@@ -60,6 +60,7 @@ class _Observer(Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.facts: dict[fx.Node, Fact] = {}
         self.values: dict[fx.Node, Any] = {}
+        self._random_state = _random_state()
 
     def run_node(self, n: fx.Node) -> Any:
         # Every tensor that the node reads, with the memory that it may occupy.
@@ -73,8 +74,10 @@ class _Observer(Interpreter):
             state = (*owner.parameters(), *owner.buffers())
             reads += [(frozenset({memory_of(tensor)}), tensor) for tensor in state]
         versions = [tensor._version for _, tensor in reads]
-        random_state = _random_state()
         value = super().run_node(n)
+        random_state = _random_state()
+        random = not all(map(torch.equal, self._random_state, random_state))
+        self._random_state = random_state
         written = [
             memory
             for (memory, tensor), version in zip(reads, versions, strict=True)
@@ -89,7 +92,7 @@ class _Observer(Interpreter):
             spec=None,
             storages=storages.union(*shared),
             writes=frozenset[int]().union(*written),
-            random=not all(map(torch.equal, random_state, _random_state())),
+            random=random,
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         )
         return value
@@ -152,6 +155,10 @@ def _run_training(program: Program, inputs: ExampleInputs) -> _Observer | None:
     return None
 
 
+class _MixedError(Exception):
+    """No value that is still needed can have a sequence axis."""
+
+
 class _SequenceProbe(Interpreter):
     """Compare the values of a run on inputs that differ in later positions with those of another.
 
@@ -159,6 +166,9 @@ class _SequenceProbe(Interpreter):
         module: The program.
         expected: The values of the other run.
         size: Number of positions; the second half differs.
+
+    Attributes:
+        axes: The axis of every value whose first half alone is the same.
     """
 
     def __init__(self, module: fx.GraphModule, expected: Mapping[fx.Node, Any], size: int) -> None:
@@ -176,7 +186,22 @@ class _SequenceProbe(Interpreter):
                 halves = (tensor.narrow(axis, 0, self.size // 2) for tensor in (value, other))
                 if same_values(*halves) and not same_values(value, other):
                     self.axes[n] = axis
+            if n not in self.axes and self._is_mixed(n, value, other):
+                raise _MixedError
         return value
+
+    def _is_mixed(self, n: fx.Node, value: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether the rest of the run depends on later positions through one mixed value alone.
+
+        Most networks mix all positions in their first layer, and running the others takes seconds.
+        """
+        for axis, size in enumerate(value.shape):
+            if size > 1 and same_values(*(t.narrow(axis, 0, size // 2) for t in (value, other))):
+                return False
+        last = self.user_to_last_uses.get(n, [])
+        needed = [m for m in self.env if m not in last and m.op != "get_attr"]
+        pairs = [(tensors_in(self.env[m]), tensors_in(self.expected[m])) for m in needed]
+        return all(all(map(same_values, *pair)) for pair in pairs)
 
 
 def _sequence_axes(
@@ -188,24 +213,33 @@ def _sequence_axes(
     half of a value reads, an approximation of it may read.
     """
     axes: dict[fx.Node, int] = {}
-    for index, tensor in enumerate(inputs.tensors()):
-        for axis, size in enumerate(tensor.shape if tensor.dim() > 1 else ()):
-            if size < 2 or tensor.is_meta or (axis == 0 and size == batch_size):
-                continue
-            values = [value.detach().clone() for value in inputs.tensors()]
-            later = values[index].narrow(axis, size // 2, size - size // 2)
-            changed = later.roll(1, axis) if size > 3 else later.flip(0)
-            later.copy_(changed * 0.9 + 0.05 if changed.is_floating_point() else changed)
-            probe = _SequenceProbe(program.module, evaluated.values, size)
-            _, kwargs = inputs.with_leaves(values)
-            try:
-                with preserved(program.module), torch.no_grad():
-                    program.module.eval()
-                    probe.run(*(kwargs[str(node.target)] for node in program.inputs))
-            except (RuntimeError, ValueError, IndexError):
-                continue
-            axes = probe.axes | axes
+    with preserved(program.module), torch.no_grad():
+        program.module.eval()
+        for index, tensor in enumerate(inputs.tensors()):
+            for axis, size in enumerate(tensor.shape if tensor.dim() > 1 else ()):
+                if size < 2 or tensor.is_meta or (axis == 0 and size == batch_size):
+                    continue
+                probe = _SequenceProbe(program.module, evaluated.values, size)
+                values = _change_later_half(inputs, index, axis)
+                try:
+                    probe.run(*(values[str(node.target)] for node in program.inputs))
+                except (RuntimeError, ValueError, IndexError):
+                    continue
+                except _MixedError:
+                    pass
+                axes = probe.axes | axes
     return axes
+
+
+def _change_later_half(inputs: ExampleInputs, index: int, axis: int) -> Mapping[str, Any]:
+    """Return copies of the inputs, one of which has other values in the later half of an axis."""
+    values = [value.detach().clone() for value in inputs.tensors()]
+    size = values[index].shape[axis]
+    later = values[index].narrow(axis, size // 2, size - size // 2)
+    changed = later.roll(1, axis) if size > 3 else later.flip(0)
+    later.copy_(changed * 0.9 + 0.05 if changed.is_floating_point() else changed)
+    _, kwargs = inputs.with_leaves(values)
+    return kwargs
 
 
 def _unmixed(spec: TensorSpec, sequence: int) -> int:

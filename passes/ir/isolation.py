@@ -94,31 +94,34 @@ def random_sources(*modules: nn.Module) -> list[RandomSource]:
     if numpy := sys.modules.get("numpy"):
         functions = numpy.random.get_state, numpy.random.set_state
         sources.append(RandomSource("numpy's random module", *functions))
-    for module in modules:
-        for path, child in nn.Module.named_modules(module):
-            for name, value in vars(child).items():
-                if name in _TORCH_TABLES or _is_plain(value):
-                    continue
-                label = f"{path}.{name}".lstrip(".")
-                sources += _generators(label, pytree.tree_leaves(value))
+    for child, name, value in _complex_attributes(*modules):
+        for leaf in pytree.tree_leaves(value):
+            if accessors := _generator_accessors(leaf):
+                label = f"the {type(leaf).__name__} {_path(modules, child, name)!r}"
+                sources.append(RandomSource(label, *accessors))
     return sources
 
 
-def _generators(label: str, values: list[Any]) -> Iterator[RandomSource]:
-    """Make a source of every generator among the values of an attribute."""
+def _generator_accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """Return what reads and what writes the state of a random generator; None for other values."""
     numpy = sys.modules.get("numpy")
-    for value in values:
-        name = f"the {type(value).__name__} {label!r}"
-        if isinstance(value, torch.Generator):
-            yield RandomSource(name, value.get_state, value.set_state)
-        elif isinstance(value, random.Random):
-            yield RandomSource(name, value.getstate, value.setstate)
-        elif numpy and isinstance(value, numpy.random.RandomState):
-            yield RandomSource(name, value.get_state, value.set_state)
-        elif numpy and isinstance(value, numpy.random.Generator):
-            bits = value.bit_generator
-            write = functools.partial(setattr, bits, "state")
-            yield RandomSource(name, functools.partial(getattr, bits, "state"), write)
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return value.get_state, value.set_state
+    if numpy and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")
+    return None
+
+
+def _path(modules: tuple[nn.Module, ...], child: nn.Module, attribute: str) -> str:
+    """Return the qualified name of an attribute of a submodule."""
+    named = (pair for module in modules for pair in nn.Module.named_modules(module))
+    path = next((path for path, module in named if module is child), "")
+    return f"{path}.{attribute}".lstrip(".")
 
 
 def seed_everything(seed: int) -> None:
@@ -127,18 +130,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed)
-
-
-@contextmanager
-def _same_random_state(*modules: nn.Module) -> Iterator[None]:
-    """Restore every generator on exit."""
-    with torch.random.fork_rng():
-        states = [(source, source.read()) for source in random_sources(*modules)]
-        try:
-            yield
-        finally:
-            for source, state in states:
-                source.write(state)
 
 
 @contextmanager
@@ -231,6 +222,22 @@ def set_mode(module: nn.Module, train: bool) -> None:
         module.train(train)
 
 
+def submodules(*modules: nn.Module) -> list[nn.Module]:
+    """Return modules and all their submodules, once each, without calling a method of theirs.
+
+    A model may override what it is asked here; besides, this is ten times as fast as
+    `nn.Module.modules` for a deep model.
+    """
+    reached: dict[int, nn.Module] = {}
+    pending = [*reversed(modules)]
+    while pending:
+        module = pending.pop()
+        if id(module) not in reached:
+            reached[id(module)] = module
+            pending += [child for child in module._modules.values() if child is not None][::-1]
+    return [*reached.values()]
+
+
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
     """Restore buffers, attributes, modes, gradients and all random generators on exit.
@@ -238,84 +245,69 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     Args:
         modules: The modules to restore, with all their submodules.
     """
-    with LOCK, _same_random_state(*modules):
-        # Unbound, as a model may override what it is asked here.
-        children = [c for module in modules for _, c in nn.Module.named_modules(module)]
-        # A forward may write to a buffer in place, or replace it by another tensor.
-        saved = [
-            (child._buffers, name, tensor, None if tensor is None else tensor.detach().clone())
-            for child in children
-            for name, tensor in child._buffers.items()
+    with LOCK, torch.random.fork_rng():
+        states = [(source, source.read()) for source in random_sources(*modules)]
+        children = submodules(*modules)
+        # A forward may count its calls, keep tensors for the next call, write to a buffer in place
+        # or replace it by another tensor.
+        tables = [(t, dict(t)) for child in children for t in (vars(child), child._buffers)]
+        values = [value for _, _, value in _complex_attributes(*modules)]
+        containers = [(v, v.copy()) for v in values if type(v) in (list, dict, set, deque)]
+        tensors = [
+            (leaf, leaf.detach().clone())
+            for leaf in (*_buffers(children), *pytree.tree_leaves(values))
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)
         ]
-        attributes = [_Attributes(child) for child in children]
-        modes = [(child, child.training) for child in children]
-        grads = [(p, p.grad) for module in modules for _, p in nn.Module.named_parameters(module)]
+        grads = [
+            (p, p.grad) for child in children for p in child._parameters.values() if p is not None
+        ]
         try:
             yield
         finally:
+            for table, entries in tables:
+                if not _has_entries(table, entries):
+                    table.clear()
+                    table.update(entries)
+            for container, content in containers:
+                container.clear()
+                add = container.extend if isinstance(container, list | deque) else container.update
+                add(content)
             with torch.no_grad():
-                for child in children:
-                    child._buffers.clear()
-                for buffers, name, tensor, value in saved:
-                    buffers[name] = tensor
-                    if tensor is not None and value is not None:
-                        _restore(tensor, value)
-                for record in attributes:
-                    record.restore()
-            for child, mode in modes:
-                child.training = mode
+                for tensor, value in tensors:
+                    _restore(tensor, value)
             for parameter, grad in grads:
-                parameter.grad = grad
+                if parameter.grad is not grad:
+                    parameter.grad = grad
+            for source, state in states:
+                source.write(state)
+
+
+def _has_entries(table: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
+    """Whether a table still holds the very objects that it held."""
+    if len(table) != len(entries):
+        return False
+    return all(table.get(name, table) is value for name, value in entries.items())
+
+
+def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
+    return [tensor for child in children for tensor in child._buffers.values()]
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an attribute is a number, a text or a tuple of these, as nearly all of torch.nn are.
+def _complex_attributes(*modules: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Return the attributes of submodules besides torch's, numbers, texts and tuples of these.
 
-    Flattening such a value takes longer than looking at it, and a deep model has thousands.
+    Flattening a plain value takes longer than looking at it, and a deep model has thousands.
     """
-    kind = type(value)
-    return kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value))
-
-
-class _Attributes:
-    """Plain attributes of a module: what is bound to them, and what containers and tensors hold.
-
-    A forward may count its calls, or keep tensors for the next call (`self.cache = ...`).
-
-    Args:
-        module: The module, without its submodules.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._table = vars(module)
-        self._values = {k: v for k, v in self._table.items() if k not in _TORCH_TABLES}
-        self._contents = [
-            (value, type(value)(value))
-            for value in self._values.values()
-            if type(value) in (list, dict, set)
-        ]
-        self._contents += [(v, v.copy()) for v in self._values.values() if type(v) is deque]
-        self._tensors = [
-            (leaf, leaf.detach().clone())
-            for leaf in pytree.tree_leaves([v for v in self._values.values() if not _is_plain(v)])
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)
-        ]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for name in [name for name in self._table if name not in _TORCH_TABLES]:
-            if name not in self._values:
-                del self._table[name]
-        self._table.update(self._values)
-        for container, content in self._contents:
-            container.clear()
-            add = container.extend if isinstance(container, list | deque) else container.update
-            add(content)
-        for tensor, value in self._tensors:
-            _restore(tensor, value)
+    return [
+        (child, name, value)
+        for child in submodules(*modules)
+        for name, value in vars(child).items()
+        if type(value) not in _PLAIN and name not in _TORCH_TABLES
+        if type(value) is not tuple or not all(type(item) in _PLAIN for item in value)
+    ]
 
 
 @contextmanager
@@ -330,7 +322,7 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
         CaptureError: The code in the block changed or replaced a parameter.
     """
     parameters = dict(nn.Module.named_parameters(module))
-    children = [child for _, child in nn.Module.named_modules(module)]
+    children = submodules(module)
     storages = {name: parameter.data for name, parameter in parameters.items()}
     try:
         yield
@@ -348,9 +340,8 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
             "buffer, or change it outside forward"
         )
     after = dict(nn.Module.named_parameters(module))
-    modules = [child for _, child in nn.Module.named_modules(module)]
     if [*map(id, after.values())] != [*map(id, parameters.values())] or (
-        [*map(id, modules)] != [*map(id, children)]
+        [*map(id, submodules(module))] != [*map(id, children)]
     ):
         raise CaptureError(
             "forward adds or replaces parameters or submodules, which no graph can hold: call the "

@@ -12,6 +12,7 @@ flow of Python is gone.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,8 +97,8 @@ class Program:
     @property
     def device(self) -> torch.device:
         """Device of the first parameter or buffer; that of the first input if there is none."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return next(iter([*tensors, *tensor_leaves(dict(self.args))])).device
+        state = itertools.chain(self.module.parameters(), self.module.buffers())
+        return next(itertools.chain(state, tensor_leaves(dict(self.args)))).device
 
     @property
     def graph(self) -> fx.Graph:

@@ -15,7 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.analysis.analysis import analyze
 from passes.capture.ladder import capture
-from passes.cost.flops import NodeCost, _plain_kernels, count_work, measure_costs, parameters
+from passes.cost.flops import (
+    NodeCost,
+    _plain_attention,
+    _plain_recurrence,
+    count_work,
+    measure_costs,
+    parameters,
+)
 from passes.cost.measured import measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
@@ -28,7 +35,7 @@ def registered(cost: NodeCost) -> int:
 
 
 def counted(function: Callable[[], object]) -> int:
-    with _plain_kernels(recurrent=True), FlopCounterMode(display=False) as mode:
+    with _plain_attention(), _plain_recurrence(), FlopCounterMode(display=False) as mode:
         function()
     return mode.get_total_flops()
 
@@ -52,7 +59,7 @@ def test_backward_flops_are_close_to_those_of_a_real_backward(name: str, toleran
     captured = program(name)
     module = copy.deepcopy(captured.module).eval()
     (x,) = captured.args.values()
-    with _plain_kernels(recurrent=True):
+    with _plain_attention(), _plain_recurrence():
         out = module(x.clone().requires_grad_())  # so that the first layer has both its gradients
     expected = counted(lambda: out.sum().backward())
     flops = sum(2 * registered(cost) for cost in analysis(name).costs.values())
