@@ -43,7 +43,7 @@ def main() -> None:
 
     model = decoder.build_model(options.layers, options.width, context=64).to(device)
     example = data.x[: options.batch].to(device)
-    compiled = pnn.compile(model, example, stages=dist.get_world_size(), coarse_budget=0.1)
+    compiled = pnn.compile(model, example, stages=dist.get_world_size())
     network = pnn.runtime.distribute(compiled, batches=options.micro_batches).train()
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     for step, rows in enumerate(data.batches(options.batch)):

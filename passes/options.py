@@ -17,6 +17,9 @@ from passes.errors import OptionError
 _MOST_COPIED = 0.25
 """Largest share of the first layers that calibration copies by default."""
 
+_FIT_BUDGET = 0.05
+"""Coarse budget of calibration by default."""
+
 _CORRECTIONS = ("residual", "difference")
 
 
@@ -27,7 +30,7 @@ class Choices(TypedDict, total=False):
     cost: CostSource
     cuts: Iterable[str] | None
     coarse: str
-    coarse_budget: float
+    coarse_budget: float | None
     units: int
     rank: int
     preprocess: str
@@ -54,6 +57,8 @@ class Options:
         coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
             sum such as "linear+lowrank".
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
+            None: "auto" takes the family that kept most accuracy, at its price, and calibration
+            chooses within 5 %.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
@@ -80,7 +85,7 @@ class Options:
     cost: CostSource = "flops"
     cuts: tuple[str, ...] | None = None
     coarse: str = "auto"
-    coarse_budget: float = 0.05
+    coarse_budget: float | None = None
     units: int = 1
     rank: int = 32
     preprocess: str = "auto"
@@ -136,7 +141,7 @@ class Options:
         _at_least("units", self.units, 1)
         _at_least("seed", self.seed, 0)
         share: object = self.coarse_budget
-        if not isinstance(share, int | float) or not 0 < share <= 1:
+        if share is not None and (not isinstance(share, int | float) or not 0 < share <= 1):
             raise OptionError(
                 f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
             )
@@ -160,7 +165,12 @@ class Options:
         """Return the options for a compilation with samples: `prologue` may copy first layers."""
         if self.prologue is not None or self.preprocess != "auto":
             return self
-        return dataclasses.replace(self, prologue=min(self.coarse_budget, _MOST_COPIED))
+        return dataclasses.replace(self, prologue=min(self.fit_budget, _MOST_COPIED))
+
+    @property
+    def fit_budget(self) -> float:
+        """The share of the cost of the original within which calibration chooses families."""
+        return _FIT_BUDGET if self.coarse_budget is None else self.coarse_budget
 
     @property
     def training(self) -> bool:

@@ -56,6 +56,8 @@ class Family:
             among them, sweep="auto" chooses between the two, else it takes the chain.
         copies_blocks: Whether it copies whole blocks of the trunk, so that cuts lie between them.
         is_fine: Whether it is the fine stage itself, with its weights and buffers.
+        evidence: What it kept of the accuracy of convolutional networks that were trained from
+            scratch until their curve was flat; "" if that was not measured.
         flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
             entering and leaving state, to place the cuts. The plan stores counted FLOPs.
     """
@@ -70,6 +72,7 @@ class Family:
     sweeps: tuple[str, ...] = ("chain",)
     copies_blocks: bool = False
     is_fine: bool = False
+    evidence: str = ""
     flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec]], float] = linear_flops
 
 
@@ -93,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         sums=True,
         linear=True,
         sweeps=_COLLAPSES,
+        evidence="lost 2.3 points in training from scratch (VGG-16 / 8, N = 3)",
     ),
     "lowrank": Family(
         about="a map of small rank between whole states",
@@ -119,6 +123,7 @@ FAMILIES: dict[str, Family] = {
         coarse=build_units,
         coarse_options=UnitsOptions,
         copies_blocks=True,
+        evidence="kept the accuracy in training from scratch (VGG-16 / 8, N = 3)",
     ),
     "thinned": Family(
         about="every m-th block of the trained trunk",

@@ -1,8 +1,9 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
-"auto" takes the families of the paper if they fit: a strided convolution from an image, and copies
-of the repeating block; otherwise channel maps. With samples, `pnn_compile.fit.calibrate` chooses
-among the candidates of this file by their errors.
+"auto" takes the families of the paper: a strided convolution from an image, and copies of the
+repeating block, which kept the accuracy in training (`Family.evidence`). Where none repeats, or
+where copies exceed a `coarse_budget`, it takes channel maps. With samples,
+`pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -91,6 +92,8 @@ def coarse_estimate(
 
 def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
     """Return the FLOPs that one coarse propagator may take: an even share of the sweep's budget."""
+    if options.coarse_budget is None:
+        return math.inf
     return options.coarse_budget * analysis.flops / max(1, stages - 1)
 
 
@@ -194,7 +197,7 @@ def preprocess_candidates(
         for family, rank in _variants(options)
     ]
     # An operator that takes longer than half a stage would consume the speed-up.
-    most = min(options.coarse_budget + share, max(share, 0.5 / stages))
+    most = min(options.fit_budget + share, max(share, 0.5 / stages))
     return _affordable(specs, most * analysis.flops)
 
 
@@ -210,7 +213,8 @@ def coarse_candidates(span: Span, stages: int) -> list[CoarseSpec]:
         # A thinned stage needs no fit in difference form.
         with contextlib.suppress(SynthesisError):
             specs.append(_measure(span, _draft(span, "thinned")))
-    return _affordable(specs, stage_budget(span.analysis, span.options, stages))
+    limited = dataclasses.replace(span.options, coarse_budget=span.options.fit_budget)
+    return _affordable(specs, stage_budget(span.analysis, limited, stages))
 
 
 def _variants(options: Options) -> list[tuple[str, int]]:
@@ -247,22 +251,29 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
         return _measure(span, draft)
     linear = _measure(span, _draft(span, "linear"))
     if span.options.sweep == "collapsed":
-        return _because(linear, budget, "collapsed sweep")
+        return _because(span, linear, budget, "collapsed sweep")
     try:
         draft = _draft(span, "units")
     except SynthesisError as obstacle:
-        return _because(linear, budget, str(obstacle))
+        return _because(span, linear, budget, str(obstacle))
     units = _measure(span, draft)
     if units.flops <= budget:
-        return _because(units, budget, "repeating block found")
-    return _because(linear, budget, f"units would take {units.flops:.2e} FLOPs of {budget:.2e}")
+        return _because(span, units, budget, "repeating block found")
+    reason = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
+    return _because(span, linear, budget, reason)
 
 
-def _because(spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:
-    """Fill in why a propagator was chosen."""
-    verdict = "within" if spec.flops <= budget else "OVER"
-    cost = f"{verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)"
-    return dataclasses.replace(spec, why=f"{reason}; {cost}")
+def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:
+    """Fill in why a propagator was chosen, and what is known of the accuracy that it keeps."""
+    why = [reason]
+    if budget < math.inf:
+        verdict = "within" if spec.flops <= budget else "OVER"
+        why.append(f"{verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)")
+    is_image = all(len(value.spec.shape) == 4 for value in span.leaving)
+    (row,) = rows_of(spec.family)
+    evidence = row.evidence if is_image else ""
+    why.append(evidence or "accuracy not measured for networks like this one")
+    return dataclasses.replace(spec, why="; ".join(why))
 
 
 def _draft(span: Span, family: str) -> CoarseSpec:

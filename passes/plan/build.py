@@ -282,11 +282,15 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
             "the cuts are not proven to be the best: the search was stopped, and another cut "
             f"could be faster by up to {forecast.gap:.1%}"
         )
-    if forecast.serial_share > options.coarse_budget and not is_fine(options.coarse):
+    if forecast.serial_share > options.fit_budget and not is_fine(options.coarse):
+        serial = f"the serial part takes {forecast.serial_share:.1%} of the original's cost"
+        budget = options.coarse_budget
         notes.append(
-            f"the serial part takes {forecast.serial_share:.1%} of the original's cost, more than "
-            f"the coarse budget of {options.coarse_budget:.1%}: fewer stages or a cheaper coarse "
-            "family would help"
+            f"{serial}: fewer stages, or a cheaper coarse family (coarse_budget=0.05, coarse="
+            "'linear'), which may cost accuracy, would shorten it"
+            if budget is None
+            else f"{serial}, more than the coarse budget of {budget:.1%}: fewer stages or a "
+            "cheaper coarse family would help"
         )
     stateful = any(analysis.facts[node].writes for node in analysis.frontiers.order)
     if options.iterations > 1 and stateful:

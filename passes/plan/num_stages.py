@@ -1,4 +1,4 @@
-"""Choose the number of stages, and the budget of the coarse sweep, if the user does not.
+"""Choose the number of stages if the user does not.
 
 More stages divide the trunk further but lengthen the serial sweep. Take a trunk of 96 units of
 work, a coarse propagator of 1.5 per interface, and a head of 4:
@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
-from passes.coarse.select import stage_budget
 from passes.errors import PartitionError, SynthesisError
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
@@ -31,7 +30,7 @@ from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
 _NEAR_BEST = 1.05
-"""More stages, or a cheaper sweep, must make a step faster by more than this factor."""
+"""More stages must make a step faster by more than this factor."""
 _EVERY = 16
 """Scan every number of stages up to this one, above it about three per doubling."""
 _MOST = 16
@@ -45,9 +44,8 @@ _WORSE = 1.25
 def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
     """Cut and plan; with stages="auto" for the best predicted time.
 
-    The choice is the fewest stages whose time is within 5 % of the best. Coarse propagators that
-    copy blocks are kept unless cheaper ones, of a smaller coarse budget, are faster by more than
-    that. The notes of the plan say from which number on more stages do not pay, and why.
+    The choice is the fewest stages whose time is within 5 % of the best. The notes of the plan say
+    from which number on more stages do not pay, and why.
 
     Returns:
         The options with the chosen numbers, and the plan.
@@ -59,15 +57,8 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
     if options.stages != "auto" or options.cuts is not None:
         return options, make_plan(analysis, choose_cut(analysis, options), options)
     search = _Search(analysis, options)
-    plan = search.best(options.coarse_budget)
-    cheaper = search.cheaper_budget(len(plan.stages))
-    if cheaper is not None:
-        other = search.best(cheaper)
-        if other.forecast.time * _NEAR_BEST < plan.forecast.time:
-            plan = other
-            options = dataclasses.replace(options, coarse_budget=cheaper)
-    note = search.note(plan, options.coarse_budget)
-    plan = dataclasses.replace(plan, notes=(*plan.notes, note))
+    plan = search.best()
+    plan = dataclasses.replace(plan, notes=(*plan.notes, search.note(plan)))
     return dataclasses.replace(options, stages=len(plan.stages)), plan
 
 
@@ -119,28 +110,27 @@ def _counts(most: int) -> Iterator[int]:
 
 
 class _Search:
-    """Plans by number of stages and coarse budget, each built once."""
+    """Plans by number of stages, each built once."""
 
     def __init__(self, analysis: Analysis, options: Options) -> None:
         self._analysis = analysis
         self._options = options
-        self._plans: dict[tuple[int, float], Plan | None] = {}
+        self._plans: dict[int, Plan | None] = {}
         self._first_error: Exception | None = None
 
-    def plan(self, stages: int, budget: float) -> Plan | None:
+    def plan(self, stages: int) -> Plan | None:
         """Return the plan of this number of stages; None if it cannot be built."""
-        key = stages, budget
-        if key not in self._plans:
-            options = dataclasses.replace(self._options, stages=stages, coarse_budget=budget)
+        if stages not in self._plans:
+            options = dataclasses.replace(self._options, stages=stages)
             try:
                 cut = choose_cut(self._analysis, options)
-                self._plans[key] = make_plan(self._analysis, cut, options)
+                self._plans[stages] = make_plan(self._analysis, cut, options)
             except (PartitionError, SynthesisError) as error:
                 self._first_error = self._first_error or error
-                self._plans[key] = None
-        return self._plans[key]
+                self._plans[stages] = None
+        return self._plans[stages]
 
-    def best(self, budget: float) -> Plan:
+    def best(self) -> Plan:
         """Return the plan of fewest stages that is nearly as fast as the fastest one.
 
         Raises:
@@ -149,14 +139,14 @@ class _Search:
         """
 
         def time(stages: int) -> float:
-            plan = self.plan(stages, budget)
+            plan = self.plan(stages)
             return plan.forecast.time if plan is not None else math.inf
 
         stages = fewest_near_best(time, self._most)
         if stages is None:
             assert self._first_error is not None
             raise self._first_error
-        plan = self.plan(stages, budget)
+        plan = self.plan(stages)
         assert plan is not None
         return plan
 
@@ -167,34 +157,15 @@ class _Search:
         most = listed if listed > 1 else _MOST_EQUAL if listed else _MOST
         return max(1, min(most, len(self._analysis.frontiers.positions)))
 
-    def cheaper_budget(self, stages: int) -> float | None:
-        """Return the largest half, quarter, ... of the budget that rules out copied blocks.
-
-        None if the coarse propagators copy no blocks in any case.
-        """
-        options, units = self._options, self._analysis.trunk_flops * self._options.units
-        if options.coarse != "auto" or options.sweep == "collapsed" or not units:
-            return None
-        budget = options.coarse_budget
-        if units > stage_budget(self._analysis, options, stages):
-            return None
-        while units <= stage_budget(
-            self._analysis, dataclasses.replace(options, coarse_budget=budget), stages
-        ):
-            budget /= 2
-        return budget
-
-    def note(self, chosen: Plan, budget: float) -> str:
+    def note(self, chosen: Plan) -> str:
         """Say from where on more stages do not pay, and why, in one sentence."""
         count = len(chosen.stages)
-        more = [n for (n, b), plan in self._plans.items() if plan and b == budget and n > count]
+        more = [n for n, plan in self._plans.items() if plan and n > count]
         gain = f"{count} stages chosen, {chosen.forecast.speedup:.2f} times the original's speed"
-        if budget < self._options.coarse_budget:
-            gain += f" with a coarse budget of {budget:.2%}"
         if not more:
             return f"{gain}: no more than {count} can be cut or were looked at"
         doubled = min(more, key=lambda n: (abs(n - 2 * count), n))
-        other = self.plan(doubled, budget)
+        other = self.plan(doubled)
         assert other is not None
         return (
             f"{gain}: more do not pay ({doubled} give {other.forecast.speedup:.2f}), held back by "

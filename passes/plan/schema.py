@@ -249,7 +249,7 @@ class OperatorOptions:
     """
 
     coarse: str
-    coarse_budget: float
+    coarse_budget: float | None
     units: int
     rank: int
     preprocess: str

@@ -46,7 +46,7 @@ def assess(
     samples: Path,
     stages: str,
     inputs: tuple[str, ...],
-    coarse_budget: float,
+    coarse_budget: float | None,
     iterations: int,
     as_json: bool,
     debug: bool,

@@ -90,7 +90,7 @@ def forecast_command(
     cost: str | None,
     inference: bool,
     coarse: str,
-    coarse_budget: float,
+    coarse_budget: float | None,
     micro_batches: str,
     cache: bool,
     as_json: bool,

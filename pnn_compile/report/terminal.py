@@ -166,6 +166,7 @@ def _summary(compiled: Compiled) -> Table:
             f"the cut is within {forecast.gap:.2%} of the best",
         ),
         ("other cuts", _other_cuts(plan)),
+        ("coarse", _coarse_choices(plan)),
         (
             "serial share",
             f"{forecast.serial_share:.1%} of the original (coarse sweep and head)",
@@ -184,6 +185,18 @@ def _summary(compiled: Compiled) -> Table:
     for name, text in filter(lambda row: row[1], rows):
         table.add_row(Text(name, style="bold"), text)
     return table
+
+
+def _coarse_choices(plan: Plan) -> str:
+    """Return why the family of each coarse propagator was chosen, each reason once."""
+    stages: dict[str, list[int]] = {}
+    for number, stage in enumerate(plan.stages):
+        if stage.coarse is not None:
+            stages.setdefault(f"{stage.coarse.family}: {stage.coarse.why}", []).append(number)
+    return "; ".join(
+        reason if len(stages) == 1 else f"stages {_numbers(numbers, plan)}, {reason}"
+        for reason, numbers in stages.items()
+    )
 
 
 def _other_cuts(plan: Plan) -> str:

@@ -31,15 +31,14 @@ def test_the_plan_says_where_more_stages_stop_paying() -> None:
     assert any(words in note for words in BOTTLENECKS.values())
 
 
-def test_cheaper_coarse_propagators_are_taken_where_copied_blocks_cost_too_much() -> None:
-    # Copies of a wide block fit the budget but make every interface of the sweep expensive.
+def test_copied_blocks_are_kept_at_any_number_unless_a_budget_is_asked_for() -> None:
+    # Copies of a wide block make every interface of the sweep expensive.
     wide = trunk(24, wide=512)
-    options, plan = cut_and_plan(wide, Options(coarse_budget=0.9))
-    assert {stage.coarse.family for stage in plan.stages if stage.coarse} == {"linear"}
-    assert options.coarse_budget < 0.9
-    assert f"coarse budget of {options.coarse_budget:.2%}" in plan.notes[-1]
-    units = cut_and_plan(wide, Options(coarse_budget=0.9, coarse="units"))[1]
-    assert plan.forecast.time * 1.05 < units.forecast.time
+    copied = cut_and_plan(wide, Options())[1]
+    assert {stage.coarse.family for stage in copied.stages if stage.coarse} == {"units"}
+    cheap = cut_and_plan(wide, Options(coarse_budget=0.02))[1]
+    assert {stage.coarse.family for stage in cheap.stages if stage.coarse} == {"linear"}
+    assert cheap.forecast.time < copied.forecast.time
 
 
 def test_a_fixed_number_keeps_the_budget_and_has_no_note() -> None:
