@@ -1,4 +1,7 @@
-"""`Options` of a compilation, checked as early as possible."""
+"""`Options` of a compilation, checked as early as possible.
+
+The command line makes its options from this file before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as _fields
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from passes.analysis.analysis import MEASURED, ROOFLINE, CostSource
-from passes.coarse.family import FAMILIES, names_of
-from passes.coarse.spec import OperatorRole
-from passes.cost.device_profile import DeviceProfile
 from passes.errors import OptionError
+
+if TYPE_CHECKING:
+    from passes.analysis.analysis import CostSource
+    from passes.coarse.spec import OperatorRole
+    from passes.cost.device_profile import DeviceProfile
 
 _MOST_COPIED = 0.25
 """Largest share of the first layers that calibration copies by default."""
@@ -54,15 +58,21 @@ class Options:
             "roofline" and "roofline-forward"; or a callable from a node and its forward FLOPs to
             a cost.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
-        coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
-            sum such as "linear+lowrank".
+        coarse: Family of the coarse propagators: "units", fresh copies of the repeating block;
+            "thinned", every m-th block of the trained trunk; "linear", channels mixed at every
+            position; "lowrank", a map of small rank between whole states; "conv", two small
+            convolutions or linear layers that start at zero; "zero", no correction; "exact", the
+            fine stage itself, the oracle; a sum such as "linear+lowrank"; or "auto", the family
+            that kept most accuracy in training.
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
             None: "auto" takes the family that kept most accuracy, at its price, and calibration
             chooses within 5 %.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
-        preprocess: Family of the preprocessing operators, from the same list, "auto", or a sum.
+        preprocess: Family of the preprocessing operators: "convolution", a strided convolution
+            from an image; "linear", "lowrank", "conv" or "thinned" as above; a sum; or "auto", the
+            convolution where it fits and else the channel map.
         prologue: Largest share of the cost of the original that a preprocessing operator may spend
             on a copy of the first layers, to read their output instead of the input, or on a
             thinned copy of all layers before its interface (`preprocess="thinned"`). None: no copy;
@@ -116,8 +126,8 @@ class Options:
             raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(fields)}")
         fields |= choices
         devices, cuts = fields["devices"], fields["cuts"]
-        single = isinstance(devices, DeviceProfile)
-        fields["devices"] = (devices,) if single else tuple(devices or ())
+        several = devices is None or isinstance(devices, Iterable)
+        fields["devices"] = tuple(devices or ()) if several else (devices,)
         if fields["devices"] and fields["cost"] == "flops":
             fields["cost"] = "roofline"
         if cuts is not None and not isinstance(cuts, str):
@@ -129,6 +139,8 @@ class Options:
         return [f.name for f in _fields(type(self)) if getattr(self, f.name) != f.default]
 
     def __post_init__(self) -> None:
+        from passes.analysis.analysis import MEASURED, ROOFLINE
+
         _check_family("coarse", self.coarse)
         _check_family("preprocess", self.preprocess)
         _at_least("rank", self.rank, 1)
@@ -178,6 +190,8 @@ class Options:
         return self.cost not in ("measured-forward", "roofline-forward")
 
     def _check_devices(self) -> None:
+        from passes.analysis.analysis import MEASURED, ROOFLINE
+
         if not isinstance(self.cost, str) or self.cost not in (*MEASURED, *ROOFLINE):
             raise OptionError(
                 "devices need costs in seconds: cost='roofline' or 'measured', or either with "
@@ -197,6 +211,8 @@ class Options:
             )
 
     def _check_collapsed(self) -> None:
+        from passes.coarse.family import FAMILIES, names_of
+
         rows = ((name, FAMILIES[name]) for name in names_of("coarse"))
         families = ("auto", *(name for name, row in rows if "collapsed" in row.sweeps))
         if not set(self.coarse.split("+")) <= set(families):
@@ -214,6 +230,8 @@ def _among(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _check_family(role: OperatorRole, family: str) -> None:
+    from passes.coarse.family import names_of
+
     parts, sums = str(family).split("+"), names_of(role, summed=True)
     if len(parts) == 1:
         _among(role, family, ("auto", *names_of(role)))

@@ -256,10 +256,3 @@ def _build(spec: OperatorSpec, site: Site) -> nn.Module:
             raise SynthesisError(f"no {spec.role} family {spec.family!r}; known: {names}")
         parts.append(build(spec.options, site))
     return parts[0] if len(parts) == 1 else Sum(parts)
-
-
-def family_help(role: OperatorRole) -> str:
-    """Return the families of a role with their descriptions, for help texts."""
-    sums = names_of(role, summed=True)
-    rows = "; ".join(f"{name}: {FAMILIES[name].about}" for name in names_of(role))
-    return f"auto, a family, or a sum of {', '.join(sums)} ({'+'.join(sums[:2])}). {rows}."

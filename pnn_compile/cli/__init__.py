@@ -6,16 +6,20 @@ In: words. Out: text or JSON on stdout, progress on stderr, an exit code. Read `
 
 from __future__ import annotations
 
+import difflib
+import functools
+import importlib
 import itertools
 import logging
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from passes.errors import PnnError, VerificationError, printable
+from passes.errors import OptionError, PnnError, VerificationError, printable
 from passes.interrupt import INTERRUPTED, end_interrupted, raise_on_interrupt
 from pnn_compile.cli.benching import bench_command, run_command
 from pnn_compile.cli.compiling import compile_command
@@ -27,6 +31,14 @@ from pnn_compile.cli.inspecting import inspect, verify
 __all__ = ["main"]
 
 
+_SYNONYMS = {
+    "benchmark": "bench", "calibrate": "compile", "check": "verify", "convert": "compile",
+    "distill": "fit", "iterate": "dial", "plan": "compile", "predict": "forecast",
+    "report": "inspect", "show": "inspect", "simulate": "forecast", "train": "fit",
+}  # fmt: skip
+"""Words that users may try, and the commands that do it."""
+
+
 class _ModelFirst(click.Group):
     """Group of commands whose first word is a model unless it names a command."""
 
@@ -35,8 +47,20 @@ class _ModelFirst(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Insert the command `compile` before a model."""
         if args and args[0] not in self.commands:
+            self._check_mistyped(args[0])
             args = ["compile", *args]
         return super().resolve_command(ctx, args)
+
+    def _check_mistyped(self, word: str) -> None:
+        """Refuse a word that looks like a command and not like a model, with the command meant."""
+        if any(mark in word for mark in "./:\\-") or Path(word).exists():
+            return
+        close = difflib.get_close_matches(word, self.commands, 1)
+        if meant := _SYNONYMS.get(word) or next(iter(close), None):
+            raise OptionError(
+                f"no command or model {word!r}: did you mean 'pnn-compile {meant}'? A model is "
+                "typed file.py, package.module:name, timm:NAME, torchvision:NAME or hf:NAME"
+            )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Accept options of `compile` before the model, and --debug and --json before a command."""
@@ -78,10 +102,24 @@ def cli() -> None:
     """Compile, inspect, verify and fit parareal neural networks."""
 
 
+def _prepared(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command import torch first; an interrupt until then ends the process in one line."""
+
+    @functools.wraps(callback)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        importlib.import_module("pnn_compile.compiled")
+        raise_on_interrupt()
+        return callback(*args, **kwargs)
+
+    return run
+
+
 for _command in (
     compile_command, inspect, verify, assess, fit_command, dial_command, bench_command,
     run_command, forecast_command, profile_command, export_command,
 ):  # fmt: skip
+    assert _command.callback is not None
+    _command.callback = _prepared(_command.callback)
     cli.add_command(_command)
 
 
@@ -102,7 +140,6 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0 done, 1 a bug of this program, 2 a mistake in the input, 3 a failed
         verification, 130 interrupted.
     """
-    raise_on_interrupt()
     words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     handler = logging.StreamHandler()

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from passes.coarse.family import family_help
 from passes.errors import OptionError
 from passes.options import Options
 from pnn_compile import atomic
@@ -108,10 +107,6 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
         for name in reversed(names):
             field = fields[name]
             text = option_texts()[name]
-            if name == "coarse":
-                text = family_help("coarse")
-            elif name == "preprocess":
-                text = family_help("preprocess")
             kind = float if "float" in str(field.type) else type(field.default)
             flag = f"--{name.replace('_', '-')}"
             command = click.option(flag, default=field.default, type=kind, help=text)(command)

@@ -1,13 +1,17 @@
 """The command line as a new user meets it: what it prints, writes and returns."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from passes.coarse.family import names_of
 from pnn_compile.cli import main
+from pnn_compile.cli.common import option_texts
 
 MODEL = """
 import torch
@@ -182,6 +186,8 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no artifact": (["verify", "nowhere"], 2, "nowhere"),
     "missing plan": (["{model}", "--plan", "nowhere.json"], 2, "nowhere.json"),
     "unwritable": (["{model}", "-o", "/proc/out"], 2, "/proc"),
+    "mistyped command": (["inspct", "out"], 2, "did you mean 'pnn-compile inspect'"),
+    "another word for a command": (["iterate", "out"], 2, "did you mean 'pnn-compile dial'"),
     "unknown cut": (["{model}", "--cut-at", "seventh"], 2, "'seventh'"),
 }
 
@@ -244,3 +250,17 @@ def test_a_failed_verification_exits_with_3(
     captured = capsys.readouterr()
     assert "FAILED" in captured.out
     assert "failed verification" in captured.err
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["compile", "--help"]])
+def test_help_does_not_wait_for_torch(words: list[str]) -> None:
+    code = "import sys; from pnn_compile.cli import main; main(sys.argv[1:])"
+    code += "; sys.exit('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "pnn-compile" in shown.stdout
+
+
+def test_the_help_names_every_family() -> None:
+    assert all(f'"{name}"' in option_texts()["coarse"] for name in names_of("coarse"))
+    assert all(f'"{name}"' in option_texts()["preprocess"] for name in names_of("preprocess"))
