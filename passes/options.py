@@ -185,6 +185,13 @@ class Options:
         return _FIT_BUDGET if self.coarse_budget is None else self.coarse_budget
 
     @property
+    def num_stages(self) -> int | None:
+        """The number of stages that was asked for, by itself or by the cuts; None if neither."""
+        if self.cuts is not None:
+            return len(self.cuts) + 1
+        return None if self.stages == "auto" else self.stages
+
+    @property
     def training(self) -> bool:
         """Whether the costs and the memory are those of a training step, not of inference."""
         return self.cost not in ("measured-forward", "roofline-forward")

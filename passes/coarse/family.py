@@ -82,7 +82,7 @@ _COLLAPSES = ("chain", "collapsed", "auto")
 FAMILIES: dict[str, Family] = {
     "convolution": Family(
         about="strided convolution, BatchNorm, ReLU and 1 x 1 convolution, for images",
-        preprocess=lambda options, site: Convolution(site.entering, site.leaving),
+        preprocess=lambda options, site: Convolution(site.entering, site.leaving, options.width),
         sums=True,
     ),
     "linear": Family(

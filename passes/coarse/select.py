@@ -22,7 +22,7 @@ from torch import nn
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
-from passes.coarse.convolution import convolution_fits, convolution_flops
+from passes.coarse.convolution import convolution_fits, convolution_flops, fitting_width
 from passes.coarse.family import (
     build_coarse,
     build_preprocess,
@@ -63,6 +63,8 @@ _REASONS = {
     "convolution": "strided convolution from the input",
     "linear": "channel map from the source",
 }
+_GUESS_SHARE = 0.1
+"""Share of an even stage that a convolution as preprocessing operator may take."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -74,7 +76,8 @@ def preprocess_estimate(analysis: Analysis, options: Options, position: Position
         return front_estimate(analysis, options, position) + mapped
     origin = origin_of(analysis, options, position)
     if _convolves(origin, options, position.specs):
-        return origin.flops + convolution_flops(origin.specs[0], position.specs)
+        width = _convolution_width(analysis, options, origin, position.specs)
+        return origin.flops + convolution_flops(origin.specs[0], position.specs, width)
     return origin.flops + linear_flops(origin.specs, position.specs)
 
 
@@ -133,9 +136,13 @@ def choose_preprocess(
             "preprocess='convolution' needs one image-like input of no lower resolution than the "
             f"state ({', '.join(map(str, types))}); use preprocess='linear' or 'auto'"
         )
+    settings = options_from(analysis, options, origin, reads)
+    if "convolution" in family.split("+"):
+        width = _convolution_width(analysis, options, origin, types)
+        settings = dataclasses.replace(settings, width=width)
     draft = PreprocessSpec(
         family=family,
-        options=options_from(analysis, options, origin, reads),
+        options=settings,
         flops=0,
         parameters=0,
         linear=False,
@@ -171,6 +178,14 @@ def _convolves(origin: PreprocessOrigin, options: Options, state: Sequence[Tenso
     if (family != "auto" and "convolution" not in family.split("+")) or len(origin.sources) != 1:
         return False
     return all(convolution_fits(origin.sources[0].spec, spec) for spec in state)
+
+
+def _convolution_width(
+    analysis: Analysis, options: Options, origin: PreprocessOrigin, state: Sequence[TensorSpec]
+) -> int | None:
+    """Return the width of a convolution that takes a tenth of an even stage; None for any."""
+    budget = _GUESS_SHARE * analysis.flops / (options.num_stages or 1)
+    return fitting_width(origin.specs[0], state, budget)
 
 
 def preprocess_candidates(

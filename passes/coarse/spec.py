@@ -57,6 +57,7 @@ class PreprocessOptions:
         sides: Side values that it recomputes from these.
         prologue: Share of the cost of the original that the copy may take; None if not set.
         reads: Which sources each component of the state may depend on; all if None.
+        width: Most channels inside of family "convolution"; None for those of the state.
     """
 
     rank: Count
@@ -66,6 +67,7 @@ class PreprocessOptions:
     sides: tuple[NodeName, ...]
     prologue: float | None = None
     reads: Reads | None = None
+    width: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

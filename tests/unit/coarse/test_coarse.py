@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from passes.coarse.convolution import Conv, Convolution, convolution_fits, convolution_flops
+from passes.coarse.convolution import (
+    Conv,
+    Convolution,
+    convolution_fits,
+    convolution_flops,
+    fitting_width,
+)
 from passes.coarse.copied_blocks import Units, UnitsOptions, build_units
 from passes.coarse.linear import Linear, LowRank, linear_flops
 from passes.coarse.spec import CoarseSpec, Site
@@ -490,3 +496,32 @@ def test_a_convolution_that_does_not_fit_is_refused() -> None:
         SynthesisError, match=r"preprocess='convolution' needs one image-like input"
     ):
         compiled("mlp", stages=2, preprocess="convolution")
+
+
+def test_a_convolution_is_narrowed_to_its_budget() -> None:
+    source, target = image(3, 64, 64), image(512, 4, 4)
+    dense = convolution_flops(source, [target])
+    width = fitting_width(source, [target], dense / 3)
+    assert width == 128
+    assert fitting_width(source, [target], dense) is None
+    assert fitting_width(source, [target], 0.0) == 32
+
+    module = Convolution([source], [target], width)
+    x = torch.randn(shape_of(source, 3))
+    with torch.no_grad(), FlopCounterMode(display=False) as mode:
+        assert tuple(module(x).shape) == shape_of(target, 3)
+    assert mode.get_total_flops() == pytest.approx(
+        convolution_flops(source, [target], width) * 3 / SAMPLES
+    )
+
+
+def test_a_guess_takes_a_tenth_of_a_stage_or_is_as_narrow_as_can_be() -> None:
+    layers = [nn.Conv2d(3, 256, 3, stride=8, padding=1)]
+    layers += [nn.Conv2d(256, 256, 3, padding=1) for _ in range(6)]
+    network = compile_model(nn.Sequential(*layers), torch.randn(2, 3, 64, 64), stages=3)
+    stage = network.plan.stages[1]
+    assert stage.preprocess is not None
+    dense = convolution_flops(image(3, 64, 64), [image(256, 8, 8)])
+    assert stage.preprocess.options.width == 128
+    assert stage.preprocess.flops < 0.6 * dense
+    assert stage.preprocess.flops <= 0.11 * stage.flops
