@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pnn_compile.inputs import named_batch
 from pnn_compile.runtime import engine
 from pnn_compile.runtime.engine import run_in_one_process
 from pnn_compile.runtime.rank_pieces import RankPieces
+from tests.support.parameters import grid
 
 
 class Masked(nn.Module):
@@ -82,19 +84,17 @@ def _run(
     return [last.outputs[number] for number in range(len(inputs))], ranks
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"correction": "difference", "coarse": "conv"},
-        {"sweep": "collapsed"},
-        {"iterations": 2},
-        {"correction": "difference", "coarse": "conv", "iterations": 2},
-        {"iterations": 3},
-    ],
-    ids=lambda options: " ".join(map(str, options.values())) or "plain",
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"correction": "difference", "coarse": "conv"},
+    {"sweep": "collapsed"},
+    {"iterations": 2},
+    {"correction": "difference", "coarse": "conv", "iterations": 2},
+    {"iterations": 3},
 )
-@pytest.mark.parametrize("name", NETWORKS)
+
+
+@pytest.mark.parametrize(("name", "options"), grid(tuple(NETWORKS), OPTIONS))
 def test_ranks_equal_one_process(name: str, options: dict[str, Any]) -> None:
     compiled, example = _shaken(name, 3, options)
     for placement in ((0, 0, 0), (0, 1, 2), (0, 0, 1), (0, 1, 0)):
@@ -132,10 +132,13 @@ def _compare(compiled: pnn.Compiled, example: Any, placement: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize(
-    "options", [{"sweep": "collapsed"}, {"iterations": 3}], ids=["collapsed", "three rounds"]
+    ("name", "placement", "options"),
+    grid(
+        ("masked", "decoder"),
+        (range(8), [0, 0, 1, 1, 2, 2, 3, 3]),
+        ({"sweep": "collapsed"}, {"iterations": 3}),
+    ),
 )
-@pytest.mark.parametrize("placement", [range(8), (0, 0, 1, 1, 2, 2, 3, 3)], ids=["8", "4"])
-@pytest.mark.parametrize("name", ["masked", "decoder"])
 def test_many_ranks_equal_one_process(
     name: str, placement: Sequence[int], options: dict[str, Any]
 ) -> None:
@@ -169,9 +172,14 @@ def test_the_drawing_of_a_step_is_what_two_ranks_do() -> None:
         assert drawn == [f"{it.kind.name} {it.stage}" for it in instructions]
 
 
-def test_forward_alone_keeps_no_graph() -> None:
+@cache
+def _resnet_in_three_stages() -> tuple[pnn.Compiled, Any]:
     model, example = _resnet()
-    compiled = pnn.compile(model, example, stages=3)
+    return pnn.compile(model, example, stages=3), example
+
+
+def test_forward_alone_keeps_no_graph() -> None:
+    compiled, example = _resnet_in_three_stages()
     compiled.module.eval()
     with torch.no_grad():
         (result,), _ = _run(compiled, [example], (0, 1, 2), train=False)
@@ -180,8 +188,7 @@ def test_forward_alone_keeps_no_graph() -> None:
 
 
 def test_a_rank_owns_its_stages_and_nothing_else() -> None:
-    model, example = _resnet()
-    compiled = pnn.compile(model, example, stages=3)
+    compiled, _ = _resnet_in_three_stages()
     ranks = [RankPieces(compiled, (0, 0, 1), rank) for rank in range(2)]
     names = [{name for name, _ in rank.named_children()} for rank in ranks]
     assert names[0] == {"fine_0", "fine_1", "preprocess_1", "coarse_1"}
@@ -207,8 +214,7 @@ def test_what_crosses_several_stages_is_sent_to_the_corrections_that_read_it() -
 
 
 def test_placements_that_do_not_fit_are_refused() -> None:
-    model, example = _resnet()
-    compiled = pnn.compile(model, example, stages=3)
+    compiled, _ = _resnet_in_three_stages()
     with pytest.raises(pnn.RuntimeFault, match="3 stages, but 2 were placed"):
         RankPieces(compiled, (0, 1), 0)
     with pytest.raises(pnn.RuntimeFault, match="every rank needs a stage"):

@@ -83,10 +83,13 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-def _steps(rank: int, loss: Callable[[Any, Any], Any], mix: str) -> list[Any]:
-    results = []
-    for count in (1, 2, 3, 5):
-        module = pnn.runtime.distribute(_network(mix), batches=count).train()
+def _steps(
+    rank: int, loss: Callable[[Any, Any], Any], mix: str, counts: tuple[int, ...] = (1, 2, 3, 5)
+) -> list[Any]:
+    compiled, results = _network(mix), []
+    for count in counts:
+        module = pnn.runtime.distribute(compiled, batches=count).train()
+        module.zero_grad()
         value = module.forward_backward(_batch(), loss)
         results.append((value, _gradients(module)))
     return results
@@ -118,7 +121,7 @@ def _replicas(rank: int) -> tuple[Any, Any]:
 
 
 def test_replicas_weigh_their_tokens(tmp_path: Path) -> None:
-    alone = [steps[0] for steps in start(_steps, 2, tmp_path, _token_mean, "")]
+    alone = [steps[0] for steps in start(_steps, 2, tmp_path, _token_mean, "", (1,))]
     for rank, (value, gradients) in enumerate(start(_replicas, 4, tmp_path)):
         expected, expected_gradients = alone[rank % 2]
         torch.testing.assert_close(value, expected)
@@ -126,9 +129,11 @@ def test_replicas_weigh_their_tokens(tmp_path: Path) -> None:
             torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
 
 
-def _refused(rank: int, mix: str) -> tuple[str, bool]:
-    compiled = _network(mix)
-    module = pnn.runtime.distribute(compiled, batches=2).train()
+MIXES = ("mean", "softmax", "pairs", "sequence first")
+
+
+def _mixed(rank: int, mix: str) -> tuple[str, bool]:
+    module = pnn.runtime.distribute(_network(mix), batches=2).train()
     try:
         module.forward_backward(_batch(), _token_mean)
     except pnn.RuntimeFault as error:
@@ -136,17 +141,17 @@ def _refused(rank: int, mix: str) -> tuple[str, bool]:
     return "", all(child.training for child in module.modules())
 
 
-@pytest.mark.parametrize("mix", ["mean", "softmax", "pairs", "sequence first"])
-def test_a_model_that_mixes_samples_is_refused_on_all_ranks(mix: str, tmp_path: Path) -> None:
-    for message, has_gradients in start(_refused, 2, tmp_path, mix):
-        assert "of two micro-batches is not that of both in one batch" in message
-        assert "pass distribute(batches=1)" in message
-        assert not has_gradients
+def _all_mixed(rank: int) -> list[tuple[str, bool]]:
+    return [_mixed(rank, mix) for mix in (*MIXES, "noise")]
 
 
-def test_a_model_with_random_numbers_is_compared_by_shapes(tmp_path: Path) -> None:
-    for result in start(_refused, 2, tmp_path, "noise"):
-        assert result == ("", True)
+def test_a_model_that_mixes_samples_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    for *refused, random in start(_all_mixed, 2, tmp_path):
+        for mix, (message, has_gradients) in zip(MIXES, refused, strict=True):
+            assert "of two micro-batches is not that of both in one batch" in message, mix
+            assert "pass distribute(batches=1)" in message, mix
+            assert not has_gradients, mix
+        assert random == ("", True)  # compared by shapes
 
 
 class _Switches(nn.Module):

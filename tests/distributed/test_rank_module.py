@@ -80,8 +80,8 @@ def _train_in_one_process(
 @pytest.mark.parametrize(
     ("name", "stages", "micro", "options"),
     [
-        ("decoder", 2, 2, {}),
-        ("decoder", 3, 1, {}),
+        pytest.param("decoder", 2, 2, {}, marks=pytest.mark.slow),
+        pytest.param("decoder", 3, 1, {}, marks=pytest.mark.slow),
         ("resnet", 2, 1, {}),
         ("decoder", 3, 2, {"sweep": "collapsed"}),
         ("decoder", 3, 1, {"iterations": 2}),

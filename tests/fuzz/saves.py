@@ -243,7 +243,7 @@ def read_in_child(kind: Kind, folder: Path) -> int | None:
     return answer[0] if answer else None
 
 
-def run(count: int, seed: int = 0, end: float = float("inf")) -> list[tuple[str, str]]:
+def run(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Kill saves of all kinds in turns; return kind and outcome of each."""
     for version in (0, 1):
         _exported(False, version), _exported(True, version)
@@ -257,8 +257,6 @@ def run(count: int, seed: int = 0, end: float = float("inf")) -> list[tuple[str,
             os.waitpid(in_child(partial(KINDS[kind].save, folder, 0)), 0)
             limits[kind] = _measure(KINDS[kind], folder)
         for number in range(count):
-            if time.monotonic() > end:
-                break
             kind = list(KINDS)[number % len(KINDS)]
             outcome = kill_once(KINDS[kind], folders[kind], draw, *limits[kind])
             results.append((kind, outcome))

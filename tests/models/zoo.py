@@ -240,6 +240,15 @@ CASES: tuple[Case, ...] = (
     ),
 )
 
+CAPTURABLE = tuple(one.name for one in CASES if "uncapturable" not in one.tags)
+
+SIMILAR = {
+    "mlp", "conv_inplace", "conv1d", "deep_batchnorm", "dense_block", "inception",
+    "tied_linear", "mixer", "boolean_mask_encoder", "vision_transformer", "slice_assignment",
+    "running_mean", "unrolled_lstm",
+}  # fmt: skip
+"""Cases every tag of which another case has too."""
+
 
 def by_name(name: str) -> Case:
     """Return the case of this name.

@@ -1,5 +1,6 @@
 """Calibration and fit on a small model that is trained first."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,29 +18,31 @@ from pnn_compile.fit.metrics import agreement
 from pnn_compile.inputs import device_of, named_batch
 from pnn_compile.report.terminal import calibration_table, to_text
 from tests.models.builders import Shifts, block_list
+from tests.support.programs import copies
 
 
-@pytest.fixture(scope="module")
-def samples() -> torch.Tensor:
+@cache
+def _samples() -> torch.Tensor:
     """Smooth images, so that there is something to learn from few samples."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(640, 3, 4, 4, generator=generator)
+    coarse = torch.randn(320, 3, 4, 4, generator=generator)
     return nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear")
+
+
+@pytest.fixture
+def samples() -> torch.Tensor:
+    return _samples()
 
 
 def _network() -> nn.Module:
     torch.manual_seed(0)
-    return resnet110.build_model(units_per_group=3, width=4).eval()
+    return resnet110.build_model(units_per_group=2, width=4).eval()
 
 
-def _compiled(samples: torch.Tensor, **options: object) -> pnn.Compiled:
-    return pnn.compile(
-        _network(),
-        samples[:2],
-        stages=3,
-        coarse_budget=1.0,
-        **options,  # type: ignore[arg-type]
-    )
+@copies
+def _compiled(**options: Any) -> pnn.Compiled:
+    options = {"stages": 3, "coarse_budget": 1.0} | options
+    return pnn.compile(_network(), _samples()[:2], **options)
 
 
 @pytest.mark.parametrize(
@@ -47,50 +50,48 @@ def _compiled(samples: torch.Tensor, **options: object) -> pnn.Compiled:
     [
         ("linear", "residual"),
         ("lowrank", "difference"),
-        ("linear+lowrank", "residual"),
-        ("lowrank+linear+conv", "residual"),
+        pytest.param("linear+lowrank", "residual", marks=pytest.mark.slow),
+        pytest.param("lowrank+linear+conv", "residual", marks=pytest.mark.slow),
         ("lowrank+linear+conv", "difference"),
     ],
 )
 def test_every_stage_gets_closer_to_the_original(
     samples: torch.Tensor, family: str, correction: str
 ) -> None:
-    compiled = _compiled(
-        samples, coarse=family, preprocess="lowrank+linear", correction=correction, rank=16
-    )
-    report = pnn.calibrate(compiled, list(samples.split(64)))
+    compiled = _compiled(coarse=family, preprocess="lowrank+linear", correction=correction, rank=16)
+    report = pnn.calibrate(compiled, list(samples.split(32)))
     for face in report.interfaces:
         assert face.guess_after < 0.9 * face.guess_before
         assert face.corrected_after < face.uncorrected
         assert face.corrected_after < face.corrected_before
     assert report.output_error_after < 0.5 * report.output_error_before
-    assert (report.fitted, report.held_out) == (512, 128)
+    assert (report.fitted, report.held_out) == (256, 64)
     assert compiled.verify().ok
 
 
 def test_a_collapsed_sweep_is_calibrated_too(samples: torch.Tensor) -> None:
     compiled = _compiled(
-        samples, coarse="lowrank+linear", preprocess="lowrank+linear", sweep="collapsed", rank=16
+        coarse="lowrank+linear", preprocess="lowrank+linear", sweep="collapsed", rank=16
     )
-    report = pnn.calibrate(compiled, list(samples.split(64)))
+    report = pnn.calibrate(compiled, list(samples.split(32)))
     *middle, last = report.interfaces
     assert all(face.corrected_after == face.uncorrected for face in middle)
     assert last.corrected_after < 0.9 * last.uncorrected
     assert last.corrected_after < last.corrected_before
     assert report.output_error_after < 0.5 * report.output_error_before
     with torch.no_grad():
-        result = compiled.module.eval()(samples[-64:])
-        expected = compiled.sequential.eval()(samples[-64:])
+        result = compiled.module.eval()(samples[-32:])
+        expected = compiled.sequential.eval()(samples[-32:])
     error = ((result - expected).norm() / expected.norm()).item()
     assert error == pytest.approx(report.output_error_after, rel=0.5)
     assert compiled.verify().ok
 
 
 def test_the_fine_stages_and_modes_are_left_alone(samples: torch.Tensor) -> None:
-    compiled = _compiled(samples, coarse="linear+lowrank")
+    compiled = _compiled(coarse="linear+lowrank")
     before = {key: value.clone() for key, value in compiled.original_state_dict().items()}
     compiled.module.train()
-    pnn.calibrate(compiled, list(samples.split(64)))
+    pnn.calibrate(compiled, list(samples.split(32)))
     assert compiled.module.training
     for key, value in compiled.original_state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -98,8 +99,7 @@ def test_the_fine_stages_and_modes_are_left_alone(samples: torch.Tensor) -> None
 
 def test_calibration_is_deterministic(samples: torch.Tensor) -> None:
     reports = [
-        pnn.calibrate(_compiled(samples, coarse="lowrank"), list(samples.split(64)))
-        for _ in range(2)
+        pnn.calibrate(_compiled(coarse="lowrank"), list(samples.split(32))) for _ in range(2)
     ]
     assert reports[0] == reports[1]
 
@@ -107,10 +107,10 @@ def test_calibration_is_deterministic(samples: torch.Tensor) -> None:
 def test_states_in_memory_and_on_disk_give_the_same(
     samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = pnn.calibrate(_compiled(samples), list(samples.split(64)))
+    expected = pnn.calibrate(_compiled(), list(samples.split(32)))
     for limit in (10**9, 10**6):
         monkeypatch.setattr(regression_sweep, "_memory_limit", lambda device, limit=limit: limit)
-        assert pnn.calibrate(_compiled(samples), list(samples.split(64))) == expected
+        assert pnn.calibrate(_compiled(), list(samples.split(32))) == expected
 
 
 def test_a_causal_model_stays_causal() -> None:
@@ -130,12 +130,12 @@ def test_a_causal_model_stays_causal() -> None:
 
 def test_one_batch_is_too_few(samples: torch.Tensor) -> None:
     with pytest.raises(pnn.OptionError, match="at least two batches"):
-        pnn.calibrate(_compiled(samples), [samples])
+        pnn.calibrate(_compiled(), [samples])
 
 
 def test_a_generator_is_too_short(samples: torch.Tensor) -> None:
     with pytest.raises(pnn.OptionError, match=r"got a generator.*pass list\(batches\)"):
-        pnn.calibrate(_compiled(samples), (batch for batch in samples.split(64)))
+        pnn.calibrate(_compiled(), (batch for batch in samples.split(32)))
 
 
 def _plain(*first: nn.Module) -> nn.Sequential:
@@ -202,8 +202,8 @@ def test_whole_outputs_agree_where_they_are_equal() -> None:
 
 
 def test_a_fit_brings_the_outputs_closer(samples: torch.Tensor) -> None:
-    compiled = _compiled(samples, coarse="linear")
-    batches = list(samples.split(64))
+    compiled = _compiled(coarse="linear")
+    batches = list(samples.split(32))
     pnn.calibrate(compiled, batches)
     report = pnn.fit(compiled, batches, epochs=3)
     assert report.steps == 30
@@ -212,8 +212,8 @@ def test_a_fit_brings_the_outputs_closer(samples: torch.Tensor) -> None:
 
 
 def test_an_interrupted_fit_goes_on_bit_for_bit(samples: torch.Tensor, tmp_path: Path) -> None:
-    batches = list(samples.split(64))
-    whole = _compiled(samples, coarse="linear")
+    batches = list(samples.split(32))
+    whole = _compiled(coarse="linear")
     pnn.fit(whole, batches, epochs=2)
 
     class Interrupted(Exception):
@@ -224,10 +224,10 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(samples: torch.Tensor, tmp_path:
             raise Interrupted
 
     file = tmp_path / "fit.pt"
-    halved = _compiled(samples, coarse="linear")
+    halved = _compiled(coarse="linear")
     with pytest.raises(Interrupted):
         pnn.fit(halved, batches, epochs=2, checkpoint=file, checkpoint_every=5, progress=stop)
-    again = _compiled(samples, coarse="linear")
+    again = _compiled(coarse="linear")
     report = pnn.fit(again, batches, epochs=2, checkpoint=file)
     assert report.steps == 20
     for key, value in whole.module.state_dict().items():
@@ -235,8 +235,8 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(samples: torch.Tensor, tmp_path:
 
 
 def test_a_fit_takes_any_loss_and_refuses_nonsense(samples: torch.Tensor) -> None:
-    compiled = _compiled(samples)
-    batches = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in samples.split(64)]
+    compiled = _compiled()
+    batches = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in samples.split(32)]
 
     def task_loss(outputs: torch.Tensor, wanted: torch.Tensor, batch: object) -> torch.Tensor:
         assert isinstance(batch, tuple)
@@ -323,24 +323,26 @@ def test_calibrate_and_fit_on_the_command_line(
     model = tmp_path / "small.py"
     model.write_text(
         "from examples import resnet110\n"
-        "def build_model():\n    return resnet110.build_model(units_per_group=3, width=4)\n"
+        "def build_model():\n    return resnet110.build_model(units_per_group=2, width=4)\n"
         "def example_inputs():\n    return resnet110.example_inputs(size=8)\n"
     )
     words = [str(model), "-n", "3", "--coarse", "linear+lowrank", "--calibrate", str(data)]
     assert main([*words, "-o", str(out)]) == 0
     assert "agreement of the outputs" in capsys.readouterr().out
     assert main(["fit", str(out), str(data)]) == 0
-    assert "10 steps on 640 samples" in capsys.readouterr().out
+    assert "5 steps on 320 samples" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0
 
 
-@pytest.mark.parametrize("correction", ["residual", "difference"])
+@pytest.mark.parametrize(
+    "correction", [pytest.param("residual", marks=pytest.mark.slow), "difference"]
+)
 def test_batchnorm_is_recalibrated_where_that_helps_and_the_report_says_so(
     samples: torch.Tensor, correction: Literal["residual", "difference"]
 ) -> None:
     model = _network().train()
     for _ in range(20):
-        model(samples[:256])  # statistics of its own
+        model(samples[:128])  # statistics of its own
     compiled = pnn.compile(
         model.eval(), samples[:2], stages=3, coarse="thinned", preprocess="lowrank+linear",
         correction=correction, coarse_budget=1.0,
@@ -350,29 +352,29 @@ def test_batchnorm_is_recalibrated_where_that_helps_and_the_report_says_so(
         assert layer.running_var is not None
         layer.running_var.mul_(1e-3)
     fine = [buffer.clone() for buffer in compiled.stages.fine[1].buffers()]
-    report = pnn.calibrate(compiled, list(samples.split(64)))
+    report = pnn.calibrate(compiled, list(samples.split(32)))
     assert "coarse_2" in report.recalibrated
     assert "re-estimated: " in to_text(calibration_table(report), 500)
     for before, after in zip(fine, compiled.stages.fine[1].buffers(), strict=True):
         assert torch.equal(before, after)
-    again = pnn.calibrate(compiled, list(samples.split(64)))
+    again = pnn.calibrate(compiled, list(samples.split(32)))
     assert "coarse_2" not in again.recalibrated
     assert again.output_error_before == pytest.approx(report.output_error_after, rel=1e-3)
 
 
 def test_the_oracle_family_keeps_the_statistics_of_the_fine_stages(samples: torch.Tensor) -> None:
-    compiled = _compiled(samples, coarse="exact", correction="difference")
+    compiled = _compiled(coarse="exact", correction="difference")
     before = {key: value.clone() for key, value in compiled.original_state_dict().items()}
-    report = pnn.calibrate(compiled, list(samples.split(64)))
+    report = pnn.calibrate(compiled, list(samples.split(32)))
     assert not any(name.startswith("coarse") for name in report.recalibrated)
     for key, value in compiled.original_state_dict().items():
         assert torch.equal(value, before[key]), key
 
 
 def test_a_loader_that_shuffles_is_refused(samples: torch.Tensor) -> None:
-    loader = DataLoader(list(samples), batch_size=64, shuffle=True)  # type: ignore[arg-type,var-annotated]
+    loader = DataLoader(list(samples), batch_size=32, shuffle=True)  # type: ignore[arg-type,var-annotated]
     with pytest.raises(pnn.OptionError, match="does not shuffle"):
-        pnn.calibrate(_compiled(samples, coarse="linear"), loader)
+        pnn.calibrate(_compiled(coarse="linear"), loader)
 
 
 def test_samples_that_are_not_finite_are_named() -> None:
@@ -383,12 +385,11 @@ def test_samples_that_are_not_finite_are_named() -> None:
 
 
 def test_several_iterations_are_judged_as_they_run(samples: torch.Tensor) -> None:
-    batches = list(samples.split(64))
+    batches = list(samples.split(32))
     for stages, iterations in ((3, 2), (2, 2)):
-        compiled = pnn.compile(
-            _network(), samples[:2], stages=stages, coarse="linear", preprocess="lowrank",
-            coarse_budget=1.0, iterations=iterations,
-        )  # fmt: skip
+        compiled = _compiled(
+            stages=stages, coarse="linear", preprocess="lowrank", iterations=iterations
+        )
         report = pnn.calibrate(compiled, batches)
         with torch.no_grad():
             result = torch.cat([compiled.module.eval()(x) for x in batches[4::5]])

@@ -14,13 +14,13 @@ from examples import decoder, resnet110
 def samples() -> list[torch.Tensor]:
     """Smooth images, so that there is something to learn from few samples."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(640, 3, 4, 4, generator=generator)
-    return list(nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear").split(64))
+    coarse = torch.randn(320, 3, 4, 4, generator=generator)
+    return list(nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear").split(32))
 
 
 def _network() -> nn.Module:
     torch.manual_seed(0)
-    return resnet110.build_model(units_per_group=3, width=4).eval()
+    return resnet110.build_model(units_per_group=2, width=4).eval()
 
 
 def test_the_plan_says_what_was_tried_and_why_it_was_taken(

@@ -22,15 +22,18 @@ from pnn_compile.fit.optimizer import random_state, set_random_state
 from pnn_compile.fit.regression_sweep import CurrentOperators
 from tests.models.builders import Shifts, block_list
 from tests.models.zoo import by_name
-from tests.support.programs import call
+from tests.support.programs import call, copies
 
 
-def _compiled(name: str = "resnet", **options: Any) -> pnn.Compiled:
+def _compile(name: str = "resnet", **options: Any) -> pnn.Compiled:
     case = by_name(name)
     return pnn.compile(
         case.build(), args=case.args(2), kwargs=case.kwargs(2), stages=3, coarse_budget=1.0,
         **options,
     )  # fmt: skip
+
+
+_compiled = copies(_compile)
 
 
 def _images(count: int = 64) -> list[torch.Tensor]:
@@ -296,7 +299,7 @@ def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
 
 
 def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() -> None:
-    compiled = _compiled(coarse="linear", calibration=_images(320))
+    compiled = _compile(coarse="linear", calibration=_images(320))
     executor = Executor(compiled)
     kept = calibrate_candidates(
         compiled, _images(40), executor, CurrentOperators(executor), keep_better=True

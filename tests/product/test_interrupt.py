@@ -49,7 +49,10 @@ def _start(*words: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs the processes of Linux")
-@pytest.mark.parametrize(("command", "everyone"), [("run", False), ("run", True), ("bench", False)])
+@pytest.mark.parametrize(
+    ("command", "everyone"),
+    [pytest.param("run", False, marks=pytest.mark.slow), ("run", True), ("bench", False)],
+)
 def test_an_interrupt_ends_the_ranks(
     command: str, everyone: bool, unet_compiled: pnn.Compiled, tmp_path: Path
 ) -> None:

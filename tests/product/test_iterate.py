@@ -20,7 +20,8 @@ from pnn_compile.cli import main
 from pnn_compile.evaluate.iterate import DialRow, estimated_errors
 from tests.models.builders import residual_chain
 from tests.models.zoo import by_name
-from tests.support.programs import call
+from tests.support.parameters import grid
+from tests.support.programs import call, copies
 
 STAGES = 4
 MODELS = (
@@ -56,12 +57,17 @@ def _calibrated(model: nn.Module, x: torch.Tensor, **options: Any) -> pnn.Compil
     return compiled
 
 
+@copies
+def _calibrated_flow(*, head: bool = True) -> pnn.Compiled:
+    return _calibrated(_flow(nn.Linear(8, 3)) if head else _flow(), _rows())
+
+
 # --- the numbers of the network -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("correction", ["residual", "difference"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "correction", "train"), grid(MODELS, ("residual", "difference"), (False, True))
+)
 def test_k_iterations_are_those_of_the_assembled_network(
     name: str, correction: str, train: bool
 ) -> None:
@@ -154,7 +160,7 @@ def test_increments_are_what_each_iteration_changed() -> None:
 
 
 def test_each_sample_is_judged_by_itself() -> None:
-    compiled = _calibrated(_flow(nn.Linear(8, 3)), _rows())
+    compiled = _calibrated_flow()
     together = compiled.iterate(_rows(4), iterations=3)
     for sample in range(4):
         alone = compiled.iterate(_rows(4)[sample : sample + 1], iterations=3)
@@ -188,7 +194,7 @@ def _spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_the_estimate_follows_the_true_error_where_it_contracts() -> None:
-    compiled = _calibrated(_flow(), _rows())
+    compiled = _calibrated_flow(head=False)
     x = _rows(200) * torch.linspace(0.2, 2, 200)[:, None]
     original = compiled.sequential(x).detach()
     found = compiled.iterate(x, iterations=STAGES - 1)
@@ -219,7 +225,7 @@ def test_the_estimate_tells_hard_samples_where_it_does_not_contract() -> None:
 
 
 def test_a_tolerance_stops_as_soon_as_every_sample_is_below_it() -> None:
-    compiled = _calibrated(_flow(), _rows())
+    compiled = _calibrated_flow(head=False)
     x = _rows(32)
     estimates = compiled.iterate(x, iterations=STAGES).estimates
     worst = estimates.max(1).values.tolist()
@@ -241,16 +247,20 @@ def test_a_tolerance_stops_as_soon_as_every_sample_is_below_it() -> None:
 @functools.cache
 def _plan(stages: int, iterations: int, cost: Any) -> pnn.Plan:
     options: dict[str, Any] = {"correction": "difference", "coarse": "conv"}
-    model = resnet110.build_model(units_per_group=2, width=4)
+    model = resnet110.build_model(units_per_group=1, width=4)
     return pnn.compile(
         model, torch.randn(2, 3, 8, 8), stages=stages, cost=cost, iterations=iterations,
         coarse_budget=1.0, **options,
     ).plan  # fmt: skip
 
 
-@pytest.mark.parametrize("cost", ["flops", lambda node, flops: 1.0 + flops])
-@pytest.mark.parametrize("compiled_for", [1, 2, 3])
-@pytest.mark.parametrize("stages", [1, 2, 3])
+def _one_more(node: object, flops: float) -> float:
+    return 1.0 + flops
+
+
+@pytest.mark.parametrize(
+    ("stages", "compiled_for", "cost"), grid((3, 1, 2), (1, 2, 3), ("flops", _one_more))
+)
 def test_forecasts_are_those_of_a_network_compiled_for_k(
     stages: int, compiled_for: int, cost: Any
 ) -> None:
@@ -263,7 +273,7 @@ def test_forecasts_are_those_of_a_network_compiled_for_k(
 
 
 def test_the_dial_ends_at_the_original() -> None:
-    compiled = _calibrated(_flow(nn.Linear(8, 3)), _rows())
+    compiled = _calibrated_flow()
     compiled.module.train()
     rows = compiled.dial(batch for batch in _rows(96).split(32))  # a generator will do
     assert compiled.module.training
@@ -314,7 +324,7 @@ def test_the_dial_needs_samples() -> None:
 
 def test_the_dial_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, data = tmp_path / "out", tmp_path / "data.safetensors"
-    _calibrated(_flow(nn.Linear(8, 3)), _rows()).save(out)
+    _calibrated_flow().save(out)
     save_file({"input": _rows(96)}, data)
     assert main(["dial", str(out), str(data), "--batch", "32"]) == 0
     text = capsys.readouterr().out

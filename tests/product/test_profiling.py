@@ -16,6 +16,7 @@ from pnn_compile.forecast.forecast import load_profile
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("_forked_ranks")
 def test_the_device_at_hand_is_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,7 +66,7 @@ class RandomNet(nn.Module):
         return {"result": result, "inner": [values[len(values) // 2]]} if self.several else result
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(choices, min_size=5, max_size=14), st.booleans(), st.booleans(), st.integers(2, 3))
 def test_any_network_is_cut_and_composed_soundly(
     steps: list[tuple[str, int, int]], exported: bool, several: bool, stages: int

@@ -12,6 +12,7 @@ import pnn_compile as pnn
 from examples import resnet110, unet
 from pnn_compile.runtime import Sweep
 from pnn_compile.runtime.cuda import StreamAssignment, assign_streams
+from tests.support.parameters import grid
 
 FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
@@ -23,11 +24,14 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def _compiled(name: str, form: str) -> pnn.Compiled:
-    model: nn.Module = resnet110.build_model(3, 4)
+    model: nn.Module = resnet110.build_model(2, 4)
     example: tuple[torch.Tensor, ...] = resnet110.example_inputs(size=16)
     if name == "unet":
-        model, example = unet.build_model(depth=3, width=4), unet.example_inputs()
+        model, example = unet.build_model(depth=2, width=4), unet.example_inputs()
     return pnn.compile(model, example, stages=3, **FORMS[form])
+
+
+NETWORKS = pytest.mark.parametrize(("name", "form"), grid(("resnet", "unet"), tuple(FORMS)))
 
 
 def _started_before(graph: fx.Graph, found: StreamAssignment) -> dict[fx.Node, set[fx.Node]]:
@@ -45,8 +49,7 @@ def _started_before(graph: fx.Graph, found: StreamAssignment) -> dict[fx.Node, s
     return done
 
 
-@pytest.mark.parametrize("name", ["resnet", "unet"])
-@pytest.mark.parametrize("form", FORMS)
+@NETWORKS
 def test_everything_read_is_done(name: str, form: str) -> None:
     compiled = _compiled(name, form)
     graph = compiled.module.graph
@@ -57,8 +60,7 @@ def test_everything_read_is_done(name: str, form: str) -> None:
         assert read <= before, node
 
 
-@pytest.mark.parametrize("name", ["resnet", "unet"])
-@pytest.mark.parametrize("form", FORMS)
+@NETWORKS
 def test_fine_stages_of_the_first_iteration_wait_for_their_guess_alone(
     name: str, form: str
 ) -> None:

@@ -50,7 +50,9 @@ def _text() -> Task:
 @pytest.mark.parametrize(
     "make", [_task, *(pytest.param(make, marks=pytest.mark.slow) for make in (_vgg, _text))]
 )
-@pytest.mark.parametrize("study", ["scratch", "conversion", "iterations"])
+@pytest.mark.parametrize(
+    "study", ["scratch", "conversion", pytest.param("iterations", marks=pytest.mark.slow)]
+)
 def test_every_network_and_control_is_trained_and_measured(
     study: str, make: Callable[[], Task], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from torch import fx, nn
 import pnn_compile as pnn
 from examples import decoder, unet, vgg16
 from tests.models.builders import Table, block_chain, residual_chain
+from tests.support.parameters import grid
 
 
 def _compiled() -> pnn.Compiled:
@@ -23,8 +24,8 @@ def _compiled() -> pnn.Compiled:
     ("model", "inputs"),
     [
         (vgg16.build_model(width=8), vgg16.example_inputs()),
-        (unet.build_model(), unet.example_inputs()),
-        (decoder.build_model(layers=6, width=32), decoder.example_inputs()),
+        (unet.build_model(depth=3, width=4), unet.example_inputs()),
+        (decoder.build_model(layers=4, width=16), decoder.example_inputs()),
     ],
     ids=["vgg16", "unet", "decoder"],
 )
@@ -217,16 +218,17 @@ def _wrong_weight(network: fx.GraphModule) -> None:
         weight[0, 0] += 0.1
 
 
+MUTATIONS = (
+    (_wrong_edge, ["coarse", "K", "linear"]),
+    (_wrong_sign, ["coarse", "linear"]),  # after N iterations, whatever is corrected is zero
+    (_wrong_weight, ["coarse", "K", "linear"]),
+)
+
+
 @pytest.mark.parametrize("stages", [3, 12, DEEP])
 @pytest.mark.parametrize(
-    ("mutate", "seen_by"),
-    [
-        (_wrong_edge, ["coarse", "K", "linear"]),
-        (_wrong_sign, ["coarse", "linear"]),  # after N iterations, whatever is corrected is zero
-        (_wrong_weight, ["coarse", "K", "linear"]),
-    ],
+    ("build", "mutate", "seen_by"), grid((_chain, Centred, OnlyNoise), MUTATIONS)
 )
-@pytest.mark.parametrize("build", [_chain, Centred, OnlyNoise])
 def test_every_oracle_sees_one_wrong_edge_sign_or_weight(
     build: Callable[[int], nn.Module],
     mutate: Callable[[fx.GraphModule], None],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,9 +17,26 @@ from passes.ir.program import Program
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.transform.split import Stages
-from tests.models.zoo import CASES, by_name
+from tests.models.zoo import by_name
 
-CAPTURABLE = tuple(case.name for case in CASES if "uncapturable" not in case.tags)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def copies(build: Callable[P, T]) -> Callable[P, T]:
+    """Build once what a function builds, and return a copy at every call: tests may change it."""
+
+    built: dict[Any, T] = {}
+
+    def copy_of(*args: P.args, **kwargs: P.kwargs) -> T:
+        key = args, tuple(sorted(kwargs.items()))
+        if key not in built:
+            with torch.random.fork_rng(devices=[]):  # the first test goes on as the others do
+                torch.manual_seed(0)
+                built[key] = build(*args, **kwargs)
+        return copy.deepcopy(built[key])
+
+    return copy_of
 
 
 @cache

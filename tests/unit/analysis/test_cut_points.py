@@ -12,8 +12,9 @@ from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
 from passes.ir.program import extract
 from tests.models.builders import ResidualMLP
+from tests.support.parameters import quick
 from tests.support.parity import assert_same_step, step
-from tests.support.programs import CAPTURABLE, analysis, analyze_model, program
+from tests.support.programs import analysis, analyze_model, program
 
 WIDTH = 32
 FLOAT = "a value that is not a floating-point tensor crosses"
@@ -250,7 +251,7 @@ def halves(result: Analysis, position: Position) -> Callable[..., Any]:
     return forward
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_cutting_anywhere_legal_reproduces_the_model(name: str) -> None:
     captured, result = program(name), analysis(name)
     args = dict(captured.args)

@@ -16,9 +16,9 @@ from passes.errors import CaptureError
 from passes.ir.program import Program, provenance, storage_id
 from tests.models.builders import Exported, Table, linear_chain
 from tests.models.topologies import WIDTH, tied_linear
-from tests.models.zoo import by_name, with_tag
+from tests.models.zoo import CAPTURABLE, by_name, with_tag
 from tests.support.parity import assert_same_step, step
-from tests.support.programs import CAPTURABLE, call, node, program
+from tests.support.programs import call, node, program
 
 FX, EXPORT = "torch.fx trace", "torch.export"
 EXPORTED = tuple(case.name for case in with_tag("export"))

@@ -13,6 +13,7 @@ from passes.capture.ladder import capture
 from passes.capture.train_eval import ByMode, merge_modes
 from passes.errors import CaptureError
 from tests.models.builders import Exported
+from tests.support.parameters import grid
 from tests.support.parity import assert_same_step, step
 
 WIDTH = 16
@@ -134,9 +135,9 @@ def network(kind: type[nn.Module], *, exported: bool = False) -> nn.Module:
 KINDS = (Drops, Floors, Noise, OwnStatistics, ByHand, AlwaysOn, Skips, TwoValues)
 
 
-@pytest.mark.parametrize("exported", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "exported", "training"), grid(KINDS, (False, True), (True, False))
+)
 def test_a_branch_on_the_mode_is_kept_whatever_the_models_mode_was(
     kind: type[nn.Module], exported: bool, training: bool
 ) -> None:

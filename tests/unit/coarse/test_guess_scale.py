@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110
+from tests.support.parameters import grid
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def norm(module: nn.Module) -> float:
 
 CASES = pytest.mark.parametrize(
     ("kind", "stages", "coarse"),
-    list(itertools.product(("resnet", "decoder"), (3, 6, 12), ("linear", "units"))),
+    grid(("resnet", "decoder"), (3, 6, 12), ("linear", "units")),
 )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import pnn_compile as pnn
 from tests.models.builders import block_chain
+from tests.support.parameters import grid
 
 
 class OneHot(nn.Module):
@@ -60,8 +61,7 @@ INTEGERS: list[tuple[Callable[[], nn.Module], Tensor]] = [
 ]
 
 
-@pytest.mark.parametrize("stages", [2, 3, 8])
-@pytest.mark.parametrize(("build", "example"), INTEGERS)
+@pytest.mark.parametrize(("build", "example", "stages"), grid(INTEGERS, (2, 3, 8)))
 def test_integers_alone_can_be_guessed_from(
     build: Callable[[], nn.Module], example: Tensor, stages: int
 ) -> None:
@@ -130,19 +130,15 @@ def _leak(network: nn.Module, x: Tensor, axis: int) -> float:
     return moved
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"coarse": "units"}, {"coarse": "lowrank"}, {"coarse": "convolution"},
-        {"preprocess": "lowrank"}, {"preprocess": "thinned"}, {"sweep": "collapsed"},
-        {"correction": "difference", "iterations": 2}, {"prologue": 0.3},
-    ],
-    ids=str,
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {}, {"coarse": "units"}, {"coarse": "lowrank"}, {"coarse": "convolution"},
+    {"preprocess": "lowrank"}, {"preprocess": "thinned"}, {"sweep": "collapsed"},
+    {"correction": "difference", "iterations": 2}, {"prologue": 0.3},
 )  # fmt: skip
-@pytest.mark.parametrize(
-    ("block", "tokens"),
-    [(CausalConvolution, False), (CausalConvolution, True), (CausalAttention, True)],
-)
+BLOCKS = ((CausalConvolution, False), (CausalConvolution, True), (CausalAttention, True))
+
+
+@pytest.mark.parametrize(("block", "tokens", "options"), grid(BLOCKS, OPTIONS))
 def test_nothing_reads_what_is_later_in_a_sequence(
     block: Callable[[int], nn.Module], tokens: bool, options: dict[str, Any]
 ) -> None:

@@ -19,7 +19,8 @@ from passes.errors import ArtifactError, OptionError, SynthesisError
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan
 from pnn_compile.cli import main
-from tests.support.programs import compiled, program
+from tests.support.parameters import grid
+from tests.support.programs import compiled, copies, program
 
 UNITS = 4
 """Residual units per group of the network below."""
@@ -34,6 +35,7 @@ def trained_model() -> resnet110.PreActivationResNet:
     return model.eval()
 
 
+@copies
 def trained(**options: Any) -> pnn.Compiled:
     """The same, compiled in two stages unless the options say otherwise."""
     options = {"cuts": ("trunk.2",), "coarse": "thinned"} | options
@@ -275,8 +277,7 @@ def test_it_stands_alone_and_in_a_chain() -> None:
         trained(sweep="collapsed")
 
 
-@pytest.mark.parametrize("correction", ["residual", "difference"])
-@pytest.mark.parametrize("stages", [3, 4])
+@pytest.mark.parametrize(("correction", "stages"), grid(("residual", "difference"), (3, 4)))
 def test_it_verifies_and_is_loaded_as_it_was_saved(
     correction: Any, stages: int, tmp_path: Path
 ) -> None:

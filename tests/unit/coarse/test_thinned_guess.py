@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from passes.coarse.thinned_blocks import Front, FrontOptions
 from passes.errors import ArtifactError, SynthesisError
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan
+from tests.support.programs import copies
 
 
-def deep(**options: Any) -> pnn.Compiled:
+def _deep(**options: Any) -> pnn.Compiled:
     """A ResNet deep enough to be thinned, in three stages whose guesses are thinned."""
     torch.manual_seed(0)
     model = resnet110.build_model(6, 4)
@@ -28,10 +28,7 @@ def deep(**options: Any) -> pnn.Compiled:
     return pnn.compile(model, torch.randn(2, 3, 16, 16), preprocess="thinned", **options)
 
 
-@functools.cache
-def read_only() -> pnn.Compiled:
-    """The same, compiled once."""
-    return deep()
+deep = copies(_deep)
 
 
 def guess_of(network: pnn.Compiled, stage: int) -> tuple[Front, FrontOptions]:
@@ -64,9 +61,7 @@ def test_a_guess_is_made_by_a_thinned_copy_of_all_that_lies_before() -> None:
 
 
 def test_more_may_be_copied_and_too_little_is_refused() -> None:
-    small, large = (
-        len(guess_of(network, 2)[1].blocks) for network in (read_only(), deep(prologue=0.4))
-    )
+    small, large = (len(guess_of(network, 2)[1].blocks) for network in (deep(), deep(prologue=0.4)))
     assert small < large
     with pytest.raises(SynthesisError, match="give it a larger prologue"):
         deep(prologue=0.01)
@@ -95,7 +90,7 @@ def test_calibration_measures_the_statistics_of_a_thinned_front_where_that_helps
 
 
 def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
-    network = deep(calibration=[torch.randn(16, 3, 16, 16) for _ in range(5)])
+    network = _deep(calibration=[torch.randn(16, 3, 16, 16) for _ in range(5)])
     pnn.fit(network, [torch.randn(8, 3, 16, 16) for _ in range(6)], interface_epochs=0.5)
     loaded = pnn.load(network.save(tmp_path / "out"))
     images = torch.randn(3, 3, 16, 16)
@@ -112,7 +107,7 @@ def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     ],
 )
 def test_the_stem_of_a_thinned_guess_is_checked(field: str, value: Any, message: str) -> None:
-    network = read_only()
+    network = deep()
     data = json.loads(network.plan.to_json())
     data["stages"][1]["preprocess"]["options"]["stem"][field] = value
     with pytest.raises(ArtifactError, match=message):

@@ -26,7 +26,8 @@ from passes.cost.flops import (
 from passes.cost.measured import measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
-from tests.support.programs import CAPTURABLE, analysis, analyze_model, node, program
+from tests.support.parameters import quick
+from tests.support.programs import analysis, analyze_model, node, program
 
 
 def registered(cost: NodeCost) -> int:
@@ -40,7 +41,7 @@ def counted(function: Callable[[], object]) -> int:
     return mode.get_total_flops()
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_forward_flops_are_those_of_torchs_own_counter(name: str) -> None:
     captured = program(name)
     module = copy.deepcopy(captured.module).eval()

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from passes.capture.ladder import capture
 from passes.cost.node_facts import Fact, observe
-from tests.support.programs import CAPTURABLE, facts_by_name, program
+from tests.models.zoo import CAPTURABLE
+from tests.support.programs import facts_by_name, program
 
 
 def facts(model: nn.Module, *args: Tensor, dynamic: bool = True) -> dict[str, Fact]:

@@ -9,7 +9,8 @@ from passes.errors import ArtifactError
 from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan
-from tests.support.programs import CAPTURABLE, compiled, program
+from tests.support.parameters import quick
+from tests.support.programs import compiled, program
 
 
 def plan_of(name: str, **options: Any) -> Plan:
@@ -18,7 +19,7 @@ def plan_of(name: str, **options: Any) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_every_plan_of_the_zoo_survives_json(name: str) -> None:
     plan = plan_of(name, stages=2)
     text = plan.to_json()
@@ -151,7 +152,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_every_plan_of_the_zoo_fits_its_program(name: str) -> None:
     check_plan(program(name), Plan.from_json(plan_of(name, stages=2).to_json()))
 

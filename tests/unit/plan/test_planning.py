@@ -10,14 +10,8 @@ from torch import Tensor, fx, nn
 from examples import decoder
 from passes.errors import OptionError
 from passes.plan.schema import Plan
-from tests.support.programs import (
-    CAPTURABLE,
-    analysis,
-    compile_model,
-    compile_program,
-    compiled,
-    program,
-)
+from tests.support.parameters import quick
+from tests.support.programs import analysis, compile_model, compile_program, compiled, program
 
 
 def plan_of(name: str, **options: Any) -> Plan:
@@ -29,7 +23,7 @@ def plan_of(name: str, **options: Any) -> Plan:
 # --- stages and head ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_stages_and_head_cover_the_program_once(name: str) -> None:
     plan, order = plan_of(name, stages=3), program(name).order
     names = [node.name for node in order]

@@ -1,5 +1,6 @@
 """The collapsed sweep: every residual straight to the last state."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -8,6 +9,14 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110, unet
+from passes.capture.ladder import capture
+from passes.ir.program import Program
+from tests.support.programs import compile_program
+
+
+@cache
+def _resnet() -> Program:
+    return capture(resnet110.build_model(2, 4), resnet110.example_inputs(size=8))
 
 
 def _linear_chain() -> nn.Module:
@@ -77,11 +86,13 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_auto_takes_the_faster_sweep_that_linear_maps_can_do(
     options: dict[str, Any], sweep: str
 ) -> None:
-    model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
-    compiled = pnn.compile(model, inputs, sweep="auto", **options)
-    assert compiled.plan.sweep == sweep
-    same = pnn.compile(model, inputs, sweep=sweep, **options)  # type: ignore[arg-type]
-    assert compiled.plan.to_json() == same.plan.to_json()
+    auto, same = (
+        compile_program(_resnet(), sweep=choice, **options).plan for choice in ("auto", sweep)
+    )
+    assert auto is not None
+    assert same is not None
+    assert auto.sweep == sweep
+    assert auto.to_json() == same.to_json()
 
 
 def test_auto_stays_what_the_plan_says_through_calibration() -> None:

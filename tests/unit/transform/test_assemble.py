@@ -10,17 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.capture.ladder import capture
-from tests.models.zoo import by_name
+from tests.models.zoo import CAPTURABLE, by_name
+from tests.support.parameters import quick
 from tests.support.parity import step
-from tests.support.programs import (
-    CAPTURABLE,
-    call,
-    compile_model,
-    compile_program,
-    compiled,
-    parts,
-    program,
-)
+from tests.support.programs import call, compile_model, compile_program, compiled, parts, program
 
 # Their buffers are others after every call, so that no stage can be computed twice;
 # test_planning.py has the error.
@@ -52,7 +45,7 @@ def assert_equal(actual: Any, expected: Any, limit: float = 1e-4) -> None:
 # --- the oracles ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REPEATABLE)
+@pytest.mark.parametrize("name", quick(REPEATABLE))
 def test_with_the_fine_stages_as_coarse_networks_the_difference_form_is_exact(name: str) -> None:
     module = network(name, stages=3, coarse="exact", correction="difference")
     inputs = call(name, 3)
@@ -60,7 +53,7 @@ def test_with_the_fine_stages_as_coarse_networks_the_difference_form_is_exact(na
     assert_equal(evaluate(name, module, inputs), evaluate(name, program(name).module, inputs))
 
 
-@pytest.mark.parametrize("name", REPEATABLE)
+@pytest.mark.parametrize("name", quick(REPEATABLE))
 def test_as_many_iterations_as_stages_give_the_model(name: str) -> None:
     module = network(name, stages=3, iterations=3)
     inputs = call(name, 3)
@@ -127,7 +120,7 @@ def test_without_a_correction_the_head_reads_the_last_stage() -> None:
 
 
 @pytest.mark.parametrize("correction", ["residual", "difference"])
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_every_parameter_of_the_network_is_trained(name: str, correction: str) -> None:
     module = copy.deepcopy(network(name, stages=3, correction=correction)).train()
     outputs = pytree.tree_leaves(module(**call(name, 5)))  # another batch size than the example's

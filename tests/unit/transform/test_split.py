@@ -12,8 +12,9 @@ from passes.ir.program import extract, nodes_between
 from passes.ir.tensor_spec import Value
 from passes.plan.schema import Plan
 from passes.transform.split import split
+from tests.support.parameters import quick
 from tests.support.parity import assert_same_step, step
-from tests.support.programs import CAPTURABLE, call, compile_model, compiled, parts, program
+from tests.support.programs import call, compile_model, compiled, parts, program
 
 
 def plan_of(name: str, **options: Any) -> Plan:
@@ -22,7 +23,7 @@ def plan_of(name: str, **options: Any) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_the_stages_in_sequence_are_the_model(name: str) -> None:
     captured = program(name)
     _, sequential, _ = parts(compiled(name, stages=3))
@@ -37,7 +38,7 @@ def test_the_stages_in_sequence_are_the_model(name: str) -> None:
         assert_same_step(actual, expected)
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", quick())
 def test_the_stages_own_the_models_weights_under_the_models_names(name: str) -> None:
     captured, (stages, sequential, module) = program(name), parts(compiled(name, stages=3))
     original = dict(captured.module.named_parameters(remove_duplicate=False))
