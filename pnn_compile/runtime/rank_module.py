@@ -22,7 +22,6 @@ from pnn_compile.inputs import (
     by_argument,
     call_arguments,
     check_shapes,
-    load_weights,
     named_batch,
 )
 from pnn_compile.runtime.checkpoint import gather_original_weights
@@ -306,9 +305,7 @@ class RankModule(nn.Module):
             raise RuntimeFault(
                 "sharded weights cannot load a state dict: load it before distribute()"
             )
-        # Weights of other ranks, read from an artifact, have no data here.
-        weights = self.whole.original_state_dict()
-        load_weights(self.whole.plan.model, weights, state, strict=strict)
+        self.whole.load_original_state_dict(state, strict=strict)
 
     def _scattered(self, batch: Any) -> Any:
         """Return the batch of this rank, received from rank 0 if that scatters the batches."""
