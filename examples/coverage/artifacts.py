@@ -94,7 +94,7 @@ def run_artifacts(device: torch.device, folders: Sequence[str]) -> dict[str, Any
         try:
             module = pnn.runtime.distribute(folder).eval()
             with torch.no_grad():
-                found[folder] = sums(module(**pnn.load(folder).program.args))
+                found[folder] = sums(module(**module.whole.program.args))
         except Exception as error:
             found[folder] = f"two ranks: {_first(error)}"
     return found

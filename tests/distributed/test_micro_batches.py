@@ -28,12 +28,21 @@ class _Tagger(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
         self.top = nn.Linear(8, TOKENS)
         self.mix = mix
+        self.drop = nn.Dropout(0.5 if mix == "statistics by hand" else 0.0)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("mean", torch.zeros(4, 8))
 
     def forward(self, tokens: Tensor) -> Any:
         x = self.table(tokens)
         for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        if self.mix == "mean":
+            x = self.drop(x + torch.tanh(block(x)))
+        if self.mix == "normalized":
+            x = self.norm(x)
+        elif self.mix == "statistics by hand" and self.training:
+            x = x - x.mean(0)
+        elif self.mix == "statistics by hand":
+            x = x - self.mean
+        elif self.mix == "mean":
             x = x - x.mean(0)
         elif self.mix == "softmax":
             x = x.softmax(0)
@@ -136,16 +145,21 @@ def _refused(rank: int, mix: str) -> tuple[str, bool]:
     return "", all(child.training for child in module.modules())
 
 
-@pytest.mark.parametrize("mix", ["mean", "softmax", "pairs", "sequence first"])
+@pytest.mark.parametrize(
+    "mix", ["mean", "softmax", "pairs", "sequence first", "statistics by hand"]
+)
 def test_a_model_that_mixes_samples_is_refused_on_all_ranks(mix: str, tmp_path: Path) -> None:
+    mode = "training" if mix == "statistics by hand" else "evaluation"
     for message, has_gradients in start(_refused, 2, tmp_path, mix):
+        assert message.startswith(f"in {mode} mode, output")
         assert "of two micro-batches is not that of both in one batch" in message
         assert "pass distribute(batches=1)" in message
         assert not has_gradients
 
 
-def test_a_model_with_random_numbers_is_compared_by_shapes(tmp_path: Path) -> None:
-    for result in start(_refused, 2, tmp_path, "noise"):
+@pytest.mark.parametrize("mix", ["noise", "normalized"])
+def test_random_numbers_and_batch_normalization_mix_nothing(mix: str, tmp_path: Path) -> None:
+    for result in start(_refused, 2, tmp_path, mix):
         assert result == ("", True)
 
 
