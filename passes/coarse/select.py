@@ -314,10 +314,10 @@ def _failing_by_name(role: str, family: str, types: Sequence[TensorSpec]) -> Ite
     except PnnError:
         raise
     except Exception as error:
+        state, reason = ", ".join(map(str, types)), first_line(error).rstrip(".")
         raise SynthesisError(
-            f"{role}={family!r} fails on a state of zeros ({', '.join(map(str, types))}): "
-            f"{type(error).__name__}: {first_line(error).rstrip('.')}; use {role}='linear', or other "
-            "cuts"
+            f"{role}={family!r} fails on a state of zeros ({state}): {type(error).__name__}: "
+            f"{reason}; use {role}='linear', or other cuts"
         ) from error
 
 
