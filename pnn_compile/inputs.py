@@ -1,4 +1,4 @@
-"""Read what users pass in: example inputs, batches, weights, files of samples."""
+"""Read what users pass in: example inputs, batches, files of samples."""
 
 from __future__ import annotations
 
@@ -273,40 +273,6 @@ def resized(compiled: Compiled, batch: int, device: torch.device) -> dict[str, A
         return leaf.to(device)
 
     return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}
-
-
-def load_weights(
-    model: str,
-    weights: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-    *,
-    strict: bool,
-) -> None:
-    """Load a checkpoint of a model into its weights; those without data stay so.
-
-    Raises:
-        OptionError: As `Compiled.load_original_state_dict`.
-    """
-    missing = sorted(weights.keys() - state.keys())
-    unknown = sorted(state.keys() - weights.keys())
-    if strict and (missing or unknown):
-        raise OptionError(
-            f"the checkpoint does not fit {model}: {len(missing)} keys missing "
-            f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
-            "pass strict=False to load what fits"
-        )
-    common = sorted(weights.keys() & state.keys())
-    for key in common:
-        if not isinstance(state[key], torch.Tensor) or state[key].is_meta:
-            raise OptionError(f"{key} has no data in the checkpoint: load it to a device")
-        if weights[key].shape != state[key].shape:
-            raise OptionError(
-                f"{key} has shape {list(state[key].shape)} in the checkpoint and "
-                f"{list(weights[key].shape)} in {model}"
-            )
-    with torch.no_grad():
-        for key in common:
-            weights[key].copy_(state[key])
 
 
 class CalibrationBatches:

@@ -290,3 +290,23 @@ def test_one_tensor_given_twice_stays_two_inputs() -> None:
     inputs = torch.randint(0, 20, (2, 4, 6)).unbind()
     for found, wanted in zip(compiled.sequential(*inputs), model(*inputs), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class Whitens(nn.Module):
+    """Decomposes the covariance of the tokens, which fails where all are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x) @ torch.linalg.cholesky(x.mT @ x) * 0.01)
+
+
+def test_layers_that_refuse_zeros_are_not_copied() -> None:
+    """A copied block was run on a state of zeros, whose error reached the user."""
+    model, x = nn.Sequential(*(Whitens() for _ in range(6))), torch.randn(3, 16, 8)
+    compiled = pnn.compile(model, x, stages=3, coarse_budget=1.0)
+    assert {stage.coarse.family for stage in compiled.plan.stages[1:] if stage.coarse} == {"linear"}
+    with pytest.raises(pnn.SynthesisError, match=r"coarse='units' fails .*_LinAlgError: .*; use"):
+        pnn.compile(model, x, stages=3, coarse="units")

@@ -11,6 +11,7 @@ argument without an effect on the first two.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -19,9 +20,16 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from passes.capture.model_notes import join_few
 from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.isolation import parameters_preserved
+from passes.ir.isolation import (
+    parameters_preserved,
+    preserved,
+    same_values,
+    set_mode,
+    without_causal_detection,
+)
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, run_one_step
 
 _SECOND_SEED = 1
@@ -51,6 +59,7 @@ class Reference:
             name: p.detach().clone() for name, p in nn.Module.named_parameters(model)
         }
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
+        self._caches: set[str] = set()
         self.notes: list[str] = []
         # By mode (training?) and input (the second?).
         self._runs: dict[tuple[bool, bool], StepResult] = {}
@@ -77,7 +86,44 @@ class Reference:
     def _run(self, inputs: ExampleInputs, **options: Any) -> StepResult:
         """Run one step of the model, and check that it leaves its parameters as they were."""
         with parameters_preserved(self._model, self._parameters):
-            return run_one_step(self._model, _call(self._model), inputs, **options)
+            result = run_one_step(self._model, _call(self._model), inputs, **options)
+        shapes = {name: buffer.shape for name, buffer in nn.Module.named_buffers(self._model)}
+        filled = {name for name, t in result.changed.items() if shapes.get(name) != t.shape}
+        if filled - self._caches:
+            self._caches |= self._find_caches(filled)
+        return self._without_caches(result)
+
+    def _find_caches(self, names: Collection[str]) -> set[str]:
+        """Return the buffers that forward fills at its first call and never touches again.
+
+        They follow from the shapes of the inputs, as the next call has other values. A graph
+        computes them in every call.
+        """
+        states = []
+        with preserved(self._model), without_causal_detection(), torch.no_grad():
+            set_mode(self._model, False)
+            for inputs in (self._inputs, self._inputs.varied(grow=False)):
+                values = [leaf.detach().clone() for leaf in inputs.tensors()]
+                args, kwargs = inputs.with_leaves(values)
+                try:
+                    self._model(*args, **kwargs)
+                except Exception:  # the second input may not suit the model
+                    return set()
+                buffers = dict(nn.Module.named_buffers(self._model))
+                states.append({name: buffers[name].clone() for name in names if name in buffers})
+        first, second = states
+        caches = {n for n in first if n in second and same_values(first[n], second[n])}
+        if caches:
+            self.notes.append(
+                f"forward fills the buffers {join_few(sorted(caches))} at its first call, by the "
+                "shapes of its inputs: the network computes them in every call, and its state "
+                "holds them as they are in the model now"
+            )
+        return caches
+
+    def _without_caches(self, result: StepResult) -> StepResult:
+        changed = {n: tensor for n, tensor in result.changed.items() if n not in self._caches}
+        return dataclasses.replace(result, changed=changed) if self._caches else result
 
     def _evaluation_step(self) -> StepResult:
         """Run in evaluation mode, with gradients if the model has them in that mode.
@@ -205,6 +251,7 @@ class Reference:
                 )
             except Exception as error:
                 return f"the graph fails {where}: {summarize(error)}"
+            result = self._without_caches(result)
             if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"{where}, {reason}"
         return self._mismatch_alone(candidate, train=False not in modes)
@@ -220,6 +267,7 @@ class Reference:
                 )
             except Exception as error:
                 return f"the graph fails where one input is changed: {summarize(error)}"
+            result = self._without_caches(result)
             if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"where one input is changed by itself, {reason}"
         return ""

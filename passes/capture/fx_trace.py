@@ -121,22 +121,34 @@ class ModuleTracer(fx.Tracer):
 
 
 @contextmanager
-def _functions_kept_whole() -> Iterator[None]:
-    """Make this thread record calls of custom autograd functions as single nodes."""
+def functions_replaced(apply: Callable[..., Any]) -> Iterator[None]:
+    """Replace `torch.autograd.Function.apply` in this thread.
+
+    Args:
+        apply: Called with the original, the class, and the arguments.
+    """
     original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
-        if proxy is None:
-            return original(cls, *args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", as_callable(cls), args, kwargs)
+    def replacement(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        return apply(functools.partial(original, cls), cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(for_this_thread(apply, original))  # type: ignore[assignment]
+    method = classmethod(for_this_thread(replacement, original))
+    torch.autograd.Function.apply = method  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.autograd.Function.apply = classmethod(original)  # type: ignore[assignment]
+
+
+def _record_function(
+    original: Callable[..., Any], cls: type[torch.autograd.Function], *args: Any, **kwargs: Any
+) -> Any:
+    """Record the call of a custom autograd function on symbolic values as a single node."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+    if proxy is None:
+        return original(*args, **kwargs)
+    return proxy.tracer.create_proxy("call_function", as_callable(cls), args, kwargs)
 
 
 @functools.cache
@@ -198,7 +210,7 @@ def trace(
         Exception: Whatever the model's own code raises on symbolic values.
     """
     entry = Entry(model, inputs)
-    with exclusive(), _functions_kept_whole():
+    with exclusive(), functions_replaced(_record_function):
         graph = ModuleTracer(inputs, opaque).trace(entry)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:

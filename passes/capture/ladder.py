@@ -4,6 +4,7 @@
 |---|---|---|
 | torch.fx trace | models without control flow on tensors and shapes | real modules, fast |
 | torch.export | nearly all | operators, folded back into modules |
+| torch.export, functions kept whole | models with a custom backward | these are one call each |
 | either, modules kept whole | models in which a few modules resist | these are one call each |
 | either, one mode alone | models whose modes differ in structure | a graph of the current mode |
 
@@ -35,14 +36,15 @@ from passes.capture.equivalence import Reference
 from passes.capture.fx_trace import called_functions, trace
 from passes.capture.model_copy import copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
-    describe_obstacles,
+    name_hooks_and_overrides,
     notes_on_graph,
     notes_on_runs,
     translating,
 )
-from passes.capture.obstacles import find_obstacle
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
+from passes.capture.opaque_operator import calls_functions
 from passes.capture.torch_export import export
+from passes.capture.uncapturable import find_uncapturable_line
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
 from passes.ir.isolation import LOCK
@@ -153,11 +155,13 @@ class _Ladder:
         for rung, front_end in LADDER:
             if program := self._try(rung, front_end, Attempt.run):
                 return program
+        if program := self._keep_functions_whole():
+            return program
         if program := self._keep_modules_whole():
             return program
         if program := self._capture_one_mode():
             return program
-        if obstacle := find_obstacle(copy_model(self.model), self.inputs):
+        if obstacle := find_uncapturable_line(copy_model(self.model), self.inputs):
             raise CaptureError(
                 f"{self.name} cannot be captured as a graph: {obstacle}; {self._advice()}"
             )
@@ -187,7 +191,7 @@ class _Ladder:
 
     def _advice(self) -> str:
         """Tell what the user can do, after every rung was rejected."""
-        reasons = "".join(f"{note}\n" for note in self.notes) + describe_obstacles(self.model)
+        reasons = "".join(f"{note}\n" for note in self.notes) + name_hooks_and_overrides(self.model)
         if self.model.training:
             evaluating = copy_model(self.model)
             evaluating.eval()
@@ -252,6 +256,16 @@ class _Ladder:
         """Record why a rung was rejected, unless another was rejected for the same reason."""
         if not any(line.endswith(reason) for line in self.rejected):
             self.rejected.append(f"{rung}: {reason}")
+
+    def _keep_functions_whole(self) -> Program | None:
+        """Keep custom autograd functions whole in an export, whose backward it drops."""
+        if not calls_functions(copy_model(self.model), self.inputs):
+            return None
+
+        def front_end(model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> _Traced:
+            return export(model, inputs, dynamic_batch=dynamic_batch, functions=True)
+
+        return self._try("torch.export, functions kept whole", front_end, Attempt.run)
 
     def _keep_modules_whole(self) -> Program | None:
         """Keep the modules that resist whole: first for a trace, then for an export."""

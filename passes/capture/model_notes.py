@@ -229,8 +229,12 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def describe_obstacles(model: nn.Module) -> str:
-    """Name what often keeps a model from capture: hooks, and a `train()` of its own; "" if none."""
+def name_hooks_and_overrides(model: nn.Module) -> str:
+    """Name the hooks and the `train()` of its own that a model has; "" if none.
+
+    Nothing is run. The ladder adds this to the advice at the end of its error, when every rung has
+    failed, as hooks and overrides often are the reason.
+    """
     hooked = [path for path, module in nn.Module.named_modules(model) if _hooked(module)]
     overriding = [
         path

@@ -1,4 +1,4 @@
-"""Stand-in operator for modules that torch.export must not enter.
+"""Stand-in operator for modules and autograd functions that torch.export must not enter.
 
 torch.export runs the Python code of every module on tensors without values, and stops where the
 code asks for a value. Such a module is opaque: while the model is exported, its forward is replaced
@@ -7,6 +7,9 @@ In the exported graph the operator becomes a call of the module again:
 
     exported:  results = pnn_compile.opaque_call([x], [], key=0);  y = results[0]
     copied:    y = gate(x)
+
+Calls of custom autograd functions are replaced likewise, where the backward of one is not that of
+its forward: torch.export keeps the operators of the forward alone.
 
 Two inputs with different batch sizes tell which sizes of the results depend on sizes of the
 arguments: sizes (2, 10) in the results for (2, 10) in an argument are that size, and (5, 21) for
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -25,6 +28,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from passes.capture.fx_trace import as_callable, functions_replaced
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs
 from passes.ir.isolation import preserved, without_causal_detection
@@ -53,9 +57,13 @@ def _fake(tensors: Sequence[torch.Tensor], sizes: Sequence[int], key: int) -> li
     return _active_calls[key].make_results(tensors)
 
 
+OpaqueTarget = str | type[torch.autograd.Function]
+"""Qualified name of a module, or a custom autograd function."""
+
+
 @dataclass(frozen=True)
 class _Observation:
-    """Tensors of one call of a module: shapes of the arguments, results, and the whole output."""
+    """Tensors of one call: shapes of the arguments, results, and the whole output."""
 
     argument_shapes: list[torch.Size]
     results: list[torch.Tensor]
@@ -64,16 +72,16 @@ class _Observation:
 
 @dataclass
 class OpaqueCall:
-    """One call of an opaque module.
+    """One call of an opaque module or function.
 
     Attributes:
-        path: Qualified name of the module.
+        target: Qualified name of the module, or the autograd function.
         observations: The call on the example inputs, and on others with one more sample.
         arguments: Its flat arguments; a `_Slot` for every tensor and symbolic size.
         structure: Nesting of the arguments.
     """
 
-    path: str
+    target: OpaqueTarget
     observations: tuple[_Observation, _Observation]
     arguments: list[Any] = field(default_factory=list)
     structure: pytree.TreeSpec | None = None
@@ -110,11 +118,11 @@ class OpaqueCall:
                     slope = (large - small) // (b - a)
                     return small - slope * a + slope * size
         raise CaptureError(
-            f"a size in the output of {self.path} depends on no size of its arguments"
+            f"a size in the output of {_label(self.target)} depends on no size of its arguments"
         )
 
     def insert(self, graph: fx.Graph, values: Mapping[type, Sequence[Any]]) -> list[Any]:
-        """Insert the call of the module into a graph and return the nodes of its tensors.
+        """Insert the call into a graph and return the nodes of its tensors.
 
         Args:
             graph: The graph.
@@ -128,8 +136,11 @@ class OpaqueCall:
             for argument in self.arguments
         ]
         args, kwargs = pytree.tree_unflatten(flat, self.structure)
-        call = graph.call_module(self.path, args, kwargs)
-        set_provenance(call, Provenance(self.path))
+        if isinstance(self.target, str):
+            call = graph.call_module(self.target, args, kwargs)
+            set_provenance(call, Provenance(self.target))
+        else:
+            call = graph.call_function(as_callable(self.target), args, kwargs)
         leaves, _ = pytree.tree_flatten_with_path(self.observations[0].output)
         return [
             self._element(graph, call, path)
@@ -147,7 +158,8 @@ class OpaqueCall:
             else:
                 name = cast("pytree.GetAttrKey", entry).name
                 value = graph.call_function(getattr, (value, AttributeKey(name)))
-            set_provenance(value, Provenance(self.path))
+            if isinstance(self.target, str):
+                set_provenance(value, Provenance(self.target))
         return value
 
 
@@ -178,14 +190,18 @@ class _FlagSlot(_SizeSlot):
         return graph.call_function(bool, (super().read(graph, values),))
 
 
+def _label(target: OpaqueTarget) -> str:
+    return target if isinstance(target, str) else target.__qualname__
+
+
 class OpaqueCalls:
-    """Calls of the opaque modules of one export."""
+    """Opaque calls of one export."""
 
     def __init__(self, calls: Mapping[int, OpaqueCall]) -> None:
         self._calls = calls
 
     def insert(self, graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """Insert the module call that an operator stands for into a graph.
+        """Insert the call that an operator stands for into a graph.
 
         Args:
             graph: The graph.
@@ -208,7 +224,11 @@ class OpaqueCalls:
 
 @contextmanager
 def replace_by_operators(
-    model: nn.Module, inputs: ExampleInputs, opaque: Collection[type[nn.Module]]
+    model: nn.Module,
+    inputs: ExampleInputs,
+    opaque: Collection[type[nn.Module]],
+    *,
+    functions: bool = False,
 ) -> Iterator[OpaqueCalls]:
     """Replace the forward of opaque modules by the operator while a model is exported.
 
@@ -216,44 +236,68 @@ def replace_by_operators(
         model: The model, in the mode in which it is exported.
         inputs: Its example inputs.
         opaque: Classes of the opaque modules.
+        functions: Whether calls of custom autograd functions are replaced as well; not together
+            with opaque modules, inside which they are not seen again.
 
     Raises:
-        CaptureError: An opaque module takes or returns what no graph can hold.
+        CaptureError: An opaque call takes or returns what no graph can hold.
     """
     paths = [path for path, module in model.named_modules() if path and type(module) in opaque]
-    first = _observe_calls(model, paths, inputs)
+    first = _observe_calls(model, paths, inputs, functions)
     try:
-        second = _observe_calls(model, paths, inputs.varied(grow=True))
+        second = _observe_calls(model, paths, inputs.varied(grow=True), functions)
     except Exception:  # the model takes no other batch size
         second = first
     calls: dict[int, OpaqueCall] = {}
+    forwards = {
+        target: _make_forward(target, list(zip(first[target], second[target], strict=True)), calls)
+        for target in first
+    }
+
+    def apply(original: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return forwards.get(cls, original)(*args, **kwargs)
+
     with ExitStack() as stack:
         for path in paths:
-            observations = list(zip(first[path], second[path], strict=True))
             module = model.get_submodule(path)
-            module.forward = _make_forward(path, observations, calls)
+            module.forward = forwards[path]
             stack.callback(delattr, module, "forward")
+        if functions:
+            stack.enter_context(functions_replaced(apply))
         stack.callback(_active_calls.clear)
         yield OpaqueCalls(calls)
 
 
 def _observe_calls(
-    model: nn.Module, paths: Sequence[str], inputs: ExampleInputs
-) -> Mapping[str, list[_Observation]]:
-    """Run the model and record the shapes of every call of some modules."""
-    observations: dict[str, list[_Observation]] = {path: [] for path in paths}
+    model: nn.Module, paths: Sequence[str], inputs: ExampleInputs, functions: bool
+) -> Mapping[OpaqueTarget, list[_Observation]]:
+    """Run the model and record the shapes of every call of some modules, or of all functions."""
+    observations: dict[OpaqueTarget, list[_Observation]] = {path: [] for path in paths}
+    depth = 0
+
+    def record(target: OpaqueTarget, args: Any, kwargs: Any, output: Any) -> None:
+        shapes = [tensor.shape for tensor in tensor_leaves((args, kwargs))]
+        observation = _Observation(shapes, tensor_leaves(output), output)
+        observations.setdefault(target, []).append(observation)
 
     def hook(path: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            shapes = [tensor.shape for tensor in tensor_leaves((args, kwargs))]
-            observations[path].append(_Observation(shapes, tensor_leaves(output), output))
+        return lambda module, args, kwargs, output: record(path, args, kwargs, output)
 
-        return record
+    def apply(original: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth  # functions inside of functions are not seen again
+        depth += 1
+        output = original(*args, **kwargs)
+        depth -= 1
+        if not depth and cls.__module__.partition(".")[0] != "torch":
+            record(cls, args, kwargs, output)
+        return output
 
     with ExitStack() as stack:
         for path in paths:
             handle = model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True)
             stack.callback(handle.remove)
+        if functions:
+            stack.enter_context(functions_replaced(apply))
         stack.enter_context(preserved(model))
         stack.enter_context(without_causal_detection())
         stack.enter_context(torch.no_grad())
@@ -263,15 +307,25 @@ def _observe_calls(
     return observations
 
 
+def calls_functions(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether a model calls custom autograd functions, in either mode."""
+    functions: list[OpaqueTarget] = []
+    for train in (True, False):
+        model.train(train)
+        with suppress(Exception):  # one mode is enough
+            functions += _observe_calls(model, [], inputs, functions=True)
+    return bool(functions)
+
+
 def _make_forward(
-    path: str,
+    target: OpaqueTarget,
     observations: Sequence[tuple[_Observation, _Observation]],
     calls: dict[int, OpaqueCall],
 ) -> Callable[..., Any]:
-    """Make a forward that calls the operator and nests its results like the module's output.
+    """Make a forward that calls the operator and nests its results like the original's output.
 
     Args:
-        path: Qualified name of the module.
+        target: The module or function.
         observations: Its calls in one run of the model, in order. torch.export may run the model
             several times.
         calls: Gets every call that is recorded, by its key.
@@ -283,11 +337,11 @@ def _make_forward(
         flat, structure = pytree.tree_flatten((args, kwargs))
         tensors: list[torch.Tensor] = []
         sizes: list[Any] = []
-        arguments = [_add_argument(path, leaf, tensors, sizes) for leaf in flat]
+        arguments = [_add_argument(_label(target), leaf, tensors, sizes) for leaf in flat]
         if not tensors:
-            raise CaptureError(f"{path} is called without a tensor")
+            raise CaptureError(f"{_label(target)} is called without a tensor")
         key = len(_active_calls)
-        call = OpaqueCall(path, observations[count % len(observations)], arguments, structure)
+        call = OpaqueCall(target, observations[count % len(observations)], arguments, structure)
         calls[key] = _active_calls[key] = call
         count += 1
         results = iter(OPERATOR(tensors, sizes, key))
@@ -300,7 +354,7 @@ def _make_forward(
     return forward
 
 
-def _add_argument(path: str, leaf: Any, tensors: list[torch.Tensor], sizes: list[Any]) -> Any:
+def _add_argument(label: str, leaf: Any, tensors: list[torch.Tensor], sizes: list[Any]) -> Any:
     """Add a flat argument to those of the operator; return its slot, or a literal as it is."""
     if isinstance(leaf, torch.Tensor):
         tensors.append(leaf)
@@ -313,4 +367,4 @@ def _add_argument(path: str, leaf: Any, tensors: list[torch.Tensor], sizes: list
         return _FlagSlot(len(sizes) - 1)
     if isinstance(leaf, _LITERALS):
         return leaf
-    raise CaptureError(f"{path} is called with a {type(leaf).__name__}, which no graph can hold")
+    raise CaptureError(f"{label} is called with a {type(leaf).__name__}, which no graph can hold")

@@ -120,6 +120,12 @@ class BatchNorm(nn.Module):
         return f"momentum={self.momentum}, eps={self.eps}"
 
 
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that normalize by the batch in training mode, else by statistics."""
+    kinds = (BatchNorm, nn.modules.batchnorm._BatchNorm)
+    return [module for module in network.modules() if isinstance(module, kinds)]
+
+
 @dataclass(frozen=True)
 class Rule:
     """Replacement of an operator by a module that follows the mode.

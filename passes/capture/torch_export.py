@@ -51,6 +51,7 @@ def export(
     *,
     dynamic_batch: bool,
     opaque: Collection[type[nn.Module]] = (),
+    functions: bool = False,
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Export a model in its current mode and fold operators back into module calls.
 
@@ -59,6 +60,7 @@ def export(
         inputs: Its example inputs.
         dynamic_batch: Whether to leave the batch size free.
         opaque: Classes of modules that stay calls; their code is not run.
+        functions: Whether custom autograd functions stay calls.
 
     Returns:
         The graph, with targets relative to the model, and its constant tensors by the targets of
@@ -75,7 +77,8 @@ def export(
         {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == inputs.batch_size else None
         for leaf in inputs.leaves
     )
-    with exclusive(), _quiet(), replace_by_operators(model, inputs, opaque) as opaque_calls:
+    replaced = replace_by_operators(model, inputs, opaque, functions=functions)
+    with exclusive(), _quiet(), replaced as opaque_calls:
         exported = torch.export.export(
             entry, tuple(inputs.tensors()), dynamic_shapes=(shapes,), strict=False
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -49,7 +49,7 @@ from passes.coarse.spec import (
 )
 from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
-from passes.errors import SynthesisError
+from passes.errors import PnnError, SynthesisError, first_line
 from passes.ir.isolation import seeded
 from passes.ir.program import provenance, tensor_leaves
 from passes.ir.tensor_spec import TensorSpec, Value
@@ -159,9 +159,10 @@ def _measure_preprocess(
     analysis: Analysis, draft: PreprocessSpec, origin: PreprocessOrigin, types: Sequence[TensorSpec]
 ) -> dict[str, Any]:
     """Build the operator and measure one call, including the layers that are copied for it."""
-    with seeded(0):
-        module = build_preprocess(analysis.program, draft, types)
-    work = _measure_call(analysis, module.operator, origin.specs, [])
+    with _failing_by_name("preprocess", draft.family, types):
+        with seeded(0):
+            module = build_preprocess(analysis.program, draft, types)
+        work = _measure_call(analysis, module.operator, origin.specs, [])
     copied = [analysis.costs[node] for node in origin.copied]
     work["flops"] += origin.flops
     if "seconds" in work:
@@ -268,10 +269,9 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
     if span.options.sweep == "collapsed":
         return _because(span, linear, budget, "collapsed sweep")
     try:
-        draft = _draft(span, "units")
+        units = _measure(span, _draft(span, "units"))
     except SynthesisError as obstacle:
         return _because(span, linear, budget, str(obstacle))
-    units = _measure(span, draft)
     if units.flops <= budget:
         return _because(span, units, budget, "repeating block found")
     reason = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
@@ -305,7 +305,11 @@ def _draft(span: Span, family: str) -> CoarseSpec:
 
 
 def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
-    """Build the network, unless an equal one was built before, and fill in its costs."""
+    """Build the network, unless an equal one was built before, and fill in its costs.
+
+    Raises:
+        SynthesisError: It cannot be built or run.
+    """
     analysis = span.analysis
     if is_fine(draft.family):
         return dataclasses.replace(draft, **_fine_work(span))
@@ -313,14 +317,34 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     made_of = draft.options.made_of(analysis)
     key = draft.family, made_of, tuple(sources), tuple(targets)
     if key not in analysis.measured:
-        with seeded(0):
-            module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
         by_name = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
         inputs = [by_name[name] for name in draft.options.inputs]
-        work = _measure_call(analysis, module, sources, inputs, corrects=True)
+        with _failing_by_name("coarse", draft.family, sources):
+            with seeded(0):
+                module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
+            work = _measure_call(analysis, module, sources, inputs, corrects=True)
         work["parameters"] = sum(p.numel() for p in module.parameters())
         analysis.measured[key] = work
     return dataclasses.replace(draft, **analysis.measured[key])
+
+
+@contextlib.contextmanager
+def _failing_by_name(role: str, family: str, types: Sequence[TensorSpec]) -> Iterator[None]:
+    """Name the operator that cannot be built or run, as copies of a model's layers may not.
+
+    Raises:
+        SynthesisError: The code in the block raised something else than an error for users.
+    """
+    try:
+        yield
+    except PnnError:
+        raise
+    except Exception as error:
+        state, reason = ", ".join(map(str, types)), first_line(error).rstrip(".")
+        raise SynthesisError(
+            f"{role}={family!r} fails on a state of zeros ({state}): {type(error).__name__}: "
+            f"{reason}; use {role}='linear', or other cuts"
+        ) from error
 
 
 def _fine_work(span: Span) -> dict[str, Any]:

@@ -41,10 +41,13 @@ def load_state_dict(
 ) -> None:
     """Copy a checkpoint of the model into the tensors of a network; all of it or nothing.
 
+    A rank that read its own part of an artifact has the other weights on the meta device: what the
+    checkpoint says of those is checked, and not loaded.
+
     Args:
         program: The program.
         stages: Its stages.
-        state: The checkpoint.
+        state: The checkpoint, on any device that has its values.
         strict: Whether all keys of the model must be there, and no others.
 
     Raises:
@@ -52,7 +55,9 @@ def load_state_dict(
             memory for it.
     """
     name, model, weights = program.name, program.model, weights_by_name(program, stages)
-    values = [*weights.values(), *pytree.tree_leaves(dict(program.args))]
+    values = pytree.tree_leaves(dict(program.args))
+    if model is not None:  # of an artifact, which has none, weights may lie on other ranks
+        values += weights.values()
     if any(isinstance(value, torch.Tensor) and value.is_meta for value in values):
         raise OptionError(
             f"{name} was compiled on the meta device, by shapes: its weights, preprocessing "
@@ -104,6 +109,8 @@ def _check_shapes(
         value = state[key]
         if not isinstance(value, torch.Tensor):
             raise OptionError(f"{key} is a {type(value).__name__} in the checkpoint, no tensor")
+        if value.is_meta:
+            raise OptionError(f"{key} has no data in the checkpoint: load it to a device")
         if value.shape != weights[key].shape:
             raise OptionError(
                 f"{key} has shape {list(value.shape)} in the checkpoint and "

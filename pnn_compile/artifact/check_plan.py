@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from passes.cost.node_facts import observe
-from passes.errors import ArtifactError
+from passes.errors import ArtifactError, first_line
 from passes.ir.program import Interpreter, Program
 from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
@@ -78,28 +78,52 @@ class _Shapes(Interpreter):
 
 def _shapes(program: Program) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of all values; the program runs without data, and if it can with them."""
-    mode = FakeTensorMode()
-    shell = _without_data(program, mode, "cpu")
-    recorder = _Shapes(shell.module)
-    try:
-        with mode:
-            recorder.run(*[shell.args[str(node.target)] for node in shell.inputs])
-        return recorder.shapes
-    except Exception as without_data:  # a branch on values, or an operator without such a rule
-        for node in program.graph.nodes:
-            if is_fragile(node.target) and node.name not in recorder.done:
-                raise ArtifactError(
-                    f"whether {node.target} can run at {node.name} is not known ({without_data})"
-                ) from without_data
-    if program.device.type == "meta":
-        return recorder.shapes
+    values = [program.args[str(node.target)] for node in program.inputs]
+    shapes, error = follow_shapes(program.module, values)
+    if error is None or program.device.type == "meta":
+        return shapes
     try:
         facts = observe(program)
-    except Exception as error:
+    except Exception as failure:
         raise ArtifactError(
-            f"the program does not run on its example inputs ({type(error).__name__}: {error})"
-        ) from error
+            f"the program does not run on its example inputs ({type(failure).__name__}: {failure})"
+        ) from failure
     return {n.name: fact.spec.shape for n, fact in facts.items() if fact.spec is not None}
+
+
+def follow_shapes(
+    module: fx.GraphModule, values: Sequence[Any]
+) -> tuple[Mapping[str, tuple[int, ...]], Exception | None]:
+    """Run a graph without data, and check the operands of operators that trust them.
+
+    Args:
+        module: The graph.
+        values: Values of its placeholders.
+
+    Returns:
+        Shapes by node, and what ended the run early: a branch on values, or an operator without
+        such a rule.
+
+    Raises:
+        ArtifactError: Operands do not fit, or the run did not reach an operator that trusts them.
+    """
+    mode = FakeTensorMode()
+    shell, shells = _without_data(module, values, mode, "cpu")
+    recorder = _Shapes(shell)
+    try:
+        with mode:
+            recorder.run(*shells)
+        return recorder.shapes, None
+    except ArtifactError:
+        raise
+    except Exception as error:
+        for node in module.graph.nodes:
+            if is_fragile(node.target) and node.name not in recorder.done:
+                raise ArtifactError(
+                    f"whether {node.target} can run at {node.name} is not known "
+                    f"({first_line(error)})"
+                ) from error
+        return recorder.shapes, error
 
 
 def check_operators(
@@ -118,7 +142,8 @@ def check_operators(
     """
     shell = program
     if program.device.type != "meta":
-        shell = _without_data(program, nullcontext(), "meta")
+        module, args = _without_data(program.module, dict(program.args), nullcontext(), "meta")
+        shell = dataclasses.replace(program, module=module, args=args)
     stages = split(shell, plan)
     operators = synthesize(shell, plan, stages)
     tensors = {name: tensor for name, _, tensor in operator_tensors(shell, stages, operators)}
@@ -157,8 +182,10 @@ def operator_tensors(
             yield name, "buffer", buffer
 
 
-def _without_data(program: Program, mode: AbstractContextManager[Any], device: str) -> Program:
-    """Copy a program, with tensors without data in place of all others, example inputs included."""
+def _without_data(
+    module: fx.GraphModule, values: Any, mode: AbstractContextManager[Any], device: str
+) -> tuple[fx.GraphModule, Any]:
+    """Copy a graph and values of its inputs, with tensors without data in place of all others."""
 
     def shell_of(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -169,6 +196,5 @@ def _without_data(program: Program, mode: AbstractContextManager[Any], device: s
                 nn.Parameter(shell, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else shell
             )
 
-    shells = {id(tensor): shell_of(tensor) for _, tensor in named_tensors(program.module)}
-    args = pytree.tree_map(shell_of, dict(program.args))
-    return dataclasses.replace(program, module=copy.deepcopy(program.module, shells), args=args)
+    shells = {id(tensor): shell_of(tensor) for _, tensor in named_tensors(module)}
+    return copy.deepcopy(module, shells), pytree.tree_map(shell_of, values)

@@ -2,8 +2,9 @@
 
 Samples are the entries of the batch axis that capture tried: dimension 0 of every argument that had
 the batch size of the example inputs there. Whether that dimension counts samples is for the model
-to say, so the first step runs two micro-batches apart and together: if the outputs differ, the
-model mixes samples (or dimension 0 is a sequence), and no micro-batches exist.
+to say, so the first step runs two micro-batches apart and together, in both modes: if the outputs
+differ, the model mixes samples (or dimension 0 is a sequence), and no micro-batches exist.
+BatchNorm may mix them in training, as in every pipeline.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Joiner:
             if not random and not _close(joined, leaf):
                 raise RuntimeFault(
                     f"output {number} of two micro-batches is not that of both in one batch "
-                    f"({_distance(joined, leaf):.1e} off, in evaluation mode): the model mixes "
-                    f"samples, or dimension 0 of its inputs does not count samples; {_ADVICE}"
+                    f"({_distance(joined, leaf):.1e} off): the model mixes samples, or dimension 0 "
+                    f"of its inputs does not count samples; {_ADVICE}"
                 )
 
     def __call__(self, parts: Sequence[Any], sizes: Sequence[int]) -> Any:

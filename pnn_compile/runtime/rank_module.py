@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+from passes.capture.refold import batch_norms, dropouts
 from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
 from passes.ir.program import clone_tensors
@@ -22,7 +23,6 @@ from pnn_compile.inputs import (
     by_argument,
     call_arguments,
     check_shapes,
-    load_weights,
     named_batch,
 )
 from pnn_compile.runtime.checkpoint import gather_original_weights
@@ -155,8 +155,8 @@ class RankModule(nn.Module):
     ) -> torch.Tensor:
         """Run forward and backward over micro-batches; gradients accumulate as usual.
 
-        With several micro-batches, the first call also runs two of them apart and together, in
-        evaluation mode, and refuses a model that mixes samples.
+        With several micro-batches, the first call also runs two of them apart and together, in both
+        modes, and refuses a model that mixes samples, except by BatchNorm.
 
         Args:
             batch: Inputs, the same on every rank: a tensor, a tuple (labels may follow), or a dict.
@@ -306,9 +306,7 @@ class RankModule(nn.Module):
             raise RuntimeFault(
                 "sharded weights cannot load a state dict: load it before distribute()"
             )
-        # Weights of other ranks, read from an artifact, have no data here.
-        weights = self.whole.original_state_dict()
-        load_weights(self.whole.plan.model, weights, state, strict=strict)
+        self.whole.load_original_state_dict(state, strict=strict)
 
     def _scattered(self, batch: Any) -> Any:
         """Return the batch of this rank, received from rank 0 if that scatters the batches."""
@@ -339,7 +337,7 @@ class RankModule(nn.Module):
         return inputs
 
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
-        """Run two micro-batches apart and together, and learn to join their outputs.
+        """Run two micro-batches apart and together, in both modes; learn to join their outputs.
 
         Raises:
             RuntimeFault: The outputs differ, on all ranks.
@@ -348,28 +346,43 @@ class RankModule(nn.Module):
         sizes = [*map(batch_size, inputs[:2])]
         both = part(by_argument(program, batch), 0, sum(sizes), program.args)
         both = named_batch(self.whole, both, self.network.device)
-        outputs, drawn = [], False
-        for piece in (*inputs[:2], both):
-            with preserved(self.network), torch.no_grad():
-                self.network.eval()
-                before = self._random_state()
-                copies = clone_tensors(piece)  # a model may write into its inputs
-                outputs.append(self._run([copies], None, self._evaluation).outputs.get(0))
-                drawn |= not torch.equal(before, self._random_state())
-        draws: list[Any] = [None] * dist.get_world_size(self.groups.stages)
-        messages: list[Any] = [None] * dist.get_world_size(self.groups.everyone)
+        training, messages = self.network.training, []
+        for mode in (False, True):
+            runs = [self._trial(piece, train=mode) for piece in (*inputs[:2], both)]
+            outputs, drawn = [output for output, _ in runs], any(random for _, random in runs)
+            draws: list[Any] = [None] * dist.get_world_size(self.groups.stages)
+            with self.exchanging("the outputs of two micro-batches"):
+                dist.all_gather_object(draws, drawn, group=self.groups.stages)
+            if not self.network.holds_head:
+                continue
+            try:
+                joiner = Joiner(outputs[:2], sizes, outputs[2], random=any(draws))
+            except RuntimeFault as error:
+                messages.append(f"in {'training' if mode else 'evaluation'} mode, {error}")
+            else:
+                self._joiner = joiner if mode == training else self._joiner
+        everyone: list[Any] = [None] * dist.get_world_size(self.groups.everyone)
         with self.exchanging("the outputs of two micro-batches"):
-            dist.all_gather_object(draws, drawn, group=self.groups.stages)
-            message = ""
-            if self.network.holds_head:
-                try:
-                    self._joiner = Joiner(outputs[:2], sizes, outputs[2], random=any(draws))
-                except RuntimeFault as error:
-                    message = str(error)
-            dist.all_gather_object(messages, message, group=self.groups.everyone)
-        if any(messages):
-            raise RuntimeFault(next(filter(None, messages)))
+            dist.all_gather_object(everyone, messages[:1], group=self.groups.everyone)
+        if faults := [*itertools.chain(*everyone)]:
+            raise RuntimeFault(faults[0])
         self._divisible = True
+
+    def _trial(self, inputs: dict[str, Any], *, train: bool) -> tuple[Any, bool]:
+        """Run forward in a mode, with dropout off and the statistics of BatchNorm as they are.
+
+        Returns:
+            The outputs, on the rank that has them, and whether numbers were drawn all the same.
+        """
+        with preserved(self.network), torch.no_grad():
+            self.network.train(train)
+            # A network in training mode hides its draws: the engine seeds every piece.
+            for module in (self.network, *dropouts(self.network), *batch_norms(self.network)):
+                module.training = False
+            before = self._random_state()
+            copies = clone_tensors(inputs)  # a model may write into its inputs
+            outputs = self._run([copies], None, self._evaluation).outputs.get(0)
+            return outputs, not torch.equal(before, self._random_state())
 
     def _random_state(self) -> torch.Tensor:
         device = self.network.device

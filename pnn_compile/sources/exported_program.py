@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from passes.capture.refold import toggle
-from passes.errors import SourceError
+from passes.errors import ArtifactError, SourceError
 from passes.ir.program import Provenance, provenance, set_provenance
+from pnn_compile.artifact.check_plan import follow_shapes
+from pnn_compile.artifact.functions import check_enums, is_fragile
+from pnn_compile.artifact.values import UnsupportedError
 from pnn_compile.sources.exported_archive import checked_archive
 from pnn_compile.sources.source import Inputs, Source
 from pnn_compile.sources.user_code import first_line, refuse_arguments
@@ -58,7 +62,32 @@ def load(text: str, arguments: Mapping[str, Any], inputs: Inputs | None) -> Sour
     if inputs is None:
         raise SourceError(f"{path} has no example inputs: add --input 1x3x32x32 for each argument")
     args, kwargs = inputs
+    _check_operands(path, module, args, kwargs)
     return Source(module, tuple(args), dict(kwargs), text)
+
+
+def _check_operands(
+    path: Path, module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse operands that operators would trust, and crash the process: as in artifacts.
+
+    Raises:
+        SourceError: A number stands for a dtype, or the sizes of operands do not fit.
+    """
+    nested = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    try:
+        for node in (node for part in nested for node in part.graph.nodes):
+            if node.op == "call_function":
+                check_enums(node.target, node.args, node.kwargs)
+        if any(is_fragile(node.target) for part in nested for node in part.graph.nodes):
+            flat = fx.Graph()  # without the code of an exported graph that nests its arguments
+            flat.output(flat.graph_copy(module.graph, {}))
+            follow_shapes(fx.GraphModule(module, flat), pytree.tree_leaves((args, kwargs)))
+    except (ArtifactError, UnsupportedError) as error:
+        raise SourceError(
+            f"{path} contains operands that could crash the process ({error}): save it again with "
+            "torch.export.save, or name the Python file that builds the model"
+        ) from error
 
 
 def _enable_modes(module: fx.GraphModule, text: str) -> None:

@@ -28,12 +28,21 @@ class _Tagger(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
         self.top = nn.Linear(8, TOKENS)
         self.mix = mix
+        self.drop = nn.Dropout(0.5 if mix == "statistics by hand" else 0.0)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("mean", torch.zeros(4, 8))
 
     def forward(self, tokens: Tensor) -> Any:
         x = self.table(tokens)
         for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        if self.mix == "mean":
+            x = self.drop(x + torch.tanh(block(x)))
+        if self.mix == "normalized":
+            x = self.norm(x)
+        elif self.mix == "statistics by hand" and self.training:
+            x = x - x.mean(0)
+        elif self.mix == "statistics by hand":
+            x = x - self.mean
+        elif self.mix == "mean":
             x = x - x.mean(0)
         elif self.mix == "softmax":
             x = x.softmax(0)
@@ -129,7 +138,7 @@ def test_replicas_weigh_their_tokens(tmp_path: Path) -> None:
             torch.testing.assert_close(gradient, expected_gradients[name], msg=name)
 
 
-MIXES = ("mean", "softmax", "pairs", "sequence first")
+MIXES = ("mean", "softmax", "pairs", "sequence first", "statistics by hand")
 
 
 def _mixed(rank: int, mix: str) -> tuple[str, bool]:
@@ -142,16 +151,19 @@ def _mixed(rank: int, mix: str) -> tuple[str, bool]:
 
 
 def _all_mixed(rank: int) -> list[tuple[str, bool]]:
-    return [_mixed(rank, mix) for mix in (*MIXES, "noise")]
+    return [_mixed(rank, mix) for mix in (*MIXES, "noise", "normalized")]
 
 
 def test_a_model_that_mixes_samples_is_refused_on_all_ranks(tmp_path: Path) -> None:
-    for *refused, random in start(_all_mixed, 2, tmp_path):
+    for *refused, random, normalized in start(_all_mixed, 2, tmp_path):
         for mix, (message, has_gradients) in zip(MIXES, refused, strict=True):
+            mode = "training" if mix == "statistics by hand" else "evaluation"
+            assert message.startswith(f"in {mode} mode, output"), mix
             assert "of two micro-batches is not that of both in one batch" in message, mix
             assert "pass distribute(batches=1)" in message, mix
             assert not has_gradients, mix
         assert random == ("", True)  # compared by shapes
+        assert normalized == ("", True)  # BatchNorm mixes samples of a micro-batch by design
 
 
 class _Switches(nn.Module):

@@ -233,6 +233,62 @@ def test_the_canaries_sing_in_the_loader_of_torch(
     assert Path("canary").exists()
 
 
+class Recurrent(nn.Module):
+    """Calls an operator that trusts the sizes of its weights, and one that takes a dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.zeros(1, x.shape[1], 6, dtype=torch.float32)
+        return self.head(self.lstm(x, (hidden, hidden))[0])
+
+
+def _flip_direction(inputs: list[dict[str, Any]]) -> None:
+    next(i for i in inputs if i["name"] == "bidirectional")["arg"] = {"as_bool": True}
+
+
+def _number_for_dtype(inputs: list[dict[str, Any]]) -> None:
+    next(i for i in inputs if i["name"] == "dtype")["arg"] = {"as_int": 99}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights")
+@pytest.mark.parametrize(
+    ("target", "edit", "named"),
+    [
+        ("aten.lstm.input", None, ""),
+        (
+            "aten.lstm.input",
+            _flip_direction,
+            "aten.lstm.input can run at lstm is not known",
+        ),
+        ("aten.zeros.default", _number_for_dtype, "dtype=99 of aten.zeros.default"),
+    ],
+)
+def test_operands_that_operators_trust_are_checked(
+    target: str, edit: Callable[[list[dict[str, Any]]], None] | None, named: str, tmp_path: Path
+) -> None:
+    def change(model: Any) -> None:
+        (node,) = (n for n in model["graph_module"]["graph"]["nodes"] if target in n["target"])
+        if edit is not None:
+            edit(node["inputs"])
+
+    saved, path = tmp_path / "saved.pt2", tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(Recurrent().eval(), (torch.ones(4, 3, 6),)), saved)
+    with zipfile.ZipFile(saved) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    _model(change)(members)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    if not named:
+        source = load_source(str(path))
+        assert source.model(*source.args).shape == (4, 3, 6)
+    else:
+        assert named in refusal(str(path))
+
+
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
     path = save(Dropping(), tmp_path / "model.pt2")
     with zipfile.ZipFile(path) as archive:

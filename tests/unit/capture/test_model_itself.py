@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,18 +222,24 @@ class Reversal(torch.autograd.Function):
         return -ctx.factor * gradients[0], None
 
 
-def test_a_custom_autograd_function_of_the_model_itself_keeps_its_backward() -> None:
+@pytest.mark.parametrize(
+    "rung", ["torch.fx trace", "torch.export, functions kept whole"], ids=["traced", "exported"]
+)
+def test_a_custom_autograd_function_of_the_model_itself_keeps_its_backward(rung: str) -> None:
     class Domain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body, self.domain = block_chain(6, WIDTH), nn.Linear(WIDTH, 2)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            if rung != "torch.fx trace" and x.shape[1] > WIDTH:  # a trace stops here
+                return x, x
             x = self.body(x)
             return x, self.domain(Reversal.apply(x, 0.3))
 
     model, x = Domain(), torch.randn(3, WIDTH)
     compiled = pnn.compile(model, x, stages=3)
+    assert compiled.program.capture.rung == rung
     assert any("Reversal" in note for note in compiled.program.capture.notes)
     for network in (model, compiled.sequential):
         network(x)[1].sum().backward()
@@ -311,3 +318,37 @@ def test_samples_may_be_counted_by_another_input_than_the_first(dense: bool) -> 
     assert compiled.plan.interfaces[0].state[0].spec.batch_axis == 0
     compiled.verify(strict=True)
     torch.testing.assert_close(compiled.sequential(*inputs), model(*inputs))
+
+
+class Positions(nn.Module):
+    """Fills its table of positions at the first call, by the length of the input."""
+
+    table: Tensor
+
+    def __init__(self, grow: bool = False) -> None:
+        super().__init__()
+        self.body = block_chain(4, WIDTH)
+        self.grow = grow
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grow or self.table.shape[0] != x.shape[1]:
+            steps = torch.arange(x.shape[1], dtype=x.dtype)
+            self.table = torch.cat([self.table, steps]) if self.grow else steps
+        return self.body(x + torch.sin(self.table[-x.shape[1] :])[:, None])
+
+
+def test_buffers_that_forward_fills_once_are_computed_in_every_call(tmp_path: Path) -> None:
+    model, x = Positions(), torch.randn(3, 5, WIDTH)
+    compiled = pnn.compile(model, x, stages=2)
+    (note,) = compiled.program.capture.notes
+    assert note.startswith("forward fills the buffers table at its first call")
+    assert model.table.shape == (1,)
+    loaded = pnn.load(compiled.save(tmp_path / "a"))
+    assert loaded.verify().ok
+    torch.testing.assert_close(loaded.sequential(x), model(x))
+
+
+def test_buffers_that_grow_at_every_call_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"does not change buffer table"):
+        capture(Positions(grow=True), (torch.randn(3, 5, WIDTH),))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pnn_compile as pnn
+from tests.distributed.ranks import start
 from tests.models.builders import linear_chain, residual_chain
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -112,6 +113,23 @@ def test_every_checkpoint_of_the_model_is_a_checkpoint_of_the_network(kind: str)
         assert not isinstance(value, Tensor) or torch.equal(state[key], value), key
     torch.testing.assert_close(dict(model.named_parameters()), before)
     assert compiled.verify().ok
+
+
+def _on_a_rank(rank: int, kind: str) -> list[Tensor]:
+    build, save = KINDS[kind]
+    trained = build()
+    network = pnn.compile(build(), X, stages=2).distribute().eval()
+    before = network(X)
+    network.load_original_state_dict(save(trained))
+    state = network.original_state_dict()
+    assert all(torch.equal(state[key], value) for key, value in trained.state_dict().items())
+    return [before, network(X)]
+
+
+@pytest.mark.parametrize("kind", ["load hook", "overridden methods"])
+def test_ranks_load_every_checkpoint_of_the_model(kind: str, tmp_path: Path) -> None:
+    ((before, after),) = start(_on_a_rank, 1, tmp_path, kind)
+    assert not torch.equal(before, after)
 
 
 def test_a_checkpoint_that_the_model_refuses_changes_nothing() -> None:

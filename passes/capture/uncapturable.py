@@ -33,12 +33,17 @@ from passes.ir.program import is_user_code
 from passes.ir.run_step import output_leaves
 
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+_RUNS = 6
+"""Runs from one random state: what a hidden generator decides may be the same in a few of them."""
 _READS = ("__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy")
 """Methods of a tensor that make Python values of its numbers."""
 
 
-def find_obstacle(model: nn.Module, inputs: ExampleInputs) -> str:
+def find_uncapturable_line(model: nn.Module, inputs: ExampleInputs) -> str:
     """Return what in the code of a model no graph can hold, with the line; "" if nothing is seen.
+
+    The ladder runs this last, when every rung has failed and no mode alone was captured: what is
+    seen takes the place of the reasons of the rungs.
 
     Args:
         model: A copy of the model.
@@ -47,17 +52,20 @@ def find_obstacle(model: nn.Module, inputs: ExampleInputs) -> str:
     for train in (True, False):
         mode = f"in {'training' if train else 'evaluation'} mode"
         observer = _Observer()
-        results = [_run(model, inputs, observer, train=train) for _ in range(2)]
+        results = [_run(model, inputs, observer, train=train) for _ in range(_RUNS)]
         if observer.obstacle:
             return f"{mode}, {observer.obstacle}"
-        pairs = zip(*results, strict=False)
-        if len(results[0]) != len(results[1]) or not all(same_values(a, b) for a, b in pairs):
+        if not all(_same(results[0], other) for other in results[1:]):
             return (
-                f"{mode}, a second run from the same random state has another result (forward "
+                f"{mode}, another run from the same random state has another result (forward "
                 "draws from a generator of its own, reads a clock, or counts its calls outside of "
                 "the model)"
             )
     return ""
+
+
+def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(map(same_values, first, second))
 
 
 def _run(
