@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
 from passes.coarse.select import stage_budget
+from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
@@ -56,8 +57,11 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         PartitionError: The graph cannot be cut as the options ask.
         SynthesisError: A preprocessing operator or coarse propagator cannot be built.
     """
+    options, loop = for_loop(analysis, options)
     if options.stages != "auto" or options.cuts is not None:
-        return options, make_plan(analysis, choose_cut(analysis, options), options)
+        plan = make_plan(analysis, choose_cut(analysis, options), options)
+        notes = (*plan.notes, loop) if loop else plan.notes
+        return options, dataclasses.replace(plan, notes=notes)
     search = _Search(analysis, options)
     plan = search.best(options.coarse_budget)
     cheaper = search.cheaper_budget(len(plan.stages))
@@ -67,7 +71,7 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
             plan = other
             options = dataclasses.replace(options, coarse_budget=cheaper)
     note = search.note(plan, options.coarse_budget)
-    plan = dataclasses.replace(plan, notes=(*plan.notes, note))
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *filter(None, (loop, note))))
     return dataclasses.replace(options, stages=len(plan.stages)), plan
 
 
