@@ -47,10 +47,10 @@ from passes.coarse.spec import (
     Span,
     dependence,
 )
+from passes.coarse.step_rules import demand_loop
 from passes.coarse.time_step import (
     StartOptions,
     TimeStepOptions,
-    demand_loop,
     stage_steps,
     start_options,
     work_of,
@@ -81,7 +81,7 @@ def preprocess_estimate(analysis: Analysis, options: Options, position: Position
         loop, order = demand_loop(analysis), analysis.frontiers.order
         coarse = -(-(loop.step_at(position.index) or 0) // stage_steps(analysis, options))
         before = sum(analysis.costs[node].flops for node in order[: loop.start])
-        return before + options.units * coarse * _step_flops(analysis)
+        return before + options.units * (coarse + 1) * _step_flops(analysis)  # it predicts once
     if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
         return front_estimate(analysis, options, position) + mapped
@@ -96,7 +96,7 @@ def coarse_estimate(
 ) -> float:
     """Estimate the FLOPs of a coarse propagator at a position, within the budget of a stage."""
     if in_time(options.coarse):
-        return 2 * options.units * _step_flops(analysis)  # it is called twice
+        return options.units * _step_flops(analysis)
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and (copies or units <= budget):

@@ -57,7 +57,7 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         PartitionError: The graph cannot be cut as the options ask.
         SynthesisError: A preprocessing operator or coarse propagator cannot be built.
     """
-    options, loop = for_loop(analysis, options)
+    options, loop = for_loop(analysis, options.counted())
     if options.stages != "auto" or options.cuts is not None:
         plan = make_plan(analysis, choose_cut(analysis, options), options)
         notes = (*plan.notes, loop) if loop else plan.notes

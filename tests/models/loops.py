@@ -57,6 +57,9 @@ class Heun(_Loop):
 class DDIM(_Loop):
     """Look-ups in tables at the ends of every step."""
 
+    alphas: torch.Tensor
+    times: torch.Tensor
+
     def __init__(self, steps: int = 12) -> None:
         super().__init__(steps)
         self.register_buffer("alphas", torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0))
@@ -87,6 +90,8 @@ class DDIMNumbers(_Loop):
 class Guided(_Loop):
     """A class that conditions, and guidance with two evaluations a step."""
 
+    times: torch.Tensor
+
     def __init__(self, steps: int = 12) -> None:
         super().__init__(steps)
         self.classes = nn.Embedding(10, 8)
@@ -103,6 +108,9 @@ class Guided(_Loop):
 
 class Ancestral(_Loop):
     """A stochastic sampler whose noise is an input."""
+
+    kept: torch.Tensor
+    total: torch.Tensor
 
     def __init__(self, steps: int = 12) -> None:
         super().__init__(steps)
@@ -169,12 +177,12 @@ class Recurrent(nn.Module):
 def inputs(model: type[nn.Module], batch: int = 4) -> tuple[torch.Tensor, ...]:
     """Return example inputs of a loop."""
     generator = torch.Generator().manual_seed(1)
-    shapes = {Ancestral: [(8,), (8, 12)], Nested: [(20,)], Recurrent: [(5, 8)]}
+    shapes: dict[type[nn.Module], list[tuple[int, ...]]] = {
+        Ancestral: [(8,), (12, 8)], Nested: [(20,)], Recurrent: [(5, 8)],
+    }  # fmt: skip
     tensors = [
         torch.randn(batch, *shape, generator=generator) for shape in shapes.get(model, [(8,)])
     ]
-    if model is Ancestral:
-        tensors[1] = torch.randn(batch, 12, 8, generator=generator)
     if model is Guided:
         tensors.append(torch.arange(batch) % 10)
     return tuple(tensors)
