@@ -6,6 +6,7 @@ The command line makes its options from this file before torch is imported, whic
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as _fields
@@ -23,6 +24,8 @@ _MOST_COPIED = 0.25
 
 _FIT_BUDGET = 0.05
 """Coarse budget of calibration by default."""
+_TOLERANCE = 0.01
+"""Default tolerance of iterations="auto"."""
 
 _CORRECTIONS = ("residual", "difference")
 
@@ -41,7 +44,8 @@ class Choices(TypedDict, total=False):
     prologue: float | None
     correction: Literal["residual", "difference"]
     sweep: Literal["chain", "collapsed", "auto"]
-    iterations: int
+    iterations: int | Literal["auto"]
+    tolerance: float | None
     devices: DeviceProfile | Sequence[DeviceProfile] | None
     seed: int
 
@@ -82,7 +86,10 @@ class Options:
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
             through a map of its own, all of them at once; or "auto", the faster one by the
             step-time model if the coarse propagators of the chain are linear.
-        iterations: Number K of parareal iterations.
+        iterations: Number K of parareal iterations; "auto" for as many as the tolerance takes.
+        tolerance: Largest estimated relative error of the last state, of every sample. The plan
+            takes the K that the example inputs need; calls of the compiled network take as many
+            iterations as their inputs need. Default for iterations="auto": 0.01.
         devices: One profile for all devices, or one each for at least as many devices as stages;
             their memory and links count. Empty: equal devices, with free links and memory.
         seed: Seed of the initial weights of the coarse networks.
@@ -102,7 +109,8 @@ class Options:
     prologue: float | None = None
     correction: str = "residual"
     sweep: str = "chain"
-    iterations: int = 1
+    iterations: int | Literal["auto"] = 1
+    tolerance: float | None = None
     devices: tuple[DeviceProfile, ...] = ()
     seed: int = 0
 
@@ -149,7 +157,11 @@ class Options:
             _among("cost", self.cost, ("flops", *MEASURED, *ROOFLINE))
         if self.stages != "auto":
             _at_least("stages", self.stages, 1)
-        _at_least("iterations", self.iterations, 1)
+        if self.iterations != "auto":
+            _at_least("iterations", self.iterations, 1)
+        limit: object = self.tolerance
+        if limit is not None and (not isinstance(limit, int | float) or not 0 < limit < math.inf):
+            raise OptionError(f"tolerance must be a number above 0 (got {limit!r})")
         _at_least("units", self.units, 1)
         _at_least("seed", self.seed, 0)
         share: object = self.coarse_budget
@@ -191,6 +203,18 @@ class Options:
             return len(self.cuts) + 1
         return None if self.stages == "auto" else self.stages
 
+    def counted(self) -> Options:
+        """Return the options with one iteration where the tolerance decides how many."""
+        if self.iterations != "auto" and self.tolerance is None:
+            return self
+        tolerance = _TOLERANCE if self.tolerance is None else self.tolerance
+        return dataclasses.replace(self, iterations=1, tolerance=tolerance)
+
+    @property
+    def count(self) -> int:
+        """The number of iterations; 1 where the tolerance decides."""
+        return 1 if self.iterations == "auto" else self.iterations
+
     @property
     def training(self) -> bool:
         """Whether the costs and the memory are those of a training step, not of inference."""
@@ -227,7 +251,7 @@ class Options:
                 f"sweep='collapsed' needs maps of its own, of family {', '.join(families)} "
                 f"(got coarse={self.coarse!r})"
             )
-        if self.correction != "residual" or self.iterations != 1:
+        if self.correction != "residual" or self.iterations != 1 or self.tolerance is not None:
             raise OptionError("sweep='collapsed' exists in residual form with one iteration only")
 
 

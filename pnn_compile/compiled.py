@@ -75,6 +75,25 @@ class Compiled:
             f"{plan.correction} form, K = {plan.iterations}>"
         )
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network, with as many iterations as its tolerance takes, or its plan says.
+
+        With a tolerance in the plan, iterations run until the estimate of every sample is below
+        it, without gradients; `pnn_compile.evaluate.iterate` says what is estimated.
+
+        Args:
+            args: Positional arguments of the model.
+            kwargs: Arguments of the model by name.
+
+        Raises:
+            OptionError: An argument is missing, or unknown.
+        """
+        if self.plan.tolerance is None:
+            return self.module(*args, **kwargs)
+        names = (str(node.target) for node in self.program.inputs)
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        return self.iterate(inputs, tolerance=self.plan.tolerance).outputs
+
     @cached_property
     def analysis(self) -> Analysis:
         """Shapes, costs and legal cuts of the program, in FLOPs."""
@@ -376,6 +395,8 @@ def compile(
     if calibration is not None:
         samples = calibration(program) if callable(calibration) else calibration
         compilation, passes = replace(compilation, samples=samples), (*passes, CALIBRATE)
+    if plan is None and options.counted().tolerance is not None:
+        passes = (*passes, ITERATE)
     compilation, more = run_passes(compilation, passes, check=debug)
     compiled = gather(compilation, (*results, *more))
     return replace(compiled, timings=timings.path if timings is not None else None)
@@ -398,6 +419,18 @@ def _calibrate(c: Compilation) -> Compilation:
 
 CALIBRATE = Pass("calibrate", ("samples", "plan", "module"), ("calibration",), _calibrate)
 """The pass that fits preprocessing operators and coarse propagators to samples."""
+
+
+def _iterate(c: Compilation) -> Compilation:
+    """Take as many iterations as the tolerance takes on the example inputs."""
+    from pnn_compile.evaluate.iterate import count_iterations
+
+    counted = count_iterations(gather(c, ()))
+    return replace(c, plan=counted.plan, module=counted.module)
+
+
+ITERATE = Pass("iterate", ("plan", "operators", "module"), ("module",), _iterate)
+"""The pass that counts the iterations of a tolerance."""
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:

@@ -17,6 +17,7 @@ from passes.analysis.dependence import (
     input_dependence,
     preprocessing_sources,
 )
+from passes.analysis.loops import Loop, find_loop
 from passes.cost.device_profile import DeviceProfile, roofline_costs
 from passes.cost.flops import NodeCost, measure_costs
 from passes.cost.measured import Measure, measure_seconds
@@ -55,6 +56,7 @@ class Analysis:
         blocks: The blocks between consecutive single-tensor module boundaries.
         sources: The values that preprocessing operators may read.
         unit: Unit of `NodeCost.cost`.
+        loop: The loop in time that takes most of the work; None if there is none.
         device: The device of the seconds, for costs of the roofline.
         measured: Cache of measured seconds of networks that are not part of the program, by their
             structure: several plans over one analysis use the same ones.
@@ -68,6 +70,7 @@ class Analysis:
     blocks: tuple[Block, ...]
     sources: tuple[PreprocessingSource, ...]
     unit: str
+    loop: Loop | None = None
     device: DeviceProfile | None = None
     measured: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
     others: dict[DeviceProfile, Mapping[fx.Node, NodeCost]] = field(
@@ -193,14 +196,16 @@ def analyze(
             )
         unit = "seconds"
         costs = roofline_costs(costs, facts, device, backward=ROOFLINE[source])
+    loop = find_loop(program, frontiers, facts, costs)
     return Analysis(
         program=program,
         facts=facts,
         costs=costs,
         frontiers=frontiers,
-        blocks=tuple(repeated_blocks(program, frontiers, facts)),
+        blocks=tuple(repeated_blocks(program, frontiers, facts, loop)),
         sources=tuple(preprocessing_sources(program, facts, frontiers.recomputable)),
         unit=unit,
+        loop=loop,
         device=device if not callable(source) and source in ROOFLINE else None,
     )
 

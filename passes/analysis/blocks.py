@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.analysis.cut_points import Frontiers, Position
+from passes.analysis.loops import Loop
 from passes.cost.node_facts import Fact
 from passes.ir.program import Program
 from passes.ir.structure_hash import digest, node_lines
@@ -35,7 +36,10 @@ class Block:
 
 
 def repeated_blocks(
-    program: Program, frontiers: Frontiers, facts: Mapping[fx.Node, Fact]
+    program: Program,
+    frontiers: Frontiers,
+    facts: Mapping[fx.Node, Fact],
+    loop: Loop | None = None,
 ) -> list[Block]:
     """Divide a program at the boundaries of repeated modules through which one tensor passes.
 
@@ -43,6 +47,7 @@ def repeated_blocks(
         program: The program.
         frontiers: Its legal cuts.
         facts: Observed facts by node.
+        loop: The loop in time, whose steps are blocks of one signature, whatever their constants.
 
     Returns:
         The blocks between consecutive boundaries, in order; those that repeat have one signature.
@@ -52,13 +57,28 @@ def repeated_blocks(
     single = [p for p in frontiers.positions if len(p.state) == 1 and p.boundary]
     blocks = []
     first = {position.state: position for position in reversed(single)}
+    steps = _steps(frontiers, loop)
+    if loop is not None and steps:
+        begin, end = loop.start, loop.positions[-1].index
+        outside = [p for p in first.values() if not begin <= p.index <= end]
+        first = {p.state: p for p in (*outside, *steps)}
     for start, stop in itertools.pairwise(sorted(first.values(), key=lambda p: p.index)):
         inside = frontiers.order[start.index : stop.index]
-        nodes = [node for node in inside if node not in frontiers.recomputable]
-        blocks.append(
-            Block(start, stop, start.specs[0], stop.specs[0], _signature(program, nodes, facts))
-        )
+        if start in steps and stop in steps:
+            signature = "step of the loop"
+        else:
+            nodes = [node for node in inside if node not in frontiers.recomputable]
+            signature = _signature(program, nodes, facts)
+        blocks.append(Block(start, stop, start.specs[0], stop.specs[0], signature))
     return blocks
+
+
+def _steps(frontiers: Frontiers, loop: Loop | None) -> list[Position]:
+    """Return the cuts around the steps of a loop through which one tensor passes."""
+    if loop is None or len(loop.positions[0].state) != 1:
+        return []
+    before = [p for p in frontiers.positions if p.index == loop.start and len(p.state) == 1]
+    return [*before, *loop.positions]
 
 
 def _signature(program: Program, nodes: Sequence[fx.Node], facts: Mapping[fx.Node, Fact]) -> str:

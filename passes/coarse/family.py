@@ -27,6 +27,13 @@ from passes.coarse.spec import (
     Site,
 )
 from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
+from passes.coarse.time_step import (
+    StartOptions,
+    TimeStepOptions,
+    Unchanged,
+    build_start,
+    build_time_step,
+)
 from passes.coarse.wrappers import ExactOptions, PreprocessingOperator, Sum, Zero, build_exact
 from passes.errors import SynthesisError
 from passes.ir.program import Program, extract, nodes_between
@@ -58,6 +65,8 @@ class Family:
         is_fine: Whether it is the fine stage itself, with its weights and buffers.
         evidence: What it kept of the accuracy of convolutional networks that were trained from
             scratch until their curve was flat; "" if that was not measured.
+        in_time: Whether it takes steps of a loop in time, with the weights and buffers of the
+            trunk, so that cuts lie between steps.
         flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
             entering and leaving state, to place the cuts. The plan stores counted FLOPs.
     """
@@ -73,6 +82,7 @@ class Family:
     copies_blocks: bool = False
     is_fine: bool = False
     evidence: str = ""
+    in_time: bool = False
     flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec]], float] = linear_flops
 
 
@@ -136,6 +146,14 @@ FAMILIES: dict[str, Family] = {
         coarse_options=ThinnedOptions,
         copies_blocks=True,
     ),
+    "time_step": Family(
+        about="the step of a loop in time itself, at a larger step",
+        preprocess=lambda options, site: Unchanged(),
+        coarse=build_time_step,
+        preprocess_options=StartOptions,
+        coarse_options=TimeStepOptions,
+        in_time=True,
+    ),
     "exact": Family(
         about="the fine stage itself, the oracle",
         coarse=build_exact,
@@ -185,6 +203,11 @@ def is_fine(family: str) -> bool:
     return any(row.is_fine for row in rows_of(family))
 
 
+def in_time(family: str) -> bool:
+    """Return whether networks of a family take steps of a loop in time."""
+    return any(row.in_time for row in rows_of(family))
+
+
 def options_of(role: OperatorRole, family: str) -> type[PreprocessOptions] | type[CoarseOptions]:
     """Return the options class of a family, or of a sum: the one that extends all others.
 
@@ -213,9 +236,11 @@ def build_preprocess(
 
 
 def _prologue(program: Program, options: PreprocessOptions) -> nn.Module | None:
-    """Build the map from inputs to sources: copied layers, or the embedding of the program."""
+    """Build the map from inputs to sources: copied layers, coarse steps, or the embedding."""
     if isinstance(options, FrontOptions):
         return build_front(program, options)
+    if isinstance(options, StartOptions):
+        return build_start(program, options)
     names = [source.name for source in options.sources]
     if names == list(options.inputs):
         return None

@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
@@ -27,6 +27,7 @@ from passes.coarse.family import (
     build_coarse,
     build_preprocess,
     copies_blocks,
+    in_time,
     is_fine,
     options_of,
     rows_of,
@@ -46,6 +47,14 @@ from passes.coarse.spec import (
     PreprocessSpec,
     Span,
     dependence,
+)
+from passes.coarse.step_rules import demand_loop
+from passes.coarse.time_step import (
+    StartOptions,
+    TimeStepOptions,
+    stage_steps,
+    start_options,
+    work_of,
 )
 from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
@@ -71,6 +80,11 @@ _RANKS = (16, 32, 64, 128)
 
 def preprocess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
     """Estimate the FLOPs of a preprocessing operator of the state at a position."""
+    if in_time(options.preprocess):
+        loop, order = demand_loop(analysis), analysis.frontiers.order
+        coarse = -(-(loop.step_at(position.index) or 0) // stage_steps(analysis, options))
+        before = sum(analysis.costs[node].flops for node in order[: loop.start])
+        return before + options.units * (coarse + 1) * _step_flops(analysis)  # it predicts once
     if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
         return front_estimate(analysis, options, position) + mapped
@@ -85,12 +99,21 @@ def coarse_estimate(
     analysis: Analysis, options: Options, position: Position, budget: float = math.inf
 ) -> float:
     """Estimate the FLOPs of a coarse propagator at a position, within the budget of a stage."""
+    if in_time(options.coarse):
+        return options.units * _step_flops(analysis)
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and (copies or units <= budget):
         return units
     estimates = [row.flops for row in rows_of(options.coarse)] or [linear_flops]
     return max(flops(position.specs, position.specs) for flops in estimates)
+
+
+def _step_flops(analysis: Analysis) -> float:
+    """Return the FLOPs of a step of the loop."""
+    loop = demand_loop(analysis)
+    nodes = analysis.frontiers.order[loop.start : loop.positions[-1].index]
+    return sum(analysis.costs[node].flops for node in nodes) / loop.steps
 
 
 def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
@@ -115,6 +138,16 @@ def choose_preprocess(
         SynthesisError: The state depends on no usable source, or the family of the options does
             not fit.
     """
+    if in_time(options.preprocess):
+        draft = PreprocessSpec(
+            family=options.preprocess,
+            options=start_options(analysis, options, cut, state),
+            flops=0,
+            parameters=0,
+            linear=False,
+            why="the coarse steps before it",
+        )
+        return dataclasses.replace(draft, **_step_work(analysis, draft))
     origin = origin_of(analysis, options, cut)
     if not origin.sources:
         raise SynthesisError(
@@ -313,6 +346,8 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     analysis = span.analysis
     if is_fine(draft.family):
         return dataclasses.replace(draft, **_fine_work(span))
+    if in_time(draft.family):
+        return dataclasses.replace(draft, **_step_work(analysis, draft))
     sources, targets = ([value.spec for value in state] for state in (span.entering, span.leaving))
     made_of = draft.options.made_of(analysis)
     key = draft.family, made_of, tuple(sources), tuple(targets)
@@ -349,10 +384,23 @@ def _failing_by_name(role: str, family: str, types: Sequence[TensorSpec]) -> Ite
 
 def _fine_work(span: Span) -> dict[str, Any]:
     """Return FLOPs and seconds of the fine stage."""
-    nodes = span.analysis.frontiers.order[span.start.index : span.stop.index]
-    costs = [span.analysis.costs[node] for node in nodes]
+    return _work(span.analysis, span.analysis.frontiers.order[span.start.index : span.stop.index])
+
+
+def _step_work(analysis: Analysis, draft: OperatorSpec) -> dict[str, Any]:
+    """Return FLOPs and seconds of coarse steps, which have no weights of their own."""
+    nodes: list[fx.Node] = []
+    if isinstance(draft.options, StartOptions):
+        nodes += analysis.frontiers.order[: demand_loop(analysis).start]
+    assert isinstance(draft.options, StartOptions | TimeStepOptions)
+    return _work(analysis, [*nodes, *work_of(analysis, draft.options.steps)])
+
+
+def _work(analysis: Analysis, nodes: Iterable[fx.Node]) -> dict[str, Any]:
+    """Return the sum of the FLOPs, and seconds, of nodes of the program."""
+    costs = [analysis.costs[node] for node in nodes]
     work: dict[str, Any] = {"flops": sum(cost.flops for cost in costs)}
-    if span.analysis.unit == "seconds":
+    if analysis.unit == "seconds":
         work["seconds"] = sum(cost.cost for cost in costs)
         work["backward_seconds"] = sum(cost.backward for cost in costs)
     return work

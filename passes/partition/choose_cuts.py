@@ -17,8 +17,9 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
-from passes.coarse.family import copies_blocks
+from passes.coarse.family import copies_blocks, in_time
 from passes.coarse.prologue import can_be_guessed, too_expensive
+from passes.coarse.time_step import between_steps
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import PartitionError, SynthesisError
 from passes.ir.program import provenance
@@ -59,7 +60,7 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         DoesNotFit: No stages, or not the named ones, fit into the memory of the devices.
         SynthesisError: No preprocessing operator that was asked for can be built at enough cuts.
     """
-    head = _head(analysis)
+    head = _head(analysis, options)
     candidates = _candidates(analysis, options, head)
     if options.cuts is not None:
         named = _named(analysis, candidates, head, options.cuts)
@@ -86,13 +87,18 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
 
 def problem_builder(analysis: Analysis, options: Options) -> ProblemBuilder:
     """Return the builder of the problems that `choose_cut` solves, one position per state."""
-    head = _head(analysis)
+    head = _head(analysis, options)
     candidates = _distinct(_candidates(analysis, options, head), head)
     return ProblemBuilder(analysis, options, candidates, head)
 
 
 def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Position]:
-    """List where cuts may be: before the head, and for copied blocks between whole blocks."""
+    """List where cuts may be: before the head, and between whole blocks that are copied.
+
+    For coarse steps, between the steps of the loop.
+    """
+    if in_time(options.coarse) or in_time(options.preprocess):
+        return [p for p in between_steps(analysis) if p.index < head.index]
     candidates = [
         position
         for position in analysis.frontiers.positions
@@ -151,12 +157,16 @@ def _disconnected(analysis: Analysis, positions: Sequence[Position]) -> Position
     return None
 
 
-def _head(analysis: Analysis) -> Position:
+def _head(analysis: Analysis, options: Options) -> Position:
     """Return where the head begins: after the trunk, at the state of the fewest tensors.
+
+    Coarse steps imitate the loop alone: what follows it is the head.
 
     If no cut lies before it, because most of the work is in the first layers (a large table that
     small layers follow), everything counts as trunk.
     """
+    if in_time(options.coarse):
+        return between_steps(analysis)[-1]
     positions = analysis.frontiers.positions
     if not positions:
         refused = ", ".join(f"{count} x {why}" for why, count in analysis.frontiers.refused.items())

@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.coarse.family import is_fine, rows_of
+from passes.coarse.family import in_time, is_fine, rows_of
 from passes.coarse.select import choose_coarse, choose_preprocess, stage_budget
 from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
@@ -53,7 +53,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     """
     if options.sweep == "auto":
         return _plan_faster_sweep(analysis, cut, options)
-    if options.iterations > 1 or is_fine(options.coarse):
+    if options.count > 1 or options.tolerance is not None or is_fine(options.coarse):
         _check_repeatable(analysis.program)
     positions = cut.positions
     reasons = (*cut.why, *[""] * (len(positions) - len(cut.why)))
@@ -72,7 +72,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         model=analysis.program.name,
         correction=options.correction,
         sweep=options.sweep,
-        iterations=options.iterations,
+        iterations=options.count,
         stages=tuple(stages),
         interfaces=interfaces,
         head=head,
@@ -82,6 +82,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
         notes=_notes(analysis, options, forecast),
+        tolerance=options.tolerance,
         asked=OperatorOptions(
             options.coarse, options.coarse_budget, options.units, options.rank,
             options.preprocess, options.prologue,
@@ -282,7 +283,8 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
             "the cuts are not proven to be the best: the search was stopped, and another cut "
             f"could be faster by up to {forecast.gap:.1%}"
         )
-    if forecast.serial_share > options.fit_budget and not is_fine(options.coarse):
+    budgeted = not is_fine(options.coarse) and not in_time(options.coarse)
+    if forecast.serial_share > options.fit_budget and budgeted:
         serial = f"the serial part takes {forecast.serial_share:.1%} of the original's cost"
         budget = options.coarse_budget
         notes.append(
@@ -293,9 +295,9 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
             "cheaper coarse family would help"
         )
     stateful = any(analysis.facts[node].writes for node in analysis.frontiers.order)
-    if options.iterations > 1 and stateful:
+    if options.count > 1 and stateful:
         notes.append(
-            f"with K = {options.iterations} iterations, layers that keep statistics (BatchNorm) "
+            f"with K = {options.count} iterations, layers that keep statistics (BatchNorm) "
             "update them more than once per training step, partly on guessed states"
         )
     if forecast.speedup < 1:

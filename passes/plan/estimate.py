@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.analysis.analysis import Analysis
+from passes.coarse.family import in_time
 from passes.coarse.spec import OperatorSpec
 from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
@@ -113,17 +114,23 @@ def forecast_step(
     order = {node.name: i for i, node in enumerate(analysis.frontiers.order)}
     costs = [_DeviceCosts.of(analysis, device) for device in devices]
     phases = 2 if analysis.backward else 1
-    # In difference form a coarse network that is not linear is called twice, on one batch.
+    # In difference form a coarse network that is not linear is called twice, on one batch; one that
+    # predicts once in the sweep, and once before it.
+    predicts = [s.coarse is not None and in_time(s.coarse.family) for s in stages]
+    twice = options.correction == "difference"
     calls = [
-        2 if options.correction == "difference" and s.coarse and not s.coarse.linear else 1
-        for s in stages
+        2 if twice and s.coarse and not s.coarse.linear and not p else 1
+        for s, p in zip(stages, predicts, strict=True)
     ]
     step = StepCosts(
         fine=[
             device.nodes(order[stage.first], order[stage.last] + 1)
             for device, stage in zip(costs, stages, strict=True)
         ],
-        preprocess=[c.operator(s.preprocess) for c, s in zip(costs, stages, strict=True)],
+        preprocess=[
+            _sum(c.operator(s.preprocess), c.operator(s.coarse if p else None))
+            for c, s, p in zip(costs, stages, predicts, strict=True)
+        ],
         coarse=[
             sum(device.operator(stage.coarse)) * count
             for device, stage, count in zip(costs, stages, calls, strict=True)
@@ -136,7 +143,7 @@ def forecast_step(
     )
     return step.forecast(
         options.sweep,
-        min(options.iterations, len(stages)),
+        min(options.count, len(stages)),
         unit=analysis.unit,
         sequential=min(device.total for device in costs),
         gap=gap,

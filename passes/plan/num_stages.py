@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
+from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
@@ -54,11 +55,15 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         PartitionError: The graph cannot be cut as the options ask.
         SynthesisError: A preprocessing operator or coarse propagator cannot be built.
     """
+    options, loop = for_loop(analysis, options.counted())
     if options.stages != "auto" or options.cuts is not None:
-        return options, make_plan(analysis, choose_cut(analysis, options), options)
+        plan = make_plan(analysis, choose_cut(analysis, options), options)
+        notes = (*plan.notes, loop) if loop else plan.notes
+        return options, dataclasses.replace(plan, notes=notes)
     search = _Search(analysis, options)
     plan = search.best()
-    plan = dataclasses.replace(plan, notes=(*plan.notes, search.note(plan)))
+    extra = filter(None, (loop, search.note(plan)))
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *extra))
     return dataclasses.replace(options, stages=len(plan.stages)), plan
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from passes.coarse.family import names_of, options_of
+from passes.coarse.family import in_time, names_of, options_of
 from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode, parse
@@ -276,6 +276,8 @@ class Plan:
         ties: Parameters that more than one stage reads, each with those stages.
         notes: What a user should know.
         asked: The options of the operators; None in plans of versions that did not store them.
+        tolerance: Estimated relative error down to which calls iterate; None for the iterations of
+            the plan.
         schema: Version of this format.
     """
 
@@ -293,6 +295,7 @@ class Plan:
     ties: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
     asked: OperatorOptions | None = None
+    tolerance: float | None = None
     schema: int = SCHEMA
 
     def forecasts(self, most: int) -> tuple[Forecast, ...]:
@@ -311,9 +314,18 @@ class Plan:
         """Return the values that a stage after the first reads, which its guess stands for."""
         return entering_values(self.stages, self.interfaces, number)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether coarse propagators predict states, as those of a loop in time.
+
+        `passes.transform.sweep` says what that changes.
+        """
+        specs = [stage.coarse for stage in self.stages if stage.coarse is not None]
+        return self.correction == "difference" and any(in_time(spec.family) for spec in specs)
+
     def reads_guess(self, coarse: OperatorSpec) -> bool:
         """Return whether a coarse propagator takes the guess in front of the residual."""
-        return self.correction == "difference" and not coarse.linear
+        return self.correction == "difference" and not coarse.linear and not self.predicts
 
     def corrects(self, number: int) -> tuple[Value, ...]:
         """Return the values that the correction of a stage is added to.

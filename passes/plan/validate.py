@@ -55,6 +55,8 @@ class _Checker:
         yield from _among("plan.correction", plan.correction, ("residual", "difference"))
         yield from _among("plan.sweep", plan.sweep, ("chain", "collapsed"))
         yield from _at_least_one("plan.iterations", plan.iterations)
+        if plan.tolerance is not None and not plan.tolerance > 0:
+            yield "plan.tolerance", f"is {plan.tolerance!r}: it should be a number above 0"
         if plan.sweep == "collapsed":
             yield from _among("plan.correction", plan.correction, ("residual",), "collapsed sweep")
             yield from _among("plan.iterations", plan.iterations, (1,), "collapsed sweep")
@@ -280,6 +282,7 @@ def stored_options(plan: Plan, cuts: tuple[str, ...]) -> Options:
         correction=plan.correction,
         sweep=plan.sweep,
         iterations=plan.iterations,
+        tolerance=plan.tolerance,
         seed=plan.seed,
         **dataclasses.asdict(plan.asked),
     )

@@ -11,6 +11,7 @@ class Kind(Enum):
 
     GUESS = "guess"
     FINE = "fine"
+    PREDICT = "predict"
     CORRECT = "correct"
     HEAD = "head"
     HEAD_BACKWARD = "head backward"
@@ -64,7 +65,7 @@ EXPECTS = {
 }
 """Every kind that posts a receive, and the kind that waits for the message later."""
 
-FORWARD = (Kind.GUESS, Kind.FINE, Kind.CORRECT, Kind.HEAD)
+FORWARD = (Kind.GUESS, Kind.FINE, Kind.PREDICT, Kind.CORRECT, Kind.HEAD)
 """Kinds that run a network forward, which may draw random numbers."""
 
 RECEIVES = frozenset(SENDS.values())

@@ -53,11 +53,13 @@ class Sweep:
         iterations: Number K of parareal iterations.
         sources: By stage, the stages that compute its inputs; empty if each stage reads the one
             before. Irrelevant in a chain, whose states carry everything.
+        predicts: Whether coarse propagators predict states; see `passes.transform.sweep`.
     """
 
     kind: str = "chain"
     iterations: int = 1
     sources: tuple[tuple[int, ...], ...] = ()
+    predicts: bool = False
 
     @classmethod
     def of(cls, plan: Plan) -> Sweep:
@@ -65,7 +67,7 @@ class Sweep:
         producer = {name: i for i, stage in enumerate(plan.stages) for name in stage.produces}
         sources = (sorted({producer[name] for name in s.consumes}) for s in plan.stages)
         iterations = min(plan.iterations, len(plan.stages))
-        return cls(plan.sweep, iterations, tuple(map(tuple, sources)))
+        return cls(plan.sweep, iterations, tuple(map(tuple, sources)), plan.predicts)
 
     def reads(self, stage: int) -> tuple[int, ...]:
         """Return the stages that compute the inputs of a stage."""
@@ -163,12 +165,14 @@ class _ChainLists:
     def __init__(
         self, placement: tuple[int, ...], sweep: Sweep, stages_of: Sequence[Sequence[int]]
     ) -> None:
-        steps = list_steps(len(placement), sweep.kind, sweep.iterations)
+        steps = list_steps(len(placement), sweep.kind, sweep.iterations, predicts=sweep.predicts)
         readers: dict[Symbol, set[int]] = {}  # ranks that read a state
         for step in steps:
             for symbol in step.reads:
                 readers.setdefault(symbol, set()).add(placement[step.stage])
-        self._corrected = {(s.stage, s.iteration) for s in steps if s.role is Role.COARSE}
+        ends = {(s.stage, s.iteration) for s in steps if s.role is Role.CORRECT}
+        coarse = {(s.stage, s.iteration) for s in steps if s.role is Role.COARSE}
+        self._corrected = coarse & ends
         # By rank: what waits for no state of another rank, and all that follows.
         self._start: list[list[Instruction]] = [[] for _ in stages_of]
         self._sweep: list[list[Instruction]] = [[] for _ in stages_of]
@@ -178,6 +182,11 @@ class _ChainLists:
                 if stage:
                     self._start[rank].append(Instruction(Kind.GUESS, stage, 0))
                 self._start[rank].append(Instruction(Kind.FINE, stage, 0))
+            elif step.role is Role.COARSE and step.writes.letter == "p":
+                self._start[rank].append(Instruction(Kind.PREDICT, stage, 0))
+            elif step.role is Role.COARSE and (stage, k) not in ends:
+                # The first iteration of the stage is the next one, which needs a prediction.
+                self._sweep[rank].append(Instruction(Kind.PREDICT, stage, 0, None, k + 1))
             elif step.role in _COMPUTES:
                 self._sweep[rank].append(Instruction(_COMPUTES[step.role], stage, 0, None, k))
             if step.role is Role.CORRECT:
@@ -198,7 +207,8 @@ class _ChainLists:
             replace(it, kind=_BACKWARD[it.kind], batch=batch)
             for it in reversed(forward)
             # A state without a correction has no coarse propagator to go back through.
-            if it.kind is not Kind.CORRECT or (it.stage, it.iteration) in self._corrected
+            if it.kind is not Kind.PREDICT
+            and (it.kind is not Kind.CORRECT or (it.stage, it.iteration) in self._corrected)
         ]
 
 

@@ -117,6 +117,8 @@ def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
         calls = 2 if plan.reads_guess(stage.coarse) else 1
         put_operator(_PREPROCESS, number, stage.preprocess, 1)
         put_operator(_COARSE, number, stage.coarse, calls)
+        if plan.predicts:
+            durations[Kind.PREDICT, number] = durations[Kind.CORRECT, number]
     put(_HEAD, len(plan.stages) - 1, costs[-1], _backward_ratio(plan.head, ratio))
     return durations
 

@@ -63,7 +63,9 @@ def assemble(
         A GraphModule with children `fine_j`, `preprocess_j`, `coarse_j` (j from 0; the first
         stage has a fine network only) and `head`; arguments and outputs are those of the model.
     """
-    steps = sweep(len(plan.stages), plan.sweep, plan.iterations, reuse=reuse)
+    steps = sweep(
+        len(plan.stages), plan.sweep, plan.iterations, reuse=reuse, predicts=plan.predicts
+    )
     return _network(program, plan, stages, operators, steps, f"Parareal{program.name}")
 
 
@@ -131,6 +133,8 @@ class _Writer:
     def _residual(self, step: Step, states: Sequence[_State]) -> _State:
         before, entering = states
         names = self.plan.stages[step.stage].consumes
+        if self.plan.predicts:
+            names = tuple(value.name for value in self.plan.corrects(step.stage))
         return {
             name: self._binary(
                 step, operator.sub, before[name], entering[name],
@@ -140,13 +144,16 @@ class _Writer:
         }  # fmt: skip
 
     def _coarse(self, step: Step, states: Sequence[_State]) -> _State:
-        residual, entering = states
+        read, *entering = states
         stage = self.plan.stages[step.stage]
         assert stage.coarse is not None
-        reads_guess = self.plan.reads_guess(stage.coarse)
-        leading = [entering[name] for name in stage.consumes] if reads_guess else []
+        state = [*read.values()]
+        if self.plan.predicts:
+            state = [read[name] for name in stage.consumes]
+        elif self.plan.reads_guess(stage.coarse):
+            state = [*(entering[0][name] for name in stage.consumes), *state]
         inputs = stage.coarse.options.inputs
-        result = self._call(step, "c", [*leading, *residual.values()], inputs)
+        result = self._call(step, step.writes.letter, state, inputs)
         return self._unpack(step, result, [v.name for v in self.plan.corrects(step.stage)])
 
     def _correct(self, step: Step, states: Sequence[_State]) -> _State:

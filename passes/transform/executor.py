@@ -107,8 +107,10 @@ class Executor:
             return self.fine(number, states[0] if number else {}, inputs)
         if step.role is Role.RESIDUAL:
             before, entering = states
-            names = self.plan.stages[number].consumes
+            names = [*entering] if self.plan.predicts else self.plan.stages[number].consumes
             return {name: before[name] - entering[name] for name in names}
+        if step.role is Role.COARSE and self.plan.predicts:
+            return self.predict(number, states[0], inputs)
         if step.role is Role.COARSE:
             residual, entering = states
             return self.correction(number, entering, [*residual.values()], inputs)
@@ -132,7 +134,8 @@ class Executor:
     def corrected_state(self, inputs: Mapping[str, Any]) -> State:
         """Return the state that the head of the parareal network reads, after its iterations."""
         plan = self.plan
-        *_, (_, last) = self.run(sweep(len(plan.stages), plan.sweep, plan.iterations), inputs)
+        steps = sweep(len(plan.stages), plan.sweep, plan.iterations, predicts=plan.predicts)
+        *_, (_, last) = self.run(steps, inputs)
         return last
 
     def advance(self, number: int, state: State, produced: State) -> State:
@@ -159,9 +162,22 @@ class Executor:
         self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]
     ) -> State:
         """Apply the coarse propagator of stage `number` to a residual."""
+        if self.plan.predicts:
+            names = self.plan.stages[number].consumes
+            moved = plus(guess, dict(zip(names, residual, strict=True)))
+            before = self.predict(number, guess, inputs)
+            after = self.predict(number, moved, inputs)
+            return {name: after[name] - value for name, value in before.items()}
         arguments = self.correction_arguments(number, guess, residual, inputs)
         names = tuple(value.name for value in self.plan.corrects(number))
         return _named(names, self.corrections[number].network(*arguments))
+
+    def predict(self, number: int, state: State, inputs: Mapping[str, Any]) -> State:
+        """Propagate a state through stage `number` by coarse steps."""
+        spec, network = self.corrections[number].spec, self.corrections[number].network
+        entering = [state[name] for name in self.plan.stages[number].consumes]
+        names = tuple(value.name for value in self.plan.corrects(number))
+        return _named(names, network(*entering, *self.given(spec.options.inputs, inputs)))
 
     def correction_arguments(
         self, number: int, guess: State, residual: list[torch.Tensor], inputs: Mapping[str, Any]

@@ -12,6 +12,16 @@ then u_{j-1} of the iteration before) and u_j the corrected state after it. An i
 and the head reads u_{N-1} of the last iteration. In difference form F_j reads e_j beside r_j
 (Lions, Maday, Turinici 2001). After k iterations the first k states are exact.
 
+Coarse steps of a loop in time predict: G_j reads a state alone, and every state once. With p_j, the
+prediction of the iteration before,
+
+    p_j = G_j(e_j)                       in the first iteration, beside the fine stage
+    r_j = y_j - p_j                      what the coarse steps miss
+    c_j = G_j(u_{j-1})                   the prediction; p_j of the next iteration
+    u_j = r_j + c_j
+
+which is the difference form with one call in the sweep in place of two.
+
 The docstring of `sweep` lists the steps of two stages. The fx graph, the eager executor, the ONNX
 writer, CUDA streams and the lists of ranks walk over these steps; none states the iteration again.
 """
@@ -62,6 +72,8 @@ class Step:
             RESIDUAL: the state after the stage before, and the input of the stage. COARSE: the
             residual, and the input of the stage. CORRECT: the state after the stage before unless
             it is the first stage, the output of the stage, and corrections. HEAD: the last state.
+            Of predictions, COARSE reads a state alone, RESIDUAL the output of the stage and a
+            prediction, and CORRECT the residual in place of the output.
         writes: The state that it writes.
     """
 
@@ -82,6 +94,7 @@ def sweep(
     *,
     reuse: bool = True,
     prune: bool = True,
+    predicts: bool = False,
 ) -> tuple[Step, ...]:
     """List the steps of a parareal network, in a valid order of execution.
 
@@ -93,6 +106,7 @@ def sweep(
             iteration before; False computes every stage every time.
         prune: Whether to omit steps that the outputs do not depend on: with several iterations, the
             last stages of the first iterations.
+        predicts: Whether coarse propagators predict states, as those of a loop in time.
 
     >>> for step in sweep(2):
     ...     print(step)
@@ -116,8 +130,11 @@ def sweep(
         for stage in computed:
             reads = (entering[stage],) if stage else ()
             steps.append(Step(Role.FINE, stage, iteration, reads, Symbol("y", stage, iteration)))
-        add = _collapsed if kind == "collapsed" else _chain
-        steps += add(computed, iteration, entering, states)
+        if predicts:
+            steps += _predicted(computed, iteration, entering, states)
+        else:
+            add = _collapsed if kind == "collapsed" else _chain
+            steps += add(computed, iteration, entering, states)
         entering = {stage: states[stage - 1] for stage in range(1, stages)}
     last = states[stages - 1]
     steps.append(Step(Role.HEAD, stages - 1, last.iteration, (last,), _out(last)))
@@ -134,6 +151,39 @@ def _chain(
             yield from _correction(stage, iteration, entering[stage], states[stage - 1])
             corrections = (Symbol("c", stage, iteration),)
         yield _correct(stage, iteration, states, corrections)
+
+
+def _predicted(
+    computed: range, iteration: int, entering: dict[int, Symbol], states: dict[int, Symbol]
+) -> Iterator[Step]:
+    """Correct one state after another by the change of its prediction.
+
+    >>> for step in sweep(3, iterations=2, predicts=True)[6:]:
+    ...     print(step)
+    c_1 <- coarse_1(u_0)
+    u_1 <- correct_1(u_0, r_1, c_1)
+    c_2 <- coarse_2(u_1)
+    y_1^2 <- fine_1(u_0)
+    y_2^2 <- fine_2(u_1)
+    u_1^2 <- correct_1(u_0, y_1^2)
+    r_2^2 <- residual_2(y_2^2, c_2)
+    c_2^2 <- coarse_2(u_1^2)
+    u_2^2 <- correct_2(u_1^2, r_2^2, c_2^2)
+    out_2^2 <- head_2(u_2^2)
+    """
+    for stage in computed if not iteration else ():
+        if stage:
+            yield Step(Role.COARSE, stage, 0, (entering[stage],), Symbol("p", stage))
+    for stage in computed:
+        if stage == computed[0]:
+            yield _correct(stage, iteration, states, ())
+            continue
+        symbols = (Symbol(letter, stage, iteration) for letter in "yrc")
+        output, residual, correction = symbols
+        before = Symbol("c", stage, iteration - 1) if iteration else Symbol("p", stage)
+        yield Step(Role.RESIDUAL, stage, iteration, (output, before), residual)
+        yield Step(Role.COARSE, stage, iteration, (states[stage - 1],), correction)
+        yield _correct(stage, iteration, states, (correction,), residual)
 
 
 def _collapsed(
@@ -156,11 +206,15 @@ def _correction(stage: int, iteration: int, entering: Symbol, before: Symbol) ->
 
 
 def _correct(
-    stage: int, iteration: int, states: dict[int, Symbol], corrections: tuple[Symbol, ...]
+    stage: int,
+    iteration: int,
+    states: dict[int, Symbol],
+    corrections: tuple[Symbol, ...],
+    produced: Symbol | None = None,
 ) -> Step:
     before = (states[stage - 1],) if stage else ()
     states[stage] = Symbol("u", stage, iteration)
-    reads = (*before, Symbol("y", stage, iteration), *corrections)
+    reads = (*before, produced or Symbol("y", stage, iteration), *corrections)
     return Step(Role.CORRECT, stage, iteration, reads, states[stage])
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.capture.refold import dropouts
-from passes.coarse.family import build_coarse, build_preprocess, is_fine
+from passes.coarse.family import build_coarse, build_preprocess, in_time, is_fine
 from passes.coarse.spec import CoarseSpec
 from passes.coarse.wrappers import Difference
 from passes.ir.isolation import seeded
@@ -53,7 +53,7 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
                 continue
             entering = [value.spec for value in plan.enters(number)]
             operator = build_preprocess(program, stage.preprocess, entering)
-            preprocess[number] = operator.to(program.device).train(program.module.training)
+            preprocess[number] = _in_mode(program, operator, stage.preprocess.family)
             fine = stages.fine[number]
             coarse[number] = build_propagator(program, plan, number, stage.coarse, fine)
     return Operators(preprocess, coarse)
@@ -84,4 +84,18 @@ def build_propagator(
         plain = plain and program.dynamic_batch and not dropouts(network)
         joint = plain and not exact and not spec.options.inputs
         network = Difference(network, len(entering), joint=joint)
-    return network if exact else network.to(program.device).train(program.module.training)
+    return _in_mode(program, network, spec.family)
+
+
+def _in_mode(program: Program, network: nn.Module, family: str) -> nn.Module:
+    """Put a new network into the mode and onto the device of the program.
+
+    Layers of the program keep their own: they may differ from the mode of the whole.
+    """
+    if not is_fine(family) and not in_time(family):
+        return network.to(program.device).train(program.module.training)
+    shared = set(program.module.modules())
+    for module in network.modules():
+        if module not in shared and not isinstance(module, fx.GraphModule):
+            module.training = program.module.training
+    return network

@@ -95,6 +95,15 @@ def _read_stages(_: click.Context, __: click.Parameter, value: str) -> int | Lit
         raise OptionError(f"-n must be a number or 'auto' (got {value!r})") from error
 
 
+def _read_iterations(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise OptionError(f"--iterations must be a number or 'auto' (got {value!r})") from error
+
+
 def compiler_options(*names: str) -> Callable[[_Command], _Command]:
     """Add options of the compiler to a command, with the defaults and texts of `Options`.
 
@@ -109,6 +118,11 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
             text = option_texts()[name]
             kind = float if "float" in str(field.type) else type(field.default)
             flag = f"--{name.replace('_', '-')}"
+            if name == "iterations":
+                command = click.option(
+                    flag, default="1", callback=_read_iterations, metavar="NUMBER|auto", help=text
+                )(command)
+                continue
             command = click.option(flag, default=field.default, type=kind, help=text)(command)
         return command
 

@@ -74,7 +74,7 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 )
 @compiler_options(
     "coarse", "coarse_budget", "units", "rank", "preprocess", "prologue", "correction", "sweep",
-    "iterations", "seed",
+    "iterations", "tolerance", "seed",
 )  # fmt: skip
 @click.option(
     "--cut-at",

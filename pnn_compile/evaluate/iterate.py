@@ -15,13 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from passes.errors import OptionError
+from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
+from passes.schedule.lists import Sweep, schedule
+from passes.schedule.simulate import Times, simulate
+from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, State
 from passes.transform.sweep import Role, sweep
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
@@ -107,6 +110,22 @@ def iterate(
     )
 
 
+def count_iterations(compiled: Compiled) -> Compiled:
+    """Return the network with as many iterations as its tolerance takes on the example inputs."""
+    program, plan = compiled.program, compiled.plan
+    names = (str(node.target) for node in program.inputs)
+    example = dict(zip(names, program.fresh_inputs(), strict=True))
+    result = iterate(compiled, example, tolerance=plan.tolerance)
+    count = result.iterations
+    reached = "exact" if result.exact else f"estimate {result.estimates[-1].max():.2g}"
+    note = f"K = {count} iterations on the example inputs for {plan.tolerance:g} ({reached})"
+    plan = replace(
+        plan, iterations=count, forecast=plan.forecasts(count)[-1], notes=(*plan.notes, note)
+    )
+    module = assemble(program, plan, compiled.stages, compiled.operators)
+    return replace(compiled, plan=plan, module=module)
+
+
 @contextmanager
 def _measuring(compiled: Compiled) -> Iterator[None]:
     """Run pieces in the mode of the network, without gradients; restore all state on exit.
@@ -180,7 +199,8 @@ def last_states(executor: Executor, inputs: Mapping[str, Any], most: int) -> Ite
     last = len(plan.stages) - 1
     uncorrected: State = {}
     # Nothing is pruned: the caller reads the last state of every iteration.
-    for step, state in executor.run(sweep(last + 1, plan.sweep, most, prune=False), inputs):
+    steps = sweep(last + 1, plan.sweep, most, prune=False, predicts=plan.predicts)
+    for step, state in executor.run(steps, inputs):
         if step.role is Role.FINE and not step.iteration:
             uncorrected = executor.advance(step.stage, uncorrected, state)
             if step.stage == last:
@@ -224,6 +244,8 @@ class DialRow:
         speedup: Predicted speed-up over the original, links not counted.
         serial_share: Cost of the coarse sweeps and the head over the original's.
         samples: Number of samples.
+        pipelined: Predicted speed-up if an iteration starts on the states that are there, by
+            simulation of the ranks' lists; None for costs of a callable.
     """
 
     iterations: int
@@ -234,6 +256,24 @@ class DialRow:
     speedup: float
     serial_share: float
     samples: int
+    pipelined: float | None = None
+
+
+def pipelined_speedup(plan: Plan, iterations: int) -> float | None:
+    """Predict the speed-up of some iterations by simulation of the instruction lists.
+
+    Returns:
+        Time of the original over that of the slowest rank, one stage a rank, links not counted;
+        None for costs of a callable, which the plan does not store.
+    """
+    lists = Sweep.of(replace(plan, iterations=iterations))
+    placement, training = range(len(plan.stages)), plan.cost in ("measured", "roofline")
+    try:
+        times = Times.of(plan)
+    except RuntimeFault:
+        return None
+    step = simulate(schedule(placement, lists, backward=training), times)
+    return plan.forecast.sequential / step.time if step.time else 1.0
 
 
 def dial(
@@ -279,6 +319,7 @@ def dial(
             speedup=forecast.speedup,
             serial_share=forecast.serial_share,
             samples=tally.samples,
+            pipelined=pipelined_speedup(plan, iterations),
         )
         for iterations, (tally, forecast) in rows
     )

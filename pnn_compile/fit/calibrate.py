@@ -182,7 +182,7 @@ def _measure(executor: Executor, batches: CalibrationBatches) -> _Errors:
     plan = executor.plan
     errors: dict[str, dict[int, RelativeError]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
     output_error, agreed = RelativeError(), Agreement()
-    one_iteration = sweep(len(plan.stages), plan.sweep)
+    one_iteration = sweep(len(plan.stages), plan.sweep, predicts=plan.predicts)
     for held_out, inputs in batches.split():
         if not held_out:
             continue

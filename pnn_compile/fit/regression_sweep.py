@@ -99,6 +99,8 @@ def fit_closed_form(
         Names of the operators whose BatchNorm statistics were measured anew, which is done where
         it lowers the error.
     """
+    if executor.plan.predicts:
+        return ()  # coarse steps of a loop have no weights of their own
     with tempfile.TemporaryDirectory(prefix="pnn-calibrate-") as folder:
         store = _StateStore(Path(folder), _memory_limit(device_of(executor.stages.head)))
         fitting = _RegressionSweep(executor, batches, store, keep_better=keep_better)

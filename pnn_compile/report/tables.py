@@ -306,7 +306,16 @@ def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
     """
     table = figures_table(
         f"{model}: iterations against the original, on {rows[0].samples} samples",
-        ("K", "estimate", "95 %", "output error", "agreement", "speed-up", "serial share"),
+        (
+            "K",
+            "estimate",
+            "95 %",
+            "output error",
+            "agreement",
+            "speed-up",
+            "pipelined",
+            "serial share",
+        ),
     )
     for row in rows:
         table.add_row(
@@ -316,12 +325,14 @@ def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
             f"{row.output_error:.3g}",
             "-" if row.agreement is None else f"{row.agreement:.1%}",
             f"{row.speedup:.2f}",
+            "-" if row.pipelined is None else f"{row.pipelined:.2f}",
             f"{row.serial_share:.1%}",
         )
     legend = Text(
         "estimate: relative error of the last state, from the increments (mean, and 95th "
         "percentile of the samples); output error, agreement: measured against the current fine "
-        "stages in sequence; speed-up: predicted, links not counted",
+        "stages in sequence; speed-up: predicted, links not counted, one iteration after another; "
+        "pipelined: the next iteration starts on the states that are there",
         style="dim",
     )
     return Group(table, legend)

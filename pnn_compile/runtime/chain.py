@@ -2,7 +2,7 @@
 
 The formulas are those of `passes/transform/sweep.py`. In iteration k a stage j reads e_j, the state
 after stage j - 1 of the iteration before (the guess x_j where k = 0), and is corrected to
-u_j = y_j + F_j(u_{j-1} - e_j). Stage k is exact: it has no
+u_j = y_j + F_j(u_{j-1} - e_j), or by the change of its prediction. Stage k is exact: it has no
 correction, and its state is its output and the values that cross it unchanged.
 """
 
@@ -42,13 +42,22 @@ def _receive(engine: Engine, it: Instruction) -> None:
     engine.states[it.key] = engine.receive(it.peer, engine.shapes(it.stage, it.batch))
 
 
+def _predict(engine: Engine, it: Instruction) -> None:
+    """Predict the state after a stage by coarse steps, before its input is corrected."""
+    entering = _entering(engine, it)
+    engine.predictions[it.key] = engine.executor.predict(
+        it.stage, entering, engine.inputs[it.batch]
+    )
+
+
 def _correct(engine: Engine, it: Instruction) -> None:
     stage, batch, k = it.key
     produced = detached(engine.fine[it.key].outputs)
     before: State = {}
     if stage > k:
         before = engine.states[stage - 1, batch, k]
-        produced = plus(produced, detached(_correction(engine, it, before)))
+        change = _change if engine.plan.predicts else _correction
+        produced = plus(produced, detached(change(engine, it, before)))
     elif stage:
         before = engine.states[stage - 1, batch, k - 1]
     # The next iteration reads the state that corrected this one; nothing reads the one before it.
@@ -68,6 +77,15 @@ def _correction(engine: Engine, it: Instruction, true: State) -> State:
     tagged = {_TAG + name: value for name, value in guess.items()} if reads_guess else {}
     engine.coarse[it.key] = PieceGraph({**tagged, **residual}, result)
     return result
+
+
+def _change(engine: Engine, it: Instruction, true: State) -> State:
+    """Compute the change of the prediction, G_j(u_{j-1}) - G_j(e_j); keep it for the next one."""
+    before = engine.predictions.pop(it.key)
+    after = engine.executor.predict(it.stage, true, engine.inputs[it.batch])
+    if it.iteration + 1 < min(engine.pieces.sweep.iterations, it.stage):
+        engine.predictions[it.stage, it.batch, it.iteration + 1] = after
+    return {name: after[name] - value for name, value in before.items()}
 
 
 _TAG = "guess of "
@@ -125,6 +143,7 @@ def _untouched(engine: Engine, it: Instruction) -> State:
 
 HANDLERS: dict[Kind, Callable[[Engine, Instruction], None]] = {
     Kind.FINE: _fine,
+    Kind.PREDICT: _predict,
     Kind.RECEIVE: _receive,
     Kind.CORRECT: _correct,
     Kind.SEND: _send,

@@ -81,10 +81,14 @@ class Engine:
             dropout does not depend on the placement.
         synchronize: Whether to wait for the GPU after every instruction, for exact `seconds`.
 
+    Raises:
+        RuntimeFault: A loss, for a network whose coarse steps share the weights of the trunk.
+
     Attributes:
         guesses: Preprocessing operators that ran here.
         fine: Fine stages that ran here.
         coarse: Corrections that ran here.
+        predictions: States after stages by coarse steps, to be corrected here.
         states: States after stages; in a collapsed sweep this rank's share of the last state.
         adjoints: Adjoints of these states, summed so far.
         guess_adjoints: Adjoints of the guesses that were computed here.
@@ -109,6 +113,11 @@ class Engine:
         *,
         synchronize: bool = False,
     ) -> None:
+        if loss is not None and pieces.plan.predicts:
+            raise RuntimeFault(
+                "ranks do not train the coarse steps of a loop in time, which share the weights of "
+                "the trunk: train the model itself, or compiled.module in one process"
+            )
         self.pieces = pieces
         self.plan = pieces.plan
         self.executor = pieces.executor
@@ -123,6 +132,7 @@ class Engine:
         self.guesses: dict[_Key, PieceGraph] = {}
         self.fine: dict[_Key, PieceGraph] = {}
         self.coarse: dict[_Key, PieceGraph] = {}
+        self.predictions: dict[_Key, State] = {}
         self.heads: dict[_Key, PieceGraph] = {}
         self.states: dict[_Key, State] = {}
         self.adjoints: dict[_Key, State] = {}

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-RUN = ("write_a_pass.md",)
+RUN = ("loops_in_time.md", "write_a_pass.md")
 """Pages whose blocks of Python are one program, from top to bottom."""
 
 

@@ -98,6 +98,8 @@ def group_operations(lowered: Lowered, *, collapsed: bool) -> list[OperationGrou
             kind = "head"
         if step.role is Role.FINE and step.iteration:
             kind = "fine"
+        if step.writes.letter == "p":  # a prediction that waits for no other stage
+            kind = "stage"
         members.setdefault((kind, step.stage, step.iteration), []).append(operation)
     readers: dict[str, set[tuple[str, int, int]]] = {}
     for key, operations in members.items():

@@ -240,7 +240,8 @@ class _ModelWriter:
         value = self._values[name]
         if value.producer() is None or value.name in self._public:
             # The head makes the copy; K may exceed the iterations that the sweep needs.
-            head = sweep(len(self.plan.stages), self.plan.sweep, self.plan.iterations)[-1]
+            plan = self.plan
+            head = sweep(len(plan.stages), plan.sweep, plan.iterations, predicts=plan.predicts)[-1]
             step = replace(head, iteration=self.plan.iterations - 1)
             node = ir.node("Identity", [value])
             node.outputs[0].type, node.outputs[0].shape = value.type, value.shape

@@ -518,8 +518,9 @@ def test_a_convolution_is_narrowed_to_its_budget() -> None:
 def test_a_guess_takes_a_tenth_of_a_stage_or_is_as_narrow_as_can_be() -> None:
     layers = [nn.Conv2d(3, 256, 3, stride=8, padding=1)]
     layers += [nn.Conv2d(256, 256, 3, padding=1) for _ in range(6)]
-    network = compile_model(nn.Sequential(*layers), torch.randn(2, 3, 64, 64), stages=3)
-    stage = network.plan.stages[1]
+    plan = compile_model(nn.Sequential(*layers), torch.randn(2, 3, 64, 64), stages=3).plan
+    assert plan is not None
+    stage = plan.stages[1]
     assert stage.preprocess is not None
     dense = convolution_flops(image(3, 64, 64), [image(256, 8, 8)])
     assert stage.preprocess.options.width == 128

@@ -1,0 +1,123 @@
+"""Loops in time from the user's side: tolerance, ranks, artifact, ONNX, command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pnn_compile as pnn
+from passes.errors import OptionError, RuntimeFault
+from passes.schedule.instruction import Kind
+from passes.schedule.verify import check
+from pnn_compile.cli import main
+from pnn_compile.inputs import named_batch
+from pnn_compile.runtime.engine import run_in_one_process
+from pnn_compile.runtime.rank_pieces import RankPieces
+from tests.models import loops
+
+
+def _compiled(**options: Any) -> tuple[loops.DDIM, tuple[torch.Tensor, ...], pnn.Compiled]:
+    torch.manual_seed(0)
+    model, inputs = loops.DDIM().eval(), loops.inputs(loops.DDIM)
+    return model, inputs, pnn.compile(model, inputs, **{"stages": 4, **options})
+
+
+def test_tolerance() -> None:
+    model, inputs, compiled = _compiled(tolerance=1e-3)
+    assert compiled.plan.tolerance == 1e-3
+    assert 1 < compiled.plan.iterations < 4
+    target = model(*inputs)
+    assert ((compiled(*inputs) - target).norm(dim=1) / target.norm(dim=1)).max() < 1e-3
+    assert compiled(noise := torch.randn(3, 8)).shape == noise.shape
+    assert torch.equal(compiled(x=noise), compiled(noise))
+    # The fixed K of the plan is what is saved, exported and distributed.
+    fixed = compiled.iterate(inputs, iterations=compiled.plan.iterations).outputs
+    torch.testing.assert_close(compiled.module(*inputs), fixed)
+    rows = compiled.dial([inputs])
+    speeds = [row.pipelined or 0.0 for row in rows]
+    assert all(fast >= row.speedup for fast, row in zip(speeds, rows, strict=True))
+    assert speeds[:3] == sorted(speeds[:3], reverse=True)
+    assert speeds[3] == pytest.approx(1.0)  # the stages in sequence
+
+
+def test_without_tolerance_a_call_is_one_of_the_module() -> None:
+    _, inputs, compiled = _compiled(iterations=2)
+    assert torch.equal(compiled(*inputs), compiled.module(*inputs))
+
+
+def test_options() -> None:
+    _, _, compiled = _compiled(iterations="auto")
+    assert compiled.plan.tolerance == 0.01
+    for wrong in ({"tolerance": 0}, {"iterations": "many"}, {"tolerance": "small"}):
+        with pytest.raises(OptionError):
+            pnn.compile(loops.DDIM(), loops.inputs(loops.DDIM), stages=2, **wrong)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+@pytest.mark.parametrize("placement", [(0, 1, 2, 3), (0, 0, 1, 1)])
+def test_ranks_equal_the_network(iterations: int, placement: tuple[int, ...]) -> None:
+    _, inputs, compiled = _compiled(iterations=iterations)
+    ranks = [RankPieces(compiled, placement, rank) for rank in range(max(placement) + 1)]
+    batches = [named_batch(compiled, inputs), named_batch(compiled, torch.randn(2, 8))]
+    lists = ranks[0].instruction_lists(batches=2, backward=False)
+    check(lists)
+    predictions = sum(it.kind is Kind.PREDICT for instructions in lists for it in instructions)
+    # Every stage but the first needs one, once; all iterations are the stages in sequence.
+    assert predictions == (2 * 3 if iterations < 4 else 0)
+    engines = run_in_one_process(compiled, ranks, batches)
+    for number, batch in enumerate(batches):
+        torch.testing.assert_close(
+            engines[placement[-1]].outputs[number], compiled.module(**batch), rtol=1e-5, atol=1e-5
+        )
+    assert not any(engine.predictions for engine in engines)
+
+
+def test_ranks_do_not_train_it() -> None:
+    _, inputs, compiled = _compiled()
+    ranks = [RankPieces(compiled, (0, 0, 1, 1), rank) for rank in range(2)]
+    with pytest.raises(RuntimeFault, match="coarse steps of a loop"):
+        run_in_one_process(
+            compiled, ranks, [named_batch(compiled, inputs)], lambda outputs: outputs[0].mean()
+        )
+
+
+def test_verified_saved_and_exported(tmp_path: Path) -> None:
+    _, inputs, compiled = _compiled(iterations=2)
+    assert compiled.verify(strict=True).ok
+    compiled.save(tmp_path / "saved")
+    again = pnn.load(tmp_path / "saved")
+    assert torch.equal(again.module(*inputs), compiled.module(*inputs))
+    assert again.plan == compiled.plan
+    pytest.importorskip("onnxruntime")
+    exported = compiled.export_onnx(tmp_path / "model.onnx")
+    assert exported.checked is not None
+    assert exported.checked.error < 1e-4
+
+
+def test_gradients_flow() -> None:
+    _, inputs, compiled = _compiled(iterations=4)
+    compiled.module(*inputs).square().sum().backward()
+    gradients = {name: p.grad for name, p in compiled.module.named_parameters()}
+    model = loops.DDIM()
+    model.load_state_dict(compiled.original_state_dict())
+    model(*inputs).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[f"fine_0.{name}"], parameter.grad)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sampler.py"
+    file.write_text(
+        "import torch\nfrom tests.models import loops\n"
+        "def build_model():\n    torch.manual_seed(0)\n    return loops.DDIM().eval()\n"
+        "def example_inputs():\n    return loops.inputs(loops.DDIM)\n"
+    )
+    arguments = [str(file), "-n", "4", "--iterations", "auto", "--tolerance", "1e-3"]
+    assert main([*arguments, "--no-verify"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "a loop of 12 steps" in output
+    assert "iterations on the example inputs for 0.001" in output
+    assert main([*arguments[:3], "--iterations", "few"]) == 2
