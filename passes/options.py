@@ -65,9 +65,10 @@ class Options:
         coarse: Family of the coarse propagators: "units", fresh copies of the repeating block;
             "thinned", every m-th block of the trained trunk; "linear", channels mixed at every
             position; "lowrank", a map of small rank between whole states; "conv", two small
-            convolutions or linear layers that start at zero; "zero", no correction; "exact", the
-            fine stage itself, the oracle; a sum such as "linear+lowrank"; or "auto", the family
-            that kept most accuracy in training.
+            convolutions or linear layers that start at zero; "time_step", the step of a loop in
+            time itself, at a larger step; "zero", no correction; "exact", the fine stage itself,
+            the oracle; a sum such as "linear+lowrank"; or "auto", the family that kept most
+            accuracy in training, and "time_step" in a loop.
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
             None: "auto" takes the family that kept most accuracy, at its price, and calibration
             chooses within 5 %.
@@ -75,8 +76,8 @@ class Options:
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators: "convolution", a strided convolution
-            from an image; "linear", "lowrank", "conv" or "thinned" as above; a sum; or "auto", the
-            convolution where it fits and else the channel map.
+            from an image; "linear", "lowrank", "conv", "thinned" or "time_step" as above; a sum;
+            or "auto", the convolution where it fits and else the channel map.
         prologue: Largest share of the cost of the original that a preprocessing operator may spend
             on a copy of the first layers, to read their output instead of the input, or on a
             thinned copy of all layers before its interface (`preprocess="thinned"`). None: no copy;
