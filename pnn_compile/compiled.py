@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
 import torch
 from torch import fx, nn
@@ -90,9 +91,47 @@ class Compiled:
         """
         if self.plan.tolerance is None:
             return self.module(*args, **kwargs)
-        names = (str(node.target) for node in self.program.inputs)
+        names = [str(node.target) for node in self.program.inputs]
+        if len(args) > len(names):
+            raise OptionError(f"{len(args)} arguments for inputs {', '.join(names)}")
         inputs = dict(zip(names, args, strict=False)) | kwargs
         return self.iterate(inputs, tolerance=self.plan.tolerance).outputs
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the network to training mode, or to evaluation mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set the network to evaluation mode."""
+        return self.train(False)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert the network, as `torch.nn.Module.to` does."""
+        self.module.to(*args, **kwargs)
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters of the network, for an optimizer."""
+        return self.module.parameters()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights of the network, under its own names."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
+        """Load what `state_dict` returned; `load_original_state_dict` takes the model's."""
+        self.module.load_state_dict(state, strict=strict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**copy.deepcopy(values, memo))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a compiled network cannot be pickled: save it with compiled.save(directory), and load "
+            "it with pnn.load(directory), in another process too"
+        )
 
     @cached_property
     def analysis(self) -> Analysis:

@@ -1,0 +1,54 @@
+"""A compiled network as an object: called, moved, copied and trained as a module is."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from tests.models.builders import block_chain
+
+
+@pytest.fixture(scope="module")
+def network() -> pnn.Compiled:
+    torch.manual_seed(0)
+    return pnn.compile(block_chain(6, 8), torch.randn(4, 8), stages=3)
+
+
+def test_it_is_called_as_its_network(network: pnn.Compiled) -> None:
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(network.eval()(x), network.module(x))
+
+
+def test_modes_parameters_and_weights_are_those_of_the_network(network: pnn.Compiled) -> None:
+    assert network.train() is network
+    assert network.module.training
+    assert not network.eval().module.training
+    assert [*network.parameters()] == [*network.module.parameters()]
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    state = other.state_dict()
+    network.load_state_dict(state)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in state.items())
+
+
+def test_a_copy_is_independent_and_verifies(network: pnn.Compiled) -> None:
+    x = torch.randn(4, 8)
+    before = network.module(x).detach().clone()
+    other = copy.deepcopy(network)
+    assert other.verify().ok
+    nn.init.zeros_(next(other.parameters()))
+    assert torch.equal(network.module(x), before)
+
+
+def test_it_moves_to_another_precision(network: pnn.Compiled) -> None:
+    other = copy.deepcopy(network).to(torch.float64)
+    assert other(torch.randn(4, 8, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_pickling_says_what_to_do_instead(network: pnn.Compiled) -> None:
+    with pytest.raises(TypeError, match=r"compiled\.save\(directory\)"):
+        pickle.dumps(network)
