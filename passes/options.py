@@ -26,8 +26,10 @@ class Choices(TypedDict, total=False):
     stages: int | Literal["auto"]
     cost: CostSource
     cuts: Iterable[str] | None
+    cut_inside_blocks: bool
     coarse: str
     coarse_budget: float
+    coarse_width: float | None
     units: int
     rank: int
     preprocess: str
@@ -51,9 +53,16 @@ class Options:
             "roofline" and "roofline-forward"; or a callable from a node and its forward FLOPs to
             a cost.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
+        cut_inside_blocks: Whether the search may also cut inside a block: between a convolution or
+            matrix product and its normalization, activation and dropout, or within a residual
+            unit. It does so in any case if there are too few blocks. `cuts` may name any legal
+            place.
         coarse: Family of the coarse propagators (`passes.coarse.family` lists them), "auto", or a
             sum such as "linear+lowrank".
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
+        coarse_width: Share of the channels at which copied blocks of a coarse propagator of family
+            "units" work, between a reduction and an expansion. None: all channels; in a collapsed
+            sweep, the largest share at which each network costs no more than the chain's.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
@@ -79,8 +88,10 @@ class Options:
     stages: int | Literal["auto"] = "auto"
     cost: CostSource = "flops"
     cuts: tuple[str, ...] | None = None
+    cut_inside_blocks: bool = False
     coarse: str = "auto"
     coarse_budget: float = 0.05
+    coarse_width: float | None = None
     units: int = 1
     rank: int = 32
     preprocess: str = "auto"
@@ -135,11 +146,12 @@ class Options:
         _at_least("iterations", self.iterations, 1)
         _at_least("units", self.units, 1)
         _at_least("seed", self.seed, 0)
-        share: object = self.coarse_budget
-        if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise OptionError(
-                f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
-            )
+        inside: object = self.cut_inside_blocks
+        if not isinstance(inside, bool):
+            raise OptionError(f"cut_inside_blocks must be True or False (got {inside!r})")
+        _share("coarse_budget", self.coarse_budget)
+        if self.coarse_width is not None:
+            _share("coarse_width", self.coarse_width)
         first: object = self.prologue
         if first is not None and (not isinstance(first, int | float) or not 0 <= first < 1):
             raise OptionError(f"prologue must be a share from 0 to below 1 (got {first!r})")
@@ -201,6 +213,11 @@ class Options:
 def _among(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(allowed)}")
+
+
+def _share(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise OptionError(f"{name} must be a share above 0 and at most 1 (got {value!r})")
 
 
 def _check_family(role: OperatorRole, family: str) -> None:

@@ -27,7 +27,14 @@ from passes.coarse.spec import (
     Site,
 )
 from passes.coarse.thinned_blocks import FrontOptions, ThinnedOptions, build_front, build_thinned
-from passes.coarse.wrappers import ExactOptions, PreprocessingOperator, Sum, Zero, build_exact
+from passes.coarse.wrappers import (
+    ExactOptions,
+    Identity,
+    PreprocessingOperator,
+    Sum,
+    Zero,
+    build_exact,
+)
 from passes.errors import SynthesisError
 from passes.ir.program import Program, extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
@@ -118,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         about="fresh copies of the repeating block, the paper's",
         coarse=build_units,
         coarse_options=UnitsOptions,
+        sweeps=_EITHER,
         copies_blocks=True,
     ),
     "thinned": Family(
@@ -129,6 +137,7 @@ FAMILIES: dict[str, Family] = {
         coarse=build_thinned,
         preprocess_options=FrontOptions,
         coarse_options=ThinnedOptions,
+        sweeps=_EITHER,
         copies_blocks=True,
     ),
     "exact": Family(
@@ -136,6 +145,14 @@ FAMILIES: dict[str, Family] = {
         coarse=build_exact,
         coarse_options=ExactOptions,
         is_fine=True,
+    ),
+    "identity": Family(
+        about="the state itself, where its shape stays",
+        preprocess=lambda options, site: Identity(site.entering, site.leaving),
+        coarse=lambda options, site: Identity(site.entering, site.leaving),
+        linear=True,
+        sweeps=_EITHER,
+        flops=lambda entering, leaving: 0.0,
     ),
     "zero": Family(
         about="no correction",

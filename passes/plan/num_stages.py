@@ -134,6 +134,8 @@ class _Search:
             options = dataclasses.replace(self._options, stages=stages, coarse_budget=budget)
             try:
                 cut = choose_cut(self._analysis, options)
+                if cut.inside_blocks:
+                    raise PartitionError(cut.note)
                 self._plans[key] = make_plan(self._analysis, cut, options)
             except (PartitionError, SynthesisError) as error:
                 self._first_error = self._first_error or error

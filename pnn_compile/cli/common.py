@@ -114,7 +114,8 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
                 text = family_help("preprocess")
             kind = float if "float" in str(field.type) else type(field.default)
             flag = f"--{name.replace('_', '-')}"
-            command = click.option(flag, default=field.default, type=kind, help=text)(command)
+            switch = {"is_flag": True} if kind is bool else {"type": kind}
+            command = click.option(flag, default=field.default, help=text, **switch)(command)
         return command
 
     return decorate
