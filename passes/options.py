@@ -36,8 +36,10 @@ class Choices(TypedDict, total=False):
     stages: int | Literal["auto"]
     cost: CostSource
     cuts: Iterable[str] | None
+    cut_inside_blocks: bool
     coarse: str
     coarse_budget: float | None
+    coarse_width: float | None
     units: int
     rank: int
     preprocess: str
@@ -62,22 +64,29 @@ class Options:
             "roofline" and "roofline-forward"; or a callable from a node and its forward FLOPs to
             a cost.
         cuts: Names of the nodes or modules that start stages 1 to N - 1; None to search.
+        cut_inside_blocks: Whether the search may also cut inside a block: between a convolution or
+            matrix product and its normalization, activation and dropout, or within a residual
+            unit. It does so in any case if there are too few blocks. `cuts` may name any legal
+            place.
         coarse: Family of the coarse propagators: "units", fresh copies of the repeating block;
             "thinned", every m-th block of the trained trunk; "linear", channels mixed at every
             position; "lowrank", a map of small rank between whole states; "conv", two small
             convolutions or linear layers that start at zero; "time_step", the step of a loop in
-            time itself, at a larger step; "zero", no correction; "exact", the fine stage itself,
-            the oracle; a sum such as "linear+lowrank"; or "auto", the family that kept most
-            accuracy in training, and "time_step" in a loop.
+            time itself, at a larger step; "identity", the state itself; "zero", no correction;
+            "exact", the fine stage itself, the oracle; a sum such as "linear+lowrank"; or "auto",
+            the family that kept most accuracy in training, and "time_step" in a loop.
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
             None: "auto" takes the family that kept most accuracy, at its price, and calibration
             chooses within 5 %.
+        coarse_width: Share of the channels at which copied blocks of a coarse propagator of family
+            "units" work, between a reduction and an expansion. None: all channels; in a collapsed
+            sweep, the largest share at which each network costs no more than the chain's.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators: "convolution", a strided convolution
-            from an image; "linear", "lowrank", "conv", "thinned" or "time_step" as above; a sum;
-            or "auto", the convolution where it fits and else the channel map.
+            from an image; "linear", "lowrank", "conv", "thinned", "time_step" or "identity" as
+            above; a sum; or "auto", the convolution where it fits and else the channel map.
         prologue: Largest share of the cost of the original that a preprocessing operator may spend
             on a copy of the first layers, to read their output instead of the input, or on a
             thinned copy of all layers before its interface (`preprocess="thinned"`). None: no copy;
@@ -102,8 +111,10 @@ class Options:
     stages: int | Literal["auto"] = "auto"
     cost: CostSource = "flops"
     cuts: tuple[str, ...] | None = None
+    cut_inside_blocks: bool = False
     coarse: str = "auto"
     coarse_budget: float | None = None
+    coarse_width: float | None = None
     units: int = 1
     rank: int = 32
     preprocess: str = "auto"
@@ -165,11 +176,12 @@ class Options:
             raise OptionError(f"tolerance must be a number above 0 (got {limit!r})")
         _at_least("units", self.units, 1)
         _at_least("seed", self.seed, 0)
-        share: object = self.coarse_budget
-        if share is not None and (not isinstance(share, int | float) or not 0 < share <= 1):
-            raise OptionError(
-                f"coarse_budget must be a share above 0 and at most 1 (got {share!r})"
-            )
+        inside: object = self.cut_inside_blocks
+        if not isinstance(inside, bool):
+            raise OptionError(f"cut_inside_blocks must be True or False (got {inside!r})")
+        for name in ("coarse_budget", "coarse_width"):
+            if getattr(self, name) is not None:
+                _share(name, getattr(self, name))
         first: object = self.prologue
         if first is not None and (not isinstance(first, int | float) or not 0 <= first < 1):
             raise OptionError(f"prologue must be a share from 0 to below 1 (got {first!r})")
@@ -259,6 +271,11 @@ class Options:
 def _among(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"unknown {name} ({value!r}); choose one of: {', '.join(allowed)}")
+
+
+def _share(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise OptionError(f"{name} must be a share above 0 and at most 1 (got {value!r})")
 
 
 def _check_family(role: OperatorRole, family: str) -> None:

@@ -8,7 +8,8 @@
 the mean and the spread (standard deviation) over seeds as Markdown, `summary` what is lost against
 the original. Beside every parareal network
 stand the controls: the original; the sequential network of the same latency; from a trained
-original also an early exit and dropped layers at that latency, with the same fit. Many networks at
+original also an early exit, dropped layers and layers in parallel at that latency, with the same
+fit. Many networks at
 once on one GPU: `examples.studies.queue`.
 """
 
@@ -23,14 +24,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 import pnn_compile as pnn
 from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, Conversion
-from examples.studies.networks import shortened
+from examples.studies.networks import in_groups, shortened
 from examples.studies.presets import PRESETS, Preset
 from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
@@ -43,13 +44,21 @@ __all__ = ["RESULTS", "STUDIES", "Study", "append", "main"]
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 _SAMPLES = 8000
-Sweep = Literal["chain", "collapsed"]
-FORMS: tuple[tuple[str, Sweep], ...] = (
-    ("units", "chain"),
-    ("linear", "chain"),
-    ("linear", "collapsed"),
-)
-"""Coarse family and sweep of the networks trained from scratch."""
+_STAR = {"coarse": "units", "sweep": "collapsed"}
+FORMS: dict[str, dict[str, Any]] = {
+    "parareal, units, chain": {"coarse": "units"},
+    "parareal, linear, chain": {"coarse": "linear"},
+    "parareal, linear, collapsed": {"coarse": "linear", "sweep": "collapsed"},
+    "star, all channels": _STAR,
+    "star, half the channels": {**_STAR, "coarse_width": 0.5},
+    "star, two blocks": {**_STAR, "units": 2},
+    "units with thinned guesses": {"coarse": "units", "preprocess": "thinned"},
+    "units with first layers in guesses": {"coarse": "units", "prologue": 0.2},
+    "linear, cuts inside blocks": {"coarse": "linear", "cut_inside_blocks": True},
+}
+"""Options of the networks trained from scratch, by a name that is no part of another one.
+
+A star is a collapsed sweep through copied blocks. Cuts lie where blocks begin but in the last."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +117,26 @@ def from_scratch(study: Study) -> Iterator[Row]:
     for stages in study.preset.stages:
         for family, name in (("linear", "same latency"), ("units", "latency of units")):
             if study.wants(name):
-                units = same_latency(task.units, _compiled(family, "chain", study, stages))
+                units = same_latency(task.units, _compiled({"coarse": family}, study, stages))
                 torch.manual_seed(study.seed)
                 row = _trained(name, task.build(units), study, stages)
                 yield row | {"units": units}
-        for family, sweep in FORMS:
-            name = f"parareal, {family}, {sweep}"
-            if study.wants(name):
-                yield _parareal(name, _compiled(family, sweep, study, stages), study, stages)
+        for name, options in FORMS.items():
+            if not study.wants(name):
+                continue
+            try:
+                compiled = _compiled(options, study, stages)
+            except SynthesisError as error:
+                print(f"{name}, N = {stages}: {error}", file=sys.stderr)
+                continue
+            yield _parareal(name, compiled, study, stages)
 
 
-def _compiled(family: str, sweep: Sweep, study: Study, stages: int) -> pnn.Compiled:
+def _compiled(options: dict[str, Any], study: Study, stages: int) -> pnn.Compiled:
     torch.manual_seed(study.seed)
     return pnn.compile(
         study.task.build(study.task.units), study.task.train.x[:2].cpu(), stages=stages,
-        coarse=family, sweep=sweep, coarse_budget=1.0, seed=study.seed,
+        coarse_budget=1.0, seed=study.seed, **options,
     )  # fmt: skip
 
 
@@ -250,7 +264,7 @@ class _Control:
 
 
 def _controls(compiled: pnn.Compiled, study: Study, original: nn.Module) -> list[_Control]:
-    """An early exit and dropped layers; made before the fit, which changes the stages."""
+    """Early exit, dropped and parallel layers; made before the fit, which changes the stages."""
     units, found = study.task.units, []
     if study.wants("early exit"):
         batches = CalibrationBatches(compiled, study.samples())
@@ -260,6 +274,10 @@ def _controls(compiled: pnn.Compiled, study: Study, original: nn.Module) -> list
     if study.wants("layers dropped"):
         keep = same_latency(units, compiled)
         found.append(_Control("layers dropped", shortened(original, keep), keep))
+    if study.wants("layers in parallel"):
+        keep = same_latency(units, compiled)
+        if (parallel := in_groups(original, keep)) is not None:
+            found.append(_Control("layers in parallel", parallel, keep))
     return found
 
 

@@ -6,11 +6,12 @@ import copy
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from examples import decoder, resnet110, vgg16
 
-__all__ = ["build_decoder", "build_resnet", "build_vgg", "shortened"]
+__all__ = ["SideBySide", "build_decoder", "build_resnet", "build_vgg", "in_groups", "shortened"]
 
 
 def build_resnet(units: int, width: int, channels: int) -> nn.Module:
@@ -48,6 +49,48 @@ def shortened(network: nn.Module, keep: int) -> nn.Module:
     kept = [group for i, group in enumerate(groups) if i in chosen or i not in free]
     setattr(network, name, nn.Sequential(*itertools.chain.from_iterable(kept)))
     return network
+
+
+def in_groups(network: nn.Module, keep: int) -> nn.Module | None:
+    """A copy of a residual network whose neighboring units read one state, and are added.
+
+    Pairs of layers in parallel (Gonzalez et al. 2025, arXiv 2502.02790), or larger groups, so that
+    the groups, and the units that change the shape, are `keep` one after another. None if the
+    units are not residual.
+    """
+    network = copy.deepcopy(network)
+    name = next((n for n in ("trunk", "blocks") if hasattr(network, n)), None)
+    if name is None:
+        return None
+    units = list(getattr(network, name))
+    runs = [
+        (free, list(run)) for free, run in itertools.groupby(units, lambda u: _keeps_shape([u]))
+    ]
+    total = sum(len(run) for free, run in runs if free)
+    share = max(0, keep - (len(units) - total)) / total
+    groups: list[nn.Module] = []
+    for free, run in runs:
+        count = max(1, round(share * len(run))) if free else len(run)
+        bounds = [len(run) * part // count for part in range(count + 1)]
+        groups += [SideBySide(run[a:b]) for a, b in itertools.pairwise(bounds)]
+    setattr(network, name, nn.Sequential(*groups))
+    return network
+
+
+class SideBySide(nn.Module):
+    """Residual units that read one state x: x + sum_j (g_j(x) - x)."""
+
+    def __init__(self, units: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add what every unit does to the state."""
+        first, *others = self.units
+        y: torch.Tensor = first(x)
+        for unit in others:
+            y = y + (unit(x) - x)
+        return y
 
 
 def _units(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:

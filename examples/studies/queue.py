@@ -87,8 +87,10 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
     """
     original = ("original",)
     shorter = [("same latency",), ("latency of units",)]
-    forms = [*shorter, *((f"parareal, {family}, {sweep}",) for family, sweep in FORMS)]
-    converted = ("parareal, auto", "parareal, thinned", "early exit", "layers dropped")
+    forms = [*shorter, *((name,) for name in FORMS)]
+    converted = (
+        "parareal, auto", "parareal, thinned", "early exit", "layers dropped", "layers in parallel",
+    )  # fmt: skip
 
     def scratch(task: str, seed: int, stages: Sequence[int]) -> list[Job]:
         return [Job(task, "scratch", seed, form, (n,)) for n in stages for form in forms]

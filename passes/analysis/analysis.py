@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import fx
 
 from passes.analysis.blocks import Block, repeated_blocks
-from passes.analysis.cut_points import Frontiers, find_frontiers
+from passes.analysis.cut_points import Frontiers, Position, find_frontiers
 from passes.analysis.dependence import (
     PreprocessingSource,
     input_dependence,
@@ -142,6 +142,16 @@ class Analysis:
         """Mean forward FLOPs of a block of the trunk; 0 if there is none."""
         sizes = [self.block_flops(block) for block in self.trunk_blocks]
         return sum(sizes) / len(sizes) if sizes else 0.0
+
+    def down_sampling(self, position: Position) -> int:
+        """Return the FLOPs of the trunk's blocks after a cut that change the shape of the state."""
+        end = self.trunk_end()
+        return sum(
+            self.block_flops(block)
+            for block in self.blocks
+            if block.start.index >= position.index and block.stop.index <= end
+            if block.entering.shape != block.leaving.shape
+        )
 
     def trunk_end(self) -> int:
         """Return the number of nodes up to the end of the trunk; the others may be the head."""

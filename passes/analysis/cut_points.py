@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from passes.analysis.dependence import (
     FLOAT_DTYPES,
@@ -41,7 +42,9 @@ class Position:
         index: Number of compute nodes before the cut.
         state: The tensors that cross, in the order of their definition.
         specs: Their types.
-        boundary: Whether the cut falls between two units of a repeated structure, not inside one.
+        boundary: Whether a block begins after the cut: it falls neither inside a unit of a repeated
+            structure, nor between a convolution or matrix product and the normalization,
+            activation and dropout that complete it.
     """
 
     index: int
@@ -98,6 +101,7 @@ def find_frontiers(
     }
     memory_conflicts = _memory_conflicts(order, facts, persistent)
     units = _repeated_units(order)
+    parents = {path for node in order for path in _enclosing_modules(node)[:-1]}
     positions: list[Position] = []
     refused: dict[str, int] = {}
     live: dict[fx.Node, None] = {}
@@ -112,7 +116,12 @@ def find_frontiers(
             refused[reason] = refused.get(reason, 0) + 1
             continue
         specs = tuple(spec for n in live if (spec := facts[n].spec) is not None)
-        positions.append(Position(index, tuple(live), specs, _is_boundary(order, index, units)))
+        boundary = _is_boundary(order, index, units) and (
+            index == len(order)
+            or _begins_unit(order, index, units & parents)
+            or not _completes(program, order[index], costs)
+        )
+        positions.append(Position(index, tuple(live), specs, boundary))
     return Frontiers(order, tuple(positions), recomputable, refused)
 
 
@@ -181,6 +190,51 @@ def _is_boundary(order: Sequence[fx.Node], index: int, units: frozenset[str]) ->
         return True
     before, after = (_enclosing_modules(order[i]) for i in (index - 1, index))
     return not units.intersection(before).intersection(after)
+
+
+def _begins_unit(order: Sequence[fx.Node], index: int, units: frozenset[str]) -> bool:
+    """Whether a unit of a repeated structure begins right after a cut, whatever it begins with."""
+    before, after = (units.intersection(_enclosing_modules(order[i])) for i in (index - 1, index))
+    return not after <= before
+
+
+def _completes(program: Program, node: fx.Node, costs: Mapping[fx.Node, NodeCost]) -> bool:
+    """Whether a node normalizes, activates or drops what a convolution or matrix product computes.
+
+    Not if anything else lies between the two: a normalization that reads a sum begins a block.
+    """
+    if not _is_companion(program, node):
+        return False
+    source = node.all_input_nodes[0]
+    while source in costs and _is_companion(program, source):
+        source = source.all_input_nodes[0]
+    # Convolutions and matrix products have twice the FLOPs in the backward pass.
+    return source in costs and costs[source].backward_flops > costs[source].flops
+
+
+_COMPANIONS = ("norm", "activation", "dropout")
+"""Modules of torch.nn, by parts of their names, whose layers complete a convolution."""
+_COMPANION_NAME = re.compile(
+    r"(batch|layer|group|instance|rms)_?norm|dropout|softmax|relu|elu|silu|gelu|mish|tanh|sigmoid"
+    r"|hardswish|softplus",
+)
+
+
+def _is_companion(program: Program, node: fx.Node) -> bool:
+    """Whether a node is a normalization, an activation or a dropout, of one tensor."""
+    if not node.all_input_nodes or node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    if node.op == "call_module":
+        layer = program.module.get_submodule(str(node.target))
+        if isinstance(layer, nn.MultiheadAttention):
+            return False
+        home = type(layer).__module__.rpartition(".")[2]
+        if any(part in home for part in _COMPANIONS):
+            return True
+        name = type(layer).__name__
+    else:
+        name = getattr(node.target, "__name__", str(node.target))
+    return _COMPANION_NAME.search(name.lower()) is not None
 
 
 def _repeated_units(order: Sequence[fx.Node]) -> frozenset[str]:

@@ -7,6 +7,11 @@ block that halves the resolution:
 
     stage          A A A D B B B B      N_c = 2
     coarse network       D B B          B has the shape of the leaving state
+
+In a collapsed sweep the "stage" of a residual reaches to the last state: a copy of all the
+down-sampling that lies between, and then N_c blocks. The sweep is one such network deep, the chain
+as deep as all of its networks one after another, so it costs no more for the same N_c. With a
+`width` the copies work at a share of the channels (`narrow.py`), in either sweep.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ from torch import fx, nn
 from passes.analysis.analysis import Analysis
 from passes.analysis.blocks import Block
 from passes.analysis.cut_points import requirements
+from passes.coarse.narrow import Bottleneck, narrow
 from passes.coarse.spec import (
     NON_EMPTY,
     CoarseOptions,
     InputName,
     NodeName,
+    Share,
     Site,
     Span,
     ValueName,
@@ -78,9 +85,11 @@ class UnitsOptions(CoarseOptions):
 
     Attributes:
         blocks: The blocks to copy, in order.
+        width: Share of the channels at which the copies work; None for all.
     """
 
     blocks: Annotated[tuple[BlockCopy, ...], NON_EMPTY]
+    width: Share | None = None
 
     @classmethod
     def choose(cls, span: Span) -> Self:
@@ -96,11 +105,16 @@ class UnitsOptions(CoarseOptions):
         )
         copies = tuple(BlockCopy.of(analysis, block) for block in blocks)
         check_copies(span, copies)
-        return cls(blocks=copies, inputs=read_by(analysis.program, copies))
+        width = span.options.coarse_width
+        return cls(
+            blocks=copies,
+            inputs=read_by(analysis.program, copies),
+            width=None if width == 1 else width,
+        )
 
     def made_of(self, analysis: Analysis) -> Hashable:
-        """Return the digests of the blocks."""
-        return signatures(analysis, self.blocks)
+        """Return the digests of the blocks, and their width."""
+        return signatures(analysis, self.blocks), self.width
 
 
 class Units(nn.Module):
@@ -220,10 +234,18 @@ def signatures(analysis: Analysis, copies: Sequence[BlockCopy]) -> tuple[tuple[s
     return tuple(tuple(block.signature for block in group) for group in inside)
 
 
-def build_units(options: UnitsOptions, site: Site) -> Units:
-    """Copy the blocks that the options name and draw fresh weights for them."""
+def build_units(options: UnitsOptions, site: Site) -> Units | Bottleneck:
+    """Copy the blocks that the options name and draw fresh weights for them.
+
+    Raises:
+        SynthesisError: A block has no narrower copy, but a width is asked for.
+    """
     copies = copied_blocks(site.program, options.blocks)
-    return Units([_redraw(unit) for unit in copies], options.inputs)
+    units = Units([_redraw(unit, options.width) for unit in copies], options.inputs)
+    if options.width is None:
+        return units
+    [entering], [leaving] = site.entering, site.leaving
+    return Bottleneck(units, entering, leaving, options.width)
 
 
 def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.GraphModule]:
@@ -243,9 +265,15 @@ def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.Grap
     return copies
 
 
-def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
-    """Draw fresh weights with the standard deviations that the block's own weights have."""
+def _redraw(unit: fx.GraphModule, width: float | None = None) -> fx.GraphModule:
+    """Draw fresh weights with the standard deviations that the block's own weights have.
+
+    In a narrower copy an output sums fewer products, so that its weights are larger: by the root
+    of the ratio of their numbers.
+    """
     before = {name: p.detach().clone() for name, p in unit.named_parameters()}
+    if width is not None:
+        unit = narrow(unit, width)
     for module in unit.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
@@ -256,11 +284,13 @@ def _redraw(unit: fx.GraphModule) -> fx.GraphModule:
                 continue  # drawn when it is materialized
             old = before[name]
             target = old.std().item() if old.numel() > 1 else 0.0
-            if parameter.dim() > 1 and torch.equal(parameter, old):
-                parameter.normal_()  # no module resets it: a parameter of the graph itself
+            if parameter.dim() > 1:
+                target *= (old[0].numel() / parameter[0].numel()) ** 0.5
+                if torch.equal(parameter, old):
+                    parameter.normal_()  # no module resets it: a parameter of the graph itself
             spread = parameter.std().item() if parameter.numel() > 1 else 0.0
             if spread > 0 and target > 0:
                 parameter.mul_(target / spread)
             else:
-                parameter.copy_(old)
+                parameter.copy_(old[tuple(slice(size) for size in parameter.shape)])
     return unit

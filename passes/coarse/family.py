@@ -34,7 +34,14 @@ from passes.coarse.time_step import (
     build_start,
     build_time_step,
 )
-from passes.coarse.wrappers import ExactOptions, PreprocessingOperator, Sum, Zero, build_exact
+from passes.coarse.wrappers import (
+    ExactOptions,
+    Identity,
+    PreprocessingOperator,
+    Sum,
+    Zero,
+    build_exact,
+)
 from passes.errors import SynthesisError
 from passes.ir.program import Program, extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
@@ -132,6 +139,7 @@ FAMILIES: dict[str, Family] = {
         about="fresh copies of the repeating block, the paper's",
         coarse=build_units,
         coarse_options=UnitsOptions,
+        sweeps=_EITHER,
         copies_blocks=True,
         evidence="kept the accuracy in training from scratch (VGG-16 / 8, N = 3)",
     ),
@@ -144,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         coarse=build_thinned,
         preprocess_options=FrontOptions,
         coarse_options=ThinnedOptions,
+        sweeps=_EITHER,
         copies_blocks=True,
     ),
     "time_step": Family(
@@ -159,6 +168,14 @@ FAMILIES: dict[str, Family] = {
         coarse=build_exact,
         coarse_options=ExactOptions,
         is_fine=True,
+    ),
+    "identity": Family(
+        about="the state itself, where its shape stays",
+        preprocess=lambda options, site: Identity(site.entering, site.leaving),
+        coarse=lambda options, site: Identity(site.entering, site.leaving),
+        linear=True,
+        sweeps=_EITHER,
+        flops=lambda entering, leaving: 0.0,
     ),
     "zero": Family(
         about="no correction",

@@ -103,6 +103,9 @@ def coarse_estimate(
         return options.units * _step_flops(analysis)
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
+    if units and copies and options.sweep == "collapsed":
+        units += analysis.down_sampling(position)
+    units *= (options.coarse_width or 1.0) ** 2
     if units and (copies or units <= budget):
         return units
     estimates = [row.flops for row in rows_of(options.coarse)] or [linear_flops]
@@ -357,7 +360,15 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
         with _failing_by_name("coarse", draft.family, sources):
             with seeded(0):
                 module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
-            work = _measure_call(analysis, module, sources, inputs, corrects=True)
+            try:
+                work = _measure_call(analysis, module, sources, inputs, corrects=True)
+            except RuntimeError as error:
+                if getattr(draft.options, "width", None) is None:
+                    raise
+                raise SynthesisError(
+                    f"coarse_width={span.options.coarse_width} does not fit the blocks, whose code "
+                    f"counts on all channels: leave it out ({error})"
+                ) from error
         work["parameters"] = sum(p.numel() for p in module.parameters())
         analysis.measured[key] = work
     return dataclasses.replace(draft, **analysis.measured[key])

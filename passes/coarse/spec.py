@@ -31,6 +31,8 @@ InputName = Annotated[str, "input"]
 """Name of an input of the program; inside options, of one that `options.inputs` lists."""
 Count = Annotated[int, "count"]
 """Integer of at least 1."""
+Share = Annotated[float, "share"]
+"""Number above 0 and at most 1."""
 NON_EMPTY = "non-empty"
 """Mark of a tuple with at least one item: `Annotated[tuple[X, ...], NON_EMPTY]`."""
 
@@ -111,7 +113,7 @@ class Span:
         analysis: The facts about the program.
         options: Options of the compilation.
         start: Where the stage begins.
-        stop: Where it ends.
+        stop: Where it ends; in a collapsed sweep, where the last stage ends.
         entering: The components of the state that it reads.
         leaving: The components that the propagator corrects.
     """

@@ -1,4 +1,4 @@
-"""Wrappers and special networks: difference form, preprocessing operator, sum, exact, zero."""
+"""Wrappers and special networks: difference form, preprocessing operator, sum, exact, identity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from passes.analysis.cut_points import requirements
 from passes.coarse.spec import CoarseOptions, Site, Span
 from passes.coarse.tensor_layout import layouts, resize
+from passes.errors import SynthesisError
 from passes.ir.tensor_spec import TensorSpec
 
 
@@ -151,6 +152,36 @@ def build_exact(options: ExactOptions, site: Site) -> Exact:
     """Wrap the fine stage of a site."""
     assert site.fine is not None
     return Exact(site.fine)
+
+
+class Identity(nn.Module):
+    """The state itself, where nothing changes its shape.
+
+    As guess and as correction it makes N stages of residual layers read one state x and adds what
+    they do to it, x + sum_j (g_j(x) - x): layers in parallel (Gonzalez et al. 2025, arXiv
+    2502.02790).
+
+    Args:
+        entering: Types of the tensors that it reads.
+        leaving: Types of the tensors that it returns.
+
+    Raises:
+        SynthesisError: They differ.
+    """
+
+    def __init__(self, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> None:
+        super().__init__()
+        source, target = (", ".join(map(str, types)) for types in (entering, leaving))
+        if source != target:
+            raise SynthesisError(
+                f"family 'identity' leads from {source} to {target}, but both must be of one type; "
+                "as a guess it reads a copy of the first layers, within the share of prologue=..."
+            )
+
+    def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return copies, as a stage may write into its state."""
+        copies = tuple(x.clone() for x in state)
+        return copies[0] if len(copies) == 1 else copies
 
 
 class Zero(nn.Module):

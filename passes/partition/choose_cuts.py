@@ -43,12 +43,16 @@ class Cut:
             names.
         devices: Device of each stage; empty if no devices were named.
         why: For each position but the last, the next best one and what it would cost.
+        note: What it costs to cut only where blocks begin, or that this was not possible.
+        inside_blocks: Whether that was not possible.
     """
 
     positions: tuple[Position, ...]
     gap: float
     devices: tuple[DeviceProfile | None, ...] = ()
     why: tuple[str, ...] = ()
+    note: str = ""
+    inside_blocks: bool = False
 
 
 def choose_cut(analysis: Analysis, options: Options) -> Cut:
@@ -67,28 +71,65 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         solution = _named_solution(analysis, options, candidates, [*named, head])
         return _check_chain(analysis, _cut(analysis, options, candidates, head, solution))
     candidates = _distinct(candidates, head)
-    stages = options.stages
-    if stages == "auto":
+    if options.stages == "auto":
         raise PartitionError(
             "choose_cut needs a number of stages: `passes.plan.num_stages` chooses one"
         )
+    between = _between_blocks(candidates, options)
+    if len(between) == len(candidates):
+        return _search(analysis, options, candidates, head, options.stages)[0]
+    try:
+        cut, slowest = _search(analysis, options, between, head, options.stages)
+    except PartitionError:  # too few blocks, or too large ones
+        cut, _ = _search(analysis, options, candidates, head, options.stages)
+        return dataclasses.replace(cut, note=_INSIDE, inside_blocks=True)
+    _, free = _search(analysis, options, candidates, head, options.stages)
+    more = slowest / free - 1 if free else 0.0
+    note = _PRICE.format(more) if more > _CHEAP else ""
+    return dataclasses.replace(cut, note=note)
+
+
+_CHEAP = 0.01
+"""Price of cuts between blocks, over cuts anywhere, that needs no note."""
+_PRICE = (
+    "cuts lie where blocks begin, so that the slowest stage takes {:.1%} longer than with cuts "
+    "anywhere, which cut_inside_blocks=True allows"
+)
+_INSIDE = (
+    "a cut lies inside a block, between a layer and its normalization or activation, as no cuts "
+    "between blocks make that many stages"
+)
+
+
+def _between_blocks(candidates: list[Position], options: Options) -> list[Position]:
+    """Keep the candidates where a block begins, unless the options allow for others."""
+    return [p for p in candidates if p.boundary or options.cut_inside_blocks]
+
+
+def _search(
+    analysis: Analysis, options: Options, candidates: list[Position], head: Position, stages: int
+) -> tuple[Cut, float]:
+    """Find the best cut among candidates, and the time of its slowest stage."""
     if stages - 1 > len(candidates):
         raise PartitionError(_too_few(analysis, candidates, stages))
     solution = _solve(analysis, options, candidates, head, stages)
     # The solver does not know which stages are connected: drop a candidate that a disconnected
     # stage begins at, and solve again.
+    candidates = list(candidates)
     while len(candidates) >= stages and (
         start := _disconnected(analysis, _positions(candidates, head, solution))
     ):
         candidates.remove(start)
         solution = _solve(analysis, options, candidates, head, stages)
-    return _check_chain(analysis, _cut(analysis, options, candidates, head, solution))
+    cut = _check_chain(analysis, _cut(analysis, options, candidates, head, solution))
+    return cut, solution.makespan
 
 
 def problem_builder(analysis: Analysis, options: Options) -> ProblemBuilder:
     """Return the builder of the problems that `choose_cut` solves, one position per state."""
     head = _head(analysis, options)
     candidates = _distinct(_candidates(analysis, options, head), head)
+    candidates = _between_blocks(candidates, options)
     return ProblemBuilder(analysis, options, candidates, head)
 
 
@@ -160,6 +201,7 @@ def _disconnected(analysis: Analysis, positions: Sequence[Position]) -> Position
 def _head(analysis: Analysis, options: Options) -> Position:
     """Return where the head begins: after the trunk, at the state of the fewest tensors.
 
+    A block that the trunk ends with is completed.
     Coarse steps imitate the loop alone: what follows it is the head.
 
     If no cut lies before it, because most of the work is in the first layers (a large table that
@@ -176,7 +218,7 @@ def _head(analysis: Analysis, options: Options) -> Position:
         )
     end = analysis.trunk_end()
     after = [p for p in positions if p.index >= end] or [positions[-1]]
-    head = min(after, key=lambda position: (len(position.state), position.index))
+    head = min(after, key=lambda p: (len(p.state), not p.boundary, p.index))
     before = [position for position in positions if position.index < head.index]
     return head if _distinct(before, head) else positions[-1]
 

@@ -81,11 +81,11 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         seed=options.seed,
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
-        notes=_notes(analysis, options, forecast),
+        notes=(*filter(None, (cut.note,)), *_notes(analysis, options, forecast)),
         tolerance=options.tolerance,
         asked=OperatorOptions(
             options.coarse, options.coarse_budget, options.units, options.rank,
-            options.preprocess, options.prologue,
+            options.preprocess, options.prologue, options.coarse_width,
         ),
     )  # fmt: skip
 
@@ -102,6 +102,8 @@ def _with_operators(
     stage, start, stop = stages[number], cut.positions[number - 1], cut.positions[number]
     entering = entering_values(stages, interfaces, number)
     leaving = corrected_values(stages, interfaces, number, options.sweep)
+    if options.sweep == "collapsed":  # straight to the last state
+        stop = cut.positions[-1]
     span = Span(analysis, options, start, stop, entering, leaving)
     return dataclasses.replace(
         stage,

@@ -129,6 +129,8 @@ class _Search:
             options = dataclasses.replace(self._options, stages=stages)
             try:
                 cut = choose_cut(self._analysis, options)
+                if cut.inside_blocks:
+                    raise PartitionError(cut.note)
                 self._plans[stages] = make_plan(self._analysis, cut, options)
             except (PartitionError, SynthesisError) as error:
                 self._first_error = self._first_error or error

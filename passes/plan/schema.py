@@ -254,6 +254,7 @@ class OperatorOptions:
     rank: int
     preprocess: str
     prologue: float | None
+    coarse_width: float | None = None
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,8 @@ class _Checker:
             yield place, "is empty: it needs at least one item"
         elif rule == "count":
             yield from _at_least_one(place, value)
+        elif rule == "share" and not 0 < value <= 1:
+            yield place, f"is {value!r}: it should be a share above 0 and at most 1"
         elif rule in ("node", "value", "input"):
             names = {"node": self.nodes, "value": self.values, "input": inputs}
             yield from _among(place, value, names[rule])

@@ -123,7 +123,8 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
                     flag, default="1", callback=_read_iterations, metavar="NUMBER|auto", help=text
                 )(command)
                 continue
-            command = click.option(flag, default=field.default, type=kind, help=text)(command)
+            switch = {"is_flag": True} if kind is bool else {"type": kind}
+            command = click.option(flag, default=field.default, help=text, **switch)(command)
         return command
 
     return decorate

@@ -73,8 +73,8 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     help="Profile of all devices, or one per stage: built in (h100) or a .toml file.",
 )
 @compiler_options(
-    "coarse", "coarse_budget", "units", "rank", "preprocess", "prologue", "correction", "sweep",
-    "iterations", "tolerance", "seed",
+    "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",
+    "correction", "sweep", "iterations", "tolerance", "cut_inside_blocks", "seed",
 )  # fmt: skip
 @click.option(
     "--cut-at",

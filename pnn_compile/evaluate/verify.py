@@ -28,7 +28,8 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map
 
 from passes.capture.ladder import capture
-from passes.coarse.spec import CoarseSpec
+from passes.coarse.family import copies_blocks
+from passes.coarse.spec import CoarseOptions, CoarseSpec
 from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
 from passes.ir.example_inputs import bind
@@ -44,7 +45,7 @@ from passes.ir.run_step import (
 )
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
-from passes.plan.schema import Plan
+from passes.plan.schema import Plan, Stage
 from passes.transform.assemble import assemble, sequential
 from passes.transform.original_weights import weights_by_name
 from passes.transform.synthesize import synthesize
@@ -251,29 +252,33 @@ def _stages_eval(compiled: Compiled) -> Check:
 
 
 def _exact_coarse(compiled: Compiled) -> Check:
-    plan = compiled.plan
-    stages = tuple(
-        dataclasses.replace(
-            stage,
-            coarse=CoarseSpec("exact", ExactOptions(inputs=stage.inputs), 0, 0, linear=False),
-        )
-        if stage.coarse
-        else stage
-        for stage in plan.stages
-    )
-    exact = dataclasses.replace(
-        plan, stages=stages, correction="difference", sweep="chain", iterations=1
-    )
-    return _exact_network(compiled, "coarse = fine, difference form = original, evaluation", exact)
+    def exact(stage: Stage) -> CoarseSpec:
+        return CoarseSpec("exact", ExactOptions(inputs=stage.inputs), 0, 0, linear=False)
+
+    plan = dataclasses.replace(_with_coarse(compiled.plan, exact), iterations=1)
+    return _exact_network(compiled, "coarse = fine, difference form = original, evaluation", plan)
 
 
 def _all_iterations(compiled: Compiled) -> Check:
+    def any_other(stage: Stage) -> CoarseSpec:
+        """Leave the propagator, or take a map if it leads to the last state, not the next."""
+        assert stage.coarse is not None
+        to_last = compiled.plan.sweep == "collapsed" and copies_blocks(stage.coarse.family)
+        return CoarseSpec("linear", CoarseOptions(), 0, 0, linear=True) if to_last else stage.coarse
+
     count = len(compiled.plan.stages)
-    exact = dataclasses.replace(
-        compiled.plan, correction="difference", sweep="chain", iterations=count
-    )
+    plan = dataclasses.replace(_with_coarse(compiled.plan, any_other), iterations=count)
     name = f"K = N = {count} iterations, every stage every time = original, evaluation"
-    return _exact_network(compiled, name, exact, reuse=False)
+    return _exact_network(compiled, name, plan, reuse=False)
+
+
+def _with_coarse(plan: Plan, choose: Callable[[Stage], CoarseSpec]) -> Plan:
+    """Return the plan of a chain in difference form with other coarse propagators."""
+    stages = tuple(
+        dataclasses.replace(stage, coarse=choose(stage)) if stage.coarse else stage
+        for stage in plan.stages
+    )
+    return dataclasses.replace(plan, stages=stages, correction="difference", sweep="chain")
 
 
 def _exact_network(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:

@@ -294,7 +294,7 @@ class _CandidateBuilder:
             self._analysis,
             self._options,
             self._cuts[number - 1],
-            self._cuts[number],
+            self._cuts[-1 if plan.sweep == "collapsed" else number],
             plan.enters(number),
             plan.corrects(number),
         )

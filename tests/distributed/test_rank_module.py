@@ -84,6 +84,8 @@ def _train_in_one_process(
         pytest.param("decoder", 3, 1, {}, marks=pytest.mark.slow),
         ("resnet", 2, 1, {}),
         ("decoder", 3, 2, {"sweep": "collapsed"}),
+        ("decoder", 2, 2, {"sweep": "collapsed", "coarse": "units", "coarse_width": 0.5}),
+        ("resnet", 3, 1, {"sweep": "collapsed", "coarse": "units"}),
         ("decoder", 3, 1, {"iterations": 2}),
     ],
 )

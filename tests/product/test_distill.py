@@ -66,6 +66,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"coarse": "conv"},
     {"coarse": "linear+conv", "correction": "difference"},
     {"coarse": "linear", "sweep": "collapsed"},
+    {"coarse": "units", "sweep": "collapsed"},
     {"coarse": "linear", "iterations": 3},
 )
 

@@ -210,6 +210,8 @@ def test_inspect_shows_stages_and_roles(
     [
         {"stages": 3, "iterations": 2, "correction": "difference", "coarse": "units"},
         {"stages": 3, "sweep": "collapsed", "coarse": "linear"},
+        {"stages": 3, "sweep": "collapsed", "coarse": "units"},
+        {"stages": 3, "sweep": "collapsed", "coarse": "units", "coarse_width": 0.5},
     ],
 )
 def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(

@@ -76,8 +76,10 @@ def test_fine_stages_of_the_first_iteration_wait_for_their_guess_alone(
     assert len(computed) >= 2
 
 
-def test_maps_of_a_collapsed_sweep_do_not_wait_for_each_other() -> None:
-    compiled = _compiled("resnet", "collapsed")
+@pytest.mark.parametrize("coarse", ["linear", "units"])
+def test_maps_of_a_collapsed_sweep_do_not_wait_for_each_other(coarse: str) -> None:
+    model, example = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
+    compiled = pnn.compile(model, example, stages=3, sweep="collapsed", coarse=coarse)
     done = _started_before(
         compiled.module.graph, assign_streams(compiled.module.graph, compiled.plan)
     )

@@ -16,7 +16,13 @@ from examples import resnet1001
 from examples.studies import accuracy, overhead, queue, steps
 from examples.studies.conversions import ATTEMPTS
 from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
-from examples.studies.networks import build_resnet, build_vgg, shortened
+from examples.studies.networks import (
+    SideBySide,
+    build_resnet,
+    build_vgg,
+    in_groups,
+    shortened,
+)
 from examples.studies.presets import PRESETS
 from examples.studies.table import summary, table
 from examples.studies.tasks import Task, make_task
@@ -60,7 +66,7 @@ def test_every_network_and_control_is_trained_and_measured(
     names = {(row["network"], row["stages"]) for row in rows}
     # Two shorter networks and three forms, or K = 1 to N = 3, or two ways to convert and two
     # controls; a third way with its own where there are enough equal blocks to thin.
-    per_stage = {"scratch": 5, "iterations": 3, "conversion": 4 if make is _vgg else 7}[study]
+    per_stage = {"scratch": 11, "iterations": 3, "conversion": 4 if make is _vgg else 9}[study]
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
@@ -118,8 +124,34 @@ def test_a_queue_of_jobs_writes_every_row(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_queue_holds_every_comparison_once() -> None:
     found = queue.jobs([0, 1, 2], (3, 6, 12, 18))
     assert len(set(found)) == len(found)
-    per_seed = 5 * 4 + 4  # the residual network from scratch, and converted
+    per_seed = 11 * 4 + 4  # the residual network from scratch, and converted
     assert sum(job.task == "cifar10" and job.only != ("original",) for job in found) == 3 * per_seed
+
+
+def test_no_form_is_named_inside_another() -> None:
+    names = [*accuracy.FORMS, "original", "same latency", "latency of units"]
+    assert not [(a, b) for a in names for b in names if a != b and a in b]
+
+
+@pytest.mark.parametrize("keep", [9, 5, 3])
+def test_layers_in_parallel_read_one_state(keep: int) -> None:
+    torch.manual_seed(0)
+    original = build_resnet(9, 4, 1).eval()
+    network = in_groups(original, keep)
+    assert network is not None
+    stem, trunk = (original.get_submodule(name) for name in ("stem", "trunk"))
+    groups = [g for g in network.get_submodule("trunk").children() if isinstance(g, SideBySide)]
+    assert len(groups) == {9: 9, 5: 5, 3: 5}[keep]  # two change the shape, between three runs
+    x = torch.randn(2, 1, 8, 8)
+    state = stem(x)
+    units = trunk.children()
+    for group in groups:
+        outputs = [next(units)(state) for _ in group.units]
+        state = sum(outputs) - (len(outputs) - 1) * state if len(outputs) > 1 else outputs[0]
+    torch.testing.assert_close(network.get_submodule("trunk")(stem(x)), state)
+    if keep == 9:
+        torch.testing.assert_close(network(x), original(x))
+    assert in_groups(build_vgg(13, 4), 5) is None
 
 
 def test_images_are_shifted_and_mirrored() -> None:

@@ -301,6 +301,55 @@ def test_a_boundary_leaves_no_repeated_block_open() -> None:
     assert boundaries(result) == {"blocks_1_mlp_0", "blocks_2_mlp_0"}
 
 
+def _flat(*layers: nn.Module) -> set[str]:
+    """The layers of a flat sequence, by number, at which a block begins."""
+    return boundaries(analyze_model(nn.Sequential(*layers), torch.randn(2, 4, 8)))
+
+
+def test_a_convolution_keeps_its_normalization_activation_and_dropout() -> None:
+    def layers() -> list[nn.Module]:
+        return [nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.1)]
+
+    assert _flat(*layers(), *layers()) == {"_4"}
+    # A pooling is a block of its own, and so is a normalization that follows it.
+    assert _flat(*layers(), nn.MaxPool1d(2), nn.BatchNorm1d(4), *layers()) == {"_4", "_5", "_6"}
+    # Without a layer in front of it, an activation completes nothing.
+    assert _flat(nn.Tanh(), nn.Sigmoid(), nn.Tanh()) == {"_1", "_2"}
+
+
+class PreNorm(nn.Module):
+    """Two residual branches written as functions: x + W relu(norm(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ParameterList(torch.ones(8) for _ in range(2))
+        self.weights = nn.ParameterList(torch.eye(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, weight in zip(self.norms, self.weights, strict=True):
+            x = x + F.linear(F.relu(F.layer_norm(x, (8,), norm)), weight)
+        return x
+
+
+def test_a_normalization_of_a_sum_begins_a_block_in_functions_too() -> None:
+    result = analyze_model(PreNorm(), torch.randn(4, 8))
+    single = {
+        result.frontiers.order[p.index].name
+        for p in result.frontiers.positions[:-1]
+        if p.boundary and len(p.state) == 1
+    }
+    # The first x is an input, which crosses no cut: a branch of it passes as one tensor.
+    assert single == {"relu", "linear", "add", "layer_norm_1"}
+
+
+def test_a_numbered_block_begins_with_its_normalization() -> None:
+    blocks = [
+        nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 1, bias=False))
+        for _ in range(3)
+    ]
+    assert _flat(*blocks) == {"_1_0", "_2_0"}
+
+
 def test_a_container_in_a_sequence_does_not_hide_its_blocks() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Trunk(), nn.Linear(8, 8))
     result = analyze_model(model, torch.randn(4, 8))

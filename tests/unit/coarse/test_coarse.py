@@ -459,7 +459,7 @@ def plan_of(name: str, **options: object) -> Plan:
             r"OVER the budget \(\d\.\d\de\+0\d of \d\.\d\de\+0\d FLOP",
         ),
         ("unet", {"cuts": ("middle.0",)}, "linear", r"^the state has several components; "),
-        ("mixer", {"stages": 3}, "linear", r"^the stage is not made of repeating blocks; "),
+        ("mixer", {"stages": 3, "cut_inside_blocks": True}, "linear", r"^the stage is not made"),
         ("mlp", {"stages": 2, "coarse": "linear"}, "linear", r"^asked for$"),
         ("mlp", {"stages": 2, "coarse": "zero"}, "zero", r"^asked for$"),
         ("resnet", {"stages": 2, "coarse": "units"}, "units", r"^asked for$"),

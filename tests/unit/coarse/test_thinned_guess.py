@@ -73,7 +73,7 @@ def test_more_may_be_copied_and_too_little_is_refused() -> None:
 
 def test_calibration_measures_the_statistics_of_a_thinned_front_where_that_helps() -> None:
     images = [torch.randn(16, 3, 16, 16) for _ in range(5)]
-    network = deep()
+    network = deep(cut_inside_blocks=True)
     right = pnn.calibrate(network, images)
     norms = [
         module

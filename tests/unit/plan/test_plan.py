@@ -103,6 +103,7 @@ WRITTEN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("coarse", "conv", {"inputs": [], "reads": [[0], [0, 1]]}),
     ("coarse", "linear+lowrank", {"inputs": [], "rank": 5, "bias": True}),
     ("coarse", "units", {"inputs": ["x"], "blocks": [_BLOCK, _BLOCK]}),
+    ("coarse", "units", {"inputs": [], "blocks": [_BLOCK], "width": 0.5}),
     ("coarse", "thinned", {"inputs": ["x"], "blocks": [{**_BLOCK, "step": 3}]}),
     ("coarse", "exact", {"inputs": ["x"]}),
     ("coarse", "zero", {"inputs": []}),
@@ -147,6 +148,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"correction": "difference", "iterations": 2, "coarse": "units"},
     {"sweep": "collapsed", "coarse": "lowrank+conv", "preprocess": "lowrank+linear"},
+    {"sweep": "collapsed", "coarse": "units", "coarse_width": 0.5},
     {"coarse": "exact"},
     {"coarse": "zero"},
 )

@@ -215,7 +215,7 @@ def test_a_plan_that_is_over_budget_or_slower_says_so() -> None:
     assert "more than the coarse budget of 5.0%" in over[0]
     assert slow[-1].startswith("no gain: the parareal network needs 1.")
     assert plan_of("mlp", stages=3, coarse_budget=1.0).notes == ()
-    assert plan_of("mlp", stages=2, coarse="exact").notes[-1].startswith("no gain")
+    assert plan_of("resnet", stages=2, coarse="exact").notes[-1].startswith("no gain")
 
 
 def test_what_capture_noted_stands_in_the_plan() -> None:

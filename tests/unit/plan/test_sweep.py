@@ -62,7 +62,7 @@ def test_it_verifies_trains_and_costs_one_map(name: str) -> None:
 def test_what_it_cannot_do_is_refused() -> None:
     model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
     refused: list[dict[str, Any]] = [
-        {"coarse": "units"}, {"correction": "difference"}, {"iterations": 2},
+        {"coarse": "exact"}, {"correction": "difference"}, {"iterations": 2},
     ]  # fmt: skip
     for options in refused:
         with pytest.raises(pnn.OptionError, match="collapsed"):

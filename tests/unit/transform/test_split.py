@@ -130,7 +130,7 @@ def edited(plan: Plan, number: int, **changes: Any) -> Plan:
             {"first": "_77"},
             r"does not fit the program Sequential: no run of nodes from '_77' to",
         ),
-        (1, {"first": "_13"}, r"no run of nodes from '_13' to '_12'; compile again"),
+        (1, {"first": "_14"}, r"no run of nodes from '_14' to '_13'; compile again"),
         (1, {"consumes": ()}, r"Fine1 reads '_6', which does not reach it"),
         (1, {"consumes": ("ghost",)}, r"stage 1 consumes 'ghost', which does not cross before it"),
         (0, {"consumes": ("_6",)}, r"stage 0 consumes '_6', which does not cross before it"),
@@ -144,13 +144,13 @@ def edited(plan: Plan, number: int, **changes: Any) -> Plan:
 def test_an_edited_plan_that_does_not_fit_is_refused(
     number: int, changes: dict[str, Any], message: str
 ) -> None:
-    plan = edited(plan_of("mlp", stages=2), number, **changes)
+    plan = edited(plan_of("mlp", cuts=("_7",)), number, **changes)
     with pytest.raises(PartitionError, match=message):
         split(program("mlp"), plan)
 
 
 def test_interfaces_that_do_not_fit_are_refused() -> None:
-    plan = plan_of("mlp", stages=2)
+    plan = plan_of("mlp", cuts=("_7",))
     first, last = plan.interfaces
     spec = first.state[0].spec
     ghosts = dataclasses.replace(first, state=(Value("ghost", spec),))
@@ -164,7 +164,7 @@ def test_interfaces_that_do_not_fit_are_refused() -> None:
         ((ghosts, last), r"'_6' crosses after|'ghost' crosses after"),
         (
             (first, dataclasses.replace(last, after="ghost")),
-            r"stage 1 ends at '_12', its interface at 'ghost'",
+            r"stage 1 ends at '_13', its interface at 'ghost'",
         ),
     ):
         with pytest.raises(PartitionError, match=rf"does not fit the program .*: ({message})"):

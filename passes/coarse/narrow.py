@@ -1,0 +1,157 @@
+"""Narrow copies of blocks: a reduction, the blocks at a share of their channels, an expansion.
+
+With a share of a quarter, for a residual of [B, 64, 8, 8] and a last state of [B, 256, 4, 4]:
+
+    [B, 64, 8, 8] -> reduce -> [B, 16, 8, 8] -> blocks -> [B, 64, 4, 4] -> expand -> [B, 256, 4, 4]
+
+Reduction and expansion are channel maps (1 x 1 convolutions of images, linear layers of tokens).
+Every layer of a block keeps its kernel, stride and so on, and has the same share of its channels in
+and out, so that a convolution at a share s takes s^2 of the FLOPs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from passes.coarse.linear import LinearMap
+from passes.errors import SynthesisError
+from passes.ir.program import resolve
+from passes.ir.tensor_spec import TensorSpec
+
+
+class Bottleneck(nn.Module):
+    """A narrow body between a reduction and an expansion.
+
+    The reduction is drawn orthogonal. The expansion starts at zero, so that at first the network
+    corrects nothing.
+
+    Args:
+        body: From a state of a share of the entering channels to one of a share of the leaving.
+        entering: Type of the state.
+        leaving: Type of the state that it returns.
+        width: The share.
+    """
+
+    def __init__(
+        self, body: nn.Module, entering: TensorSpec, leaving: TensorSpec, width: float
+    ) -> None:
+        super().__init__()
+        self.reduce = LinearMap(entering, narrow_spec(entering, width))
+        self.body = body
+        self.expand = LinearMap(narrow_spec(leaving, width), leaving, gain=0.0)
+
+    def forward(self, state: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """Propagate the state, with the inputs of the program that the body reads."""
+        result: torch.Tensor = self.expand(self.body(self.reduce(state), *inputs))
+        return result
+
+
+def narrow_spec(spec: TensorSpec, width: float) -> TensorSpec:
+    """Return the type of a state at a share of its channels.
+
+    >>> spec = TensorSpec((2, 8, 4, 4), "float32", batch_axis=0, channel_axis=1)
+    >>> str(narrow_spec(spec, 0.25))
+    '[B, 2, 4, 4] float32'
+    """
+    shape = list(spec.shape)
+    shape[spec.channel_axis] = _share(shape[spec.channel_axis], width)
+    return dataclasses.replace(spec, shape=tuple(shape))
+
+
+def _share(count: int, width: float) -> int:
+    return max(1, round(count * width))
+
+
+def narrow(unit: fx.GraphModule, width: float) -> fx.GraphModule:
+    """Replace every layer of a block by one of a share of its channels, with weights of its own.
+
+    Raises:
+        SynthesisError: A layer has parameters, but no number of channels that is known here.
+    """
+    for node in unit.graph.find_nodes(op="get_attr"):
+        if isinstance(resolve(unit, str(node.target)), nn.Parameter):
+            raise SynthesisError(f"the block reads the parameter {node.target} itself, {_ADVICE}")
+    for path in sorted({str(node.target) for node in unit.graph.find_nodes(op="call_module")}):
+        unit.add_submodule(path, _narrow_layer(unit.get_submodule(path), width))
+    return unit
+
+
+_ADVICE = "so that no narrower copy of it can be built: leave coarse_width out"
+
+
+def _narrow_layer(layer: nn.Module, width: float) -> nn.Module:
+    if next(layer.parameters(), None) is None and next(layer.buffers(), None) is None:
+        return layer
+    make = next((make for kind, make in _LAYERS.items() if isinstance(layer, kind)), None)
+    if make is None:
+        raise SynthesisError(f"the block has a layer of type {type(layer).__name__}, {_ADVICE}")
+    weight = next(layer.parameters(), None)
+    place: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype}
+    narrower: nn.Module = make(layer, width, place)
+    if weight is not None:
+        narrower = narrower.to(weight.device)
+    return narrower.train(layer.training)
+
+
+def _convolution(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+    if layer.transposed:
+        raise SynthesisError(f"the block has a layer of type {type(layer).__name__}, {_ADVICE}")
+    channels = _share(layer.in_channels, width), _share(layer.out_channels, width)
+    groups = 1 if layer.groups == 1 else _share(layer.groups, width)
+    if channels[0] % groups or channels[1] % groups:
+        raise SynthesisError(
+            f"{layer.groups} groups of {layer.in_channels} channels have no share of {width}: "
+            "choose another coarse_width"
+        )
+    narrower: nn.Module = type(layer)(
+        *channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
+        layer.bias is not None, layer.padding_mode, **place,
+    )  # fmt: skip
+    return narrower
+
+
+def _linear(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+    features = _share(layer.in_features, width), _share(layer.out_features, width)
+    return nn.Linear(*features, layer.bias is not None, **place)
+
+
+def _batch_norm(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+    count = _share(layer.num_features, width)
+    narrower: nn.Module = type(layer)(
+        count, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **place
+    )
+    return narrower
+
+
+def _layer_norm(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+    if len(layer.normalized_shape) > 1:
+        raise SynthesisError(f"the block normalizes {len(layer.normalized_shape)} axes, {_ADVICE}")
+    biased = layer.bias is not None
+    (count,) = layer.normalized_shape
+    return nn.LayerNorm(
+        _share(count, width), layer.eps, layer.elementwise_affine, bias=biased, **place
+    )
+
+
+def _group_norm(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+    channels = _share(layer.num_channels, width)
+    groups = math.gcd(layer.num_groups, channels)
+    return nn.GroupNorm(groups, channels, layer.eps, layer.affine, **place)
+
+
+_LAYERS: dict[type[nn.Module], Callable[[Any, float, dict[str, Any]], nn.Module]] = {
+    _ConvNd: _convolution,
+    nn.Linear: _linear,
+    _BatchNorm: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+}
+"""How to make a layer of a share of the channels."""
