@@ -74,6 +74,8 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
+_MOST_OF_STAGE = 0.5
+"""Share of a stage above which copies of its blocks are no coarse propagator."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -308,10 +310,14 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
         units = _measure(span, _draft(span, "units"))
     except SynthesisError as obstacle:
         return _because(span, linear, budget, str(obstacle))
-    if units.flops <= budget:
-        return _because(span, units, budget, "repeating block found")
-    reason = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
-    return _because(span, linear, budget, reason)
+    if units.flops > budget:
+        reason = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
+        return _because(span, linear, budget, reason)
+    stage = _fine_work(span)["flops"]
+    if units.flops > _MOST_OF_STAGE * stage:
+        reason = f"units would take {units.flops:.2e} FLOPs beside a stage of {stage:.2e}"
+        return _because(span, linear, budget, reason)
+    return _because(span, units, budget, "repeating block found")
 
 
 def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:

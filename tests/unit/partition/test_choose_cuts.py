@@ -141,7 +141,7 @@ def test_auto_grows_with_the_depth_and_is_one_where_nothing_is_gained() -> None:
         chain = [layer for block in layers for layer in block]
         return analyze_model(nn.Sequential(*chain), torch.randn(4, 16))
 
-    shallow, deep = (len(plan_of(trunk(blocks), stages="auto").stages) for blocks in (4, 16))
+    shallow, deep = (len(plan_of(trunk(blocks), stages="auto").stages) for blocks in (12, 48))
 
     assert 1 < shallow < deep
     anywhere = plan_of(analysis("dict_output"), stages="auto", cut_inside_blocks=True)

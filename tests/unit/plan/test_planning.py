@@ -200,16 +200,18 @@ def test_more_iterations_than_stages_are_not_counted() -> None:
 
 
 def test_a_plan_that_is_over_budget_or_slower_says_so() -> None:
-    cheap, over, slow = (
+    cheap, over, slow, copied = (
         plan_of(name, **options).notes
         for name, options in (
-            ("resnet", {"stages": 2}),
-            ("mlp", {"stages": 3}),
+            ("resnet", {"stages": 2, "coarse_budget": 0.05}),
+            ("mlp", {"stages": 3, "coarse_budget": 0.05}),
             ("dict_output", {"stages": 3}),
+            ("resnet", {"stages": 2}),
         )
     )
 
     assert cheap == ()
+    assert "a cheaper coarse family (coarse_budget=0.05" in copied[0]
     assert len(over) == 1
     assert over[0].startswith("the serial part takes ")
     assert "more than the coarse budget of 5.0%" in over[0]
