@@ -96,7 +96,7 @@ def test_a_save_that_is_killed_anywhere_loses_nothing(
     while ended == signal.SIGKILL:
         ended, _ = _run_in_child(lambda: networks[1].save(target), kill_at=len(versions))
         if target.exists() and len(versions) % 8:
-            directory.recover(target, directory._is_users)  # what loading begins with
+            atomic.recover(target, directory._is_users)  # what loading begins with
         else:
             pnn.load(target)
         assert os.listdir(target.parent) == [target.name]
