@@ -14,7 +14,9 @@ from tests.support.sourcefiles import Write
 torch.set_num_threads(1)
 
 # Deadlines would fail on a busy machine; random examples would fail on somebody else's.
-hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "reproducible", deadline=None, derandomize=True, max_examples=50
+)
 hypothesis.settings.load_profile("reproducible")
 
 

@@ -155,7 +155,9 @@ def _compare(result: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, reference[key], msg=key)
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": True, "batches": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"recompute": True, "batches": 2}, marks=pytest.mark.slow)]
+)
 def test_sharded_replicas_train_alike(options: dict[str, Any], tmp_path: Path) -> None:
     whole = start(_train_sharded, 4, tmp_path, str(tmp_path / "whole"), False, STEPS, options)
     folder = str(tmp_path / "shards")

@@ -19,7 +19,7 @@ from tests.distributed.faults import FAULT_STEP, PHASES, RANKS
 from tests.distributed.ranks import begin
 from tests.fuzz.kills import LIMIT, Trial, attempt, equal, train_seeded, uninterrupted
 
-QUICK = {(0, "sweep"), (1, "backward"), (2, "checkpoint")}
+QUICK = {(0, "sweep"), (2, "checkpoint")}
 CASES = [
     pytest.param(rank, phase, marks=() if (rank, phase) in QUICK else pytest.mark.slow)
     for phase in PHASES

@@ -51,9 +51,9 @@ def test_recomputed_stages_draw_the_same_and_count_once(tmp_path: Path) -> None:
 
 
 def _compiled(rank: int, recompute: bool) -> list[Any]:
-    plain = _train({}, norm=False, dropout=0.0)
+    plain = _train({}, norm=False, dropout=0.0, depth=2)
     options = {"compile_backend": "aot_eager", "recompute": recompute}
-    return [plain, _train(options, norm=False, dropout=0.0)]
+    return [plain, _train(options, norm=False, dropout=0.0, depth=2)]
 
 
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from examples import decoder, vgg16
 from passes.ir.isolation import preserved
 from passes.ir.program import provenance
 from pnn_compile.artifact import directory as artifact
-from tests.models.builders import linear_chain
+from tests.models.builders import block_chain, linear_chain
 from tests.models.zoo import by_name
 from tests.support.parameters import quick
 
@@ -71,20 +72,19 @@ def test_networks_of_the_zoo_come_back_bit_for_bit(name: str, tmp_path: Path) ->
     ],
 )
 def test_every_kind_of_plan_comes_back(options: dict[str, Any], tmp_path: Path) -> None:
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(8)))
+    model = block_chain(8, 4)
     compiled = pnn.compile(model, torch.randn(2, 4), **({"stages": 3} | options))
     assert_equal(pnn.load(compiled.save(tmp_path / "out")), compiled)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> pnn.Compiled:
-    torch.manual_seed(0)
-    return pnn.compile(vgg16.build_model(width=4), vgg16.example_inputs(), stages=3)
+@pytest.fixture
+def compiled(vgg: pnn.Compiled) -> pnn.Compiled:
+    return vgg
 
 
 @pytest.fixture
-def folder(compiled: pnn.Compiled, tmp_path: Path) -> Path:
-    return compiled.save(tmp_path / "out")
+def folder(vgg_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(vgg_artifact, tmp_path / "out"))
 
 
 def test_an_artifact_is_four_files_and_a_report(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ from examples import vgg16
 from pnn_compile.artifact.functions import check_enums, function_name
 
 
-@pytest.fixture(scope="module")
-def compiled() -> pnn.Compiled:
-    torch.manual_seed(0)
-    return pnn.compile(vgg16.build_model(width=4), vgg16.example_inputs(), stages=3)
+@pytest.fixture
+def compiled(vgg: pnn.Compiled) -> pnn.Compiled:
+    return vgg
 
 
 @pytest.fixture
-def folder(compiled: pnn.Compiled, tmp_path: Path) -> Path:
-    return compiled.save(tmp_path / "out")
+def folder(vgg_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(vgg_artifact, tmp_path / "out"))
 
 
 def edit_json(name: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:

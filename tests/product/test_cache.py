@@ -18,6 +18,7 @@ from passes.ir.program import Program
 from pnn_compile.cli import main
 from pnn_compile.forecast import timing_cache as cache
 from pnn_compile.forecast.timing_cache import TimingCache, default_folder
+from tests.models.builders import linear_chain
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_compile_and_forecast_share_what_was_measured(tmp_path: Path, measured: list[bool]) -> None:
-    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]), torch.randn(4, 8)
+    model, x = linear_chain(4, 8), torch.randn(4, 8)
     compiled = pnn.compile(model, x, stages=2, cost="measured", cache=tmp_path)
     assert compiled.timings is not None
     assert str(tmp_path) in compiled.report(200)

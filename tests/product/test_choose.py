@@ -18,9 +18,9 @@ def samples() -> list[torch.Tensor]:
     return list(nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear").split(32))
 
 
-def _network() -> nn.Module:
+def _network(units: int = 2) -> nn.Module:
     torch.manual_seed(0)
-    return resnet110.build_model(units_per_group=2, width=4).eval()
+    return resnet110.build_model(units, 4).eval()
 
 
 def test_the_plan_says_what_was_tried_and_why_it_was_taken(
@@ -88,8 +88,8 @@ def test_calibrated_choice_beats_the_one_without_samples(samples: list[torch.Ten
 
 def test_a_guess_behind_a_copy_of_the_first_layers(samples: list[torch.Tensor]) -> None:
     options = {"stages": 3, "coarse": "linear", "preprocess": "lowrank+linear", "rank": 16}
-    plain = pnn.compile(_network(), samples[0][:2], **options)  # type: ignore[arg-type]
-    copied = pnn.compile(_network(), samples[0][:2], prologue=0.2, **options)  # type: ignore[arg-type]
+    plain = pnn.compile(_network(3), samples[0][:2], **options)  # type: ignore[arg-type]
+    copied = pnn.compile(_network(3), samples[0][:2], prologue=0.2, **options)  # type: ignore[arg-type]
     spec, without = copied.plan.stages[1].preprocess, plain.plan.stages[1].preprocess
     assert spec is not None
     assert without is not None

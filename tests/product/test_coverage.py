@@ -48,7 +48,9 @@ def test_a_model_of_the_zoo_is_green(name: str) -> None:
     [
         ("timm", "timm:test_vit"),
         pytest.param("timm", "timm:resnet10t --input 2x3x64x64", marks=pytest.mark.slow),
-        ("torchvision", "torchvision:squeezenet1_1 --input 2x3x64x64"),
+        pytest.param(
+            "torchvision", "torchvision:squeezenet1_1 --input 2x3x64x64", marks=pytest.mark.slow
+        ),
         ("transformers", "hf:bert"),
     ],
 )

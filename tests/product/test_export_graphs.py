@@ -11,7 +11,6 @@ import subprocess
 import networkx as nx
 import pytest
 import torch
-from torch import nn
 
 import pnn_compile as pnn
 from passes.schedule.simulate import step_trace
@@ -22,6 +21,7 @@ from pnn_compile.export.graph_formats import (
     to_mermaid,
     to_node_link,
 )
+from tests.models.builders import linear_chain
 
 DOT = shutil.which("dot")
 
@@ -35,7 +35,7 @@ NASTY = 'say "hi" <b>\\N & ]; end\n%% {x} | \x07'
 @pytest.fixture(scope="module")
 def nasty() -> nx.DiGraph[str]:
     """A graph with names that no format likes, as a program read from a file may have."""
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    model = linear_chain(4, 4)
     graph = pnn.compile(model, torch.randn(2, 4), stages=2).graph.copy()
     graph.name = NASTY
     for _, data in graph.nodes(data=True):
@@ -60,7 +60,7 @@ def test_graphml_reads_back_equal(unet_compiled: pnn.Compiled) -> None:
 
 
 def test_graphml_holds_measured_seconds_of_the_nodes_that_have_them() -> None:
-    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    model = linear_chain(4, 16)
     graph = pnn.compile(model, torch.randn(4, 16), stages=2, cost="measured").graph
     again = nx.parse_graphml(to_graphml(graph))
     assert equal(again, graph)

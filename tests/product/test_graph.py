@@ -8,6 +8,7 @@ from torch import nn
 import pnn_compile as pnn
 from examples import unet
 from pnn_compile.export.graph_formats import to_dot
+from tests.models.builders import linear_chain
 
 
 def test_the_graph_is_acyclic_and_complete(unet_compiled: pnn.Compiled) -> None:
@@ -78,7 +79,7 @@ def test_names_of_the_model_do_not_collide_with_those_of_the_compiler() -> None:
 
 
 def test_names_with_quotes_do_not_break_the_drawing() -> None:
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    model = linear_chain(4, 4)
     compiled = pnn.compile(model, torch.randn(2, 4), stages=2)
     graph = compiled.graph
     next(data for _, data in graph.nodes(data=True))["path"] = 'say "hi" <b>\\n'

@@ -18,6 +18,7 @@ from examples import resnet110
 from pnn_compile.report.graph_data import graph_data
 from pnn_compile.report.html import html_report, page, quick_forecast, to_script_json
 from pnn_compile.report.page_data import page_data
+from tests.models.builders import linear_chain
 from tests.support.browser import Sheet, chromium, needs_chromium
 
 pytestmark = needs_chromium
@@ -92,7 +93,7 @@ def test_calibration_trials_and_accuracy_against_iterations(
 
 
 def test_a_plan_of_the_users_own_weights_has_no_timeline(browser: Browser, tmp_path: Path) -> None:
-    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    model = linear_chain(4, 8)
     compiled = pnn.compile(model, torch.randn(2, 8), stages=2, cost=lambda node, flops: flops + 1.0)
     path = tmp_path / "report.html"
     path.write_text(html_report(compiled), encoding="utf-8")
@@ -335,7 +336,7 @@ def synthetic(nodes: int, stages: int) -> nx.DiGraph[str]:
     return graph
 
 
-@pytest.mark.parametrize("nodes", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nodes", [2500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_thousands_of_nodes_are_interactive_within_two_seconds(
     browser: Browser, unet_compiled: pnn.Compiled, tmp_path: Path, nodes: int
 ) -> None:

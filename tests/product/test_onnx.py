@@ -19,6 +19,7 @@ from examples import decoder, resnet110, unet
 from passes.transform.sweep import Role
 from pnn_compile.cli import main
 from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
+from tests.models.builders import linear_chain
 
 
 class Exports:
@@ -253,7 +254,7 @@ class _NamesClash(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+        self.body = linear_chain(4, 4)
         self.last = nn.Linear(4, 4)
         self.register_buffer("scale", torch.full((3,), 2.0))
 
@@ -308,9 +309,7 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: 
 
 def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.export.LIMIT", 0.0)
-    compiled = pnn.compile(
-        nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), torch.randn(2, 8), stages=2
-    )
+    compiled = pnn.compile(linear_chain(4, 8), torch.randn(2, 8), stages=2)
     lowered = lower_network(compiled)
     with pytest.raises(pnn.ExportError, match="disagrees with torch"):
         export_onnx(compiled, tmp_path / "model.onnx", lowered=lowered)

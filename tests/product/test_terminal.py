@@ -10,6 +10,7 @@ import pnn_compile as pnn
 from examples import decoder
 from pnn_compile.export.graph_formats import format_count
 from pnn_compile.report.terminal import checks_table, stage_tree, to_text
+from tests.models.builders import linear_chain
 
 
 @pytest.mark.parametrize("width", [50, 80, 100, 160])
@@ -27,7 +28,7 @@ def test_the_report_says_what_was_decided(unet_compiled: pnn.Compiled) -> None:
 
 
 def test_measured_costs_add_a_column_of_times() -> None:
-    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)])
+    model = linear_chain(8, 64)
     compiled = pnn.compile(model, torch.randn(8, 64), stages=2, cost="measured")
     assert " time " in compiled.report(160)
     assert compiled.plan.forecast.unit == "seconds"

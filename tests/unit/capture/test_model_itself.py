@@ -156,6 +156,11 @@ def _drawn_by_torch() -> Tensor:
     ("draw", "source"),
     [
         (_drawn_by_torch, r"torch\.rand at .*test_model_itself\.py:\d+"),
+        pytest.param(
+            lambda: torch.rand(()).item(),
+            r"torch\.rand at .*test_model_itself\.py:\d+",
+            marks=pytest.mark.slow,
+        ),
         (lambda: torch.empty(1).uniform_(), r"torch\.uniform_ at .*test_model_itself\.py:\d+"),
         (random.random, "Python's random module"),
         pytest.param(lambda: np.random.rand(), "numpy's random module", marks=pytest.mark.slow),

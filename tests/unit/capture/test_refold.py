@@ -12,6 +12,7 @@ from passes.capture.ladder import capture
 from passes.capture.refold import RULES, Attention, attach, toggle
 from passes.ir.program import graph_module
 from tests.models.builders import Exported
+from tests.support.parameters import grid
 
 aten = torch.ops.aten
 
@@ -95,19 +96,18 @@ class Picks(nn.Module):
 SEQUENCE = torch.randn(2, 5, 8)
 
 
-@pytest.mark.parametrize(
-    ("body", "x"),
-    [
-        (Picks(nn.LSTM(8, 8, batch_first=True), 1), SEQUENCE),
-        (Picks(nn.GRU(8, 8, batch_first=True), 1), SEQUENCE),
-        (Picks(nn.LSTMCell(8, 8), 1), VECTOR),
-        (Picks(nn.MultiheadAttention(8, 2, batch_first=True), 3), SEQUENCE),
-        (Picks(nn.MaxPool2d(2, return_indices=True), 1), IMAGE),
-        (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), SEQUENCE),
-        (nn.Bilinear(8, 8, 3), VECTOR),
-    ],
+BODIES = (
+    (Picks(nn.LSTM(8, 8, batch_first=True), 1), SEQUENCE),
+    (Picks(nn.GRU(8, 8, batch_first=True), 1), SEQUENCE),
+    (Picks(nn.LSTMCell(8, 8), 1), VECTOR),
+    (Picks(nn.MultiheadAttention(8, 2, batch_first=True), 3), SEQUENCE),
+    (Picks(nn.MaxPool2d(2, return_indices=True), 1), IMAGE),
+    (nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), SEQUENCE),
+    (nn.Bilinear(8, 8, 3), VECTOR),
 )
-@pytest.mark.parametrize("dynamic", [True, False])
+
+
+@pytest.mark.parametrize(("body", "x", "dynamic"), grid(BODIES, (True, False)))
 def test_a_layer_of_several_inputs_or_outputs_keeps_its_operators(
     body: nn.Module, x: Tensor, dynamic: bool
 ) -> None:

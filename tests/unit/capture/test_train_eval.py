@@ -154,7 +154,7 @@ def test_a_branch_on_the_mode_is_kept_whatever_the_models_mode_was(
         assert_same_step(step(captured.module, (x,), train=train), expected)
 
 
-@pytest.mark.parametrize("kind", [Drops, Skips, TwoValues])
+@pytest.mark.parametrize("kind", [Drops, pytest.param(Skips, marks=pytest.mark.slow), TwoValues])
 def test_a_branch_on_the_mode_is_told_cut_and_stored(kind: type[nn.Module], tmp_path: Path) -> None:
     x = torch.randn(4, WIDTH)
     compiled = pnn.compile(network(kind), x, stages=3)

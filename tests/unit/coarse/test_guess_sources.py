@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pnn_compile as pnn
-from tests.models.builders import block_chain
+from tests.models.builders import block_chain, linear_chain
 from tests.support.parameters import grid
 
 
@@ -20,7 +20,7 @@ class OneHot(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+        self.layers = linear_chain(9, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.layers(nn.functional.one_hot(ids, 4).float())

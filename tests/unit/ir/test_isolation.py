@@ -38,7 +38,7 @@ def _beside(work: Callable[[], object]) -> Iterator[list[BaseException]]:
     errors: list[BaseException] = []
 
     def loop() -> None:
-        while not over.is_set() and not errors:
+        while not over.wait(0.001) and not errors:
             try:
                 work()
             except BaseException as error:

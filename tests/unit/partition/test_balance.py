@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.studies import balance
@@ -17,7 +17,6 @@ def sums(costs: list[float], ends: list[int]) -> list[float]:
     return [sum(costs[a:b]) for a, b in itertools.pairwise([0, *ends])]
 
 
-@settings(max_examples=100, deadline=None)
 @given(costs=st.lists(st.floats(0, 10), min_size=1, max_size=30), data=st.data())
 def test_blocks_differ_by_no_more_than_the_largest_element(
     costs: list[float], data: st.DataObject

@@ -21,6 +21,7 @@ from passes.partition.search import DoesNotFit, solve
 from passes.plan.build import make_plan
 from passes.plan.num_stages import cut_and_plan
 from passes.plan.schema import Plan
+from tests.models.builders import linear_chain
 from tests.support.programs import analysis, analyze_model
 from tests.unit.partition.test_search import tight_problems
 
@@ -184,7 +185,7 @@ def test_a_training_step_balances_each_phase() -> None:
 
 
 def test_measured_seconds_may_be_balanced() -> None:
-    slow = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+    slow = linear_chain(6, 256)
     facts = analyze_model(slow, torch.randn(64, 256))
     by_flops = plan_of(facts, stages=3)
 
@@ -195,7 +196,7 @@ def test_measured_seconds_may_be_balanced() -> None:
 # --- next best cuts ------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(problem=tight_problems())
 def test_each_cut_alone_goes_where_it_costs_least(problem: CutProblem) -> None:
     try:
@@ -286,9 +287,9 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-        self.right = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-        self.joint = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+        self.left = linear_chain(3, 8)
+        self.right = linear_chain(3, 8)
+        self.joint = linear_chain(6, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.joint(self.left(x) + self.right(x))

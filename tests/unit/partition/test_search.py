@@ -106,7 +106,7 @@ def exhaustive(problem: CutProblem) -> float:
     return best
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(), gap=st.sampled_from([0.0, 1e-6, 0.1]))
 def test_equals_exhaustive_search(problem: CutProblem, gap: float) -> None:
     solution = solve(problem, gap=gap)
@@ -118,7 +118,7 @@ def test_equals_exhaustive_search(problem: CutProblem, gap: float) -> None:
     assert solution.gap <= max(gap, 1e-9)
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40)
 @given(problem=tight_problems())
 def test_memory_is_obeyed(problem: CutProblem) -> None:
     least = exhaustive(problem)
@@ -135,7 +135,7 @@ def test_memory_is_obeyed(problem: CutProblem) -> None:
         assert device.fits(begin, end, last=stage == problem.stages - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(), evaluations=st.integers(1, 4))
 def test_is_honest_when_the_budget_ends_early(problem: CutProblem, evaluations: int) -> None:
     solution = solve(problem, gap=0, evaluations=evaluations)
@@ -146,7 +146,7 @@ def test_is_honest_when_the_budget_ends_early(problem: CutProblem, evaluations: 
     assert 0 <= solution.gap <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems())
 def test_reports_the_cost_of_its_cuts(problem: CutProblem) -> None:
     solution = solve(problem)
@@ -299,7 +299,9 @@ def test_a_search_that_cannot_be_made_says_its_numbers(options: dict[str, float]
         solve(chain([1.0] * 6, stages=3), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["uniform", "random", "blocks"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("uniform", marks=pytest.mark.slow), "random", "blocks"]
+)
 def test_ten_thousand_candidates_and_64_stages(kind: str) -> None:
     count, draw = 10_000, random.Random(0).random
     spread = 1.0 if kind == "random" else 0.0

@@ -11,13 +11,14 @@ from torch import nn
 
 import pnn_compile as pnn
 from passes.plan.schema import Plan
+from tests.models.builders import mlp
 
 X = torch.randn(4, 8)
 
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())))
+    return mlp(6, 8)
 
 
 def edited(plan: Plan, edit: Callable[[Any], None]) -> Plan:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from examples import decoder
 from passes.errors import OptionError
 from passes.plan.schema import Plan
+from tests.models.builders import linear_chain
 from tests.support.parameters import quick
 from tests.support.programs import analysis, compile_model, compile_program, compiled, program
 
@@ -91,7 +92,7 @@ def test_the_head_is_given_what_it_needs() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.trunk = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+            self.trunk = linear_chain(4, 8)
 
         def forward(self, x: Tensor, late: Tensor) -> Tensor:
             return self.trunk(x).mean(dim=1) + late

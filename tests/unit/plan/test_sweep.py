@@ -11,6 +11,7 @@ import pnn_compile as pnn
 from examples import resnet110, unet
 from passes.capture.ladder import capture
 from passes.ir.program import Program
+from tests.models.builders import mlp
 from tests.support.programs import compile_program
 
 
@@ -46,9 +47,9 @@ def test_it_verifies_trains_and_costs_one_map(name: str) -> None:
     model: nn.Module
     inputs: tuple[torch.Tensor, ...]
     if name == "resnet":
-        model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
+        model, inputs = resnet110.build_model(2, 4), resnet110.example_inputs(size=8)
     else:
-        model, inputs = unet.build_model(depth=3, width=4), unet.example_inputs()
+        model, inputs = unet.build_model(depth=2, width=4), unet.example_inputs()
     options = {"stages": 3, "coarse": "linear"}
     chain = pnn.compile(model, inputs, **options)  # type: ignore[arg-type]
     collapsed = pnn.compile(model, inputs, sweep="collapsed", **options)  # type: ignore[arg-type]
@@ -60,7 +61,7 @@ def test_it_verifies_trains_and_costs_one_map(name: str) -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    model, inputs = resnet110.build_model(3, 4), resnet110.example_inputs(size=16)
+    model, inputs = resnet110.build_model(2, 4), resnet110.example_inputs(size=8)
     refused: list[dict[str, Any]] = [
         {"coarse": "exact"}, {"correction": "difference"}, {"iterations": 2},
     ]  # fmt: skip
@@ -96,7 +97,7 @@ def test_auto_takes_the_faster_sweep_that_linear_maps_can_do(
 
 
 def test_auto_stays_what_the_plan_says_through_calibration() -> None:
-    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.Tanh())))
+    model = mlp(8, 16)
     samples = [torch.randn(32, 16) for _ in range(4)]
     compiled = pnn.compile(
         model, samples[0], stages=4, coarse="linear", sweep="auto", calibration=samples

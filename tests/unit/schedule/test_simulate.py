@@ -29,6 +29,7 @@ from pnn_compile.runtime import (
 )
 from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
+from tests.models.builders import linear_chain, mlp
 
 TWO: dict[tuple[Kind, int], float] = {
     (Kind.FINE, 0): 3, (Kind.CORRECT, 0): 0, (Kind.GUESS, 1): 1, (Kind.FINE, 1): 5,
@@ -145,7 +146,7 @@ def test_bytes_on_the_link_cost_time() -> None:
 
 
 def test_costs_that_a_plan_does_not_store_are_refused() -> None:
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model = linear_chain(4, 8)
     plan = pnn.compile(model, torch.randn(2, 8), stages=2, cost=lambda node, flops: 1.0).plan
     with pytest.raises(pnn.RuntimeFault, match="cost='flops' or 'measured'"):
         Times.of(plan)
@@ -207,7 +208,7 @@ def _sleep(module: nn.Module, forward: Kind, backward: Kind) -> None:
 def _measured(rank: int) -> list[tuple[float, float]]:
     """For every kind of step: what the simulator says, and what the best of several takes."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.Tanh())))
+    model = mlp(8, 8)
     rows = []
     for options, batches, _ in OPTIONS:
         example = torch.randn(4, 8)

@@ -122,7 +122,7 @@ def parts(draw: st.DrawFn) -> Parts:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75)
 @given(parts=parts())
 def test_a_chain_takes_at_most_the_closed_form(parts: Parts) -> None:
     forecast, simulated = parts.forecast("chain", 1), parts.simulated("chain", 1)
@@ -134,7 +134,6 @@ def test_a_chain_takes_at_most_the_closed_form(parts: Parts) -> None:
     assert simulated >= parts.fine[0].makespan + forecast.serial - CLOSE
 
 
-@settings(max_examples=100, deadline=None)
 @given(parts=parts())
 def test_a_chain_takes_the_closed_form_if_no_stage_is_slower_than_the_first(parts: Parts) -> None:
     slowest = Phases(
@@ -148,7 +147,7 @@ def test_a_chain_takes_the_closed_form_if_no_stage_is_slower_than_the_first(part
     assert even.simulated("chain", 1) == pytest.approx(even.forecast("chain", 1).time)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75)
 @given(parts=parts(), data=st.data())
 def test_several_iterations_take_at_most_the_closed_form(parts: Parts, data: st.DataObject) -> None:
     iterations = data.draw(st.integers(1, parts.stages))
@@ -162,7 +161,7 @@ def test_several_iterations_take_at_most_the_closed_form(parts: Parts, data: st.
     assert simulated >= exact + sweep + forecast.tail - CLOSE
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75)
 @given(parts=parts())
 def test_a_collapsed_sweep_differs_by_a_map_and_its_links(parts: Parts) -> None:
     forecast, simulated = parts.forecast("collapsed", 1), parts.simulated("collapsed", 1)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.capture.ladder import capture
+from tests.models.builders import linear_chain
 from tests.models.zoo import CAPTURABLE, by_name
 from tests.support.parameters import quick
 from tests.support.parity import step
@@ -253,7 +254,7 @@ def test_weights_follow_from_the_seed(coarse: str) -> None:
 
 
 def test_compiling_leaves_the_random_state_alone() -> None:
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model = linear_chain(4, 4)
     random = torch.get_rng_state()
     compile_model(model, torch.ones(2, 4), stages=2)
 

@@ -12,6 +12,7 @@ from passes.ir.program import extract, nodes_between
 from passes.ir.tensor_spec import Value
 from passes.plan.schema import Plan
 from passes.transform.split import split
+from tests.models.builders import linear_chain
 from tests.support.parameters import quick
 from tests.support.parity import assert_same_step, step
 from tests.support.programs import call, compile_model, compiled, parts, program
@@ -99,7 +100,7 @@ def test_an_argument_may_be_called_as_the_builtins_are() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+            self.layers = linear_chain(4, 4)
 
         def forward(self, input: Tensor, type: Tensor) -> Tensor:
             return self.layers(input) + type
