@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.errors import CaptureError
+
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 LOCK = threading.RLock()
 """Guards the state that all threads share: patched methods, random state, backend flags."""
@@ -40,10 +43,12 @@ def exclusive() -> Iterator[None]:
 
     A tracer wraps `nn.Module.__call__` for the whole process: a layer that another thread calls
     would become part of the graph, or fail. Inside this block a wrapper acts only in the thread
-    that installed it, and only until the block ends; otherwise it calls the wrapped method.
+    that installed it, and only until the block ends; otherwise it calls the wrapped method. Levels
+    of torch.func (vmap, grad, jvp) that a failed trace has entered are left.
     """
     with LOCK:
         owner, active = threading.get_ident(), [True]
+        levels = _functorch.get_dynamic_layer_stack_depth()
         patch = _Patcher.patch_method
 
         @functools.wraps(patch)
@@ -63,6 +68,19 @@ def exclusive() -> Iterator[None]:
         finally:
             active.clear()
             _Patcher.patch_method = patch
+            _functorch.pop_dynamic_layer_stack_and_undo_to_depth(levels)
+            if forward_ad._current_level < 0:
+                _leave_dual_level()
+
+
+def _leave_dual_level() -> None:
+    """Leave the level of forward-mode differentiation that a failed trace has entered, if any."""
+    engine: Any = torch._C
+    try:
+        level = engine._enter_dual_level()
+    except RuntimeError:  # there is one, and levels do not nest
+        level = 0
+    engine._exit_dual_level(level=level)
 
 
 @dataclass(frozen=True)
