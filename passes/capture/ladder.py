@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import reprlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -111,8 +112,20 @@ def capture(
     """
     with LOCK:
         inner = unwrap(model)
+        _check_names(inner)
         _check_layouts(inner, args, kwargs or {})
         return _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch).run()
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse parts at the root whose name a graph module has for something else, as `code`."""
+    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if name in taken:
+            raise CaptureError(
+                f"{name!r} of {type(model).__name__} has the name of an attribute of "
+                "torch.fx.GraphModule, which the network is: give it another name"
+            )
 
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -322,7 +335,7 @@ def _unused(model: nn.Module, module: fx.GraphModule) -> dict[str, Any]:
 
 def _notes_on_constants(inputs: ExampleInputs) -> list[str]:
     return [
-        f"argument {name!r} is fixed at {value!r} and no longer taken"
+        f"argument {name!r} is fixed at {reprlib.repr(value)} and no longer taken"
         for name, value in inputs.constants().items()
     ]
 

@@ -22,13 +22,14 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.backends import mha
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.errors import CaptureError
 
-_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_functorch: Any = torch._C._functorch
 
 LOCK = threading.RLock()
 """Guards the state that all threads share: patched methods, random state, backend flags."""
@@ -196,10 +197,11 @@ class DrawObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def without_causal_detection() -> Iterator[None]:
-    """Keep torch's transformer layers from comparing their mask with a causal one.
+def with_plain_transformers() -> Iterator[None]:
+    """Keep torch's transformer layers to what a graph can hold, in this thread.
 
-    They drop a mask that is causal, which is a branch on values of a tensor: no graph can hold it.
+    They compare their mask with a causal one, and drop it then: a branch on values of a tensor. In
+    evaluation without gradients they have a fast path, which returns zeros at padded positions.
     """
 
     def declared(
@@ -208,12 +210,13 @@ def without_causal_detection() -> Iterator[None]:
         return is_causal is True
 
     with LOCK:
-        original = transformer._detect_is_causal_mask
+        original, fast = transformer._detect_is_causal_mask, mha.get_fastpath_enabled
         transformer._detect_is_causal_mask = for_this_thread(declared, original)
+        mha.get_fastpath_enabled = for_this_thread(lambda: False, fast)
         try:
             yield
         finally:
-            transformer._detect_is_causal_mask = original
+            transformer._detect_is_causal_mask, mha.get_fastpath_enabled = original, fast
 
 
 def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from passes.capture.model_notes import join_few
 from passes.errors import ArtifactError, ExportError, first_line
 from passes.ir.isolation import preserved, same_values
 from passes.ir.program import clone_tensors, tensor_leaves
@@ -143,9 +144,9 @@ def _check_stateless(compiled: Compiled) -> None:
                 return
     if not all(map(same_values, *runs)):
         raise ExportError(
-            f"forward changes {changed[0]} in evaluation mode, its outputs depend on it, and an ONNX "
-            "model keeps nothing from call to call: take such a state as an input and return it, or "
-            "write to it under `if self.training` alone"
+            f"forward changes {join_few(changed)} in evaluation mode, its outputs depend on that, "
+            "and an ONNX model keeps nothing from call to call: take such a state as an input and "
+            "return it, or write to it under `if self.training` alone"
         )
 
 
