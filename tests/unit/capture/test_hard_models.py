@@ -399,6 +399,7 @@ def test_vmap_becomes_operators_on_batches() -> None:
     torch.testing.assert_close(compiled.sequential(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_failed_trace_leaves_no_level_of_a_transform_behind() -> None:
     model, x = Transformed("jvp"), torch.randn(2, 3, WIDTH)
     with pytest.raises(CaptureError, match="cannot be captured as a graph"):
