@@ -162,11 +162,12 @@ CASES: tuple[tuple[Any, tuple[Any, ...], type[nn.Module], tuple[int, ...]], ...]
 def test_every_rule_is_tested() -> None:
     tested = {target for target, *_ in CASES}
     attention = {F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
-    others = attention | {*SLOPES, *NORMS}
+    others = attention | {*SLOPES, *NORMS, DEPTH}
     assert {target for rule in RULES for target in rule.targets} == tested | others
 
 
 SLOPES = (F.rrelu, torch.rrelu, aten.rrelu.default)
+DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 NORMS = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
 
 
@@ -306,15 +307,15 @@ def test_a_new_module_is_put_in_the_mode_of_the_place(training: bool) -> None:
     assert {module.training for module in model.modules()} == {training}
 
 
-def stochastic_depth(x: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+def stochastic_depth(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
     """Do what the function of this name in torchvision does."""
     if not training or p == 0.0:
-        return x
-    size = [x.shape[0] if mode == "row" else 1] + [1] * (x.ndim - 1)
-    return x * torch.empty(size).bernoulli_(1.0 - p).div_(1.0 - p)
+        return input
+    size = [input.shape[0] if mode == "row" else 1] + [1] * (input.ndim - 1)
+    return input * torch.empty(size).bernoulli_(1.0 - p).div_(1.0 - p)
 
 
-stochastic_depth.__module__ = "torchvision.ops.stochastic_depth"
+stochastic_depth.__module__ = DEPTH.rpartition(".")[0]
 torch.fx.wrap("stochastic_depth")  # torchvision does: a trace keeps it whole
 
 
