@@ -34,9 +34,10 @@ from passes.capture.attempt import (
     describe_error,
 )
 from passes.capture.equivalence import Reference
-from passes.capture.fx_trace import called_functions, trace
+from passes.capture.fx_trace import called_functions, trace, wrapped_functions
 from passes.capture.model_copy import copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
+    join_few,
     name_hooks_and_overrides,
     notes_on_graph,
     notes_on_runs,
@@ -164,9 +165,19 @@ class _Ladder:
         )
 
     def run(self) -> Program:
+        wrapped = None
         for rung, front_end in LADDER:
-            if program := self._try(rung, front_end, Attempt.run):
+            program = self._try(rung, front_end, Attempt.run)
+            if program and (names := wrapped_functions(program.graph)):
+                wrapped = program  # unless an export sees what they do
+                self._reject(
+                    rung,
+                    f"{join_few(names)} (torch.fx.wrap) is one call that no artifact can store",
+                )
+            elif program:
                 return program
+        if wrapped:
+            return wrapped
         if program := self._keep_functions_whole():
             return program
         if program := self._keep_modules_whole():

@@ -430,3 +430,40 @@ def test_padded_positions_are_what_the_layers_compute() -> None:
     torch.testing.assert_close(outputs[~padding], fast[~padding])
     assert not fast[padding].any()
     assert outputs[padding].any()
+
+
+def padded(x: Tensor) -> Tensor:
+    """Pad by the shape of a tensor, which a trace does not know."""
+    return nn.functional.pad(x, (0, -x.shape[1] % 4)) if x.shape[1] % 4 else x
+
+
+def clipped(x: Tensor) -> Tensor:
+    """Branch on the values of a tensor, which no graph can."""
+    return x.clamp(max=1) if x.max() > 1 else x
+
+
+torch.fx.wrap("padded")
+torch.fx.wrap("clipped")
+
+
+@pytest.mark.parametrize(("rung", "whole"), [("torch.export", True), ("torch.fx trace", False)])
+def test_wrapped_functions_are_entered_by_an_export(rung: str, whole: bool, tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Linear(13, 13), body()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = padded(self.first(x)) if whole else clipped(self.first(x))
+            return self.body(nn.functional.pad(y, (0, WIDTH - y.shape[1])))
+
+    model, x = Wrapped(), torch.randn(3, 13)
+    compiled = pnn.compile(model, x, stages=2)
+    assert compiled.program.capture.rung == rung
+    torch.testing.assert_close(compiled.sequential(x), model(x))
+    folder = compiled.save(tmp_path / "a")
+    if whole:
+        assert pnn.load(folder).verify().ok
+    else:
+        with pytest.raises(pnn.PnnError, match=r"cannot store all of it .*clipped"):
+            pnn.load(folder)
