@@ -4,7 +4,8 @@
 
 Every chunk of models goes through three kinds of processes: one that builds and saves with default
 settings, one that loads and verifies and may not import the library of the model, and two ranks.
-Rows are written as they come; a second start skips the models that have one.
+Rows are written as they come; a second start skips the models that have one, but for those with a
+problem under `--again`.
 """
 
 from __future__ import annotations

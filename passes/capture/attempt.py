@@ -27,7 +27,7 @@ from passes.ir.isolation import (
     DrawObserver,
     preserved,
     random_sources,
-    without_causal_detection,
+    with_plain_transformers,
 )
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
@@ -113,7 +113,7 @@ class Attempt:
             # next attempts observe the operators of this thread.
             observer = DrawObserver() if attempt else nullcontext()
             sources = random_sources(self.original, model)
-            with preserved(self.original, model), without_causal_detection(), observer:
+            with preserved(self.original, model), with_plain_transformers(), observer:
                 model.train(train)
                 before, states = torch.get_rng_state(), [source.state() for source in sources]
                 graph, constants = self.front_end(model, self.inputs, self.reference.dynamic_batch)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -28,9 +29,9 @@ from passes.ir.isolation import (
     preserved,
     same_values,
     set_mode,
-    without_causal_detection,
+    with_plain_transformers,
 )
-from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, run_one_step
+from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
 _SECOND_SEED = 1
 """Seed of the runs on the second input: a graph may hold the random numbers of the first."""
@@ -79,6 +80,7 @@ class Reference:
                 self._second_inputs, train=False, grad=False, seed=_SECOND_SEED
             )
         self._run_training()
+        self._note_fast_path()
         outputs = [output for result in self._runs.values() for output in result.outputs]
         if any(isinstance(output, torch.Tensor) and output.is_meta for output in outputs):
             self.notes.append("on the meta device shapes were compared, and no values")
@@ -100,7 +102,7 @@ class Reference:
         computes them in every call.
         """
         states = []
-        with preserved(self._model), without_causal_detection(), torch.no_grad():
+        with preserved(self._model), with_plain_transformers(), torch.no_grad():
             set_mode(self._model, False)
             for inputs in (self._inputs, self._inputs.varied(grow=False)):
                 values = [leaf.detach().clone() for leaf in inputs.tensors()]
@@ -174,6 +176,27 @@ class Reference:
             return False
         self._runs[False, True] = result
         return True
+
+    def _note_fast_path(self) -> None:
+        """Say where the fast path of torch's encoders returns something else than their layers."""
+        encoders = [
+            path or "the model itself"
+            for path, module in nn.Module.named_modules(self._model)
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+        ]
+        if not encoders:
+            return
+        with preserved(self._model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nested tensors are a prototype
+            set_mode(self._model, False)
+            inputs = self._inputs.replaced([t.detach().clone() for t in self._inputs.tensors()])
+            outputs = output_leaves(self._model(*inputs.args, **inputs.kwargs))
+        plain = dataclasses.replace(self._runs[False, False], gradients={}, changed={})
+        if compare(StepResult(outputs, {}, {}), plain):
+            self.notes.append(
+                f"{join_few(encoders)} (nn.TransformerEncoder) returns zeros at padded positions "
+                "in evaluation without gradients, and the network what the layers compute there"
+            )
 
     def _run_training(self) -> None:
         """Run training steps on both inputs; BatchNorm may refuse a batch of one sample."""

@@ -13,7 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -169,6 +169,20 @@ def called_functions(graph: fx.Graph) -> list[str]:
         function.__qualname__
         for function in dict.fromkeys(classes)
         if isinstance(function, type) and issubclass(function, torch.autograd.Function)
+    ]
+
+
+def wrapped_functions(graph: fx.Graph) -> list[str]:
+    """Return the names of the Python functions outside of torch that a trace does not enter.
+
+    Libraries wrap functions that read shapes (`torch.fx.wrap`), as torchvision's attention.
+    """
+    targets = [node.target for node in graph.nodes if isinstance(node.target, FunctionType)]
+    return [
+        target.__qualname__
+        for target in dict.fromkeys(targets)
+        if target.__module__.partition(".")[0] not in ("torch", "passes", "operator", "math")
+        and not hasattr(target, "__wrapped__")  # a custom autograd function
     ]
 
 

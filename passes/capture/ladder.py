@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import reprlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -33,9 +34,10 @@ from passes.capture.attempt import (
     describe_error,
 )
 from passes.capture.equivalence import Reference
-from passes.capture.fx_trace import called_functions, trace
+from passes.capture.fx_trace import called_functions, trace, wrapped_functions
 from passes.capture.model_copy import copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
+    join_few,
     name_hooks_and_overrides,
     notes_on_graph,
     notes_on_runs,
@@ -111,8 +113,20 @@ def capture(
     """
     with LOCK:
         inner = unwrap(model)
+        _check_names(inner)
         _check_layouts(inner, args, kwargs or {})
         return _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch).run()
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse parts at the root whose name a graph module has for something else, as `code`."""
+    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if name in taken:
+            raise CaptureError(
+                f"{name!r} of {type(model).__name__} has the name of an attribute of "
+                "torch.fx.GraphModule, which the network is: give it another name"
+            )
 
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -152,9 +166,19 @@ class _Ladder:
         )
 
     def run(self) -> Program:
+        wrapped = None
         for rung, front_end in LADDER:
-            if program := self._try(rung, front_end, Attempt.run):
+            program = self._try(rung, front_end, Attempt.run)
+            if program and (names := wrapped_functions(program.graph)):
+                wrapped = program  # unless an export sees what they do
+                self._reject(
+                    rung,
+                    f"{join_few(names)} (torch.fx.wrap) is one call that no artifact can store",
+                )
+            elif program:
                 return program
+        if wrapped:
+            return wrapped
         if program := self._keep_functions_whole():
             return program
         if program := self._keep_modules_whole():
@@ -325,7 +349,7 @@ def _unused(model: nn.Module, module: fx.GraphModule) -> dict[str, Any]:
 
 def _notes_on_constants(inputs: ExampleInputs) -> list[str]:
     return [
-        f"argument {name!r} is fixed at {value!r} and no longer taken"
+        f"argument {name!r} is fixed at {reprlib.repr(value)} and no longer taken"
         for name, value in inputs.constants().items()
     ]
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 from passes.capture.model_copy import HOOKS, STATE_HOOKS, plain_attributes, walk
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.isolation import preserved, without_causal_detection
+from passes.ir.isolation import preserved, with_plain_transformers
 from passes.ir.run_step import output_leaves
 
 
@@ -75,7 +75,7 @@ def notes_on_runs(model: nn.Module, copied: nn.Module, inputs: ExampleInputs) ->
 def _learned(model: nn.Module, inputs: ExampleInputs, train: bool) -> list[torch.Tensor]:
     """Return the tensors, inputs aside, whose gradients the output of a mode leads to."""
     # `notes_on_runs` compares attributes as forward leaves them, and puts them back.
-    with without_causal_detection(), torch.enable_grad():
+    with with_plain_transformers(), torch.enable_grad():
         model.train(train)
         values = [leaf.detach().clone() for leaf in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)

@@ -26,7 +26,7 @@ from passes.capture.model_notes import join_few
 from passes.capture.torch_export import export
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
-from passes.ir.isolation import preserved, without_causal_detection
+from passes.ir.isolation import preserved, with_plain_transformers
 
 _MAX_SHARE = 0.5
 """Largest share of the parameters in one opaque module: with more, too little is left to cut."""
@@ -101,7 +101,7 @@ def find_unexportable(
     while True:
         candidate = copy_model(model)
         try:
-            with preserved(candidate), without_causal_detection():
+            with preserved(candidate), with_plain_transformers():
                 for train in (True, False):
                     candidate.train(train)  # an override may return nothing
                     export(candidate, inputs, dynamic_batch=dynamic_batch, opaque=opaque)

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from passes.capture.fx_trace import as_callable, functions_replaced
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs
-from passes.ir.isolation import preserved, without_causal_detection
+from passes.ir.isolation import preserved, with_plain_transformers
 from passes.ir.program import Provenance, set_provenance, tensor_leaves
 
 _LITERALS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
@@ -299,7 +299,7 @@ def _observe_calls(
         if functions:
             stack.enter_context(functions_replaced(apply))
         stack.enter_context(preserved(model))
-        stack.enter_context(without_causal_detection())
+        stack.enter_context(with_plain_transformers())
         stack.enter_context(torch.no_grad())
         values = [tensor.detach().clone() for tensor in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)

@@ -83,7 +83,7 @@ def dropouts(network: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in network.modules()
-        if isinstance(module, Attention)
+        if isinstance(module, Attention | StochasticDepth)
         or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
         or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
     ]
@@ -126,12 +126,39 @@ def batch_norms(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, kinds)]
 
 
+class StochasticDepth(nn.Module):
+    """Drop samples, or the whole batch, at random in training mode, as torchvision's layers do.
+
+    Args:
+        p: Probability of dropping.
+        mode: "row" to drop every sample by itself, "batch" to drop all or none.
+    """
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p = p
+        self.mode = mode
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Scale what is kept by `1 / (1 - p)`; draws the numbers that torchvision would."""
+        if not self.training or self.p == 0.0:
+            return input
+        rows = input.shape[0] if self.mode == "row" else 1
+        noise = input.new_empty([rows] + [1] * (input.dim() - 1)).bernoulli_(1.0 - self.p)
+        return input * (noise.div_(1.0 - self.p) if self.p < 1.0 else noise)
+
+    def extra_repr(self) -> str:
+        """Return the options for the module's `repr`."""
+        return f"p={self.p}, mode={self.mode}"
+
+
 @dataclass(frozen=True)
 class Rule:
     """Replacement of an operator by a module that follows the mode.
 
     Attributes:
-        targets: Functions and operators that the rule covers.
+        targets: Functions and operators that the rule covers; qualified names of functions of
+            libraries that may be missing.
         build: Called with the arguments of the call by name; returns the module and the names of
             the arguments that the module is called with, or None if there is nothing to toggle.
     """
@@ -160,6 +187,10 @@ def _attention(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | N
         return None
     module = Attention(float(call["dropout_p"]), bool(call.get("is_causal", False)))
     return module, ("query", "key", "value", "attn_mask", "scale", "enable_gqa")
+
+
+def _stochastic_depth(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    return StochasticDepth(float(call["p"]), str(call["mode"])), ("input",)
 
 
 def _batch_norm(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | None:
@@ -193,7 +224,16 @@ RULES: tuple[Rule, ...] = (
     Rule((F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default), _attention),
     # Functional batch norm on the layer's own buffers, as in fused norm and activation layers.
     Rule((F.batch_norm, torch.batch_norm, aten.batch_norm.default), _batch_norm),
+    # torch.fx keeps it as one call of Python code, which no artifact could hold.
+    Rule(("torchvision.ops.stochastic_depth.stochastic_depth",), _stochastic_depth),
 )
+
+
+def _rule_of(target: Any) -> Rule | None:
+    """Return the rule that covers a function or operator."""
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    return next((rule for rule in RULES if target in rule.targets or name in rule.targets), None)
+
 
 CALL_KEY = "pnn_module_call"
 """Key of node.meta under which a front end records which call of which module made the node."""
@@ -232,7 +272,7 @@ def flagged_call(node: fx.Node) -> Mapping[str, Any] | None:
         The arguments; None if no rule covers the call.
     """
     target = node.target
-    if isinstance(target, str) or not any(target in rule.targets for rule in RULES):
+    if isinstance(target, str) or _rule_of(target) is None:
         return None
     normal = normalize_function(
         target, node.args, dict(node.kwargs), normalize_to_only_use_kwargs=True
@@ -253,13 +293,13 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
     Returns:
         Number of nodes replaced.
     """
-    rules = {target: rule for rule in RULES for target in rule.targets}
     count = 0
     for node in list(graph.nodes):
         call = flagged_call(node)
-        if call is None or call.get("training", call.get("train")) is False:
+        rule = _rule_of(node.target)
+        if call is None or rule is None or call.get("training", call.get("train")) is False:
             continue
-        replacement = rules[node.target].build(call)
+        replacement = rule.build(call)
         if replacement is None:
             continue
         module, names = replacement

@@ -82,6 +82,11 @@ def export(
         exported = torch.export.export(
             entry, tuple(inputs.tensors()), dynamic_shapes=(shapes,), strict=False
         )
+        if _levels(exported):
+            # Operators that enter a level of vmap for the whole process cannot be cut apart.
+            exported = exported.run_decompositions({})
+        if names := _levels(exported):
+            raise CaptureError(f"forward calls a transform of torch.func ({names[0]})")
         module = exported.module(check_guards=False)
     spec = exported.call_spec.out_spec
     if spec is None:
@@ -91,6 +96,17 @@ def export(
     outline(model, graph)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     return graph, constants
+
+
+def _levels(exported: torch.export.ExportedProgram) -> list[str]:
+    """Return the operators that enter or leave transforms of torch.func: vmap, grad, jvp."""
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    targets = [node.target for graph in graphs for node in graph.nodes]
+    return [
+        getattr(target, "__name__", "")
+        for target in targets
+        if getattr(target, "__module__", None) == "torch._functorch.predispatch"
+    ]
 
 
 def _convert(

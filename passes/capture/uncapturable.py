@@ -2,7 +2,7 @@
 
 The model runs once more in each mode, under an observer of its calls of torch. It notices
 
-- derivatives that forward takes itself (`torch.autograd.grad`),
+- derivatives that forward takes itself (`torch.autograd.grad`), and hooks on gradients,
 - generators that forward passes to torch, or draws from beside torch,
 - another result of a second run from the same random state,
 - random numbers that Python decides by:
@@ -108,6 +108,11 @@ class _Observer(TorchFunctionMode):
         if func in _DERIVATIVES:
             line = "torch.autograd.grad" if func is torch.autograd.grad else "backward"
             self.note(f"forward calls {line}{_line()}, and no graph holds a derivative of itself")
+        if func is torch.Tensor.register_hook:
+            self.note(
+                f"forward registers a hook on a gradient{_line()}, and no graph holds one (write a "
+                "torch.autograd.Function with that backward)"
+            )
         if any(isinstance(leaf, torch.Generator) for leaf in arguments):
             self.note(
                 f"forward passes a torch.Generator to {name}{_line()}, and no graph can hold one "

@@ -178,12 +178,24 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
                     f"argument {name!r} holds a {type(leaf).__name__}, which torch cannot look "
                     "into: give a plain dict, list or tuple of the same tensors"
                 )
+            elif held := _tensors_inside(leaf):
+                raise CaptureError(
+                    f"argument {name!r} is or holds a {type(leaf).__name__} with the tensor "
+                    f"{held[0]!r}, which torch cannot look into, so that it would become a "
+                    "constant: give its tensors in a dict, list or tuple, or as arguments of their "
+                    "own, or make the class a node of torch.utils._pytree"
+                )
     if not leaves:
         raise CaptureError(
             f"the example inputs of {type(model).__name__} hold no tensor: give at least one "
             "(example_inputs=(tensor, ...) or --input 1x3x32x32)"
         )
     inputs = ExampleInputs(tuple(args), dict(kwargs), tuple(names), tuple(leaves))
+    if inputs.batch_size == 0:
+        raise CaptureError(
+            f"the example inputs of {type(model).__name__} hold no sample ({leaves[0].argument} is "
+            f"{[*leaves[0].value.shape]}): give at least one, best two"
+        )
     return inputs.replaced(_without_aliases(model, inputs.tensors()))
 
 
@@ -258,6 +270,21 @@ def _key(entry: Any) -> Any:
     if isinstance(entry, pytree.MappingKey):
         return entry.key
     return AttributeKey(entry.name)
+
+
+def _tensors_inside(value: Any, depth: int = 3) -> list[str]:
+    """Return the paths of the tensors in the attributes of an object."""
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return []
+    paths = []
+    for name, attribute in vars(value).items():
+        for path, leaf in pytree.tree_flatten_with_path(attribute)[0]:
+            place = name + pytree.keystr(path)
+            if isinstance(leaf, torch.Tensor):
+                paths.append(place)
+            elif depth:
+                paths += [f"{place}.{inner}" for inner in _tensors_inside(leaf, depth - 1)]
+    return paths
 
 
 def as_plain(value: Any) -> Any:

@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.backends import mha
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.errors import CaptureError
+
+_functorch: Any = torch._C._functorch
 
 LOCK = threading.RLock()
 """Guards the state that all threads share: patched methods, random state, backend flags."""
@@ -40,10 +44,12 @@ def exclusive() -> Iterator[None]:
 
     A tracer wraps `nn.Module.__call__` for the whole process: a layer that another thread calls
     would become part of the graph, or fail. Inside this block a wrapper acts only in the thread
-    that installed it, and only until the block ends; otherwise it calls the wrapped method.
+    that installed it, and only until the block ends; otherwise it calls the wrapped method. Levels
+    of torch.func (vmap, grad, jvp) that a failed trace has entered are left.
     """
     with LOCK:
         owner, active = threading.get_ident(), [True]
+        levels = _functorch.get_dynamic_layer_stack_depth()
         patch = _Patcher.patch_method
 
         @functools.wraps(patch)
@@ -63,6 +69,19 @@ def exclusive() -> Iterator[None]:
         finally:
             active.clear()
             _Patcher.patch_method = patch
+            _functorch.pop_dynamic_layer_stack_and_undo_to_depth(levels)
+            if forward_ad._current_level < 0:
+                _leave_dual_level()
+
+
+def _leave_dual_level() -> None:
+    """Leave the level of forward-mode differentiation that a failed trace has entered, if any."""
+    engine: Any = torch._C
+    try:
+        level = engine._enter_dual_level()
+    except RuntimeError:  # there is one, and levels do not nest
+        level = 0
+    engine._exit_dual_level(level=level)
 
 
 @dataclass(frozen=True)
@@ -169,10 +188,11 @@ class DrawObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def without_causal_detection() -> Iterator[None]:
-    """Keep torch's transformer layers from comparing their mask with a causal one.
+def with_plain_transformers() -> Iterator[None]:
+    """Keep torch's transformer layers to what a graph can hold, in this thread.
 
-    They drop a mask that is causal, which is a branch on values of a tensor: no graph can hold it.
+    They compare their mask with a causal one, and drop it then: a branch on values of a tensor. In
+    evaluation without gradients they have a fast path, which returns zeros at padded positions.
     """
 
     def declared(
@@ -181,12 +201,13 @@ def without_causal_detection() -> Iterator[None]:
         return is_causal is True
 
     with LOCK:
-        original = transformer._detect_is_causal_mask
+        original, fast = transformer._detect_is_causal_mask, mha.get_fastpath_enabled
         transformer._detect_is_causal_mask = for_this_thread(declared, original)
+        mha.get_fastpath_enabled = for_this_thread(lambda: False, fast)
         try:
             yield
         finally:
-            transformer._detect_is_causal_mask = original
+            transformer._detect_is_causal_mask, mha.get_fastpath_enabled = original, fast
 
 
 def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from passes.capture.refold import Attention, BatchNorm
+from passes.capture.refold import Attention, BatchNorm, StochasticDepth
 from passes.errors import ArtifactError
 from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
@@ -64,6 +64,7 @@ def _classes() -> Mapping[str, type[nn.Module]]:
         # These names are part of the file format; the classes have moved since.
         "passes.restore.Attention": Attention,
         "passes.restore.BatchNorm": BatchNorm,
+        "passes.capture.refold.StochasticDepth": StochasticDepth,
     }
     for name in torch.nn.modules.__all__:
         kind = getattr(torch.nn.modules, name)

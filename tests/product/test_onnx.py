@@ -19,7 +19,7 @@ from examples import decoder, resnet110, unet
 from passes.transform.sweep import Role
 from pnn_compile.cli import main
 from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
-from tests.models.builders import linear_chain
+from tests.models.builders import linear_chain, residual_chain
 
 
 class Exports:
@@ -305,6 +305,63 @@ def test_an_operator_without_onnx_form_is_named_and_the_old_file_kept(tmp_path: 
     assert f"test_onnx.py:{line}" in message
     assert old.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class Autocasting(nn.Module):
+    """Runs its blocks in a lower precision, as its forward says."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body, self.last, self.dtype = residual_chain(6, 8), nn.Linear(8, 8), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", self.dtype):
+            x = self.body(x)
+        return self.last(x.float())
+
+
+def test_conversions_of_autocast_are_exported(tmp_path: Path) -> None:
+    compiled = pnn.compile(Autocasting(torch.float16), torch.randn(4, 8), stages=2)
+    exported = compiled.export_onnx(tmp_path / "model.onnx")
+    assert exported.checked is not None  # ran beside torch
+    types = {t.type.tensor_type.elem_type for t in onnx.load(exported.path).graph.value_info}
+    assert onnx.TensorProto.FLOAT16 in types
+
+    compiled = pnn.compile(Autocasting(torch.bfloat16), torch.randn(4, 8), stages=2)
+    with pytest.raises(
+        pnn.PnnError, match=r"ONNX Runtime does not open .*Gemm\(13\).*fine/body\.0"
+    ):
+        compiled.export_onnx(tmp_path / "other.onnx")  # it has no such kernels for a CPU
+    assert not (tmp_path / "other.onnx").exists()
+    assert compiled.export_onnx(tmp_path / "other.onnx", verify=False).checked is None
+
+
+class Averaging(nn.Module):
+    """Counts its calls, and subtracts a mean over all of them on demand, in both modes."""
+
+    calls: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, subtract: bool) -> None:
+        super().__init__()
+        self.body, self.subtract = residual_chain(6, 8), subtract
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        self.mean.lerp_(x.detach().mean(0), 1e-4)
+        return self.body(x - self.mean if self.subtract else x)
+
+
+def test_state_that_outputs_depend_on_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    compiled = pnn.compile(Averaging(True), x, stages=2)
+    with pytest.raises(pnn.ExportError, match=r"forward changes .*mean in evaluation mode"):
+        compiled.export_onnx(tmp_path / "model.onnx", verify=False)
+    compiled = pnn.compile(Averaging(False), x, stages=2)
+    assert compiled.export_onnx(tmp_path / "model.onnx").checked is not None
+    assert all(not buffer.any() for buffer in compiled.module.buffers())
 
 
 def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

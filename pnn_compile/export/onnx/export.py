@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from passes.capture.model_notes import join_few
 from passes.errors import ArtifactError, ExportError, first_line
-from passes.ir.isolation import preserved
+from passes.ir.isolation import preserved, same_values
 from passes.ir.program import clone_tensors, tensor_leaves
 from passes.ir.run_step import output_tensors, relative_error
 from pnn_compile.atomic import replace_entries
@@ -113,14 +114,40 @@ def export_onnx(
         lowered: Result of `lower_network` for the same network, if it is written twice.
 
     Raises:
-        ExportError: A package is missing, an operator has no ONNX form, the files cannot be
-            written, or ONNX Runtime disagrees with torch.
+        ExportError: A package is missing, an operator has no ONNX form, the network keeps state
+            from call to call, the files cannot be written, or ONNX Runtime disagrees with torch.
     """
     lowered = lowered or lower_network(compiled)
     write = _export_stages if per_stage else _export_whole
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
+        _check_stateless(compiled)
         return write(compiled, lowered, Path(path), verify)
+
+
+def _check_stateless(compiled: Compiled) -> None:
+    """Refuse a network whose calls change what its next calls return: no ONNX model can.
+
+    Raises:
+        ExportError: Its second call has other outputs than the first, after writes to buffers.
+    """
+    with preserved(compiled.module):
+        runs: list[list[torch.Tensor]] = []
+        changed: list[str] = []
+        while len(runs) < 2:
+            before = {n: (id(b), b._version) for n, b in compiled.module.named_buffers()}
+            outputs = compiled.module(**clone_tensors(dict(compiled.program.args)))
+            runs.append([tensor.clone() for tensor in output_tensors(outputs)])
+            after = {n: (id(b), b._version) for n, b in compiled.module.named_buffers()}
+            changed = [name for name in after if after[name] != before.get(name)]
+            if not changed:
+                return
+    if not all(map(same_values, *runs)):
+        raise ExportError(
+            f"forward changes {join_few(changed)} in evaluation mode, its outputs depend on that, "
+            "and an ONNX model keeps nothing from call to call: take such a state as an input and "
+            "return it, or write to it under `if self.training` alone"
+        )
 
 
 def _export_whole(compiled: Compiled, lowered: Lowered, target: Path, verify: bool) -> Exported:
@@ -230,8 +257,8 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
     worst, agreement = 0.0, Agreement()
     for size in sizes:
         inputs = resized(compiled, size, compiled.program.device)
-        feeds = _arrays(compiled, inputs, names)
         try:
+            feeds = _arrays(compiled, inputs, names)  # numpy has no bfloat16
             outputs = [torch.from_numpy(value) for value in run(feeds)]
         except Exception as error:
             raise ExportError(

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import pnn_compile as pnn
 from passes.capture.ladder import capture
+from passes.errors import CaptureError
 from tests.models.builders import mlp
 from tests.support.parity import assert_same_step, step
 
@@ -371,3 +372,98 @@ def test_exported_attention_is_copied_whatever_the_strides() -> None:
     assert compiled.program.capture.rung == "torch.export"
     compiled.module.train()(x).sum().backward()
     compiled.verify(strict=True)
+
+
+class Transformed(nn.Module):
+    """Applies a transform of torch.func in the middle."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.last, self.kind = body(), body(2), kind
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def layer(v: Tensor) -> Tensor:
+            return torch.tanh(v @ self.weight)
+
+        x = self.body(x)
+        if self.kind == "vmap":
+            return self.last(torch.vmap(torch.vmap(layer))(x))
+        return self.last(torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1])
+
+
+def test_vmap_becomes_operators_on_batches() -> None:
+    model, x = Transformed("vmap"), torch.randn(2, 3, WIDTH)
+    compiled = pnn.compile(model, x, stages=2)
+    assert compiled.verify().ok
+    torch.testing.assert_close(compiled.sequential(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_failed_trace_leaves_no_level_of_a_transform_behind() -> None:
+    model, x = Transformed("jvp"), torch.randn(2, 3, WIDTH)
+    with pytest.raises(CaptureError, match="cannot be captured as a graph"):
+        capture(model, (x,))
+    assert model(x).shape == x.shape
+    assert nn.Linear(2, 2).weight.sum().item()  # random numbers inside of vmap are refused
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_positions_are_what_the_layers_compute() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 4)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, x = Padded().eval(), torch.randn(3, 5, WIDTH)
+    padding = torch.arange(5) >= torch.tensor([[4], [3], [5]])
+    compiled = pnn.compile(model, (x, padding), stages=2)
+    (note,) = compiled.program.capture.notes
+    assert note.startswith("encoder (nn.TransformerEncoder) returns zeros at padded positions")
+    torch.testing.assert_close(compiled.sequential.eval()(x, padding), model(x, padding))
+    with torch.no_grad():
+        fast, outputs = model(x, padding), compiled.sequential(x, padding)
+    torch.testing.assert_close(outputs[~padding], fast[~padding])
+    assert not fast[padding].any()
+    assert outputs[padding].any()
+
+
+def padded(x: Tensor) -> Tensor:
+    """Pad by the shape of a tensor, which a trace does not know."""
+    return nn.functional.pad(x, (0, -x.shape[1] % 4)) if x.shape[1] % 4 else x
+
+
+def clipped(x: Tensor) -> Tensor:
+    """Branch on the values of a tensor, which no graph can."""
+    return x.clamp(max=1) if x.max() > 1 else x
+
+
+torch.fx.wrap("padded")
+torch.fx.wrap("clipped")
+
+
+@pytest.mark.parametrize(("rung", "whole"), [("torch.export", True), ("torch.fx trace", False)])
+def test_wrapped_functions_are_entered_by_an_export(rung: str, whole: bool, tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Linear(13, 13), body()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = padded(self.first(x)) if whole else clipped(self.first(x))
+            return self.body(nn.functional.pad(y, (0, WIDTH - y.shape[1])))
+
+    model, x = Wrapped(), torch.randn(3, 13)
+    compiled = pnn.compile(model, x, stages=2)
+    assert compiled.program.capture.rung == rung
+    torch.testing.assert_close(compiled.sequential(x), model(x))
+    folder = compiled.save(tmp_path / "a")
+    if whole:
+        assert pnn.load(folder).verify().ok
+    else:
+        with pytest.raises(pnn.PnnError, match=r"cannot store all of it .*clipped"):
+            pnn.load(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -357,3 +358,49 @@ def test_buffers_that_forward_fills_once_are_computed_in_every_call(tmp_path: Pa
 def test_buffers_that_grow_at_every_call_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"does not change buffer table"):
         capture(Positions(grow=True), (torch.randn(3, 5, WIDTH),))
+
+
+# --- what is refused by name ----------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """Has a layer of a name at its root, and reads the tensors that an object holds."""
+
+    def __init__(self, name: str = "last") -> None:
+        super().__init__()
+        self.body, self.name = block_chain(4, WIDTH), name
+        self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+        x = self.body(x if extra is None else x + extra.bias["first"])
+        return self.get_submodule(self.name)(x)
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile"])
+def test_names_that_a_graph_module_has_are_refused(name: str) -> None:
+    with pytest.raises(CaptureError, match=rf"'{name}' of Named has the name of an attribute"):
+        capture(Named(name), (torch.randn(3, WIDTH),))
+
+
+def test_objects_with_tensors_are_no_constants() -> None:
+    extra = SimpleNamespace(bias={"first": torch.randn(WIDTH)})
+    message = r"argument 'extra' is or holds a SimpleNamespace with the tensor \"bias\['first'\]\""
+    with pytest.raises(CaptureError, match=message):
+        capture(Named(), (torch.randn(3, WIDTH), extra))
+
+
+def test_an_example_without_samples_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"hold no sample \(x is \[0, 8\]\)"):
+        capture(Named(), (torch.randn(0, WIDTH),))
+
+
+def test_a_hook_on_a_gradient_is_named() -> None:
+    class Damped(Named):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            y = self.body(x)
+            if y.requires_grad:
+                y.register_hook(lambda gradient: gradient * 0.5)
+            return super().forward(y)
+
+    with pytest.raises(CaptureError, match=r"registers a hook on a gradient at .*:\d+, and no"):
+        capture(Damped(), (torch.randn(3, WIDTH),))

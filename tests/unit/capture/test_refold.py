@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import pnn_compile as pnn
 from passes.capture.ladder import capture
 from passes.capture.refold import RULES, Attention, attach, toggle
 from passes.ir.program import graph_module
@@ -160,11 +162,12 @@ CASES: tuple[tuple[Any, tuple[Any, ...], type[nn.Module], tuple[int, ...]], ...]
 def test_every_rule_is_tested() -> None:
     tested = {target for target, *_ in CASES}
     attention = {F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
-    others = attention | {*SLOPES, *NORMS}
+    others = attention | {*SLOPES, *NORMS, DEPTH}
     assert {target for rule in RULES for target in rule.targets} == tested | others
 
 
 SLOPES = (F.rrelu, torch.rrelu, aten.rrelu.default)
+DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 NORMS = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
 
 
@@ -302,3 +305,39 @@ def test_a_new_module_is_put_in_the_mode_of_the_place(training: bool) -> None:
 
     assert isinstance(model.get_submodule("0.inner"), nn.Linear)
     assert {module.training for module in model.modules()} == {training}
+
+
+def stochastic_depth(input: Tensor, p: float, mode: str, training: bool = True) -> Tensor:
+    """Do what the function of this name in torchvision does."""
+    if not training or p == 0.0:
+        return input
+    size = [input.shape[0] if mode == "row" else 1] + [1] * (input.ndim - 1)
+    return input * torch.empty(size).bernoulli_(1.0 - p).div_(1.0 - p)
+
+
+stochastic_depth.__module__ = DEPTH.rpartition(".")[0]
+torch.fx.wrap("stochastic_depth")  # torchvision does: a trace keeps it whole
+
+
+class Skipping(nn.Module):
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.linear, self.p, self.mode = nn.Linear(8, 8), p, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.linear(x))
+        return x + stochastic_depth(y, self.p, self.mode, self.training)
+
+
+def test_stochastic_depth_of_torchvision_is_saved(tmp_path: Path) -> None:
+    options = [(0.0, "row"), (0.3, "row"), (0.4, "batch"), (0.5, "row")]
+    model, x = nn.Sequential(*(Skipping(*both) for both in options)), torch.randn(4, 8)
+    compiled = pnn.compile(model, x, stages=2)
+    assert not compiled.program.capture.notes
+    loaded = pnn.load(compiled.save(tmp_path / "a"))
+    for train in (True, False):
+        outputs = []
+        for network in (model, loaded.sequential):
+            torch.manual_seed(0)
+            outputs.append(network.train(train)(x))
+        assert torch.equal(*outputs)
