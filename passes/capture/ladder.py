@@ -236,8 +236,8 @@ class _Ladder:
         """Run one attempt; return its program, or None after its rejection was recorded."""
         for tries_left in reversed(range(MAX_TRIES)):
             # A front end that fails may leave changes in its copy.
-            model = self._unused_copy or copy_model(self.model)
-            self._unused_copy = None
+            unused, self._unused_copy = self._unused_copy, None
+            model = copy_model(self.model) if unused is None else unused
             attempt = Attempt(model, self.model, self.inputs, front_end, self.reference)
             try:
                 module, notes = execute(attempt)
