@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,15 +128,17 @@ def find_loop(
         The loop; None if no part of at least half of the work repeats with shared weights.
     """
     finder = _Finder(program, frontiers, facts)
-    total = sum(cost.flops for cost in costs.values())
-    best, most = None, _LEAST_SHARE * total
-    for loop in finder.loops():
+    least = _LEAST_SHARE * sum(cost.flops for cost in costs.values())
+
+    def flops(loop: Loop) -> int:
         inside = frontiers.order[loop.start : loop.positions[-1].index]
-        flops = sum(costs[node].flops for node in inside)
-        # Steps of two steps each are a loop too: the shortest period comes first.
-        if flops > most * (1.01 if best else 1.0) or (best is None and flops >= most > 0):
-            best, most = loop, flops
-    return best
+        return sum(costs[node].flops for node in inside)
+
+    loops = [(flops(loop), loop) for loop in finder.loops()]
+    most, best = max(loops, key=lambda pair: pair[0], default=(0, None))
+    if best is None or most < max(least, 1):
+        return None
+    return replace(best, constants=finder.constants(best))
 
 
 class _Finder:
@@ -149,6 +151,7 @@ class _Finder:
         self.index = {node: number for number, node in enumerate(self.order)}
         self.cuts = {position.index: position for position in frontiers.positions}
         self.keys = [self._key(node) for node in self.order]
+        self.leaves = [leaves(node) for node in self.order]
 
     def _key(self, node: fx.Node) -> str:
         """Describe what a node does; numbers and sources stand for any others of their type."""
@@ -168,20 +171,33 @@ class _Finder:
         return f"{node.op} {node.target} {text} {self.facts[node].spec}"
 
     def loops(self) -> Iterator[Loop]:
-        """Yield the longest loop of every possible period."""
+        """Yield the longest loop of every possible period, without its constants.
+
+        Steps of two steps each are a loop too: a multiple of the period of a loop is no period.
+        """
+        periods: list[int] = []
         for period in self._periods():
+            if any(period % shorter == 0 for shorter in periods):
+                continue
             for begin, end in self._regions(period):
-                candidates = [
-                    loop
-                    for start in range(begin, min(begin + period, end - 2 * period + 1))
-                    if (loop := self._loop(start, period, end)) is not None
-                ]
-                # A step ends where the fewest tensors cross.
-                if candidates:
-                    yield min(
-                        candidates,
-                        key=lambda loop: (len(loop.positions[0].state), -loop.steps, loop.start),
-                    )
+                loop = self._longest(begin, period, end)
+                if loop is not None:
+                    periods.append(period)
+                    yield loop
+
+    def _longest(self, begin: int, period: int, end: int) -> Loop | None:
+        """Return the loop of a region; a step ends where the fewest tensors cross."""
+        runs = {
+            start: self._positions(start, period, end)
+            for start in range(begin, min(begin + period, end - 2 * period + 1))
+        }
+        starts = [start for start, positions in runs.items() if len(positions) >= _LEAST_STEPS]
+        starts.sort(key=lambda start: (len(runs[start][0].state), -len(runs[start]), start))
+        for start in starts:
+            steps = self._connected(start, period, len(runs[start]))
+            if steps >= _LEAST_STEPS:
+                return Loop(start, period, tuple(runs[start][:steps]), ())
+        return None
 
     def _periods(self) -> list[int]:
         """Return the distances between calls of the module that is called most often."""
@@ -210,18 +226,15 @@ class _Finder:
             number += length
         return regions
 
-    def _loop(self, start: int, period: int, end: int) -> Loop | None:
-        """Return the loop whose first step begins at `start`; None if that is no cut."""
+    def _positions(self, start: int, period: int, end: int) -> list[Position]:
+        """Return the cuts after the steps of a loop whose first step begins at `start`."""
         positions: list[Position] = []
         for stop in range(start + period, end + 1, period):
             position = self.cuts.get(stop)
             if position is None or not self._continues(positions, position, period):
                 break
             positions.append(position)
-        positions = positions[: self._connected(start, period, len(positions))]
-        if len(positions) < _LEAST_STEPS:
-            return None
-        return Loop(start, period, tuple(positions), self._constants(start, period, len(positions)))
+        return positions
 
     def _continues(self, before: Sequence[Position], position: Position, period: int) -> bool:
         """Whether a state is the one before it, a step later."""
@@ -238,8 +251,7 @@ class _Finder:
         for step in range(2, steps):
             for offset in range(period):
                 number = start + step * period + offset
-                one, other = (leaves(self.order[n]) for n in (number - period, number))
-                pairs = zip(one, other, strict=True)
+                pairs = zip(self.leaves[number - period], self.leaves[number], strict=True)
                 if not all(self._alike(a, b, start, period) for a, b in pairs):
                     return step
         return steps
@@ -253,14 +265,17 @@ class _Finder:
             return True
         return other - one == period
 
-    def _constants(self, start: int, period: int, steps: int) -> tuple[StepConstant, ...]:
+    def constants(self, loop: Loop) -> tuple[StepConstant, ...]:
         """Return the leaves that differ from step to step."""
         constants = []
-        for offset in range(period):
-            nodes = [self.order[start + step * period + offset] for step in range(steps)]
-            rows = zip(*map(leaves, nodes), strict=True)
+        for offset in range(loop.period):
+            begin = loop.start + offset
+            numbers = range(begin, loop.positions[-1].index, loop.period)
+            rows = zip(*(self.leaves[number] for number in numbers), strict=True)
             for leaf, values in enumerate(rows):
-                if self._is_constant(values, start) and not self._equal(values[1:], values[:-1]):
+                if self._is_constant(values, loop.start) and not self._equal(
+                    values[1:], values[:-1]
+                ):
                     constants.append(StepConstant(offset, leaf, values, ends=False))
         return tuple(
             StepConstant(one.offset, one.leaf, one.values, self._ends(one, constants))

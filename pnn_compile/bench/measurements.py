@@ -35,7 +35,7 @@ DIRECT = "direct"
 COPIES = "copies"
 """The original network on every rank at once, each with the whole batch."""
 
-_FORWARD: tuple[Kind, ...] = (Kind.GUESS, Kind.FINE)
+_FORWARD: tuple[Kind, ...] = (Kind.GUESS, Kind.FINE, Kind.PREDICT)
 _SERIAL: tuple[Kind, ...] = (Kind.HEAD, Kind.HEAD_BACKWARD)
 _BACKWARD: tuple[Kind, ...] = (Kind.FINE_BACKWARD, Kind.GUESS_BACKWARD)
 

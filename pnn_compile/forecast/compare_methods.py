@@ -22,6 +22,7 @@ from itertools import accumulate, pairwise
 from torch import fx
 
 from passes.analysis.analysis import Analysis
+from passes.coarse.time_step import for_loop
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.memory import Memory
 from passes.errors import OptionError, PartitionError
@@ -35,7 +36,9 @@ from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Timeline, Times, simulate
 from pnn_compile.forecast.table import ForecastRow
 
-_PARAREAL_ONLY = (Kind.GUESS, Kind.GUESS_BACKWARD, Kind.CORRECT, Kind.COARSE_BACKWARD)
+_PARAREAL_ONLY = (
+    Kind.GUESS, Kind.GUESS_BACKWARD, Kind.PREDICT, Kind.CORRECT, Kind.COARSE_BACKWARD,
+)  # fmt: skip
 """Instructions that the original network does not have."""
 
 _PART = {
@@ -43,6 +46,7 @@ _PART = {
     Kind.FINE_BACKWARD: "fine",
     Kind.GUESS: "preprocessing",
     Kind.GUESS_BACKWARD: "preprocessing",
+    Kind.PREDICT: "coarse",
     Kind.CORRECT: "coarse",
     Kind.COARSE_BACKWARD: "coarse",
     Kind.HEAD: "head",
@@ -143,6 +147,7 @@ def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
         SynthesisError: The options make no network of that many stages.
     """
     options = dataclasses.replace(costs.options, stages=stages, sweep=sweep)
+    options, _ = for_loop(costs.analysis, options.counted())
     plan = make_plan(costs.analysis, choose_cut(costs.analysis, options), options)
     times = Times.of(plan, latency=costs.latency, bandwidth=costs.bandwidth)
     lists = schedule(range(stages), Sweep.of(plan), backward=costs.training)

@@ -1,10 +1,10 @@
 // Plots the simulated timeline of one step: what every rank computes when.
 
 const ROLE_OF = {
-  guess: "preprocess", fine: "fine", correct: "coarse", head: "head", "head backward": "head",
+  guess: "preprocess", fine: "fine", predict: "coarse", correct: "coarse", head: "head", "head backward": "head",
   "coarse backward": "coarse", "fine backward": "fine", "guess backward": "preprocess",
 };
-const SPAN_NAMES = { correct: "correction", "coarse backward": "correction backward" };
+const SPAN_NAMES = { predict: "prediction", correct: "correction", "coarse backward": "correction backward" };
 
 function spanLines(span, step) {
   const [rank, kind, stage, batch, iteration, start, end, critical] = span;
