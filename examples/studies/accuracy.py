@@ -36,7 +36,7 @@ from examples.studies.presets import PRESETS, Preset
 from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals, Shuffled, accuracy, train
-from passes.errors import SynthesisError
+from passes.errors import PartitionError, SynthesisError
 from pnn_compile.fit.early_exit import fit_early_exit
 from pnn_compile.inputs import CalibrationBatches
 
@@ -126,7 +126,7 @@ def from_scratch(study: Study) -> Iterator[Row]:
                 continue
             try:
                 compiled = _compiled(options, study, stages)
-            except SynthesisError as error:
+            except (PartitionError, SynthesisError) as error:
                 print(f"{name}, N = {stages}: {error}", file=sys.stderr)
                 continue
             yield _parareal(name, compiled, study, stages)
