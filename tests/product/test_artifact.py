@@ -206,7 +206,7 @@ def test_what_cannot_be_reported_is_saved_all_the_same(
 
 def test_a_network_converted_after_compilation_comes_back(tmp_path: Path) -> None:
     model = decoder.build_model(layers=4, width=16, vocabulary=32, context=8)
-    compiled = pnn.compile(model, decoder.example_inputs(2, 8, 32), stages=2)
+    compiled = pnn.compile(model, decoder.example_inputs(2, 8, 32), stages=2, coarse="linear")
     compiled.module.double().eval()
     again = pnn.load(compiled.save(tmp_path / "out"))
     assert again.module.get_parameter("coarse_1.maps.0.0.weight").dtype == torch.float64
@@ -331,7 +331,7 @@ def test_a_fixed_argument_that_no_artifact_holds_is_named(tmp_path: Path) -> Non
     compiled = pnn.compile(NeedsWeird(), (torch.randn(2, 4), Weird()), stages=2)
     folder = compiled.save(tmp_path / "out")
     assert_equal(pnn.load(folder), compiled)
-    with pytest.raises(pnn.ArtifactError, match=r"argument 'weird' is fixed at .*Weird"):
+    with pytest.raises(pnn.ArtifactError, match=r"argument 'weird' is fixed at <"):
         pnn.load(folder, model=NeedsWeird())
 
 
