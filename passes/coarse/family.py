@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
         sums=True,
         linear=True,
         sweeps=_COLLAPSES,
-        evidence="lost 2.3 points in training from scratch (VGG-16 / 8, N = 3)",
+        evidence="lost 2.3 points in training from scratch (VGG-16 / 8, N = 3, one seed)",
     ),
     "lowrank": Family(
         about="a map of small rank between whole states",
@@ -141,7 +141,7 @@ FAMILIES: dict[str, Family] = {
         coarse_options=UnitsOptions,
         sweeps=_EITHER,
         copies_blocks=True,
-        evidence="kept the accuracy in training from scratch (VGG-16 / 8, N = 3)",
+        evidence="kept the accuracy in training from scratch (VGG-16 / 8, N = 3, one seed)",
     ),
     "thinned": Family(
         about="every m-th block of the trained trunk",
