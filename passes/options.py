@@ -92,7 +92,8 @@ class Options:
             thinned copy of all layers before its interface (`preprocess="thinned"`). None: no copy;
             a tenth for "thinned"; with calibration samples, up to the coarse budget if the copy
             lowers the error.
-        correction: "residual" (the paper; for training) or "difference" (classical parareal).
+        correction: "residual" (the paper; for training) or "difference" (classical parareal), which
+            the coarse steps of a loop in time take in any case.
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
             through a map of its own, all of them at once; or "auto", the faster one by the
             step-time model if the coarse propagators of the chain are linear.

@@ -186,11 +186,15 @@ class _Finder:
                     yield loop
 
     def _longest(self, begin: int, period: int, end: int) -> Loop | None:
-        """Return the loop of a region; a step ends where the fewest tensors cross."""
-        runs = {
-            start: self._positions(start, period, end)
-            for start in range(begin, min(begin + period, end - 2 * period + 1))
-        }
+        """Return the loop of a region; a step ends where the fewest tensors cross.
+
+        In a long loop the first steps are cheap enough to be side values: it begins after them.
+        """
+        runs: dict[int, list[Position]] = {}
+        for start in range(begin, min(begin + period, end - 2 * period + 1)):
+            while start + period < end and start + period not in self.cuts:
+                start += period
+            runs[start] = self._positions(start, period, end)
         starts = [start for start, positions in runs.items() if len(positions) >= _LEAST_STEPS]
         starts.sort(key=lambda start: (len(runs[start][0].state), -len(runs[start]), start))
         for start in starts:

@@ -52,7 +52,6 @@ from passes.coarse.step_rules import demand_loop
 from passes.coarse.time_step import (
     StartOptions,
     TimeStepOptions,
-    stage_steps,
     start_options,
     work_of,
 )
@@ -83,10 +82,11 @@ _RANKS = (16, 32, 64, 128)
 def preprocess_estimate(analysis: Analysis, options: Options, position: Position) -> float:
     """Estimate the FLOPs of a preprocessing operator of the state at a position."""
     if in_time(options.preprocess):
-        loop, order = demand_loop(analysis), analysis.frontiers.order
-        coarse = -(-(loop.step_at(position.index) or 0) // stage_steps(analysis, options))
-        before = sum(analysis.costs[node].flops for node in order[: loop.start])
-        return before + options.units * (coarse + 1) * _step_flops(analysis)  # it predicts once
+        # The chain of guesses takes one step longer than the sweep, which a stage waits for anyway;
+        # a prediction follows.
+        before = analysis.frontiers.order[: demand_loop(analysis).start]
+        flops = sum(analysis.costs[node].flops for node in before)
+        return flops + 2 * options.units * _step_flops(analysis)
     if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
         return front_estimate(analysis, options, position) + mapped

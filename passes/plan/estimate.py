@@ -127,10 +127,7 @@ def forecast_step(
             device.nodes(order[stage.first], order[stage.last] + 1)
             for device, stage in zip(costs, stages, strict=True)
         ],
-        preprocess=[
-            _sum(c.operator(s.preprocess), c.operator(s.coarse if p else None))
-            for c, s, p in zip(costs, stages, predicts, strict=True)
-        ],
+        preprocess=_entries(costs, stages),
         coarse=[
             sum(device.operator(stage.coarse)) * count
             for device, stage, count in zip(costs, stages, calls, strict=True)
@@ -148,6 +145,23 @@ def forecast_step(
         sequential=min(device.total for device in costs),
         gap=gap,
     )
+
+
+def _entries(costs: Sequence[_DeviceCosts], stages: Sequence[Stage]) -> list[Phases]:
+    """Return the cost of what precedes every fine stage.
+
+    That is its preprocessing operator. Coarse steps of a loop predict once more, and their guesses
+    take as long as the sweep up to the stage, one step longer: only the rest delays anything.
+    """
+    entries, swept = [], Phases(0.0, 0.0)
+    for device, stage in zip(costs, stages, strict=True):
+        entry = device.operator(stage.preprocess)
+        if stage.coarse is not None and in_time(stage.coarse.family):
+            coarse = device.operator(stage.coarse)
+            rest = (max(0.0, one - other) for one, other in zip(entry, swept, strict=True))
+            entry, swept = _sum(Phases(*rest), coarse), _sum(swept, coarse)
+        entries.append(entry)
+    return entries
 
 
 @dataclass(frozen=True)

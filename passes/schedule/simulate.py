@@ -231,7 +231,10 @@ def simulate(programs: Sequence[Sequence[Instruction]], times: Times) -> Timelin
     in_flight: dict[tuple[int, int], deque[tuple[float, int]]] = defaultdict(deque)
     for rank, instruction in execution_order(programs):
         start, peer, cause = clocks[rank], instruction.peer, None
-        end = start + times.compute.get((instruction.kind, instruction.stage), 0.0)
+        # Stage k of iteration k is exact: it has no correction, and no coarse propagator runs.
+        exact = instruction.kind is Kind.CORRECT and instruction.stage == instruction.iteration
+        duration = times.compute.get((instruction.kind, instruction.stage), 0.0)
+        end = start + (0.0 if exact else duration)
         if peer is not None and instruction.kind in SENDS:
             sent = max(link_free[rank, peer], end) + times.transfer(instruction)
             link_free[rank, peer] = sent

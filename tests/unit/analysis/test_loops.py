@@ -88,3 +88,10 @@ class _Small(nn.Module):
 
 def test_a_small_part_is_no_loop() -> None:
     assert _analysis(_Small(), torch.randn(2, 4)).loop is None
+
+
+def test_first_steps_of_a_long_loop_may_be_side_values() -> None:
+    loop = _analysis(loops.Nested(250), *loops.inputs(loops.Nested)).loop
+    assert loop is not None
+    assert loop.period == 5
+    assert 245 <= loop.steps <= 250
