@@ -180,14 +180,14 @@ class Compiled:
         if len(before) != 1 or len(now) != 1:
             return None
         pair = getattr(torch, before.pop()), now.pop()
-        # Under autocast the states have another precision than the weights from the start; the
-        # operators have that of the states.
+        # Under autocast the states have another precision than the weights from the start; operators
+        # that are no copies of layers have that of the states.
         operators = {
             parameter.dtype
             for name, parameter in self.module.named_parameters()
             if name.startswith(("preprocess_", "coarse_"))
         }
-        return None if pair[0] == pair[1] or operators == {pair[0]} else pair
+        return None if pair[0] == pair[1] or pair[0] in operators else pair
 
     def _converted_inputs(self, module: fx.GraphModule) -> dict[str, Any]:
         """Return the example inputs in the current precision and on the device of the weights."""
