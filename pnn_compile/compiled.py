@@ -180,8 +180,8 @@ class Compiled:
         if len(before) != 1 or len(now) != 1:
             return None
         pair = getattr(torch, before.pop()), now.pop()
-        # Under autocast the states have another precision than the weights from the start; operators
-        # that are no copies of layers have that of the states.
+        # Under autocast the states have another precision than the weights from the start, and so
+        # have operators that are no copies of layers.
         operators = {
             parameter.dtype
             for name, parameter in self.module.named_parameters()

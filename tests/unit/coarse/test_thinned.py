@@ -253,21 +253,9 @@ def test_a_kept_block_is_given_the_inputs_that_it_reads() -> None:
 # --- around it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "dict_output", "stages": 2}, r"'thinned' does not fit .* several components"),
-        (
-            {"name": "unet", "stages": 2},
-            r"'thinned' does not fit .* not made of repeating blocks; cut it from whole blocks",
-        ),
-    ],
-)
-def test_where_it_does_not_fit_the_refusal_says_what_to_do(
-    options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SynthesisError, match=message):
-        compiled(coarse="thinned", **options)
+def test_a_state_of_several_components_is_refused() -> None:
+    with pytest.raises(SynthesisError, match=r"'thinned' does not fit .* several components"):
+        compiled(coarse="thinned", name="dict_output", stages=2)
 
 
 def test_it_stands_alone_in_either_sweep() -> None:

@@ -86,7 +86,7 @@ def test_calibration_measures_the_statistics_of_a_thinned_front_where_that_helps
     again = pnn.calibrate(network, images)
     assert again.recalibrated == ("preprocess_2",)
     assert again.interfaces[1].guess_after < again.interfaces[1].guess_before
-    assert again.interfaces[1].guess_after < 2 * right.interfaces[1].guess_after
+    assert again.interfaces[1].guess_after < 2.5 * right.interfaces[1].guess_after
 
 
 def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
