@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "examples" / "studies", ROOT / "tests" / "fuzz")
+PAGES = [page for folder in FOLDERS for page in sorted(folder.glob("*.md"))]
 RUN = ("loops_in_time.md", "write_a_pass.md")
 """Pages whose blocks of Python are one program, from top to bottom."""
 
@@ -23,7 +24,7 @@ def test_the_python_of_a_page_runs(name: str) -> None:
         exec(compile(block, name, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     local = [target for target in targets if not target.startswith("http")]
