@@ -1,4 +1,4 @@
-"""A moment of the harnesses of files, and saves on a full disk."""
+"""A moment of the harnesses, and saves on a full disk."""
 
 import os
 import resource
@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import artifacts, saves
+from tests.fuzz import artifacts, models, saves
 
 ROOM = 3000
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_random_models_are_equal_or_refused(count: int) -> None:
+    outcomes = [*models.check_many(range(10**6, 10**6 + count), jobs=1)]
+    assert [outcome for outcome in outcomes if outcome.kind not in ("equal", "refused")] == []
+    assert sum(outcome.kind == "equal" for outcome in outcomes) > count / 2
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(400, marks=pytest.mark.slow)])
