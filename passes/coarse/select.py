@@ -144,15 +144,7 @@ def choose_preprocess(
             not fit.
     """
     if in_time(options.preprocess):
-        draft = PreprocessSpec(
-            family=options.preprocess,
-            options=start_options(analysis, options, cut, state),
-            flops=0,
-            parameters=0,
-            linear=False,
-            why="the coarse steps before it",
-        )
-        return dataclasses.replace(draft, **_step_work(analysis, draft))
+        return _choose_start(analysis, options, cut, state)
     origin = origin_of(analysis, options, cut)
     if not origin.sources:
         raise SynthesisError(
@@ -191,6 +183,21 @@ def choose_preprocess(
     if key not in analysis.measured:
         analysis.measured[key] = _measure_preprocess(analysis, draft, origin, types)
     return dataclasses.replace(draft, **analysis.measured[key])
+
+
+def _choose_start(
+    analysis: Analysis, options: Options, cut: Position, state: Sequence[Value]
+) -> PreprocessSpec:
+    """Guess a state of a loop in time by the coarse steps before it."""
+    draft = PreprocessSpec(
+        family=options.preprocess,
+        options=start_options(analysis, options, cut, state),
+        flops=0,
+        parameters=0,
+        linear=False,
+        why="the coarse steps before it",
+    )
+    return dataclasses.replace(draft, **_step_work(analysis, draft))
 
 
 def _measure_preprocess(
