@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    parser.add_argument("--networks", nargs="+", help="networks to train; all if not said")
     parser.add_argument("--most", type=int, help="jobs to take at most")
     parser.add_argument("--originals", type=Path, help="folder that keeps the trained originals")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -191,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for job in jobs(options.seeds, PRESETS[options.preset].stages)
             if job.task in options.tasks
             and job.study in options.studies
+            and (not options.networks or {*job.only} & {*options.networks})
             and not finished(job, options.preset, options.results)
         ]
         for job in wanted[: options.most]:
