@@ -51,6 +51,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "parareal, linear, collapsed": {"coarse": "linear", "sweep": "collapsed"},
     "star, all channels": _STAR,
     "star, half the channels": {**_STAR, "coarse_width": 0.5},
+    "star, a quarter of the channels": {**_STAR, "coarse_width": 0.25},
     "star, two blocks": {**_STAR, "units": 2},
     "units with thinned guesses": {"coarse": "units", "preprocess": "thinned"},
     "units with first layers in guesses": {"coarse": "units", "prologue": 0.2},
@@ -150,7 +151,8 @@ def _parareal(name: str, compiled: pnn.Compiled, study: Study, stages: int) -> R
 
 
 def _trained(name: str, network: nn.Module, study: Study, stages: int) -> Row:
-    seconds = train(network, study.task, study.preset, study.seed)
+    state = study.originals.state(study.task.name, study.seed, name, stages)
+    seconds = train(network, study.task, study.preset, study.seed, state=state)
     right = accuracy(network, study.task.test)
     return study.row("scratch", name, stages, accuracy=right, seconds=seconds)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +70,11 @@ class Shuffled:
         self._order = torch.Generator().manual_seed(seed)
         self._noise = torch.Generator(task.train.y.device).manual_seed(seed)
 
+    @property
+    def generators(self) -> tuple[torch.Generator, torch.Generator]:
+        """The generators of the order and of the shifts."""
+        return self._order, self._noise
+
     def __len__(self) -> int:
         """Number of batches."""
         return len(self._task.train.y) // self._size
@@ -91,6 +97,7 @@ def train(
     rate: float | None = None,
     teacher: nn.Module | None = None,
     dropout: bool = True,
+    state: Path | None = None,
 ) -> float:
     """Train on labels, or to a teacher's outputs without labels; one-cycle AdamW.
 
@@ -103,9 +110,10 @@ def train(
         rate: Peak learning rate; the preset's if None.
         teacher: Gives the outputs to learn.
         dropout: Whether dropout is active.
+        state: File for the state after every epoch, from which an interrupted training goes on.
 
     Returns:
-        Seconds that it took.
+        Seconds that it took; those of the last start where it was interrupted.
     """
     size, peak = (task.batch, preset.rate) if teacher is None else (task.fit_batch, preset.fit_rate)
     count = epochs or (preset.epochs if teacher is None else 1)
@@ -124,7 +132,8 @@ def train(
             if teacher is None
             else torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(steps))
         )
-        for _ in range(count):
+        first = _restore(state, network, optimizer, schedule, samples)
+        for epoch in range(first, count):
             for x, y in samples:
                 with torch.autocast(device.type, torch.bfloat16, enabled=preset.bfloat16):
                     loss = _loss(network, x, y, teacher)
@@ -133,9 +142,37 @@ def train(
                 nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
+            if state is not None:
+                _save(state, epoch + 1, network, optimizer, schedule, samples)
         if device.type == "cuda":
             torch.cuda.synchronize()
+    if state is not None:
+        state.unlink(missing_ok=True)
     return time.perf_counter() - start
+
+
+def _save(file: Path, epochs: int, *parts: Any) -> None:
+    """Write the state after so many epochs."""
+    *stateful, samples = parts
+    generators = [torch.default_generator, *samples.generators]
+    states = [part.state_dict() for part in stateful], [g.get_state() for g in generators]
+    torch.save((epochs, *states), file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+
+
+def _restore(file: Path | None, *parts: Any) -> int:
+    """Read the state that `_save` wrote; return how many epochs are done."""
+    if file is None or not file.exists():
+        return 0
+    *stateful, samples = parts
+    epochs, states, generators = torch.load(file, map_location="cpu", weights_only=True)
+    for part, content in zip(stateful, states, strict=True):
+        part.load_state_dict(content)
+    for generator, content in zip(
+        [torch.default_generator, *samples.generators], generators, strict=True
+    ):
+        generator.set_state(content)
+    return int(epochs)
 
 
 def _loss(
@@ -178,6 +215,10 @@ class Originals:
 
     folder: Path | None = None
 
+    def state(self, *names: object) -> Path | None:
+        """Return the file for the state of a training of this name, if there is a folder."""
+        return self.folder and self.folder / f"{'-'.join(map(str, names))}.state".replace(" ", "_")
+
     def trained(self, task: Task, preset: Preset, seed: int) -> tuple[nn.Module, float]:
         """The original of a seed in evaluation mode, and the seconds it took if just trained."""
         torch.manual_seed(seed)
@@ -192,7 +233,7 @@ class Originals:
             if file.exists():
                 network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
                 return network.to(task.train.y.device).eval(), 0.0
-            seconds = train(network, task, preset, seed)
+            seconds = train(network, task, preset, seed, state=file.with_suffix(".state"))
             torch.save(network.state_dict(), file.with_suffix(".part"))
             file.with_suffix(".part").rename(file)
             return network.eval(), seconds
