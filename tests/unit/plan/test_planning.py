@@ -221,6 +221,21 @@ def test_a_plan_that_is_over_budget_or_slower_says_so() -> None:
     assert plan_of("resnet", stages=2, coarse="exact").notes[-1].startswith("no gain")
 
 
+def test_a_stage_of_less_than_half_the_mean_work_is_named() -> None:
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
+
+    def notes(*cuts: str) -> str:
+        plan = compile_model(layers, torch.randn(2, 8), cuts=cuts).plan
+        assert plan is not None
+        return " ".join(plan.notes)
+
+    assert "less than half" not in notes("3", "6")
+    assert "stage 1 (33%) has less than half the mean work: 2 stages may be as fast" in notes(
+        "4", "5"
+    )
+    assert "stages 0 (33%), 1 (33%) have less" in notes("1", "2")
+
+
 def test_what_capture_noted_stands_in_the_plan() -> None:
     class Flagged(nn.Module):
         def __init__(self) -> None:
