@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from pnn_compile.evaluate.assess import Verdict
     from pnn_compile.evaluate.iterate import DialRow, Iterates
+    from pnn_compile.evaluate.probe import Probe
     from pnn_compile.evaluate.verify import VerifyReport
     from pnn_compile.export.onnx import Exported
     from pnn_compile.fit.calibrate import CalibrationReport
@@ -293,6 +294,12 @@ class Compiled:
         from pnn_compile.evaluate.assess import assess
 
         return assess(self, inputs, stages=stages, iterations=iterations, **options)
+
+    def probe(self, batches: Sequence[Any], **options: Any) -> Probe:
+        """Train it beside its original and other forms; see `pnn_compile.evaluate.probe`."""
+        from pnn_compile.evaluate.probe import probe
+
+        return probe(self, batches, **options)
 
     def iterate(
         self, inputs: Any, *, iterations: int | None = None, tolerance: float | None = None

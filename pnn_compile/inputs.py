@@ -347,6 +347,7 @@ def read_batches(
     *,
     shuffle_seed: int | None = None,
     least: int = 1,
+    labels: str | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Read a `.safetensors` or `.npz` file and cut it into batches.
 
@@ -358,6 +359,7 @@ def read_batches(
         size: Samples of a batch; a smaller last batch is dropped unless it is the only one.
         shuffle_seed: Seed to shuffle the samples with; None to keep their order.
         least: Smallest number of batches; with few samples the batches are smaller.
+        labels: An array that comes along as it is, beside the arguments.
 
     Returns:
         The batches, by argument name.
@@ -369,15 +371,18 @@ def read_batches(
     """
     arrays = _read(path)
     names = argument_names(program)
-    if len(arrays) == 1 and len(names) == 1:
-        arrays = {names[0]: next(iter(arrays.values()))}
-    missing = [name for name in names if name not in arrays]
+    beside = [] if labels is None or labels in names else [labels]
+    inputs = [name for name in arrays if name not in beside]
+    if len(inputs) == 1 and len(names) == 1:
+        arrays[names[0]] = arrays.pop(inputs[0])
+    missing = [name for name in (*names, *beside) if name not in arrays]
     if missing:
         raise OptionError(
             f"{path} lacks {', '.join(missing)}: it has {', '.join(arrays)}, the network takes "
             f"{', '.join(names)}"
         )
-    arrays = {n: _converted(path, n, arrays[n], program.args[n]) for n in names}
+    arrays |= {n: _converted(path, n, arrays[n], program.args[n]) for n in names}
+    names += beside
     counts = {name: len(arrays[name]) for name in names}
     if len(set(counts.values())) != 1:
         raise OptionError(f"{path} has arrays of different lengths ({counts})")

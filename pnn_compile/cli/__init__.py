@@ -24,7 +24,7 @@ from passes.interrupt import INTERRUPTED, end_interrupted, raise_on_interrupt
 from pnn_compile.cli.benching import bench_command, run_command
 from pnn_compile.cli.compiling import compile_command
 from pnn_compile.cli.exporting import export_command
-from pnn_compile.cli.fitting import assess, dial_command, fit_command
+from pnn_compile.cli.fitting import assess, dial_command, fit_command, probe
 from pnn_compile.cli.forecasting import forecast_command, profile_command
 from pnn_compile.cli.inspecting import inspect, verify
 
@@ -115,7 +115,7 @@ def _prepared(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _command in (
-    compile_command, inspect, verify, assess, fit_command, dial_command, bench_command,
+    compile_command, inspect, verify, assess, probe, fit_command, dial_command, bench_command,
     run_command, forecast_command, profile_command, export_command,
 ):  # fmt: skip
     assert _command.callback is not None

@@ -1,4 +1,4 @@
-"""`pnn-compile assess`, `fit` and `dial`: fit a network to a trained model, and judge the fit."""
+"""`pnn-compile assess`, `probe`, `fit` and `dial`: judge a network, and train it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pnn_compile.cli.common import (
     compiler_options,
     console,
     read_numbers,
+    target_options,
 )
 
 _SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
@@ -78,6 +79,58 @@ def assess(
         click.echo(json.dumps(asdict(verdict), indent=2))
     else:
         console().print(verdict_table(verdict))
+
+
+@click.command()
+@click.argument("model")
+@_SAMPLES
+@click.option("--labels", default="labels", help="Name of the array of targets in SAMPLES.")
+@click.option("--minutes", default=5.0, type=float, help="Time for all trainings together.")
+@click.option("--batch", default=128, type=click.IntRange(min=1), help="Samples of a step.")
+@click.option("--learning-rate", default=3e-3, type=float, help="Peak learning rate.")
+@click.option("--seed", default=0, type=int, help="Seed of new weights and of the order.")
+@target_options("3")
+@JSON
+@DEBUG
+def probe(
+    model: str,
+    samples: Path,
+    labels: str,
+    minutes: float,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    stages: int,
+    inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Train MODEL and its parareal forms side by side, for a few minutes.
+
+    SAMPLES is a .safetensors or .npz file with an array per argument and one of labels. Every
+    fifth batch is held out; early exits as fast as the forms are trained beside them.
+    """
+    from pnn_compile.compiled import compile as compile_model
+    from pnn_compile.inputs import read_batches
+    from pnn_compile.report.tables import probe_table
+
+    source = build_source(model, inputs, arguments)
+    with Progress(as_json).bar("training") as advance:
+        compiled = compile_model(
+            source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
+        )
+        result = compiled.probe(
+            read_batches(
+                samples, compiled.program, batch, shuffle_seed=seed, least=5, labels=labels
+            ),
+            labels=labels, minutes=minutes, learning_rate=learning_rate, seed=seed,
+            progress=advance,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2))
+    else:
+        console().print(probe_table(result))
 
 
 @click.command(name="fit")

@@ -82,6 +82,23 @@ def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def build_early_exit(compiled: Compiled, share: float) -> EarlyExit | None:
+    """Build the longest early exit within a share of the original's FLOPs.
+
+    Args:
+        compiled: The network.
+        share: Largest share of the original's FLOPs, head and bridge included.
+
+    Returns:
+        The early exit; None where even the shortest one takes more.
+    """
+    cut = _cut(compiled, share)
+    if cut is None:
+        return None
+    with seeded(compiled.plan.seed):
+        return EarlyExit(compiled, cut)
+
+
 def fit_early_exit(
     compiled: Compiled, batches: CalibrationBatches, share: float
 ) -> EarlyExit | None:
@@ -95,11 +112,10 @@ def fit_early_exit(
     Returns:
         The early exit, in evaluation mode; None where even the shortest one takes more.
     """
-    cut = _cut(compiled, share)
-    if cut is None:
+    exit_ = build_early_exit(compiled, share)
+    if exit_ is None:
         return None
-    with seeded(compiled.plan.seed):
-        exit_ = EarlyExit(compiled, cut).eval()
+    exit_.eval()
     executor = Executor(compiled)
     names = [value.name for value in compiled.plan.interfaces[-1].state]
 

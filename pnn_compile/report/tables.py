@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pnn_compile.bench.gpu_streams import StreamBench
     from pnn_compile.evaluate.assess import Fidelity, Verdict
     from pnn_compile.evaluate.iterate import DialRow
+    from pnn_compile.evaluate.probe import Probe
     from pnn_compile.export.onnx.read import OnnxSummary, RoleSummary
 
 
@@ -359,6 +360,24 @@ def verdict_table(verdict: Verdict) -> RenderableType:
         )
     lines = [Text(verdict.sentence), *(Text(f"- {line}") for line in verdict.advice)]
     return Group(table, *lines)
+
+
+def probe_table(probe: Probe) -> RenderableType:
+    """Show the curve of every network of a probe, then the conclusion."""
+    score = "accuracy" if probe.accuracy else "loss"
+    table = figures_table(
+        f"{score} on {probe.held_out} held-out samples, after each eighth of {probe.steps} steps",
+        ("network", "speed-up", "parameters", "s a step", *map(str, range(1, 9))),
+        words=("network",),
+    )
+    for row in probe.rows:
+        if row.refused:
+            table.add_row(row.network, f"not possible: {row.refused}")
+            continue
+        curve = [f"{100 * s:.1f}" if probe.accuracy else f"{s:.3g}" for s in row.scores]
+        figures = (f"{row.speedup:.2f}", f"{row.parameters:,}", f"{row.seconds:.3f}")
+        table.add_row(row.network, *figures, *curve)
+    return Group(table, Text(probe.sentence))
 
 
 def _agreement(fidelity: Fidelity) -> str:
