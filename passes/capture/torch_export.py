@@ -23,14 +23,13 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.capture.fx_trace import Entry, strip
 from passes.capture.opaque_operator import OPERATOR, OpaqueCalls, replace_by_operators
 from passes.capture.refold import CALL_KEY, outline
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
-from passes.ir.isolation import exclusive
+from passes.ir.isolation import DispatchMode, exclusive
 from passes.ir.program import Provenance, is_user_code, provenance, resolve, set_provenance
 
 _log = logging.getLogger(__name__)
@@ -256,11 +255,11 @@ class _Copier:
         return detached
 
 
-class _CastObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _CastObserver(DispatchMode):
     """Observe to which precision autocast converts the arguments of an operator."""
 
     def __init__(self, arguments: Mapping[int, fx.Node]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.arguments = arguments
         self.casts: dict[fx.Node, torch.dtype] = {}
 

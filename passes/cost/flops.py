@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from passes.cost.node_facts import Fact
 from passes.errors import OptionError
-from passes.ir.isolation import LOCK, preserved
+from passes.ir.isolation import LOCK, DispatchMode, preserved
 from passes.ir.program import Interpreter, Program, is_compute, resolve, tensor_leaves
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
@@ -64,11 +63,11 @@ class NodeCost:
         return self.cost - self.backward
 
 
-class _FlopMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
+class _FlopMode(DispatchMode):
     """Count the FLOPs, bytes and operators of everything that runs inside the mode."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.registered = 0
         self.other = 0
         self.moved = 0

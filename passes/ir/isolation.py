@@ -145,7 +145,7 @@ def _path(modules: tuple[nn.Module, ...], child: nn.Module, attribute: str) -> s
 
 def seed_everything(seed: int) -> None:
     """Seed the generators of torch, Python and numpy."""
-    torch.manual_seed(seed)
+    _seed_torch(seed)
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed)
@@ -155,11 +155,35 @@ def seed_everything(seed: int) -> None:
 def seeded(seed: int) -> Iterator[None]:
     """Seed the random generators of torch, and restore their state on exit."""
     with LOCK, torch.random.fork_rng():
-        torch.manual_seed(seed)
+        _seed_torch(seed)
         yield
 
 
-class DrawObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+def _seed_torch(seed: int) -> None:
+    """Seed torch's generators; without an accelerator, not at the price of `torch.manual_seed`.
+
+    That one takes a millisecond to look for devices, and a second at first, to import dynamo.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that watches operators, without torch's guard that keeps dynamo out of it.
+
+    The guard costs time at every operator, and imports dynamo at the first one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __init_subclass__(cls) -> None:
+        """Leave out what torch does here: it adds the guard."""
+
+
+class DrawObserver(DispatchMode):
     """Observe whether this thread draws numbers from torch's random generators.
 
     Operators on fake or meta tensors draw none, nor does this count a generator that is passed.
@@ -169,7 +193,7 @@ class DrawObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.drawn = False
 
     def __torch_dispatch__(

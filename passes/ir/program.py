@@ -339,6 +339,16 @@ class Interpreter(fx.Interpreter):
     (3, 3)
     """
 
+    def __init__(
+        self,
+        module: nn.Module,
+        garbage_collect_values: bool = True,
+        graph: fx.Graph | None = None,
+    ) -> None:
+        super().__init__(module, garbage_collect_values, graph)
+        # Errors stay as they are: describing where they arose imports inductor, for a second.
+        self.extra_traceback = False
+
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node, with values for nodes and fresh lists and dicts."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)

@@ -176,10 +176,10 @@ def _gradients(
         return dict.fromkeys(leaves)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in heads]
-    cotangents = [w.to(o.device, o.dtype) for w, o in zip(weights, heads, strict=True)]
-    gradients: Any = torch.autograd.grad(
-        heads, list(leaves.values()), cotangents, allow_unused=True
-    )
+    # Sums, as passing the weights to `grad` imports sympy, for half a second.
+    sums = [(o * w.to(o.device, o.dtype)).sum() for w, o in zip(weights, heads, strict=True)]
+    scalars = [value.real if value.is_complex() else value for value in sums]
+    gradients: Any = torch.autograd.grad(scalars, list(leaves.values()), allow_unused=True)
     # An embedding may have sparse gradients.
     dense = [None if gradient is None else strided(gradient) for gradient in gradients]
     return dict(zip(leaves, dense, strict=True))

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.errors import OptionError
 from passes.ir.direct_call import with_frame_headroom
+from passes.ir.isolation import DispatchMode
 from pnn_compile.bench.contenders import (
     Contender,
     NotApplicable,
@@ -261,7 +261,7 @@ def _timed(step: StepFunction, device: torch.device) -> float:
     return seconds.item()
 
 
-class _SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _SentBytes(DispatchMode):
     """Count the bytes that this rank sends, by the calls that reach torch.distributed's backend.
 
     A message counts with its size, a collective with the least that this rank must send: an
@@ -275,7 +275,7 @@ class _SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, ranks: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         share = (ranks - 1) / ranks
         self._factors = {"send": 1.0, "broadcast_": share, "allreduce_": 2 * share}
         self.bytes = 0.0
