@@ -29,13 +29,17 @@ from passes.cost.node_facts import Fact
 from passes.errors import OptionError
 
 _DEFAULT_DTYPE = "float32"
-_MAY_BE_ZERO = ("launch", "link_latency")
+_MAY_BE_ZERO = ("launch", "link_latency", "network_latency")
 _UNITS = {
     "bandwidth": "bytes per second of memory",
     "launch": "seconds per operator",
     "memory": "bytes",
     "link_bandwidth": "bytes per second between two devices, each way",
     "link_latency": "seconds per message",
+}
+_NETWORK_UNITS = {
+    "network_bandwidth": "bytes per second between two nodes, each way, per device",
+    "network_latency": "seconds per message between two nodes",
 }
 _BACKWARD_FACTOR = 2
 """Operators and bytes of the backward pass per one of the forward pass: a gradient per operand."""
@@ -56,6 +60,9 @@ class DeviceProfile:
         link_latency: Seconds per message, besides its bytes.
         asynchronous: Whether operators are launched ahead, so that launches overlap with the work
             of other operators (GPUs); otherwise they add to it.
+        node: Devices of one node, among which the links are as above; 0 if all are in one.
+        network_bandwidth: Bytes per second of a device to one of another node, in each direction.
+        network_latency: Seconds per message between nodes, besides its bytes.
 
     Raises:
         OptionError: A value is missing, not a number or not positive.
@@ -69,6 +76,9 @@ class DeviceProfile:
     link_bandwidth: float
     link_latency: float
     asynchronous: bool = False
+    node: int = 0
+    network_bandwidth: float = math.inf
+    network_latency: float = 0.0
 
     def __post_init__(self) -> None:
         name: object = self.name
@@ -82,8 +92,14 @@ class DeviceProfile:
             )
         for dtype, rate in self.flops.items():
             self._check(f"flops.{dtype}", rate, zero=False)
-        for key in _UNITS:
+        for key in (*_UNITS, *_NETWORK_UNITS):
             self._check(key, getattr(self, key), zero=key in _MAY_BE_ZERO)
+        size: object = self.node
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise OptionError(
+                f"node must be a number of devices, 0 for any ({size!r}) in device profile "
+                f"{self.name!r}"
+            )
         ahead: object = self.asynchronous
         if not isinstance(ahead, bool):
             raise OptionError(
@@ -125,14 +141,18 @@ class DeviceProfile:
         launch = operators * self.launch
         return max(work, launch) if self.asynchronous else work + launch
 
-    def transfer(self, size: float, other: DeviceProfile | None = None) -> float:
+    def transfer(self, size: float, other: DeviceProfile | None = None, rank: int = 1) -> float:
         """Return the seconds of a message of `size` bytes, over the slower link of two devices.
 
         Args:
             size: Bytes of the message.
             other: The device at the other end; None for an equal one.
+            rank: Number of this device; the other one is the device before it.
         """
         other = other or self
+        if self.node and rank % self.node == 0:
+            latency = max(self.network_latency, other.network_latency)
+            return latency + size / min(self.network_bandwidth, other.network_bandwidth)
         latency = max(self.link_latency, other.link_latency)
         return latency + size / min(self.link_bandwidth, other.link_bandwidth)
 
@@ -152,7 +172,9 @@ def read_profile(text: str, origin: str) -> DeviceProfile:
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"{origin} is no TOML: {error}") from error
     names = {field.name for field in fields(DeviceProfile)}
-    missing = sorted(names - values.keys() - {"asynchronous"})
+    missing = sorted(names - values.keys() - {"asynchronous", "node", *_NETWORK_UNITS})
+    if values.get("node"):
+        missing = sorted({*missing, *_NETWORK_UNITS} - values.keys())
     if missing or values.keys() - names:
         unknown = ", ".join(sorted(values.keys() - names)) or "none"
         raise OptionError(
@@ -170,7 +192,10 @@ def write_profile(profile: DeviceProfile) -> str:
     lines = [f"name = {_quoted(profile.name)}"]
     if profile.asynchronous:
         lines.append("asynchronous = true  # launches hide behind the work of other operators")
-    lines += [f"{key} = {_number(getattr(profile, key))}  # {unit}" for key, unit in _UNITS.items()]
+    units = _UNITS | _NETWORK_UNITS if profile.node else _UNITS
+    lines += [f"{key} = {_number(getattr(profile, key))}  # {unit}" for key, unit in units.items()]
+    if profile.node:
+        lines.append(f"node = {profile.node}  # devices that share the faster links")
     lines += ["", "[flops]  # per second, by dtype"]
     lines += [f"{_key(dtype)} = {_number(rate)}" for dtype, rate in profile.flops.items()]
     return "\n".join([*lines, ""])

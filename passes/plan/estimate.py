@@ -133,8 +133,10 @@ def forecast_step(
             for device, stage, count in zip(costs, stages, calls, strict=True)
         ],
         links=[
-            phases * device.transfer(face.bytes, before) if before and device else 0.0
-            for face, before, device in zip(interfaces, devices, devices[1:], strict=False)
+            phases * device.transfer(face.bytes, before, rank) if before and device else 0.0
+            for rank, (face, before, device) in enumerate(
+                zip(interfaces, devices, devices[1:], strict=False), 1
+            )
         ],
         head=math.fsum(costs[-1].nodes(order[stages[-1].last] + 1, len(order))),
     )

@@ -52,34 +52,40 @@ class Times:
         bytes: Size of a message by the kind that sends it and stage.
         latency: Seconds of a message beyond its bytes.
         bandwidth: Bytes per second of a link between two ranks, in each direction.
+        node: Ranks of one node, among which links are as above; 0 if all are in one.
+        network_latency: As `latency`, between ranks of two nodes.
+        network_bandwidth: As `bandwidth`, between ranks of two nodes.
     """
 
     compute: Mapping[tuple[Kind, int], float]
     bytes: Mapping[tuple[Kind, int], float] = field(default_factory=dict)
     latency: float = 0.0
     bandwidth: float = math.inf
+    node: int = 0
+    network_latency: float = 0.0
+    network_bandwidth: float = math.inf
 
     @classmethod
-    def of(
-        cls, plan: Plan, *, latency: float = 0.0, bandwidth: float = math.inf, ratio: float = 2.0
-    ) -> Times:
+    def of(cls, plan: Plan, *, ratio: float = 2.0, **links: Any) -> Times:
         """Return the durations of a plan, at its example inputs, in the unit of its forecast.
 
         Args:
             plan: The plan.
-            latency: As above, in that unit.
-            bandwidth: As above, in bytes per that unit.
             ratio: Backward over forward, for operators and the head, if the plan does not store
                 measured seconds of both phases. Of a fine stage it stores the FLOPs of both.
+            links: Latencies and bandwidths, as above, in that unit, and `node`.
 
         Raises:
             RuntimeFault: The costs of the plan are those of a callable, which it does not store.
         """
-        return cls(_compute(plan, ratio), _bytes(plan), latency, bandwidth)
+        return cls(_compute(plan, ratio), _bytes(plan), **links)
 
-    def transfer(self, send: Instruction) -> float:
-        """Return the seconds that a message occupies its link."""
-        return self.bytes.get((send.kind, send.stage), 0.0) / self.bandwidth
+    def transfer(self, send: Instruction, rank: int) -> tuple[float, float]:
+        """Return the seconds that a message of a rank occupies its link, and the latency."""
+        size = self.bytes.get((send.kind, send.stage), 0.0)
+        if self.node and send.peer is not None and rank // self.node != send.peer // self.node:
+            return size / self.network_bandwidth, self.network_latency
+        return size / self.bandwidth, self.latency
 
 
 def _compute(plan: Plan, ratio: float) -> dict[tuple[Kind, int], float]:
@@ -236,9 +242,10 @@ def simulate(programs: Sequence[Sequence[Instruction]], times: Times) -> Timelin
         duration = times.compute.get((instruction.kind, instruction.stage), 0.0)
         end = start + (0.0 if exact else duration)
         if peer is not None and instruction.kind in SENDS:
-            sent = max(link_free[rank, peer], end) + times.transfer(instruction)
+            occupied, latency = times.transfer(instruction, rank)
+            sent = max(link_free[rank, peer], end) + occupied
             link_free[rank, peer] = sent
-            in_flight[rank, peer].append((sent + times.latency, len(spans[rank])))
+            in_flight[rank, peer].append((sent + latency, len(spans[rank])))
         elif peer is not None and instruction.kind in RECEIVES:
             arrival, index = in_flight[peer, rank].popleft()
             cause = (peer, index) if arrival > start else None

@@ -13,11 +13,11 @@ Two stages and two micro-batches (0, 1) of a pipeline, forward and backward:
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any
 
 from torch import fx
 
@@ -79,14 +79,17 @@ class DeviceCosts:
         return bool(self.profiles) and self.analysis.unit == "seconds"
 
     @property
-    def latency(self) -> float:
-        """Latency of the slowest link, in seconds."""
-        return max(p.link_latency for p in self.profiles) if self.linked else 0.0
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second of the slowest link."""
-        return min(p.link_bandwidth for p in self.profiles) if self.linked else math.inf
+    def links(self) -> dict[str, Any]:
+        """The slowest links, inside nodes and between them, as `Times` takes them."""
+        if not self.linked:
+            return {}
+        return {
+            "latency": max(p.link_latency for p in self.profiles),
+            "bandwidth": min(p.link_bandwidth for p in self.profiles),
+            "node": min((p.node for p in self.profiles if p.node), default=0),
+            "network_latency": max(p.network_latency for p in self.profiles),
+            "network_bandwidth": min(p.network_bandwidth for p in self.profiles),
+        }
 
     def device(self, rank: int) -> DeviceProfile | None:
         """Return the device of a rank."""
@@ -149,7 +152,7 @@ def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
     options = dataclasses.replace(costs.options, stages=stages, sweep=sweep)
     options, _ = for_loop(costs.analysis, options.counted())
     plan = make_plan(costs.analysis, choose_cut(costs.analysis, options), options)
-    times = Times.of(plan, latency=costs.latency, bandwidth=costs.bandwidth)
+    times = Times.of(plan, **costs.links)
     lists = schedule(range(stages), Sweep.of(plan), backward=costs.training)
     timeline = simulate(lists, times)
     sequential = costs.sequential
@@ -285,7 +288,7 @@ def pipeline_row(costs: DeviceCosts, batches: int, stages: int) -> ForecastRow:
         size[Kind.SEND, rank] = size[Kind.SEND_ADJOINT, rank] = crossing / batches
         memory.append(costs.memory.span(bounds[start], bounds[stop]) + crossing)
     costs.check_memory(memory)
-    times = Times(compute, size, costs.latency, costs.bandwidth)
+    times = Times(compute, size, **costs.links)
     lists = gpipe_lists(stages, batches, backward=costs.training)
     timeline = simulate(lists, times)
     time, sequential = timeline.time, costs.sequential
@@ -324,9 +327,9 @@ def data_parallel_row(costs: DeviceCosts, stages: int) -> ForecastRow:
     sequential = costs.sequential
     messages = 2 * (stages - 1)  # of a rank in a ring all-reduce, each of size / stages bytes
     crossing = messages * size / stages if costs.training else 0.0
-    link = crossing / costs.bandwidth
-    if costs.training:
-        link += messages * costs.latency
+    ring = Times({}, {(Kind.SEND, 0): crossing}, **costs.links)
+    occupied, latency = ring.transfer(Instruction(Kind.SEND, 0, 0, peer=0), stages - 1)
+    link = occupied + (messages * latency if costs.training else 0.0)
     compute = max(costs.original(rank) for rank in range(stages)) / stages
     parameters = sum(p.nbytes for p in analysis.program.module.parameters())
     activations = sum(analysis.costs[node].activation_bytes for node in order) / stages

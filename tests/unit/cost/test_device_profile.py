@@ -80,6 +80,16 @@ def test_launches_hide_behind_work_where_they_are_asynchronous() -> None:
     assert device.seconds(1, 1) == 1e-3
 
 
+def test_messages_between_nodes_take_the_network() -> None:
+    device = profile(node=4, network_bandwidth=1e6, network_latency=1e-2)
+    assert [device.transfer(1e6, rank=r) for r in (1, 3, 5)] == pytest.approx([0.1 + 1e-4] * 3)
+    assert [device.transfer(1e6, rank=r) for r in (4, 8)] == pytest.approx([1 + 1e-2] * 2)
+    assert read_profile(write_profile(device), "text") == device
+    cut = "\n".join(line for line in write_profile(device).splitlines() if "network" not in line)
+    with pytest.raises(OptionError, match="missing: network_bandwidth, network_latency"):
+        read_profile(cut, "text")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -93,6 +103,9 @@ def test_launches_hide_behind_work_where_they_are_asynchronous() -> None:
         ({"memory": True}, "memory must be"),
         ({"name": " "}, "needs a name"),
         ({"asynchronous": 1}, "asynchronous is true or false"),
+        ({"node": -8}, "node must be a number of devices"),
+        ({"node": True}, "node must be a number of devices"),
+        ({"network_bandwidth": 0.0}, "network_bandwidth must be a positive number"),
     ],
 )
 def test_figures_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:

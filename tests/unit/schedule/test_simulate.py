@@ -62,6 +62,15 @@ def test_two_ranks_by_hand() -> None:
     assert {rank for rank, _ in timeline.critical_path} == {1}
 
 
+def test_ranks_of_two_nodes_send_over_the_network() -> None:
+    links = {"node": 1, "network_latency": 2, "network_bandwidth": 2}
+    sizes = {(Kind.SEND, 0): 10.0}
+    inside = simulate(schedule((0, 1), backward=False), Times(TWO, sizes, latency=1, bandwidth=5))
+    across = simulate(schedule((0, 1), backward=False), Times(TWO, sizes, latency=2, bandwidth=2))
+    between = simulate(schedule((0, 1), backward=False), Times(TWO, sizes, 1, 5, **links))
+    assert between.time == across.time > inside.time
+
+
 def test_a_late_message_puts_its_sender_on_the_critical_path() -> None:
     times = Times({**TWO, (Kind.FINE, 0): 7}, {(Kind.SEND, 0): 10}, latency=1, bandwidth=5)
     timeline = simulate(schedule((0, 1)), times)
