@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import pnn_compile as pnn
 from examples import resnet1001
-from examples.studies import accuracy, overhead, queue, steps, training
+from examples.studies import accuracy, growth, overhead, queue, steps, training
 from examples.studies.conversions import ATTEMPTS
 from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
 from examples.studies.networks import (
@@ -284,3 +284,12 @@ def test_a_queue_that_is_started_again_skips_what_is_there(tmp_path: Path) -> No
     for other in ({"seed": 2}, {"stages": (6,)}, {"only": ("latency of units",)}, {"only": ()}):
         assert not queue.finished(replace(job, **other), "cpu", results)
     assert not queue.finished(job, "gpu", results)
+
+
+def test_a_star_grows_where_a_chain_stops() -> None:
+    device = pnn.load_profile("h100")
+    by_name = {form.name: form for form in growth.FORMS}
+    chain, star = by_name["chain, copied blocks"], by_name["star, copied blocks"]
+    assert growth.speedup(chain, 8, device) == pytest.approx(8, rel=0.05)
+    assert growth.speedup(chain, 128, device) < growth.speedup(chain, 64, device)
+    assert 110 < growth.speedup(star, 128, device) < 128
