@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -116,7 +117,8 @@ def bench_command(
 ) -> None:
     """Measure a step of TARGET beside other methods, on local processes.
 
-    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
+    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`: that is cut by
+    measured seconds, anew for every batch size.
     """
     sizes = read_numbers(batches, "--batch")
     if streams is not None:
@@ -129,24 +131,52 @@ def bench_command(
     from pnn_compile.report.tables import bench_table
 
     names = [name.strip() for name in against.split(",") if name.strip()]
+    training = not options["inference"]
     with Progress(as_json)("compiling"):
         compiled = open_target(target, stages, inputs, arguments, debug)
+        networks = [(compiled, sizes)]
+        if not Path(target).is_dir():
+            networks = [(_cut_by_seconds(compiled, size, training), [size]) for size in sizes]
     with Progress(as_json)("measuring"):
-        result = bench(
-            compiled,
-            ranks=ranks,
-            batches=sizes,
-            against=names,
-            training=not options["inference"],
-            rounds=options["rounds"],
-            threads=options["threads"],
-        )
+        results = [
+            bench(
+                network,
+                ranks=ranks,
+                batches=batches,
+                against=names,
+                training=training,
+                rounds=options["rounds"],
+                threads=options["threads"],
+            )
+            for network, batches in networks
+        ]
+    result = dataclasses.replace(
+        results[0],
+        timings=tuple(timing for one in results for timing in one.timings),
+        parts=tuple(parts for one in results for parts in one.parts),
+        together=tuple(parts for one in results for parts in one.together),
+    )
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))
     else:
         console().print(bench_table(result))
     if any(timing.contender == "parareal" and timing.problem for timing in result.timings):
         raise OptionError("the parareal network could not run; see the table")
+
+
+def _cut_by_seconds(compiled: Compiled, batch: int, training: bool) -> Compiled:
+    """Compile the captured model again, cut by measured seconds of a batch of this size."""
+    from passes.options import Options
+    from passes.pipeline import COMPILE, Compilation, run_passes
+    from pnn_compile.compiled import gather
+    from pnn_compile.inputs import check_batch_size, resized
+
+    check_batch_size(compiled, batch)
+    arguments = resized(compiled, batch, compiled.program.device)
+    program = dataclasses.replace(compiled.program, args=arguments)
+    cost: Any = "measured" if training else "measured-forward"
+    options = Options(stages=len(compiled.plan.stages), cost=cost)
+    return gather(*run_passes(Compilation(program=program, options=options), COMPILE))
 
 
 def _bench_streams(
