@@ -134,21 +134,21 @@ def bench_command(
     training = not options["inference"]
     with Progress(as_json)("compiling"):
         compiled = open_target(target, stages, inputs, arguments, debug)
-        networks = [(compiled, sizes)]
+        cuts = [(compiled, sizes)]
         if not Path(target).is_dir():
-            networks = [(_cut_by_seconds(compiled, size, training), [size]) for size in sizes]
+            cuts = [(_cut_by_seconds(compiled, size, training), [size]) for size in sizes]
     with Progress(as_json)("measuring"):
         results = [
             bench(
                 network,
                 ranks=ranks,
-                batches=batches,
+                batches=counts,
                 against=names,
                 training=training,
                 rounds=options["rounds"],
                 threads=options["threads"],
             )
-            for network, batches in networks
+            for network, counts in cuts
         ]
     result = dataclasses.replace(
         results[0],
