@@ -118,6 +118,20 @@ def test_it_opens_without_errors_requests_or_sideways_scrolling(
     sheet.check()
 
 
+_LABELS_ON_LINES = """() => {
+  const lines = [...document.querySelectorAll("#canvas path.edge.cut")].flatMap((path) => {
+    const length = path.getTotalLength();
+    return [...Array(200).keys()].map((step) => path.getPointAtLength((length * step) / 199));
+  });
+  return [...document.querySelectorAll("#canvas .edge-label")].filter((label) => {
+    const box = label.getBBox();
+    const inside = (at, start, size) => at > start && at < start + size;
+    return lines.some(({ x, y }) => inside(x, box.x, box.width) && inside(y, box.y, box.height));
+  }).map((label) => label.textContent);
+}"""
+"""Labels of states through which a line goes that carries a state."""
+
+
 def test_there_is_a_lane_a_stage_and_cuts_say_what_crosses(
     browser: Browser, unet_compiled: pnn.Compiled, report: Path
 ) -> None:
@@ -127,8 +141,10 @@ def test_there_is_a_lane_a_stage_and_cuts_say_what_crosses(
     labels = sheet.page.locator("#canvas .edge-label").all_text_contents()
     for value in unet_compiled.plan.interfaces[-1].state:
         sizes = value.spec.shape[1:]
-        assert "×".join(map(str, sizes)) in labels
-    assert any(label.endswith("kB") for label in labels)
+        assert any(label.startswith("×".join(map(str, sizes))) for label in labels)
+    assert all(label.endswith("B") for label in labels)
+    crossed = sheet.page.evaluate(_LABELS_ON_LINES)
+    assert crossed == []
 
 
 def test_a_module_opens_and_closes_by_mouse(browser: Browser, report: Path) -> None:

@@ -76,11 +76,10 @@ function drawEdges() {
   layer("over", lines.filter((line) => line.inside));
   layers.over.selectAll("rect.port").data(picture.ports).join("rect").attr("class", "port").attr("rx", 3)
     .attr("x", (d) => d.x).attr("y", (d) => d.y).attr("width", PORT).attr("height", PORT);
-  const cuts = lines.filter((line) => line.cut && !line.inside);
-  const spot = ({ points }) => points[points.length - 1];
-  for (const [name, shift, text] of [["shape", -16, (d) => briefShape(d.flow)], ["bytes", -5, (d) => size(d.flow.bytes)]])
-    layers.over.selectAll(`text.${name}`).data(cuts).join("text").attr("class", `edge-label ${name}`).attr("text-anchor", "end")
-      .attr("x", (d) => spot(d).x - 9).attr("y", (d) => spot(d).y + shift).text(text);
+  // Beside the place where a state leaves its lane: no line and no arrowhead is there.
+  const cuts = lines.filter((line) => line.cut && !line.inside && line.label);
+  layers.over.selectAll("text.edge-label").data(cuts).join("text").attr("class", "edge-label").attr("text-anchor", "end")
+    .attr("x", (d) => d.label.x).attr("y", (d) => d.label.y).text((d) => `${briefShape(d.flow)}, ${size(d.flow.bytes)}`);
 }
 
 function drawBoxes() {

@@ -5,7 +5,7 @@ function startHeader() {
   byId("model").textContent = plan.model;
   byId("subtitle").textContent = `Parareal neural network of ${stageCount} stages, ${plan.correction} form, ${plan.sweep} sweep, K = ${plan.iterations}`;
   const figures = [
-    ["Speed-up", `${forecast.speedup.toFixed(2)}×`, `predicted by ${unit}`],
+    ["Speed-up", `${forecast.speedup.toFixed(2)}×`, `predicted by ${unit}, links ${plan.stages.some((stage) => stage.device) ? "counted" : "free"}`],
     ["Bound", `${forecast.bound.toFixed(2)}×`, "guesses and corrections free"],
     ["Imbalance", forecast.imbalance.toFixed(3), "slowest stage over mean"],
     ["Serial share", percent(forecast.serial_share), "coarse sweep and head"],

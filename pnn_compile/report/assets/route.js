@@ -68,6 +68,13 @@ function points(picture, edge) {
   return [...out, { x: side, y: out[out.length - 1].y }, { x: side, y: end.y - 12 }, { x: end.x, y: end.y - 12 }, end];
 }
 
+// Where the shape of a state is written that leaves an item: below its box, or below its line.
+function labelSpot(picture, source) {
+  const { spot, isBox } = exit(picture, source);
+  const lane = picture.lanes[source.lane];
+  return lane && spot && { x: lane.x + lane.width - LANE.side, y: spot.y + spot.height + (isBox ? 14 : 25) };
+}
+
 // Lines between lanes; edges with the same two ends share one.
 function outsideLines(picture) {
   const lines = new Map();
@@ -83,7 +90,7 @@ function outsideLines(picture) {
       line.flow.edges.push(edge);
     } else {
       const flow = { from: edge.source, to: edge.target, bytes: edge.bytes, shapes: new Set([edge.shape]), edges: [edge] };
-      lines.set(key, { flow, cut, points: points(picture, edge) });
+      lines.set(key, { flow, cut, points: points(picture, edge), label: labelSpot(picture, edge.source) });
     }
   }
   return [...lines.values()];
