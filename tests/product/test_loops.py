@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pnn_compile as pnn
+from examples.coverage.operators import declare
 from passes.errors import OptionError, RuntimeFault
 from passes.schedule.instruction import Kind
 from passes.schedule.verify import check
@@ -121,3 +122,37 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "a loop of 12 steps" in output
     assert "iterations on the example inputs for 0.001" in output
     assert main([*arguments[:3], "--iterations", "few"]) == 2
+
+
+@pytest.mark.slow
+def test_a_sampler_of_diffusers_is_a_loop() -> None:
+    declare()  # of torchvision, which diffusers imports
+    diffusers = pytest.importorskip("diffusers")
+
+    class Sampler(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = diffusers.UNet2DModel(
+                sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+                block_out_channels=(8, 16), norm_num_groups=4,
+                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+            )  # fmt: skip
+            self.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+            self.scheduler.set_timesteps(8)
+
+        def forward(self, noise: torch.Tensor) -> Any:
+            x = noise
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.network(x, t).sample, t, x).prev_sample
+            return x
+
+    torch.manual_seed(0)
+    model, noise = Sampler().eval(), torch.randn(2, 1, 8, 8)
+    compiled = pnn.compile(model, noise, stages=4, tolerance=1e-2)
+    assert any(note.startswith("a loop of 8 steps") for note in compiled.plan.notes)
+    families = {stage.coarse.family for stage in compiled.plan.stages if stage.coarse}
+    assert families == {"time_step"}
+    other = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        target = model(other)
+        assert (compiled(other) - target).norm() < 1e-2 * target.norm()
