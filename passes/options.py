@@ -96,7 +96,7 @@ class Options:
             the coarse steps of a loop in time take in any case.
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
             through a map of its own, all of them at once; or "auto", the faster one by the
-            step-time model if the coarse propagators of the chain are linear.
+            step-time model if the coarse propagators of the chain are linear or copied blocks.
         iterations: Number K of parareal iterations; "auto" for as many as the tolerance takes.
         tolerance: Largest estimated relative error of the last state, of every sample. The plan
             takes the K that the example inputs need; calls of the compiled network take as many

@@ -105,7 +105,7 @@ def coarse_estimate(
         return options.units * _step_flops(analysis)
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
-    if units and copies and options.sweep == "collapsed":
+    if units and options.sweep == "collapsed":
         units += analysis.down_sampling(position)
     units *= (options.coarse_width or 1.0) ** 2
     if units and (copies or units <= budget):
@@ -122,10 +122,15 @@ def _step_flops(analysis: Analysis) -> float:
 
 
 def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
-    """Return the FLOPs that one coarse propagator may take: an even share of the sweep's budget."""
+    """Return the FLOPs that one coarse propagator may take.
+
+    In a chain, an even share of the sweep's budget; in a collapsed sweep, where all run at once,
+    all of it.
+    """
     if options.coarse_budget is None:
         return math.inf
-    return options.coarse_budget * analysis.flops / max(1, stages - 1)
+    serial = 1 if options.sweep == "collapsed" else max(1, stages - 1)
+    return options.coarse_budget * analysis.flops / serial
 
 
 def choose_preprocess(
@@ -311,8 +316,6 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
             ) from obstacle
         return _measure(span, draft)
     linear = _measure(span, _draft(span, "linear"))
-    if span.options.sweep == "collapsed":
-        return _because(span, linear, budget, "collapsed sweep")
     try:
         units = _measure(span, _draft(span, "units"))
     except SynthesisError as obstacle:
@@ -335,7 +338,7 @@ def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> Coarse
         why.append(f"{verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)")
     is_image = all(len(value.spec.shape) == 4 for value in span.leaving)
     (row,) = rows_of(spec.family)
-    evidence = row.evidence if is_image else ""
+    evidence = row.evidence.get(span.options.sweep) if is_image else None
     why.append(evidence or "accuracy not measured for networks like this one")
     return dataclasses.replace(spec, why="; ".join(why))
 

@@ -113,10 +113,13 @@ def _with_operators(
 
 
 def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
-    """Plan a chain and, if its coarse propagators are linear, a collapsed sweep; return the faster.
+    """Plan a chain and, if its families are as accurate without one, a collapsed sweep.
 
-    Only linear maps collapse, as a chain of them is a sum of products; one of low rank may have a
-    bias. Each sweep has cuts of its own, as the cost of a cut depends on the sweep.
+    Linear maps are, as a chain of them is a sum of products, and copied blocks, by measurement.
+    Each sweep has cuts of its own, as the cost of a cut depends on the sweep.
+
+    Returns:
+        The faster of the two.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
     rows = [row for s in chain.stages if s.coarse for row in rows_of(s.coarse.family)]
