@@ -370,7 +370,8 @@ def compile(
 
     Args:
         model: Any module; it is copied, never changed.
-        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments;
+            by default the `example_input_array` of a LightningModule.
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.

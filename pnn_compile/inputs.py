@@ -41,6 +41,8 @@ def example(
         kind = type(model).__name__
         raise OptionError(f"model must be a torch.nn.Module (got {kind}){advice.get(kind, '')}")
     if example_inputs is None and not args and not kwargs:
+        example_inputs = getattr(model, "example_input_array", None)  # of a LightningModule
+    if example_inputs is None and not args and not kwargs:
         raise OptionError(
             f"{type(model).__name__} needs example inputs: "
             "pnn.compile(model, torch.randn(2, 3, 32, 32)), or args=..., kwargs=..."

@@ -124,8 +124,8 @@ def _differs(actual: torch.Tensor, expected: torch.Tensor, counts: bool) -> str:
 class Network(fx.GraphModule):
     """A graph that is called as its model is; `meta[CALL]` says how that is.
 
-    A state dict names a tensor once that several stages or operators share, as files of safetensors
-    do; one that names it more often is loaded as well.
+    Trainer writes state dicts to files of safetensors, which name a tensor once: so does the state
+    dict of a model with a configuration. One that names it more often is loaded as well.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,10 +160,11 @@ class Network(fx.GraphModule):
         return super().__getattr__(name)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """Return the state, with one name for every tensor."""
+        """Return the state; that of a model with a configuration names every tensor once."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for alias in self._aliases():
-            state.pop(f"{prefix}{alias}", None)
+        if "config" in self.meta[CALL].attributes:
+            for alias in self._aliases():
+                state.pop(f"{prefix}{alias}", None)
         return state
 
     def _load_from_state_dict(

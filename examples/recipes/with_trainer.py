@@ -7,7 +7,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import pnn_compile as pnn
 
-folder = sys.argv[1] if len(sys.argv) > 1 else "build/trainer"
 tokens = [(torch.arange(16) * step + start) % 64 for step in range(1, 5) for start in range(16)]
 samples = [{"input_ids": ids, "labels": ids} for ids in tokens]
 
@@ -19,9 +18,9 @@ batch = {name: torch.stack([s[name] for s in samples[:2]]) for name in ("input_i
 compiled = pnn.compile(LlamaForCausalLM(config), batch, stages=2)
 
 arguments = TrainingArguments(
-    folder, num_train_epochs=4, learning_rate=1e-2, save_strategy="epoch", report_to="none"
+    "build/trainer", num_train_epochs=4, learning_rate=1e-2, save_strategy="epoch", report_to="none"
 )
 trainer = Trainer(compiled.module, arguments, train_dataset=samples, eval_dataset=samples[:8])
 trainer.train(resume_from_checkpoint="--resume" in sys.argv)
 print(f"loss {trainer.evaluate()['eval_loss']:.3f}")
-compiled.save(f"{folder}/network")
+compiled.save("build/trainer/network")
