@@ -364,6 +364,7 @@ def compile(
     cache: bool | str | Path = True,
     passes: Sequence[Pass] = COMPILE,
     debug: bool = False,
+    progress: Callable[[str], object] = lambda _: None,
     **choices: Unpack[Choices],
 ) -> Compiled:
     """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
@@ -389,6 +390,7 @@ def compile(
         passes: The passes between capture and calibration, in order; `passes.pipeline.insert` adds
             a pass of your own between two others.
         debug: Whether to verify every graph between passes.
+        progress: Called with the name of the pass that starts.
         **choices: The same options by their names (`stages=4, coarse="units"`), instead of
             `options` or in addition: they replace what is set there.
 
@@ -416,7 +418,7 @@ def compile(
     start = Compilation(
         model=model, args=args, kwargs=kwargs, dynamic_batch=dynamic_batch, options=options
     )
-    compilation, results = run_passes(start, [CAPTURE], check=debug)
+    compilation, results = run_passes(start, [CAPTURE], check=debug, progress=progress)
     program = compilation.program
     assert program is not None
     timings = None
@@ -437,7 +439,7 @@ def compile(
         compilation, passes = replace(compilation, samples=samples), (*passes, CALIBRATE)
     if plan is None and options.counted().tolerance is not None:
         passes = (*passes, ITERATE)
-    compilation, more = run_passes(compilation, passes, check=debug)
+    compilation, more = run_passes(compilation, passes, check=debug, progress=progress)
     compiled = gather(compilation, (*results, *more))
     return replace(compiled, timings=timings.path if timings is not None else None)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import DEBUG, JSON, Progress, console, open_target, target_options
 
 if TYPE_CHECKING:
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from pnn_compile.export.onnx import Exported
 
 
-@click.command(name="export")
+@click.command(
+    name="export",
+    cls=Command,
+    examples=[
+        ("build/model --onnx model.onnx", "one file"),
+        ("build/model --onnx stages --per-stage", "a model per stage"),
+        ("timm:resnet18 -n 2 --onnx model.onnx --no-verify", "without ONNX Runtime"),
+    ],
+)
 @click.argument("target")
 @click.option(
     "--onnx",
@@ -51,9 +60,14 @@ def export_command(
 
     TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
     """
-    compiled = open_target(target, stages, inputs, arguments, debug)
-    with Progress(as_json)("exporting to ONNX"):
-        exported = compiled.export_onnx(onnx, per_stage=per_stage, verify=check)
+    from pnn_compile.export.onnx import export_onnx, lower_network
+
+    with Progress(as_json)("opening") as show:
+        compiled = open_target(target, stages, inputs, arguments, debug, show)
+        show("translating to ONNX")
+        lowered = lower_network(compiled)
+        show("writing and checking")
+        exported = export_onnx(compiled, onnx, per_stage=per_stage, verify=check, lowered=lowered)
     if as_json:
         click.echo(json.dumps(exported_data(exported), indent=2))
     else:
@@ -78,8 +92,9 @@ def export_to(
         return []
     from pnn_compile.export.onnx import export_onnx, lower_network
 
-    with progress("exporting to ONNX"):
+    with progress("translating to ONNX") as show:
         lowered = lower_network(compiled)
+        show("writing and checking ONNX")
         return [
             export_onnx(
                 compiled, path, per_stage=name == "onnx-stages", verify=check, lowered=lowered

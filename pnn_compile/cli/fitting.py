@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
     DEBUG,
@@ -25,7 +26,14 @@ _SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        ("model.py samples.safetensors", "2, 3 and 4 stages"),
+        ("model.py samples.npz -n 2,4,8 --iterations 3", "and up to 3 iterations"),
+        ("model.py samples.npz --coarse-budget 0.1 --json", "as one JSON document"),
+    ],
+)
 @click.argument("model")
 @_SAMPLES
 @click.option(
@@ -63,11 +71,13 @@ def assess(
     counts = read_numbers(stages, "-n")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     source = build_source(model, inputs)
-    with Progress(as_json)("judging"):
+    with Progress(as_json)("opening") as show:
         compiled = compile_model(
             source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],
             coarse_budget=coarse_budget, calibration=read, debug=debug,
+            progress=show,
         )  # fmt: skip
+        show("judging")
         verdict = compiled.assess(
             read(compiled.program),
             stages=counts[1:],
@@ -80,7 +90,15 @@ def assess(
         console().print(verdict_table(verdict))
 
 
-@click.command(name="fit")
+@click.command(
+    name="fit",
+    cls=Command,
+    examples=[
+        ("build/model samples.safetensors", "one epoch, saved in place"),
+        ("build/model samples.npz --epochs 3 --checkpoint fit.pt", "resumes if interrupted"),
+        ("build/model samples.npz --interface-epochs 0.5 --epochs 0.5", "guesses first"),
+    ],
+)
 @_DIRECTORY
 @_SAMPLES
 @click.option("--epochs", default=1.0, type=float, help="Passes over the samples, end to end.")
@@ -151,7 +169,15 @@ def fit_command(
     )
 
 
-@click.command(name="dial")
+@click.command(
+    name="dial",
+    cls=Command,
+    examples=[
+        ("build/model samples.safetensors", "error and speed by iterations"),
+        ("build/model samples.npz --batch 16", "smaller batches"),
+        ("build/model samples.npz --json", "as one JSON document"),
+    ],
+)
 @_DIRECTORY
 @_SAMPLES
 @click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples of a call.")
