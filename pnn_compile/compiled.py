@@ -332,7 +332,13 @@ class Compiled:
         return write_report(self, path)
 
     def export_onnx(
-        self, path: str | Path, *, per_stage: bool = False, verify: bool = True
+        self,
+        path: str | Path,
+        *,
+        per_stage: bool = False,
+        verify: bool = True,
+        opset: int = 20,
+        fp16: bool = False,
     ) -> Exported:
         """Write the parareal network, in evaluation mode, as ONNX, and check it.
 
@@ -341,6 +347,8 @@ class Compiled:
                 directory of `manifest.json` and `stages/*.onnx`, which can run in parallel.
             per_stage: Whether to write a model per stage.
             verify: Whether to check the file and compare ONNX Runtime with torch.
+            opset: Version of the operator set, 18 to 24.
+            fp16: Whether to write the network in half precision; inputs and outputs are so too.
 
         Raises:
             ExportError: An operator does not exist in ONNX, a package is missing, or ONNX Runtime
@@ -348,7 +356,7 @@ class Compiled:
         """
         from pnn_compile.export.onnx import export_onnx
 
-        return export_onnx(self, path, per_stage=per_stage, verify=verify)
+        return export_onnx(self, path, per_stage=per_stage, verify=verify, opset=opset, fp16=fp16)
 
 
 def compile(
@@ -368,6 +376,13 @@ def compile(
     **choices: Unpack[Choices],
 ) -> Compiled:
     """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
+
+    >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
+    >>> compiled = compile(model, torch.randn(2, 8), stages=3)
+    >>> compiled
+    <Compiled Sequential: 3 stages, residual form, K = 1>
+    >>> compiled(torch.randn(5, 8)).shape
+    torch.Size([5, 8])
 
     Args:
         model: Any module; it is copied, never changed.

@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Devices": ("devices", "kind", "ranks", "threads", "streams", "cache"),
     "Output": (
-        "output", "onnx", "per_stage", "opset", "half", "emit", "html", "dot", "mermaid", "graphml",
+        "output", "onnx", "per_stage", "opset", "fp16", "emit", "html", "dot", "mermaid", "graphml",
         "trace", "depth", "check", "config", "config_file", "quiet", "as_json", "debug",
     ),
 }  # fmt: skip

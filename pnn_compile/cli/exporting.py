@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     examples=[
         ("build/model --onnx model.onnx", "one file"),
         ("build/model --onnx stages --per-stage", "a model per stage"),
-        ("timm:resnet18 -n 2 --onnx model.onnx --no-verify", "without ONNX Runtime"),
+        ("timm:resnet18 -n 2 --onnx model.onnx --fp16 --opset 18", "half precision"),
     ],
 )
 @click.argument("target")
@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 @click.option(
     "--per-stage", is_flag=True, help="Write a model per stage, which can run in parallel."
 )
+@click.option(
+    "--opset",
+    default=20,
+    type=click.IntRange(18, 24),
+    metavar="VERSION",
+    help="Version of the operator set, 18 to 24.",
+)
+@click.option("--fp16", is_flag=True, help="Write weights, inputs and outputs in half precision.")
 @target_options("auto")
 @click.option(
     "--verify/--no-verify",
@@ -49,6 +57,8 @@ def export_command(
     target: str,
     onnx: Path,
     per_stage: bool,
+    opset: int,
+    fp16: bool,
     stages: int | Literal["auto"],
     inputs: tuple[str, ...],
     arguments: tuple[str, ...],
@@ -60,12 +70,14 @@ def export_command(
 
     TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
     """
-    from pnn_compile.export.onnx import export_onnx, lower_network
+    from pnn_compile.export.onnx import export_onnx, in_half_precision, lower_network
 
     with Progress(as_json)("opening") as show:
         compiled = open_target(target, stages, inputs, arguments, debug, show)
         show("translating to ONNX")
-        lowered = lower_network(compiled)
+        if fp16:
+            compiled = in_half_precision(compiled)
+        lowered = lower_network(compiled, opset)
         show("writing and checking")
         exported = export_onnx(compiled, onnx, per_stage=per_stage, verify=check, lowered=lowered)
     if as_json:
