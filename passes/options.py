@@ -27,7 +27,8 @@ _FIT_BUDGET = 0.05
 _TOLERANCE = 0.01
 """Default tolerance of iterations="auto"."""
 
-_CORRECTIONS = ("residual", "difference")
+CHOICES = {"correction": ("residual", "difference"), "sweep": ("chain", "collapsed", "auto")}
+"""Options that are one of a few words, and those words."""
 
 
 class Choices(TypedDict, total=False):
@@ -165,7 +166,7 @@ class Options:
         _check_family("coarse", self.coarse)
         _check_family("preprocess", self.preprocess)
         _at_least("rank", self.rank, 1)
-        _among("correction", self.correction, _CORRECTIONS)
+        _among("correction", self.correction, CHOICES["correction"])
         if not callable(self.cost):
             _among("cost", self.cost, ("flops", *MEASURED, *ROOFLINE))
         if self.stages != "auto":
@@ -186,7 +187,7 @@ class Options:
         first: object = self.prologue
         if first is not None and (not isinstance(first, int | float) or not 0 <= first < 1):
             raise OptionError(f"prologue must be a share from 0 to below 1 (got {first!r})")
-        _among("sweep", self.sweep, ("chain", "collapsed", "auto"))
+        _among("sweep", self.sweep, CHOICES["sweep"])
         if self.sweep == "collapsed":
             self._check_collapsed()
         if self.devices:

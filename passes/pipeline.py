@@ -103,7 +103,11 @@ class PassResult:
 
 
 def run_passes(
-    compilation: Compilation, passes: Sequence[Pass], *, check: bool = False
+    compilation: Compilation,
+    passes: Sequence[Pass],
+    *,
+    check: bool = False,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> tuple[Compilation, tuple[PassResult, ...]]:
     """Run passes in order.
 
@@ -111,6 +115,7 @@ def run_passes(
         compilation: State to start from.
         passes: The passes.
         check: Whether to verify every graph of the compilation between passes.
+        progress: Called with the name of the pass that starts.
 
     Returns:
         The compilation after the last pass, and the outcome of every pass.
@@ -122,6 +127,7 @@ def run_passes(
     results = []
     for step in passes:
         _demand(compilation, step.requires, f"pass {step.name!r} requires")
+        progress(step.name)
         start, before = time.perf_counter(), compilation
         compilation = step.apply(compilation)
         seconds = time.perf_counter() - start

@@ -339,7 +339,13 @@ class Compiled:
         return write_report(self, path)
 
     def export_onnx(
-        self, path: str | Path, *, per_stage: bool = False, verify: bool = True
+        self,
+        path: str | Path,
+        *,
+        per_stage: bool = False,
+        verify: bool = True,
+        opset: int = 20,
+        fp16: bool = False,
     ) -> Exported:
         """Write the parareal network, in evaluation mode, as ONNX, and check it.
 
@@ -348,6 +354,8 @@ class Compiled:
                 directory of `manifest.json` and `stages/*.onnx`, which can run in parallel.
             per_stage: Whether to write a model per stage.
             verify: Whether to check the file and compare ONNX Runtime with torch.
+            opset: Version of the operator set, 18 to 24.
+            fp16: Whether to write the network in half precision; inputs and outputs are so too.
 
         Raises:
             ExportError: An operator does not exist in ONNX, a package is missing, or ONNX Runtime
@@ -355,7 +363,7 @@ class Compiled:
         """
         from pnn_compile.export.onnx import export_onnx
 
-        return export_onnx(self, path, per_stage=per_stage, verify=verify)
+        return export_onnx(self, path, per_stage=per_stage, verify=verify, opset=opset, fp16=fp16)
 
 
 def compile(
@@ -371,13 +379,22 @@ def compile(
     cache: bool | str | Path = True,
     passes: Sequence[Pass] = COMPILE,
     debug: bool = False,
+    progress: Callable[[str], object] = lambda _: None,
     **choices: Unpack[Choices],
 ) -> Compiled:
     """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
 
+    >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
+    >>> compiled = compile(model, torch.randn(2, 8), stages=3)
+    >>> compiled
+    <Compiled Sequential: 3 stages, residual form, K = 1>
+    >>> compiled(torch.randn(5, 8)).shape
+    torch.Size([5, 8])
+
     Args:
         model: Any module; it is copied, never changed.
-        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments;
+            by default the `example_input_array` of a LightningModule.
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.
@@ -395,6 +412,7 @@ def compile(
         passes: The passes between capture and calibration, in order; `passes.pipeline.insert` adds
             a pass of your own between two others.
         debug: Whether to verify every graph between passes.
+        progress: Called with the name of the pass that starts.
         **choices: The same options by their names (`stages=4, coarse="units"`), instead of
             `options` or in addition: they replace what is set there.
 
@@ -422,7 +440,7 @@ def compile(
     start = Compilation(
         model=model, args=args, kwargs=kwargs, dynamic_batch=dynamic_batch, options=options
     )
-    compilation, results = run_passes(start, [CAPTURE], check=debug)
+    compilation, results = run_passes(start, [CAPTURE], check=debug, progress=progress)
     program = compilation.program
     assert program is not None
     timings = None
@@ -443,7 +461,7 @@ def compile(
         compilation, passes = replace(compilation, samples=samples), (*passes, CALIBRATE)
     if plan is None and options.counted().tolerance is not None:
         passes = (*passes, ITERATE)
-    compilation, more = run_passes(compilation, passes, check=debug)
+    compilation, more = run_passes(compilation, passes, check=debug, progress=progress)
     compiled = gather(compilation, (*results, *more))
     return replace(compiled, timings=timings.path if timings is not None else None)
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from passes.ir.program import Program
+from passes.transform.network import PLAIN, Call, check_constant
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -39,6 +40,8 @@ def example(
         advice = {"ExportedProgram": ": pass its .module(), or the file it was saved to"}
         kind = type(model).__name__
         raise OptionError(f"model must be a torch.nn.Module (got {kind}){advice.get(kind, '')}")
+    if example_inputs is None and not args and not kwargs:
+        example_inputs = getattr(model, "example_input_array", None)  # of a LightningModule
     if example_inputs is None and not args and not kwargs:
         raise OptionError(
             f"{type(model).__name__} needs example inputs: "
@@ -118,7 +121,7 @@ def by_argument(program: Program, batch: Any) -> dict[str, Any]:
         )
     for name, constant in program.fixed.items():
         if name in named:
-            _check_constant(program, name, named[name], constant)
+            check_constant(program.name, name, named[name], constant)
     for name in names:
         _check_constants(program, name, named[name])
     return {name: named[name] for name in names}
@@ -133,16 +136,12 @@ def call_arguments(
         OptionError: As `by_argument`, or there is no such argument.
     """
     names = arguments_of(program, args)
-    pairs = enumerate(zip(names, args, strict=True))
-    unknown = [str(at) for at, (name, value) in pairs if name is None and value is not None]
-    known = {*argument_names(program), *program.fixed}
-    unknown += [n for n, value in kwargs.items() if n not in known and value is not None]
-    if unknown:
-        raise OptionError(
-            f"{program.name} was compiled without argument {unknown[0]}: it takes "
-            f"{', '.join(argument_names(program))}; compile it with an example of that call"
-        )
-    named = {name: value for name, value in zip(names, args, strict=True) if name is not None}
+    pairs = [*zip(names, args, strict=True)]
+    further = {str(at): value for at, (name, value) in enumerate(pairs) if name is None}
+    taken = program.args.keys() | program.fixed.keys()
+    further |= {name: value for name, value in kwargs.items() if name not in taken}
+    Call.of(program).check_others(further)
+    named = {name: value for name, value in pairs if name is not None}
     return named | dict(kwargs)
 
 
@@ -157,7 +156,7 @@ def arguments_of(program: Program, elements: Iterable[Any]) -> list[str | None]:
         name = None
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(element)):
             name = tensors.popleft() if tensors else None
-        elif constants and (tensors or isinstance(element, _PLAIN)):
+        elif constants and (tensors or isinstance(element, PLAIN)):
             name = constants.popleft()
         elif tensors:
             name = tensors.popleft()
@@ -165,10 +164,6 @@ def arguments_of(program: Program, elements: Iterable[Any]) -> list[str | None]:
             constants.clear()  # from here on everything belongs to the loss
         names.append(name)
     return names
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-"""Types of constants that can be compared."""
 
 
 def _check_constants(program: Program, name: str, value: Any) -> None:
@@ -184,28 +179,7 @@ def _check_constants(program: Program, name: str, value: Any) -> None:
             f"the example inputs of {program.name}: pass {name} with the structure of the example"
         )
     for path, constant in expected.items():
-        _check_constant(program, path, leaves[path], constant)
-
-
-def _check_constant(program: Program, name: str, value: Any, constant: Any) -> None:
-    tensors = isinstance(value, torch.Tensor), isinstance(constant, torch.Tensor)
-    if all(tensors):
-        return
-    if isinstance(constant, (list, tuple, dict)) and isinstance(value, type(constant)):
-        same = pytree.tree_leaves(value) == pytree.tree_leaves(constant)
-    elif isinstance(value, _PLAIN) or isinstance(constant, _PLAIN) or any(tensors):
-        same = type(value) is type(constant) and (value == constant or value != value)
-    else:
-        return  # objects that only the model can compare
-    if not same:
-        raise OptionError(
-            f"{name} is {_shown(value)}, but {program.name} was compiled with {_shown(constant)}, "
-            "which is part of its graph: leave it out, or compile another network for it"
-        )
-
-
-def _shown(value: Any) -> str:
-    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)[:80]
+        check_constant(program.name, path, leaves[path], constant)
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -241,24 +215,8 @@ def check_shapes(compiled: Compiled, inputs: Mapping[str, Any]) -> None:
         OptionError: A tensor has another shape, or integers where the example has floating-point
             numbers.
     """
-    size = batch_size(compiled.program.args) if compiled.program.dynamic_batch else None
-    for name, example in compiled.program.args.items():
-        leaves = zip(pytree.tree_leaves(inputs[name]), pytree.tree_leaves(example), strict=False)
-        for actual, expected in leaves:
-            if not isinstance(actual, torch.Tensor) or not isinstance(expected, torch.Tensor):
-                continue
-            first = 1 if expected.dim() and expected.shape[0] == size else 0
-            same_kind = actual.is_floating_point() == expected.is_floating_point()
-            same_sizes = (
-                actual.dim() == expected.dim() and actual.shape[first:] == expected.shape[first:]
-            )
-            if not same_sizes or not same_kind:
-                shape = ["any number", *expected.shape[1:]] if first else [*expected.shape]
-                raise OptionError(
-                    f"{name} is {[*actual.shape]} {actual.dtype}, but {compiled.plan.model} was "
-                    f"compiled for [{', '.join(map(str, shape))}] {expected.dtype}: compile it "
-                    "with an example like the inputs that it will run on"
-                )
+    if reason := Call.of(compiled.program).other_shape(inputs):
+        raise OptionError(reason)
 
 
 def resized(compiled: Compiled, batch: int, device: torch.device) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import reprlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ from passes.capture.torch_export import export
 from passes.capture.uncapturable import find_uncapturable_line
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
-from passes.ir.isolation import LOCK
+from passes.ir.isolation import LOCK, without_caches
 from passes.ir.program import CaptureReport, Program, graph_module
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,14 @@ def capture(
         inner = unwrap(model)
         _check_names(inner)
         _check_layouts(inner, args, kwargs or {})
-        return _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch).run()
+        with without_caches(inner) as caching:
+            ladder = _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch)
+            if caching:
+                ladder.notes.append(
+                    "keys and values are not cached (config.use_cache = False): a cache is not a "
+                    "tensor"
+                )
+            return ladder.run()
 
 
 def _check_names(model: nn.Module) -> None:
@@ -263,7 +271,9 @@ class _Ladder:
             for function in called_functions(module.graph)
         ]
         output_type = self.reference.output_type
-        if isinstance(module.graph.output_node().args[0], dict) and output_type not in _DICTS:
+        keeps_type = issubclass(output_type, dict) and is_dataclass(output_type)
+        fields = isinstance(module.graph.output_node().args[0], dict)
+        if fields and not keeps_type and output_type not in _DICTS:
             notes.append(f"the output, a {output_type.__name__}, becomes a dict of its fields")
         return Program(
             module=module,
@@ -274,6 +284,7 @@ class _Ladder:
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
             model=model,
+            output_type=output_type if fields and keeps_type else None,
         )
 
     def _reject(self, rung: str, reason: str) -> None:

@@ -234,6 +234,25 @@ def with_plain_transformers() -> Iterator[None]:
             transformer._detect_is_causal_mask, mha.get_fastpath_enabled = original, fast
 
 
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[bool]:
+    """Switch off the caches of models of transformers (`config.use_cache`), which are no tensors.
+
+    Yields:
+        Whether a configuration asks for one.
+    """
+    configs: list[Any] = [vars(module).get("config") for module in submodules(model)]
+    asking = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}
+    with LOCK:
+        for config in asking.values():
+            config.use_cache = False
+        try:
+            yield bool(asking)
+        finally:
+            for config in asking.values():
+                config.use_cache = True
+
+
 def for_this_thread(new: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `new` in the current thread and `original` in others."""
     owner = threading.get_ident()

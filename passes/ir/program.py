@@ -78,6 +78,8 @@ class Program:
         fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
             their values are constants of the graph.
         model: Copy of the model, which loads checkpoints by its own code; None if there is none.
+        output_type: Class of the model's output, if that is a dict with fields (`ModelOutput` of
+            transformers): networks return it. None for outputs that the graph holds as they are.
     """
 
     module: fx.GraphModule
@@ -88,6 +90,7 @@ class Program:
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
+    output_type: type | None = None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -20,6 +20,7 @@ from torch import fx
 from passes.errors import SynthesisError
 from passes.ir.program import Program
 from passes.plan.schema import Plan
+from passes.transform.network import CALL, Call, Network
 from passes.transform.split import Stages
 from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
@@ -93,7 +94,8 @@ def _network(
     for _ in walk(steps, writer.write):
         pass
     writer.graph.lint()
-    network = fx.GraphModule(root, writer.graph, class_name=name)
+    network = Network(root, writer.graph, class_name=name)
+    network.meta[CALL] = Call.of(program)
     network.training = program.module.training
     return network
 

@@ -254,7 +254,8 @@ def _check_artifact(folder: Path) -> None:
     recover(folder.resolve(), _is_users)
     if not folder.exists():
         raise ArtifactError(
-            f"{folder} does not exist: write it with compiled.save({str(folder)!r})"
+            f"artifact {folder} does not exist: write it with compiled.save({str(folder)!r}), or "
+            f"pnn-compile MODEL -o {folder}"
         )
     if not (folder / _PLAN).is_file():
         raise ArtifactError(

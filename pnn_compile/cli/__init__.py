@@ -93,7 +93,11 @@ pnn-compile timm:resnet50 -n 4        also torchvision:vgg16, hf:llama, or a .pt
 
 @click.group(
     cls=_ModelFirst,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": 100,
+    },
     help=_HELP,
     subcommand_metavar="MODEL [OPTIONS] | COMMAND",
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from passes.errors import OptionError, VerificationError
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     DEBUG,
     JSON,
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
 
-@click.command(name="run")
+@click.command(
+    name="run",
+    cls=Command,
+    examples=[
+        ("build/model", "a process per stage"),
+        ("build/model --ranks 2 --train", "training steps on 2 processes"),
+        ("build/model --batch 16 --steps 20", "other steps"),
+    ],
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 @RANKS
 @click.option(
@@ -79,7 +88,15 @@ def run_command(
         )
 
 
-@click.command(name="bench")
+@click.command(
+    name="bench",
+    cls=Command,
+    examples=[
+        ("build/model --batch 1,8", "two batch sizes"),
+        ("model.py -n 4 --against ddp,gpipe:8", "beside other methods"),
+        ("model.py --streams 2,4", "on CUDA streams of one GPU"),
+    ],
+)
 @click.argument("target")
 @target_options("2")
 @RANKS
@@ -123,8 +140,8 @@ def bench_command(
     sizes = read_numbers(batches, "--batch")
     if streams is not None:
         counts = read_numbers(streams, "--streams")
-        with Progress(as_json)("compiling"):
-            networks = [open_target(target, n, inputs, arguments, debug) for n in counts]
+        with Progress(as_json)("opening") as show:
+            networks = [open_target(target, n, inputs, arguments, debug, show) for n in counts]
         _bench_streams(networks, counts, sizes, as_json, options)
         return
     from pnn_compile.bench import bench
@@ -132,12 +149,13 @@ def bench_command(
 
     names = [name.strip() for name in against.split(",") if name.strip()]
     training = not options["inference"]
-    with Progress(as_json)("compiling"):
-        compiled = open_target(target, stages, inputs, arguments, debug)
+    with Progress(as_json)("opening") as show:
+        compiled = open_target(target, stages, inputs, arguments, debug, show)
         cuts = [(compiled, sizes)]
         if not Path(target).is_dir():
+            show("cutting by seconds")
             cuts = [(_cut_by_seconds(compiled, size, training), [size]) for size in sizes]
-    with Progress(as_json)("measuring"):
+        show("measuring")
         results = [
             bench(
                 network,

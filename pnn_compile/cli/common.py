@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import cache
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from passes.errors import OptionError
-from passes.options import Options
+from passes.options import CHOICES, Options
 from pnn_compile import atomic
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ RANKS = click.option(
 
 def stages_option(default: str, text: str) -> Callable[[_Command], _Command]:
     """Return the option `-n`, a number of stages or "auto", with a default and a help text."""
-    return click.option("-n", "--stages", default=default, callback=_read_stages, help=text)
+    return click.option(
+        "-n", "--stages", default=default, callback=_read_number, metavar="NUMBER|auto", help=text
+    )
 
 
 def target_options(stages: str) -> Callable[[_Command], _Command]:
@@ -86,22 +89,20 @@ def target_options(stages: str) -> Callable[[_Command], _Command]:
     return decorate
 
 
-def _read_stages(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
+def _read_number(_: click.Context, option: click.Parameter, value: str) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
     try:
         return int(value)
     except ValueError as error:
-        raise OptionError(f"-n must be a number or 'auto' (got {value!r})") from error
+        raise OptionError(f"{option.opts[0]} must be a number or 'auto' (got {value!r})") from error
 
 
-def _read_iterations(_: click.Context, __: click.Parameter, value: str) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    try:
-        return int(value)
-    except ValueError as error:
-        raise OptionError(f"--iterations must be a number or 'auto' (got {value!r})") from error
+_METAVARS = {
+    "coarse": "FAMILY", "preprocess": "FAMILY", "iterations": "NUMBER|auto", "tolerance": "ERROR",
+    "coarse_budget": "SHARE", "coarse_width": "SHARE", "prologue": "SHARE",
+}  # fmt: skip
+"""What the values of options are."""
 
 
 def compiler_options(*names: str) -> Callable[[_Command], _Command]:
@@ -115,16 +116,17 @@ def compiler_options(*names: str) -> Callable[[_Command], _Command]:
     def decorate(command: _Command) -> _Command:
         for name in reversed(names):
             field = fields[name]
-            text = option_texts()[name]
-            kind = float if "float" in str(field.type) else type(field.default)
-            flag = f"--{name.replace('_', '-')}"
+            settings: dict[str, Any] = {"default": field.default, "metavar": _METAVARS.get(name)}
             if name == "iterations":
-                command = click.option(
-                    flag, default="1", callback=_read_iterations, metavar="NUMBER|auto", help=text
-                )(command)
-                continue
-            switch = {"is_flag": True} if kind is bool else {"type": kind}
-            command = click.option(flag, default=field.default, help=text, **switch)(command)
+                settings |= {"default": "1", "callback": _read_number}
+            elif name in CHOICES:
+                settings["type"] = click.Choice(CHOICES[name])
+            elif isinstance(field.default, bool):
+                settings["is_flag"] = True
+            else:
+                settings["type"] = float if "float" in str(field.type) else type(field.default)
+            text = option_texts()[name].replace("None: ", "Default: ").replace("`cuts`", "--cut-at")
+            command = click.option(f"--{name.replace('_', '-')}", help=text, **settings)(command)
         return command
 
     return decorate
@@ -179,23 +181,30 @@ def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...] 
         return load_source(text, inputs, arguments)
 
 
+def is_artifact(target: str) -> bool:
+    """Whether a word names the directory of an artifact: it exists, or cannot name a model."""
+    return Path(target).is_dir() or not ("." in Path(target).name or ":" in target)
+
+
 def open_target(
     target: str,
     stages: int | Literal["auto"],
     inputs: tuple[str, ...],
     arguments: tuple[str, ...],
     debug: bool,
+    progress: Callable[[str], object] = lambda _: None,
 ) -> Compiled:
     """Load a saved artifact, or compile a model."""
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.compiled import load
 
-    if Path(target).is_dir():
+    if is_artifact(target):
         return load(target)
     source = build_source(target, inputs, arguments)
     return compile_model(
-        source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
-    )
+        source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug,
+        progress=progress,
+    )  # fmt: skip
 
 
 def read_plan(path: Path) -> Plan:
@@ -225,7 +234,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Progress:
-    """Show progress on stderr, if that is a terminal.
+    """Show progress on stderr, step by step with seconds; on a terminal, what runs as well.
 
     Args:
         silent: Whether to show nothing.
@@ -234,24 +243,52 @@ class Progress:
     def __init__(self, silent: bool) -> None:
         from pnn_compile.report.terminal import PlainConsole
 
-        self._console = PlainConsole(stderr=True, quiet=silent or not sys.stderr.isatty())
+        self._console = PlainConsole(stderr=True, quiet=silent)
 
     @contextmanager
     def __call__(self, text: str) -> Iterator[Callable[[str], object]]:
-        """Show a spinner beside a text; yield a function that replaces the text."""
-        with self._console.status(f"{text} ...") as status:
-            yield lambda new_text: status.update(f"{new_text} ...")
+        """Show a step; yield a function that starts the next one.
+
+        A line is written after every step that took a tenth of a second.
+        """
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        ) as live:
+            task, step, start = live.add_task(text), text, time.perf_counter()
+
+            def begin(new_step: str) -> None:
+                nonlocal step, start
+                if (seconds := time.perf_counter() - start) >= _SHORTEST:
+                    self._console.print(f"{step}: {seconds:.1f} s", style="dim")
+                live.reset(task, description=new_step)
+                step, start = new_step, time.perf_counter()
+
+            yield begin
+            begin("")
 
     @contextmanager
     def bar(self, text: str) -> Iterator[Callable[[int, int, float], None]]:
-        """Show a progress bar of steps; yield a function of step, number of steps and loss."""
+        """Show steps as a bar, or in ten lines; yield a function of step, all steps and loss."""
         from rich.progress import Progress, TextColumn
 
         columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4g}"))
-        with Progress(*columns, console=self._console) as progress:
+        start, terminal = time.perf_counter(), self._console.is_terminal
+        with Progress(*columns, console=self._console, disable=not terminal) as progress:
             task = progress.add_task(text, total=None, loss=float("nan"))
 
             def advance(step: int, total: int, loss: float) -> None:
                 progress.update(task, completed=step, total=total, loss=loss)
+                if not terminal and step * 10 // total > (step - 1) * 10 // total:
+                    seconds = time.perf_counter() - start
+                    self._console.print(
+                        f"{text}: step {step} of {total}, loss {loss:.4g}, {seconds:.1f} s"
+                    )
 
             yield advance
+
+
+_SHORTEST = 0.1
+"""Seconds of a step that is worth a line."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from passes.errors import OptionError, VerificationError
+from pnn_compile.cli.command import Command, read_config, save_config
 from pnn_compile.cli.common import (
     ARG,
     CACHE,
@@ -47,7 +48,15 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     return formats
 
 
-@click.command(name="compile")
+@click.command(
+    name="compile",
+    cls=Command,
+    examples=[
+        ("model.py -n 4 -o build/model", "4 stages, saved"),
+        ("timm:resnet50 -n 3 --coarse linear --save-config options.toml", "options for again"),
+        ("model.py -n 3 --calibrate samples.safetensors -o build/model", "a trained model"),
+    ],
+)
 @click.argument("model")
 @stages_option("auto", "Number of stages, or auto: the smallest one that is about the fastest.")
 @INPUT
@@ -57,15 +66,16 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     "--emit",
     default="graph",
     callback=_read_formats,
-    metavar="graph,onnx",
+    metavar="FORMAT,...",
     help="Formats to write into the directory: graph, onnx (model.onnx), onnx-stages (a model per "
     "stage, and manifest.json).",
 )
 @click.option(
     "--cost",
     default="flops",
-    help="Unit of costs: flops; measured or roofline, seconds of a training step; "
-    "measured-forward or roofline-forward, of the forward pass.",
+    type=click.Choice(["flops", "measured", "measured-forward", "roofline", "roofline-forward"]),
+    help="Unit of costs: FLOPs, or seconds of a training step or of the forward pass, measured on "
+    "this machine or by the profile of a device.",
 )
 @click.option(
     "--devices",
@@ -98,6 +108,22 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
 @click.option(
     "--verify/--no-verify", "check", default=True, help="Check the network against the original."
 )
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="TOML file of options, which the command line overrides.",
+)
+@click.option(
+    "--save-config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the options of this call to a TOML file.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Show no report.")
 @CACHE
 @JSON
@@ -109,6 +135,7 @@ def compile_command(
     samples: Path | None,
     check: bool,
     quiet: bool,
+    config_file: Path | None,
     as_json: bool,
     debug: bool,
     **options: Any,
@@ -125,6 +152,8 @@ def compile_command(
     """  # noqa: D301  # click reads the backspace
     if output is None and emit != ("graph",):
         raise OptionError(f"--emit {','.join(emit)} needs a directory to write to: add -o DIR")
+    if config_file is not None:
+        save_config(click.get_current_context(), config_file)
     from pnn_compile.artifact.directory import check_replaceable
     from pnn_compile.inputs import read_batches
 
@@ -133,8 +162,8 @@ def compile_command(
     progress = Progress(quiet or as_json)
     if samples is not None:
         options["calibration"] = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
-    with progress("compiling" if samples is None else "compiling and calibrating"):
-        compiled = _compile(model, options, debug)
+    with progress("building the model") as show:
+        compiled = _compile(model, options, debug, show)
     checked: VerifyReport | None = None
     exported: list[Exported] = []
     if check:
@@ -162,7 +191,9 @@ def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
         save(compiled, output, forecast)
 
 
-def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
+def _compile(
+    model: str, options: dict[str, Any], debug: bool, show: Callable[[str], object]
+) -> Compiled:
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.forecast.forecast import load_profile
 
@@ -178,6 +209,7 @@ def _compile(model: str, options: dict[str, Any], debug: bool) -> Compiled:
         plan=read_plan(plan_file) if plan_file else None,
         devices=[load_profile(name.strip()) for name in devices.split(",")] if devices else None,
         debug=debug,
+        progress=show,
         **options,
     )
 

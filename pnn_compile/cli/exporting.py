@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import DEBUG, JSON, Progress, console, open_target, target_options
 
 if TYPE_CHECKING:
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from pnn_compile.export.onnx import Exported
 
 
-@click.command(name="export")
+@click.command(
+    name="export",
+    cls=Command,
+    examples=[
+        ("build/model --onnx model.onnx", "one file"),
+        ("build/model --onnx stages --per-stage", "a model per stage"),
+        ("timm:resnet18 -n 2 --onnx model.onnx --fp16 --opset 18", "half precision"),
+    ],
+)
 @click.argument("target")
 @click.option(
     "--onnx",
@@ -27,6 +36,14 @@ if TYPE_CHECKING:
 @click.option(
     "--per-stage", is_flag=True, help="Write a model per stage, which can run in parallel."
 )
+@click.option(
+    "--opset",
+    default=20,
+    type=click.IntRange(18, 24),
+    metavar="VERSION",
+    help="Version of the operator set, 18 to 24.",
+)
+@click.option("--fp16", is_flag=True, help="Write weights, inputs and outputs in half precision.")
 @target_options("auto")
 @click.option(
     "--verify/--no-verify",
@@ -40,6 +57,8 @@ def export_command(
     target: str,
     onnx: Path,
     per_stage: bool,
+    opset: int,
+    fp16: bool,
     stages: int | Literal["auto"],
     inputs: tuple[str, ...],
     arguments: tuple[str, ...],
@@ -51,9 +70,16 @@ def export_command(
 
     TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
     """
-    compiled = open_target(target, stages, inputs, arguments, debug)
-    with Progress(as_json)("exporting to ONNX"):
-        exported = compiled.export_onnx(onnx, per_stage=per_stage, verify=check)
+    from pnn_compile.export.onnx import export_onnx, in_half_precision, lower_network
+
+    with Progress(as_json)("opening") as show:
+        compiled = open_target(target, stages, inputs, arguments, debug, show)
+        show("translating to ONNX")
+        if fp16:
+            compiled = in_half_precision(compiled)
+        lowered = lower_network(compiled, opset)
+        show("writing and checking")
+        exported = export_onnx(compiled, onnx, per_stage=per_stage, verify=check, lowered=lowered)
     if as_json:
         click.echo(json.dumps(exported_data(exported), indent=2))
     else:
@@ -78,8 +104,9 @@ def export_to(
         return []
     from pnn_compile.export.onnx import export_onnx, lower_network
 
-    with progress("exporting to ONNX"):
+    with progress("translating to ONNX") as show:
         lowered = lower_network(compiled)
+        show("writing and checking ONNX")
         return [
             export_onnx(
                 compiled, path, per_stage=name == "onnx-stages", verify=check, lowered=lowered

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
     DEBUG,
@@ -26,7 +27,14 @@ _SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        ("model.py samples.safetensors", "2, 3 and 4 stages"),
+        ("model.py samples.npz -n 2,4,8 --iterations 3", "and up to 3 iterations"),
+        ("model.py samples.npz --coarse-budget 0.1 --json", "as one JSON document"),
+    ],
+)
 @click.argument("model")
 @_SAMPLES
 @click.option(
@@ -64,11 +72,13 @@ def assess(
     counts = read_numbers(stages, "-n")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     source = build_source(model, inputs)
-    with Progress(as_json)("judging"):
+    with Progress(as_json)("opening") as show:
         compiled = compile_model(
             source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],
             coarse_budget=coarse_budget, calibration=read, debug=debug,
+            progress=show,
         )  # fmt: skip
+        show("judging")
         verdict = compiled.assess(
             read(compiled.program),
             stages=counts[1:],
@@ -81,7 +91,14 @@ def assess(
         console().print(verdict_table(verdict))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        ("model.py samples.safetensors", "five minutes, three stages"),
+        ("model.py samples.npz -n 6 --minutes 20", "an array per argument, and labels"),
+        ("hf:bert samples.npz --labels targets --batch 16", "targets of another name"),
+    ],
+)
 @click.argument("model")
 @_SAMPLES
 @click.option("--labels", default="labels", help="Name of the array of targets in SAMPLES.")
@@ -116,10 +133,12 @@ def probe(
     from pnn_compile.report.tables import probe_table
 
     source = build_source(model, inputs, arguments)
-    with Progress(as_json).bar("training") as advance:
+    with Progress(as_json)("opening") as show:
         compiled = compile_model(
-            source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug
-        )
+            source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug,
+            progress=show,
+        )  # fmt: skip
+    with Progress(as_json).bar("training") as advance:
         result = compiled.probe(
             read_batches(
                 samples, compiled.program, batch, shuffle_seed=seed, least=5, labels=labels
@@ -133,7 +152,15 @@ def probe(
         console().print(probe_table(result))
 
 
-@click.command(name="fit")
+@click.command(
+    name="fit",
+    cls=Command,
+    examples=[
+        ("build/model samples.safetensors", "one epoch, saved in place"),
+        ("build/model samples.npz --epochs 3 --checkpoint fit.pt", "resumes if interrupted"),
+        ("build/model samples.npz --interface-epochs 0.5 --epochs 0.5", "guesses first"),
+    ],
+)
 @_DIRECTORY
 @_SAMPLES
 @click.option("--epochs", default=1.0, type=float, help="Passes over the samples, end to end.")
@@ -204,7 +231,15 @@ def fit_command(
     )
 
 
-@click.command(name="dial")
+@click.command(
+    name="dial",
+    cls=Command,
+    examples=[
+        ("build/model samples.safetensors", "error and speed by iterations"),
+        ("build/model samples.npz --batch 16", "smaller batches"),
+        ("build/model samples.npz --json", "as one JSON document"),
+    ],
+)
 @_DIRECTORY
 @_SAMPLES
 @click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples of a call.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from passes.errors import OptionError
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     ARG,
     CACHE,
@@ -21,6 +22,7 @@ from pnn_compile.cli.common import (
     build_source,
     compiler_options,
     console,
+    is_artifact,
     read_numbers,
     write_text,
 )
@@ -48,7 +50,15 @@ def device_counts(text: str) -> list[int]:
     return numbers
 
 
-@click.command(name="forecast")
+@click.command(
+    name="forecast",
+    cls=Command,
+    examples=[
+        ("model.py --devices h100", "2 to 64 devices"),
+        ("timm:resnet50 -n 2,4,8 --devices here.toml", "a profile of yours"),
+        ("build/model -n 2..8 --inference", "the forward pass"),
+    ],
+)
 @click.argument("target")
 @click.option(
     "-n",
@@ -134,13 +144,21 @@ def _open_model(
     """Load an artifact, or build a model; return it, and the example inputs of a model."""
     from pnn_compile.compiled import load
 
-    if Path(target).is_dir() and (Path(target) / "plan.json").is_file():
+    if is_artifact(target):
         return load(target), {}
     source = build_source(target, inputs, arguments)
     return source.model, {"args": source.args, "kwargs": source.kwargs}
 
 
-@click.command(name="profile")
+@click.command(
+    name="profile",
+    cls=Command,
+    examples=[
+        ("-o here.toml", "this device"),
+        ("--device cpu --threads 4 -o cpu-4.toml", "4 threads"),
+        ("--json", "as one JSON document"),
+    ],
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write (.toml).")
 @click.option(
     "--device",

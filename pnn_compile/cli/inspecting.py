@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from passes.errors import OptionError, VerificationError
+from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
     DEBUG,
@@ -32,7 +33,14 @@ if TYPE_CHECKING:
 _FILE = partial(click.option, type=click.Path(path_type=Path), metavar="FILE")
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        ("build/model", "stages and modules"),
+        ("build/model --html report.html --dot graph.dot", "a page and a drawing"),
+        ("build/model --against build/other", "what differs"),
+    ],
+)
 @click.argument("target")
 @target_options("auto")
 @click.option("--depth", default=2, type=int, help="Levels of the module path to show.")
@@ -159,7 +167,14 @@ def _compare(before: Plan, after: Plan, names: tuple[str, str], as_json: bool) -
         console().print(comparison_table(comparison, names))
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        ("build/model", "exit code 3 if a check fails"),
+        ("build/model --json", "as one JSON document"),
+        ("build/model --debug", "with tracebacks"),
+    ],
+)
 @click.argument("directory", type=click.Path(path_type=Path))
 @JSON
 @DEBUG

@@ -90,6 +90,11 @@ class OptimizerStep:
         if scaler.get_scale() >= scale:  # it falls where the step was skipped
             self._schedule.step()
 
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, schedule and scaler; the parameters are not in it."""
         return {name: part.state_dict() for name, part in self._parts().items()}

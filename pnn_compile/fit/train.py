@@ -39,6 +39,8 @@ from pnn_compile.fit.regression_sweep import CurrentOperators
 from pnn_compile.inputs import batch_size, device_of, named_batch
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from pnn_compile.compiled import Compiled
 
 _TEMPERATURE = 2.0
@@ -51,6 +53,10 @@ _MIN_BATCHES = 5
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
 """From the network's outputs, the original's outputs and the batch to a scalar."""
+
+
+Log = Callable[[int, Mapping[str, float]], object]
+"""Takes a step and what was measured in it, by name."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     progress: Callable[[int, int, float], None] | None = None,
+    log: Log | SummaryWriter | None = None,
 ) -> FitReport:
     """Train a network towards its original: every interface alone if asked, then end to end.
 
@@ -153,6 +160,8 @@ def fit(
         checkpoint: File to save the fit to, and to resume it from if it exists.
         checkpoint_every: Steps between saves.
         progress: Called with (step, steps, loss); both parts count.
+        log: Called with (step, {"fit/loss": ..., "fit/learning_rate": ...}) after every step; or a
+            `SummaryWriter` of TensorBoard.
 
     Returns:
         Steps and losses.
@@ -186,6 +195,9 @@ def fit(
     def after_step(step: int, last: int, value: float) -> None:
         if progress is not None:
             progress(step, interface_steps + steps, value)
+        if log is not None:
+            rate = {"fit/learning_rate": whole.learning_rate} if step > interface_steps else {}
+            _write(log, step, {"fit/loss": value, **rate})
         if step % checkpoint_every == 0 or step == last:
             state.save()
 
@@ -212,6 +224,15 @@ def fit(
                 state.record(step - interface_steps + 1, value, size)
             after_step(step + 1, last, value)
     return _report(state, distiller)
+
+
+def _write(log: Log | SummaryWriter, step: int, values: Mapping[str, float]) -> None:
+    """Call a logger, or add scalars to a TensorBoard."""
+    if callable(log):
+        log(step, values)
+        return
+    for name, value in values.items():
+        log.add_scalar(name, value, step)
 
 
 def _trainable(compiled: Compiled) -> list[nn.Parameter]:

@@ -220,8 +220,6 @@ def load_transformers(name: str, arguments: dict[str, Any], inputs: Inputs | Non
             config_class, model_class = _look_up(transformers, name)
             config = _configure(config_class, arguments, origin)
             config.architectures = []  # AutoModel cannot iterate over the default, None
-        if hasattr(config, "use_cache"):
-            config.use_cache = arguments.get("use_cache", False)  # a cache is not a tensor
         build = getattr(model_class, "_from_config", None) or model_class.from_config
         model = build(config)
     args, kwargs = inputs or ((), _inputs(model, origin))

@@ -128,7 +128,12 @@ def report_errors(origin: str) -> Iterator[None]:
         message = error.msg if isinstance(error, SyntaxError) else first_line(error)
         summary = f"{type(error).__name__}: {message}" if message else type(error).__name__
         advice = "--debug shows the traceback"
-        if isinstance(error, ModuleNotFoundError):
+        cause = error.__cause__
+        while cause is not None and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(error, ImportError) and cause is not None:  # as transformers tells it
+            summary += f" The cause is {type(cause).__name__}: {first_line(cause)}"
+        elif isinstance(error, ModuleNotFoundError):
             advice = f"install it for {sys.executable}, or correct its name"
         elif isinstance(error, ImportError) and "relative import" in message:
             advice = "name a file of a package as package.module:name"

@@ -1,17 +1,21 @@
 """The command line as a new user meets it: what it prints, writes and returns."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import pnn_compile as pnn
 from passes.coarse.family import names_of
-from pnn_compile.cli import main
-from pnn_compile.cli.common import option_texts
+from pnn_compile.cli import cli, main
+from pnn_compile.cli.command import Command
+from pnn_compile.cli.common import Progress, option_texts
 
 MODEL = """
 import torch
@@ -182,7 +186,15 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown option": (["{model}", "--frobnicate"], 2, "No such option"),
     "bad input": (["{model}", "--input", "4y9"], 2, "--input"),
     "a budget of nothing": (["{model}", "--coarse-budget", "0"], 2, "coarse_budget"),
-    "no artifact": (["verify", "nowhere"], 2, "nowhere"),
+    "no artifact": (["verify", "nowhere"], 2, "artifact nowhere does not exist"),
+    "nothing to inspect": (
+        ["inspect", "build/nowhere"],
+        2,
+        "artifact build/nowhere does not exist",
+    ),
+    "unknown cost": (["{model}", "--cost", "gold"], 2, "'gold' is not one of 'flops', 'measured'"),
+    "unknown sweep": (["{model}", "--sweep", "round"], 2, "is not one of 'chain', 'collapsed'"),
+    "no options": (["{model}", "--config", "nowhere.toml"], 2, "nowhere.toml cannot be read"),
     "missing plan": (["{model}", "--plan", "nowhere.json"], 2, "nowhere.json"),
     "unwritable": (["{model}", "-o", "/proc/out"], 2, "/proc"),
     "mistyped command": (["inspct", "out"], 2, "did you mean 'pnn-compile inspect'"),
@@ -263,3 +275,87 @@ def test_help_does_not_wait_for_torch(words: list[str]) -> None:
 def test_the_help_names_every_family() -> None:
     assert all(f'"{name}"' in option_texts()["coarse"] for name in names_of("coarse"))
     assert all(f'"{name}"' in option_texts()["preprocess"] for name in names_of("preprocess"))
+
+
+@pytest.mark.parametrize("name", list(cli.commands))
+def test_the_help_of_a_command_is_grouped_and_has_three_examples(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nOutput:\n" in shown
+    assert shown.partition("\nExamples:\n")[2].count("  pnn-compile ") == 3
+    assert "\\b" not in shown
+    assert "\b" not in shown
+
+
+def test_the_examples_of_the_help_can_be_parsed() -> None:
+    for name, command in cli.commands.items():
+        assert isinstance(command, Command)
+        for words, _ in command.examples:
+            command.make_context(name, words.split())
+
+
+def test_summaries_of_commands_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "..." not in shown
+    assert "on local processes." in shown
+
+
+def test_options_are_saved_to_a_file_and_read_from_it(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.toml"
+    words = ["-n", "3", "--coarse", "linear", "--no-verify", "--save-config", str(file), "--json"]
+    assert main([model, *words]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert file.read_text() == 'stages = 3\ncoarse = "linear"\nverify = false\njson = true\n'
+    assert main([model, "--config", str(file)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["plan"] == first["plan"]
+    assert again["verify"] is None
+    assert main(["--config", str(file), model, "-n", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["plan"]["stages"]) == 2
+    file.write_text('coars = "linear"')
+    assert main([model, "--config", str(file)]) == 2
+    assert "unknown option 'coars'; did you mean coarse?" in capsys.readouterr().err
+
+
+def test_lists_in_a_file_of_options(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('emit = ["graph"]\ninput = ["2x8"]\ncut-at = ["2", "5"]\n')
+    folder = tmp_path / "out"
+    assert main([model, "--config", str(file), "-o", str(folder), "-q"]) == 0
+    assert len(pnn.load(folder).plan.stages) == 3
+
+
+def test_steps_are_shown_with_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(silent=False)("first") as begin:
+        time.sleep(0.11)
+        begin("second")
+        begin("third")
+        time.sleep(0.11)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["first", "third"]
+    assert all(line.endswith(" s") for line in lines)
+    with Progress(silent=True)("first"), Progress(silent=True).bar("fitting") as advance:
+        time.sleep(0.11)
+        advance(1, 1, 0.5)
+    assert capsys.readouterr().err == ""
+    with Progress(silent=False).bar("fitting") as advance:
+        for step in range(40):
+            advance(step + 1, 40, 0.5)
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 10
+    assert shown[0].startswith("fitting: step 4 of 40, loss 0.5, ")
+
+
+def test_completion() -> None:
+    words = {"_PNN_COMPILE_COMPLETE": "bash_complete", "COMP_WORDS": "pnn-compile compile --sweep ",
+             "COMP_CWORD": "3"}  # fmt: skip
+    code = "from pnn_compile.cli import main; main()"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | words
+    )
+    assert shown.stdout.split() == ["plain,chain", "plain,collapsed", "plain,auto"]

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pnn_compile.fit.calibrate import calibrate_candidates
 from pnn_compile.fit.distill import Distiller
 from pnn_compile.fit.optimizer import random_state, set_random_state
 from pnn_compile.fit.regression_sweep import CurrentOperators
-from tests.models.builders import Shifts, block_list
+from tests.models.builders import Shifts, block_list, linear_chain
 from tests.models.zoo import by_name
 from tests.support.programs import call, copies
 
@@ -431,3 +431,28 @@ def test_the_command_line_shows_every_interface(
     assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [face["stage"] for face in document["interfaces"]] == [1, 2]
+
+
+class Writer:
+    """What a fit needs of TensorBoard's `SummaryWriter`."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.rows.append((name, value, step))
+
+
+def test_a_fit_logs_to_a_callable_and_to_tensorboard() -> None:
+    compiled = pnn.compile(linear_chain(4, 8), torch.randn(2, 8), stages=2)
+    batches = [torch.randn(4, 8) for _ in range(6)]
+    rows: list[tuple[int, Mapping[str, float]]] = []
+    compiled.fit(
+        batches, interface_epochs=0.5, log=lambda step, values: rows.append((step, values))
+    )
+    assert [step for step, _ in rows] == list(range(1, 10))
+    assert [len(values) for _, values in rows] == [1] * 3 + [2] * 6
+    assert set(rows[-1][1]) == {"fit/loss", "fit/learning_rate"}
+    writer = Writer()
+    compiled.fit(batches, log=writer)
+    assert [step for name, _, step in writer.rows if name == "fit/loss"] == list(range(1, 7))

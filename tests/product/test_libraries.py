@@ -102,6 +102,19 @@ def test_a_library_that_fails_on_import_is_told_apart_from_one_that_is_missing(
     assert "made for each other" in message
 
 
+def test_an_import_that_fails_inside_a_library_is_told_with_its_cause(write: Any) -> None:
+    write(
+        "model.py",
+        "try:\n"
+        "    raise RuntimeError('operator x::nms does not exist')\n"
+        "except RuntimeError as error:\n"
+        "    raise ModuleNotFoundError('Could not import module LlamaConfig.') from error\n",
+    )
+    message = refusal("model.py")
+    assert "The cause is RuntimeError: operator x::nms does not exist" in message
+    assert "install" not in message
+
+
 # --- timm and torchvision, as far as they are used ------------------------------------------------
 
 

@@ -374,3 +374,59 @@ def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exported = export_onnx(compiled, tmp_path / "model.onnx", verify=False, lowered=lowered)
     assert exported.checked is None
     assert "not verified" in str(exported)
+
+
+@pytest.mark.parametrize("opset", [18, 24])
+def test_other_operator_sets_are_written(opset: int, exports: Exports, tmp_path: Path) -> None:
+    exported = exports.compiled.export_onnx(tmp_path / "model.onnx", opset=opset)
+    model = onnx.load(exported.path)
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
+    assert (model.producer_name, model.producer_version) == ("pnn-compile", pnn.__version__)
+    assert exported.opset == opset
+
+
+def test_an_operator_set_that_is_not_supported_is_refused(exports: Exports, tmp_path: Path) -> None:
+    with pytest.raises(pnn.OptionError, match=r"opset must be from 18 to 24 \(got 7\)"):
+        exports.compiled.export_onnx(tmp_path / "model.onnx", opset=7)
+
+
+@pytest.mark.parametrize("per_stage", [False, True])
+def test_half_precision_is_that_of_weights_inputs_and_outputs(
+    per_stage: bool, tmp_path: Path
+) -> None:
+    compiled = pnn.compile(residual_chain(4, 8), torch.randn(2, 8), stages=2)
+    exported = compiled.export_onnx(tmp_path / "half", per_stage=per_stage, fp16=True)
+    assert exported.checked is not None
+    assert 0 < exported.checked.error < 2e-2
+    for path in exported.files[per_stage:]:
+        graph = onnx.load(path).graph
+        values = [*graph.input, *graph.output]
+        types = {value.type.tensor_type.elem_type for value in values}
+        types |= {weight.data_type for weight in graph.initializer if weight.dims}
+        assert types - {onnx.TensorProto.INT64} == {onnx.TensorProto.FLOAT16}
+    assert next(compiled.parameters()).dtype == torch.float32
+
+
+def test_a_network_that_does_not_run_in_half_precision_is_refused(tmp_path: Path) -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x.float())
+
+    compiled = pnn.compile(Single(), torch.randn(2, 8), stages=2)
+    with pytest.raises(pnn.ExportError, match="does not run in half precision"):
+        compiled.export_onnx(tmp_path / "model.onnx", fp16=True)
+
+
+def test_export_takes_operator_set_and_precision(tmp_path: Path) -> None:
+    folder = str(
+        pnn.compile(residual_chain(4, 8), torch.randn(2, 8), stages=2).save(tmp_path / "net")
+    )
+    file = tmp_path / "model.onnx"
+    assert main(["export", folder, "--onnx", str(file), "--opset", "21", "--fp16"]) == 0
+    model = onnx.load(file)
+    assert model.opset_import[0].version == 21
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16

@@ -15,7 +15,14 @@ path of an export, `compiled.export_onnx(path)`:
 `read_summary` in `read.py` reads the files back for `pnn-compile inspect`. Read `export.py` first.
 """
 
-from pnn_compile.export.onnx.export import BATCHES, LIMIT, Checked, Exported, export_onnx
+from pnn_compile.export.onnx.export import (
+    BATCHES,
+    LIMIT,
+    Checked,
+    Exported,
+    export_onnx,
+    in_half_precision,
+)
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import Manifest
 from pnn_compile.export.onnx.read import OnnxSummary, read_summary
@@ -31,6 +38,7 @@ __all__ = [
     "OnnxSummary",
     "StageExecutor",
     "export_onnx",
+    "in_half_precision",
     "lower_network",
     "open_streams",
     "read_summary",

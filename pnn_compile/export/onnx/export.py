@@ -9,10 +9,11 @@ at one of them.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 LIMIT = 1e-3
 """Largest relative error of ONNX Runtime against torch that passes, float32."""
+
+LIMIT_FP16 = 2e-2
+"""The same in half precision."""
 
 BATCHES = (1, 2, 5)
 """Batch sizes of the comparison if the batch is dynamic."""
@@ -101,6 +105,8 @@ def export_onnx(
     *,
     per_stage: bool = False,
     verify: bool = True,
+    opset: int = OPSET,
+    fp16: bool = False,
     lowered: Lowered | None = None,
 ) -> Exported:
     """Write the network in evaluation mode, with a dynamic batch if the program has one.
@@ -111,18 +117,41 @@ def export_onnx(
             there is replaced as a whole once everything has been checked.
         per_stage: Whether to write a model per stage and their manifest, instead of one model.
         verify: Whether to check form, types and values of what was written.
+        opset: Version of the operator set, 18 to 24.
+        fp16: Whether to write the network in half precision; inputs and outputs are so too.
         lowered: Result of `lower_network` for the same network, if it is written twice.
 
     Raises:
         ExportError: A package is missing, an operator has no ONNX form, the network keeps state
             from call to call, the files cannot be written, or ONNX Runtime disagrees with torch.
+        OptionError: The version of the operator set is none that is supported.
     """
-    lowered = lowered or lower_network(compiled)
+    if fp16:
+        compiled = in_half_precision(compiled)
+    lowered = lowered or lower_network(compiled, opset)
     write = _export_stages if per_stage else _export_whole
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
         _check_stateless(compiled)
         return write(compiled, lowered, Path(path), verify)
+
+
+def in_half_precision(compiled: Compiled) -> Compiled:
+    """Return a copy of a network in half precision, with example inputs in it.
+
+    Raises:
+        ExportError: The network does not run in it.
+    """
+    half = copy.deepcopy(compiled).to(torch.float16)
+    half = replace(half, program=half.current_program())
+    try:
+        with torch.no_grad():
+            half.eval().module(**clone_tensors(dict(half.program.args)))
+    except Exception as error:
+        raise ExportError(
+            f"{compiled.plan.model} does not run in half precision: {_first_line(error)}"
+        ) from error
+    return half
 
 
 def _check_stateless(compiled: Compiled) -> None:
@@ -169,7 +198,7 @@ def _export_whole(compiled: Compiled, lowered: Lowered, target: Path, verify: bo
             checked = check_values(compiled, lambda x: opened.run(outputs, dict(x)), lowered.inputs)
             del opened  # closes the file before it moves
     written = tuple(target.parent / file.name for file in files)
-    return Exported(target, written, nodes, OPSET, IR_VERSION, checked)
+    return Exported(target, written, nodes, lowered.opset, IR_VERSION, checked)
 
 
 def _export_stages(compiled: Compiled, lowered: Lowered, target: Path, verify: bool) -> Exported:
@@ -187,7 +216,7 @@ def _export_stages(compiled: Compiled, lowered: Lowered, target: Path, verify: b
                 )
     files = [target / file.path for model in manifest.models for file in model.files]
     written = (target / MANIFEST, *files)
-    return Exported(written[0], written, nodes, OPSET, IR_VERSION, checked)
+    return Exported(written[0], written, nodes, lowered.opset, IR_VERSION, checked)
 
 
 def _opened(opening: Callable[[], _T]) -> _T:
@@ -283,10 +312,11 @@ def _error(index: int, size: int, value: torch.Tensor, reference: torch.Tensor) 
             f"{[*reference.shape]} {reference.dtype}; the file was not kept"
         )
     error = relative_error(value, reference)
-    if not error <= LIMIT or math.isnan(error):
+    limit = LIMIT_FP16 if reference.dtype == torch.float16 else LIMIT
+    if not error <= limit or math.isnan(error):
         raise ExportError(
             f"ONNX Runtime disagrees with torch on {output}: relative error {error:.1e}, "
-            f"limit {LIMIT:.0e}; the file was not kept"
+            f"limit {limit:.0e}; the file was not kept"
         )
     return error
 

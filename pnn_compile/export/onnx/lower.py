@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.errors import ExportError
+from passes.errors import ExportError, OptionError
 from passes.ir.example_inputs import as_plain
 from passes.ir.isolation import preserved
 from passes.ir.program import Interpreter
@@ -41,7 +41,7 @@ from pnn_compile.export.onnx.pieces import (
     segments,
     spec_leaves,
 )
-from pnn_compile.export.onnx.translate import Template, translate
+from pnn_compile.export.onnx.translate import OPSET, OPSETS, Template, translate
 from pnn_compile.inputs import batch_size, resized
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Lowered:
         operations: What it computes, in an order in which that can be done; the head is last.
         specs: Types of all values, by name.
         pieces: The pieces that the operations call, by name.
+        opset: Version of the operator set.
     """
 
     inputs: tuple[str, ...]
@@ -113,24 +114,32 @@ class Lowered:
     operations: tuple[Operation, ...]
     specs: Mapping[str, SymbolicSpec]
     pieces: Mapping[str, LoweredPiece]
+    opset: int = OPSET
 
 
-def lower_network(compiled: Compiled) -> Lowered:
+def lower_network(compiled: Compiled, opset: int = OPSET) -> Lowered:
     """Translate a network to ONNX, in evaluation mode.
+
+    Args:
+        compiled: The network.
+        opset: Version of the operator set.
 
     Raises:
         ExportError: A package is missing, or an operator has no ONNX form.
+        OptionError: The version is none that is supported.
     """
+    if opset not in OPSETS:
+        raise OptionError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]} (got {opset})")
     _require_packages()
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
         types = _record_types(compiled)
         reader = _OperationReader(compiled.module.graph, types)
         operations = reader.read()
-        pieces = _lower_pieces(compiled, types, operations)
+        pieces = _lower_pieces(compiled, types, operations, opset)
     public = _unlike([name for name, _ in types.outputs], reader.specs)
     outputs = tuple(zip(public, operations[-1].outputs, strict=True))
-    return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces)
+    return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces, opset)
 
 
 def _require_packages() -> None:
@@ -388,7 +397,7 @@ def _output_names(node: fx.Node, count: int) -> list[str]:
 
 
 def _lower_pieces(
-    compiled: Compiled, types: _Types, operations: tuple[Operation, ...]
+    compiled: Compiled, types: _Types, operations: tuple[Operation, ...], opset: int
 ) -> Mapping[str, LoweredPiece]:
     """Flatten, divide and translate all pieces that the operations call."""
     counts = {operation.target: len(operation.outputs) for operation in operations}
@@ -408,7 +417,7 @@ def _lower_pieces(
     for piece, row in zip(pieces, divided, strict=True):
         for segment in row:
             models.setdefault(_template_key(segment), (piece, segment))
-    translated = translate(compiled.plan.model, [*models.values()])
+    translated = translate(compiled.plan.model, [*models.values()], opset)
     templates = dict(zip(models, translated, strict=True))
     lowered = {}
     for piece, row in zip(pieces, divided, strict=True):

@@ -29,7 +29,6 @@ from pnn_compile.export.onnx.manifest import (
     TensorEntry,
     checksum,
 )
-from pnn_compile.export.onnx.translate import OPSET
 from pnn_compile.export.onnx.write import IR_VERSION, save_model, write_model
 
 STAGES = "stages"
@@ -148,7 +147,7 @@ class _StageWriter:
             correction=self.plan.correction,
             sweep=self.plan.sweep,
             iterations=self.plan.iterations,
-            opset=OPSET,
+            opset=self.lowered.opset,
             ir_version=IR_VERSION,
             inputs=self._tensors([(name, name) for name in self.lowered.inputs]),
             outputs=self._tensors(self.lowered.outputs),

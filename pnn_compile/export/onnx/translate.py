@@ -39,6 +39,9 @@ _log = logging.getLogger(__name__)
 OPSET = 20
 """Version of the default operator set that is written: the default of the exporter."""
 
+OPSETS = range(18, 25)
+"""Versions that the exporter writes and ONNX Runtime reads."""
+
 NODE = "pnn.node"
 """Metadata key of an ONNX node: the number, in its segment, of the node that it came from."""
 
@@ -66,29 +69,32 @@ class _Entangled(Exception):
     """The exporter made one segment read what belongs to another."""
 
 
-def translate(model: str, pairs: Sequence[tuple[Piece, Segment]]) -> list[Template]:
+def translate(
+    model: str, pairs: Sequence[tuple[Piece, Segment]], opset: int = OPSET
+) -> list[Template]:
     """Translate segments, each with the piece that it belongs to.
 
     Args:
         model: Name of the model, for errors.
         pairs: The pieces and segments.
+        opset: Version of the operator set.
 
     Raises:
         ExportError: An operator has no ONNX form.
     """
     try:
-        return _translate(model, pairs)
+        return _translate(model, pairs, opset)
     except _Entangled:
-        return [_translate(model, [pair])[0] for pair in pairs]
+        return [_translate(model, [pair], opset)[0] for pair in pairs]
 
 
-def _translate(model: str, pairs: Sequence[tuple[Piece, Segment]]) -> list[Template]:
+def _translate(model: str, pairs: Sequence[tuple[Piece, Segment]], opset: int) -> list[Template]:
     try:
         joint = _JointGraph()
         for piece, segment in pairs:
             joint.add(piece, segment)
         with exclusive(), _quiet(), torch.no_grad():
-            exported = _export(joint)
+            exported = _export(joint, opset)
             templates = [_cut(exported, part) for part in joint.parts]
             return [_simplified(template, exported.ir_version) for template in templates]
     except _Entangled:
@@ -97,7 +103,7 @@ def _translate(model: str, pairs: Sequence[tuple[Piece, Segment]]) -> list[Templ
         raise _refusal(model, pairs, error) from error
 
 
-def _export(joint: _JointGraph) -> ir.Model:
+def _export(joint: _JointGraph, opset: int) -> ir.Model:
     """Run torch's exporter on the joint graph; its nodes say what they came from."""
     import onnx_ir as ir
 
@@ -105,7 +111,7 @@ def _export(joint: _JointGraph) -> ir.Model:
         joint.finish(), tuple(joint.examples), dynamic_shapes=(*joint.shapes,), strict=False
     )
     onnx_program = torch.onnx.export(
-        program, (), dynamo=True, optimize=False, verbose=False, opset_version=OPSET
+        program, (), dynamo=True, optimize=False, verbose=False, opset_version=opset
     )
     assert onnx_program is not None
     model: ir.Model = onnx_program.model

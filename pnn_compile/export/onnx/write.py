@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from passes.plan.schema import Plan
 from passes.transform.sweep import Step, sweep
 from pnn_compile.export.onnx.lower import Instance, Lowered, LoweredPiece, Operation
 from pnn_compile.export.onnx.pieces import SymbolicSpec
-from pnn_compile.export.onnx.translate import INNER, NODE, OPSET, inner_nodes
+from pnn_compile.export.onnx.translate import INNER, NODE, inner_nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,6 +100,7 @@ class _ModelWriter:
         self._names = reserved  # of outputs, which are named last
         self._public: set[str] = set()
         self._weight_names = _weight_names(lowered)
+        self._opset = lowered.opset
 
     def add_input(self, name: str, spec: SymbolicSpec) -> None:
         """Declare a value that is read from outside."""
@@ -220,10 +222,15 @@ class _ModelWriter:
             graph_outputs,
             nodes=[node for node, _, _ in self.nodes],
             initializers=self.initializers,
-            opset_imports={"": OPSET},
+            opset_imports={"": self._opset},
             name=name,
         )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name=_PRODUCER)
+        model = ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name=_PRODUCER,
+            producer_version=version(_PRODUCER),
+        )
         devices = [f"stage_{stage}" for stage in range(len(self.plan.stages))]
         configuration = model.add_device_configuration(CONFIGURATION, device_names=devices)
         for node, step, origin in self.nodes:

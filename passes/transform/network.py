@@ -1,0 +1,216 @@
+"""The module of a network: it is called as its model is, and returns what its model returns.
+
+>>> from torch import nn
+>>> from passes.ir.program import CaptureReport
+>>> module = fx.symbolic_trace(nn.Linear(4, 2))
+>>> program = Program(module, {"input": torch.zeros(3, 4)}, True, CaptureReport("trace"), "Linear")
+>>> network = Network(module, module.graph)
+>>> network.meta[CALL] = Call.of(program)
+>>> network(torch.zeros(5, 4), mask=None).shape
+torch.Size([5, 2])
+>>> network(torch.zeros(5, 3))
+Traceback (most recent call last):
+passes.errors.OptionError: input is [5, 3] torch.float32, but Linear was compiled for [any number, \
+4] torch.float32 (dimension 1: 3 instead of 4): compile it with an example like the inputs that it \
+will run on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from passes.errors import OptionError
+from passes.ir.program import Program, tensor_leaves
+
+CALL = "pnn_call"
+"""Key of the `Call` in the `meta` of a network."""
+
+_PASSED_ON = (
+    "config", "generation_config", "main_input_name", "loss_type", "_keys_to_ignore_on_save",
+)  # fmt: skip
+"""Attributes of a model that a trainer reads, as that of transformers does."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of a network takes and returns.
+
+    Attributes:
+        model: Name of the model.
+        examples: Its arguments by name, in order.
+        fixed: Values that arguments outside the graph have in it.
+        free_batch: Whether batches of other sizes are fine.
+        output_type: Class of the output, as in `Program`.
+        attributes: What the network has of the model.
+    """
+
+    model: str
+    examples: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    free_batch: bool
+    output_type: type | None
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, program: Program) -> Self:
+        """Describe the calls of a program."""
+        return cls(
+            program.name,
+            program.args,
+            program.fixed,
+            program.dynamic_batch,
+            program.output_type,
+            {n: getattr(program.model, n) for n in _PASSED_ON if hasattr(program.model, n)},
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def check_others(self, arguments: Mapping[str, Any]) -> None:
+        """Check that arguments outside the graph are left out, or have the values that it holds.
+
+        Raises:
+            OptionError: One has another value.
+        """
+        config = self.attributes.get("config")
+        for name, value in arguments.items():
+            if name in self.fixed:
+                check_constant(self.model, name, value, self.fixed[name])
+            elif value is not None and value != getattr(config, name, None):
+                raise OptionError(
+                    f"{self.model} was compiled without argument {name}: it takes "
+                    f"{', '.join(self.examples)}; compile it with an example of that call"
+                )
+
+    def other_shape(self, inputs: Mapping[str, Any]) -> str:
+        """Say which input has another shape than its example; "" if none has.
+
+        Only the number of samples may differ, and integers from floating-point numbers may not.
+        """
+        tensors = tensor_leaves(dict(self.examples))
+        samples = next((leaf.shape[0] for leaf in tensors if leaf.dim()), None)
+        for name, value in inputs.items():
+            leaves = pytree.tree_leaves(value), pytree.tree_leaves(self.examples[name])
+            for actual, expected in zip(*leaves, strict=False):
+                if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+                    counts = expected.dim() and expected.shape[0] == samples and self.free_batch
+                    if reason := _differs(actual, expected, bool(counts)):
+                        return (
+                            f"{name} is {[*actual.shape]} {actual.dtype}, but {self.model} was "
+                            f"compiled for {reason}: compile it with an example like the inputs "
+                            "that it will run on"
+                        )
+        return ""
+
+
+def _differs(actual: torch.Tensor, expected: torch.Tensor, counts: bool) -> str:
+    """Describe the tensor that was expected, and the first dimension that differs; "" if none."""
+    sizes = ["any number" if counts else str(expected.shape[0])] if expected.dim() else []
+    text = f"[{', '.join([*sizes, *map(str, expected.shape[1:])])}] {expected.dtype}"
+    if actual.dim() != expected.dim():
+        return f"{text} ({actual.dim()} dimensions instead of {expected.dim()})"
+    for axis, (size, example) in enumerate(zip(actual.shape, expected.shape, strict=True)):
+        if size != example and not (counts and axis == 0):
+            return f"{text} (dimension {axis}: {size} instead of {example})"
+    return "" if actual.is_floating_point() == expected.is_floating_point() else text
+
+
+class Network(fx.GraphModule):
+    """A graph that is called as its model is; `meta[CALL]` says how that is.
+
+    Trainer writes state dicts to files of safetensors, which name a tensor once: so does the state
+    dict of a model with a configuration. One that names it more often is loaded as well.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network.
+
+        Raises:
+            OptionError: An argument is unknown, or the network fails on an input of another shape.
+        """
+        call: Call = self.meta[CALL]
+        if others := kwargs.keys() - call.examples.keys():
+            call.check_others({name: kwargs[name] for name in others})
+            kwargs = {name: value for name, value in kwargs.items() if name not in others}
+        try:
+            outputs = super().__call__(*args, **kwargs)
+        except Exception as error:
+            named = dict(zip(call.examples, args, strict=False)) | kwargs
+            if reason := call.other_shape(named):
+                raise OptionError(reason) from error
+            raise
+        return outputs if call.output_type is None else call.output_type(**outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the model that trainers read."""
+        call = self.__dict__.get("meta", {}).get(CALL)
+        if call is not None and name in call.attributes:
+            return call.attributes[name]
+        if call is not None and name == "generate" and "generation_config" in call.attributes:
+            raise AttributeError(
+                f"{call.model} has no generate() as a network, which keeps no cache: load "
+                "compiled.original_state_dict() into the model, and let that generate"
+            )
+        return super().__getattr__(name)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        """Return the state; that of a model with a configuration names every tensor once."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if "config" in self.meta[CALL].attributes:
+            for alias in self._aliases():
+                state.pop(f"{prefix}{alias}", None)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for alias, name in self._aliases().items():
+            if f"{prefix}{name}" in state_dict:
+                state_dict.setdefault(f"{prefix}{alias}", state_dict[f"{prefix}{name}"])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _aliases(self) -> dict[str, str]:
+        """Return the further names of shared tensors, and the first name of the same tensor."""
+        first: dict[int, str] = {}
+        named = [
+            *self.named_parameters(remove_duplicate=False),
+            *self.named_buffers(remove_duplicate=False),
+        ]
+        pairs = [(name, first.setdefault(id(tensor), name)) for name, tensor in named]
+        return {name: kept for name, kept in pairs if name != kept}
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+"""Types of constants that can be compared."""
+
+
+def check_constant(model: str, name: str, value: Any, constant: Any) -> None:
+    """Check that a value is the one that a graph holds in its place.
+
+    Raises:
+        OptionError: It is another one.
+    """
+    tensors = isinstance(value, torch.Tensor), isinstance(constant, torch.Tensor)
+    if all(tensors):
+        return
+    if isinstance(constant, (list, tuple, dict)) and isinstance(value, type(constant)):
+        same = pytree.tree_leaves(value) == pytree.tree_leaves(constant)
+    elif isinstance(value, PLAIN) or isinstance(constant, PLAIN) or any(tensors):
+        same = type(value) is type(constant) and (value == constant or value != value)
+    else:
+        return  # objects that only the model can compare
+    if not same:
+        raise OptionError(
+            f"{name} is {_shown(value)}, but {model} was compiled with {_shown(constant)}, "
+            "which is part of its graph: leave it out, or compile another network for it"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)[:80]

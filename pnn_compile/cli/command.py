@@ -1,0 +1,128 @@
+"""A command whose help has groups of options and examples, and whose options a file can set.
+
+The file is TOML, with a line for every option, under the name that it has on the command line:
+
+    stages = 4
+    coarse-budget = 0.05
+    emit = ["graph", "onnx"]
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from passes.errors import OptionError
+from pnn_compile import atomic
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Model": ("inputs", "arguments"),
+    "Cut": ("stages", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
+    "Coarse networks": (
+        "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",
+        "correction", "sweep", "iterations", "tolerance", "samples", "seed",
+    ),
+    "Devices": ("devices", "kind", "ranks", "threads", "streams", "cache"),
+    "Output": (
+        "output", "onnx", "per_stage", "opset", "fp16", "emit", "html", "dot", "mermaid", "graphml",
+        "trace", "depth", "check", "config", "config_file", "quiet", "as_json", "debug",
+    ),
+}  # fmt: skip
+"""Headings of options in the help, and the options below them; others come first."""
+
+
+class Command(click.Command):
+    """A command of `pnn-compile`.
+
+    Args:
+        examples: Pairs of words after the command, and what they do.
+        settings: Further settings of a command.
+    """
+
+    def __init__(self, *, examples: Sequence[tuple[str, str]], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.examples = examples
+        self.short_help = inspect.cleandoc(self.help or "").partition("\n\n")[0]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in groups."""
+        rows: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Options", *GROUPS)}
+        for option in self.get_params(ctx):
+            names = (name for name, listed in GROUPS.items() if option.name in listed)
+            record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if record is not None:
+                rows[next(names, "Output" if "--help" in option.opts else "Options")].append(record)
+        for name, records in rows.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        path = "pnn-compile" if self.name == "compile" else f"pnn-compile {self.name}"
+        with formatter.section("Examples"):
+            for words, text in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{path} {words}  # {text}\n")
+
+
+def read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Take the options of a file as defaults of the command.
+
+    Raises:
+        OptionError: The file cannot be read, or names an option that the command does not have.
+    """
+    if path is None:
+        return None
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"the options {path} cannot be read ({error})") from error
+    options = _options(ctx.command)
+    defaults = {}
+    for name, value in table.items():
+        if (option := options.get(name.replace("_", "-"))) is None:
+            close = difflib.get_close_matches(name, options, 1) or [", ".join(options)]
+            raise OptionError(f"{path} has an unknown option {name!r}; did you mean {close[0]}?")
+        if isinstance(value, list) and not option.multiple:
+            value = ",".join(map(str, value))
+        defaults[str(option.name)] = value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
+def save_config(ctx: click.Context, path: Path) -> None:
+    """Write the options that were set, on the command line or by a file.
+
+    Raises:
+        OptionError: The file cannot be written.
+    """
+    lines = []
+    for name, option in _options(ctx.command).items():
+        source = ctx.get_parameter_source(str(option.name))
+        if source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP):
+            value = ctx.params[str(option.name)]
+            if value is not None:
+                text = json.dumps(value, default=str, ensure_ascii=False)
+                lines.append(f"{name} = {text}\n")
+    try:
+        atomic.write_text(path, "".join(lines))
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _options(command: click.Command) -> dict[str, click.Option]:
+    """Return the options that a file may set, by their names on the command line."""
+    options = (option for option in command.params if isinstance(option, click.Option))
+    return {
+        max(option.opts, key=len).removeprefix("--"): option
+        for option in options
+        if option.name not in ("config", "config_file")
+    }
