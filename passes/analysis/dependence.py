@@ -39,16 +39,81 @@ _Subgraph = frozenset[fx.Node]
 """Nodes that recompute a side value."""
 
 
+_SIZES = frozenset({
+    "size", "sym_size", "numel", "sym_numel", "stride", "sym_stride", "dim", "ndimension", "len",
+    "is_floating_point",
+})  # fmt: skip
+"""Functions that read nothing of a tensor but its type."""
+
+_SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "layout"})
+
+_LIKE = frozenset({
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros",
+    "new_ones", "new_empty", "new_full",
+})  # fmt: skip
+"""Functions that read the type of their first argument, and no values."""
+
+_PARTS = frozenset({
+    "getitem", "select", "slice", "narrow", "index_select", "split", "split_with_sizes",
+    "tensor_split", "chunk", "unbind", "view", "reshape", "flatten", "unflatten", "transpose",
+    "permute", "movedim", "unsqueeze", "squeeze", "contiguous", "clone", "to", "float",
+})  # fmt: skip
+"""Functions that return parts of their first argument, or all of it in another form."""
+
+
+def _name(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls; "" for other nodes."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Return the users of a node that read its values, not its sizes alone."""
+    return [user for user in node.users if node in _read_by(user)]
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes whose values a node reads."""
+    name = _name(node)
+    if name in _SIZES or (name == "getattr" and node.args[1] in _SIZE_ATTRIBUTES):
+        return []
+    if name in _LIKE:
+        others: list[fx.Node] = []
+        fx.node.map_arg((node.args[1:], node.kwargs), others.append)
+        return others
+    return node.all_input_nodes
+
+
 def input_leaves(program: Program, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
-    """Return the input tensors: placeholders, or elements of placeholders that hold several."""
-    leaves, pending = [], list(program.inputs)
-    while pending:
-        node = pending.pop(0)
-        if facts[node].spec is not None:
-            leaves.append(node)
-        else:
-            pending += node.users
-    return leaves
+    """Return the input tensors: placeholders, or what the program takes from these.
+
+    That is an element of a placeholder that holds several tensors, or a part of a tensor of which
+    nothing but parts is read: in `x, labels = table[:, :-1], table[:, -1]`, both are inputs.
+    """
+    return list(dict.fromkeys(part for node in program.inputs for part in _parts(node, facts)))
+
+
+def _parts(node: fx.Node, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
+    """Return the parts of a value that the program reads; the value itself if it reads all of it.
+
+    The program does if no part is smaller: `x.unsqueeze(1)` is all of x.
+    """
+    readers, spec = _readers(node), facts[node].spec
+    if spec is not None and not all(_is_part(reader, node, facts) for reader in readers):
+        return [node]
+    parts = [part for reader in readers for part in _parts(reader, facts)]
+    if spec is None:
+        return parts
+    types = [facts[part].spec for part in parts]
+    return parts if any(t is not None and t.elements < spec.elements for t in types) else [node]
+
+
+def _is_part(node: fx.Node, whole: fx.Node, facts: Mapping[fx.Node, Fact]) -> bool:
+    """Whether a node is a part of a tensor, or a tuple of parts."""
+    if node not in facts or facts[node].writes:
+        return False
+    return _name(node) in _PARTS and node.args[:1] == (whole,)
 
 
 def input_dependence(
@@ -57,7 +122,8 @@ def input_dependence(
     """Return, for every node, the input tensors that its value may depend on.
 
     Example: in `a = f(x); b = g(y); a.add_(b); c = h(a)` the value of `c` depends on x and y,
-    although `h` reads `a` and not the result of `add_`.
+    although `h` reads `a` and not the result of `add_`. Sizes are no values: that of
+    `x.view(y.shape)` depends on x alone.
 
     Args:
         program: The program.
@@ -70,7 +136,7 @@ def input_dependence(
         inputs = frozenset({node}) if node in leaves else frozenset[fx.Node]()
         nodes = [node, *node.all_input_nodes]
         memory = {storage for n in nodes if n in facts for storage in facts[n].storages}
-        inputs = inputs.union(*(depends[source] for source in node.all_input_nodes))
+        inputs = inputs.union(*(depends[source] for source in _read_by(node)))
         inputs = inputs.union(*(written.get(storage, frozenset()) for storage in memory))
         depends[node] = inputs
         for storage in facts[node].writes if node in facts else ():
@@ -173,7 +239,7 @@ def preprocessing_sources(
         spec = facts[leaf].spec
         if spec is None or spec.dtype not in FLOAT_DTYPES:
             sources += _side_values(leaf, facts, recomputable, learned=True)
-        elif spec.batch_axis is not None:
+        elif spec.batch_axis is not None and (leaf.op == "placeholder" or leaf in recomputable):
             sources.append(PreprocessingSource(leaf, spec))
     if not sources:
         for leaf in input_leaves(program, facts):

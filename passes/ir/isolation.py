@@ -26,6 +26,7 @@ from torch.backends import mha
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from passes.errors import CaptureError
 
@@ -213,10 +214,11 @@ class DrawObserver(DispatchMode):
 
 @contextmanager
 def with_plain_transformers() -> Iterator[None]:
-    """Keep torch's transformer layers to what a graph can hold, in this thread.
+    """Keep what torch offers to forward to what a graph can hold, in this thread.
 
-    They compare their mask with a causal one, and drop it then: a branch on values of a tensor. In
-    evaluation without gradients they have a fast path, which returns zeros at padded positions.
+    Transformer layers compare their mask with a causal one, and drop it then: a branch on values of
+    a tensor. In evaluation without gradients they have a fast path, which returns zeros at padded
+    positions. A reentrant checkpoint hides what it runs, and refuses to be differentiated alone.
     """
 
     def declared(
@@ -224,13 +226,23 @@ def with_plain_transformers() -> Iterator[None]:
     ) -> bool:
         return is_causal is True
 
+    def run(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    kind: Any = CheckpointFunction
     with LOCK:
         original, fast = transformer._detect_is_causal_mask, mha.get_fastpath_enabled
+        before, checkpointed = vars(kind).get("apply"), kind.apply
         transformer._detect_is_causal_mask = for_this_thread(declared, original)
         mha.get_fastpath_enabled = for_this_thread(lambda: False, fast)
+        kind.apply = staticmethod(for_this_thread(run, checkpointed))
         try:
             yield
         finally:
+            if before is None:
+                del kind.apply
+            else:
+                kind.apply = before
             transformer._detect_is_causal_mask, mha.get_fastpath_enabled = original, fast
 
 
@@ -325,6 +337,9 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         grads = [
             (p, p.grad) for child in children for p in child._parameters.values() if p is not None
         ]
+        for parameter, grad in grads:
+            if grad is not None:
+                parameter.grad = None  # a backward inside a backward adds to it
         try:
             yield
         finally:

@@ -180,9 +180,17 @@ def _gradients(
     sums = [(o * w.to(o.device, o.dtype)).sum() for w, o in zip(weights, heads, strict=True)]
     scalars = [value.real if value.is_complex() else value for value in sums]
     gradients: Any = torch.autograd.grad(scalars, list(leaves.values()), allow_unused=True)
+    return {
+        name: _total(gradient, leaf.grad)
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def _total(gradient: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor | None:
+    """Add what a backward inside a backward, as that of a reversible layer, left at a leaf."""
     # An embedding may have sparse gradients.
-    dense = [None if gradient is None else strided(gradient) for gradient in gradients]
-    return dict(zip(leaves, dense, strict=True))
+    parts = [strided(part) for part in (gradient, added) if part is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -176,8 +176,9 @@ def _tensor(place: str, spec: TensorSpec) -> _Problems:
             yield f"{place}.shape[{index}]", f"is {size!r}, no size"
     axes = tuple(range(len(spec.shape)))
     yield from _among(f"{place}.batch_axis", spec.batch_axis, (None, *axes))
-    if axes:
-        yield from _among(f"{place}.channel_axis", spec.channel_axis, axes)
+    if axes:  # a channel axis counts from the end if no position may be mixed with later ones
+        counted = (*range(-len(axes), 0), *axes)
+        yield from _among(f"{place}.channel_axis", spec.channel_axis, counted)
 
 
 def _at_least_one(place: str, value: int) -> _Problems:

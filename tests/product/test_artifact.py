@@ -172,6 +172,18 @@ def test_hooks_on_gradients_need_the_model(tmp_path: Path) -> None:
     assert model[0].weight.grad is None
 
 
+def test_a_causal_network_over_channels_and_time_comes_back(tmp_path: Path) -> None:
+    class Causal(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(super().forward(nn.functional.pad(x, (2, 0))))
+
+    model = nn.Sequential(*(Causal(4, 4, 3) for _ in range(6)))
+    compiled = pnn.compile(model, torch.randn(2, 4, 12), stages=3, coarse="linear")
+    assert {value.spec.channel_axis for i in compiled.plan.interfaces for value in i.state} == {-2}
+    folder = compiled.save(tmp_path / "out")
+    assert_equal(pnn.load(folder, model=model), compiled)
+
+
 def test_a_loaded_network_is_saved_again_alike(folder: Path, tmp_path: Path) -> None:
     again = pnn.load(folder).save(tmp_path / "again")
     for name in FILES:

@@ -1,6 +1,7 @@
 """What depends on which input: a compiled network on no more than its model."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +114,25 @@ class Labels(LanguageModel):
         return logits, loss + self.embedding(labels).mean()
 
 
+class Sized(Target):
+    """Takes the sizes of its target, and nothing else of it, before the last layer."""
+
+    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        start = torch.zeros_like(target) + source.reshape(target.shape[0], -1)
+        return super().forward(start, target)
+
+
+class Table(nn.Module):
+    """Takes samples and their labels in one tensor."""
+
+    def __init__(self, take: Any) -> None:
+        super().__init__()
+        self.take, self.target = take, Target()
+
+    def forward(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        return self.target(*self.take(table))
+
+
 def _floats(*names: str) -> dict[str, Tensor]:
     return {name: torch.randn(4, WIDTH) for name in names}
 
@@ -128,6 +148,7 @@ MODELS: tuple[tuple[type[nn.Module], Any], ...] = (
     (Nested, lambda: {"batch": _floats("x", "y")}),
     (WrittenState, lambda: _floats("x", "y")),
     (Labels, lambda: _ids("ids", "labels")),
+    (Sized, lambda: _floats("source", "target")),
 )
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -171,6 +192,27 @@ def test_a_missing_target_does_not_reach_the_prediction() -> None:
     network = pnn.compile(model, kwargs=kwargs, stages=3).module.eval()
     predicted, _ = network(kwargs["source"], torch.full((4, WIDTH), torch.nan))
     assert torch.equal(predicted, network(**kwargs)[0])
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda table: (table[:, :WIDTH], table[:, WIDTH:]),
+        lambda table: table.split(WIDTH, dim=1),
+        lambda table: table.unflatten(1, (2, WIDTH)).unbind(1),
+        lambda table: table.chunk(2, dim=-1),
+    ],
+)
+def test_labels_in_a_part_of_an_input_do_not_reach_the_prediction(
+    take: Any, tmp_path: Path
+) -> None:
+    table = torch.randn(4, 2 * WIDTH)
+    compiled = pnn.compile(Table(take), table, stages=3)
+    other = torch.cat([table[:, :WIDTH], torch.randn(4, WIDTH)], 1)
+    for network in (compiled.module, pnn.load(compiled.save(tmp_path / "out")).module):
+        network.eval()
+        assert torch.equal(network(other)[0], network(table)[0])
+        assert not torch.equal(network(other)[1], network(table)[1])
 
 
 def test_a_guess_takes_no_argument_that_its_state_does_not_depend_on() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import pnn_compile as pnn
 from passes.capture.ladder import capture
@@ -254,6 +255,60 @@ def test_a_custom_autograd_function_of_the_model_itself_keeps_its_backward(rung:
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
     assert "for_this_thread" not in str(torch.autograd.Function.apply)
+
+
+class Recompute(torch.autograd.Function):
+    """Calls a module, and calls it again for the backward, as layers that save memory do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.module(x)
+        output.backward(*gradients)  # adds to the parameters of the module
+        return x.grad, None
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + Recompute.apply(x, self.module)
+
+
+class Checkpointed(Recomputed):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.module, x, use_reentrant=True)
+        return x + result
+
+
+@pytest.mark.parametrize("block", [Recomputed, Checkpointed])
+def test_blocks_that_are_computed_again_in_the_backward_train_alike(block: Any) -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), *(block() for _ in range(4))),
+        torch.ones(3, 8),
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    compiled = pnn.compile(model, x, stages=2)
+    compiled.verify(strict=True)
+    for parameter in model.parameters():
+        torch.testing.assert_close(parameter.grad, torch.ones_like(parameter))
+    model.zero_grad()
+    for network in (model, compiled.sequential):
+        network(x).square().sum().backward()
+    for parameter, other in zip(model.parameters(), compiled.sequential.parameters(), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(other.grad, parameter.grad)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam])
