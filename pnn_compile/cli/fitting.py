@@ -123,7 +123,7 @@ def probe(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Train MODEL and its parareal forms side by side, for a few minutes.
+    """Train MODEL beside its parareal forms, for a few minutes.
 
     SAMPLES is a .safetensors or .npz file with an array per argument and one of labels. Every
     fifth batch is held out; early exits as fast as the forms are trained beside them.
