@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from passes.capture.model_notes import join_few
+from passes.capture.torch_export import SIZES_KEY
 from passes.errors import CaptureError, first_line
 from passes.ir.example_inputs import ExampleInputs
 from passes.ir.isolation import (
@@ -277,23 +278,65 @@ class Reference:
             result = self._without_caches(result)
             if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"{where}, {reason}"
-        return self._mismatch_alone(candidate, train=False not in modes)
+        train = False not in modes
+        return self._mismatch_alone(candidate, train) or self._mismatch_resized(candidate, train)
 
-    def _mismatch_alone(self, candidate: nn.Module, *, train: bool) -> str:
+    def _mismatch_alone(self, candidate: nn.Module, train: bool) -> str:
         """Return "" if the outputs agree wherever a single input tensor is changed."""
         if train not in self._runs_alone:
             self._runs_alone[train] = list(self._run_alone(train))
         for inputs, expected in self._runs_alone[train]:
-            try:
-                result = run_one_step(
-                    candidate, _call_by_name(candidate), inputs, train=train, grad=False
-                )
-            except Exception as error:
-                return f"the graph fails where one input is changed: {summarize(error)}"
-            result = self._without_caches(result)
-            if reason := compare(result, expected, least=_lowest_precision(candidate)):
+            if reason := self._mismatch_on(candidate, inputs, expected, train):
                 return f"where one input is changed by itself, {reason}"
         return ""
+
+    def _mismatch_resized(self, candidate: nn.Module, train: bool) -> str:
+        """Return "" if the outputs agree at batch sizes for which forward may have a branch."""
+        graph = getattr(candidate, "graph", None)
+        if not self.dynamic_batch or not isinstance(graph, fx.Graph):
+            return ""
+        for size in graph.output_node().meta.get(SIZES_KEY, ()):
+            inputs = self._inputs.resized(size)
+            try:
+                expected = self._run(inputs, train=train, grad=False)
+            except Exception:  # BatchNorm refuses a batch of one sample
+                continue
+            if reason := self._mismatch_on(candidate, inputs, expected, train):
+                return (
+                    f"at a batch size of {size}, {reason} (forward has a branch on it, or a result "
+                    "of another shape: dynamic_batch=False compiles it for the example's)"
+                )
+        return ""
+
+    def notes_on_sizes(self, candidate: nn.Module) -> list[str]:
+        """Say so if the graph holds sizes of the example that the model itself leaves open."""
+        sizes = [size for leaf in self._inputs.leaves for size in leaf.value.shape[1:] if size > 1]
+        for size in dict.fromkeys(sizes):
+            inputs = self._inputs.shortened(size)
+            try:
+                expected = self._run(inputs, train=False, grad=False)
+            except Exception:  # the model takes no other size either
+                continue
+            if self._mismatch_on(candidate, inputs, expected, train=False):
+                return [
+                    f"sizes of the inputs but the batch are fixed ({_shapes(self._inputs)}): with "
+                    f"another one instead of {size}, which the model takes, the network fails or "
+                    "computes something else; compile one for every size, or pad"
+                ]
+        return []
+
+    def _mismatch_on(
+        self, candidate: nn.Module, inputs: ExampleInputs, expected: StepResult, train: bool
+    ) -> str:
+        """Compare the outputs of the graph on some inputs with those of the model."""
+        try:
+            result = run_one_step(
+                candidate, _call_by_name(candidate), inputs, train=train, grad=False
+            )
+        except Exception as error:
+            return f"the graph fails: {summarize(error)}"
+        result = self._without_caches(result)
+        return compare(result, expected, least=_lowest_precision(candidate))
 
     def _run_alone(self, train: bool) -> Iterator[tuple[ExampleInputs, StepResult]]:
         """Run the model on inputs that differ in one tensor each."""

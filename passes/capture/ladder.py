@@ -15,6 +15,7 @@ the `CaptureReport` of the program, or into the error message if every rung fail
 from __future__ import annotations
 
 import functools
+import keyword
 import logging
 import reprlib
 import threading
@@ -127,7 +128,14 @@ def capture(
 
 
 def _check_names(model: nn.Module) -> None:
-    """Refuse parts at the root whose name a graph module has for something else, as `code`."""
+    """Refuse names that the code of a graph cannot spell, or has for something else, as `code`."""
+    for path, owner in nn.Module.named_modules(model):
+        for name in (*owner._modules, *owner._parameters, *owner._buffers):
+            if keyword.iskeyword(name):
+                raise CaptureError(
+                    f"{name!r} in {path or type(model).__name__} is a keyword of Python, which the "
+                    "code of a graph cannot have as a name: give it another name"
+                )
     taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
     for name in (*model._modules, *model._parameters, *model._buffers):
         if name in taken:
@@ -266,6 +274,8 @@ class _Ladder:
     ) -> Program:
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
         notes += [*self.notes, *notes_on_graph(model, module)]
+        if rung.startswith("torch.export"):  # a trace reads sizes where forward does
+            notes += self.reference.notes_on_sizes(module)
         notes += [
             f"{function} (torch.autograd.Function) is one call that no artifact can store"
             for function in called_functions(module.graph)

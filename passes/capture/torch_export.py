@@ -40,6 +40,9 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_guards_fn")
 _CONVERSIONS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+SIZES_KEY = "batch sizes"
+"""Key in the meta of an output node: batch sizes at which the model may take another branch."""
+
 _REGIONS: Mapping[Any, int] = {torch.ops.higher_order.wrap_with_set_grad_enabled: 1, _AUTOCAST: 4}
 """Operators that call a nested graph, and the number of their arguments before it."""
 
@@ -94,7 +97,18 @@ def export(
     graph, constants = _convert(copier, module, inputs, spec)
     outline(model, graph)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")
+    graph.output_node().meta[SIZES_KEY] = _sizes_outside(exported)
     return graph, constants
+
+
+def _sizes_outside(exported: torch.export.ExportedProgram) -> tuple[int, ...]:
+    """Return the batch sizes next to those that the branches of an export hold for.
+
+    One sample always is outside: torch.export takes no size of 1 for one that may change.
+    """
+    ranges = [r for size, r in exported.range_constraints.items() if str(size).startswith("s")]
+    bounds = [str(bound) for r in ranges for bound in (r.lower - 1, r.upper + 1)]
+    return tuple(sorted({int(bound) for bound in bounds if bound.isdigit()} - {0}))
 
 
 def _levels(exported: torch.export.ExportedProgram) -> list[str]:

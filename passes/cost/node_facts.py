@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from passes.errors import CaptureError
-from passes.ir.example_inputs import ExampleInputs, bind
+from passes.ir.example_inputs import ExampleInputs, bind, scaled
 from passes.ir.isolation import preserved, same_values
 from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
@@ -236,8 +236,8 @@ def _change_later_half(inputs: ExampleInputs, index: int, axis: int) -> Mapping[
     values = [value.detach().clone() for value in inputs.tensors()]
     size = values[index].shape[axis]
     later = values[index].narrow(axis, size // 2, size - size // 2)
-    changed = later.roll(1, axis) if size > 3 else later.flip(0)
-    later.copy_(changed * 0.9 + 0.05 if changed.is_floating_point() else changed)
+    changed = later.roll(1, axis if size > 3 else 0)
+    later.copy_(scaled(changed) if changed.is_floating_point() else changed)
     _, kwargs = inputs.with_leaves(values)
     return kwargs
 

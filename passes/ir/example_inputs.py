@@ -124,10 +124,35 @@ class ExampleInputs:
         def vary(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.dim() or tensor.shape[0] != size:
                 return tensor.clone()
-            rolled = tensor.detach().roll(1, 0).flip(-1) if tensor.dim() > 1 else tensor.clone()
+            rolled = tensor.detach().roll(1, 0) if tensor.dim() > 1 else tensor.clone()
+            if tensor.dim() > 1:  # types without arithmetic, as float8, have no `flip`
+                rolled = rolled[..., torch.arange(tensor.shape[-1]).flip(0)]
             return torch.cat([rolled, rolled[:1]]) if grow else rolled
 
         return self.replaced([vary(leaf.value) for leaf in self.leaves])
+
+    def resized(self, count: int) -> ExampleInputs:
+        """Return another call with `count` samples, which are those of the example, repeated."""
+        size = self.batch_size or 1
+        return self.replaced(
+            [
+                leaf.value[torch.arange(count) % size]
+                if leaf.value.dim() and leaf.value.shape[0] == size
+                else leaf.value.clone()
+                for leaf in self.leaves
+            ]
+        )
+
+    def shortened(self, size: int) -> ExampleInputs:
+        """Return another call without the last element of every axis of a size, but the first."""
+
+        def shorten(tensor: torch.Tensor) -> torch.Tensor:
+            for axis in range(1, tensor.dim()):
+                if tensor.shape[axis] == size:
+                    tensor = tensor.narrow(axis, 0, size - 1)
+            return tensor.clone()
+
+        return self.replaced([shorten(leaf.value) for leaf in self.leaves])
 
     def varied_alone(self, index: int) -> ExampleInputs:
         """Return another call in which a single tensor has other values, which stay legal.
@@ -141,7 +166,7 @@ class ExampleInputs:
         values = self.tensors()
         changed = self.varied(grow=False).tensors()[index]
         if changed.is_floating_point() or changed.is_complex():
-            changed = changed * 0.9 + 0.05
+            changed = scaled(changed)
         elif changed.numel() and not changed.is_meta and torch.equal(changed, values[index]):
             changed.view(-1)[-1] = (changed.view(-1)[-1].long() - 1).clamp(min=0)
         values[index] = changed
@@ -155,6 +180,12 @@ class ExampleInputs:
             for leaf, value in zip(self.leaves, values, strict=True)
         )
         return ExampleInputs(args, kwargs, self.names, leaves)
+
+
+def scaled(tensor: torch.Tensor) -> torch.Tensor:
+    """Scale and shift a tensor a little; float8 has no arithmetic of its own."""
+    exact = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return (exact * 0.9 + 0.05).to(tensor.dtype)
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExampleInputs:

@@ -403,11 +403,15 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
     parameters = dict(nn.Module.named_parameters(module))
     children = submodules(module)
     storages = {name: parameter.data for name, parameter in parameters.items()}
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         yield
     finally:
-        changed = []
+        changed, toggled = [], []
         for name, parameter in parameters.items():
+            if parameter.requires_grad != flags[name]:
+                toggled.append(name)
+                parameter.requires_grad_(flags[name])
             if not same_values(parameter, values[name]):
                 changed.append(name)
                 parameter.data = storages[name]
@@ -417,6 +421,11 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
         raise CaptureError(
             f"forward changes the parameter {changed[0]}, which no graph can hold: make it a "
             "buffer, or change it outside forward"
+        )
+    if toggled:
+        raise CaptureError(
+            f"forward sets requires_grad of the parameter {toggled[0]}, which no graph can hold: "
+            "set it outside forward"
         )
     after = dict(nn.Module.named_parameters(module))
     if [*map(id, after.values())] != [*map(id, parameters.values())] or (
@@ -435,6 +444,8 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.is_meta or b.is_meta:
         return True
     a, b = strided(a.detach()), strided(b.detach())
+    if a.dtype.itemsize == 1 and a.is_floating_point():  # float8 has no comparison of its own
+        a, b = a.float(), b.float()
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 

@@ -160,7 +160,8 @@ def _changed(tensor: torch.Tensor, before: torch.Tensor, version: int) -> bool:
 
 def _copy_leaf(tensor: torch.Tensor, grad: bool) -> torch.Tensor:
     copy = tensor.detach().clone()
-    return copy.requires_grad_() if grad and copy.is_floating_point() else copy
+    smooth = copy.is_floating_point() and copy.dtype.itemsize > 1  # float8 has no arithmetic
+    return copy.requires_grad_() if grad and smooth else copy
 
 
 def _gradients(
@@ -204,7 +205,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     if value.numel() == 0 or value.is_meta:
         return 0.0
     value, reference = strided(value), strided(reference)
-    if torch.equal(value, reference):  # nearly always, and much faster than what follows
+    if same_values(value, reference):  # nearly always, and much faster than what follows
         return 0.0
     if not reference.is_floating_point() and not reference.is_complex():
         return float("inf")

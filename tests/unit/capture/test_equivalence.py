@@ -16,6 +16,7 @@ from passes.capture.ladder import capture
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
 from passes.ir.program import graph_module
+from tests.models.builders import block_chain
 from tests.models.hard_models import (
     CustomGradient,
     RunningMean,
@@ -142,3 +143,48 @@ class Caching(nn.Module):
 def test_a_cache_in_the_output_is_refused_by_its_class() -> None:
     with pytest.raises(CaptureError, match="Cache"):
         capture(Caching(), (torch.randn(2, WIDTH),))
+
+
+class Branches(nn.Module):
+    """Takes another way by a size of its input, which a trace does not follow."""
+
+    def __init__(self, choose: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.body, self.choose = block_chain(4, WIDTH), choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return 2 * x if self.choose(x) else x
+
+
+@pytest.mark.parametrize(
+    ("choose", "size"),
+    [
+        (lambda x: x.shape[0] > 5, 6),
+        (lambda x: x.shape[0] == 1, 1),
+        (lambda x: x.shape[0] < 4, 3),
+    ],
+)
+def test_a_branch_on_the_batch_size_is_no_graph(choose: Any, size: int) -> None:
+    model, x = Branches(choose), torch.randn(4, WIDTH)
+    with pytest.raises(CaptureError, match=rf"at a batch size of {size}, .*dynamic_batch=False"):
+        capture(model, (x,))
+    assert not capture(model, (x,), dynamic_batch=False).dynamic_batch
+
+
+def test_a_result_that_only_looks_like_a_branch_is_followed() -> None:
+    program = capture(Branches(lambda x: x[:6].squeeze().dim() > 9), (torch.randn(4, WIDTH),))
+    assert (program.capture.rung, program.dynamic_batch) == ("torch.export", True)
+
+
+def test_sizes_that_a_graph_holds_are_noted() -> None:
+    class Mean(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sum(1) / x.shape[1])
+
+    x = torch.randn(3, 5, WIDTH)
+    (note,) = capture(Mean(lambda x: x.shape[1] > 99), (x,)).capture.notes
+    assert note.startswith(
+        "sizes of the inputs but the batch are fixed (x [3, 5, 16]): with another"
+    )
+    assert not capture(Mean(lambda x: False), (x,)).capture.notes

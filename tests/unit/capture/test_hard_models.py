@@ -422,8 +422,9 @@ def test_padded_positions_are_what_the_layers_compute() -> None:
     model, x = Padded().eval(), torch.randn(3, 5, WIDTH)
     padding = torch.arange(5) >= torch.tensor([[4], [3], [5]])
     compiled = pnn.compile(model, (x, padding), stages=2)
-    (note,) = compiled.program.capture.notes
+    note, sizes = compiled.program.capture.notes
     assert note.startswith("encoder (nn.TransformerEncoder) returns zeros at padded positions")
+    assert "with another one instead of 5, which the model takes" in sizes
     torch.testing.assert_close(compiled.sequential.eval()(x, padding), model(x, padding))
     with torch.no_grad():
         fast, outputs = model(x, padding), compiled.sequential(x, padding)

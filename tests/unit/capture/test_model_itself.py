@@ -403,8 +403,9 @@ class Positions(nn.Module):
 def test_buffers_that_forward_fills_once_are_computed_in_every_call(tmp_path: Path) -> None:
     model, x = Positions(), torch.randn(3, 5, WIDTH)
     compiled = pnn.compile(model, x, stages=2)
-    (note,) = compiled.program.capture.notes
+    note, sizes = compiled.program.capture.notes
     assert note.startswith("forward fills the buffers table at its first call")
+    assert sizes.startswith("sizes of the inputs but the batch are fixed (x [3, 5, 8])")
     assert model.table.shape == (1,)
     loaded = pnn.load(compiled.save(tmp_path / "a"))
     assert loaded.verify().ok
@@ -436,6 +437,24 @@ class Named(nn.Module):
 def test_names_that_a_graph_module_has_are_refused(name: str) -> None:
     with pytest.raises(CaptureError, match=rf"'{name}' of Named has the name of an attribute"):
         capture(Named(name), (torch.randn(3, WIDTH),))
+
+
+def test_keywords_of_python_are_refused_as_names() -> None:
+    model = nn.Sequential(nn.ModuleDict({"class": nn.Linear(WIDTH, WIDTH)}))
+    with pytest.raises(CaptureError, match=r"'class' in 0 is a keyword of Python"):
+        capture(model, (torch.randn(3, WIDTH),))
+
+
+def test_a_forward_that_freezes_its_parameters_is_refused() -> None:
+    class Freezes(Named):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            next(self.body.parameters()).requires_grad_(False)
+            return super().forward(x)
+
+    model = Freezes()
+    with pytest.raises(CaptureError, match=r"sets requires_grad of the parameter body.0.0.weight"):
+        capture(model, (torch.randn(3, WIDTH),))
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_objects_with_tensors_are_no_constants() -> None:

@@ -184,3 +184,23 @@ def test_every_input_is_varied_by_itself() -> None:
     assert reference.mismatch(Pair()) == ""
     reason = reference.mismatch(Confused())
     assert reason.startswith("where one input is changed by itself, output 0 differs")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint32"])
+def test_inputs_of_types_without_arithmetic_are_varied_and_compared(dtype: str) -> None:
+    class Scales(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x * scale.to(torch.complex64).real
+
+    scale = torch.arange(1, 9).view(2, 4).to(getattr(torch, dtype))
+    reference = Reference(Scales(), bind(Scales(), (X, scale), {}), dynamic_batch=True)
+    assert reference.mismatch(Scales()) == ""
+    assert "output 0 differs" in reference.mismatch(Unscaled())
+
+
+class Unscaled(nn.Module):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale.to(torch.complex64).real.mean()
+
+
+X = torch.rand(2, 4)
