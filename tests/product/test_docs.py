@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pnn_compile as pnn
+from examples.coverage.operators import declare
 from pnn_compile.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ _LIGHTER = (
     ("--minutes 10", "--minutes 0.05"),
     ("-n 2..16", "-n 2,3"),
 )
-_LIBRARIES = {"timm:": "timm", "hf:": "transformers"}
+_LIBRARIES = {" timm:": "timm", " hf:": "transformers"}
 
 _MODEL = """
 from torch import nn
@@ -169,12 +170,11 @@ def _call(line: str) -> None:
     for text, lighter in _LIGHTER:
         line = line.replace(text, lighter)
     words = shlex.split(line, comments=True) if line.startswith(("pnn-", "torchrun ")) else []
-    if any(
-        word.startswith(prefix) and importlib.util.find_spec(library) is None
-        for word in words
-        for prefix, library in _LIBRARIES.items()
-    ):
-        return
+    libraries = [name for prefix, name in _LIBRARIES.items() if prefix in line]
+    if words and libraries:
+        declare()
+        if not all(map(importlib.util.find_spec, libraries)):
+            return
     if words[:1] == ["pnn-compile"]:
         assert main(words[1:]) == 0, line
     elif words and Path(words[-1]).exists():
