@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,8 @@ def test_links_lead_to_files(page: Path) -> None:
     local = [target for target in targets if not target.startswith("http")]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
