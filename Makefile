@@ -16,7 +16,7 @@ export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-slow lint clean check-python
+.PHONY: help demo docs test test-slow lint wheel clean check-python
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 8
@@ -38,6 +38,19 @@ lint: $(STAMP) ## check style, format and types
 
 docs: $(DOCS_STAMP) ## build the documentation in build/site, and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f .ci/mkdocs.yml
+
+# What is installed shadows the checkout: the commands run outside of it, as a user would.
+wheel: $(STAMP) ## build a wheel, install it into build/wheel, and use it outside of the checkout
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/site build/wheel/*.whl
+	cp examples/vgg16.py build/wheel
+	cd build/wheel && export PYTHONPATH=$(CURDIR)/build/wheel/site \
+		&& python=$(CURDIR)/$(BIN)/python \
+		&& $$python -c 'import passes; assert "/build/wheel/site/" in passes.__file__' \
+		&& $$python -m pnn_compile vgg16.py -n 2 -q -o network \
+		&& $$python -m pnn_compile verify network \
+		&& $$python -m pnn_compile forecast network -n 2 --devices h100
 
 clean: ## remove what was built, and caches; .venv stays
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

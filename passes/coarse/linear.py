@@ -210,7 +210,7 @@ class LowRankMap(FittedMap):
         """Map a source tensor to a tensor of the target's shape."""
         rows = self.up(self.down(self.features(x).to(self.down.weight.dtype)))
         if self._whole:
-            grid = rows.reshape(len(rows), self._target.channels, *self._grids[1])
+            grid = rows.reshape(rows.shape[0], self._target.channels, *self._grids[1])
         else:
             grid = rows.reshape(-1, self._target.positions, self._target.channels).movedim(-1, 1)
             grid = grid.reshape(*grid.shape[:2], *self._target.space)

@@ -52,3 +52,9 @@ def test_it_moves_to_another_precision(network: pnn.Compiled) -> None:
 def test_pickling_says_what_to_do_instead(network: pnn.Compiled) -> None:
     with pytest.raises(TypeError, match=r"compiled\.save\(directory\)"):
         pickle.dumps(network)
+
+
+def test_the_example_of_a_lightning_module_is_taken() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model.example_input_array = torch.randn(3, 8)
+    assert [*pnn.compile(model, stages=2).program.args["input"].shape] == [3, 8]

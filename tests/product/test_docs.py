@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,8 @@ def test_links_lead_to_files(page: Path) -> None:
     local = [target for target in targets if not target.startswith("http")]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_citation_is_of_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -430,3 +431,13 @@ def test_export_takes_operator_set_and_precision(tmp_path: Path) -> None:
     model = onnx.load(file)
     assert model.opset_import[0].version == 21
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+
+
+def test_the_batch_of_a_map_of_small_rank_stays_free(tmp_path: Path) -> None:
+    families: dict[str, Any] = {"coarse": "lowrank", "preprocess": "lowrank", "rank": 2}
+    compiled = pnn.compile(residual_chain(4, 8), torch.randn(2, 8), stages=2, **families)
+    graph = onnx.load(compiled.export_onnx(tmp_path / "model.onnx").path).graph
+    computed = {name for node in graph.node for name in node.output}
+    shapes = [v.type.tensor_type.shape for v in graph.value_info if v.name in computed]
+    assert shapes
+    assert all(shape.dim[0].dim_param == "batch" for shape in shapes)
