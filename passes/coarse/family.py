@@ -115,7 +115,7 @@ FAMILIES: dict[str, Family] = {
         sweeps=_COLLAPSES,
         evidence=dict.fromkeys(
             ("chain", "collapsed"),
-            "lost 2.3 points in training from scratch (VGG-16 / 8, N = 3, one seed)",
+            "lost 2.1 points in training from scratch (VGG-16 / 8, N = 3, one seed)",
         ),
     ),
     "lowrank": Family(
@@ -144,10 +144,10 @@ FAMILIES: dict[str, Family] = {
         coarse_options=UnitsOptions,
         sweeps=_COLLAPSES,
         copies_blocks=True,
-        evidence=dict.fromkeys(
-            ("chain", "collapsed"),
-            "kept the accuracy in training from scratch (VGG-16 / 8, N = 3, one seed)",
-        ),
+        evidence={
+            "chain": "gained 2.2 points in training from scratch (VGG-16 / 8, N = 3, two seeds)",
+            "collapsed": "gained 1.0 point in training from scratch (VGG-16 / 8, N = 3, two seeds)",
+        },
     ),
     "thinned": Family(
         about="every m-th block of the trained trunk",
