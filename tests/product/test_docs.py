@@ -155,11 +155,17 @@ def test_a_page_runs_from_top_to_bottom(page: Path, session: dict[str, Any]) -> 
             continue
         if title.endswith(".py"):
             Path(title).write_text(text)
-        elif language == "python":
+        elif language == "python" and _has("transformers" if "from transformers" in text else ""):
             exec(compile(text, page.name, "exec"), session)
         elif language in ("", "bash"):
             for line in text.replace("\\\n", " ").splitlines():
                 _call(line.removeprefix("$ "))
+
+
+def _has(*libraries: str) -> bool:
+    """Whether optional libraries are installed; ready to be imported if so."""
+    declare()
+    return all(importlib.util.find_spec(name) for name in libraries if name)
 
 
 def _call(line: str) -> None:
@@ -172,10 +178,8 @@ def _call(line: str) -> None:
         line = line.replace(text, lighter)
     words = shlex.split(line, comments=True) if line.startswith(("pnn-", "torchrun ")) else []
     libraries = [name for prefix, name in _LIBRARIES.items() if prefix in line]
-    if words and libraries:
-        declare()
-        if not all(map(importlib.util.find_spec, libraries)):
-            return
+    if words and not _has(*libraries):
+        return
     if words[:1] == ["pnn-compile"]:
         assert main(words[1:]) == 0, line
     elif words and Path(words[-1]).exists():
