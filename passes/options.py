@@ -86,12 +86,14 @@ class Options:
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
         preprocess: Family of the preprocessing operators: "convolution", a strided convolution
-            from an image; "linear", "lowrank", "conv", "thinned", "time_step" or "identity" as
-            above; a sum; or "auto", the convolution where it fits and else the channel map.
+            from an image; "narrow", a copy of all layers before the interface at few channels;
+            "linear", "lowrank", "conv", "thinned", "time_step" or "identity" as above; a sum; or
+            "auto", the convolution where it fits and else the channel map.
         prologue: Largest share of the cost of the original that a preprocessing operator may spend
             on a copy of the first layers, to read their output instead of the input, or on a
-            thinned copy of all layers before its interface (`preprocess="thinned"`). None: no copy;
-            a tenth for "thinned"; with calibration samples, up to the coarse budget if the copy
+            thinned or narrow copy of all layers before its interface (`preprocess="thinned"`,
+            `"narrow"`). None: no copy; a tenth for "thinned"; for "narrow" too, or half an even
+            stage where that is less; with calibration samples, up to the coarse budget if the copy
             lowers the error.
         correction: "residual" (the paper; for training) or "difference" (classical parareal), which
             the coarse steps of a loop in time take in any case.

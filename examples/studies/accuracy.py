@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
-from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, Conversion
+from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, LENGTHS, Conversion
 from examples.studies.networks import in_groups, shortened
 from examples.studies.presets import PRESETS, Preset
 from examples.studies.table import Row, summary, table
@@ -54,6 +54,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "star, a quarter of the channels": {**_STAR, "coarse_width": 0.25},
     "star, two blocks": {**_STAR, "units": 2},
     "units with thinned guesses": {"coarse": "units", "preprocess": "thinned"},
+    "units with narrow guesses": {"coarse": "units", "preprocess": "narrow"},
+    "star with narrow guesses": {**_STAR, "preprocess": "narrow"},
     "units with first layers in guesses": {"coarse": "units", "prologue": 0.2},
     "linear, cuts inside blocks": {"coarse": "linear", "cut_inside_blocks": True},
 }
@@ -193,6 +195,30 @@ def conversion(study: Study) -> Iterator[Row]:
                     yield _controlled("conversion", control, stages, study, original, how)
 
 
+def lengths(study: Study) -> Iterator[Row]:
+    """Convert a trained original by fits of several lengths, beside controls of the same fit."""
+    original = study.original()
+    yield study.row("lengths", "original", 1, fitted=accuracy(original, study.task.test))
+    for stages in study.preset.stages:
+        for share in LENGTHS:
+            for name, how in CONVERSIONS.items():
+                if not study.wants(name):
+                    continue
+                total = share * study.preset.epochs / (how.epochs + how.interfaces)
+                how = replace(how, epochs=total * how.epochs, interfaces=total * how.interfaces)
+                try:
+                    compiled, _ = _convert(original, study, stages, how)
+                except SynthesisError as error:
+                    print(f"{name}, N = {stages}: {error}", file=sys.stderr)
+                    continue
+                controls = _controls(compiled, study, original)
+                after = f"after {share:.1%} of the training"
+                yield _fitted("lengths", f"{name}, {after}", compiled, study, how)
+                for control in controls:
+                    control = replace(control, name=f"{control.name}, as fast as {name}, {after}")
+                    yield _controlled("lengths", control, stages, study, original, how)
+
+
 def attempts(study: Study) -> Iterator[Row]:
     """Convert a trained original in several ways, each with its own fit."""
     original = study.original()
@@ -250,7 +276,7 @@ def _fitted(
 def _fit(network: nn.Module, study: Study, original: nn.Module, how: Conversion) -> None:
     train(
         network, study.task, study.preset, study.seed,
-        epochs=max(1, round(how.epochs + how.interfaces)),
+        epochs=how.epochs + how.interfaces,
         rate=how.rate * study.preset.fit_rate, dropout=how.dropout,
         teacher=copy.deepcopy(original),
     )  # fmt: skip
@@ -326,6 +352,7 @@ class _Iterated(nn.Module):
 STUDIES = {
     "scratch": from_scratch,
     "conversion": conversion,
+    "lengths": lengths,
     "iterations": iterations,
     "attempts": attempts,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["ATTEMPTS", "AUTO", "CONVERSIONS", "Conversion"]
+__all__ = ["ATTEMPTS", "AUTO", "CONVERSIONS", "LENGTHS", "Conversion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,15 @@ CONVERSIONS = {
     "parareal, thinned": Conversion(
         options={"preprocess": "thinned"}, interfaces=0.5, epochs=0.5, controls=True
     ),
+    "parareal, narrow": Conversion(
+        options={"preprocess": "narrow"}, interfaces=0.5, epochs=0.5, controls=True
+    ),
 }
-"""Guesses from the input and rank 32 everywhere; the measured choice; or guesses that are thinned
-copies of all before, which learn by themselves for half of the one epoch that all have."""
+"""Guesses from the input and rank 32 everywhere; the measured choice; or thinned or narrow copies
+of all before as guesses, which learn by themselves for half of the one epoch that all have."""
+
+LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
+"""Fits as shares of the training of the original; the ones that decide first."""
 
 _AT_POOLING = {"cuts": ["features.14", "features.24"]}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +95,7 @@ def train(
     preset: Preset,
     seed: int,
     *,
-    epochs: int | None = None,
+    epochs: float | None = None,
     rate: float | None = None,
     teacher: nn.Module | None = None,
     dropout: bool = True,
@@ -126,15 +128,15 @@ def train(
             network.parameters(), peak, weight_decay=1e-2, fused=device.type == "cuda"
         )
         samples = Shuffled(task, size, seed)
-        steps = count * len(samples)
+        steps = max(1, round(count * len(samples)))
         schedule = (
             torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
             if teacher is None
             else torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(steps))
         )
         first = _restore(state, network, optimizer, schedule, samples)
-        for epoch in range(first, count):
-            for x, y in samples:
+        for epoch in range(first, math.ceil(count)):
+            for x, y in itertools.islice(samples, steps - epoch * len(samples)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=preset.bfloat16):
                     loss = _loss(network, x, y, teacher)
                 optimizer.zero_grad()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -28,7 +28,7 @@ from torch import fx, nn
 from passes.analysis.analysis import Analysis
 from passes.analysis.blocks import Block
 from passes.analysis.cut_points import requirements
-from passes.coarse.narrow import Bottleneck, narrow
+from passes.coarse.narrow import Bottleneck, narrow, narrow_spec
 from passes.coarse.spec import (
     NON_EMPTY,
     CoarseOptions,
@@ -38,6 +38,7 @@ from passes.coarse.spec import (
     Site,
     Span,
     ValueName,
+    zeros,
 )
 from passes.errors import SynthesisError
 from passes.ir.program import Program, extract, nodes_between
@@ -241,11 +242,23 @@ def build_units(options: UnitsOptions, site: Site) -> Units | Bottleneck:
         SynthesisError: A block has no narrower copy, but a width is asked for.
     """
     copies = copied_blocks(site.program, options.blocks)
-    units = Units([_redraw(unit, options.width) for unit in copies], options.inputs)
     if options.width is None:
-        return units
+        for unit in copies:
+            redraw(unit, weights_of(unit))
+        return Units(copies, options.inputs)
     [entering], [leaving] = site.entering, site.leaving
-    return Bottleneck(units, entering, leaving, options.width)
+    state = zeros(narrow_spec(entering, options.width), site.program.device)
+    for block, unit in zip(options.blocks, copies, strict=True):
+        weights = weights_of(unit)
+        inputs = site.program.examples(block.inputs)
+        state = narrow(unit, options.width, [state, *inputs])
+        redraw(unit, weights)
+    if state.shape != narrow_spec(leaving, options.width).shape:
+        raise SynthesisError(
+            f"at a share of {options.width} the blocks leave {tuple(state.shape)} of "
+            f"{leaving.shape}: choose another coarse_width, or leave it out"
+        )
+    return Bottleneck(Units(copies, options.inputs), entering, leaving, options.width)
 
 
 def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.GraphModule]:
@@ -265,15 +278,21 @@ def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.Grap
     return copies
 
 
-def _redraw(unit: fx.GraphModule, width: float | None = None) -> fx.GraphModule:
-    """Draw fresh weights with the standard deviations that the block's own weights have.
+def weights_of(unit: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the parameters of a copied block, for `redraw`."""
+    return {name: p.detach().clone() for name, p in unit.named_parameters()}
+
+
+def redraw(unit: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> None:
+    """Draw fresh weights with the standard deviations that a block's own weights have.
 
     In a narrower copy an output sums fewer products, so that its weights are larger: by the root
     of the ratio of their numbers.
+
+    Args:
+        unit: The copy, which is changed.
+        weights: The block's own weights, by name.
     """
-    before = {name: p.detach().clone() for name, p in unit.named_parameters()}
-    if width is not None:
-        unit = narrow(unit, width)
     for module in unit.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
@@ -282,7 +301,7 @@ def _redraw(unit: fx.GraphModule, width: float | None = None) -> fx.GraphModule:
         for name, parameter in unit.named_parameters():
             if parameter.is_meta:
                 continue  # drawn when it is materialized
-            old = before[name]
+            old = weights[name]
             target = old.std().item() if old.numel() > 1 else 0.0
             if parameter.dim() > 1:
                 target *= (old[0].numel() / parameter[0].numel()) ** 0.5
@@ -293,4 +312,3 @@ def _redraw(unit: fx.GraphModule, width: float | None = None) -> fx.GraphModule:
                 parameter.mul_(target / spread)
             else:
                 parameter.copy_(old[tuple(slice(size) for size in parameter.shape)])
-    return unit

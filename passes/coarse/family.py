@@ -17,6 +17,7 @@ from torch import nn
 from passes.coarse.convolution import Conv, Convolution
 from passes.coarse.copied_blocks import UnitsOptions, build_units
 from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops
+from passes.coarse.narrow_guess import NarrowOptions, build_narrow
 from passes.coarse.spec import (
     CoarseOptions,
     CoarseSpec,
@@ -162,6 +163,13 @@ FAMILIES: dict[str, Family] = {
         sweeps=_EITHER,
         copies_blocks=True,
     ),
+    "narrow": Family(
+        about="all layers before the interface, at few channels",
+        preprocess=lambda options, site: Linear(
+            site.entering, site.leaving, bias=True, reads=options.reads
+        ),
+        preprocess_options=NarrowOptions,
+    ),
     "time_step": Family(
         about="the step of a loop in time itself, at a larger step",
         preprocess=lambda options, site: Unchanged(),
@@ -255,19 +263,23 @@ def build_preprocess(
     Raises:
         SynthesisError: The family is unknown.
     """
-    operator = _build(spec, Site(program, spec.options.sources, state))
-    return PreprocessingOperator(operator, _prologue(program, spec.options))
+    prologue, sources = _prologue(program, spec.options)
+    return PreprocessingOperator(_build(spec, Site(program, sources, state)), prologue)
 
 
-def _prologue(program: Program, options: PreprocessOptions) -> nn.Module | None:
-    """Build the map from inputs to sources: copied layers, coarse steps, or the embedding."""
+def _prologue(
+    program: Program, options: PreprocessOptions
+) -> tuple[nn.Module | None, Sequence[TensorSpec]]:
+    """Build the map from inputs to sources: copies of layers, coarse steps, or the embedding."""
+    if isinstance(options, NarrowOptions):
+        return build_narrow(program, options)
     if isinstance(options, FrontOptions):
-        return build_front(program, options)
+        return build_front(program, options), options.sources
     if isinstance(options, StartOptions):
-        return build_start(program, options)
+        return build_start(program, options), options.sources
     names = [source.name for source in options.sources]
     if names == list(options.inputs):
-        return None
+        return None, options.sources
     prologue = extract(
         program,
         nodes_between(program, *options.copied) if options.copied else [],
@@ -277,7 +289,9 @@ def _prologue(program: Program, options: PreprocessOptions) -> nn.Module | None:
         sides=options.sides,
         name="Prologue",
     )
-    return copy.deepcopy(prologue).requires_grad_() if options.copied else prologue
+    if options.copied:
+        prologue = copy.deepcopy(prologue).requires_grad_()
+    return prologue, options.sources
 
 
 def build_coarse(

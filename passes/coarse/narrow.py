@@ -1,19 +1,20 @@
-"""Narrow copies of blocks: a reduction, the blocks at a share of their channels, an expansion.
+"""Narrow copies of layers, each at a share of its channels.
 
-With a share of a quarter, for a residual of [B, 64, 8, 8] and a last state of [B, 256, 4, 4]:
+A coarse propagator of copied blocks works between a reduction and an expansion. With a share of a
+quarter, for a residual of [B, 64, 8, 8] and a last state of [B, 256, 4, 4]:
 
     [B, 64, 8, 8] -> reduce -> [B, 16, 8, 8] -> blocks -> [B, 64, 4, 4] -> expand -> [B, 256, 4, 4]
 
 Reduction and expansion are channel maps (1 x 1 convolutions of images, linear layers of tokens).
-Every layer of a block keeps its kernel, stride and so on, and has the same share of its channels in
-and out, so that a convolution at a share s takes s^2 of the FLOPs.
+Every layer keeps its kernel, stride and so on, reads as many channels as reach it, and returns the
+share of its own, so that a convolution at a share s takes s^2 of the FLOPs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from passes.coarse.linear import LinearMap
-from passes.errors import SynthesisError
-from passes.ir.program import resolve
+from passes.errors import SynthesisError, first_line
+from passes.ir.program import Interpreter, resolve
 from passes.ir.tensor_spec import TensorSpec
 
 
@@ -70,46 +71,82 @@ def _share(count: int, width: float) -> int:
     return max(1, round(count * width))
 
 
-def narrow(unit: fx.GraphModule, width: float) -> fx.GraphModule:
-    """Replace every layer of a block by one of a share of its channels, with weights of its own.
+def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
+    """Replace every layer of a graph by one of a share of its channels, with weights of its own.
+
+    Args:
+        unit: The graph, which is changed.
+        width: The share.
+        arguments: Values of its placeholders, whose channels the first layers read.
+
+    Returns:
+        What the graph returns for them in evaluation mode.
 
     Raises:
-        SynthesisError: A layer has parameters, but no number of channels that is known here.
+        SynthesisError: A layer has parameters, but no number of channels that is known here, or
+            the code between the layers counts on all channels.
     """
     for node in unit.graph.find_nodes(op="get_attr"):
         if isinstance(resolve(unit, str(node.target)), nn.Parameter):
-            raise SynthesisError(f"the block reads the parameter {node.target} itself, {_ADVICE}")
-    for path in sorted({str(node.target) for node in unit.graph.find_nodes(op="call_module")}):
-        unit.add_submodule(path, _narrow_layer(unit.get_submodule(path), width))
-    return unit
+            raise SynthesisError(f"a block reads the parameter {node.target} itself, {_ADVICE}")
+    training = {path: module.training for path, module in unit.named_modules()}
+    try:
+        with torch.no_grad():
+            outputs = _Narrowing(unit, width).run(*arguments)
+    except RuntimeError as error:
+        raise SynthesisError(
+            f"the code of a block counts on all channels ({first_line(error)}), at a share of "
+            f"{width:.3g}: choose another share by coarse_width (guesses: prologue), {_OTHERWISE}"
+        ) from error
+    for path, module in unit.named_modules():
+        module.training = training.get(path, unit.training)
+    return outputs
 
 
-_ADVICE = "so that no narrower copy of it can be built: leave coarse_width out"
+class _Narrowing(Interpreter):
+    """Run a graph, and replace every layer when its input is there."""
+
+    def __init__(self, unit: fx.GraphModule, width: float) -> None:
+        super().__init__(unit)
+        self._unit, self._width = unit, width
+        self._replaced = set[str]()
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer, after it was replaced."""
+        if target not in self._replaced:
+            layer = self._unit.get_submodule(target)
+            self._unit.add_submodule(target, _narrow_layer(layer, self._width, args).eval())
+            self._replaced.add(target)
+        return super().call_module(target, args, kwargs)
 
 
-def _narrow_layer(layer: nn.Module, width: float) -> nn.Module:
+_OTHERWISE = "or leave coarse_width (guesses: preprocess='narrow') out"
+_ADVICE = f"so that no narrower copy of it can be built: {_OTHERWISE[3:]}"
+
+
+def _narrow_layer(layer: nn.Module, width: float, arguments: Sequence[Any]) -> nn.Module:
     if next(layer.parameters(), None) is None and next(layer.buffers(), None) is None:
         return layer
     make = next((make for kind, make in _LAYERS.items() if isinstance(layer, kind)), None)
     if make is None:
-        raise SynthesisError(f"the block has a layer of type {type(layer).__name__}, {_ADVICE}")
+        raise SynthesisError(f"a block has a layer of type {type(layer).__name__}, {_ADVICE}")
     weight = next(layer.parameters(), None)
     place: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype}
-    narrower: nn.Module = make(layer, width, place)
-    if weight is not None:
-        narrower = narrower.to(weight.device)
-    return narrower.train(layer.training)
+    narrower: nn.Module = make(layer, width, arguments[0].shape, place)
+    return narrower if weight is None else narrower.to(weight.device)
 
 
-def _convolution(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+def _convolution(
+    layer: Any, width: float, entering: torch.Size, place: dict[str, Any]
+) -> nn.Module:
     if layer.transposed:
-        raise SynthesisError(f"the block has a layer of type {type(layer).__name__}, {_ADVICE}")
-    channels = _share(layer.in_channels, width), _share(layer.out_channels, width)
+        raise SynthesisError(f"a block has a layer of type {type(layer).__name__}, {_ADVICE}")
+    channels = entering[-len(layer.kernel_size) - 1], _share(layer.out_channels, width)
     groups = 1 if layer.groups == 1 else _share(layer.groups, width)
     if channels[0] % groups or channels[1] % groups:
         raise SynthesisError(
             f"{layer.groups} groups of {layer.in_channels} channels have no share of {width}: "
-            "choose another coarse_width"
+            f"choose another coarse_width (guesses: prologue), {_OTHERWISE}"
         )
     narrower: nn.Module = type(layer)(
         *channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
@@ -118,40 +155,36 @@ def _convolution(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
     return narrower
 
 
-def _linear(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
-    features = _share(layer.in_features, width), _share(layer.out_features, width)
-    return nn.Linear(*features, layer.bias is not None, **place)
+def _linear(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
+    return nn.Linear(
+        entering[-1], _share(layer.out_features, width), layer.bias is not None, **place
+    )
 
 
-def _batch_norm(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
-    count = _share(layer.num_features, width)
+def _batch_norm(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
     narrower: nn.Module = type(layer)(
-        count, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **place
+        entering[1], layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **place
     )
     return narrower
 
 
-def _layer_norm(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
+def _layer_norm(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
     if len(layer.normalized_shape) > 1:
-        raise SynthesisError(f"the block normalizes {len(layer.normalized_shape)} axes, {_ADVICE}")
+        raise SynthesisError(f"a block normalizes {len(layer.normalized_shape)} axes, {_ADVICE}")
     biased = layer.bias is not None
-    (count,) = layer.normalized_shape
-    return nn.LayerNorm(
-        _share(count, width), layer.eps, layer.elementwise_affine, bias=biased, **place
-    )
+    return nn.LayerNorm(entering[-1], layer.eps, layer.elementwise_affine, bias=biased, **place)
 
 
-def _group_norm(layer: Any, width: float, place: dict[str, Any]) -> nn.Module:
-    channels = _share(layer.num_channels, width)
-    groups = math.gcd(layer.num_groups, channels)
-    return nn.GroupNorm(groups, channels, layer.eps, layer.affine, **place)
+def _group_norm(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
+    groups = math.gcd(layer.num_groups, entering[1])
+    return nn.GroupNorm(groups, entering[1], layer.eps, layer.affine, **place)
 
 
-_LAYERS: dict[type[nn.Module], Callable[[Any, float, dict[str, Any]], nn.Module]] = {
+_LAYERS: dict[type[nn.Module], Callable[[Any, float, torch.Size, dict[str, Any]], nn.Module]] = {
     _ConvNd: _convolution,
     nn.Linear: _linear,
     _BatchNorm: _batch_norm,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
 }
-"""How to make a layer of a share of the channels."""
+"""How to make a layer of a share of the channels for an input of some shape."""

@@ -1,19 +1,22 @@
-"""Choose the sources of a preprocessing operator: inputs, copied first layers, or a thinned front.
+"""Choose the sources of a preprocessing operator: inputs, or copies of layers before the interface.
 
 The third is how classical parareal begins, with the coarse propagator run from the start (Lions,
 Maday, Turinici 2001): every m-th block of all that lies before the interface. Each device runs its
-front at the same time as the others. With an interface at `|`, stem S and blocks A:
+front at the same time as the others. With an interface at `|`, stem S and blocks A, and a at few
+channels:
 
     original      S A A A A A A | A A A
     inputs                      -> map to the state at |
     first layers  S A           -> map to the state at |
     thinned       S   A     A   -> map to the state at |
+    narrow        s a a a a a a -> map to the state at |
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +26,9 @@ from torch import fx
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
 from passes.analysis.dependence import PreprocessingSource
-from passes.coarse.family import copies_blocks
+from passes.coarse.family import copies_blocks, options_of
+from passes.coarse.narrow import narrow_spec
+from passes.coarse.narrow_guess import NarrowOptions
 from passes.coarse.spec import PreprocessOptions, Reads, SourceSpec
 from passes.coarse.thinned_blocks import FrontOptions, Stem, SteppedBlocks, stepped_copies, thin
 from passes.ir.tensor_spec import TensorSpec
@@ -33,7 +38,11 @@ if TYPE_CHECKING:
 
 
 _SHARE = 0.1
-"""Default share of the cost of the original that a thinned front may take."""
+"""Default share of the cost of the original that a thinned or narrow front may take."""
+_SHARE_OF_STAGE = 0.5
+"""Default share of an even stage that a narrow front may take."""
+_MOST_CHANNELS = 0.5
+"""Largest share of the channels of a narrow front."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class PreprocessOrigin:
         nodes: The first layers, to be copied; empty if the sources are inputs, or embeddings.
         steps: The blocks after them that are copied too, each with its step.
         copied: All nodes that are copied.
-        flops: FLOPs of `copied`.
+        flops: FLOPs of the copies.
+        share: Share of the channels at which the copies of `nodes` work.
     """
 
     sources: tuple[PreprocessingSource, ...]
@@ -53,11 +63,13 @@ class PreprocessOrigin:
     steps: tuple[SteppedBlocks, ...] = ()
     copied: tuple[fx.Node, ...] = ()
     flops: int = 0
+    share: float = 1.0
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """Types of the sources."""
-        return [source.spec for source in self.sources]
+        """Types of the sources; at a share of the channels, what they are about."""
+        specs = [source.spec for source in self.sources]
+        return specs if self.share == 1 else [narrow_spec(spec, self.share) for spec in specs]
 
 
 def origin_of(analysis: Analysis, options: Options, cut: Position) -> PreprocessOrigin:
@@ -75,6 +87,8 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Preprocess
     origin = None
     if copies_blocks(options.preprocess):
         origin = _thinned(analysis, cut, limit if options.prologue is not None else None)
+    elif is_narrow(options.preprocess):
+        origin = _narrow(analysis, options, cut)
     elif limit:
         origin = _first_layers(analysis, limit, cut)
     origin = origin or PreprocessOrigin(analysis.sources)
@@ -83,8 +97,13 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Preprocess
         for source in origin.sources
         if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
     )
-    flops = sum(analysis.costs[node].flops for node in origin.copied)
-    return dataclasses.replace(origin, sources=usable, flops=flops)
+    flops = origin.share**2 * sum(analysis.costs[node].flops for node in origin.copied)
+    return dataclasses.replace(origin, sources=usable, flops=round(flops))
+
+
+def is_narrow(family: str) -> bool:
+    """Return whether preprocessing operators of a family are narrow copies of the layers before."""
+    return family != "auto" and issubclass(options_of("preprocess", family), NarrowOptions)
 
 
 def can_be_guessed(analysis: Analysis, options: Options, cut: Position) -> bool:
@@ -130,6 +149,19 @@ def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Preprocess
         return None
     nodes = tuple(analysis.frontiers.order[: best.index])
     return PreprocessOrigin(_sources(best), nodes, copied=nodes)
+
+
+def _narrow(analysis: Analysis, options: Options, cut: Position) -> PreprocessOrigin:
+    """Copy all layers before a cut at the channels that the cost of the front allows."""
+    share = options.prologue
+    if share is None:
+        share = min(_SHARE, _SHARE_OF_STAGE / (options.num_stages or 1))
+    nodes = tuple(analysis.frontiers.order[: cut.index])
+    cost = sum(analysis.costs[node].cost for node in nodes) or 1.0
+    width = min(_MOST_CHANNELS, math.sqrt(share * analysis.total / cost))
+    # Eighths where possible: heads of attention, and groups, stay whole.
+    width = math.floor(8 * width) / 8 or width
+    return PreprocessOrigin(_sources(cut), nodes, copied=nodes, share=width)
 
 
 def _sources(position: Position) -> tuple[PreprocessingSource, ...]:
@@ -192,6 +224,8 @@ def options_from(
         prologue=options.prologue,
         reads=reads,
     )
+    if origin.share != 1:
+        return NarrowOptions(**vars(plain), share=origin.share)
     if not origin.steps:
         return plain
     # With a step of 1 the error was smaller: the map after the blocks scales anyway.

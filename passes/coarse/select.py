@@ -36,6 +36,7 @@ from passes.coarse.linear import linear_flops
 from passes.coarse.prologue import (
     PreprocessOrigin,
     front_estimate,
+    is_narrow,
     options_from,
     origin_of,
     too_expensive,
@@ -47,6 +48,7 @@ from passes.coarse.spec import (
     PreprocessSpec,
     Span,
     dependence,
+    zeros,
 )
 from passes.coarse.step_rules import demand_loop
 from passes.coarse.time_step import (
@@ -212,6 +214,10 @@ def _measure_preprocess(
     with _failing_by_name("preprocess", draft.family, types):
         with seeded(0):
             module = build_preprocess(analysis.program, draft, types)
+        if is_narrow(draft.family):
+            inputs = analysis.program.examples(draft.options.inputs)
+            work = _measure_call(analysis, module, [], inputs)
+            return work | {"parameters": sum(p.numel() for p in module.parameters())}
         work = _measure_call(analysis, module.operator, origin.specs, [])
     copied = [analysis.costs[node] for node in origin.copied]
     work["flops"] += origin.flops
@@ -371,20 +377,11 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     made_of = draft.options.made_of(analysis)
     key = draft.family, made_of, tuple(sources), tuple(targets)
     if key not in analysis.measured:
-        by_name = {n.name: analysis.program.args[str(n.target)] for n in analysis.program.inputs}
-        inputs = [by_name[name] for name in draft.options.inputs]
+        inputs = analysis.program.examples(draft.options.inputs)
         with _failing_by_name("coarse", draft.family, sources):
             with seeded(0):
                 module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
-            try:
-                work = _measure_call(analysis, module, sources, inputs, corrects=True)
-            except RuntimeError as error:
-                if getattr(draft.options, "width", None) is None:
-                    raise
-                raise SynthesisError(
-                    f"coarse_width={span.options.coarse_width} does not fit the blocks, whose code "
-                    f"counts on all channels: leave it out ({error})"
-                ) from error
+            work = _measure_call(analysis, module, sources, inputs, corrects=True)
         work["parameters"] = sum(p.numel() for p in module.parameters())
         analysis.measured[key] = work
     return dataclasses.replace(draft, **analysis.measured[key])
@@ -454,9 +451,7 @@ def _measure_call(
         corrects: Whether it is a coarse propagator.
     """
     device = analysis.program.device
-    values = [
-        torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in state
-    ]
+    values = [zeros(spec, device) for spec in state]
     module.to(device).eval()
 
     def call(*tensors: torch.Tensor) -> Any:

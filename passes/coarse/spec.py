@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
+import torch
 from torch import nn
 
 from passes.analysis.analysis import Analysis
@@ -147,6 +148,11 @@ class Site:
     entering: Sequence[TensorSpec]
     leaving: Sequence[TensorSpec]
     fine: nn.Module | None = None
+
+
+def zeros(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a type, filled with zeros."""
+    return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
 def dependence(

@@ -127,6 +127,13 @@ class Program:
         """Copy the example inputs, by position: the program may write into them."""
         return [clone_tensors(self.args[str(node.target)]) for node in self.inputs]
 
+    def examples(self, names: Sequence[str]) -> list[Any]:
+        """Copy the example inputs of placeholders, by the names of their nodes, to the device."""
+        values = {n.name: self.args[str(n.target)] for n in self.inputs if n.name in names}
+        copies = clone_tensors([values[name] for name in names])
+        moved: list[Any] = pytree.tree_map_only(torch.Tensor, lambda x: x.to(self.device), copies)
+        return moved
+
 
 def provenance(node: fx.Node) -> Provenance:
     """Return the origin of a node; an empty record for nodes that the compiler made."""

@@ -163,7 +163,7 @@ def test_what_cannot_be_narrow_says_why() -> None:
         with pytest.raises(OptionError, match="coarse_width must be a share"):
             pnn.compile(model, x, stages=2, coarse="units", coarse_width=width)  # type: ignore[arg-type]
     tokens, ids = _network("decoder")
-    with pytest.raises(SynthesisError, match=r"coarse_width=0\.3 does not fit the blocks"):
+    with pytest.raises(SynthesisError, match=r"counts on all channels .* at a share of 0\.3"):
         pnn.compile(tokens, ids, stages=2, coarse="units", coarse_width=0.3, coarse_budget=1.0)
     blocks = nn.Sequential(*(Recurrent() for _ in range(4)))
     with pytest.raises(SynthesisError, match="layer of type GRU"):

@@ -1,0 +1,117 @@
+"""Guesses from a copy of all layers before an interface, at few channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import decoder, vgg16
+from passes.coarse.narrow_guess import NarrowOptions
+from passes.errors import SynthesisError
+from tests.support.programs import copies
+
+
+class Dense(nn.Module):
+    """Layers that read all before them, so that shares of channels add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(5 + 7 * i, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU())
+            for i in range(6)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x.mean((2, 3))
+
+
+class Grouped(nn.Module):
+    """Depth-wise and grouped convolutions, group normalization and layers of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(16, 16, 3, padding=1, groups=groups), nn.GroupNorm(4, 16), nn.GELU()
+                )
+                for groups in (16, 4, 16, 4)
+            )
+        )
+        self.tokens = nn.Sequential(
+            *(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(3))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = self.tokens(self.blocks(self.stem(x)).flatten(2).transpose(1, 2))
+        return tokens.mean(1)
+
+
+def _vgg(**options: object) -> pnn.Compiled:
+    torch.manual_seed(0)
+    model = vgg16.build_model(width=8)
+    return pnn.compile(model, torch.randn(2, 3, 32, 32), stages=3, preprocess="narrow", **options)  # type: ignore[call-overload,no-any-return]
+
+
+vgg = copies(_vgg)
+
+
+def test_a_guess_is_as_deep_as_what_it_stands_for_and_takes_the_share_asked_for() -> None:
+    for share, network in ((0.1, vgg()), (0.05, vgg(prologue=0.05))):
+        whole = sum(stage.flops for stage in network.plan.stages) + network.plan.head.flops
+        for number, stage in enumerate(network.plan.stages[1:], 1):
+            spec = stage.preprocess
+            assert spec is not None
+            assert isinstance(spec.options, NarrowOptions)
+            assert spec.flops <= 1.2 * share * whole  # and the map after the layers
+            layers = network.operators.preprocess[number].prologue
+            assert isinstance(layers, nn.Module)
+            convolutions = [m for m in layers.modules() if isinstance(m, nn.Conv2d)]
+            before = [m for fine in network.stages.fine[:number] for m in fine.modules()]
+            originals = [m for m in before if isinstance(m, nn.Conv2d)]
+            assert len(convolutions) == len(originals)
+            assert convolutions[0].in_channels == 3
+            for own, original in zip(convolutions, originals, strict=True):
+                expected = round(original.out_channels * spec.options.share)
+                assert own.out_channels == max(1, expected)
+                assert own.weight.std().item() > 0
+            owned = {id(parameter) for parameter in layers.parameters()}
+            assert not owned & {id(p) for m in before for p in m.parameters()}
+    assert vgg().verify().ok
+
+
+@pytest.mark.parametrize("model", [Dense(), Grouped()], ids=["dense", "grouped"])
+def test_every_layer_reads_as_many_channels_as_reach_it(model: nn.Module) -> None:
+    channels = 5 if isinstance(model, Dense) else 3
+    x = torch.randn(2, channels, 8, 8)
+    network = pnn.compile(model, x, stages=3, preprocess="narrow", coarse="linear", prologue=0.3)
+    assert network.verify().ok
+    network.module.train()(torch.randn(4, channels, 8, 8)).sum().backward()
+    for guess in network.operators.preprocess.values():
+        assert all(p.grad is not None for p in guess.parameters())
+
+
+def test_what_has_no_narrower_copy_says_why() -> None:
+    tokens = decoder.build_model(layers=4, width=16, context=16)
+    with pytest.raises(SynthesisError, match="preprocess='narrow'"):
+        pnn.compile(
+            tokens, torch.randint(256, (2, 16)), stages=2, preprocess="narrow", prologue=0.06
+        )
+
+
+def test_it_is_loaded_as_it_was_saved_and_learns_by_itself(tmp_path: Path) -> None:
+    network = vgg()
+    images = [torch.randn(8, 3, 32, 32) for _ in range(8)]
+    fit = pnn.fit(network, images, interface_epochs=4, epochs=0.01)
+    assert all(one.guess_last < 0.9 * one.guess_first for one in fit.interfaces)
+    loaded = pnn.load(network.save(tmp_path / "out"))
+    with torch.no_grad():
+        expected = network.module.eval()(images[0])
+        assert torch.equal(loaded.module.eval()(images[0]), expected)
