@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.coarse.linear import LinearMap
 from passes.errors import SynthesisError, first_line
-from passes.ir.program import Interpreter, resolve
+from passes.ir.program import Interpreter
 from passes.ir.tensor_spec import TensorSpec
 
 
@@ -86,9 +86,6 @@ def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
         SynthesisError: A layer has parameters, but no number of channels that is known here, or
             the code between the layers counts on all channels.
     """
-    for node in unit.graph.find_nodes(op="get_attr"):
-        if isinstance(resolve(unit, str(node.target)), nn.Parameter):
-            raise SynthesisError(f"a block reads the parameter {node.target} itself, {_ADVICE}")
     training = {path: module.training for path, module in unit.named_modules()}
     try:
         with torch.no_grad():
@@ -111,6 +108,16 @@ class _Narrowing(Interpreter):
         self._unit, self._width = unit, width
         self._replaced = set[str]()
 
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read a value, after it was replaced if it is a parameter, such as an embedding."""
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, nn.Parameter) and target not in self._replaced:
+            self._replaced.add(target)
+            path, _, name = target.rpartition(".")
+            value = nn.Parameter(_narrow_parameter(value, self._width))
+            setattr(self._unit.get_submodule(path), name, value)
+        return value
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a layer, after it was replaced."""
         if target not in self._replaced:
@@ -122,6 +129,19 @@ class _Narrowing(Interpreter):
 
 _OTHERWISE = "or leave coarse_width (guesses: preprocess='narrow') out"
 _ADVICE = f"so that no narrower copy of it can be built: {_OTHERWISE[3:]}"
+
+
+def _narrow_parameter(parameter: torch.Tensor, width: float) -> torch.Tensor:
+    """Draw a parameter of a share of the channels: its last axis that is none of size 1.
+
+    That is the last one of an embedding of positions `[T, D]`, the first one of a scale
+    `[C, 1, 1]`.
+    """
+    shape = list(parameter.shape)
+    axis = max((axis for axis, size in enumerate(shape) if size > 1), default=None)
+    if axis is not None:
+        shape[axis] = _share(shape[axis], width)
+    return torch.randn_like(parameter.new_empty(shape))
 
 
 def _narrow_layer(layer: nn.Module, width: float, arguments: Sequence[Any]) -> nn.Module:
@@ -168,6 +188,12 @@ def _batch_norm(layer: Any, width: float, entering: torch.Size, place: dict[str,
     return narrower
 
 
+def _embedding(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
+    return nn.Embedding(
+        layer.num_embeddings, _share(layer.embedding_dim, width), layer.padding_idx, **place
+    )
+
+
 def _layer_norm(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
     if len(layer.normalized_shape) > 1:
         raise SynthesisError(f"a block normalizes {len(layer.normalized_shape)} axes, {_ADVICE}")
@@ -183,6 +209,7 @@ def _group_norm(layer: Any, width: float, entering: torch.Size, place: dict[str,
 _LAYERS: dict[type[nn.Module], Callable[[Any, float, torch.Size, dict[str, Any]], nn.Module]] = {
     _ConvNd: _convolution,
     nn.Linear: _linear,
+    nn.Embedding: _embedding,
     _BatchNorm: _batch_norm,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,

@@ -106,6 +106,23 @@ def test_what_has_no_narrower_copy_says_why() -> None:
         )
 
 
+def test_embeddings_and_parameters_are_narrow_too_and_a_decoder_stays_causal() -> None:
+    torch.manual_seed(0)
+    model = decoder.build_model(layers=4, width=32, context=16)
+    tokens = torch.randint(256, (2, 16))
+    network = pnn.compile(model, tokens, stages=2, preprocess="narrow", prologue=0.2)
+    layers = network.operators.preprocess[1].prologue
+    assert isinstance(layers, nn.Module)
+    assert {p.shape[-1] for p in layers.parameters() if p.dim() > 1} <= {8, 12, 16, 32, 48, 64}
+    assert network.verify().ok
+    with torch.no_grad():
+        network.module.eval()
+        changed = torch.cat([tokens[:, :9], (tokens[:, 9:] + 1) % 256], 1)
+        before, after = network.module(tokens), network.module(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
 def test_it_is_loaded_as_it_was_saved_and_learns_by_itself(tmp_path: Path) -> None:
     network = vgg()
     images = [torch.randn(8, 3, 32, 32) for _ in range(8)]
