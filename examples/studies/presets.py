@@ -55,7 +55,7 @@ class Preset:
 PRESETS = {
     "smoke": Preset(
         samples=512, tests=256, epochs=1, units=12, width=4, vgg_width=4, stages=(3,),
-        texts=256, layers=4, embedding=16,
+        texts=256, layers=4, embedding=32,
     ),
     "cpu": Preset(
         samples=20_000, tests=6_000, epochs=3, units=24, width=8, vgg_width=8, stages=(3, 6, 12),

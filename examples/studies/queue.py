@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Settings(
             options.preset, options.data, options.device, options.results,
             options.originals or Path(folder),
-            max(1, (os.cpu_count() or 1) // options.jobs), stop,
+            max(1, torch.get_num_threads() // options.jobs), stop,
         )  # fmt: skip
         context = multiprocessing.get_context("spawn")
         waiting = context.Queue()
