@@ -8,12 +8,13 @@ models that run in other threads meanwhile are not affected (`exclusive`).
 from __future__ import annotations
 
 import functools
+import operator
 import pickle
 import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +111,15 @@ def random_sources(*modules: nn.Module) -> list[RandomSource]:
 
     torch's own generators are not among them: operators of a graph may draw from these.
     """
+    return _sources(modules, _complex_attributes(*modules))
+
+
+def _sources(modules: Sequence[nn.Module], attributes: Sequence[Attribute]) -> list[RandomSource]:
     sources = [RandomSource("Python's random module", random.getstate, random.setstate)]
     if numpy := sys.modules.get("numpy"):
         functions = numpy.random.get_state, numpy.random.set_state
         sources.append(RandomSource("numpy's random module", *functions))
-    for child, name, value in _complex_attributes(*modules):
+    for child, name, value in attributes:
         for leaf in pytree.tree_leaves(value):
             if accessors := _generator_accessors(leaf):
                 label = f"the {type(leaf).__name__} {_path(modules, child, name)!r}"
@@ -137,7 +142,7 @@ def _generator_accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any],
     return None
 
 
-def _path(modules: tuple[nn.Module, ...], child: nn.Module, attribute: str) -> str:
+def _path(modules: Sequence[nn.Module], child: nn.Module, attribute: str) -> str:
     """Return the qualified name of an attribute of a submodule."""
     named = (pair for module in modules for pair in nn.Module.named_modules(module))
     path = next((path for path, module in named if module is child), "")
@@ -322,12 +327,13 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         modules: The modules to restore, with all their submodules.
     """
     with LOCK, torch.random.fork_rng():
-        states = [(source, source.read()) for source in random_sources(*modules)]
+        attributes = _complex_attributes(*modules)
+        states = [(source, source.read()) for source in _sources(modules, attributes)]
         children = submodules(*modules)
         # A forward may count its calls, keep tensors for the next call, write to a buffer in place
         # or replace it by another tensor.
         tables = [(t, dict(t)) for child in children for t in (vars(child), child._buffers)]
-        values = [value for _, _, value in _complex_attributes(*modules)]
+        values = [value for _, _, value in attributes]
         containers = [(v, v.copy()) for v in values if type(v) in (list, dict, set, deque)]
         tensors = [
             (leaf, leaf.detach().clone())
@@ -363,9 +369,8 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 
 def _has_entries(table: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
     """Whether a table still holds the very objects that it held."""
-    if len(table) != len(entries):
-        return False
-    return all(table.get(name, table) is value for name, value in entries.items())
+    # Without a loop in Python: a deep model has tens of thousands of entries.
+    return [*table] == [*entries] and all(map(operator.is_, table.values(), entries.values()))
 
 
 def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
@@ -373,9 +378,11 @@ def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
+Attribute = tuple[nn.Module, str, Any]
+"""A module, the name of one of its attributes, and its value."""
 
 
-def _complex_attributes(*modules: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def _complex_attributes(*modules: nn.Module) -> list[Attribute]:
     """Return the attributes of submodules besides torch's, numbers, texts and tuples of these.
 
     Flattening a plain value takes longer than looking at it, and a deep model has thousands.

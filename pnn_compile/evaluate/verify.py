@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,8 +119,8 @@ def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
     Raises:
         VerificationError: A check failed, under `strict`.
     """
-    compiled = dataclasses.replace(compiled, program=compiled.current_program())
-    checks = tuple(_timed(compiled, check) for check in _CHECKS)
+    subject = _Subject(dataclasses.replace(compiled, program=compiled.current_program()))
+    checks = tuple(_timed(subject, check) for check in _CHECKS)
     report = VerifyReport(checks)
     if strict and not report.ok:
         failed = [f"{check.name}: {check.reason}" for check in checks if not check.passed]
@@ -128,12 +128,53 @@ def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
     return report
 
 
-_CheckFunction = Callable[["Compiled"], Check]
+@dataclass(frozen=True)
+class _Subject:
+    """What is verified, with the runs of the original that several checks compare with.
+
+    Attributes:
+        compiled: The network; its program holds the weights of now.
+    """
+
+    compiled: Compiled
+
+    @cached_property
+    def evaluation(self) -> StepResult:
+        """The original in evaluation mode."""
+        return _run(self.compiled, self.compiled.program.module, train=False, grad=False)
+
+    @cached_property
+    def training(self) -> StepResult:
+        """The original in training mode, with gradients.
+
+        Raises:
+            RuntimeError: It cannot run so on its example inputs; capture has warned of that.
+            ValueError: The same.
+        """
+        return _run(self.compiled, self.compiled.program.module, train=True, grad=True)
+
+    @cached_property
+    def states(self) -> StepResult:
+        """The original's output, and the last state of its stages."""
+        program = self.compiled.program
+        return _run_with_states(program, self.compiled.sequential, program.module)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether the original draws random numbers in evaluation mode."""
+        program = self.compiled.program
+        with preserved(program.module), torch.no_grad():
+            state = torch.get_rng_state()
+            program.module.eval()(*program.fresh_inputs())
+            return not torch.equal(state, torch.get_rng_state())
 
 
-def _timed(compiled: Compiled, check: _CheckFunction) -> Check:
+_CheckFunction = Callable[[_Subject], Check]
+
+
+def _timed(subject: _Subject, check: _CheckFunction) -> Check:
     start = time.perf_counter()
-    result = check(compiled)
+    result = check(subject)
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
@@ -208,21 +249,16 @@ def _rounded(value: Any, generator: torch.Generator) -> Any:
     return value + size * error.to(value)
 
 
-def _compare_with_program(
-    compiled: Compiled, name: str, network: nn.Module, *, train: bool, grad: bool, slack: float
+def _compare_stages(
+    subject: _Subject, name: str, original: StepResult, *, train: bool, grad: bool
 ) -> Check:
-    try:
-        original = _run(compiled, compiled.program.module, train=train, grad=grad)
-    except (RuntimeError, ValueError) as error:
-        if not train:
-            raise
-        # Capture has warned already that the model cannot run in training mode on this example.
-        return Check(f"{name} (not run: {error})", None, None, "", 0.0)
-    with preserved(network):
-        network.train(train)
-        result = _run(compiled, network, train=train, grad=grad)
-    limit = _tolerance(compiled.plan, original) * slack
-    reason = compare(result, original, slack, limit)
+    """Compare the stages in sequence with the original."""
+    compiled = subject.compiled
+    with preserved(compiled.sequential):
+        compiled.sequential.train(train)
+        result = _run(compiled, compiled.sequential, train=train, grad=grad)
+    limit = _tolerance(compiled.plan, original)
+    reason = compare(result, original, 1.0, limit)
     return Check(name, _error(result, original), limit, reason, 0.0)
 
 
@@ -237,29 +273,31 @@ def _error(result: StepResult, original: StepResult, noise: Sequence[float] = ()
     return max(errors, default=0.0)
 
 
-def _stages_train(compiled: Compiled) -> Check:
+def _stages_train(subject: _Subject) -> Check:
     name = "stages in sequence = original, training (outputs, gradients, buffers)"
-    return _compare_with_program(
-        compiled, name, compiled.sequential, train=True, grad=True, slack=1.0
-    )
+    try:
+        original = subject.training
+    except (RuntimeError, ValueError) as error:
+        return Check(f"{name} (not run: {error})", None, None, "", 0.0)
+    return _compare_stages(subject, name, original, train=True, grad=True)
 
 
-def _stages_eval(compiled: Compiled) -> Check:
+def _stages_eval(subject: _Subject) -> Check:
     name = "stages in sequence = original, evaluation"
-    return _compare_with_program(
-        compiled, name, compiled.sequential, train=False, grad=False, slack=1.0
-    )
+    return _compare_stages(subject, name, subject.evaluation, train=False, grad=False)
 
 
-def _exact_coarse(compiled: Compiled) -> Check:
+def _exact_coarse(subject: _Subject) -> Check:
     def exact(stage: Stage) -> CoarseSpec:
         return CoarseSpec("exact", ExactOptions(inputs=stage.inputs), 0, 0, linear=False)
 
-    plan = dataclasses.replace(_with_coarse(compiled.plan, exact), iterations=1)
-    return _exact_network(compiled, "coarse = fine, difference form = original, evaluation", plan)
+    plan = dataclasses.replace(_with_coarse(subject.compiled.plan, exact), iterations=1)
+    return _exact_network(subject, "coarse = fine, difference form = original, evaluation", plan)
 
 
-def _all_iterations(compiled: Compiled) -> Check:
+def _all_iterations(subject: _Subject) -> Check:
+    compiled = subject.compiled
+
     def any_other(stage: Stage) -> CoarseSpec:
         """Leave the propagator, or take a map if it leads to the last state, not the next."""
         assert stage.coarse is not None
@@ -269,7 +307,7 @@ def _all_iterations(compiled: Compiled) -> Check:
     count = len(compiled.plan.stages)
     plan = dataclasses.replace(_with_coarse(compiled.plan, any_other), iterations=count)
     name = f"K = N = {count} iterations, every stage every time = original, evaluation"
-    return _exact_network(compiled, name, plan, reuse=False)
+    return _exact_network(subject, name, plan, reuse=False)
 
 
 def _with_coarse(plan: Plan, choose: Callable[[Stage], CoarseSpec]) -> Plan:
@@ -281,33 +319,31 @@ def _with_coarse(plan: Plan, choose: Callable[[Stage], CoarseSpec]) -> Plan:
     return dataclasses.replace(plan, stages=stages, correction="difference", sweep="chain")
 
 
-def _exact_network(compiled: Compiled, name: str, plan: Plan, *, reuse: bool = True) -> Check:
+def _exact_network(subject: _Subject, name: str, plan: Plan, *, reuse: bool = True) -> Check:
     """Assemble the network of a plan that makes it exact, and compare it with the original."""
-    original = _run(compiled, compiled.program.module, train=False, grad=False)
+    compiled = subject.compiled
     # These networks compute stages several times, which such models do not allow; see make_plan.
-    if original.changed:
+    if subject.evaluation.changed:
         return Check(f"{name} (not run: every call changes buffers)", None, None, "", 0.0)
-    if _draws(compiled.program):
+    if subject.draws:
         return Check(f"{name} (not run: every call draws random numbers)", None, None, "", 0.0)
     operators = synthesize(compiled.program, plan, compiled.stages)
     if compiled.conversion is not None:
         for operator in (*operators.preprocess.values(), *operators.coarse.values()):
             operator.to(compiled.conversion[1])
     network = assemble(compiled.program, plan, compiled.stages, operators, reuse=reuse)
-    check = _compare_states(compiled.program, compiled.sequential, network, name, compiled.plan)
+    check = _compare_states(subject, network, name)
     return check if check.passed else _repeat_in_float64(compiled, check, plan, reuse)
 
 
-def _compare_states(
-    program: Program, chain: fx.GraphModule, network: fx.GraphModule, name: str, plan: Plan
-) -> Check:
+def _compare_states(subject: _Subject, network: fx.GraphModule, name: str) -> Check:
     """Compare the outputs of a network, and the state that its head reads, with the original's."""
-    original = _run_with_states(program, chain, program.module)
-    result = _run_with_states(program, network, network)
-    limit = _tolerance(plan, original) * _SLACK
+    compiled, original = subject.compiled, subject.states
+    result = _run_with_states(compiled.program, network, network)
+    limit = _tolerance(compiled.plan, original) * _SLACK
     noise: list[float] = []
     if compare(result, original, _SLACK, limit):
-        noise = _noise(program, chain)
+        noise = _noise(compiled.program, compiled.sequential)
     reason = compare(result, original, _SLACK, limit, noise)
     return Check(name, _error(result, original, noise), limit, reason, 0.0)
 
@@ -317,14 +353,6 @@ def _tolerance(plan: Plan, original: StepResult) -> float:
     types = {getattr(torch, v.spec.dtype) for i in plan.interfaces for v in i.state}
     types |= {value.dtype for value in original.outputs if isinstance(value, torch.Tensor)}
     return max(TOLERANCE.get(dtype, 0.0) for dtype in types)
-
-
-def _draws(program: Program) -> bool:
-    """Return whether a program draws random numbers in evaluation mode."""
-    with preserved(program.module), torch.no_grad():
-        state = torch.get_rng_state()
-        program.module.eval()(*program.fresh_inputs())
-        return not torch.equal(state, torch.get_rng_state())
 
 
 def _repeat_in_float64(compiled: Compiled, failed: Check, plan: Plan, reuse: bool) -> Check:
@@ -354,8 +382,8 @@ def _repeat_in_float64(compiled: Compiled, failed: Check, plan: Plan, reuse: boo
     return dataclasses.replace(failed, name=name, error=largest, limit=limit, reason="")
 
 
-def _consistency(compiled: Compiled) -> Check:
-    count = len(compiled.plan.stages)
+def _consistency(subject: _Subject) -> Check:
+    count = len(subject.compiled.plan.stages)
     name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
     with seeded(0):
         layers = [nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(2 * count + 1)]
@@ -378,13 +406,14 @@ def _consistency(compiled: Compiled) -> Check:
     return Check(name, error, limit, reason, 0.0)
 
 
-def _network_runs(compiled: Compiled) -> Check:
+def _network_runs(subject: _Subject) -> Check:
     """Check that the network runs forward and backward, with plausible values."""
+    compiled = subject.compiled
     name = "the network runs, forward and backward: shapes of the original, finite values"
     reasons = []
     for train in (False, True):
         try:
-            original = _run(compiled, compiled.program.module, train=train, grad=False)
+            original = subject.training if train else subject.evaluation
         except (RuntimeError, ValueError):
             continue  # capture has warned that the model cannot run in this mode on its example
         with preserved(compiled.module):
@@ -416,7 +445,8 @@ def _implausible(result: StepResult, original: StepResult) -> list[str]:
     return reasons
 
 
-def _keys(compiled: Compiled) -> Check:
+def _keys(subject: _Subject) -> Check:
+    compiled = subject.compiled
     name = "checkpoint keys of the stages = keys of the original, one to one"
     original = {*compiled.program.module.state_dict(), *compiled.program.unused}
     mapped = set(weights_by_name(compiled.program, compiled.stages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,10 +55,10 @@ class Grouped(nn.Module):
         return tokens.mean(1)
 
 
-def _vgg(**options: object) -> pnn.Compiled:
+def _vgg(**options: Any) -> pnn.Compiled:
     torch.manual_seed(0)
     model = vgg16.build_model(width=8)
-    return pnn.compile(model, torch.randn(2, 3, 32, 32), stages=3, preprocess="narrow", **options)  # type: ignore[call-overload,no-any-return]
+    return pnn.compile(model, torch.randn(2, 3, 32, 32), stages=3, preprocess="narrow", **options)
 
 
 vgg = copies(_vgg)
