@@ -268,7 +268,8 @@ def preprocessing_sources(
         for leaf in input_leaves(program, facts):
             values += _side_values(leaf, facts, recomputable, learned=False)
     depends = input_dependence(program, facts)
-    masked = dict.fromkeys(_after_masks(value, facts, depends) for value in values)
+    plain = _plain_values(program)
+    masked = dict.fromkeys(_after_masks(value, facts, depends, plain) for value in values)
     return [
         PreprocessingSource(value, spec)
         for value in masked
@@ -277,8 +278,23 @@ def preprocessing_sources(
     ]
 
 
+def _plain_values(program: Program) -> set[fx.Node]:
+    """Return the inputs, and the values that follow from inputs without any parameter or module."""
+    plain: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        computed = node.op in ("call_function", "call_method") and plain.issuperset(
+            node.all_input_nodes
+        )
+        if computed or node.op == "placeholder":
+            plain.add(node)
+    return plain
+
+
 def _after_masks(
-    value: fx.Node, facts: Mapping[fx.Node, Fact], depends: Mapping[fx.Node, frozenset[fx.Node]]
+    value: fx.Node,
+    facts: Mapping[fx.Node, Fact],
+    depends: Mapping[fx.Node, frozenset[fx.Node]],
+    plain: set[fx.Node],
 ) -> fx.Node:
     """Return what the program makes of a value by masks before anything else reads it.
 
@@ -289,7 +305,9 @@ def _after_masks(
         readers = _readers(value)
         writers = [r for r in readers if r in facts and facts[r].writes & facts[value].storages]
         if writers and value.op != "placeholder":
-            result = value  # x[mask] = 0: later readers see what was written
+            written = [s for writer in writers for s in _read_by(writer) if s is not value]
+            if any(depends[source] for source in written if source in plain):
+                result = value  # x[mask] = 0: later readers see what was written
             readers = [reader for reader in readers if reader not in writers]
         if len(readers) != 1 or readers[0] not in facts:
             return result
@@ -298,7 +316,9 @@ def _after_masks(
         if not passes and not isinstance(_module_of(reader), nn.Identity | _DropoutNd):
             return result
         others = [source for source in _read_by(reader) if source is not value]
-        hides = _name(reader) in _HIDING and any(depends[source] for source in others)
+        hides = _name(reader) in _HIDING and any(
+            depends[source] for source in others if source in plain
+        )
         if hides and _is_state(facts[reader]):
             result = reader
         value = reader
@@ -316,13 +336,17 @@ def _masks(
     No guess of a mask could stand in for it: one that is only nearly 0 mixes what it separates.
     """
     leaves = input_leaves(program, facts)
-    learned = {leaf for leaf in leaves if _is_floating(facts[leaf])}
-    for node in program.graph.nodes:
-        if node.op in ("get_attr", "call_module") or learned.intersection(_read_by(node)):
+    plain = _plain_values(program)
+    floats = {leaf for leaf in leaves if _is_floating(facts[leaf])}
+    learned = set(program.graph.nodes) - plain | floats
+    for node in program.order:
+        if learned.intersection(_read_by(node)):
             learned.add(node)
     states = {node for node in program.order if _is_state(facts[node])}
     wanted = {node for node in states - learned if learned.intersection(node.users)}
-    wanted |= {_after_masks(leaf, facts, depends) for leaf in leaves if _is_state(facts[leaf])}
+    wanted |= {
+        _after_masks(leaf, facts, depends, plain) for leaf in leaves if _is_state(facts[leaf])
+    }
     missing = {node for node in wanted if node.op != "placeholder"} - recomputable.keys()
     result: Recomputable = {}
     share = 2 * MAX_SIDE_SHARE
