@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
@@ -53,6 +54,9 @@ _LIKE = frozenset({
 })  # fmt: skip
 """Functions that read the type of their first argument, and no values."""
 
+_AS = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+"""Functions that read the values of their first argument, and the type of others."""
+
 _PARTS = frozenset({
     "getitem", "select", "slice", "narrow", "index_select", "split", "split_with_sizes",
     "tensor_split", "chunk", "unbind", "view", "reshape", "flatten", "unflatten", "transpose",
@@ -61,11 +65,28 @@ _PARTS = frozenset({
 """Functions that return parts of their first argument, or all of it in another form."""
 
 
+_HIDING = frozenset({
+    "mul", "mul_", "imul", "div", "div_", "truediv", "where", "masked_fill", "masked_fill_",
+    "matmul", "mm", "bmm", "einsum", "minimum", "maximum",
+})  # fmt: skip
+"""Functions of a value and of another input after which nobody may read the value: masks."""
+
+_ELEMENTWISE = frozenset({"add", "add_", "iadd", "sub", "sub_", "neg", "cat", "stack", "concat"})
+"""Other functions that may lie between an input and its mask."""
+
+
 def _name(node: fx.Node) -> str:
     """Return the name of the function or method that a node calls; "" for other nodes."""
     if node.op not in ("call_function", "call_method"):
         return ""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _module_of(node: fx.Node) -> nn.Module | None:
+    """Return the module that a node calls; None for other nodes."""
+    owner = node.graph.owning_module
+    called = node.op == "call_module" and owner is not None
+    return owner.get_submodule(str(node.target)) if called and owner is not None else None
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -82,6 +103,8 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
         others: list[fx.Node] = []
         fx.node.map_arg((node.args[1:], node.kwargs), others.append)
         return others
+    if name in _AS and isinstance(node.args[0], fx.Node):
+        return [node.args[0]]
     return node.all_input_nodes
 
 
@@ -234,17 +257,106 @@ def preprocessing_sources(
         facts: Observed facts by node.
         recomputable: For every side value, the nodes that recompute it.
     """
-    sources: list[PreprocessingSource] = []
+    values: list[fx.Node] = []
     for leaf in input_leaves(program, facts):
         spec = facts[leaf].spec
         if spec is None or spec.dtype not in FLOAT_DTYPES:
-            sources += _side_values(leaf, facts, recomputable, learned=True)
-        elif spec.batch_axis is not None and (leaf.op == "placeholder" or leaf in recomputable):
-            sources.append(PreprocessingSource(leaf, spec))
-    if not sources:
+            values += _side_values(leaf, facts, recomputable, learned=True)
+        elif spec.batch_axis is not None:
+            values.append(leaf)
+    if not values:
         for leaf in input_leaves(program, facts):
-            sources += _side_values(leaf, facts, recomputable, learned=False)
-    return list({source.node: source for source in sources}.values())
+            values += _side_values(leaf, facts, recomputable, learned=False)
+    depends = input_dependence(program, facts)
+    plain = _plain_values(program)
+    masked = dict.fromkeys(_after_masks(value, facts, depends, plain) for value in values)
+    return [
+        PreprocessingSource(value, spec)
+        for value in masked
+        if value.op == "placeholder" or value in recomputable
+        if (spec := facts[value].spec) is not None
+    ]
+
+
+def _plain_values(program: Program) -> set[fx.Node]:
+    """Return the inputs, and the values that follow from inputs without any parameter or module."""
+    plain: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        computed = node.op in ("call_function", "call_method") and plain.issuperset(
+            node.all_input_nodes
+        )
+        if computed or node.op == "placeholder":
+            plain.add(node)
+    return plain
+
+
+def _after_masks(
+    value: fx.Node,
+    facts: Mapping[fx.Node, Fact],
+    depends: Mapping[fx.Node, frozenset[fx.Node]],
+    plain: set[fx.Node],
+) -> fx.Node:
+    """Return what the program makes of a value by masks before anything else reads it.
+
+    The states of `y = f(x * mask)` depend on no masked position of x, which no guess may read.
+    """
+    result = value
+    while True:
+        readers = _readers(value)
+        writers = [r for r in readers if r in facts and facts[r].writes & facts[value].storages]
+        if writers and value.op != "placeholder":
+            written = [s for writer in writers for s in _read_by(writer) if s is not value]
+            if any(depends[source] for source in written if source in plain):
+                result = value  # x[mask] = 0: later readers see what was written
+            readers = [reader for reader in readers if reader not in writers]
+        if len(readers) != 1 or readers[0] not in facts:
+            return result
+        (reader,) = readers
+        passes = _name(reader) in _HIDING | _ELEMENTWISE | _PARTS
+        if not passes and not isinstance(_module_of(reader), nn.Identity | _DropoutNd):
+            return result
+        others = [source for source in _read_by(reader) if source is not value]
+        hides = _name(reader) in _HIDING and any(
+            depends[source] for source in others if source in plain
+        )
+        if hides and _is_state(facts[reader]):
+            result = reader
+        value = reader
+
+
+def _masks(
+    program: Program,
+    facts: Mapping[fx.Node, Fact],
+    recomputable: Recomputable,
+    recompute: Callable[[float], Recomputable],
+    depends: Mapping[fx.Node, frozenset[fx.Node]],
+) -> Recomputable:
+    """Return masked inputs, and masks that nothing learned goes into, as side values of any cost.
+
+    No guess of a mask could stand in for it: one that is only nearly 0 mixes what it separates.
+    """
+    leaves = input_leaves(program, facts)
+    plain = _plain_values(program)
+    floats = {leaf for leaf in leaves if _is_floating(facts[leaf])}
+    learned = set(program.graph.nodes) - plain | floats
+    for node in program.order:
+        if learned.intersection(_read_by(node)):
+            learned.add(node)
+    states = {node for node in program.order if _is_state(facts[node])}
+    wanted = {node for node in states - learned if learned.intersection(node.users)}
+    wanted |= {
+        _after_masks(leaf, facts, depends, plain) for leaf in leaves if _is_state(facts[leaf])
+    }
+    missing = {node for node in wanted if node.op != "placeholder"} - recomputable.keys()
+    result: Recomputable = {}
+    share = 2 * MAX_SIDE_SHARE
+    while missing and share < 2:
+        values = recompute(share)
+        for node in missing & values.keys():
+            result = {**result, **{member: values[member] for member in values[node]}}
+        missing -= result.keys()
+        share *= 2
+    return result
 
 
 def with_sources(
@@ -265,6 +377,8 @@ def with_sources(
         recompute: Finds the side values up to a larger share of all FLOPs.
     """
     depends = input_dependence(program, facts)
+    masks = _masks(program, facts, recomputable, recompute, depends)
+    recomputable = {**recomputable, **masks}
     states = {
         depends[node]: node
         for node in program.order
@@ -307,13 +421,16 @@ def _cheapest(
 
 
 def _is_state(fact: Fact) -> bool:
-    spec = fact.spec
-    return spec is not None and spec.batch_axis is not None and spec.dtype in FLOAT_DTYPES
+    return _is_floating(fact) and fact.spec is not None and fact.spec.batch_axis is not None
+
+
+def _is_floating(fact: Fact) -> bool:
+    return fact.spec is not None and fact.spec.dtype in FLOAT_DTYPES
 
 
 def _side_values(
     leaf: fx.Node, facts: Mapping[fx.Node, Fact], recomputable: Recomputable, *, learned: bool
-) -> list[PreprocessingSource]:
+) -> list[fx.Node]:
     """Return the side values that follow from an input, and that the trunk reads.
 
     Args:
@@ -322,19 +439,18 @@ def _side_values(
         recomputable: For every side value, the nodes that recompute it.
         learned: Whether only those count that look up parameters.
     """
-    sources: list[PreprocessingSource] = []
+    sources: list[fx.Node] = []
     for node, subgraph in recomputable.items():
-        spec = facts[node].spec
-        if spec is None or not _is_state(facts[node]):
+        if not _is_state(facts[node]):
             continue
         if learned:
             follows = any(_looks_up(leaf, member, recomputable) for member in subgraph)
         else:
             follows = any(leaf in member.all_input_nodes for member in subgraph)
         feeds_trunk = any(user not in recomputable for user in node.users)
-        covered = any(source.node in subgraph for source in sources)
+        covered = any(source in subgraph for source in sources)
         if follows and feeds_trunk and not covered:
-            sources.append(PreprocessingSource(node, spec))
+            sources.append(node)
     return sources
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
@@ -33,6 +34,10 @@ _CONTAINERS = (
     nn.TransformerEncoder,
     nn.TransformerDecoder,
 )
+
+
+_NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
+"""Parametrizations that artifacts store together with their module."""
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -184,6 +189,18 @@ def wrapped_functions(graph: fx.Graph) -> list[str]:
         if target.__module__.partition(".")[0] not in ("torch", "passes", "operator", "math")
         and not hasattr(target, "__wrapped__")  # a custom autograd function
     ]
+
+
+def parametrizing_code(model: nn.Module) -> list[str]:
+    """Return the parametrizations inside modules of torch.nn that no artifact can store."""
+    owners = [m for m in model.modules() if is_leaf(m) and parametrize.is_parametrized(m)]
+    return [f"parametrization {name}" for name in dict.fromkeys(filter(None, map(_code, owners)))]
+
+
+def _code(module: Any) -> str:
+    """Return the class of the first such parametrization of a module; "" if there is none."""
+    parts = [part for chain in module.parametrizations.values() for part in chain]
+    return next((type(part).__qualname__ for part in parts if type(part) not in _NORMS), "")
 
 
 def _autocasting(inputs: ExampleInputs) -> set[str]:

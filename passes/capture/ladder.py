@@ -4,6 +4,7 @@
 |---|---|---|
 | torch.fx trace | models without control flow on tensors and shapes | real modules, fast |
 | torch.export | nearly all | operators, folded back into modules |
+| torch.export, operators entered | models with operators of libraries | what these compute |
 | torch.export, functions kept whole | models with a custom backward | these are one call each |
 | either, modules kept whole | models in which a few modules resist | these are one call each |
 | either, one mode alone | models whose modes differ in structure | a graph of the current mode |
@@ -36,7 +37,13 @@ from passes.capture.attempt import (
     describe_error,
 )
 from passes.capture.equivalence import Reference
-from passes.capture.fx_trace import called_functions, trace, wrapped_functions
+from passes.capture.fx_trace import (
+    called_functions,
+    parametrizing_code,
+    trace,
+    wrapped_functions,
+)
+from passes.capture.library_operators import library_operators
 from passes.capture.model_copy import copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
     join_few,
@@ -185,14 +192,17 @@ class _Ladder:
         wrapped = None
         for rung, front_end in LADDER:
             program = self._try(rung, front_end, Attempt.run)
-            if program and (names := wrapped_functions(program.graph)):
-                wrapped = program  # unless an export sees what they do
-                self._reject(
-                    rung,
-                    f"{join_few(names)} (torch.fx.wrap) is one call that no artifact can store",
-                )
-            elif program:
+            if program is None:
+                continue
+            names = [f"{name} (torch.fx.wrap)" for name in wrapped_functions(program.graph)]
+            names += library_operators(program.graph)
+            names += parametrizing_code(program.module)
+            if not names:
                 return program
+            wrapped = wrapped or program  # unless an export sees what they do
+            self._reject(rung, f"{join_few(names)} is one call that no artifact can store")
+        if program := self._enter_operators(wrapped):
+            return program
         if wrapped:
             return wrapped
         if program := self._keep_functions_whole():
@@ -301,6 +311,16 @@ class _Ladder:
         """Record why a rung was rejected, unless another was rejected for the same reason."""
         if not any(line.endswith(reason) for line in self.rejected):
             self.rejected.append(f"{rung}: {reason}")
+
+    def _enter_operators(self, wrapped: Program | None) -> Program | None:
+        """Export what operators of libraries compute, if an earlier rung kept them whole."""
+        if wrapped is None or not library_operators(wrapped.graph):
+            return None
+
+        def front_end(model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> _Traced:
+            return export(model, inputs, dynamic_batch=dynamic_batch, enter=True)
+
+        return self._try("torch.export, operators entered", front_end, Attempt.run)
 
     def _keep_functions_whole(self) -> Program | None:
         """Keep custom autograd functions whole in an export, whose backward it drops."""

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
@@ -54,6 +55,7 @@ _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DTensor", "FlatParameter"
 _SHARED: tuple[type, ...] = (
     types.ModuleType, type(threading.Lock()), type(threading.RLock()), threading.local,
     fx.Node,  # of a graph, which copies its own nodes
+    CustomOpDef, torch._ops.OpOverload, torch._ops.OpOverloadPacket,  # registered once a process
 )  # fmt: skip
 if torch.distributed.is_available():
     _SHARED = (*_SHARED, torch.distributed.ProcessGroup)

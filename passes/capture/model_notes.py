@@ -57,7 +57,8 @@ def notes_on_runs(model: nn.Module, copied: nn.Module, inputs: ExampleInputs) ->
     """
     with preserved(copied):
         before = _plain_values(copied)
-        learned = [leaf for train in (True, False) for leaf in _learned(copied, inputs, train)]
+        runs = [_learned(copied, inputs, train) for train in (True, False)]
+        learned = [leaf for leaves, _ in runs for leaf in leaves]
         after = _plain_values(copied)
     names = dict.fromkeys((*before, *after))
     changing = [name for name in names if not _same(before.get(name), after.get(name))]
@@ -69,20 +70,31 @@ def notes_on_runs(model: nn.Module, copied: nn.Module, inputs: ExampleInputs) ->
             "to the next: the network computes as the model does in its present state; pass such a "
             "state in and return it instead"
         )
+    if not all(trains for _, trains in runs):
+        notes.append(
+            "torch.utils.checkpoint(use_reentrant=True) gets inputs without gradients, so that the "
+            "model does not train what it runs (torch warns of that); the network trains it: "
+            "use_reentrant=False does in both"
+        )
     return [*notes, *filter(None, [_unregistered(copied, learned)])]
 
 
-def _learned(model: nn.Module, inputs: ExampleInputs, train: bool) -> list[torch.Tensor]:
-    """Return the tensors, inputs aside, whose gradients the output of a mode leads to."""
+def _learned(
+    model: nn.Module, inputs: ExampleInputs, train: bool
+) -> tuple[list[torch.Tensor], bool]:
+    """Return the tensors, inputs aside, whose gradients the output of a mode leads to.
+
+    Also return whether every reentrant checkpoint trains what it runs.
+    """
     # `notes_on_runs` compares attributes as forward leaves them, and puts them back.
-    with with_plain_transformers(), torch.enable_grad():
+    with with_plain_transformers() as trains, torch.enable_grad():
         model.train(train)
         values = [leaf.detach().clone() for leaf in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)
         try:
             outputs = output_leaves(model(*args, **kwargs))
         except Exception:  # the reference runs tell
-            return []
+            return [], True
     pending = [o.grad_fn for o in outputs if isinstance(o, torch.Tensor) and o.grad_fn is not None]
     seen: set[Any] = set()
     leaves: dict[int, torch.Tensor] = {}
@@ -94,7 +106,7 @@ def _learned(model: nn.Module, inputs: ExampleInputs, train: bool) -> list[torch
         if (variable := getattr(function, "variable", None)) is not None:
             leaves[id(variable)] = variable
         pending += [source for source, _ in function.next_functions if source is not None]
-    return [*leaves.values()]
+    return [*leaves.values()], all(trains)
 
 
 def _check_foreign(model: nn.Module, learned: Iterable[torch.Tensor]) -> None:

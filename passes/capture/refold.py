@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch.fx.operator_schemas import normalize_function
 from torch.nn import functional as F
 
-from passes.capture.fx_trace import is_leaf
+from passes.capture.fx_trace import is_leaf, parametrizing_code
 from passes.ir.program import Provenance, provenance, resolve, set_provenance
 
 aten = torch.ops.aten
@@ -152,9 +152,38 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}, mode={self.mode}"
 
 
+class GroupedMatmul(nn.Module):
+    """Multiply groups of rows by one matrix each, as a layer of experts does."""
+
+    def forward(
+        self, input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiply rows that are sorted by their group.
+
+        Args:
+            input: Rows `[S, D]`.
+            weight: Matrices `[G, D, E]`.
+            offs: Number of rows up to the end of each group, `[G]`; rows after the last give zeros.
+
+        Returns:
+            The products, `[S, E]`.
+        """
+        if input.is_meta or torch.compiler.is_compiling():  # the sizes of the groups are data
+            rows = torch.arange(input.shape[0], device=input.device)
+            group = (rows[:, None] >= offs).sum(1)
+            last = weight.shape[0] - 1
+            product = torch.bmm(input[:, None], weight[group.clamp(max=last)])[:, 0]
+            return product * (group <= last)[:, None]
+        ends = offs.tolist()
+        bounds = zip([0, *ends], ends, weight, strict=False)
+        parts = [input[start:end] @ matrix for start, end, matrix in bounds]
+        rest = input.new_zeros(input.shape[0] - ends[-1], weight.shape[2])
+        return torch.cat([*parts, rest])
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Replacement of an operator by a module that follows the mode.
+    """Replacement of an operator by a module that follows the mode, or that artifacts can store.
 
     Attributes:
         targets: Functions and operators that the rule covers; qualified names of functions of
@@ -193,6 +222,10 @@ def _stochastic_depth(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ..
     return StochasticDepth(float(call["p"]), str(call["mode"])), ("input",)
 
 
+def _grouped_matmul(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    return GroupedMatmul(), ("input", "weight", "offs")
+
+
 def _batch_norm(call: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]] | None:
     if call.get("running_mean") is None or call.get("running_var") is None:
         return None  # without running statistics, both modes normalize by the batch
@@ -226,13 +259,22 @@ RULES: tuple[Rule, ...] = (
     Rule((F.batch_norm, torch.batch_norm, aten.batch_norm.default), _batch_norm),
     # torch.fx keeps it as one call of Python code, which no artifact could hold.
     Rule(("torchvision.ops.stochastic_depth.stochastic_depth",), _stochastic_depth),
+    # An operator of a library, which loops over sizes that are data.
+    Rule(("transformers::grouped_mm_fallback",), _grouped_matmul),
 )
 
 
 def _rule_of(target: Any) -> Rule | None:
     """Return the rule that covers a function or operator."""
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name
     return next((rule for rule in RULES if target in rule.targets or name in rule.targets), None)
+
+
+def is_replaced(name: str) -> bool:
+    """Whether a rule covers a function or operator of a library, by its qualified name."""
+    return any(name in rule.targets for rule in RULES)
 
 
 CALL_KEY = "pnn_module_call"
@@ -388,7 +430,9 @@ def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
 
 def _is_unary(module: nn.Module) -> bool:
     """Whether a module of torch.nn has one argument and one tensor as result."""
-    if not is_leaf(module) or getattr(module, "return_indices", False):
+    if not is_leaf(module) or parametrizing_code(module):
+        return False
+    if getattr(module, "return_indices", False):
         return False
     return len(inspect.signature(module.forward).parameters) == 1
 

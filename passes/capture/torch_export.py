@@ -16,7 +16,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.capture.fx_trace import Entry, strip
+from passes.capture.library_operators import Entering
 from passes.capture.opaque_operator import OPERATOR, OpaqueCalls, replace_by_operators
 from passes.capture.refold import CALL_KEY, outline
 from passes.errors import CaptureError
@@ -54,6 +55,7 @@ def export(
     dynamic_batch: bool,
     opaque: Collection[type[nn.Module]] = (),
     functions: bool = False,
+    enter: bool = False,
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
     """Export a model in its current mode and fold operators back into module calls.
 
@@ -63,6 +65,7 @@ def export(
         dynamic_batch: Whether to leave the batch size free.
         opaque: Classes of modules that stay calls; their code is not run.
         functions: Whether custom autograd functions stay calls.
+        enter: Whether the code of library operators is entered.
 
     Returns:
         The graph, with targets relative to the model, and its constant tensors by the targets of
@@ -80,7 +83,8 @@ def export(
         for leaf in inputs.leaves
     )
     replaced = replace_by_operators(model, inputs, opaque, functions=functions)
-    with exclusive(), _quiet(), replaced as opaque_calls:
+    entering = Entering() if enter else nullcontext()
+    with exclusive(), _quiet(), replaced as opaque_calls, entering:
         exported = torch.export.export(
             entry, tuple(inputs.tensors()), dynamic_shapes=(shapes,), strict=False
         )

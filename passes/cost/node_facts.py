@@ -6,7 +6,7 @@ and `add_` have one storage in common, and `add_` writes it: no cut may separate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +126,7 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
     trained = _run_training(program, inputs) or evaluated
     batch_size = _batch_size(inputs, evaluated)
     sequences = _sequence_axes(program, inputs, evaluated, batch_size)
+    tracked = _tracked_axes(program, inputs, evaluated, batch_size)
     facts: dict[fx.Node, Fact] = {}
     for node, fact in trained.facts.items():
         value = evaluated.values[node]
@@ -133,6 +134,8 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
         if isinstance(value, torch.Tensor):
             larger_shape = larger.values[node].shape if larger is not None else None
             spec = _spec(program, node, value, larger_shape, batch_size)
+            if node in tracked:
+                spec = replace(spec, batch_axis=_batch_axis(spec, tracked[node], batch_size or 1))
             if node in sequences:
                 spec = replace(spec, channel_axis=_unmixed(spec, sequences[node]))
         facts[node] = Fact(
@@ -229,6 +232,108 @@ def _sequence_axes(
                     pass
                 axes = probe.axes | axes
     return axes
+
+
+_Tracks = list[tuple[bool, list[tuple[int, int]]]]
+"""Whether an axis of an input counts samples, and what it became in a value, for each such axis."""
+
+
+class _AxisProbe(Interpreter):
+    """Find the axis of every value that an axis of an input becomes.
+
+    Two runs differ in the later half of that axis; so does a value along what became of it, while
+    its first half is the same. Axes of rows that hold several samples are tried as two axes, in
+    both orders: `(0, 1)` is the inner one of `[4, 2]` in an axis 0 of eight rows.
+
+    Args:
+        module: The program.
+        expected: The values of the other run.
+        size: Size of the axis.
+
+    Attributes:
+        axes: Every such axis of every value, and whether it is the inner one of two.
+    """
+
+    def __init__(self, module: fx.GraphModule, expected: Mapping[fx.Node, Any], size: int) -> None:
+        super().__init__(module)
+        self.expected = expected
+        self.size = size
+        self.axes: dict[fx.Node, list[tuple[int, int]]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value, other = super().run_node(n), self.expected[n]
+        tensors = isinstance(value, torch.Tensor) and value.shape == other.shape
+        if tensors and not same_values(value, other):
+            self.axes[n] = [*self._axes(value, other)]
+        return value
+
+    def _axes(self, *values: torch.Tensor) -> Iterator[tuple[int, int]]:
+        for axis, rows in enumerate(values[0].shape):
+            count = rows // self.size
+            for inner in ((0, 1) if count > 1 else (0,)) if rows == count * self.size else ():
+                sizes = (count, self.size) if inner else (self.size, count)
+                split = [v.reshape(*v.shape[:axis], *sizes, *v.shape[axis + 1 :]) for v in values]
+                if same_values(*(v.narrow(axis + inner, 0, self.size // 2) for v in split)):
+                    yield axis, inner
+
+
+def _tracked_axes(
+    program: Program, inputs: ExampleInputs, evaluated: _Observer, batch_size: int | None
+) -> Mapping[fx.Node, _Tracks]:
+    """Find what became of the axes of the inputs where the sizes alone cannot tell.
+
+    They cannot if the batch is fixed and another axis has its size, or a value holds several rows
+    for a sample: of `[T, B]` with T = B, or of the rows of windows, either axis may come first.
+
+    Returns:
+        For every value, the axes of the inputs that it has: whether one is the first axis of an
+        input with this number of samples, and what it became.
+    """
+    if batch_size is None or batch_size < 2:
+        return {}
+    result: dict[fx.Node, _Tracks] = {}
+    shapes = [value.shape for value in evaluated.values.values() if isinstance(value, torch.Tensor)]
+    grouped = any(s and s[0] > batch_size and s[0] % batch_size == 0 for s in shapes)
+    with preserved(program.module), torch.no_grad():
+        program.module.eval()
+        for index, tensor in enumerate(inputs.tensors()):
+            square = list(tensor.shape).count(batch_size) > 1 and not program.dynamic_batch
+            if tensor.is_meta or not (square or grouped):
+                continue
+            for axis, size in enumerate(tensor.shape[: max(1, tensor.dim() - 1)]):
+                if size < 2:
+                    continue
+                probe = _AxisProbe(program.module, evaluated.values, size)
+                values = _change_later_half(inputs, index, axis)
+                try:
+                    probe.run(*(values[str(node.target)] for node in program.inputs))
+                except (RuntimeError, ValueError, IndexError):
+                    continue
+                samples = axis == 0 and size == batch_size
+                outer = [any(not inner for _, inner in found) for found in probe.axes.values()]
+                for node, axes in probe.axes.items():
+                    result.setdefault(node, []).append((samples, axes))
+                if samples and not square and all(outer):
+                    break  # no other axis can be in its place
+    return result
+
+
+def _batch_axis(spec: TensorSpec, tracked: _Tracks, batch_size: int) -> int | None:
+    """Return the batch axis of a value of which it is known what the axes of the inputs became.
+
+    None if the value has its samples where no layout looks for them: inside of rows, or not at all
+    while its batch axis was another axis of an input.
+    """
+    axis = spec.batch_axis
+    for samples, axes in tracked:
+        if samples and axes and axis is not None:
+            outer = [found for found, inner in axes if not inner]
+            if axis not in outer:
+                axis = outer[0] if outer else None
+    for samples, axes in tracked:
+        if not samples and [found for found, inner in axes if not inner] == [axis]:
+            return None
+    return axis
 
 
 def _change_later_half(inputs: ExampleInputs, index: int, axis: int) -> Mapping[str, Any]:

@@ -218,13 +218,17 @@ class DrawObserver(DispatchMode):
 
 
 @contextmanager
-def with_plain_transformers() -> Iterator[None]:
+def with_plain_transformers() -> Iterator[list[bool]]:
     """Keep what torch offers to forward to what a graph can hold, in this thread.
 
     Transformer layers compare their mask with a causal one, and drop it then: a branch on values of
     a tensor. In evaluation without gradients they have a fast path, which returns zeros at padded
     positions. A reentrant checkpoint hides what it runs, and refuses to be differentiated alone.
+
+    Yields:
+        Whether each reentrant checkpoint trains what it runs: one of its inputs needs a gradient.
     """
+    trains: list[bool] = []
 
     def declared(
         mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None
@@ -232,6 +236,8 @@ def with_plain_transformers() -> Iterator[None]:
         return is_causal is True
 
     def run(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        needed = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
+        trains.append(needed or not torch.is_grad_enabled())
         return function(*args)
 
     kind: Any = CheckpointFunction
@@ -242,7 +248,7 @@ def with_plain_transformers() -> Iterator[None]:
         mha.get_fastpath_enabled = for_this_thread(lambda: False, fast)
         kind.apply = staticmethod(for_this_thread(run, checkpointed))
         try:
-            yield
+            yield trains
         finally:
             if before is None:
                 del kind.apply

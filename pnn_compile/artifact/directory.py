@@ -35,7 +35,7 @@ from passes.ir.program import Program
 from passes.pipeline import PassResult
 from passes.plan.schema import Plan
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
-from pnn_compile.artifact.modules import named_tensors
+from pnn_compile.artifact.modules import named_tensors, set_training_modes, training_modes
 from pnn_compile.artifact.program_json import (
     fixed_from_data,
     inputs_from_data,
@@ -43,8 +43,6 @@ from pnn_compile.artifact.program_json import (
     program_to_data,
     read_data,
     restore_tensors,
-    set_training_modes,
-    training_modes,
 )
 from pnn_compile.artifact.tensors import TensorFile, TensorReader, TensorWriter, assign
 from pnn_compile.artifact.values import few

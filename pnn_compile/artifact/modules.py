@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from types import CodeType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
 
-from passes.capture.refold import Attention, BatchNorm, StochasticDepth
+from passes.capture.refold import Attention, BatchNorm, GroupedMatmul, StochasticDepth
 from passes.errors import ArtifactError
 from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
@@ -57,6 +58,25 @@ _SPECIAL: Mapping[type[nn.Module], _Recover] = {
 """How to recover constructor arguments that are no attributes of the same name."""
 
 
+Parametrization = TypedDict("Parametrization", {"class": str, "arguments": dict[str, Any]})
+"""Record of a parametrization: the function that registers it, and its encoded arguments."""
+
+_PARAMETRIZATIONS: Mapping[type[nn.Module], tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    parametrizations._WeightNorm: (parametrizations.weight_norm, ("dim",)),
+    parametrizations._SpectralNorm: (
+        parametrizations.spectral_norm,
+        ("n_power_iterations", "eps", "dim"),
+    ),
+}
+"""Parametrizations that a module may have: what registers them, and its recoverable arguments."""
+
+_REGISTER = {
+    f"torch.nn.utils.parametrizations.{register.__name__}": (register, names)
+    for register, names in _PARAMETRIZATIONS.values()
+}
+_MAX_POWER_ITERATIONS = 1000  # a file could ask for any number
+
+
 @cache
 def _classes() -> Mapping[str, type[nn.Module]]:
     """Return the classes that a stored program may contain, by name."""
@@ -65,6 +85,7 @@ def _classes() -> Mapping[str, type[nn.Module]]:
         "passes.restore.Attention": Attention,
         "passes.restore.BatchNorm": BatchNorm,
         "passes.capture.refold.StochasticDepth": StochasticDepth,
+        "passes.capture.refold.GroupedMatmul": GroupedMatmul,
     }
     for name in torch.nn.modules.__all__:
         kind = getattr(torch.nn.modules, name)
@@ -108,12 +129,17 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def build(
+    name: str,
+    arguments: Mapping[str, Any],
+    parametrized: Mapping[str, Sequence[Parametrization]] | None = None,
+) -> nn.Module:
     """Construct a module of the allow-list on the meta device.
 
     Args:
         name: Name of the class, such as `torch.nn.Conv2d`.
         arguments: Encoded constructor arguments.
+        parametrized: Records of the parametrizations by the name of their parameter.
 
     Raises:
         ArtifactError: The class is not in the list, or does not take the arguments.
@@ -131,9 +157,32 @@ def build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if "device" in parameters:
         values["device"] = "meta"
     try:
-        return kind(**values)
+        module = kind(**values)
     except Exception as error:
         raise ArtifactError(f"{name} cannot be built from its arguments ({error})") from error
+    for parameter, records in (parametrized or {}).items():
+        for record in records:
+            _parametrize(module, parameter, record["class"], record["arguments"])
+    return module
+
+
+def _parametrize(module: nn.Module, parameter: str, name: str, encoded: Mapping[str, Any]) -> None:
+    """Register a parametrization of the list for a parameter of a module.
+
+    Raises:
+        ArtifactError: It is not in the list, or the module and the arguments do not fit it.
+    """
+    register, names = _REGISTER.get(name, (None, ()))
+    arguments = {key: decode(value) for key, value in encoded.items()}
+    iterations = arguments.get("n_power_iterations", 1)
+    if register is None or not arguments.keys() <= set(names):
+        raise ArtifactError(f"{name!r} is no parametrization that an artifact may contain")
+    if not isinstance(iterations, int) or iterations > _MAX_POWER_ITERATIONS:
+        raise ArtifactError(f"{name} takes at most {_MAX_POWER_ITERATIONS} power iterations")
+    try:
+        register(module, parameter, **arguments)
+    except Exception as error:
+        raise ArtifactError(f"{name} does not fit {parameter!r} ({error})") from error
 
 
 class ModuleWriter:
@@ -149,16 +198,45 @@ class ModuleWriter:
             UnsupportedError: The class is not in the list, or the arguments do not reproduce the
                 module.
         """
-        name = _class_names().get(type(module))
+        kind = _class(module)
+        name = _class_names().get(kind)
         if name is None:
-            raise UnsupportedError(f"module {type(module).__module__}.{type(module).__qualname__}")
-        arguments = _recover(module, name)
-        key = json.dumps([name, arguments])
+            raise UnsupportedError(f"module {kind.__module__}.{kind.__qualname__}")
+        arguments, parametrized = _recover(module, name), _recover_parametrizations(module, name)
+        key = json.dumps([name, arguments, parametrized])
         if key not in self._built:
-            self._built[key] = build(name, arguments)
+            self._built[key] = build(name, arguments, parametrized)
         if reason := _difference(self._built[key], module):
             raise UnsupportedError(f"module {name} ({reason})")
-        return {"class": name, "arguments": arguments}
+        record = {"class": name, "arguments": arguments}
+        return record | ({"parametrizations": parametrized} if parametrized else {})
+
+
+def _class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module; the one that it had before it was parametrized."""
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind
+
+
+def _recover_parametrizations(module: nn.Module, name: str) -> dict[str, list[Parametrization]]:
+    """Describe the parametrizations of a module, by the name of their parameter."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    if isinstance(module, nn.RNNBase):  # it keeps a list of its weights
+        raise UnsupportedError(f"module {name} with parametrized weights")
+    records: dict[str, list[Parametrization]] = {}
+    owner: Any = module.parametrizations
+    for parameter, chain in owner.items():
+        records[parameter] = []
+        for part in chain:
+            if type(part) not in _PARAMETRIZATIONS:
+                kind = type(part)
+                raise UnsupportedError(f"parametrization {kind.__module__}.{kind.__qualname__}")
+            register, names = _PARAMETRIZATIONS[type(part)]
+            values = {key: encode(getattr(part, key)) for key in names if hasattr(part, key)}
+            kind_name = f"torch.nn.utils.parametrizations.{register.__name__}"
+            records[parameter].append({"class": kind_name, "arguments": values})
+    return records
 
 
 def _recover(module: nn.Module, name: str) -> dict[str, Any]:
@@ -188,7 +266,7 @@ def _difference(rebuilt: nn.Module, module: nn.Module) -> str:
         return "other submodules than its class creates"
     for path, child in modules.items():
         where = f" of {path}" if path else ""
-        if type(child) is not type(expected_modules[path]):
+        if _class(child) is not _class(expected_modules[path]):
             return f"another class{where}"
         if any(getattr(child, hooks) for hooks in _HOOKS):
             return f"a hook{where}"
@@ -206,7 +284,7 @@ def _difference(rebuilt: nn.Module, module: nn.Module) -> str:
 
 def _is_unused(module: nn.Module, name: str) -> bool:
     """Return whether the class of a module neither has an attribute nor mentions its name."""
-    kind: Any = type(module)
+    kind: Any = _class(module)
     return not hasattr(kind, name) and name not in _names_in_code(kind)
 
 
@@ -262,3 +340,20 @@ def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
         name: (isinstance(value, nn.Parameter), name not in transient, value.shape)
         for name, value in named_tensors(module)
     }
+
+
+def training_modes(module: nn.Module) -> dict[str, Any]:
+    """Describe the training mode of a module, and name its submodules in the other mode."""
+    default = module.training
+    children = module.named_modules(remove_duplicate=False)
+    return {
+        "default": default,
+        "except": [name for name, child in children if child.training != default],
+    }
+
+
+def set_training_modes(module: nn.Module, data: Mapping[str, Any]) -> None:
+    """Set the modes that `training_modes` described."""
+    exceptions, default = set(data["except"]), data["default"]
+    for name, child in module.named_modules(remove_duplicate=False):
+        child.training = default != (name in exceptions)

@@ -37,7 +37,15 @@ from pnn_compile.artifact.functions import (
     function,
     function_name,
 )
-from pnn_compile.artifact.modules import ModuleWriter, build, is_container, named_tensors
+from pnn_compile.artifact.modules import (
+    ModuleWriter,
+    Parametrization,
+    build,
+    is_container,
+    named_tensors,
+    set_training_modes,
+    training_modes,
+)
 from pnn_compile.artifact.tensors import (
     Record,
     TensorReader,
@@ -79,6 +87,7 @@ _Module = TypedDict(
         "same_as": NotRequired[str],
         "class": NotRequired[str],
         "arguments": NotRequired[dict[str, Any]],
+        "parametrizations": NotRequired[dict[str, list[Parametrization]]],
         "by_mode": NotRequired[dict[str, list[_Node]]],
     },
 )
@@ -160,7 +169,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "training": training_modes(program.module),
     }
     unknown: list[str] = []
-    modules = list(_write_modules(program.module, "", {}, ModuleWriter(), unknown))
+    modules = [*_write_modules(program.module, "", {}, ModuleWriter(), unknown)]
     nodes = [_write_node(node, unknown) for node in program.graph.nodes]
     hooked = [n for n, p in program.module.named_parameters() if has_gradient_hooks(p)]
     unknown += [f"{name}: a hook on its gradient" for name in hooked]
@@ -372,7 +381,7 @@ def _read_modules(records: list[Data], tensors: int) -> nn.Module:
             layers = record["arguments"].get("num_layers", 1)
             if isinstance(layers, int) and layers > tensors:  # each of them takes its time
                 raise ArtifactError(f"{record['path']} has {layers} layers and {tensors} tensors")
-            module = build(record["class"], record["arguments"])
+            module = build(record["class"], record["arguments"], record.get("parametrizations"))
         _container(root, parent).add_module(name, module)
     for record in records:
         if "by_mode" in record:
@@ -481,20 +490,3 @@ def restore_tensors(program: Program, data: Data, tensors: Mapping[str, torch.Te
     reader = TensorReader(data["tensors"], tensors)
     targets = dict(named_tensors(program.module)) | dict(program.unused)
     assign(targets, _of_kind(data, "parameter", "buffer", "unused"), reader, program.name)
-
-
-def training_modes(module: nn.Module) -> Data:
-    """Describe the training mode of a module, and name its submodules in the other mode."""
-    default = module.training
-    children = module.named_modules(remove_duplicate=False)
-    return {
-        "default": default,
-        "except": [name for name, child in children if child.training != default],
-    }
-
-
-def set_training_modes(module: nn.Module, data: Data) -> None:
-    """Set the modes that `training_modes` described."""
-    exceptions, default = set(data["except"]), data["default"]
-    for name, child in module.named_modules(remove_duplicate=False):
-        child.training = default != (name in exceptions)

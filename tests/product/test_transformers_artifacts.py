@@ -18,7 +18,7 @@ from tests.distributed.ranks import start
 QUICK = ("distilbert", "LlamaForCausalLM")
 OTHERS = (
     "bert", "BertForSequenceClassification", "roberta", "gpt2", "GPT2LMHeadModel", "llama", "t5",
-    "vit",
+    "vit", "olmoe",
 )  # fmt: skip
 
 LOAD = """

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
@@ -22,6 +23,21 @@ def notes(model: nn.Module) -> str:
 
 def test_a_plain_model_has_no_notes() -> None:
     assert notes(residual_chain(3, 4)) == ""
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_that_trains_nothing_is_named(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Linear(4, 4), residual_chain(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self.first, x, use_reentrant=reentrant)
+            y: Tensor = checkpoint(self.body, x, use_reentrant=reentrant)
+            return y
+
+    assert ("does not train what it runs" in notes(Checkpointed())) is reentrant
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])

@@ -162,11 +162,12 @@ CASES: tuple[tuple[Any, tuple[Any, ...], type[nn.Module], tuple[int, ...]], ...]
 def test_every_rule_is_tested() -> None:
     tested = {target for target, *_ in CASES}
     attention = {F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
-    others = attention | {*SLOPES, *NORMS, DEPTH}
+    others = attention | {*SLOPES, *NORMS, DEPTH, EXPERTS}
     assert {target for rule in RULES for target in rule.targets} == tested | others
 
 
 SLOPES = (F.rrelu, torch.rrelu, aten.rrelu.default)
+EXPERTS = "transformers::grouped_mm_fallback"  # test_artifact_library_code.py
 DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
 NORMS = (F.batch_norm, torch.batch_norm, aten.batch_norm.default)
 

@@ -54,6 +54,26 @@ def test_without_a_free_batch_the_leading_axis_of_its_size_is_taken() -> None:
     assert axes["transpose"] is axes["flatten"] is axes["mean"] is None
 
 
+class TimeFirst(nn.Module):
+    """Takes `[T, B, C]`, and works on rows of samples, on rows of times, and on samples."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        turned = x.transpose(0, 1)
+        return turned, turned.flatten(0, 1), x.flatten(0, 1), x.cumsum(0).mean(0), x.cumsum(0)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_square_example_does_not_hide_which_axis_counts_the_samples(dynamic: bool) -> None:
+    by_name = facts(TimeFirst(), torch.randn(4, 4, 3), dynamic=dynamic)
+    axes = {name: fact.spec.batch_axis for name, fact in by_name.items() if fact.spec}
+
+    assert axes["transpose"] == 1
+    assert axes["flatten"] is None  # rows of one time lie apart
+    assert axes["flatten_1"] == (0 if dynamic else None)
+    assert axes["mean"] is None
+    assert axes["cumsum"] == axes["cumsum_1"] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "at", "text", "channel"),
     [

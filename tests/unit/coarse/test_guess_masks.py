@@ -1,0 +1,134 @@
+"""Guesses read no position that the model masks, and mix no samples that it keeps apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pnn_compile as pnn
+from tests.support.parameters import grid
+
+SAMPLES, LENGTH, WIDTH = 3, 6, 8
+MASK = (torch.arange(LENGTH) < torch.tensor([4, 3, 5])[:, None]).float()
+
+
+def written(x: Tensor, mask: Tensor) -> Tensor:
+    x = x.clone()
+    x[mask == 0] = 0.0
+    return x
+
+
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mul": lambda x, mask: x * mask[..., None],
+    "where": lambda x, mask: torch.where(mask[..., None] > 0, x, torch.zeros_like(x)),
+    "masked_fill": lambda x, mask: x.masked_fill(mask[..., None] == 0, 0.0),
+    "written": written,
+    "mean": lambda x, mask: (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+    "added": lambda x, mask: (x + 1) * mask[..., None],
+}
+
+
+class Masked(nn.Module):
+    """Masks its input, or what it looks up, before the first layer."""
+
+    def __init__(self, kind: str, embeds: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, WIDTH) if embeds else nn.Identity()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.kind = kind
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = MASKED[self.kind](self.embedding(x), mask)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def shuffled(compiled: pnn.Compiled) -> nn.Module:
+    """Return the network with other weights in guesses and corrections: some begin at zero."""
+    network = compiled.module.eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "coarse" in name or "preprocess" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return network
+
+
+OPTIONS: tuple[dict[str, str], ...] = (
+    {},
+    {"preprocess": "lowrank"},
+    {"preprocess": "conv", "coarse": "conv"},
+)
+
+
+@pytest.mark.parametrize(("kind", "options"), grid(tuple(MASKED), OPTIONS))
+@pytest.mark.parametrize("embeds", [False, True])
+def test_masked_positions_do_not_move_the_prediction(
+    kind: str, options: dict[str, str], embeds: bool
+) -> None:
+    model = Masked(kind, embeds).eval()
+    x = torch.randint(0, 9, (SAMPLES, LENGTH)) if embeds else torch.randn(SAMPLES, LENGTH, WIDTH)
+    compiled = pnn.compile(model, (x, MASK), stages=3, **options)  # type: ignore[arg-type]
+    network = shuffled(compiled)
+    kept = MASK.bool() if embeds else MASK.bool()[..., None]
+    changed = torch.where(kept, x, (x + 1) % 9 if embeds else -3 * x)
+    expected, found = (
+        model(changed, MASK) - model(x, MASK),
+        network(changed, MASK) - network(x, MASK),
+    )
+    assert not found[expected == 0].any()
+
+
+class Ragged(nn.Module):
+    """Averages rows with those of their own sample alone, which end at given rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        sample = (torch.arange(x.shape[0])[:, None] >= ends).sum(1)
+        weights = (sample[:, None] == sample).to(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(weights @ x / weights.sum(1, keepdim=True)))
+        return x
+
+
+def test_rows_of_several_samples_are_not_mixed() -> None:
+    model, x, ends = Ragged().eval(), torch.randn(9, WIDTH), torch.tensor([2, 5, 9])
+    network = shuffled(pnn.compile(model, (x, ends), stages=3))
+    changed = x.clone()
+    changed[:2] += 1
+    assert torch.equal(network(changed, ends)[2:], network(x, ends)[2:])
+
+
+class Turned(nn.Module):
+    """Takes `[T, B, C]` and works on `[B, T, C]`, or on `[B, C]`."""
+
+    def __init__(self, pools: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.pools = pools
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean(0) if self.pools else x.transpose(0, 1)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_as_many_times_as_samples_are_not_confused(pools: bool) -> None:
+    model, x = Turned(pools).eval(), torch.randn(4, 4, WIDTH)
+    if pools:
+        with pytest.raises(pnn.PnnError, match="without a batch axis"):
+            pnn.compile(model, x, stages=3, dynamic_batch=False)
+        return
+    network = shuffled(pnn.compile(model, x, stages=3, dynamic_batch=False))
+    changed = x.clone()
+    changed[:, 1] += 1
+    moved = (network(changed) != network(x)).flatten(1).any(1)
+    assert moved.tolist() == [False, True, False, False]
