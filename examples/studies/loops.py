@@ -4,6 +4,7 @@ python -m examples.digits_sampler                        # trains the samplers, 
 python -m examples.studies.loops samples --kind ddim --steps 64 --stages 4,8,16
 python -m examples.studies.loops ode                     # a neural ODE classifier
 python -m examples.studies.loops recurrent               # one transformer block, 24 times
+python -m examples.studies.loops batched --stages 8      # all stages of one device as one batch
 python -m examples.studies.loops picture                 # docs/loops.png
 
 Every command prints Markdown tables; `loops.md` holds those of one run.
@@ -12,9 +13,11 @@ Every command prints Markdown tables; `loops.md` holds those of one run.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -282,6 +285,46 @@ def picture(kind: str, steps: int, count: int, columns: int = 16) -> None:
     print(f"wrote {PICTURE}; rows: original, guess, K = 1, K = 2")
 
 
+def batched(kind: str, steps: int, counts: Sequence[int], device: str, rounds: int = 7) -> None:
+    """Time one iteration with the stages one by one and as one batch, in turns, on one device.
+
+    On a CPU these are seconds of processor time of one thread.
+    """
+    torch.set_num_threads(1)
+    cuda = device != "cpu"
+
+    def seconds(call: Callable[[], object]) -> float:
+        clock = time.perf_counter if cuda else time.process_time
+        start = clock()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        return clock() - start
+
+    sampler = build_model(kind, steps)
+    networks = Networks(sampler, torch.randn(2, 1, 8, 8))
+    print("| network | batch | original | stages one by one | one batch | batched / unbatched | "
+          "batched / original |\n|---|" + "---|" * 6)  # fmt: skip
+    for count in counts:
+        compiled = networks.compiled(count).to(device)
+        sampler.to(device)
+        for batch in (1, 4, 16, 64):
+            noise = torch.randn(batch, 1, 8, 8, device=device)
+            calls: list[Callable[[], object]] = [
+                partial(sampler, noise),
+                partial(compiled.iterate, noise, iterations=1),
+                partial(compiled.iterate, noise, iterations=1, batched=True),
+            ]
+            for call in calls:
+                call()
+            times = [[seconds(call) for call in calls] for _ in range(rounds)]
+            original, apart, together = (statistics.median(t) for t in zip(*times, strict=True))
+            ratios = statistics.median(t[2] / t[1] for t in times), together / original
+            print(f"| N = {count}, K = 1 | {batch} | {1e3 * original:.0f} ms | {1e3 * apart:.0f} ms"
+                  f" | {1e3 * together:.0f} ms | {ratios[0]:.2f} | {ratios[1]:.2f} |",
+                  flush=True)  # fmt: skip
+
+
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
@@ -289,12 +332,13 @@ def _numbers(text: str) -> list[int]:
 def main() -> None:
     """Run a study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("samples", "ode", "recurrent", "picture"))
+    parser.add_argument("study", choices=("samples", "ode", "recurrent", "batched", "picture"))
     parser.add_argument("--kind", choices=[*SAMPLERS], default="ddim")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--stages", type=_numbers, default=[4, 8, 16])
     parser.add_argument("--most", type=int, default=3, help="largest K")
     parser.add_argument("--seconds", type=float, default=30.0, help="to train a classifier")
+    parser.add_argument("--device", default="cpu", help="of the batched stages")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.study == "samples":
@@ -303,6 +347,8 @@ def main() -> None:
         classifiers(NeuralODE(), (64,), arguments.stages, arguments.seconds)
     elif arguments.study == "recurrent":
         classifiers(Recurrent(), (8, 8), arguments.stages, arguments.seconds)
+    elif arguments.study == "batched":
+        batched(arguments.kind, arguments.steps, arguments.stages, arguments.device)
     else:
         picture(arguments.kind, arguments.steps, arguments.stages[0])
 

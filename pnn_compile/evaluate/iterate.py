@@ -26,6 +26,7 @@ from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, State
+from passes.transform.lockstep import chained_stages
 from passes.transform.sweep import Role, sweep
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
 from pnn_compile.inputs import batch_size, device_of, named_batch
@@ -64,6 +65,7 @@ def iterate(
     *,
     iterations: int | None = None,
     tolerance: float | None = None,
+    batched: bool = False,
 ) -> Iterates:
     """Run parareal iterations until the estimated error of every sample is small enough.
 
@@ -79,18 +81,21 @@ def iterate(
             else that of the plan.
         tolerance: Stop as soon as the estimate of every sample is below this. An estimate, not a
             bound: see `estimated_errors`.
+        batched: Whether to run the stages of a loop in time as one batch, which takes as many calls
+            as one stage and the memory of all; see `passes.transform.lockstep`.
 
     Returns:
         The outputs of the last iteration, and estimates of all of them.
 
     Raises:
-        OptionError: A number is out of range, an argument of the network is missing, or a
-            collapsed sweep is asked for more than one iteration.
+        OptionError: A number is out of range, an argument of the network is missing, a collapsed
+            sweep is asked for more than one iteration, or stages cannot run as one batch.
     """
     plan = compiled.plan
     most = _max_iterations(plan, iterations, tolerance)
     with _measuring(compiled):
-        executor, batch = Executor(compiled), named_batch(compiled, inputs)
+        lockstep = compiled.lockstep if batched else None
+        executor, batch = Executor(compiled, lockstep=lockstep), named_batch(compiled, inputs)
         states = last_states(executor, batch, most)
         state, increments = next(states), []
         for next_state in states:
@@ -199,7 +204,10 @@ def last_states(executor: Executor, inputs: Mapping[str, Any], most: int) -> Ite
     last = len(plan.stages) - 1
     uncorrected: State = {}
     # Nothing is pruned: the caller reads the last state of every iteration.
-    steps = sweep(last + 1, plan.sweep, most, prune=False, predicts=plan.predicts)
+    steps = sweep(
+        last + 1, plan.sweep, most, prune=False, predicts=plan.predicts,
+        chained=chained_stages(plan) if plan.predicts else (),
+    )  # fmt: skip
     for step, state in executor.run(steps, inputs):
         if step.role is Role.FINE and not step.iteration:
             uncorrected = executor.advance(step.stage, uncorrected, state)
