@@ -18,9 +18,8 @@ what the stage does, and they will have missed that share of the change that the
     (c - u) - (p - e)      0.02   0.04   0.05    change of what it does, by the coarse steps
     missed now      0      0.001  0.003  0.006   their product, and what was missed before
 
-For a linear loop both shares are those of one step in place of the stage, half the step size in
-leading order. Twice that sum is the estimate of the first iteration; of a later one, the larger of
-it and the one above.
+Twice that sum is the estimate of the first iteration, between a twentieth of d_1 and d_1; of a
+later one, it is the larger of that sum and of the estimate above.
 """
 
 from __future__ import annotations
@@ -33,6 +32,8 @@ from passes.transform.sweep import Role, Step
 
 _SAFETY = 2.0
 """Factor over what coarse steps are predicted to miss: one sample in twenty misses more."""
+_TRUSTED = 0.05
+"""Least contraction of the first iteration that is believed: no other one has shown it yet."""
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -172,7 +173,7 @@ def estimated_errors(
         rho = increments[k] / increments[k - 1]
         estimates[k] *= torch.where(rho < 0.5, rho / (1 - rho), 1.0)
     if missed is not None:
-        estimates[0] = 0.0
+        estimates[0] *= _TRUSTED
         estimates = torch.minimum(torch.maximum(estimates, missed), increments)
     estimates[stages - 1 :] = 0.0
     return estimates
