@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -187,6 +188,9 @@ class Lockstep:
                 values |= zip(row, result, strict=True)
         return [tuple(values[node] for node in self._results(number)) for number in key]
 
+    def _placeholders(self, number: int) -> list[fx.Node]:
+        return [n for n in self.modules[number].graph.nodes if n.op == "placeholder"]
+
     def _results(self, number: int) -> list[fx.Node]:
         return [*self.modules[number].graph.output_node().all_input_nodes]
 
@@ -194,10 +198,8 @@ class Lockstep:
         """Return the values of a stage before its steps: arguments, attributes, side values."""
         module, runner = self.modules[number], fx.Interpreter(self.modules[number])
         runner.extra_traceback = False
-        nodes = module.graph.nodes
-        placeholders = [node for node in nodes if node.op == "placeholder"]
-        runner.env = dict(zip(placeholders, given, strict=True))
-        for node in nodes:
+        runner.env = dict(zip(self._placeholders(number), given, strict=True))
+        for node in module.graph.nodes:
             if node.op == "get_attr":
                 runner.env[node] = resolve(module, str(node.target))
         for node in self.before[number]:
@@ -206,18 +208,25 @@ class Lockstep:
 
     def _divide(self, numbers: tuple[int, ...]) -> list[_Segment]:
         """Divide the steps of stages into batched calls, by the stages that still go on."""
-        segments, start = [], 0
+        segments, start, states = [], 0, set[fx.Node]()
+        for number in numbers:
+            consumed = self.plan.stages[number].consumes
+            states |= {n for n in self._placeholders(number) if n.name in consumed}
+            states |= {*self.before[number]} if not number else set()
         for stop in sorted({len(self.steps[number]) for number in numbers}):
             alive = [number for number in numbers if len(self.steps[number]) >= stop]
             rows = zip(*(self.steps[number][start:stop] for number in alive), strict=True)
-            segments.append(_segment(self.modules[alive[0]], [*rows]))
+            segments.append(_segment(self.modules[alive[0]], [*rows], states))
+            states |= {node for number in alive for node in self.steps[number][start:stop]}
             start = stop
         return segments
 
 
-def _segment(module: nn.Module, rows: Sequence[tuple[fx.Node, ...]]) -> _Segment:
+def _segment(
+    module: nn.Module, rows: Sequence[tuple[fx.Node, ...]], states: AbstractSet[fx.Node]
+) -> _Segment:
     """Write rows of nodes, that of every stage beside those of the others, as a batched call."""
-    writer = _Writer(module)
+    writer = _Writer(module, states)
     for row in rows:
         writer.add(row)
     inside = {node for row in rows for node in row}
@@ -240,6 +249,7 @@ class _Writer:
 
     Args:
         module: Owner of the layers.
+        states: Nodes outside of the call that depend on the state of their stage.
 
     Attributes:
         graph: The graph; its first argument is the number of a stage among those of the call.
@@ -248,8 +258,8 @@ class _Writer:
         numbers: Names of nodes that read numbers as tensors.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.graph = module, fx.Graph()
+    def __init__(self, module: nn.Module, states: AbstractSet[fx.Node]) -> None:
+        self.module, self.graph, self._states = module, fx.Graph(), states
         self.arguments: list[tuple[fx.Node, ...]] = []
         self.numbers: list[str] = []
         self._stage = self._last = self.graph.placeholder("stage")
@@ -299,12 +309,19 @@ class _Writer:
             return _Kind.SHARED if _is_alike(leaf) else _Kind.EACH
         if leaf not in self._kinds:
             names = {str(one.target) if one.op == "get_attr" else one.name for one in leaf}
-            with self.graph.inserting_after(self._last):
-                self._last = self.graph.placeholder(leaf[0].name)
-            self.arguments.append(leaf[:1] if len(names) == 1 else leaf)
-            self._kinds[leaf] = _Kind.SHARED if len(names) == 1 else _Kind.BATCHED
-            self._values[leaf] = [self._last]
+            kind = _Kind.SHARED
+            if len(names) > 1:
+                kind = _Kind.BATCHED if self._states & {*leaf} else _Kind.EACH
+            self._kinds[leaf] = kind
+            each = [(one,) for one in leaf] if kind is _Kind.EACH else [leaf[: len(names)]]
+            self._values[leaf] = [self._argument(nodes) for nodes in each]
         return self._kinds[leaf]
+
+    def _argument(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
+        with self.graph.inserting_after(self._last):
+            self._last = self.graph.placeholder(nodes[0].name)
+        self.arguments.append(nodes)
+        return self._last
 
     def _of_stage(self, leaf: _Row, stage: int) -> Any:
         """Return the value of a leaf for one stage."""

@@ -26,7 +26,7 @@ from passes.transform.lockstep import chained_stages
 from passes.transform.sweep import Role, Step, sweep
 from pnn_compile.evaluate.error_estimate import ErrorEstimate
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
-from pnn_compile.inputs import batch_size, device_of, named_batch
+from pnn_compile.inputs import batch_size, device_of, explained, named_batch
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
@@ -89,16 +89,17 @@ def iterate(
             sweep is asked for more than one iteration, or stages cannot run as one batch.
     """
     plan = compiled.plan
-    most = _max_iterations(plan, iterations, tolerance)
+    most, enough = _max_iterations(plan, iterations, tolerance), tolerance or 0.0
     with _measuring(compiled):
         lockstep = compiled.lockstep if batched else None
         executor, batch = Executor(compiled, lockstep=lockstep), named_batch(compiled, inputs)
         errors = ErrorEstimate(plan, batch_size(batch))
-        for state in last_states(executor, batch, most, errors.watch):
-            estimates = errors.add(state)
-            if tolerance is not None and len(estimates) and bool((estimates[-1] < tolerance).all()):
-                break
-        outputs = executor.head(state, batch)
+        with explained(compiled, batch):
+            for state in last_states(executor, batch, most, errors.watch):
+                estimates = errors.add(state)
+                if len(estimates) and bool((estimates[-1] < enough).all()):
+                    break
+            outputs = executor.head(state, batch)
     return Iterates(
         outputs=outputs,
         iterations=len(estimates),
@@ -263,8 +264,10 @@ def dial(
     with evaluating(compiled):
         executor = Executor(compiled)
         for batch in batches:
-            target = main_output(compiled.sequential(**named_batch(compiled, batch)))
-            _add_batch(executor, named_batch(compiled, batch), target, tallies)
+            inputs = named_batch(compiled, batch)
+            with explained(compiled, inputs):
+                target = main_output(compiled.sequential(**named_batch(compiled, batch)))
+                _add_batch(executor, inputs, target, tallies)
     if not tallies[0].samples:
         raise OptionError("dial needs at least one batch of samples (got none)")
     forecasts = plan.forecasts(most)

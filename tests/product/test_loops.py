@@ -72,6 +72,13 @@ def test_without_tolerance_a_call_is_one_of_the_module() -> None:
     assert torch.equal(compiled(*inputs), compiled.module(*inputs))
 
 
+@pytest.mark.parametrize("verb", [pnn.iterate, lambda network, x: network.dial([x])])
+def test_inputs_of_another_shape_are_told(verb: Any) -> None:
+    _, _, compiled = _compiled()
+    with pytest.raises(OptionError, match=r"was compiled for \[any number, 8\]"):
+        verb(compiled, torch.randn(3, 9))
+
+
 def test_options() -> None:
     _, _, compiled = _compiled(iterations="auto")
     assert compiled.plan.tolerance == 0.01

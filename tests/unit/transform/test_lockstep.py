@@ -68,6 +68,27 @@ class _Table(nn.Module):
         return x
 
 
+class _Items(_Table):
+    """Times as numbers of a schedule, constants made in the loop, and an embedding of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, time in enumerate(torch.arange(6)):
+            e = self.field(x + self.embed(time))
+            x = x + self.times[time] * e / 6 + torch.tensor(0.1 * i)
+        return x
+
+
+def test_what_differs_from_stage_to_stage_is_computed_for_each() -> None:
+    torch.manual_seed(0)
+    compiled = _compiled(_Items(), x := torch.randn(4, 8), stages=3, coarse="time_step")
+    batched = compiled.iterate(x, iterations=2, batched=True).outputs
+    torch.testing.assert_close(batched, compiled.iterate(x, iterations=2).outputs)
+
+
 def test_weights_and_tables_are_those_of_now() -> None:
     torch.manual_seed(0)
     compiled = _compiled(_Table(), x := torch.randn(4, 8), stages=3)
