@@ -21,6 +21,7 @@ from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan, moved_cuts, stored_options
+from passes.transform.lockstep import Lockstep
 from passes.transform.original_weights import load_state_dict, to_state_dict, weights_by_name
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators
@@ -133,6 +134,15 @@ class Compiled:
             "a compiled network cannot be pickled: save it with compiled.save(directory), and load "
             "it with pnn.load(directory), in another process too"
         )
+
+    @cached_property
+    def lockstep(self) -> Lockstep:
+        """Batched calls of the stages of a loop in time.
+
+        Raises:
+            OptionError: The stages do not share their weights.
+        """
+        return Lockstep(self.plan, self.stages)
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -301,13 +311,11 @@ class Compiled:
 
         return probe(self, batches, **options)
 
-    def iterate(
-        self, inputs: Any, *, iterations: int | None = None, tolerance: float | None = None
-    ) -> Iterates:
+    def iterate(self, inputs: Any, **options: Any) -> Iterates:
         """Run iterations until the error seems small; see `pnn_compile.evaluate.iterate`."""
         from pnn_compile.evaluate.iterate import iterate
 
-        return iterate(self, inputs, iterations=iterations, tolerance=tolerance)
+        return iterate(self, inputs, **options)
 
     def dial(self, batches: Iterable[Any]) -> tuple[DialRow, ...]:
         """Measure every number of iterations on samples; see `pnn_compile.evaluate.iterate`."""

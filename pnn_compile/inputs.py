@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,21 @@ def check_shapes(compiled: Compiled, inputs: Mapping[str, Any]) -> None:
     """
     if reason := Call.of(compiled.program).other_shape(inputs):
         raise OptionError(reason)
+
+
+@contextmanager
+def explained(compiled: Compiled, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Tell of an error in a run on inputs of another shape that they have one.
+
+    Raises:
+        OptionError: The block fails, and the inputs have other shapes than the example inputs.
+    """
+    try:
+        yield
+    except Exception as error:
+        if reason := Call.of(compiled.program).other_shape(inputs):
+            raise OptionError(reason) from error
+        raise
 
 
 def resized(compiled: Compiled, batch: int, device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,8 @@ python -m examples.digits_sampler                        # trains the samplers, 
 python -m examples.studies.loops samples --kind ddim --steps 64 --stages 4,8,16
 python -m examples.studies.loops ode                     # a neural ODE classifier
 python -m examples.studies.loops recurrent               # one transformer block, 24 times
+python -m examples.studies.loops estimates --stages 4,8  # estimated against true errors
+python -m examples.studies.loops batched --stages 8      # all stages of one device as one batch
 python -m examples.studies.loops picture                 # docs/loops.png
 
 Every command prints Markdown tables; `loops.md` holds those of one run.
@@ -12,9 +14,12 @@ Every command prints Markdown tables; `loops.md` holds those of one run.
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +33,14 @@ from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.transform.executor import Executor
 from pnn_compile.compiled import Compiled, gather
+from pnn_compile.evaluate.error_estimate import ErrorEstimate, estimated_errors
 from pnn_compile.evaluate.iterate import last_states, pipelined_speedup
 from pnn_compile.inputs import named_batch
 
 PICTURE = Path(__file__).parents[2] / "docs" / "loops.png"
 SAMPLES = 256
 CHUNK = 64
+STUDIES = ("samples", "estimates", "ode", "recurrent", "batched", "picture")
 
 
 class Networks:
@@ -69,7 +76,8 @@ def iterates(compiled: Compiled, noise: torch.Tensor, most: int) -> list[torch.T
     parts: list[list[torch.Tensor]] = []
     with torch.no_grad():
         for part in chunks(noise):
-            executor, batch = Executor(compiled), named_batch(compiled, part)
+            executor = Executor(compiled, lockstep=compiled.lockstep)
+            batch = named_batch(compiled, part)
             states = last_states(executor, batch, most)
             parts.append([executor.head(state, batch) for state in states])
     return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
@@ -165,11 +173,61 @@ def samples(kind: str, steps: int, counts: Sequence[int], most: int) -> None:
             short = SAMPLERS[kind](sampler.net, fewer)
             row(f"{fewer} steps", torch.cat([short(part) for part in chunks(noise)]), "",
                 f"{steps / fewer:.2f}")  # fmt: skip
-        for tolerance in (0.1, 0.02):
-            pairs = [picard(sampler, part, counts[0], tolerance) for part in noise.split(16)]
+        for count, tolerance in itertools.product(counts, (0.1, 0.02)):
+            pairs = [picard(sampler, part, count, tolerance) for part in noise.split(16)]
             taken = sum(number for _, number in pairs) / len(pairs)
             result = torch.cat([part for part, _ in pairs])
-            row(f"Picard, N = {counts[0]}, {tolerance:g}", result, "", f"{steps / taken:.2f}")
+            row(f"Picard, N = {count}, {tolerance:g}", result, "", f"{steps / taken:.2f}")
+
+
+def estimates(kind: str, steps: int, counts: Sequence[int], most: int) -> None:
+    """Print estimated over true errors, and the iterations that tolerances take of every sample.
+
+    "changes alone" is the estimate that knows nothing of coarse steps.
+    """
+    sampler = build_model(kind, steps)
+    noise = torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    networks = Networks(sampler, noise[:2])
+    print("| network | estimate / error: 5 %, 50 %, 95 % | changes alone |\n|---|---|---|")
+    tolerances: list[str] = []
+    for count in counts:
+        compiled, rows = networks.compiled(count), min(most, count - 1)
+        parts = [_estimates(compiled, part, sampler(part), rows) for part in chunks(noise)]
+        true, new, old = (torch.cat(one, 1) for one in zip(*parts, strict=True))
+        for k in range(rows):
+            shown = (_quantiles(one[k] / true[k]) for one in (new, old))
+            print(f"| N = {count}, K = {k + 1} | {' | '.join(shown)} |", flush=True)
+        for tolerance, one in itertools.product((0.03, 0.01, 0.001), (new, old)):
+            done = torch.cat([one < tolerance, torch.ones(1, SAMPLES, dtype=torch.bool)])
+            taken = done.int().argmax(0)
+            left = torch.cat([true, torch.zeros(1, SAMPLES)]).gather(0, taken[None])
+            cells = (
+                f"N = {count}, {tolerance:.1%}" + (", changes alone" if one is old else ""),
+                ", ".join(f"{n + 1} of {(taken == n).float().mean():.0%}" for n in taken.unique()),
+                f"{(left < tolerance).float().mean():.1%}", f"{left.max() / tolerance:.2f}",
+            )  # fmt: skip
+            tolerances.append(f"| {' | '.join(cells)} |")
+    print("\n| tolerance | K, share of the samples | samples below | largest error / tolerance |")
+    print("|---|---|---|---|", *tolerances, sep="\n")
+
+
+def _estimates(
+    compiled: Compiled, noise: torch.Tensor, target: torch.Tensor, most: int
+) -> tuple[torch.Tensor, ...]:
+    """Return true errors, their estimates, and those by changes alone, `[K, B]`."""
+    executor = Executor(compiled, lockstep=compiled.lockstep)
+    batch, true, estimate = named_batch(compiled, noise), [], ErrorEstimate(compiled.plan, CHUNK)
+    with torch.no_grad():
+        for state in last_states(executor, batch, most, estimate.watch):
+            new = estimate.add(state)
+            true.append(errors(executor.head(state, batch), target))
+    old = estimated_errors(estimate.increments, len(compiled.plan.stages))
+    return torch.stack(true[1:]), new, old
+
+
+def _quantiles(ratios: torch.Tensor) -> str:
+    points = torch.tensor([0.05, 0.5, 0.95], dtype=ratios.dtype)
+    return ", ".join(f"{ratio:.1f}" for ratio in ratios.quantile(points))
 
 
 class NeuralODE(nn.Module):
@@ -282,6 +340,46 @@ def picture(kind: str, steps: int, count: int, columns: int = 16) -> None:
     print(f"wrote {PICTURE}; rows: original, guess, K = 1, K = 2")
 
 
+def batched(kind: str, steps: int, counts: Sequence[int], device: str, rounds: int = 7) -> None:
+    """Time one iteration with the stages one by one and as one batch, in turns, on one device.
+
+    On a CPU these are seconds of processor time of one thread.
+    """
+    torch.set_num_threads(1)
+    cuda = device != "cpu"
+
+    def seconds(call: Callable[[], object]) -> float:
+        clock = time.perf_counter if cuda else time.process_time
+        start = clock()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        return clock() - start
+
+    sampler = build_model(kind, steps)
+    networks = Networks(sampler, torch.randn(2, 1, 8, 8))
+    print("| network | batch | original | stages one by one | one batch | batched / unbatched | "
+          "batched / original |\n|---|" + "---|" * 6)  # fmt: skip
+    for count in counts:
+        compiled = networks.compiled(count).to(device)
+        sampler.to(device)
+        for batch in (1, 4, 16, 64):
+            noise = torch.randn(batch, 1, 8, 8, device=device)
+            calls: list[Callable[[], object]] = [
+                partial(sampler, noise),
+                partial(compiled.iterate, noise, iterations=1),
+                partial(compiled.iterate, noise, iterations=1, batched=True),
+            ]
+            for call in calls:
+                call()
+            times = [[seconds(call) for call in calls] for _ in range(rounds)]
+            original, apart, together = (statistics.median(t) for t in zip(*times, strict=True))
+            ratios = statistics.median(t[2] / t[1] for t in times), together / original
+            print(f"| N = {count}, K = 1 | {batch} | {1e3 * original:.0f} ms | {1e3 * apart:.0f} ms"
+                  f" | {1e3 * together:.0f} ms | {ratios[0]:.2f} | {ratios[1]:.2f} |",
+                  flush=True)  # fmt: skip
+
+
 def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
@@ -289,12 +387,13 @@ def _numbers(text: str) -> list[int]:
 def main() -> None:
     """Run a study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("samples", "ode", "recurrent", "picture"))
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--kind", choices=[*SAMPLERS], default="ddim")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--stages", type=_numbers, default=[4, 8, 16])
     parser.add_argument("--most", type=int, default=3, help="largest K")
     parser.add_argument("--seconds", type=float, default=30.0, help="to train a classifier")
+    parser.add_argument("--device", default="cpu", help="of the batched stages")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.study == "samples":
@@ -303,6 +402,10 @@ def main() -> None:
         classifiers(NeuralODE(), (64,), arguments.stages, arguments.seconds)
     elif arguments.study == "recurrent":
         classifiers(Recurrent(), (8, 8), arguments.stages, arguments.seconds)
+    elif arguments.study == "estimates":
+        estimates(arguments.kind, arguments.steps, arguments.stages, arguments.most)
+    elif arguments.study == "batched":
+        batched(arguments.kind, arguments.steps, arguments.stages, arguments.device)
     else:
         picture(arguments.kind, arguments.steps, arguments.stages[0])
 

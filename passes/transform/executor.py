@@ -16,6 +16,7 @@ from torch import nn
 from passes.coarse.spec import OperatorSpec
 from passes.ir.program import Program
 from passes.plan.schema import Plan
+from passes.transform.lockstep import Lockstep
 from passes.transform.split import Stages
 from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
 from passes.transform.synthesize import Operators
@@ -61,6 +62,7 @@ class Executor:
     Args:
         compiled: The network.
         stages: Copies of its fine stages and head to call instead.
+        lockstep: Runs all fine stages of an iteration as one batch, if it is given.
 
     Attributes:
         plan: The plan.
@@ -69,8 +71,14 @@ class Executor:
         corrections: Coarse propagators by stage number; may be replaced.
     """
 
-    def __init__(self, compiled: Pieces, stages: Stages | None = None) -> None:
-        self.plan = compiled.plan
+    def __init__(
+        self,
+        compiled: Pieces,
+        stages: Stages | None = None,
+        *,
+        lockstep: Lockstep | None = None,
+    ) -> None:
+        self.plan, self.lockstep = compiled.plan, lockstep
         self.stages = stages or compiled.stages
         self.guesses: dict[int, Operator] = {}
         self.corrections: dict[int, Operator] = {}
@@ -87,16 +95,34 @@ class Executor:
 
     def fine(self, number: int, state: State, inputs: Mapping[str, Any]) -> State:
         """Propagate a state through fine stage `number`, and return what the stage produces."""
+        result = self.stages.fine[number](*self._entering(number, state, inputs))
+        return _named(self.plan.stages[number].produces, result)
+
+    def _entering(self, number: int, state: State, inputs: Mapping[str, Any]) -> list[Any]:
         stage = self.plan.stages[number]
-        result = self.stages.fine[number](
-            *(state[name] for name in stage.consumes), *self.given(stage.inputs, inputs)
-        )
-        return _named(stage.produces, result)
+        return [*(state[name] for name in stage.consumes), *self.given(stage.inputs, inputs)]
 
     def run(self, steps: Iterable[Step], inputs: Mapping[str, Any]) -> Iterator[tuple[Step, State]]:
         """Do the steps of a sweep; yield each with the state that it makes, up to the head."""
         steps = (step for step in steps if step.role is not Role.HEAD)
-        return walk(steps, lambda step, states: self.compute(step, states, inputs))
+        lockstep = self.lockstep
+
+        def together(fine: Sequence[Step], states: Sequence[Sequence[State]]) -> list[State]:
+            assert lockstep is not None
+            numbers = [step.stage for step in fine]
+            arguments = [
+                self._entering(number, read[0] if number else {}, inputs)
+                for number, read in zip(numbers, states, strict=True)
+            ]
+            results = lockstep.run(numbers, arguments)
+            names = (self.plan.stages[number].produces for number in numbers)
+            return [dict(zip(*pair, strict=True)) for pair in zip(names, results, strict=True)]
+
+        return walk(
+            steps,
+            lambda step, states: self.compute(step, states, inputs),
+            None if lockstep is None else together,
+        )
 
     def compute(self, step: Step, states: Sequence[State], inputs: Mapping[str, Any]) -> State:
         """Do one step of a sweep, given the states that it reads; not the head."""

@@ -28,7 +28,8 @@ writer, CUDA streams and the lists of ranks walk over these steps; none states t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -95,6 +96,7 @@ def sweep(
     reuse: bool = True,
     prune: bool = True,
     predicts: bool = False,
+    chained: Collection[int] = (),
 ) -> tuple[Step, ...]:
     """List the steps of a parareal network, in a valid order of execution.
 
@@ -107,6 +109,7 @@ def sweep(
         prune: Whether to omit steps that the outputs do not depend on: with several iterations, the
             last stages of the first iterations.
         predicts: Whether coarse propagators predict states, as those of a loop in time.
+        chained: Of predictions, the stages whose guess is the prediction of the stage before.
 
     >>> for step in sweep(2):
     ...     print(step)
@@ -122,8 +125,11 @@ def sweep(
     entering: dict[int, Symbol] = {}
     steps: list[Step] = []
     for stage in range(1, stages):
-        entering[stage] = Symbol("x", stage)
-        steps.append(Step(Role.PREPROCESS, stage, 0, (), entering[stage]))
+        if stage in chained:
+            steps.append(_prediction(stage - 1, entering))
+        else:
+            steps.append(Step(Role.PREPROCESS, stage, 0, (), Symbol("x", stage)))
+        entering[stage] = steps[-1].writes
     states: dict[int, Symbol] = {}
     for iteration in range(min(iterations, stages)):
         computed = range(iteration if reuse else 0, stages)
@@ -131,7 +137,10 @@ def sweep(
             reads = (entering[stage],) if stage else ()
             steps.append(Step(Role.FINE, stage, iteration, reads, Symbol("y", stage, iteration)))
         if predicts:
-            steps += _predicted(computed, iteration, entering, states)
+            if not iteration:
+                rest = (j for j in computed if j and j + 1 not in chained)
+                steps += (_prediction(stage, entering) for stage in rest)
+            steps += _predicted(computed, iteration, states)
         else:
             add = _collapsed if kind == "collapsed" else _chain
             steps += add(computed, iteration, entering, states)
@@ -153,9 +162,11 @@ def _chain(
         yield _correct(stage, iteration, states, corrections)
 
 
-def _predicted(
-    computed: range, iteration: int, entering: dict[int, Symbol], states: dict[int, Symbol]
-) -> Iterator[Step]:
+def _prediction(stage: int, entering: dict[int, Symbol]) -> Step:
+    return Step(Role.COARSE, stage, 0, (entering[stage],), Symbol("p", stage))
+
+
+def _predicted(computed: range, iteration: int, states: dict[int, Symbol]) -> Iterator[Step]:
     """Correct one state after another by the change of its prediction.
 
     >>> for step in sweep(3, iterations=2, predicts=True)[6:]:
@@ -171,9 +182,6 @@ def _predicted(
     u_2^2 <- correct_2(u_1^2, r_2^2, c_2^2)
     out_2^2 <- head_2(u_2^2)
     """
-    for stage in computed if not iteration else ():
-        if stage:
-            yield Step(Role.COARSE, stage, 0, (entering[stage],), Symbol("p", stage))
     for stage in computed:
         if stage == computed[0]:
             yield _correct(stage, iteration, states, ())
@@ -251,7 +259,9 @@ def _needed(steps: Sequence[Step]) -> tuple[Step, ...]:
 
 
 def walk(
-    steps: Iterable[Step], call: Callable[[Step, Sequence[_T]], _T]
+    steps: Iterable[Step],
+    call: Callable[[Step, Sequence[_T]], _T],
+    together: Callable[[Sequence[Step], Sequence[Sequence[_T]]], Sequence[_T]] | None = None,
 ) -> Iterator[tuple[Step, _T]]:
     """Execute steps in order, and yield every step with its result.
 
@@ -260,6 +270,7 @@ def walk(
     Args:
         steps: The steps.
         call: Executes a step, given the values of the states that it reads.
+        together: Executes all fine stages of an iteration at once.
 
     >>> for step, value in walk(in_sequence(2), lambda step, values: sum(values) + 1):
     ...     print(step.writes, value)
@@ -272,11 +283,17 @@ def walk(
     steps = tuple(steps)
     last_read = {symbol: step for step in steps for symbol in step.reads}
     values: dict[Symbol, _T] = {}
-    for step in steps:
-        value = call(step, [values[symbol] for symbol in step.reads])
-        if step.writes in last_read:
-            values[step.writes] = value
-        for symbol in step.reads:
-            if last_read[symbol] is step:
-                values.pop(symbol, None)
-        yield step, value
+    for fine, run in itertools.groupby(steps, lambda step: step.role is Role.FINE):
+        group = [*run]
+        done: Iterable[_T]
+        if fine and together is not None:
+            done = together(group, [[values[symbol] for symbol in s.reads] for s in group])
+        else:
+            done = (call(step, [values[symbol] for symbol in step.reads]) for step in group)
+        for step, value in zip(group, done, strict=True):
+            if step.writes in last_read:
+                values[step.writes] = value
+            for symbol in step.reads:
+                if last_read[symbol] is step:
+                    values.pop(symbol, None)
+            yield step, value

@@ -14,6 +14,7 @@ from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     ARG,
     CACHE,
+    CALIBRATION_BATCH,
     DEBUG,
     INPUT,
     JSON,
@@ -57,9 +58,17 @@ def device_counts(text: str) -> list[int]:
         ("model.py --devices h100", "2 to 64 devices"),
         ("timm:resnet50 -n 2,4,8 --devices here.toml", "a profile of yours"),
         ("build/model -n 2..8 --inference", "the forward pass"),
+        ("build/model noise.npz --tolerance 0.01", "iterations of a tolerance"),
     ],
 )
 @click.argument("target")
+@click.argument("samples", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Estimated relative error of SAMPLES, at most.",
+    show_default="that of the artifact",
+)
 @click.option(
     "-n",
     "--stages",
@@ -91,8 +100,12 @@ def device_counts(text: str) -> list[int]:
 @CACHE
 @JSON
 @DEBUG
+@click.pass_context
 def forecast_command(
+    context: click.Context,
     target: str,
+    samples: Path | None,
+    tolerance: float | None,
     stages: str,
     inputs: tuple[str, ...],
     arguments: tuple[str, ...],
@@ -108,10 +121,17 @@ def forecast_command(
 ) -> None:
     """Predict a step of TARGET on N devices, beside other methods.
 
-    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`.
+    TARGET is the directory of an artifact, or a model as in `pnn-compile compile`. With SAMPLES (a
+    .safetensors or .npz file with an array per argument): how many iterations a tolerance takes on
+    them, and the speed at these, for the stages of the artifact.
     """
     from pnn_compile.forecast.forecast import forecast, load_profile
 
+    if samples is not None:
+        _count(context, samples)
+        return
+    if tolerance is not None:
+        raise OptionError("--tolerance needs samples: pnn-compile forecast ARTIFACT SAMPLES")
     counts = device_counts(stages)
     profiles = [load_profile(name.strip()) for name in devices.split(",")] if devices else []
     model, examples = _open_model(target, inputs, arguments)
@@ -136,6 +156,35 @@ def forecast_command(
     from pnn_compile.report.tables import forecast_tables
 
     console().print(forecast_tables(table))
+
+
+def _count(context: click.Context, samples: Path) -> None:
+    """Show how many iterations a tolerance takes on samples."""
+    from pnn_compile.compiled import load
+    from pnn_compile.forecast.count_iterations import count_iterations
+    from pnn_compile.inputs import read_batches
+    from pnn_compile.report.tables import count_table
+
+    chosen = context.params
+    target, as_json = chosen["target"], chosen["as_json"]
+    kept = {"target", "samples", "tolerance", "as_json", "debug"}
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if option.name not in kept and source is not click.core.ParameterSource.DEFAULT:
+            raise OptionError(f"{option.opts[0]} does not go with samples: leave one of them out")
+    if not is_artifact(target):
+        raise OptionError(
+            f"iterations are counted for an artifact (got {target}): save one with "
+            "`pnn-compile MODEL -n N -o DIR`"
+        )
+    compiled = load(target)
+    batches = read_batches(samples, compiled.program, CALIBRATION_BATCH)
+    with Progress(as_json)("iterating"):
+        counted = count_iterations(compiled, batches, chosen["tolerance"])
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(counted), indent=2))
+    else:
+        console().print(count_table(compiled.plan.model, counted))
 
 
 def _open_model(

@@ -45,7 +45,10 @@ _FILE = partial(click.option, type=click.Path(path_type=Path), metavar="FILE")
 @target_options("auto")
 @click.option("--depth", default=2, type=int, help="Levels of the module path to show.")
 @_FILE("--html", help="Write the report as one HTML page that opens from disk.")
-@_FILE("--samples", help="Samples to measure the error by number of iterations on, for --html.")
+@_FILE(
+    "--samples",
+    help="Samples to show for --html: error by number of iterations, pictures.",
+)
 @_FILE("--dot", help="Write the partition graph as DOT.")
 @_FILE("--mermaid", help="Write it as a Mermaid flowchart, with --depth levels of modules.")
 @_FILE("--graphml", help="Write it as GraphML.")
@@ -118,15 +121,18 @@ def _write_files(
     if html is not None:
         from pnn_compile.inputs import read_batches
         from pnn_compile.report.html import write_report
+        from pnn_compile.report.pictures import sample_pictures
 
         progress = Progress(False)
         rows: tuple[Any, ...] = ()
+        pictures: tuple[Any, ...] = ()
         if samples is not None:
             with progress("measuring"):
                 batches = read_batches(samples, compiled.program, size=CALIBRATION_BATCH, least=1)
                 rows = compiled.dial(batches)
+                pictures = sample_pictures(compiled, batches[0])
         with progress("writing the report"):
-            write_report(compiled, html, rows)
+            write_report(compiled, html, rows, pictures)
     if dot is not None:
         from pnn_compile.export.graph_formats import to_dot
 

@@ -2,18 +2,14 @@
 
 Parareal (Lions, Maday, Turinici 2001) corrects its states repeatedly; after K = N iterations it
 equals the original network, and before that it converges superlinearly where the coarse propagators
-are accurate (Gander, Vandewalle 2007). The change of the last iteration estimates the error:
-
-    iteration k     1      2      3
-    change d_k      0.40   0.10   0.02      of the last state, relative
-    d_k / d_{k-1}          0.25   0.20
-    estimate        0.40   0.033  0.005     d_k rho / (1 - rho), see `estimated_errors`
+are accurate (Gander, Vandewalle 2007). `pnn_compile.evaluate.error_estimate`
+says how the error that is left is estimated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -26,9 +22,11 @@ from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, State
-from passes.transform.sweep import Role, sweep
+from passes.transform.lockstep import chained_stages
+from passes.transform.sweep import Role, Step, sweep
+from pnn_compile.evaluate.error_estimate import ErrorEstimate
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
-from pnn_compile.inputs import batch_size, device_of, named_batch
+from pnn_compile.inputs import batch_size, device_of, explained, named_batch
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
@@ -44,7 +42,7 @@ class Iterates:
         iterations: Number K of iterations that were run.
         exact: Whether K = N: the outputs are the original's.
         estimates: Estimated relative error of the last state per iteration and sample, `[K, B]`
-            float64; see `estimated_errors`.
+            float64; see `pnn_compile.evaluate.error_estimate`.
         increments: Change of the last state in each iteration, relative to its norm, `[K, B]`
             float64; of the first iteration against the uncorrected state.
         times: Predicted time of 1 to K iterations, in the unit of the plan's forecast.
@@ -64,6 +62,7 @@ def iterate(
     *,
     iterations: int | None = None,
     tolerance: float | None = None,
+    batched: bool = False,
 ) -> Iterates:
     """Run parareal iterations until the estimated error of every sample is small enough.
 
@@ -78,35 +77,36 @@ def iterate(
         iterations: Largest number of iterations, at most N. If None: N if a tolerance is given,
             else that of the plan.
         tolerance: Stop as soon as the estimate of every sample is below this. An estimate, not a
-            bound: see `estimated_errors`.
+            bound: see `pnn_compile.evaluate.error_estimate`.
+        batched: Whether to run the stages of a loop in time as one batch, which takes as many calls
+            as one stage and the memory of all; see `passes.transform.lockstep`.
 
     Returns:
         The outputs of the last iteration, and estimates of all of them.
 
     Raises:
-        OptionError: A number is out of range, an argument of the network is missing, or a
-            collapsed sweep is asked for more than one iteration.
+        OptionError: A number is out of range, an argument of the network is missing, a collapsed
+            sweep is asked for more than one iteration, or stages cannot run as one batch.
     """
     plan = compiled.plan
-    most = _max_iterations(plan, iterations, tolerance)
+    most, enough = _max_iterations(plan, iterations, tolerance), tolerance or 0.0
     with _measuring(compiled):
-        executor, batch = Executor(compiled), named_batch(compiled, inputs)
-        states = last_states(executor, batch, most)
-        state, increments = next(states), []
-        for next_state in states:
-            increments.append(_increment(plan, next_state, state, batch_size(batch)))
-            state = next_state
-            estimates = estimated_errors(torch.stack(increments), len(plan.stages))
-            if tolerance is not None and bool((estimates[-1] < tolerance).all()):
-                break
-        outputs = executor.head(state, batch)
+        lockstep = compiled.lockstep if batched else None
+        executor, batch = Executor(compiled, lockstep=lockstep), named_batch(compiled, inputs)
+        errors = ErrorEstimate(plan, batch_size(batch))
+        with explained(compiled, batch):
+            for state in last_states(executor, batch, most, errors.watch):
+                estimates = errors.add(state)
+                if len(estimates) and bool((estimates[-1] < enough).all()):
+                    break
+            outputs = executor.head(state, batch)
     return Iterates(
         outputs=outputs,
-        iterations=len(increments),
-        exact=len(increments) == len(plan.stages),
+        iterations=len(estimates),
+        exact=len(estimates) == len(plan.stages),
         estimates=estimates,
-        increments=torch.stack(increments),
-        times=tuple(forecast.time for forecast in plan.forecasts(len(increments))),
+        increments=errors.increments,
+        times=tuple(forecast.time for forecast in plan.forecasts(len(estimates))),
     )
 
 
@@ -143,40 +143,6 @@ def _measuring(compiled: Compiled) -> Iterator[None]:
         yield
 
 
-def estimated_errors(increments: torch.Tensor, stages: int) -> torch.Tensor:
-    """Estimate the relative error of every iterate from the increments up to it.
-
-    With increments d_{k-1} and d_k of two iterations, the observed contraction is
-    rho = d_k / d_{k-1}; if it continues, the increments still to come sum to d_k rho / (1 - rho).
-    This is the estimate where it is below d_k (rho < 1/2). Elsewhere the estimate is d_k itself:
-    near rho = 1 the sum means little, as only N - k increments can follow. It is d_1 in the first
-    iteration, which has no contraction yet. Iterate N is exact: its estimate is 0.
-
-    The estimate is not a bound. It sees changes, not the truth: at K = 1 corrections without effect
-    look like corrections that were not needed, and increments that stall and grow again look better
-    than they are. Where parareal does not contract (deep trained networks with cheap coarse
-    propagators, before K approaches N) it returns the order of magnitude and separates hard samples
-    from easy ones, no more. It concerns the last state, before the head; the outputs may be more or
-    less sensitive.
-
-    Args:
-        increments: Relative increments of the iterations 1 to K, `[K, B]`.
-        stages: Number N of stages.
-
-    Returns:
-        Estimates `[K, B]`.
-
-    >>> estimated_errors(torch.tensor([[0.4], [0.1], [0.02]]), stages=8).flatten()
-    tensor([0.4000, 0.0333, 0.0050])
-    """
-    estimates = increments.clone()
-    for k in range(1, len(increments)):
-        rho = increments[k] / increments[k - 1]
-        estimates[k] *= torch.where(rho < 0.5, rho / (1 - rho), 1.0)
-    estimates[stages - 1 :] = 0.0
-    return estimates
-
-
 def _max_iterations(plan: Plan, iterations: int | None, tolerance: float | None) -> int:
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise OptionError(f"the tolerance must be above 0 (got {tolerance})")
@@ -193,41 +159,36 @@ def _max_iterations(plan: Plan, iterations: int | None, tolerance: float | None)
     return most
 
 
-def last_states(executor: Executor, inputs: Mapping[str, Any], most: int) -> Iterator[State]:
-    """Yield the last state without any correction, then after iterations 1 to `most`."""
+def last_states(
+    executor: Executor,
+    inputs: Mapping[str, Any],
+    most: int,
+    watch: Callable[[Step, State], object] = lambda step, state: None,
+) -> Iterator[State]:
+    """Yield the last state without any correction, then after iterations 1 to `most`.
+
+    Args:
+        executor: Of the network.
+        inputs: A batch by name.
+        most: Number of iterations.
+        watch: Called with every step and the state that it makes.
+    """
     plan = executor.plan
     last = len(plan.stages) - 1
     uncorrected: State = {}
     # Nothing is pruned: the caller reads the last state of every iteration.
-    steps = sweep(last + 1, plan.sweep, most, prune=False, predicts=plan.predicts)
+    steps = sweep(
+        last + 1, plan.sweep, most, prune=False, predicts=plan.predicts,
+        chained=chained_stages(plan) if plan.predicts else (),
+    )  # fmt: skip
     for step, state in executor.run(steps, inputs):
+        watch(step, state)
         if step.role is Role.FINE and not step.iteration:
             uncorrected = executor.advance(step.stage, uncorrected, state)
             if step.stage == last:
                 yield uncorrected
         if step.role is Role.CORRECT and step.stage == last:
             yield state
-
-
-def _increment(plan: Plan, new: State, old: State, samples: int) -> torch.Tensor:
-    """Compute the norm of the change of each sample over the norm of the new state, `[B]`.
-
-    Several tensors count as one long vector. An axis that merges the batch with another one
-    (`[B T, C]`) is split into rows by sample.
-    """
-    change, total = torch.zeros(()), torch.zeros(())
-    for value in plan.interfaces[-1].state:
-        axis = value.spec.batch_axis or 0
-        after, before = new[value.name], old[value.name]
-        change = _squared_norms(after - before, axis, samples) + change.to(after.device)
-        total = _squared_norms(after, axis, samples) + total.to(after.device)
-    return (change / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-
-
-def _squared_norms(tensor: torch.Tensor, axis: int, samples: int) -> torch.Tensor:
-    """Compute it for each sample `[B]`, or for all together `[1]` where the axis is no multiple."""
-    rows = samples if samples and tensor.shape[axis] % samples == 0 else 1
-    return tensor.movedim(axis, 0).reshape(rows, -1).abs().double().square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -303,8 +264,10 @@ def dial(
     with evaluating(compiled):
         executor = Executor(compiled)
         for batch in batches:
-            target = main_output(compiled.sequential(**named_batch(compiled, batch)))
-            _add_batch(executor, named_batch(compiled, batch), target, tallies)
+            inputs = named_batch(compiled, batch)
+            with explained(compiled, inputs):
+                target = main_output(compiled.sequential(**named_batch(compiled, batch)))
+                _add_batch(executor, inputs, target, tallies)
     if not tallies[0].samples:
         raise OptionError("dial needs at least one batch of samples (got none)")
     forecasts = plan.forecasts(most)
@@ -339,14 +302,12 @@ def _add_batch(
     executor: Executor, inputs: Mapping[str, Any], target: torch.Tensor, tallies: Sequence[_Tally]
 ) -> None:
     """Add one batch to the tally of every number of iterations."""
-    plan, size = executor.plan, batch_size(inputs)
-    states = last_states(executor, inputs, len(tallies))
-    before, increments = next(states), []
+    size = batch_size(inputs)
+    errors = ErrorEstimate(executor.plan, size)
+    states = last_states(executor, inputs, len(tallies), errors.watch)
+    errors.add(next(states))
     for tally, state in zip(tallies, states, strict=True):
-        increments.append(_increment(plan, state, before, size))
-        before = state
-        estimates = estimated_errors(torch.stack(increments), len(plan.stages))
-        tally.estimates.append(estimates[-1].cpu())
+        tally.estimates.append(errors.add(state)[-1].cpu())
         # The head may write into its inputs, which the next iteration reads.
         output = main_output(executor.head({n: v.clone() for n, v in state.items()}, inputs))
         tally.error.add(output, target)

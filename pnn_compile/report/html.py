@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.forecast.table import ForecastTable
+    from pnn_compile.report.pictures import PictureRow
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,10 @@ _SCRIPTS = (
 
 
 def html_report(
-    compiled: Compiled, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
+    compiled: Compiled,
+    dial: Sequence[DialRow] = (),
+    forecast: ForecastTable | None = None,
+    pictures: Sequence[PictureRow] = (),
 ) -> str:
     """Return the report of a compiled network as the text of an HTML file.
 
@@ -45,18 +49,24 @@ def html_report(
         compiled: The network.
         dial: Errors by number of iterations, from `pnn.dial`; empty leaves them out.
         forecast: Forecast of other numbers of devices, from `quick_forecast` or `pnn.forecast`.
+        pictures: Samples of the original and its iterates, from `sample_pictures`.
     """
-    return page(page_data(compiled, dial, forecast))
+    return page(page_data(compiled, dial, forecast, pictures))
 
 
-def write_report(compiled: Compiled, path: str | Path, dial: Sequence[DialRow] = ()) -> Path:
+def write_report(
+    compiled: Compiled,
+    path: str | Path,
+    dial: Sequence[DialRow] = (),
+    pictures: Sequence[PictureRow] = (),
+) -> Path:
     """Write the report, with a forecast, as one HTML file.
 
     Raises:
         OptionError: The file cannot be written.
     """
     target = Path(path)
-    text = html_report(compiled, dial, quick_forecast(compiled))
+    text = html_report(compiled, dial, quick_forecast(compiled), pictures)
     try:
         write_text(target, text)
     except OSError as error:
@@ -87,7 +97,7 @@ def page(data: Mapping[str, Any]) -> str:
 
     Names of the model never become markup: they stand in a block of JSON that they cannot close,
     and scripts show them as text. The content security policy lets only the scripts of the page
-    run, by their hashes, and forbids every request.
+    run, by their hashes, shows the pictures in it, and forbids every request.
     """
     assets = _assets()
     return assets.template.substitute(
@@ -129,6 +139,7 @@ class _Assets:
         scripts = " ".join(map(_hash, (self.libraries, self.script)))
         self.policy = (
             f"default-src 'none'; script-src {scripts}; style-src {_hash(self.style)}; "
+            "img-src data:; "
             "base-uri 'none'; form-action 'none'"
         )
 

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.forecast.table import ForecastTable
+    from pnn_compile.report.pictures import PictureRow
 
 
 def page_data(
-    compiled: Compiled, dial: Sequence[DialRow] = (), forecast: ForecastTable | None = None
+    compiled: Compiled,
+    dial: Sequence[DialRow] = (),
+    forecast: ForecastTable | None = None,
+    pictures: Sequence[PictureRow] = (),
 ) -> dict[str, Any]:
     """Gather what the page shows of a compiled network.
 
@@ -32,6 +36,7 @@ def page_data(
         compiled: The network.
         dial: Errors by number of iterations, from `pnn.dial`; empty leaves them out.
         forecast: Forecast of other numbers of devices.
+        pictures: Samples of the original and its iterates.
 
     Returns:
         One entry per section of the page; those without data are None or empty.
@@ -52,6 +57,7 @@ def page_data(
         "timeline": timeline_data(plan),
         "calibration": dataclasses.asdict(calibration) if calibration else None,
         "dial": [dataclasses.asdict(row) for row in dial],
+        "pictures": [dataclasses.asdict(row) for row in pictures],
     }
 
 

@@ -4,6 +4,7 @@
     bench_table      `pnn-compile bench`            contenders on several processes
     streams_table    `pnn-compile bench --streams`  contenders on one GPU
     first_run_table  `pnn-compile run`              ranks of an artifact
+    count_table      `pnn-compile forecast`         iterations of a tolerance
     dial_table       `pnn-compile dial`             error and speed-up of K iterations
     verdict_table    `pnn-compile assess`           parareal networks against early exits
     onnx_table       `pnn-compile inspect x.onnx`   stages and roles of ONNX files
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pnn_compile.evaluate.iterate import DialRow
     from pnn_compile.evaluate.probe import Probe
     from pnn_compile.export.onnx.read import OnnxSummary, RoleSummary
+    from pnn_compile.forecast.count_iterations import IterationCount
 
 
 def figures_table(title: str, columns: Sequence[str], *, words: Sequence[str] = ()) -> Table:
@@ -293,6 +295,23 @@ def first_run_table(run: FirstRun) -> RenderableType:
         f"{run.error:.1e}); {run.parameters:,} parameters in total"
     )
     return Group(table, result)
+
+
+def count_table(model: str, counted: IterationCount) -> RenderableType:
+    """Show how many samples take how many iterations, and the speed at these."""
+    table = figures_table(
+        f"{model}: iterations of tolerance {counted.tolerance:g}, on {counted.samples} samples",
+        ("K", "samples", "share", "speed-up", "pipelined"),
+    )
+    for row in counted.rows:
+        table.add_row(
+            str(row.iterations),
+            str(row.samples),
+            f"{row.samples / counted.samples:.1%}",
+            f"{row.speedup:.2f}",
+            "-" if row.pipelined is None else f"{row.pipelined:.2f}",
+        )
+    return Group(table, Text(counted.sentence))
 
 
 # --- accuracy -------------------------------------------------------------------------------------

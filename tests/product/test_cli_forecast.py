@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import pnn_compile as pnn
 from passes.errors import OptionError
 from pnn_compile.cli import main
 from pnn_compile.cli.forecasting import device_counts
+from tests.models import loops
 
 
 def test_numbers_of_devices_are_read() -> None:
@@ -42,3 +48,31 @@ def test_a_forecast_as_tables_and_as_json(capsys: pytest.CaptureFixture[str]) ->
 def test_mistakes_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forecast", "examples/decoder.py", "--devices", "h1"]) == 2
     assert "no built-in device profile is called 'h1'" in capsys.readouterr().err
+
+
+def test_iterations_of_a_tolerance_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    compiled = pnn.compile(loops.DDIM().eval(), loops.inputs(loops.DDIM), stages=4, tolerance=1e-2)
+    compiled.save(tmp_path / "sampler")
+    noise = torch.randn(24, 8)
+    save_file({"x": noise}, samples := tmp_path / "noise.safetensors")
+    arguments = ["forecast", str(tmp_path / "sampler"), str(samples)]
+    assert main([*arguments, "--tolerance", "1e-3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    alone = Counter(
+        compiled.iterate(noise[i : i + 1], tolerance=1e-3).iterations for i in range(len(noise))
+    )
+    assert {row["iterations"]: row["samples"] for row in rows} == dict(alone)
+    assert main(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0.01 takes K = 1 to " in text
+    assert "on 24 samples" in text
+    for wrong, reason in (
+        ([*arguments, "-n", "4"], "-n does not go with samples"),
+        (["forecast", "examples/decoder.py", str(samples)], "counted for an artifact"),
+        (["forecast", str(tmp_path / "sampler"), "--tolerance", "0.1"], "needs samples"),
+    ):
+        assert main(wrong) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())

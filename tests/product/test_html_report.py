@@ -8,16 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from playwright.sync_api import Browser, expect
+from safetensors.torch import save_file
 from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110
+from examples.digits_sampler import Euler, UNet
+from pnn_compile.cli import main
 from pnn_compile.report.graph_data import graph_data
 from pnn_compile.report.html import html_report, page, quick_forecast, to_script_json
 from pnn_compile.report.page_data import page_data
+from pnn_compile.report.pictures import png, sample_pictures
 from tests.models.builders import linear_chain
 from tests.support.browser import Sheet, chromium, needs_chromium
 
@@ -90,6 +96,37 @@ def test_calibration_trials_and_accuracy_against_iterations(
     for trial in tried:
         expect(sheet.page.locator("#plan details[open]")).to_contain_text(trial.name)
     sheet.check()
+
+
+def test_samples_are_shown_where_they_are_images(browser: Browser, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    compiled = pnn.compile(Euler(UNet(4), 6).eval(), noise := torch.randn(3, 1, 8, 8), stages=3)
+    compiled.save(tmp_path / "sampler")
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    page_file = tmp_path / "report.html"
+    arguments = ["inspect", str(tmp_path / "sampler"), "--html", str(page_file)]
+    assert main([*arguments, "--samples", str(tmp_path / "noise.safetensors"), "--json"]) == 0
+    for width in (1400, 420):
+        sheet = Sheet(browser, page_file, width=width)
+        grid = sheet.page.locator(".pictures img")
+        names = grid.evaluate_all("all => all.map(one => one.alt)")
+        assert len(names) == 3 * (1 + 3)  # three samples: the original, and K = 1, 2, 3
+        assert names[0] == "sample 1, original"
+        assert names[-1] == "sample 3, K = 3, error 0.00 %"
+        sizes = grid.evaluate_all("all => all.map(one => [one.naturalWidth, one.naturalHeight])")
+        assert sizes == [[8, 8]] * 12
+        sheet.check()
+
+
+def test_a_picture_is_what_was_drawn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        pixels = torch.randint(256, (channels, 5, 7), dtype=torch.uint8)
+        (tmp_path / "drawn.png").write_bytes(png(pixels))
+        image = np.asarray(Image.open(tmp_path / "drawn.png"))
+        assert np.array_equal(image.reshape(5, 7, channels), pixels.permute(1, 2, 0).numpy())
+    chain = pnn.compile(linear_chain(4, 8), x := torch.randn(2, 8), stages=2)
+    assert sample_pictures(chain, x) == ()
 
 
 def test_a_plan_of_the_users_own_weights_has_no_timeline(browser: Browser, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from examples import resnet110
 from passes.ir.isolation import preserved
 from passes.transform.assemble import assemble
 from pnn_compile.cli import main
-from pnn_compile.evaluate.iterate import DialRow, estimated_errors
+from pnn_compile.evaluate.error_estimate import estimated_errors
+from pnn_compile.evaluate.iterate import DialRow
 from tests.models.builders import residual_chain
 from tests.models.zoo import by_name
 from tests.support.parameters import grid

@@ -44,9 +44,39 @@ def test_tolerance() -> None:
     assert speeds[3] == pytest.approx(1.0)  # the stages in sequence
 
 
+@pytest.mark.parametrize("kind", [loops.DDIM, loops.Ancestral, loops.Nested])
+def test_the_first_iteration_is_enough_where_it_is_and_the_tolerance_is_kept(
+    kind: type[torch.nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    compiled = pnn.compile(model, loops.inputs(kind), stages=4)
+    inputs = loops.inputs(kind, batch=256)
+    with torch.no_grad():
+        target = model(*inputs)
+    runs = [compiled.iterate(inputs, iterations=k) for k in range(1, 5)]
+    errors = torch.stack([(run.outputs - target).norm(dim=1) for run in runs]) / target.norm(dim=1)
+    estimates = runs[-1].estimates
+    # The change of the first iteration is 30 times the error and more.
+    assert (runs[0].increments[0] / errors[0]).quantile(0.05) > 30
+    assert 1 < (estimates[0] / errors[0]).median() < 40
+    for tolerance in (1e-2, 1e-3, 1e-4):
+        taken = (estimates < tolerance).int().argmax(0)
+        left = errors.gather(0, taken[None])
+        assert (left < tolerance).float().mean() > 0.98
+    assert (estimates[0] < 1e-2).all()
+
+
 def test_without_tolerance_a_call_is_one_of_the_module() -> None:
     _, inputs, compiled = _compiled(iterations=2)
     assert torch.equal(compiled(*inputs), compiled.module(*inputs))
+
+
+@pytest.mark.parametrize("verb", [pnn.iterate, lambda network, x: network.dial([x])])
+def test_inputs_of_another_shape_are_told(verb: Any) -> None:
+    _, _, compiled = _compiled()
+    with pytest.raises(OptionError, match=r"was compiled for \[any number, 8\]"):
+        verb(compiled, torch.randn(3, 9))
 
 
 def test_options() -> None:

@@ -1,4 +1,4 @@
-// Plots errors by interface, and accuracy against the number of iterations.
+// Plots errors by interface and accuracy against the number of iterations; shows samples.
 
 const AFTER = [
   ["guess", "guess", "preprocess"],
@@ -65,6 +65,22 @@ function drawDial(rows) {
   };
 }
 
+// Samples as pictures: a row for the original, and for every number of iterations.
+function drawPictures(place, rows) {
+  const grid = element("div", { class: "pictures" });
+  grid.style.setProperty("--samples", rows[0].images.length);
+  for (const row of rows) {
+    const mean = row.errors.length && sum(row.errors) / row.errors.length;
+    grid.append(element("span", {}, row.name, row.errors.length ? element("small", {}, `error ${percent(mean, 2)}`) : null));
+    row.images.forEach((src, at) => {
+      const error = row.errors.length ? `, error ${percent(row.errors[at], 2)}` : "";
+      const text = `sample ${at + 1}, ${row.name}${error}`;
+      grid.append(element("img", { src, alt: text, title: text }));
+    });
+  }
+  place.append(grid);
+}
+
 function startAccuracy() {
   const [rows, dial] = [interfaceErrors(), data.dial];
   const { calibration } = data;
@@ -81,5 +97,6 @@ function startAccuracy() {
     place.before(element("ul", { class: "legend" }, ...shown.map(([, text, role]) => element("li", {}, element("i", { class: role }), text))));
     chart(place, drawErrors(rows));
   }
+  if (data.pictures.length) drawPictures(panel("accuracy-charts", "Samples: the original, and after K iterations"), data.pictures);
   if (dial.length) chart(panel("accuracy-charts", `Accuracy against K, on ${dial[0].samples} samples`), drawDial(dial));
 }
