@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from passes.analysis.analysis import Analysis, analyze
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, OptionError, printable
-from passes.ir.program import Program, graph_module, resolve
+from passes.ir.program import Program, Validation, graph_module, resolve
 from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
@@ -374,6 +374,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     options: Options | None = None,
     dynamic_batch: bool = True,
+    validate: Validation = "full",
     plan: Plan | None = None,
     calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
     cache: bool | str | Path = True,
@@ -399,6 +400,11 @@ def compile(
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.
         dynamic_batch: Whether batches of any size may follow, where the model allows it.
+        validate: What the captured graph is compared with the model by. "full": outputs, buffers
+            and gradients, in both modes, on two inputs and with every input changed by itself.
+            "fast": outputs and buffers, in both modes, on one input; it leaves out backward
+            passes, which take most of the time. "off": outputs and buffers in evaluation mode, on
+            one input. The report says which, and artifacts keep it.
         plan: Plan to replay instead of deciding; no option may be set with it. Where its cuts were
             moved (the `first` of a stage, or one of the other names of the same cut), the rest is
             planned again for these cuts.
@@ -438,7 +444,12 @@ def compile(
     if calibration is not None and plan is None:
         options = options.calibrated()
     start = Compilation(
-        model=model, args=args, kwargs=kwargs, dynamic_batch=dynamic_batch, options=options
+        model=model,
+        args=args,
+        kwargs=kwargs,
+        dynamic_batch=dynamic_batch,
+        validate=validate,
+        options=options,
     )
     compilation, results = run_passes(start, [CAPTURE], check=debug, progress=progress)
     program = compilation.program

@@ -49,10 +49,10 @@ from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_u
 from passes.capture.opaque_operator import calls_functions
 from passes.capture.torch_export import export
 from passes.capture.uncapturable import find_uncapturable_line
-from passes.errors import CaptureError
+from passes.errors import CaptureError, OptionError
 from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
 from passes.ir.isolation import LOCK, without_caches
-from passes.ir.program import CaptureReport, Program, graph_module
+from passes.ir.program import VALIDATIONS, CaptureReport, Program, Validation, graph_module
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    validate: Validation = "full",
 ) -> Program:
     """Capture a model as a flat graph over real modules, and validate it against the model.
 
@@ -108,17 +109,23 @@ def capture(
         args: Example positional arguments.
         kwargs: Example keyword arguments.
         dynamic_batch: Whether to keep the batch size (dimension 0) free if the model allows it.
+        validate: How much of the graph to compare with the model (`passes.ir.program.VALIDATIONS`).
+            What the graph is made from, as the free batch size, is found out in any case.
 
     Raises:
+        OptionError: `validate` is none of the three words.
         CaptureError: The inputs do not fit, the model itself fails on them, or no front end
             captured it; then the message names the module and the line that stood in the way.
     """
+    if validate not in VALIDATIONS:
+        raise OptionError(f"validate must be {', '.join(VALIDATIONS)} (got {validate!r})")
     with LOCK:
         inner = unwrap(model)
         _check_names(inner)
         _check_layouts(inner, args, kwargs or {})
         with without_caches(inner) as caching:
-            ladder = _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch)
+            inputs = bind(inner, args, kwargs or {})
+            ladder = _Ladder(model, inputs, dynamic_batch, validate)
             if caching:
                 ladder.notes.append(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
@@ -166,8 +173,10 @@ def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 class _Ladder:
     """Try the rungs in order, and record why each was rejected."""
 
-    def __init__(self, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool, validate: Validation
+    ) -> None:
+        self.model, self.validate = model, validate
         self.name = type(unwrap(model)).__name__
         self.inputs = inputs
         self.dynamic_batch = dynamic_batch
@@ -178,12 +187,17 @@ class _Ladder:
 
     def _make_reference(self) -> Reference:
         return Reference(
-            without_wrappers(self.model), self.inputs, dynamic_batch=self.dynamic_batch
+            without_wrappers(self.model),
+            self.inputs,
+            dynamic_batch=self.dynamic_batch,
+            validate=self.validate,
         )
 
     def run(self) -> Program:
         wrapped = None
         for rung, front_end in LADDER:
+            if self._loses_gradients(rung):
+                continue
             program = self._try(rung, front_end, Attempt.run)
             if program and (names := wrapped_functions(program.graph)):
                 wrapped = program  # unless an export sees what they do
@@ -235,7 +249,7 @@ class _Ladder:
         if self.model.training:
             evaluating = copy_model(self.model)
             evaluating.eval()
-            ladder = _Ladder(evaluating, self.inputs, self.reference.dynamic_batch)
+            ladder = _Ladder(evaluating, self.inputs, self.reference.dynamic_batch, self.validate)
             ladder.rejected.append("")
             if ladder._capture_one_mode():
                 advice = "it can be captured for evaluation mode alone: call model.eval() first"
@@ -274,7 +288,8 @@ class _Ladder:
     ) -> Program:
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
         notes += [*self.notes, *notes_on_graph(model, module)]
-        if rung.startswith("torch.export"):  # a trace reads sizes where forward does
+        # A trace reads sizes where forward does.
+        if rung.startswith("torch.export") and self.validate == "full":
             notes += self.reference.notes_on_sizes(module)
         notes += [
             f"{function} (torch.autograd.Function) is one call that no artifact can store"
@@ -289,7 +304,14 @@ class _Ladder:
             module=module,
             args=self.inputs.tensor_arguments(),
             dynamic_batch=self.reference.dynamic_batch,
-            capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
+            capture=CaptureReport(
+                rung,
+                tuple(self.rejected),
+                tuple(notes),
+                self.validate,
+                self.reference.runs,
+                self.reference.seconds,
+            ),
             name=self.name,
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
@@ -301,6 +323,15 @@ class _Ladder:
         """Record why a rung was rejected, unless another was rejected for the same reason."""
         if not any(line.endswith(reason) for line in self.rejected):
             self.rejected.append(f"{rung}: {reason}")
+
+    def _loses_gradients(self, rung: str) -> bool:
+        """Reject an export of custom autograd functions where no gradients are compared."""
+        if rung != "torch.export" or self.validate == "full":
+            return False
+        lost = calls_functions(copy_model(self.model), self.inputs)
+        if lost:
+            self._reject(rung, "an export drops the backward of a torch.autograd.Function")
+        return lost
 
     def _keep_functions_whole(self) -> Program | None:
         """Keep custom autograd functions whole in an export, whose backward it drops."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,16 @@ class Provenance:
     source: str = ""
 
 
+Validation = Literal["full", "fast", "off"]
+
+VALIDATIONS: dict[Validation, str] = {
+    "full": "outputs, buffers and gradients, in both modes, on two inputs",
+    "fast": "outputs and buffers, in both modes, on one input; no gradients",
+    "off": "outputs and buffers in evaluation mode, on one input",
+}
+"""What capture compares a graph with its model by, for each value of `validate`."""
+
+
 @dataclass(frozen=True)
 class CaptureReport:
     """Record of how a program was captured.
@@ -55,11 +65,24 @@ class CaptureReport:
         rung: Name of the front end whose graph passed validation.
         rejected: For each front end tried before it, one line with the reason of its rejection.
         notes: Restrictions for the user: arguments that are fixed, modes that cannot be toggled.
+        validation: How much of the graph was compared with the model: "full", "fast" or "off".
+        runs: Runs of the model and of graphs that the comparison took; 0 if it is not known, as in
+            an artifact.
+        seconds: Their wall time.
     """
 
     rung: str
     rejected: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    validation: Validation = "full"
+    runs: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def compared(self) -> str:
+        """What was compared, and what that took, in words."""
+        cost = f"; {self.runs} runs in {self.seconds:.1f} s" if self.runs else ""
+        return f"{self.validation}: {VALIDATIONS[self.validation]}{cost}"
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,11 @@ def load(
             restore_tensors(program, data, values)
     with _file_errors(folder / _WEIGHTS):
         _restore_network(compiled, data["network"], weights)
+    if program.capture.validation != "full":
+        _log.warning(
+            "the graph of %s was compared with its model by less than validate='full' (%s)",
+            folder, program.capture.compared,
+        )  # fmt: skip
     return compiled
 
 

@@ -24,6 +24,7 @@ from passes.ir.program import (
     CaptureReport,
     Program,
     Provenance,
+    Validation,
     graph_module,
     has_gradient_hooks,
     provenance,
@@ -93,6 +94,7 @@ class _Capture(TypedDict):
     rung: str
     rejected: tuple[str, ...]
     notes: tuple[str, ...]
+    validation: NotRequired[Validation]
 
 
 class _Program(TypedDict):
@@ -153,6 +155,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
             "rung": program.capture.rung,
             "rejected": list(program.capture.rejected),
             "notes": list(program.capture.notes),
+            "validation": program.capture.validation,
         },
         "unknown": [],
         "inputs": _write_inputs(program, writer),

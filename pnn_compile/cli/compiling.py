@@ -106,6 +106,14 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     help="Samples (.safetensors or .npz) to fit preprocessing operators and coarse propagators on.",
 )
 @click.option(
+    "--validate",
+    default="full",
+    type=click.Choice(["full", "fast", "off"]),
+    help="What the captured graph is compared with the model by: full, outputs, buffers and "
+    "gradients in both modes on two inputs; fast, without gradients and on one input, about half "
+    "the time; off, in evaluation mode alone. The report says what it took.",
+)
+@click.option(
     "--verify/--no-verify", "check", default=True, help="Check the network against the original."
 )
 @click.option(
