@@ -30,7 +30,14 @@ from passes.capture.refold import CALL_KEY, outline
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import DispatchMode, exclusive
-from passes.ir.program import Provenance, is_user_code, provenance, resolve, set_provenance
+from passes.ir.program import (
+    Provenance,
+    is_user_code,
+    operator_name,
+    provenance,
+    resolve,
+    set_provenance,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +105,22 @@ def export(
     outline(model, graph)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     graph.output_node().meta[SIZES_KEY] = _sizes_outside(exported)
+    _name_operators(graph)
     return graph, constants
+
+
+def _name_operators(graph: fx.Graph) -> None:
+    """Name operators by their module, as a trace names layers: `encoder_layer_3_add`, no `add_7`.
+
+    Plans, drawings and messages show these names.
+    """
+    names = fx.graph._Namespace()
+    for node in graph.nodes:
+        name = node.name
+        if node.op == "call_function":
+            name = "_".join(filter(None, [*provenance(node).path.split("."), operator_name(node)]))
+        node.name = names.create_name(name, node)
+    graph._graph_namespace = names
 
 
 def _sizes_outside(exported: torch.export.ExportedProgram) -> tuple[int, ...]:

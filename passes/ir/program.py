@@ -162,6 +162,17 @@ def set_provenance(node: fx.Node, record: Provenance) -> None:
     node.meta[_PROVENANCE_KEY] = record
 
 
+def operator_name(node: fx.Node) -> str:
+    """Return what a node calls, as users know it: `add` and not `add.Tensor`, `size` of a shape.
+
+    >>> graph = fx.Graph()
+    >>> operator_name(graph.call_function(torch.ops.aten.sym_size.int, (graph.placeholder("x"), 0)))
+    'size'
+    """
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return name.removeprefix("sym_") if isinstance(node.target, torch._ops.OpOverload) else name
+
+
 def is_compute(node: fx.Node) -> bool:
     """Whether a node computes: no placeholder, attribute or output."""
     return node.op not in ("placeholder", "get_attr", "output")
