@@ -40,6 +40,7 @@ class Compilation:
         args: Example positional arguments.
         kwargs: Example keyword arguments.
         dynamic_batch: Whether to keep the batch size free where the model allows it.
+        dynamic_sequence: Whether to keep the length of the sequences free.
         validate: How much capture compares with the model.
         program: The captured program.
         options: Options of the compilation; None if a plan is replayed.
@@ -58,6 +59,7 @@ class Compilation:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_batch: bool = True
+    dynamic_sequence: bool = False
     validate: Validation = "full"
     program: Program | None = None
     options: Options | None = None
@@ -181,7 +183,14 @@ def insert(passes: Sequence[Pass], step: Pass, *, after: str) -> tuple[Pass, ...
 
 def _capture(c: Compilation) -> Compilation:
     assert c.model is not None
-    program = capture(c.model, c.args, c.kwargs, dynamic_batch=c.dynamic_batch, validate=c.validate)
+    program = capture(
+        c.model,
+        c.args,
+        c.kwargs,
+        dynamic_batch=c.dynamic_batch,
+        dynamic_sequence=c.dynamic_sequence,
+        validate=c.validate,
+    )
     return replace(c, program=program)
 
 

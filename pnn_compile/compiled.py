@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan, moved_cuts, stored_options
+from passes.transform.network import check_length
 from passes.transform.original_weights import load_state_dict, to_state_dict, weights_by_name
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators
@@ -374,6 +375,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     options: Options | None = None,
     dynamic_batch: bool = True,
+    dynamic: Collection[str] = ("batch",),
     validate: Validation = "full",
     plan: Plan | None = None,
     calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
@@ -400,6 +402,9 @@ def compile(
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.
         dynamic_batch: Whether batches of any size may follow, where the model allows it.
+        dynamic: Dimensions that are free: "batch", where the model allows it, and "sequence",
+            dimension 1 of the first input that has one, with all dimensions of its length; a model
+            that fixes that is refused.
         validate: What the captured graph is compared with the model by. "full": outputs, buffers
             and gradients, in both modes, on two inputs and with every input changed by itself.
             "fast": outputs and buffers, in both modes, on one input; it leaves out backward
@@ -435,6 +440,8 @@ def compile(
     from pnn_compile.forecast.timing_cache import TimingCache
     from pnn_compile.inputs import example
 
+    if isinstance(dynamic, str) or not {*dynamic} <= {"batch", "sequence"}:
+        raise OptionError(f"dynamic takes a list of 'batch' and 'sequence' (got {dynamic!r})")
     args, kwargs = example(model, example_inputs, args, kwargs)
     options = Options.of(options, choices)
     if plan is not None and (changed := options.changed()):
@@ -447,7 +454,8 @@ def compile(
         model=model,
         args=args,
         kwargs=kwargs,
-        dynamic_batch=dynamic_batch,
+        dynamic_batch=dynamic_batch and "batch" in dynamic,
+        dynamic_sequence="sequence" in dynamic,
         validate=validate,
         options=options,
     )
@@ -474,6 +482,7 @@ def compile(
         passes = (*passes, ITERATE)
     compilation, more = run_passes(compilation, passes, check=debug, progress=progress)
     compiled = gather(compilation, (*results, *more))
+    check_length(program, compiled.module)
     return replace(compiled, timings=timings.path if timings is not None else None)
 
 

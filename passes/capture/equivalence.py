@@ -36,7 +36,7 @@ from passes.ir.isolation import (
     set_mode,
     with_plain_transformers,
 )
-from passes.ir.program import Validation
+from passes.ir.program import Validation, failing_node
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
 _SECOND_SEED = 1
@@ -78,6 +78,7 @@ class Reference:
         }
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
         self._caches: set[str] = set()
+        self._shorter: tuple[ExampleInputs, StepResult] | None = None
         self.notes: list[str] = []
         # By mode (training?) and input (the second?).
         self._runs: dict[tuple[bool, bool], StepResult] = {}
@@ -121,6 +122,28 @@ class Reference:
         if filled - self._caches:
             self._caches |= self._find_caches(filled)
         return self._without_caches(result)
+
+    def add_length(self) -> None:
+        """Compare at another length of the sequences too.
+
+        Raises:
+            Exception: The model fails at it.
+        """
+        assert self._inputs.sequence is not None
+        shorter = self._inputs.shortened(self._inputs.sequence)
+        self._shorter = shorter, self._run(shorter, train=False, grad=False)
+
+    def mismatch_in_length(self, candidate: nn.Module) -> str:
+        """Return "" if the graph equals the model at another length, else where it does not."""
+        if self._shorter is None:
+            return ""
+        inputs, expected = self._shorter
+        if not (reason := self._mismatch_on(candidate, inputs, expected, train=False)):
+            return ""
+        place = ""
+        if isinstance(candidate, fx.GraphModule):
+            place = failing_node(candidate, inputs.tensor_arguments())
+        return f"at another length than {self._inputs.sequence}{place}, {reason}"
 
     def _find_caches(self, names: Collection[str]) -> set[str]:
         """Return the buffers that forward fills at its first call and never touches again.
@@ -308,6 +331,8 @@ class Reference:
             if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"{where}, {reason}"
         train = False not in modes
+        if not train and (reason := self.mismatch_in_length(candidate)):
+            return reason
         if self.validate != "full":
             return self._mismatch_resized(candidate, train)
         return self._mismatch_alone(candidate, train) or self._mismatch_resized(candidate, train)

@@ -94,6 +94,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    dynamic_sequence: bool = False,
     validate: Validation = "full",
 ) -> Program:
     """Capture a model as a flat graph over real modules, and validate it against the model.
@@ -109,6 +110,8 @@ def capture(
         args: Example positional arguments.
         kwargs: Example keyword arguments.
         dynamic_batch: Whether to keep the batch size (dimension 0) free if the model allows it.
+        dynamic_sequence: Whether to keep the length of the sequences free (dimension 1 of the
+            inputs, and others of that length).
         validate: How much of the graph to compare with the model (`passes.ir.program.VALIDATIONS`).
             What the graph is made from, as the free batch size, is found out in any case.
 
@@ -125,6 +128,8 @@ def capture(
         _check_layouts(inner, args, kwargs or {})
         with without_caches(inner) as caching:
             inputs = bind(inner, args, kwargs or {})
+            if dynamic_sequence:
+                inputs = inputs.with_free_sequence()
             ladder = _Ladder(model, inputs, dynamic_batch, validate)
             if caching:
                 ladder.notes.append(
@@ -186,11 +191,25 @@ class _Ladder:
         self.notes = notes_on_runs(model, self._unused_copy, inputs)
 
     def _make_reference(self) -> Reference:
-        return Reference(
+        reference = Reference(
             without_wrappers(self.model),
             self.inputs,
             dynamic_batch=self.dynamic_batch,
             validate=self.validate,
+        )
+        if self.inputs.sequence is not None:
+            try:
+                reference.add_length()
+            except Exception as error:
+                reason = describe_error(unwrap(self.model), error)
+                raise CaptureError(f"{self._fixed_length()}: {reason}") from error
+        return reference
+
+    def _fixed_length(self) -> str:
+        first = next(leaf for leaf in self.inputs.leaves if leaf.value.dim() > 1)
+        return (
+            f"dimension 1 of {first.argument!r}, the sequence, is fixed at {self.inputs.sequence} "
+            f"in {self.name} (leave 'sequence' out of dynamic, or mend the model)"
         )
 
     def run(self) -> Program:
@@ -209,6 +228,9 @@ class _Ladder:
                 return program
         if wrapped:
             return wrapped
+        if self.inputs.sequence is not None:  # what keeps modules whole fixes their shapes
+            reasons = "".join(f"\n  {line}" for line in self.rejected)
+            raise CaptureError(f"{self._fixed_length()}:{reasons}")
         if program := self._keep_functions_whole():
             return program
         if program := self._keep_modules_whole():
@@ -289,7 +311,8 @@ class _Ladder:
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
         notes += [*self.notes, *notes_on_graph(model, module)]
         # A trace reads sizes where forward does.
-        if rung.startswith("torch.export") and self.validate == "full":
+        fixed = self.inputs.sequence is None
+        if rung.startswith("torch.export") and self.validate == "full" and fixed:
             notes += self.reference.notes_on_sizes(module)
         notes += [
             f"{function} (torch.autograd.Function) is one call that no artifact can store"
@@ -316,6 +339,7 @@ class _Ladder:
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
             model=model,
+            sequence=self.inputs.sequence,
             output_type=output_type if fields and keeps_type else None,
         )
 

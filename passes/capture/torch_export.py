@@ -79,11 +79,12 @@ def export(
         Exception: Whatever torch.export raises.
     """
     entry = Entry(model, inputs)
-    dynamic = torch.export.Dim.AUTO if dynamic_batch else None
-    if dynamic_batch and inputs.batch_size == 1:
-        inputs = inputs.varied(grow=True)  # torch.export specializes sizes of 1
+    if dynamic_batch and inputs.batch_size in (1, inputs.sequence):
+        # torch.export specializes sizes of 1, and takes equal sizes for one.
+        inputs = inputs.varied(grow=True)
     shapes = tuple(
-        {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == inputs.batch_size else None
+        dict.fromkeys(inputs.free_axes(leaf.value, batch=dynamic_batch), torch.export.Dim.AUTO)
+        or None
         for leaf in inputs.leaves
     )
     replaced = replace_by_operators(model, inputs, opaque, functions=functions)

@@ -101,6 +101,7 @@ class Program:
         fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
             their values are constants of the graph.
         model: Copy of the model, which loads checkpoints by its own code; None if there is none.
+        sequence: Length of the sequences in the example inputs if it is free; else None.
         output_type: Class of the model's output, if that is a dict with fields (`ModelOutput` of
             transformers): networks return it. None for outputs that the graph holds as they are.
     """
@@ -114,6 +115,7 @@ class Program:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
     output_type: type | None = None
+    sequence: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -445,3 +447,26 @@ _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (
     ("every module and attribute that is used exists", _target_exists),
     ("tensors are attributes, never literal arguments", _no_tensor_constants),
 )
+
+
+def failing_node(module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
+    """Return " in" and the module and operator at which a graph fails on inputs, "" if none."""
+    reached: list[fx.Node] = []
+
+    class Tracker(Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            reached.append(n)
+            return super().run_node(n)
+
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    try:
+        with torch.no_grad():
+            Tracker(module).run(*(inputs[name] for name in names))
+    except Exception:
+        node = reached[-1]
+        origin = provenance(node)
+        line = f" ({origin.source})" if origin.source else ""
+        name = operator_name(node) if node.op == "call_function" else node.name
+        sources = " and ".join(source.name for source in node.all_input_nodes)
+        return f" in {origin.path or 'forward'}, {name} of {sources}{line}"
+    return ""

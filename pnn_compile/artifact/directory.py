@@ -336,9 +336,10 @@ def _capture(
     with _file_errors(folder / _PROGRAM):
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
         dynamic, notes = data["dynamic_batch"], data["capture"]["notes"]
+        sequence = data.get("sequence") is not None
     args, kwargs = _call(model, inputs)
     try:
-        return capture(model, args, kwargs, dynamic_batch=dynamic)
+        return capture(model, args, kwargs, dynamic_batch=dynamic, dynamic_sequence=sequence)
     except CaptureError as error:
         compile_notes = "".join(f"\n  when it was compiled: {note}" for note in notes)
         raise ArtifactError(

@@ -100,6 +100,7 @@ class _Capture(TypedDict):
 class _Program(TypedDict):
     name: str
     dynamic_batch: bool
+    sequence: NotRequired[int | None]
     capture: _Capture
     unknown: list[str]
     inputs: dict[str, Any]
@@ -151,6 +152,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "torch": torch.__version__,
         "name": program.name,
         "dynamic_batch": program.dynamic_batch,
+        "sequence": program.sequence,
         "capture": {
             "rung": program.capture.rung,
             "rejected": list(program.capture.rejected),
@@ -340,6 +342,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
         module=module,
         args=inputs,
         dynamic_batch=data["dynamic_batch"],
+        sequence=data.get("sequence"),
         capture=CaptureReport(**data["capture"]),
         name=name,
         unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},

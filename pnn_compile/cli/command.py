@@ -24,7 +24,7 @@ from passes.errors import OptionError
 from pnn_compile import atomic
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("inputs", "arguments"),
+    "Model": ("inputs", "arguments", "dynamic"),
     "Cut": ("stages", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
     "Coarse networks": (
         "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",

@@ -28,6 +28,7 @@ from pnn_compile.atomic import replace_entries
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
 from pnn_compile.export.onnx.run import StageExecutor, session
+from pnn_compile.export.onnx.sizes import Runs
 from pnn_compile.export.onnx.stages import write_stages
 from pnn_compile.export.onnx.translate import OPSET
 from pnn_compile.export.onnx.write import IR_VERSION, save_model, write_model
@@ -284,8 +285,9 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
     """
     sizes = BATCHES if compiled.program.dynamic_batch else (batch_size(compiled.program.args),)
     worst, agreement = 0.0, Agreement()
-    for size in sizes:
-        inputs = resized(compiled, size, compiled.program.device)
+    other = Runs.of(compiled.program).lengths[1:]
+    for size, length in [*((size, 0) for size in sizes), *((sizes[-1], n) for n in other)]:
+        inputs = resized(compiled, size, compiled.program.device, length)
         try:
             feeds = _arrays(compiled, inputs, names)  # numpy has no bfloat16
             outputs = [torch.from_numpy(value) for value in run(feeds)]
