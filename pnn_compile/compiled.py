@@ -347,6 +347,7 @@ class Compiled:
         verify: bool = True,
         opset: int = 20,
         fp16: bool = False,
+        bf16: bool = False,
     ) -> Exported:
         """Write the parareal network, in evaluation mode, as ONNX, and check it.
 
@@ -357,6 +358,7 @@ class Compiled:
             verify: Whether to check the file and compare ONNX Runtime with torch.
             opset: Version of the operator set, 18 to 24.
             fp16: Whether to write the network in half precision; inputs and outputs are so too.
+            bf16: Whether to store the weights in bfloat16; it computes in float32.
 
         Raises:
             ExportError: An operator does not exist in ONNX, a package is missing, or ONNX Runtime
@@ -364,7 +366,9 @@ class Compiled:
         """
         from pnn_compile.export.onnx import export_onnx
 
-        return export_onnx(self, path, per_stage=per_stage, verify=verify, opset=opset, fp16=fp16)
+        return export_onnx(
+            self, path, per_stage=per_stage, verify=verify, opset=opset, fp16=fp16, bf16=bf16
+        )
 
 
 def compile(

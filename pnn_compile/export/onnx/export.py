@@ -108,6 +108,7 @@ def export_onnx(
     verify: bool = True,
     opset: int = OPSET,
     fp16: bool = False,
+    bf16: bool = False,
     lowered: Lowered | None = None,
 ) -> Exported:
     """Write the network in evaluation mode, with a dynamic batch if the program has one.
@@ -120,6 +121,7 @@ def export_onnx(
         verify: Whether to check form, types and values of what was written.
         opset: Version of the operator set, 18 to 24.
         fp16: Whether to write the network in half precision; inputs and outputs are so too.
+        bf16: Whether to store the weights in bfloat16; the network computes in float32.
         lowered: Result of `lower_network` for the same network, if it is written twice.
 
     Raises:
@@ -127,9 +129,9 @@ def export_onnx(
             from call to call, the files cannot be written, or ONNX Runtime disagrees with torch.
         OptionError: The version of the operator set is none that is supported.
     """
-    if fp16:
-        compiled = in_half_precision(compiled)
-    lowered = lowered or lower_network(compiled, opset)
+    if fp16 or bf16:
+        compiled = in_half_precision(compiled, bf16=bf16)
+    lowered = lowered or lower_network(compiled, opset, bf16=bf16)
     write = _export_stages if per_stage else _export_whole
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
@@ -137,12 +139,23 @@ def export_onnx(
         return write(compiled, lowered, Path(path), verify)
 
 
-def in_half_precision(compiled: Compiled) -> Compiled:
+def in_half_precision(compiled: Compiled, *, bf16: bool = False) -> Compiled:
     """Return a copy of a network in half precision, with example inputs in it.
+
+    Args:
+        compiled: The network.
+        bf16: Whether to round its weights to bfloat16 instead, of which few runtimes have more than
+            the conversion.
 
     Raises:
         ExportError: The network does not run in it.
     """
+    if bf16:
+        rounded = copy.deepcopy(compiled)
+        with torch.no_grad():
+            for parameter in filter(lambda p: p.dtype == torch.float32, rounded.parameters()):
+                parameter.copy_(parameter.bfloat16())
+        return rounded
     half = copy.deepcopy(compiled).to(torch.float16)
     half = replace(half, program=half.current_program())
     try:

@@ -102,6 +102,7 @@ class Lowered:
         specs: Types of all values, by name.
         pieces: The pieces that the operations call, by name.
         opset: Version of the operator set.
+        bf16: Whether weights that bfloat16 holds exactly are stored in it.
     """
 
     inputs: tuple[str, ...]
@@ -110,14 +111,16 @@ class Lowered:
     specs: Mapping[str, SymbolicSpec]
     pieces: Mapping[str, LoweredPiece]
     opset: int = OPSET
+    bf16: bool = False
 
 
-def lower_network(compiled: Compiled, opset: int = OPSET) -> Lowered:
+def lower_network(compiled: Compiled, opset: int = OPSET, *, bf16: bool = False) -> Lowered:
     """Translate a network to ONNX, in evaluation mode.
 
     Args:
         compiled: The network.
         opset: Version of the operator set.
+        bf16: Whether the weights are those of `in_half_precision(compiled, bf16=True)`.
 
     Raises:
         ExportError: A package is missing, or an operator has no ONNX form.
@@ -134,7 +137,7 @@ def lower_network(compiled: Compiled, opset: int = OPSET) -> Lowered:
         pieces = _lower_pieces(compiled, types, operations, opset)
     public = _unlike([name for name, _ in types.outputs], reader.specs)
     outputs = tuple(zip(public, operations[-1].outputs, strict=True))
-    return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces, opset)
+    return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces, opset, bf16)
 
 
 def _require_packages() -> None:
