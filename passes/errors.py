@@ -6,7 +6,9 @@ prints it in one piece, without a traceback, and exits with 2 (3 for `Verificati
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 
 _UNPRINTABLE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
@@ -21,6 +23,17 @@ def printable(text: str) -> str:
     model
     """
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def suggest(word: str, names: Sequence[str]) -> str:
+    """Return close matches of a misspelled name, or else the first names that exist.
+
+    >>> suggest("Nett", ["Net", "nn"])
+    'did you mean Net?'
+    """
+    if close := difflib.get_close_matches(word, names):
+        return f"did you mean {' or '.join(close)}?"
+    return f"there is {', '.join(names[:8]) or 'none'}"
 
 
 class PnnError(Exception):

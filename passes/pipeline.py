@@ -22,7 +22,7 @@ from passes.capture.ladder import capture
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
-from passes.ir.program import Program, verify_graph
+from passes.ir.program import Program, Validation, verify_graph
 from passes.options import Options
 from passes.plan.num_stages import cut_and_plan
 from passes.plan.schema import Plan
@@ -40,6 +40,8 @@ class Compilation:
         args: Example positional arguments.
         kwargs: Example keyword arguments.
         dynamic_batch: Whether to keep the batch size free where the model allows it.
+        dynamic_sequence: Whether to keep the length of the sequences free.
+        validate: How much capture compares with the model.
         program: The captured program.
         options: Options of the compilation; None if a plan is replayed.
         measure: Function that measures the seconds of segments, for measured costs.
@@ -57,6 +59,8 @@ class Compilation:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_batch: bool = True
+    dynamic_sequence: bool = False
+    validate: Validation = "full"
     program: Program | None = None
     options: Options | None = None
     measure: Measure = measure_seconds
@@ -179,7 +183,14 @@ def insert(passes: Sequence[Pass], step: Pass, *, after: str) -> tuple[Pass, ...
 
 def _capture(c: Compilation) -> Compilation:
     assert c.model is not None
-    program = capture(c.model, c.args, c.kwargs, dynamic_batch=c.dynamic_batch)
+    program = capture(
+        c.model,
+        c.args,
+        c.kwargs,
+        dynamic_batch=c.dynamic_batch,
+        dynamic_sequence=c.dynamic_sequence,
+        validate=c.validate,
+    )
     return replace(c, program=program)
 
 

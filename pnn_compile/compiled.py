@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,13 @@ from torch.utils import _pytree as pytree
 from passes.analysis.analysis import Analysis, analyze
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, OptionError, printable
-from passes.ir.program import Program, graph_module, resolve
+from passes.ir.program import Program, Validation, graph_module, resolve
 from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan, moved_cuts, stored_options
 from passes.transform.lockstep import Lockstep
+from passes.transform.network import check_length
 from passes.transform.original_weights import load_state_dict, to_state_dict, weights_by_name
 from passes.transform.split import Stages
 from passes.transform.synthesize import Operators
@@ -354,6 +355,7 @@ class Compiled:
         verify: bool = True,
         opset: int = 20,
         fp16: bool = False,
+        bf16: bool = False,
     ) -> Exported:
         """Write the parareal network, in evaluation mode, as ONNX, and check it.
 
@@ -364,6 +366,7 @@ class Compiled:
             verify: Whether to check the file and compare ONNX Runtime with torch.
             opset: Version of the operator set, 18 to 24.
             fp16: Whether to write the network in half precision; inputs and outputs are so too.
+            bf16: Whether to store the weights in bfloat16; it computes in float32.
 
         Raises:
             ExportError: An operator does not exist in ONNX, a package is missing, or ONNX Runtime
@@ -371,7 +374,9 @@ class Compiled:
         """
         from pnn_compile.export.onnx import export_onnx
 
-        return export_onnx(self, path, per_stage=per_stage, verify=verify, opset=opset, fp16=fp16)
+        return export_onnx(
+            self, path, per_stage=per_stage, verify=verify, opset=opset, fp16=fp16, bf16=bf16
+        )
 
 
 def compile(
@@ -382,6 +387,8 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     options: Options | None = None,
     dynamic_batch: bool = True,
+    dynamic: Collection[str] = ("batch",),
+    validate: Validation = "full",
     plan: Plan | None = None,
     calibration: Iterable[Any] | Callable[[Program], Iterable[Any]] | None = None,
     cache: bool | str | Path = True,
@@ -407,6 +414,14 @@ def compile(
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.
         dynamic_batch: Whether batches of any size may follow, where the model allows it.
+        dynamic: Dimensions that are free: "batch", where the model allows it, and "sequence",
+            dimension 1 of the first input that has one, with all dimensions of its length; a model
+            that fixes that is refused.
+        validate: What the captured graph is compared with the model by. "full": outputs, buffers
+            and gradients, in both modes, on two inputs and with every input changed by itself.
+            "fast": outputs and buffers, in both modes, on one input; it leaves out backward
+            passes, which take most of the time. "off": outputs and buffers in evaluation mode, on
+            one input. The report says which, and artifacts keep it.
         plan: Plan to replay instead of deciding; no option may be set with it. Where its cuts were
             moved (the `first` of a stage, or one of the other names of the same cut), the rest is
             planned again for these cuts.
@@ -437,6 +452,8 @@ def compile(
     from pnn_compile.forecast.timing_cache import TimingCache
     from pnn_compile.inputs import example
 
+    if isinstance(dynamic, str) or not {*dynamic} <= {"batch", "sequence"}:
+        raise OptionError(f"dynamic takes a list of 'batch' and 'sequence' (got {dynamic!r})")
     args, kwargs = example(model, example_inputs, args, kwargs)
     options = Options.of(options, choices)
     if plan is not None and (changed := options.changed()):
@@ -446,7 +463,13 @@ def compile(
     if calibration is not None and plan is None:
         options = options.calibrated()
     start = Compilation(
-        model=model, args=args, kwargs=kwargs, dynamic_batch=dynamic_batch, options=options
+        model=model,
+        args=args,
+        kwargs=kwargs,
+        dynamic_batch=dynamic_batch and "batch" in dynamic,
+        dynamic_sequence="sequence" in dynamic,
+        validate=validate,
+        options=options,
     )
     compilation, results = run_passes(start, [CAPTURE], check=debug, progress=progress)
     program = compilation.program
@@ -471,6 +494,7 @@ def compile(
         passes = (*passes, ITERATE)
     compilation, more = run_passes(compilation, passes, check=debug, progress=progress)
     compiled = gather(compilation, (*results, *more))
+    check_length(program, compiled.module)
     return replace(compiled, timings=timings.path if timings is not None else None)
 
 

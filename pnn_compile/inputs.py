@@ -235,15 +235,28 @@ def explained(compiled: Compiled, inputs: Mapping[str, Any]) -> Iterator[None]:
         raise
 
 
-def resized(compiled: Compiled, batch: int, device: torch.device) -> dict[str, Any]:
-    """Return the example inputs by argument name, repeated or cut to a number of samples."""
-    size = batch_size(compiled.program.args)
+def resized(
+    compiled: Compiled, batch: int, device: torch.device, length: int = 0
+) -> dict[str, Any]:
+    """Return the example inputs by argument name, repeated or cut to a number of samples.
+
+    Args:
+        compiled: The network.
+        batch: The number of samples.
+        device: Device of the results.
+        length: Length of the sequences, if they are free; 0 for that of the example.
+    """
+    size, sequence = batch_size(compiled.program.args), compiled.program.sequence
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.dim() and leaf.shape[0] == size:
             leaf = leaf[torch.arange(batch) % size]
+        for axis in range(1, leaf.dim()):
+            if length and sequence and leaf.shape[axis] == sequence:
+                positions = torch.arange(length, device=leaf.device) % sequence
+                leaf = leaf.index_select(axis, positions)
         return leaf.to(device)
 
     return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}

@@ -7,12 +7,16 @@ leaves the model as it was.
 The reference runs cover both modes and two inputs, of which the second has one more sample if the
 model allows it; besides, one input tensor at a time is changed, because a graph may ignore an
 argument without an effect on the first two.
+
+That is `validate="full"`. A backward pass is the most expensive run, and "fast" has none, and the
+second input alone. "off" keeps the run that tells whether forward branches on `self.training`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -32,6 +36,7 @@ from passes.ir.isolation import (
     set_mode,
     with_plain_transformers,
 )
+from passes.ir.program import Validation, failing_node
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
 _SECOND_SEED = 1
@@ -45,16 +50,27 @@ class Reference:
         model: The model itself, which is only read.
         inputs: Its example inputs.
         dynamic_batch: Whether to try another batch size.
+        validate: How much to compare.
 
     Attributes:
         dynamic_batch: Whether the model itself accepts one more sample.
+        runs: Number of runs so far, of the model and of graphs.
+        seconds: Their wall time.
         notes: Comparisons that were impossible, and why.
 
     Raises:
         CaptureError: The model fails on its own example inputs.
     """
 
-    def __init__(self, model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: ExampleInputs,
+        *,
+        dynamic_batch: bool,
+        validate: Validation = "full",
+    ) -> None:
+        self.validate, self.runs, self.seconds = validate, 0, 0.0
         self._model = model
         self._inputs = inputs
         self._parameters = {
@@ -62,6 +78,7 @@ class Reference:
         }
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
         self._caches: set[str] = set()
+        self._shorter: tuple[ExampleInputs, StepResult] | None = None
         self.notes: list[str] = []
         # By mode (training?) and input (the second?).
         self._runs: dict[tuple[bool, bool], StepResult] = {}
@@ -80,21 +97,53 @@ class Reference:
             self._runs[False, True] = self._run(
                 self._second_inputs, train=False, grad=False, seed=_SECOND_SEED
             )
-        self._run_training()
+        if validate != "off":
+            self._run_training()
         self._note_fast_path()
         outputs = [output for result in self._runs.values() for output in result.outputs]
         if any(isinstance(output, torch.Tensor) and output.is_meta for output in outputs):
             self.notes.append("on the meta device shapes were compared, and no values")
+        if validate != "full":  # the second input tells a constant of the trace from a value
+            del self._runs[False, False]
+
+    def _step(self, *args: Any, **options: Any) -> StepResult:
+        start = time.perf_counter()
+        try:
+            return run_one_step(*args, **options)
+        finally:
+            self.runs, self.seconds = self.runs + 1, self.seconds + time.perf_counter() - start
 
     def _run(self, inputs: ExampleInputs, **options: Any) -> StepResult:
         """Run one step of the model, and check that it leaves its parameters as they were."""
         with parameters_preserved(self._model, self._parameters):
-            result = run_one_step(self._model, _call(self._model), inputs, **options)
+            result = self._step(self._model, _call(self._model), inputs, **options)
         shapes = {name: buffer.shape for name, buffer in nn.Module.named_buffers(self._model)}
         filled = {name for name, t in result.changed.items() if shapes.get(name) != t.shape}
         if filled - self._caches:
             self._caches |= self._find_caches(filled)
         return self._without_caches(result)
+
+    def add_length(self) -> None:
+        """Compare at another length of the sequences too.
+
+        Raises:
+            Exception: The model fails at it.
+        """
+        assert self._inputs.sequence is not None
+        shorter = self._inputs.shortened(self._inputs.sequence)
+        self._shorter = shorter, self._run(shorter, train=False, grad=False)
+
+    def mismatch_in_length(self, candidate: nn.Module) -> str:
+        """Return "" if the graph equals the model at another length, else where it does not."""
+        if self._shorter is None:
+            return ""
+        inputs, expected = self._shorter
+        if not (reason := self._mismatch_on(candidate, inputs, expected, train=False)):
+            return ""
+        place = ""
+        if isinstance(candidate, fx.GraphModule):
+            place = failing_node(candidate, inputs.tensor_arguments())
+        return f"at another length than {self._inputs.sequence}{place}, {reason}"
 
     def _find_caches(self, names: Collection[str]) -> set[str]:
         """Return the buffers that forward fills at its first call and never touches again.
@@ -135,7 +184,7 @@ class Reference:
         of zero.
         """
         try:
-            return self._run(self._inputs, train=False, grad=True)
+            return self._run(self._inputs, train=False, grad=self.validate == "full")
         except CaptureError:
             raise
         except Exception:
@@ -202,10 +251,13 @@ class Reference:
     def _run_training(self) -> None:
         """Run training steps on both inputs; BatchNorm may refuse a batch of one sample."""
         failures = []
-        for second in (False, True):
-            grad = not self._has_gradients(train=True)
+        full = self.validate == "full"
+        for second in (False, True) if full else (True, False):
             try:
+                grad = full and not self._has_gradients(train=True)
                 self._runs[True, second] = self._training_step(second, grad)
+                if not full:
+                    break
             except CaptureError:
                 raise
             except Exception as error:
@@ -228,7 +280,7 @@ class Reference:
         Args:
             train: Whether the mode is training mode.
         """
-        if self._has_gradients(train=train):
+        if self.validate != "full" or self._has_gradients(train=train):
             return
         for mode, second in list(self._runs):
             if mode == train:
@@ -264,7 +316,7 @@ class Reference:
             where = f"in {'training' if train else 'evaluation'} mode"
             where += " on a second input" if second else ""
             try:
-                result = run_one_step(
+                result = self._step(
                     candidate,
                     _call_by_name(candidate),
                     self._choose(second),
@@ -279,6 +331,10 @@ class Reference:
             if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"{where}, {reason}"
         train = False not in modes
+        if not train and (reason := self.mismatch_in_length(candidate)):
+            return reason
+        if self.validate != "full":
+            return self._mismatch_resized(candidate, train)
         return self._mismatch_alone(candidate, train) or self._mismatch_resized(candidate, train)
 
     def _mismatch_alone(self, candidate: nn.Module, train: bool) -> str:
@@ -330,7 +386,7 @@ class Reference:
     ) -> str:
         """Compare the outputs of the graph on some inputs with those of the model."""
         try:
-            result = run_one_step(
+            result = self._step(
                 candidate, _call_by_name(candidate), inputs, train=train, grad=False
             )
         except Exception as error:

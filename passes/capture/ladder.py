@@ -56,10 +56,10 @@ from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_u
 from passes.capture.opaque_operator import calls_functions
 from passes.capture.torch_export import export
 from passes.capture.uncapturable import find_uncapturable_line
-from passes.errors import CaptureError
+from passes.errors import CaptureError, OptionError
 from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
 from passes.ir.isolation import LOCK, without_caches
-from passes.ir.program import CaptureReport, Program, graph_module
+from passes.ir.program import VALIDATIONS, CaptureReport, Program, Validation, graph_module
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    dynamic_sequence: bool = False,
+    validate: Validation = "full",
 ) -> Program:
     """Capture a model as a flat graph over real modules, and validate it against the model.
 
@@ -115,17 +117,27 @@ def capture(
         args: Example positional arguments.
         kwargs: Example keyword arguments.
         dynamic_batch: Whether to keep the batch size (dimension 0) free if the model allows it.
+        dynamic_sequence: Whether to keep the length of the sequences free (dimension 1 of the
+            inputs, and others of that length).
+        validate: How much of the graph to compare with the model (`passes.ir.program.VALIDATIONS`).
+            What the graph is made from, as the free batch size, is found out in any case.
 
     Raises:
+        OptionError: `validate` is none of the three words.
         CaptureError: The inputs do not fit, the model itself fails on them, or no front end
             captured it; then the message names the module and the line that stood in the way.
     """
+    if validate not in VALIDATIONS:
+        raise OptionError(f"validate must be {', '.join(VALIDATIONS)} (got {validate!r})")
     with LOCK:
         inner = unwrap(model)
         _check_names(inner)
         _check_layouts(inner, args, kwargs or {})
         with without_caches(inner) as caching:
-            ladder = _Ladder(model, bind(inner, args, kwargs or {}), dynamic_batch)
+            inputs = bind(inner, args, kwargs or {})
+            if dynamic_sequence:
+                inputs = inputs.with_free_sequence()
+            ladder = _Ladder(model, inputs, dynamic_batch, validate)
             if caching:
                 ladder.notes.append(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
@@ -173,8 +185,10 @@ def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 class _Ladder:
     """Try the rungs in order, and record why each was rejected."""
 
-    def __init__(self, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool, validate: Validation
+    ) -> None:
+        self.model, self.validate = model, validate
         self.name = type(unwrap(model)).__name__
         self.inputs = inputs
         self.dynamic_batch = dynamic_batch
@@ -184,13 +198,32 @@ class _Ladder:
         self.notes = notes_on_runs(model, self._unused_copy, inputs)
 
     def _make_reference(self) -> Reference:
-        return Reference(
-            without_wrappers(self.model), self.inputs, dynamic_batch=self.dynamic_batch
+        reference = Reference(
+            without_wrappers(self.model),
+            self.inputs,
+            dynamic_batch=self.dynamic_batch,
+            validate=self.validate,
+        )
+        if self.inputs.sequence is not None:
+            try:
+                reference.add_length()
+            except Exception as error:
+                reason = describe_error(unwrap(self.model), error)
+                raise CaptureError(f"{self._fixed_length()}: {reason}") from error
+        return reference
+
+    def _fixed_length(self) -> str:
+        first = next(leaf for leaf in self.inputs.leaves if leaf.value.dim() > 1)
+        return (
+            f"dimension 1 of {first.argument!r}, the sequence, is fixed at {self.inputs.sequence} "
+            f"in {self.name} (leave 'sequence' out of dynamic, or mend the model)"
         )
 
     def run(self) -> Program:
         wrapped = None
         for rung, front_end in LADDER:
+            if self._loses_gradients(rung):
+                continue
             program = self._try(rung, front_end, Attempt.run)
             if program is None:
                 continue
@@ -205,6 +238,9 @@ class _Ladder:
             return program
         if wrapped:
             return wrapped
+        if self.inputs.sequence is not None:  # what keeps modules whole fixes their shapes
+            reasons = "".join(f"\n  {line}" for line in self.rejected)
+            raise CaptureError(f"{self._fixed_length()}:{reasons}")
         if program := self._keep_functions_whole():
             return program
         if program := self._keep_modules_whole():
@@ -245,7 +281,7 @@ class _Ladder:
         if self.model.training:
             evaluating = copy_model(self.model)
             evaluating.eval()
-            ladder = _Ladder(evaluating, self.inputs, self.reference.dynamic_batch)
+            ladder = _Ladder(evaluating, self.inputs, self.reference.dynamic_batch, self.validate)
             ladder.rejected.append("")
             if ladder._capture_one_mode():
                 advice = "it can be captured for evaluation mode alone: call model.eval() first"
@@ -284,7 +320,9 @@ class _Ladder:
     ) -> Program:
         notes = [*self.reference.notes, *_notes_on_constants(self.inputs), *notes]
         notes += [*self.notes, *notes_on_graph(model, module)]
-        if rung.startswith("torch.export"):  # a trace reads sizes where forward does
+        # A trace reads sizes where forward does.
+        fixed = self.inputs.sequence is None
+        if rung.startswith("torch.export") and self.validate == "full" and fixed:
             notes += self.reference.notes_on_sizes(module)
         notes += [
             f"{function} (torch.autograd.Function) is one call that no artifact can store"
@@ -299,11 +337,19 @@ class _Ladder:
             module=module,
             args=self.inputs.tensor_arguments(),
             dynamic_batch=self.reference.dynamic_batch,
-            capture=CaptureReport(rung, tuple(self.rejected), tuple(notes)),
+            capture=CaptureReport(
+                rung,
+                tuple(self.rejected),
+                tuple(notes),
+                self.validate,
+                self.reference.runs,
+                self.reference.seconds,
+            ),
             name=self.name,
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
             model=model,
+            sequence=self.inputs.sequence,
             output_type=output_type if fields and keeps_type else None,
         )
 
@@ -321,6 +367,15 @@ class _Ladder:
             return export(model, inputs, dynamic_batch=dynamic_batch, enter=True)
 
         return self._try("torch.export, operators entered", front_end, Attempt.run)
+
+    def _loses_gradients(self, rung: str) -> bool:
+        """Reject an export of custom autograd functions where no gradients are compared."""
+        if rung != "torch.export" or self.validate == "full":
+            return False
+        lost = calls_functions(copy_model(self.model), self.inputs)
+        if lost:
+            self._reject(rung, "an export drops the backward of a torch.autograd.Function")
+        return lost
 
     def _keep_functions_whole(self) -> Program | None:
         """Keep custom autograd functions whole in an export, whose backward it drops."""

@@ -345,7 +345,10 @@ def toggle(model: nn.Module, graph: fx.Graph) -> int:
         if replacement is None:
             continue
         module, names = replacement
-        path = free_path(model, provenance(node).path, node.name)
+        parent = provenance(node).path
+        # An export has the module in the name of the operator.
+        name = node.name.lstrip("_").removeprefix(f"{parent.replace('.', '_')}_")
+        path = free_path(model, parent, name)
         attach(model, path, module)
         values = {name: value for name, value in call.items() if name in names[1:]}
         key = _key_of(node, call)

@@ -31,7 +31,14 @@ from passes.capture.refold import CALL_KEY, outline
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import DispatchMode, exclusive
-from passes.ir.program import Provenance, is_user_code, provenance, resolve, set_provenance
+from passes.ir.program import (
+    Provenance,
+    is_user_code,
+    operator_name,
+    provenance,
+    resolve,
+    set_provenance,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -75,11 +82,12 @@ def export(
         Exception: Whatever torch.export raises.
     """
     entry = Entry(model, inputs)
-    dynamic = torch.export.Dim.AUTO if dynamic_batch else None
-    if dynamic_batch and inputs.batch_size == 1:
-        inputs = inputs.varied(grow=True)  # torch.export specializes sizes of 1
+    if dynamic_batch and inputs.batch_size in (1, inputs.sequence):
+        # torch.export specializes sizes of 1, and takes equal sizes for one.
+        inputs = inputs.varied(grow=True)
     shapes = tuple(
-        {0: dynamic} if leaf.value.dim() and leaf.value.shape[0] == inputs.batch_size else None
+        dict.fromkeys(inputs.free_axes(leaf.value, batch=dynamic_batch), torch.export.Dim.AUTO)
+        or None
         for leaf in inputs.leaves
     )
     replaced = replace_by_operators(model, inputs, opaque, functions=functions)
@@ -102,7 +110,22 @@ def export(
     outline(model, graph)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     graph.output_node().meta[SIZES_KEY] = _sizes_outside(exported)
+    _name_operators(graph)
     return graph, constants
+
+
+def _name_operators(graph: fx.Graph) -> None:
+    """Name operators by their module, as a trace names layers: `encoder_layer_3_add`, no `add_7`.
+
+    Plans, drawings and messages show these names.
+    """
+    names = fx.graph._Namespace()
+    for node in graph.nodes:
+        name = node.name
+        if node.op == "call_function":
+            name = "_".join(filter(None, [*provenance(node).path.split("."), operator_name(node)]))
+        node.name = names.create_name(name, node)
+    graph._graph_namespace = names
 
 
 def _sizes_outside(exported: torch.export.ExportedProgram) -> tuple[int, ...]:

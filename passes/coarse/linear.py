@@ -29,7 +29,7 @@ from torch import nn
 from passes.coarse.map_matrix import FittedMap, MapMatrix
 from passes.coarse.regression import Solution
 from passes.coarse.spec import CoarseOptions, Count, Reads, Span
-from passes.coarse.tensor_layout import Layout, layouts, resize
+from passes.coarse.tensor_layout import Layout, fit_positions, layouts, resize
 from passes.ir.tensor_spec import TensorSpec
 
 CAP = 2048
@@ -68,7 +68,7 @@ class LinearMap(FittedMap):
         x = self._source.enter(x).to(self.weight.dtype)
         shrinks = self._target.positions <= self._source.positions
         if shrinks:
-            x = resize(x, self._target.space)
+            x = fit_positions(x, self._source, self._target)
         space = x.shape[2:]
         x = torch.matmul(self.weight, x.flatten(2) if space else x.unsqueeze(2))
         if self.bias is not None:

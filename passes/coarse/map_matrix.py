@@ -20,7 +20,7 @@ from torch import nn
 
 from passes.coarse.regression import Moments, Solution
 from passes.coarse.spec import Reads
-from passes.coarse.tensor_layout import layouts, resize
+from passes.coarse.tensor_layout import fit_positions, layouts
 from passes.ir.tensor_spec import TensorSpec
 
 
@@ -61,8 +61,9 @@ class MapMatrix(nn.Module):
             self.rows(), self.reads, self._layouts, strict=True
         ):
             if not row:  # `zeros_like` reads the shape alone: a NaN does not reach the result
-                x = resize(torch.zeros_like(source.enter(state[0])[:, :1]), target.space)
-                results.append(target.leave(x.expand(-1, target.channels, *target.space)))
+                x = torch.zeros_like(source.enter(state[0])[:, :1])
+                x = fit_positions(x, source, target)
+                results.append(target.leave(x.expand(-1, target.channels, *x.shape[2:])))
                 continue
             total = row[0](state[reads[0]])
             for single, number in zip(row[1:], reads[1:], strict=True):

@@ -111,6 +111,11 @@ def layouts(source: TensorSpec, target: TensorSpec) -> tuple[Layout, Layout]:
     return first, unrolled
 
 
+def fit_positions(x: torch.Tensor, source: Layout, target: Layout) -> torch.Tensor:
+    """Resize `[B, C, *S]` of a source to the positions of a target; at any length if they agree."""
+    return x if source.space == target.space else resize(x, target.space)
+
+
 def resize(x: torch.Tensor, space: tuple[int, ...]) -> torch.Tensor:
     """Pool or repeat `[B, C, *S]` to `[B, C, *space]`.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from passes.analysis.cut_points import requirements
 from passes.coarse.spec import CoarseOptions, Site, Span
-from passes.coarse.tensor_layout import layouts, resize
+from passes.coarse.tensor_layout import fit_positions, layouts
 from passes.errors import SynthesisError
 from passes.ir.tensor_spec import TensorSpec
 
@@ -201,6 +201,6 @@ class Zero(nn.Module):
         results = []
         for source, target in self._pairs:
             x = source.enter(state[0]) * 0
-            x = resize(x[:, :1], target.space)
-            results.append(target.leave(x.expand(-1, target.channels, *target.space)))
+            x = fit_positions(x[:, :1], source, target)
+            results.append(target.leave(x.expand(-1, target.channels, *x.shape[2:])))
         return results[0] if len(results) == 1 else tuple(results)

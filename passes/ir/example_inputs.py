@@ -16,14 +16,14 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.errors import CaptureError
+from passes.errors import CaptureError, OptionError
 from passes.ir.program import storage_id
 
 
@@ -57,12 +57,15 @@ class ExampleInputs:
         kwargs: Keyword arguments.
         names: Name of each positional argument in the signature.
         leaves: Every tensor in the arguments, in order.
+        sequence: Length of the sequences, if it is to be free: that of dimension 1 of the first
+            tensor that has one. Other dimensions of that length follow it, but dimension 0.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     names: tuple[str, ...]
     leaves: tuple[Leaf, ...]
+    sequence: int | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors of the call, in order."""
@@ -143,6 +146,34 @@ class ExampleInputs:
             ]
         )
 
+    def with_free_sequence(self) -> ExampleInputs:
+        """Return the same call, whose sequences may have any length.
+
+        Raises:
+            OptionError: No input has a dimension 1 of more than one element.
+        """
+        leaf = next((leaf for leaf in self.leaves if leaf.value.dim() > 1), None)
+        if leaf is None or leaf.value.shape[1] < 2:
+            raise OptionError(
+                "dynamic='sequence' frees dimension 1 of the inputs: give an example in which the "
+                "first input that has it holds at least 2 elements along it"
+            )
+        return replace(self, sequence=leaf.value.shape[1])
+
+    def free_axes(self, tensor: torch.Tensor, *, batch: bool) -> list[int]:
+        """Return the dimensions of an input that are free.
+
+        Args:
+            tensor: The input.
+            batch: Whether the number of samples is.
+        """
+        shape = tensor.shape
+        return [
+            axis
+            for axis, size in enumerate(shape)
+            if size == (self.sequence if axis else self.batch_size) and (axis or batch)
+        ]
+
     def shortened(self, size: int) -> ExampleInputs:
         """Return another call without the last element of every axis of a size, but the first."""
 
@@ -179,7 +210,7 @@ class ExampleInputs:
             Leaf(leaf.argument, leaf.path, value)
             for leaf, value in zip(self.leaves, values, strict=True)
         )
-        return ExampleInputs(args, kwargs, self.names, leaves)
+        return ExampleInputs(args, kwargs, self.names, leaves, self.sequence)
 
 
 def scaled(tensor: torch.Tensor) -> torch.Tensor:

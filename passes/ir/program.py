@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,16 @@ class Provenance:
     source: str = ""
 
 
+Validation = Literal["full", "fast", "off"]
+
+VALIDATIONS: dict[Validation, str] = {
+    "full": "outputs, buffers and gradients, in both modes, on two inputs",
+    "fast": "outputs and buffers, in both modes, on one input; no gradients",
+    "off": "outputs and buffers in evaluation mode, on one input",
+}
+"""What capture compares a graph with its model by, for each value of `validate`."""
+
+
 @dataclass(frozen=True)
 class CaptureReport:
     """Record of how a program was captured.
@@ -55,11 +65,24 @@ class CaptureReport:
         rung: Name of the front end whose graph passed validation.
         rejected: For each front end tried before it, one line with the reason of its rejection.
         notes: Restrictions for the user: arguments that are fixed, modes that cannot be toggled.
+        validation: How much of the graph was compared with the model: "full", "fast" or "off".
+        runs: Runs of the model and of graphs that the comparison took; 0 if it is not known, as in
+            an artifact.
+        seconds: Their wall time.
     """
 
     rung: str
     rejected: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    validation: Validation = "full"
+    runs: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def compared(self) -> str:
+        """What was compared, and what that took, in words."""
+        cost = f"; {self.runs} runs in {self.seconds:.1f} s" if self.runs else ""
+        return f"{self.validation}: {VALIDATIONS[self.validation]}{cost}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,7 @@ class Program:
         fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
             their values are constants of the graph.
         model: Copy of the model, which loads checkpoints by its own code; None if there is none.
+        sequence: Length of the sequences in the example inputs if it is free; else None.
         output_type: Class of the model's output, if that is a dict with fields (`ModelOutput` of
             transformers): networks return it. None for outputs that the graph holds as they are.
     """
@@ -91,6 +115,7 @@ class Program:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
     output_type: type | None = None
+    sequence: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -144,6 +169,17 @@ def provenance(node: fx.Node) -> Provenance:
 def set_provenance(node: fx.Node, record: Provenance) -> None:
     """Attach a provenance record to a node."""
     node.meta[_PROVENANCE_KEY] = record
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return what a node calls, as users know it: `add` and not `add.Tensor`, `size` of a shape.
+
+    >>> graph = fx.Graph()
+    >>> operator_name(graph.call_function(torch.ops.aten.sym_size.int, (graph.placeholder("x"), 0)))
+    'size'
+    """
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return name.removeprefix("sym_") if isinstance(node.target, torch._ops.OpOverload) else name
 
 
 def is_compute(node: fx.Node) -> bool:
@@ -418,3 +454,26 @@ _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (
     ("every module and attribute that is used exists", _target_exists),
     ("tensors are attributes, never literal arguments", _no_tensor_constants),
 )
+
+
+def failing_node(module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
+    """Return " in" and the module and operator at which a graph fails on inputs, "" if none."""
+    reached: list[fx.Node] = []
+
+    class Tracker(Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            reached.append(n)
+            return super().run_node(n)
+
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    try:
+        with torch.no_grad():
+            Tracker(module).run(*(inputs[name] for name in names))
+    except Exception:
+        node = reached[-1]
+        origin = provenance(node)
+        line = f" ({origin.source})" if origin.source else ""
+        name = operator_name(node) if node.op == "call_function" else node.name
+        sources = " and ".join(source.name for source in node.all_input_nodes)
+        return f" in {origin.path or 'forward'}, {name} of {sources}{line}"
+    return ""

@@ -21,7 +21,7 @@ from passes.coarse.family import copies_blocks, in_time
 from passes.coarse.prologue import can_be_guessed, too_expensive
 from passes.coarse.time_step import between_steps
 from passes.cost.device_profile import DeviceProfile
-from passes.errors import PartitionError, SynthesisError
+from passes.errors import PartitionError, SynthesisError, suggest
 from passes.ir.program import provenance
 from passes.options import Options
 from passes.partition.build_problem import ProblemBuilder
@@ -358,7 +358,11 @@ def _named(
             None,
         )  # fmt: skip
         if index is None:
-            raise PartitionError(f"no node or module is called {name!r} in {analysis.program.name}")
+            paths = [provenance(order[position.index]).path for position in candidates]
+            advice = suggest(name, [path for path in paths if path])
+            raise PartitionError(
+                f"no node or module is called {name!r} in {analysis.program.name}; {advice}"
+            )
         if index >= head.index:
             raise PartitionError(
                 f"{name!r} lies in the head, after the last correction: the last stage ends in "

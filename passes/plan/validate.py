@@ -17,7 +17,7 @@ import torch
 
 from passes.analysis.analysis import MEASURED, ROOFLINE
 from passes.coarse.spec import NON_EMPTY, OperatorSpec, PreprocessOptions
-from passes.errors import ArtifactError, PartitionError
+from passes.errors import ArtifactError, PartitionError, suggest
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
 from passes.options import Options
@@ -85,6 +85,9 @@ class _Checker:
         if number:
             start = self.order.index(self.plan.stages[number - 1].last) + 1
         yield from _among(f"{place}.last", stage.last, self.order[start:])
+        if stage.first not in self.nodes:
+            advice = suggest(stage.first, self.order[start:])
+            yield f"{place}.first", f"is {stage.first!r}, and no node is called that; {advice}"
         yield from _among(f"{place}.first", stage.first, self.order[start : start + 1])
         after = self.plan.interfaces[number].after
         yield from _among(f"plan.interfaces[{number}].after", after, (stage.last,))

@@ -18,15 +18,17 @@ will run on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError
-from passes.ir.program import Program, tensor_leaves
+from passes.errors import OptionError, SynthesisError, first_line
+from passes.ir.example_inputs import bind
+from passes.ir.isolation import preserved, set_mode
+from passes.ir.program import Program, failing_node, tensor_leaves
 
 CALL = "pnn_call"
 """Key of the `Call` in the `meta` of a network."""
@@ -46,6 +48,7 @@ class Call:
         examples: Its arguments by name, in order.
         fixed: Values that arguments outside the graph have in it.
         free_batch: Whether batches of other sizes are fine.
+        sequence: Length of the sequences of the example, where others are fine; else None.
         output_type: Class of the output, as in `Program`.
         attributes: What the network has of the model.
     """
@@ -54,6 +57,7 @@ class Call:
     examples: Mapping[str, Any]
     fixed: Mapping[str, Any]
     free_batch: bool
+    sequence: int | None
     output_type: type | None
     attributes: Mapping[str, Any]
 
@@ -65,6 +69,7 @@ class Call:
             program.args,
             program.fixed,
             program.dynamic_batch,
+            program.sequence,
             program.output_type,
             {n: getattr(program.model, n) for n in _PASSED_ON if hasattr(program.model, n)},
         )
@@ -100,7 +105,7 @@ class Call:
             for actual, expected in zip(*leaves, strict=False):
                 if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
                     counts = expected.dim() and expected.shape[0] == samples and self.free_batch
-                    if reason := _differs(actual, expected, bool(counts)):
+                    if reason := _differs(actual, expected, bool(counts), self.sequence):
                         return (
                             f"{name} is {[*actual.shape]} {actual.dtype}, but {self.model} was "
                             f"compiled for {reason}: compile it with an example like the inputs "
@@ -109,14 +114,17 @@ class Call:
         return ""
 
 
-def _differs(actual: torch.Tensor, expected: torch.Tensor, counts: bool) -> str:
+def _differs(
+    actual: torch.Tensor, expected: torch.Tensor, counts: bool, sequence: int | None
+) -> str:
     """Describe the tensor that was expected, and the first dimension that differs; "" if none."""
     sizes = ["any number" if counts else str(expected.shape[0])] if expected.dim() else []
     text = f"[{', '.join([*sizes, *map(str, expected.shape[1:])])}] {expected.dtype}"
     if actual.dim() != expected.dim():
         return f"{text} ({actual.dim()} dimensions instead of {expected.dim()})"
     for axis, (size, example) in enumerate(zip(actual.shape, expected.shape, strict=True)):
-        if size != example and not (counts and axis == 0):
+        free = counts if axis == 0 else example == sequence
+        if size != example and not free:
             return f"{text} (dimension {axis}: {size} instead of {example})"
     return "" if actual.is_floating_point() == expected.is_floating_point() else text
 
@@ -214,3 +222,26 @@ def check_constant(model: str, name: str, value: Any, constant: Any) -> None:
 
 def _shown(value: Any) -> str:
     return "a tensor" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
+def check_length(program: Program, network: fx.GraphModule) -> None:
+    """Check that a network takes another length of the sequences, if that is to be free.
+
+    Raises:
+        SynthesisError: An operator that the compiler made has a fixed length.
+    """
+    if program.sequence is None:
+        return
+    inputs = bind(program.module, (), dict(program.args))
+    shorter = replace(inputs, sequence=program.sequence).shortened(program.sequence)
+    with preserved(network), torch.no_grad():
+        set_mode(network, False)
+        try:
+            network(**shorter.tensor_arguments())
+        except Exception as error:
+            place = failing_node(network, shorter.tensor_arguments())
+            raise SynthesisError(
+                f"the sequence of {program.name} cannot be free: the network fails at another "
+                f"length than {program.sequence}{place} ({first_line(error)}); guesses and "
+                "corrections of family 'linear', 'units', 'thinned' and 'identity' take any length"
+            ) from error

@@ -182,6 +182,11 @@ def load(
             restore_tensors(program, data, values)
     with _file_errors(folder / _WEIGHTS):
         _restore_network(compiled, data["network"], weights)
+    if program.capture.validation != "full":
+        _log.warning(
+            "the graph of %s was compared with its model by less than validate='full' (%s)",
+            folder, program.capture.compared,
+        )  # fmt: skip
     return compiled
 
 
@@ -329,9 +334,10 @@ def _capture(
     with _file_errors(folder / _PROGRAM):
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
         dynamic, notes = data["dynamic_batch"], data["capture"]["notes"]
+        sequence = data.get("sequence") is not None
     args, kwargs = _call(model, inputs)
     try:
-        return capture(model, args, kwargs, dynamic_batch=dynamic)
+        return capture(model, args, kwargs, dynamic_batch=dynamic, dynamic_sequence=sequence)
     except CaptureError as error:
         compile_notes = "".join(f"\n  when it was compiled: {note}" for note in notes)
         raise ArtifactError(

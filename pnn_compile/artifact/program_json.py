@@ -24,6 +24,7 @@ from passes.ir.program import (
     CaptureReport,
     Program,
     Provenance,
+    Validation,
     graph_module,
     has_gradient_hooks,
     provenance,
@@ -102,11 +103,13 @@ class _Capture(TypedDict):
     rung: str
     rejected: tuple[str, ...]
     notes: tuple[str, ...]
+    validation: NotRequired[Validation]
 
 
 class _Program(TypedDict):
     name: str
     dynamic_batch: bool
+    sequence: NotRequired[int | None]
     capture: _Capture
     unknown: list[str]
     inputs: dict[str, Any]
@@ -158,10 +161,12 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "torch": torch.__version__,
         "name": program.name,
         "dynamic_batch": program.dynamic_batch,
+        "sequence": program.sequence,
         "capture": {
             "rung": program.capture.rung,
             "rejected": list(program.capture.rejected),
             "notes": list(program.capture.notes),
+            "validation": program.capture.validation,
         },
         "unknown": [],
         "inputs": _write_inputs(program, writer),
@@ -346,6 +351,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
         module=module,
         args=inputs,
         dynamic_batch=data["dynamic_batch"],
+        sequence=data.get("sequence"),
         capture=CaptureReport(**data["capture"]),
         name=name,
         unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},

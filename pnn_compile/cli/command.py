@@ -24,7 +24,7 @@ from passes.errors import OptionError
 from pnn_compile import atomic
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("inputs", "arguments"),
+    "Model": ("inputs", "arguments", "dynamic"),
     "Cut": ("stages", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
     "Coarse networks": (
         "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",
@@ -32,8 +32,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Devices": ("devices", "kind", "ranks", "threads", "streams", "cache"),
     "Output": (
-        "output", "onnx", "per_stage", "opset", "fp16", "emit", "html", "dot", "mermaid", "graphml",
-        "trace", "depth", "check", "config", "config_file", "quiet", "as_json", "debug",
+        "output", "onnx", "per_stage", "opset", "fp16", "bf16", "emit", "html", "dot", "mermaid",
+        "graphml", "trace", "depth", "validate", "check", "config", "config_file", "quiet",
+        "as_json", "debug",
     ),
 }  # fmt: skip
 """Headings of options in the help, and the options below them; others come first."""

@@ -41,11 +41,15 @@ FORMATS = ("graph", "onnx", "onnx-stages")
 
 
 def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    formats = tuple(part.strip() for part in value.split(",") if part.strip())
+    formats = _read_names(_, __, value)
     unknown = [part for part in formats if part not in FORMATS]
     if unknown:
         raise OptionError(f"--emit takes {', '.join(FORMATS)} (got {', '.join(unknown)})")
     return formats
+
+
+def _read_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 @click.command(
@@ -104,6 +108,22 @@ def _read_formats(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Samples (.safetensors or .npz) to fit preprocessing operators and coarse propagators on.",
+)
+@click.option(
+    "--dynamic",
+    default="batch",
+    metavar="NAME,...",
+    callback=_read_names,
+    help="Free dimensions: batch, sequence (dimension 1 of the first input, and others of its "
+    "length), or both.",
+)
+@click.option(
+    "--validate",
+    default="full",
+    type=click.Choice(["full", "fast", "off"]),
+    help="What the captured graph is compared with the model by: full, outputs, buffers and "
+    "gradients in both modes on two inputs; fast, without gradients and on one input, about half "
+    "the time; off, in evaluation mode alone. The report says what it took.",
 )
 @click.option(
     "--verify/--no-verify", "check", default=True, help="Check the network against the original."

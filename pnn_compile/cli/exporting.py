@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from passes.errors import OptionError
 from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import DEBUG, JSON, Progress, console, open_target, target_options
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     metavar="VERSION",
     help="Version of the operator set, 18 to 24.",
 )
+@click.option("--bf16", is_flag=True, help="Store weights in bfloat16; float32 is computed.")
 @click.option("--fp16", is_flag=True, help="Write weights, inputs and outputs in half precision.")
 @target_options("auto")
 @click.option(
@@ -59,6 +61,7 @@ def export_command(
     per_stage: bool,
     opset: int,
     fp16: bool,
+    bf16: bool,
     stages: int | Literal["auto"],
     inputs: tuple[str, ...],
     arguments: tuple[str, ...],
@@ -72,12 +75,15 @@ def export_command(
     """
     from pnn_compile.export.onnx import export_onnx, in_half_precision, lower_network
 
+    if fp16 and bf16:
+        raise OptionError("--fp16 and --bf16 exclude each other: choose one")
+
     with Progress(as_json)("opening") as show:
         compiled = open_target(target, stages, inputs, arguments, debug, show)
         show("translating to ONNX")
-        if fp16:
-            compiled = in_half_precision(compiled)
-        lowered = lower_network(compiled, opset)
+        if fp16 or bf16:
+            compiled = in_half_precision(compiled, bf16=bf16)
+        lowered = lower_network(compiled, opset, bf16=bf16)
         show("writing and checking")
         exported = export_onnx(compiled, onnx, per_stage=per_stage, verify=check, lowered=lowered)
     if as_json:

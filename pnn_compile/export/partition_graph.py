@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import networkx as nx
 from torch import fx
 
-from passes.ir.program import provenance
+from passes.ir.program import operator_name, provenance
 from passes.transform.sweep import Role, Step, sweep, walk
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class _Builder:
         if node.op == "call_module":
             op = type(self.compiled.program.module.get_submodule(str(node.target))).__name__
         else:
-            op = getattr(node.target, "__name__", str(node.target))
+            op = operator_name(node)
         inside = stage < len(self.plan.stages)
         measured = self.compiled.seconds.get(node.name)
         self._add(

@@ -11,6 +11,7 @@ replace the outputs. With 10 batches, `interface_epochs=0.5` and `epochs=1` the 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from pnn_compile.compiled import Compiled
+
+_LOG = logging.getLogger(__name__)
 
 _TEMPERATURE = 2.0
 
@@ -247,11 +250,18 @@ def _trainable(compiled: Compiled) -> list[nn.Parameter]:
 
 def _report(state: FitState, distiller: Distiller | None) -> FitReport:
     tenth = max(1, len(state.losses) // 10)
+    first, last = (sum(losses) / tenth for losses in (state.losses[:tenth], state.losses[-tenth:]))
+    if last > first:
+        _LOG.warning(
+            "the loss rose from %.3g to %.3g in %d steps: the network was closer to the original "
+            "before; take a lower learning rate, or more samples or epochs",
+            first, last, state.step,
+        )  # fmt: skip
     return FitReport(
         steps=state.step,
         samples=state.samples,
-        first_loss=sum(state.losses[:tenth]) / tenth,
-        last_loss=sum(state.losses[-tenth:]) / tenth,
+        first_loss=first,
+        last_loss=last,
         interface_steps=distiller.total if distiller else 0,
         interfaces=distiller.report() if distiller else (),
     )

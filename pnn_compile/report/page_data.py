@@ -48,6 +48,7 @@ def page_data(
         "plan": _plan(plan),
         "capture": {
             "rung": capture.rung,
+            "compared": capture.compared,
             "rejected": list(capture.rejected),
             "dynamic_batch": compiled.program.dynamic_batch,
         },

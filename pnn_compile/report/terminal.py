@@ -159,7 +159,9 @@ def _summary(compiled: Compiled) -> Table:
     links = f"take {format_seconds(forecast.link)}" if forecast.link else "not counted"
     rows = [
         ("captured by", compiled.program.capture.rung),
+        ("validated", compiled.program.capture.compared),
         ("batch size", "free" if compiled.program.dynamic_batch else "fixed"),
+        ("sequence", "free" if compiled.program.sequence is not None else ""),
         (
             "imbalance",
             f"{forecast.imbalance:.3f} (slowest stage over mean); "

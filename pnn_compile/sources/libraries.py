@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 
-from passes.errors import SourceError
+from passes.errors import SourceError, suggest
 from pnn_compile.sources.source import Inputs, Source
-from pnn_compile.sources.user_code import call, first_line, report_errors, suggest
+from pnn_compile.sources.user_code import call, first_line, report_errors
 
 SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
     # videos `[B, C, T, H, W]`

@@ -29,16 +29,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from passes.errors import SourceError
+from passes.errors import SourceError, suggest
 from pnn_compile.sources.source import Inputs, Source
 from pnn_compile.sources.user_code import (
+    VARIADIC,
     call,
     first_line,
     is_library,
     missing_arguments,
     refuse_arguments,
     report_errors,
-    suggest,
 )
 
 NAMES = ("build_model", "get_model", "model")
@@ -141,7 +141,7 @@ def _build(
     key = next((key for key in keys if key in vars(module)), "")
     if not inputs and not key:
         raise SourceError(
-            f"{origin} needs example inputs: add --input 1x3x32x32 for each argument, or paste "
+            f"{origin} needs example inputs: add {_inputs_to_add(target)}, or paste "
             f"`def example_inputs(): return (torch.randn(1, 3, 32, 32),)` into {place}"
         )
     if isinstance(target, nn.Module):
@@ -150,6 +150,17 @@ def _build(
     if not isinstance(model, nn.Module):
         raise SourceError(f"{origin} returns a {type(model).__name__}: return an nn.Module alone")
     return Source(model, *(inputs or _arguments(vars(module)[key], f"{place}:{key}")), origin)
+
+
+def _inputs_to_add(target: Any) -> str:
+    """Return the options for the arguments that a class or a model needs; of a factory, for any."""
+    known = isinstance(target, nn.Module) or inspect.isclass(target)
+    parameters = inspect.signature(target.forward).parameters.values() if known else ()
+    names = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+    if len(names) < 2 or any(p.kind in VARIADIC for p in parameters):
+        return "--input 1x3x32x32 for each argument"
+    options = " ".join(f"--input {name}=1x3x32x32" for name in names)
+    return f"{options} with the shapes of your arguments"
 
 
 def _choose(module: ModuleType, place: str, arguments: dict[str, Any]) -> str:

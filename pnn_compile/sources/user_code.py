@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import inspect
 import sys
@@ -14,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from passes.errors import SourceError
+from passes.errors import SourceError, suggest
 
 _stdlib = Path(sysconfig.get_path("stdlib")).resolve()
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def missing_arguments(factory: Callable[..., Any], arguments: Mapping[str, Any])
         return ""
     required = any(
         parameter.default is parameter.empty
-        and parameter.kind not in _VARIADIC
+        and parameter.kind not in VARIADIC
         and parameter.name not in arguments
         for parameter in signature.parameters.values()
     )
@@ -104,17 +103,6 @@ def _signature(factory: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(factory)
     except (TypeError, ValueError):
         return None
-
-
-def suggest(word: str, names: Sequence[str]) -> str:
-    """Return close matches of a misspelled name, or else the first names that exist.
-
-    >>> suggest("Nett", ["Net", "nn"])
-    'did you mean Net?'
-    """
-    if close := difflib.get_close_matches(word, names):
-        return f"did you mean {' or '.join(close)}?"
-    return f"there is {', '.join(names[:8]) or 'none'}"
 
 
 @contextmanager

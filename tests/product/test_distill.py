@@ -456,3 +456,14 @@ def test_a_fit_logs_to_a_callable_and_to_tensorboard() -> None:
     writer = Writer()
     compiled.fit(batches, log=writer)
     assert [step for name, _, step in writer.rows if name == "fit/loss"] == list(range(1, 7))
+
+
+def test_a_fit_that_leads_away_from_the_original_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiled = pnn.compile(linear_chain(4, 8), torch.randn(2, 8), stages=2)
+    batches = [torch.randn(4, 8) for _ in range(6)]
+    report = compiled.fit(batches, learning_rate=3.0)
+    assert report.last_loss > report.first_loss
+    assert "the loss rose from" in caplog.text
+    assert "lower learning rate" in caplog.text

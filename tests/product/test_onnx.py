@@ -408,6 +408,41 @@ def test_half_precision_is_that_of_weights_inputs_and_outputs(
     assert next(compiled.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("per_stage", [False, True])
+def test_bfloat16_halves_the_weights_of_a_network_of_float32(
+    per_stage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
+    compiled = pnn.compile(residual_chain(4, 32), torch.randn(2, 32), stages=2)
+    sizes = []
+    for bf16 in (False, True):
+        folder = tmp_path / str(bf16)
+        target = folder if per_stage else folder / "model.onnx"
+        exported = compiled.export_onnx(target, per_stage=per_stage, bf16=bf16)
+        assert exported.checked is not None
+        sizes.append(sum(f.stat().st_size for f in exported.files if f.suffix == ".data"))
+        models = [onnx.load(f) for f in exported.files if f.suffix == ".onnx"]
+        nodes = [node for model in models for node in model.graph.node]
+        assert bf16 == any(node.op_type == "Cast" for node in nodes)
+        assert all("pnn.stage" in metadata(node) for node in nodes)
+    assert sizes[1] == sizes[0] / 2
+
+
+def test_large_weights_stand_beside_every_stage_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
+    compiled = pnn.compile(residual_chain(4, 32), torch.randn(2, 32), stages=2)
+    exported = compiled.export_onnx(tmp_path, per_stage=True)
+    assert {"stage_0.onnx.stage_0.data", "stage_1.onnx.stage_1.data"} <= {
+        file.name for file in exported.files
+    }
+    x = torch.randn(3, 32)
+    with StageExecutor(tmp_path) as executor:
+        (outputs,) = executor.run({executor.inputs[0]: x.numpy()}).values()
+    torch.testing.assert_close(torch.from_numpy(outputs), compiled.eval()(x).detach())
+
+
 def test_a_network_that_does_not_run_in_half_precision_is_refused(tmp_path: Path) -> None:
     class Single(nn.Module):
         def __init__(self) -> None:

@@ -61,6 +61,12 @@ def test_inputs_of_one_shape_differ_and_repeat(write: Write) -> None:
     assert torch.equal(second, again[1])
 
 
+def test_missing_inputs_are_named_if_the_model_takes_several(write: Write) -> None:
+    write("model.py", HEAD + "class Two(nn.Module):\n    def forward(self, x, y, z=None): ...\n")
+
+    assert "add --input x=1x3x32x32 --input y=1x3x32x32 with" in refusal("model.py")
+
+
 def test_missing_inputs_show_both_ways(write: Write) -> None:
     write("model.py", NET + "def build_model():\n    raise RuntimeError('not before the inputs')\n")
 

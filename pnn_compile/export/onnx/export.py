@@ -28,6 +28,7 @@ from pnn_compile.atomic import replace_entries
 from pnn_compile.export.onnx.lower import Lowered, lower_network
 from pnn_compile.export.onnx.manifest import MANIFEST
 from pnn_compile.export.onnx.run import StageExecutor, session
+from pnn_compile.export.onnx.sizes import Runs
 from pnn_compile.export.onnx.stages import write_stages
 from pnn_compile.export.onnx.translate import OPSET
 from pnn_compile.export.onnx.write import IR_VERSION, save_model, write_model
@@ -107,6 +108,7 @@ def export_onnx(
     verify: bool = True,
     opset: int = OPSET,
     fp16: bool = False,
+    bf16: bool = False,
     lowered: Lowered | None = None,
 ) -> Exported:
     """Write the network in evaluation mode, with a dynamic batch if the program has one.
@@ -119,6 +121,7 @@ def export_onnx(
         verify: Whether to check form, types and values of what was written.
         opset: Version of the operator set, 18 to 24.
         fp16: Whether to write the network in half precision; inputs and outputs are so too.
+        bf16: Whether to store the weights in bfloat16; the network computes in float32.
         lowered: Result of `lower_network` for the same network, if it is written twice.
 
     Raises:
@@ -126,9 +129,9 @@ def export_onnx(
             from call to call, the files cannot be written, or ONNX Runtime disagrees with torch.
         OptionError: The version of the operator set is none that is supported.
     """
-    if fp16:
-        compiled = in_half_precision(compiled)
-    lowered = lowered or lower_network(compiled, opset)
+    if fp16 or bf16:
+        compiled = in_half_precision(compiled, bf16=bf16)
+    lowered = lowered or lower_network(compiled, opset, bf16=bf16)
     write = _export_stages if per_stage else _export_whole
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
@@ -136,12 +139,23 @@ def export_onnx(
         return write(compiled, lowered, Path(path), verify)
 
 
-def in_half_precision(compiled: Compiled) -> Compiled:
+def in_half_precision(compiled: Compiled, *, bf16: bool = False) -> Compiled:
     """Return a copy of a network in half precision, with example inputs in it.
+
+    Args:
+        compiled: The network.
+        bf16: Whether to round its weights to bfloat16 instead, of which few runtimes have more than
+            the conversion.
 
     Raises:
         ExportError: The network does not run in it.
     """
+    if bf16:
+        rounded = copy.deepcopy(compiled)
+        with torch.no_grad():
+            for parameter in filter(lambda p: p.dtype == torch.float32, rounded.parameters()):
+                parameter.copy_(parameter.bfloat16())
+        return rounded
     half = copy.deepcopy(compiled).to(torch.float16)
     half = replace(half, program=half.current_program())
     try:
@@ -284,8 +298,9 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
     """
     sizes = BATCHES if compiled.program.dynamic_batch else (batch_size(compiled.program.args),)
     worst, agreement = 0.0, Agreement()
-    for size in sizes:
-        inputs = resized(compiled, size, compiled.program.device)
+    other = Runs.of(compiled.program).lengths[1:]
+    for size, length in [*((size, 0) for size in sizes), *((sizes[-1], n) for n in other)]:
+        inputs = resized(compiled, size, compiled.program.device, length)
         try:
             feeds = _arrays(compiled, inputs, names)  # numpy has no bfloat16
             outputs = [torch.from_numpy(value) for value in run(feeds)]

@@ -41,17 +41,12 @@ from pnn_compile.export.onnx.pieces import (
     segments,
     spec_leaves,
 )
+from pnn_compile.export.onnx.sizes import Runs, merge
 from pnn_compile.export.onnx.translate import OPSET, OPSETS, Template, translate
-from pnn_compile.inputs import batch_size, resized
+from pnn_compile.inputs import resized
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
-
-BATCH = "batch"
-"""Name of the dimension that counts the samples."""
-
-_SIZES = (3, 5)
-"""Batch sizes that are compared; no exporter takes them for constants, as it may do with 1."""
 
 _ARITHMETIC: dict[Any, str] = {operator.add: "Add", operator.sub: "Sub"}
 
@@ -107,6 +102,7 @@ class Lowered:
         specs: Types of all values, by name.
         pieces: The pieces that the operations call, by name.
         opset: Version of the operator set.
+        bf16: Whether weights that bfloat16 holds exactly are stored in it.
     """
 
     inputs: tuple[str, ...]
@@ -115,14 +111,16 @@ class Lowered:
     specs: Mapping[str, SymbolicSpec]
     pieces: Mapping[str, LoweredPiece]
     opset: int = OPSET
+    bf16: bool = False
 
 
-def lower_network(compiled: Compiled, opset: int = OPSET) -> Lowered:
+def lower_network(compiled: Compiled, opset: int = OPSET, *, bf16: bool = False) -> Lowered:
     """Translate a network to ONNX, in evaluation mode.
 
     Args:
         compiled: The network.
         opset: Version of the operator set.
+        bf16: Whether the weights are those of `in_half_precision(compiled, bf16=True)`.
 
     Raises:
         ExportError: A package is missing, or an operator has no ONNX form.
@@ -139,7 +137,7 @@ def lower_network(compiled: Compiled, opset: int = OPSET) -> Lowered:
         pieces = _lower_pieces(compiled, types, operations, opset)
     public = _unlike([name for name, _ in types.outputs], reader.specs)
     outputs = tuple(zip(public, operations[-1].outputs, strict=True))
-    return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces, opset)
+    return Lowered(tuple(reader.inputs), outputs, operations, reader.specs, pieces, opset, bf16)
 
 
 def _require_packages() -> None:
@@ -175,21 +173,20 @@ class _Types:
 
 
 def _record_types(compiled: Compiled) -> _Types:
-    """Run the network in the mode it is in, at two batch sizes if its batch is dynamic.
+    """Run the network in the mode it is in, at two sizes of every free dimension.
 
     Raises:
-        ExportError: A size is not a linear function of the batch size.
+        ExportError: A size is not a function of them, as `sizes.py` says.
     """
-    sizes = _SIZES if compiled.program.dynamic_batch else (batch_size(compiled.program.args),)
+    sizes = Runs.of(compiled.program)
     runs = []
-    for size in sizes:
-        inputs = resized(compiled, size, compiled.program.device)
+    for batch, length in sizes.points:
+        inputs = resized(compiled, batch, compiled.program.device, length)
         recorder = _NetworkRecorder(compiled.module)
         with torch.no_grad():
             recorder.run(*(inputs[str(node.target)] for node in compiled.program.inputs))
         runs.append((recorder.values, recorder.inner, recorder.arguments, tuple(recorder.outputs)))
-    merged: Any = runs[0] if len(runs) == 1 else _merge(runs[0], runs[1])
-    return _Types(*merged)
+    return _Types(*merge(sizes, runs))
 
 
 class _ValueRecorder(Interpreter):
@@ -284,48 +281,6 @@ def _sketch(value: Any) -> Any:
         return leaf
 
     return pytree.tree_map(sketch, value)
-
-
-def _merge(first: Any, second: Any) -> Any:
-    """Merge the sketches of two batch sizes; sizes that differ become text over the batch."""
-    first_leaves, structure = pytree.tree_flatten(
-        first, is_leaf=lambda leaf: isinstance(leaf, SymbolicSpec)
-    )
-    second_leaves = spec_leaves(second)
-    if len(first_leaves) != len(second_leaves):
-        raise ExportError(
-            f"the structure of what flows through the network changes with the batch size "
-            f"({len(first_leaves)} values at {_SIZES[0]}, {len(second_leaves)} at {_SIZES[1]}): "
-            "compile it with dynamic_batch=False"
-        )
-    merged = [_merge_leaf(a, b) for a, b in zip(first_leaves, second_leaves, strict=True)]
-    return pytree.tree_unflatten(merged, structure)
-
-
-def _merge_leaf(first: Any, second: Any) -> Any:
-    if not isinstance(first, SymbolicSpec) or not isinstance(second, SymbolicSpec):
-        return first
-    sizes = zip(first.shape, second.shape, strict=True)
-    return SymbolicSpec(first.shape, first.dtype, tuple(_dimension(*pair) for pair in sizes))
-
-
-def _dimension(first: int, second: int) -> int | str:
-    """Write a size as a linear function of the batch size, from its values at the two of `_SIZES`.
-
-    >>> _dimension(7, 7), _dimension(3, 5), _dimension(48, 80), _dimension(7, 11)
-    (7, 'batch', '16*batch', '2*batch + 1')
-    """
-    if first == second:
-        return first
-    slope, remainder = divmod(second - first, _SIZES[1] - _SIZES[0])
-    if remainder:
-        raise ExportError(
-            f"a size does not follow the batch ({first} at batch {_SIZES[0]}, {second} at batch "
-            f"{_SIZES[1]}): compile the model with dynamic_batch=False to export it"
-        )
-    offset = first - slope * _SIZES[0]
-    term = BATCH if slope == 1 else f"{slope}*{BATCH}"
-    return term if not offset else f"{term} + {offset}" if offset > 0 else f"{term} - {-offset}"
 
 
 # 2. Operations over named values.

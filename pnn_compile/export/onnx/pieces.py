@@ -48,7 +48,8 @@ class SymbolicSpec:
     Attributes:
         shape: Sizes at the example batch size (the smaller one of two that were run).
         dtype: Type of the elements.
-        dims: Sizes; text such as "batch" or "16*batch" where they depend on the batch.
+        dims: Sizes; text such as "batch" or "16*batch" where they depend on
+            free dimensions.
     """
 
     shape: tuple[int, ...]

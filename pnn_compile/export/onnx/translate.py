@@ -28,7 +28,7 @@ from torch import fx, nn
 from passes.coarse.wrappers import Difference
 from passes.errors import ExportError
 from passes.ir.isolation import exclusive
-from passes.ir.program import Provenance, resolve
+from passes.ir.program import Provenance, operator_name, resolve
 from pnn_compile.export.onnx.pieces import CHILD, Piece, Segment
 
 if TYPE_CHECKING:
@@ -419,7 +419,7 @@ def _refusal(model: str, pairs: Sequence[tuple[Piece, Segment]], error: Exceptio
     piece, segment = pairs[tag[0]]
     node = segment.nodes[tag[1]]
     origin = piece.origins.get(node, Provenance())
-    op = getattr(node.target, "__name__", str(node.target))
+    op = operator_name(node)
     if node.op == "call_module":
         op = type(piece.module.get_submodule(str(node.target))).__name__
     where = f"module {origin.path}" if origin.path else f"the top level of {piece.name}"

@@ -100,7 +100,8 @@ class _ModelWriter:
         self._names = reserved  # of outputs, which are named last
         self._public: set[str] = set()
         self._weight_names = _weight_names(lowered)
-        self._opset = lowered.opset
+        self._opset, self._bf16 = lowered.opset, lowered.bf16
+        self._wide: dict[tuple[str | None, Step], ir.Value] = {}
 
     def add_input(self, name: str, spec: SymbolicSpec) -> None:
         """Declare a value that is read from outside."""
@@ -140,12 +141,12 @@ class _ModelWriter:
         values = dict(zip(piece.inputs, read, strict=True))
         for instance in lowered.instances:
             arguments = [values[node] for node in instance.segment.inputs]
-            arguments += [self._weight(lowered, name) for name in instance.weights]
+            arguments += [self._weight(lowered, name, step) for name in instance.weights]
             results = self._instantiate(instance, arguments, lowered, step)
             values.update(zip(instance.segment.outputs, results, strict=True))
         for node in piece.outputs:
             if node.op == "get_attr":  # a parameter or a buffer that forward returns
-                values[node] = self._weight(lowered, str(node.target))
+                values[node] = self._weight(lowered, str(node.target), step)
         return [values[node] for node in piece.outputs]
 
     def _instantiate(
@@ -169,18 +170,40 @@ class _ModelWriter:
             self.nodes.append((node, step, _origin(node, instance, lowered)))
         return [bound.get(value, value) for value in outputs]
 
-    def _weight(self, lowered: LoweredPiece, name: str) -> ir.Value:
+    def _weight(self, lowered: LoweredPiece, name: str, step: Step) -> ir.Value:
         """Return the initializer of a parameter or buffer; one for all that read the tensor."""
         tensor = resolve(lowered.piece.module, name)
         if id(tensor) not in self._weights:
             self._weights[id(tensor)] = self._initializer(self._weight_names[id(tensor)], tensor)
-        return self._weights[id(tensor)]
+        value = self._weights[id(tensor)]
+        return value if not self._is_narrow(tensor) else self._widened(value, step)
+
+    def _is_narrow(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of float32 is stored in bfloat16."""
+        if not self._bf16 or tensor.dtype != torch.float32 or tensor.nbytes <= _INLINE:
+            return False
+        return torch.equal(tensor.bfloat16().float(), tensor)
+
+    def _widened(self, weight: ir.Value, step: Step) -> ir.Value:
+        """Convert a weight to float32 in a step that reads it."""
+        import onnx_ir as ir
+
+        if (weight.name, step) not in self._wide:
+            node = ir.node("Cast", [weight], {"to": ir.DataType.FLOAT})
+            (value,) = node.outputs
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), weight.shape
+            self.nodes.append((node, step, Provenance()))
+            self._wide[weight.name, step] = value
+        return self._wide[weight.name, step]
 
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
         import onnx_ir as ir
 
         name = self._unique(name)
-        data = ir.tensor_adapters.TorchTensor(tensor.detach().cpu(), name)
+        stored = tensor.detach().cpu()
+        if self._is_narrow(tensor):
+            stored = stored.bfloat16()
+        data = ir.tensor_adapters.TorchTensor(stored, name)
         value = ir.Value(
             name=name,
             shape=ir.Shape(tuple(data.shape)),

@@ -59,6 +59,7 @@ function startPlan() {
     ["Serial part", `${cost(forecast.serial)} (${percent(forecast.serial_share)})`],
     ["Step", cost(forecast.time)],
     ["Captured by", data.capture.rung],
+    ["Validated", data.capture.compared],
     ["Batch size", data.capture.dynamic_batch ? "free" : "fixed"],
     ["Seed", plan.seed],
     ["Fingerprint", plan.fingerprint.slice(0, 16)],

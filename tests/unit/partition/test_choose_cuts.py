@@ -262,7 +262,7 @@ def test_cuts_may_be_named_by_module_or_by_node() -> None:
 @pytest.mark.parametrize(
     ("name", "cuts", "message"),
     [
-        ("resnet", ("layer9",), r"no node or module is called 'layer9' in Sequential"),
+        ("resnet", ("layer9",), r"no node or module is called 'layer9' in Sequential; there"),
         ("resnet", ("5", "3"), r"cuts must be in the order of the graph \('3' comes too late\)"),
         ("resnet", ("3", "3"), r"cuts must be in the order of the graph \('3' comes too late\)"),
         (

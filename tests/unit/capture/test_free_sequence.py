@@ -1,0 +1,105 @@
+"""Sequences of any length: the network equals the model at lengths other than the example's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pnn_compile as pnn
+from pnn_compile.export.onnx import StageExecutor
+
+IDS = torch.randint(11, (2, 8))
+FREE = ("batch", "sequence")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inward(x).view(x.shape[0], -1, 3, 2, 3).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(h[0], h[1], h[2], is_causal=True)
+        return x + self.outward(y.transpose(1, 2).flatten(2))
+
+
+class Decoder(nn.Module):
+    """A decoder of tokens.
+
+    Args:
+        exported: Whether a trace refuses it.
+        fixed: Whether its positions have the length of the example.
+    """
+
+    def __init__(self, exported: bool = False, fixed: bool = False) -> None:
+        super().__init__()
+        self.exported, self.fixed = exported, fixed
+        self.tokens, self.positions = nn.Embedding(11, 6), nn.Embedding(32, 6)
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.exported and ids.shape[1] > 31:
+            ids = ids[:, :31]
+        order = torch.arange(8) if self.fixed else torch.ones_like(ids).cumsum(1)
+        x = self.tokens(ids) + self.positions(order)
+        return self.head(self.blocks(x))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_decoder_runs_at_other_lengths(exported: bool, tmp_path: Path) -> None:
+    model = Decoder(exported)
+    compiled = pnn.compile(model, IDS, stages=2, iterations=2, dynamic=FREE)
+    compiled.save(tmp_path / "net")
+
+    assert compiled.program.capture.rung == ("torch.export" if exported else "torch.fx trace")
+    assert "sequence      free" in compiled.report()
+    for network in (compiled, pnn.load(tmp_path / "net")):
+        for shape in ((2, 8), (3, 5), (1, 13)):
+            ids = torch.randint(11, shape)
+            torch.testing.assert_close(network.eval()(ids), model.eval()(ids))  # K = N
+            torch.testing.assert_close(network.sequential.eval()(ids), model(ids))
+
+
+@pytest.mark.parametrize("per_stage", [False, True])
+def test_onnx_has_the_sequence_as_a_symbol(per_stage: bool, tmp_path: Path) -> None:
+    compiled = pnn.compile(Decoder(), IDS, stages=2, dynamic=FREE)
+    compiled.export_onnx(tmp_path if per_stage else tmp_path / "net.onnx", per_stage=per_stage)
+    ids = torch.randint(11, (3, 19))
+
+    if per_stage:
+        with StageExecutor(tmp_path) as executor:
+            (outputs,) = executor.run({"ids": ids.numpy()}).values()
+    else:
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+        assert session.get_inputs()[0].shape == ["batch", "sequence"]
+        assert session.get_outputs()[0].shape == ["batch", "sequence", 11]
+        outputs = session.run(None, {"ids": ids.numpy()})[0]
+    expected = compiled.eval()(ids).detach()
+    torch.testing.assert_close(torch.from_numpy(outputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_fixes_its_length_is_refused_by_name() -> None:
+    message = (
+        r"dimension 1 of 'ids', the sequence, is fixed at 8 in Decoder .*test_free_sequence.py"
+    )
+    with pytest.raises(pnn.CaptureError, match=message):
+        pnn.compile(Decoder(fixed=True), IDS, stages=2, dynamic=FREE)
+
+
+def test_an_operator_of_fixed_length_is_refused_by_name() -> None:
+    message = r"another length than 8 .*add of y_1 and c_1.*'linear'"
+    with pytest.raises(pnn.SynthesisError, match=message):
+        pnn.compile(Decoder(), IDS, stages=2, coarse="lowrank", dynamic=FREE)
+
+
+def test_other_names_and_inputs_without_a_sequence_are_refused() -> None:
+    with pytest.raises(pnn.OptionError, match="'batch' and 'sequence'"):
+        pnn.compile(Decoder(), IDS, dynamic=("width",))
+    with pytest.raises(pnn.OptionError, match="at least 2 elements"):
+        pnn.compile(nn.Linear(1, 1), torch.ones(2, 1), dynamic=FREE)
