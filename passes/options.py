@@ -178,8 +178,8 @@ class Options:
         limit: object = self.tolerance
         if limit is not None and (not isinstance(limit, int | float) or not 0 < limit < math.inf):
             raise OptionError(f"tolerance must be a number above 0 (got {limit!r})")
-        _at_least("units", self.units, 1)
-        _at_least("seed", self.seed, 0)
+        _at_least("units", self.units, 1, most=1000)  # every copy is built
+        _at_least("seed", self.seed, 0, most=2**63 - 1)
         inside: object = self.cut_inside_blocks
         if not isinstance(inside, bool):
             raise OptionError(f"cut_inside_blocks must be True or False (got {inside!r})")
@@ -294,6 +294,8 @@ def _check_family(role: OperatorRole, family: str) -> None:
         )
 
 
-def _at_least(name: str, value: object, least: int) -> None:
+def _at_least(name: str, value: object, least: int, most: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{name} must be a whole number of at least {least} (got {value!r})")
+    if most is not None and value > most:
+        raise OptionError(f"{name} must be at most {most} (got {value!r})")

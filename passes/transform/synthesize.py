@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import fx, nn
@@ -46,8 +45,9 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
     """
     preprocess: dict[int, nn.Module] = {}
     coarse: dict[int, nn.Module] = {}
-    without_data = program.device.type == "meta"
-    with seeded(plan.seed), torch.device("meta") if without_data else nullcontext():
+    # On the CPU otherwise, whatever the default device: a seed gives the same weights everywhere.
+    device = torch.device("meta" if program.device.type == "meta" else "cpu")
+    with seeded(plan.seed), device:
         for number, stage in enumerate(plan.stages):
             if stage.preprocess is None or stage.coarse is None:
                 continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
         return None
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"the options {path} cannot be read ({error})") from error
     options = _options(ctx.command)
     defaults = {}
@@ -92,11 +93,27 @@ def read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
         if (option := options.get(name.replace("_", "-"))) is None:
             close = difflib.get_close_matches(name, options, 1) or [", ".join(options)]
             raise OptionError(f"{path} has an unknown option {name!r}; did you mean {close[0]}?")
-        if isinstance(value, list) and not option.multiple:
-            value = ",".join(map(str, value))
-        defaults[str(option.name)] = value
+        defaults[str(option.name)] = _as_words(path, name, value, option)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
+
+
+def _as_words(path: Path, name: str, value: Any, option: click.Option) -> Any:
+    """Return the value of an option as the words that it has on the command line.
+
+    Raises:
+        OptionError: It is neither text nor a number, nor a list of these, nor true or false for an
+            option without a value.
+    """
+    words = [*map(str, value)] if isinstance(value, list) else [str(value)]
+    items = value if isinstance(value, list) else [value]
+    plain = all(type(item) in (str, int, float) for item in items)
+    if option.is_flag and isinstance(value, bool):
+        return value
+    if option.is_flag or not plain or not all(word.isprintable() for word in words):
+        expected = "true or false" if option.is_flag else "text, a number, or a list of them"
+        raise OptionError(f"{path}: {name} must be {expected} (got {reprlib.repr(value)})")
+    return words if option.multiple else ",".join(words)
 
 
 def save_config(ctx: click.Context, path: Path) -> None:
@@ -114,7 +131,11 @@ def save_config(ctx: click.Context, path: Path) -> None:
                 text = json.dumps(value, default=str, ensure_ascii=False)
                 lines.append(f"{name} = {text}\n")
     try:
-        atomic.write_text(path, "".join(lines))
+        text = "".join(lines).replace("\x7f", "\\u007f")
+        tomllib.loads(text)
+        atomic.write_text(path, text)
+    except ValueError as error:
+        raise OptionError(f"the options have no form in TOML ({error})") from error
     except OSError as error:
         raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -359,3 +360,28 @@ def test_completion() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | words
     )
     assert shown.stdout.split() == ["plain,chain", "plain,collapsed", "plain,auto"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stages = " + "[" * 3000 + "]" * 3000, "quiet = 7", "quiet = [true]", "output = {a = 1}",
+        r'output = "a\u0000b"', "stages = true", "stages = 2020-01-01", "input = [[1]]",
+        r'coarse = "\u001b[31m"',
+    ],
+)  # fmt: skip
+def test_values_of_other_types_in_a_file_of_options_are_refused(
+    text: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text(text)
+    assert main([model, "--config", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_options_that_toml_must_escape_are_saved(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "options.toml"
+    odd = 'a"b\\c\x7f\U0001f600'
+    assert main([model, "-n", "2", "-o", str(tmp_path / odd), "--save-config", str(file)]) == 0
+    assert tomllib.loads(file.read_text())["output"] == str(tmp_path / odd)
+    assert main([model, "--cost", "\udcff", "--save-config", str(file)]) == 2
