@@ -188,13 +188,18 @@ class _Finder:
     def _longest(self, begin: int, period: int, end: int) -> Loop | None:
         """Return the loop of a region; a step ends where the fewest tensors cross.
 
-        In a long loop the first steps are cheap enough to be side values: it begins after them.
+        In a long loop the first steps are cheap enough to be side values: it begins after them. A
+        state that holds evaluations of earlier steps is that of every step only after as many.
         """
         runs: dict[int, list[Position]] = {}
         for start in range(begin, min(begin + period, end - 2 * period + 1)):
-            while start + period < end and start + period not in self.cuts:
+            best, longest = start, list[Position]()
+            while start + _LEAST_STEPS * period <= end and len(longest) < _LEAST_STEPS:
+                positions = self._positions(start, period, end)
+                if len(positions) > len(longest):
+                    best, longest = start, positions
                 start += period
-            runs[start] = self._positions(start, period, end)
+            runs[best] = longest
         starts = [start for start, positions in runs.items() if len(positions) >= _LEAST_STEPS]
         starts.sort(key=lambda start: (len(runs[start][0].state), -len(runs[start]), start))
         for start in starts:

@@ -55,6 +55,14 @@ def test_state_of_two_tensors() -> None:
     assert loop.steps >= 10
 
 
+def test_a_state_with_a_history_is_the_same_after_as_many_steps() -> None:
+    """After one step it is x, its evaluation, and one from before the loop."""
+    loop = _analysis(loops.Multistep3(), *loops.inputs(loops.Multistep3)).loop
+    assert loop is not None
+    assert len(loop.positions[0].state) == 3
+    assert loop.steps >= 9
+
+
 def test_constants() -> None:
     analysis = _analysis(loops.DDIM(), *loops.inputs(loops.DDIM))
     assert analysis.loop is not None
