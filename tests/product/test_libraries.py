@@ -172,6 +172,7 @@ def test_torchvision_itself() -> None:
 
 
 def test_labels_alone_are_completed_by_the_inputs_that_the_model_needs() -> None:
+    declare()
     pytest.importorskip("transformers")
     source = load_source("hf:T5ForConditionalGeneration", ("labels=3x8:int64",))
 
