@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 _FILE = partial(click.option, type=click.Path(path_type=Path), metavar="FILE")
 
 
+def _read_depth(_: click.Context, __: click.Parameter, value: str) -> int:
+    if value == "all":
+        return sys.maxsize
+    if not value.isdecimal() or int(value) < 1:
+        raise OptionError(f"--depth must be a number of at least 1, or all (got {value})")
+    return int(value)
+
+
 @click.command(
     cls=Command,
     examples=[
@@ -43,14 +52,20 @@ _FILE = partial(click.option, type=click.Path(path_type=Path), metavar="FILE")
 )
 @click.argument("target")
 @target_options("auto")
-@click.option("--depth", default=2, type=int, help="Levels of the module path to show.")
+@click.option(
+    "--depth",
+    default="2",
+    callback=_read_depth,
+    metavar="NUMBER|all",
+    help="Levels of modules that the tree and drawings show open; all for every node.",
+)
 @_FILE("--html", help="Write the report as one HTML page that opens from disk.")
 @_FILE(
     "--samples",
     help="Samples to show for --html: error by number of iterations, pictures.",
 )
 @_FILE("--dot", help="Write the partition graph as DOT.")
-@_FILE("--mermaid", help="Write it as a Mermaid flowchart, with --depth levels of modules.")
+@_FILE("--mermaid", help="Write it as a Mermaid flowchart.")
 @_FILE("--graphml", help="Write it as GraphML.")
 @_FILE("--trace", help="Write a simulated training step, for ui.perfetto.dev.")
 @click.option("--against", metavar="OTHER", help="Artifact, plan or model to compare with.")
@@ -82,8 +97,6 @@ def inspect(
         return
     if output["samples"] is not None and output["html"] is None:
         raise OptionError("--samples belong to the report: add --html FILE")
-    if output["depth"] < 1:
-        raise OptionError(f"--depth must be at least 1 (got {output['depth']})")
     open_network = partial(
         open_target, stages=stages, inputs=inputs, arguments=arguments, debug=debug
     )
@@ -136,7 +149,7 @@ def _write_files(
     if dot is not None:
         from pnn_compile.export.graph_formats import to_dot
 
-        write_text(dot, to_dot(compiled.graph))
+        write_text(dot, to_dot(compiled.graph, depth))
     if mermaid is not None:
         from pnn_compile.export.graph_formats import to_mermaid
 

@@ -2,10 +2,12 @@
 
 These take what `pnn_compile.export.partition_graph.partition_graph` builds:
 
-    to_dot        Graphviz; one cluster per stage, nodes colored by role
-    to_mermaid    Markdown pages; modules are collapsed to what a page can show
+    to_dot        Graphviz; one cluster per stage
+    to_mermaid    Markdown pages
     to_graphml    Gephi, yEd, Cytoscape; reads back equal with `networkx.parse_graphml`
     to_node_link  JSON; reads back equal with `networkx.node_link_graph`
+
+DOT and Mermaid show the boxes and colors of the report's page (`module_trees.py`).
 
 `format_count`, `format_size` and `format_seconds` write the numbers in them and in all reports.
 """
@@ -21,18 +23,22 @@ from typing import Any
 import networkx as nx
 
 from passes.errors import ExportError
+from pnn_compile.export.module_trees import COLORS, collapsed
 
-_COLORS = {
-    "input": "#d9d9d9", "preprocess": "#fdd0a2", "fine": "#c6dbef", "residual": "#fcbba1",
-    "coarse": "#a1d99b", "correct": "#fcbba1", "head": "#dadaeb", "output": "#d9d9d9",
-}  # fmt: skip
-_CROSSING = "#cb181d"
+_CROSSING = COLORS["correct"]
+
+_FILL = "26"
+"""Opacity of the fill of a box, hexadecimal: the text on it stays dark."""
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def to_dot(graph: nx.DiGraph[str]) -> str:
-    """Return the partition graph in the DOT language.
+def to_dot(graph: nx.DiGraph[str], depth: int = 1) -> str:
+    """Return the partition graph in the DOT language, one cluster per stage.
+
+    Args:
+        graph: The partition graph.
+        depth: Levels of modules that are open, as in `module_trees.collapsed`.
 
     Raises:
         ExportError: The package pydot is not installed.
@@ -43,28 +49,29 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
         raise ExportError(
             "DOT needs the package pydot: pip install 'pnn-compile[report]'"
         ) from error
+    boxes = collapsed(graph, depth)
     drawing = pydot.Dot(
-        _dot_quoted(graph.name), graph_type="digraph", rankdir="TB", fontname="sans-serif"
+        _dot_quoted(boxes.name), graph_type="digraph", rankdir="TB", fontname="sans-serif"
     )
     clusters = {
         number: pydot.Cluster(f"stage_{number}", label=f"stage {number}", style="rounded")
-        for number in sorted({data["stage"] for _, data in graph.nodes(data=True)} - {-1})
+        for number in sorted({data["stage"] for _, data in boxes.nodes(data=True)} - {-1})
     }
-    for name, data in graph.nodes(data=True):
-        parent = clusters.get(data["stage"], drawing)
-        lines = [data["path"] or name.removeprefix(":"), data["op"], format_count(data["flops"])]
-        parent.add_node(
+    for name, data in boxes.nodes(data=True):
+        color = COLORS[data["role"]]
+        clusters.get(data["stage"], drawing).add_node(
             pydot.Node(
                 _dot_quoted(name),
-                label=_dot_label(lines),
+                label=_dot_label([data["label"], _detail(data)]),
                 shape="box",
                 style="filled",
-                fillcolor=_dot_quoted(_COLORS[data["role"]]),
+                color=_dot_quoted(color),
+                fillcolor=_dot_quoted(color + _FILL),
             )
         )
     for cluster in clusters.values():
         drawing.add_subgraph(cluster)  # type: ignore[arg-type]  # a Cluster is a subgraph
-    for source, target, data in graph.edges(data=True):
+    for source, target, data in boxes.edges(data=True):
         edge = pydot.Edge(_dot_quoted(source), _dot_quoted(target))
         if data["crosses"]:
             edge.set("color", _dot_quoted(_CROSSING))
@@ -74,10 +81,17 @@ def to_dot(graph: nx.DiGraph[str]) -> str:
     return str(drawing.to_string())
 
 
+def _detail(box: dict[str, Any]) -> str:
+    """Return the second line of a box, as on the page: its operator or its size, and FLOPs."""
+    what = f"{box['size']} nodes" if box["size"] > 1 else box["op"]
+    cost = f"{format_count(box['flops'])} FLOPs" if box["flops"] else ""
+    return " · ".join(filter(None, ("" if what == box["label"] else what, cost)))
+
+
 def _dot_label(lines: Iterable[str]) -> str:
-    """Join lines, without empty ones and the "0" of nodes that cost nothing."""
+    """Join lines, without empty ones."""
     # A backslash of the text must not join the line breaks that Graphviz writes with one.
-    safe = [line.replace("\\", "\\\\") for line in lines if line and line != "0"]
+    safe = [line.replace("\\", "\\\\") for line in lines if line]
     return _dot_quoted("\\n".join(safe))
 
 
@@ -90,79 +104,35 @@ def to_mermaid(graph: nx.DiGraph[str], depth: int = 1) -> str:
 
     Args:
         graph: The partition graph.
-        depth: Number of leading names of a module path that tell boxes apart; the modules of a
-            stage that agree in them share a box. 0 makes one box of a stage. Boxes of modules that
-            run in turns depend on each other in both directions.
+        depth: Levels of modules that are open, as in `module_trees.collapsed`.
     """
-    boxes = _Boxes(graph, depth)
+    boxes = collapsed(graph, depth)
+    names = {box: f"n{number}" for number, box in enumerate(boxes)}  # Mermaid misreads others
+    lanes: dict[int, list[str]] = {}
+    for box, data in boxes.nodes(data=True):
+        text = "<br/>".join(map(_mermaid_escaped, filter(None, (data["label"], _detail(data)))))
+        lanes.setdefault(data["stage"], []).append(f'{names[box]}["{text}"]:::{data["role"]}')
     lines = ["flowchart TB"]
-    for stage in sorted({box["stage"] for box in boxes.boxes.values()} - {-1}):
+    for stage in sorted(lanes.keys() - {-1}):
         lines.append(f'  subgraph stage{stage} ["stage {stage}"]')
-        lines += [f"    {text}" for text in boxes.lines(stage)]
+        lines += [f"    {text}" for text in lanes[stage]]
         lines.append("  end")
-    lines += [f"  {text}" for text in boxes.lines(-1)]
-    for (source, target), (bytes_, crosses) in boxes.flows(graph).items():
-        arrow = f'== "{format_size(bytes_)}" ==>' if crosses else "-->"
-        lines.append(f"  {source} {arrow} {target}")
-    roles = {box["role"] for box in boxes.boxes.values()}
+    lines += [f"  {text}" for text in lanes.get(-1, [])]
+    for source, target, data in boxes.edges(data=True):
+        arrow = f'== "{format_size(data["bytes"])}" ==>' if data["crosses"] else "-->"
+        lines.append(f"  {names[source]} {arrow} {names[target]}")
+    roles = {data["role"] for _, data in boxes.nodes(data=True)}
     lines += [
-        f"  classDef {role} fill:{color},stroke:#555555,color:#111111"
-        for role, color in _COLORS.items()
+        f"  classDef {role} fill:{color}{_FILL},stroke:{color},color:#111111"
+        for role, color in COLORS.items()
         if role in roles
     ]
     return "\n".join(lines) + "\n"
 
 
-class _Boxes:
-    """Nodes of one module in one stage, under names that Mermaid cannot misread.
-
-    Attributes:
-        boxes: Stage, role, label and FLOPs of every box, by its name.
-        box_of: Name of the box of every node.
-    """
-
-    def __init__(self, graph: nx.DiGraph[str], depth: int) -> None:
-        self.boxes: dict[str, dict[str, Any]] = {}
-        self.box_of: dict[str, str] = {}
-        names: dict[tuple[int, str, str], str] = {}
-        for node, data in graph.nodes(data=True):
-            label = node.removeprefix(":")
-            if data["role"] in ("fine", "head"):
-                label = ".".join(data["path"].split(".")[:depth]) or data["role"]
-            name = names.setdefault((data["stage"], data["role"], label), f"n{len(names)}")
-            box = self.boxes.setdefault(
-                name, {"stage": data["stage"], "role": data["role"], "label": label, "flops": 0}
-            )
-            box["flops"] += data["flops"]
-            self.box_of[node] = name
-
-    def lines(self, stage: int) -> list[str]:
-        """Write the boxes of a stage."""
-        return [
-            f'{name}["{_mermaid_escaped(box["label"])}{_mermaid_cost(box["flops"])}"]'
-            f":::{box['role']}"
-            for name, box in self.boxes.items()
-            if box["stage"] == stage
-        ]
-
-    def flows(self, graph: nx.DiGraph[str]) -> dict[tuple[str, str], tuple[int, bool]]:
-        """Sum the bytes between two boxes, and say whether any of them cross stages."""
-        flows: dict[tuple[str, str], tuple[int, bool]] = {}
-        for source, target, data in graph.edges(data=True):
-            ends = self.box_of[source], self.box_of[target]
-            if ends[0] != ends[1]:
-                bytes_, crosses = flows.get(ends, (0, False))
-                flows[ends] = bytes_ + data["bytes"], crosses or data["crosses"]
-        return flows
-
-
-def _mermaid_cost(number: int) -> str:
-    return f"<br/>{format_count(number)} FLOPs" if number else ""
-
-
 def _mermaid_escaped(text: str) -> str:
     """Write what Mermaid or a page would take for markup as character codes."""
-    safe = "".join(c if c.isalnum() or c in "._- :/" else f"#{ord(c)};" for c in text)
+    safe = "".join(c if c.isalnum() or c in "._- :/·…" else f"#{ord(c)};" for c in text)
     return escape(safe, quote=False)
 
 

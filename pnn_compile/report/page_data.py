@@ -91,12 +91,13 @@ def _is_plain(value: object) -> bool:
 def forecast_data(table: ForecastTable) -> dict[str, Any]:
     """Describe the rows of all methods with at least two, which can be drawn as lines.
 
-    The "knee" is the row that the forecast recommends.
+    The "knee" is the row that the forecast recommends, if more devices were looked at.
     """
     rows = [
         row for method in table.methods for row in table.of(method) if len(table.of(method)) > 1
     ]
     best = table.best if set(table.methods) & set(PARAREAL) else None
+    most = max((row.stages for row in rows), default=0)
     return {
         "unit": table.unit,
         "training": table.training,
@@ -113,7 +114,7 @@ def forecast_data(table: ForecastTable) -> dict[str, Any]:
                 "bound": row.bound,
                 "memory": row.most_memory,
                 "limit": BOTTLENECKS[row.limit],
-                "knee": row is best,
+                "knee": row is best and row.stages < most,
             }
             for row in rows
         ],

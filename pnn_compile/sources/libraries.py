@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -220,10 +220,27 @@ def load_transformers(name: str, arguments: dict[str, Any], inputs: Inputs | Non
             config_class, model_class = _look_up(transformers, name)
             config = _configure(config_class, arguments, origin)
             config.architectures = []  # AutoModel cannot iterate over the default, None
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            # Without it the model cannot make the decoder's tokens from labels.
+            config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
         build = getattr(model_class, "_from_config", None) or model_class.from_config
         model = build(config)
-    args, kwargs = inputs or ((), _inputs(model, origin))
+    args, kwargs = _completed(model, inputs, origin) if inputs else ((), _inputs(model, origin))
     return Source(model, args, kwargs, origin)
+
+
+def _completed(model: Any, inputs: Inputs, origin: str) -> Inputs:
+    """Add the example inputs that the model needs beside those given by name, as `labels` alone."""
+    args, given = inputs
+    if args or any(name.endswith("inputs_embeds") for name in given):
+        return inputs
+    size = next(iter(given.values())).shape[0]
+    others = {
+        name: value[torch.arange(size) % _BATCH]
+        for name, value in _inputs(model, origin, given).items()
+        if not (name == "decoder_input_ids" and "labels" in given)  # the model makes them of labels
+    }
+    return (), {**others, **given}
 
 
 def _look_up(transformers: ModuleType, name: str) -> tuple[type[Any], Any]:
@@ -272,7 +289,7 @@ def _small(config_class: type[Any]) -> dict[str, Any]:
     return small
 
 
-def _inputs(model: Any, origin: str) -> dict[str, torch.Tensor]:
+def _inputs(model: Any, origin: str, given: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Create the main input, the required arguments of forward, and the decoder's tokens."""
     parameters = inspect.signature(model.forward).parameters.values()
     names = [model.main_input_name]
@@ -287,7 +304,7 @@ def _inputs(model: Any, origin: str) -> dict[str, torch.Tensor]:
         names.append("decoder_input_ids")
     if {"input_ids", "pixel_values"} <= accepted:  # a text tower and an image tower
         names += ["input_ids", "pixel_values"]
-    names = list(dict.fromkeys(names))
+    names = [name for name in dict.fromkeys(names) if name not in given]
     if unknown := [name for name in names if name not in INPUTS]:
         raise SourceError(
             f"{origin}: no example for {', '.join(unknown)}: describe every input by --input, "

@@ -2,13 +2,15 @@
 
 The blocks of a page are one session, from top to bottom, in a folder of its own: Python runs, a
 block with the title of a file is written, and commands are called. `_SETUP` provides the names that
-pages use without defining them; `_LIGHTER` shortens commands that take minutes.
+pages use without defining them; `_LIGHTER` shortens commands that take minutes. Notebooks run cell
+by cell.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -46,6 +48,11 @@ _RUN = [
     pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in _SLOW else [])
     for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
     if page.stem not in _ELSEWHERE and _RUNS.search(page.read_text())
+]
+
+_NOTEBOOKS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if "train" in path.stem else [])
+    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 ]
 
 _LIGHTER = (
@@ -160,6 +167,28 @@ def test_a_page_runs_from_top_to_bottom(page: Path, session: dict[str, Any]) -> 
         elif language in ("", "bash"):
             for line in text.replace("\\\n", " ").splitlines():
                 _call(line.removeprefix("$ "))
+
+
+@pytest.mark.usefixtures("_forked_ranks")
+@pytest.mark.parametrize("notebook", _NOTEBOOKS)
+def test_a_notebook_runs_and_is_stored_without_outputs(
+    notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delitem(sys.modules, "resnet", raising=False)
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+            exec(compile(text, f"{notebook.name}, cell {number}", "exec"), namespace)
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            assert link.startswith("http") or (notebook.parent / link).exists(), link
+    sys.modules.pop("resnet", None)
 
 
 def _has(*libraries: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.resources import files
 
 import networkx as nx
 import pytest
@@ -21,6 +22,8 @@ from pnn_compile.export.graph_formats import (
     to_mermaid,
     to_node_link,
 )
+from pnn_compile.export.module_trees import COLORS, collapsed
+from pnn_compile.report.graph_data import graph_data
 from tests.models.builders import linear_chain
 
 DOT = shutil.which("dot")
@@ -85,13 +88,13 @@ def test_node_link_json_reads_back_equal(unet_compiled: pnn.Compiled) -> None:
 def test_graphviz_draws_every_node(which: str, request: pytest.FixtureRequest) -> None:
     graph = request.getfixturevalue(which)
     drawn = subprocess.run(
-        [str(DOT), "-Tsvg"], input=to_dot(graph), capture_output=True, text=True, check=True
+        [str(DOT), "-Tsvg"], input=to_dot(graph, 99), capture_output=True, text=True, check=True
     )
     assert len(re.findall('class="node"', drawn.stdout)) == len(graph)
     assert len(re.findall('class="edge"', drawn.stdout)) == graph.number_of_edges()
 
 
-_BOX = r'n\d+\["[^"\[\]{}|<>\n]*(<br/>[\d.]+[kMGTP]? FLOPs)?"\]:::[a-z]+'
+_BOX = r'n\d+\["[^"\[\]{}|<>\n]*(<br/>[^"\[\]{}|<>\n]+)?"\]:::[a-z]+'
 _LINE = re.compile(
     rf'flowchart TB|  subgraph stage\d+ \["stage \d+"\]|    {_BOX}|  {_BOX}|  end'
     r'|  n\d+ (-->|== "[\d.]+[kMGTP]?B" ==>) n\d+|  classDef [a-z]+ [a-z#:,\d]+'
@@ -109,19 +112,29 @@ def test_mermaid_keeps_to_its_grammar(
     assert text.count("subgraph ") == text.count("  end\n")
 
 
-def test_mermaid_collapses_modules(unet_compiled: pnn.Compiled) -> None:
-    text = to_mermaid(unet_compiled.graph, 1)
-    flops = sum(
-        data["flops"]
-        for _, data in unet_compiled.graph.nodes(data=True)
-        if data["role"] == "fine" and data["path"].startswith("down.") and data["stage"] == 0
-    )
-    assert f'["down<br/>{format_count(flops)} FLOPs"]:::fine' in text
-    assert (
-        len(to_mermaid(unet_compiled.graph, 0))
-        < len(text)
-        < len(to_mermaid(unet_compiled.graph, 3))
-    )
+def test_drawings_collapse_as_the_page_does(unet_compiled: pnn.Compiled) -> None:
+    graph = unet_compiled.graph
+    lane = [name for name, data in graph.nodes(data=True) if data["stage"] == 0]
+    inside = [n for n in lane if graph.nodes[n]["path"].startswith("stem.")]
+    flops = format_count(sum(graph.nodes[name]["flops"] for name in inside))
+    label = f"{len(inside)} nodes · {flops} FLOPs"
+
+    mermaid, dot = to_mermaid(graph), to_dot(graph)
+    assert f'["stem<br/>{label}"]:::fine' in mermaid
+    assert f'label="stem\\n{label}"' in dot
+    assert f"classDef fine fill:{COLORS['fine']}26,stroke:{COLORS['fine']}" in mermaid
+    assert f'color="{COLORS["fine"]}"' in dot
+    (tree, *_) = graph_data(graph, len(unet_compiled.plan.stages))["lanes"][0]
+    assert isinstance(tree, int) or tree[2]  # what the page opens first is a group, too
+    sizes = [len(collapsed(graph, depth)) for depth in (0, 1, 3, 99)]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == len(graph)
+
+
+def test_roles_have_the_colors_of_the_page() -> None:
+    style = files("pnn_compile").joinpath("report/assets/style.css").read_text()
+    light = dict(re.findall(r"--(\w+): (#\w{6})", style.partition("}")[0]))
+    assert {role: light[role] for role in COLORS} == COLORS
 
 
 def test_a_step_is_traced_in_the_plans_own_time(unet_compiled: pnn.Compiled) -> None:

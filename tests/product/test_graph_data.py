@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnn_compile.report.graph_data import ModuleGroup, ModuleTree, module_trees
+from pnn_compile.export.module_trees import ModuleGroup, ModuleTree, module_trees
 
 PATHS = st.lists(
     st.lists(st.sampled_from(["a", "b", "0"]), max_size=4).map(".".join), max_size=60

@@ -171,6 +171,17 @@ def test_torchvision_itself() -> None:
     assert source.model(*source.args).shape == (2, 5)
 
 
+def test_labels_alone_are_completed_by_the_inputs_that_the_model_needs() -> None:
+    declare()
+    pytest.importorskip("transformers")
+    source = load_source("hf:T5ForConditionalGeneration", ("labels=3x8:int64",))
+
+    assert {name: tuple(x.shape) for name, x in source.kwargs.items()} == {
+        "input_ids": (3, 16), "labels": (3, 8),
+    }  # fmt: skip
+    assert source.model(**source.kwargs).loss.isfinite()
+
+
 @pytest.mark.parametrize("name", ["llama", "LlamaConfig", "LlamaForCausalLM", "t5", "vit", "clip"])
 def test_transformers_itself(name: str) -> None:
     declare()

@@ -47,7 +47,9 @@ function drawBalance(place, width) {
   bars.attr("role", "img").attr("aria-label", (d) => `${d.row.name}, ${d.text}: ${measure.write(d.to - d.from)}`);
   roving(bars);
   withTip(bars, (d) => [`${d.row.name}, ${d.text}`, `${measure.write(d.to - d.from)}, ${percent((d.to - d.from) / (total(d.row) || 1))} of the row`, d.part === "preprocess" || d.part === "coarse" ? plan.stages[rows.indexOf(d.row)][d.part].family : ""]);
-  lines.append("text").attr("class", "sub").attr("x", (d) => x(total(d)) + 6).attr("y", row / 2 + 4).text((d) => measure.write(total(d)));
+  // Right of the marks that a figure would lie on.
+  const beside = (d) => marks.map(({ at }) => x(at)).sort(d3.ascending).reduce((at, mark) => (mark > at - 4 && mark < at + 40 ? mark + 6 : at), x(total(d)) + 6);
+  lines.append("text").attr("class", "sub").attr("x", beside).attr("y", row / 2 + 4).text((d) => measure.write(total(d)));
   const marked = svg.selectAll("g.mark").data(marks).join("g");
   marked.append("line").attr("class", "mark").attr("x1", (d) => x(d.at)).attr("x2", (d) => x(d.at)).attr("y1", top - 4).attr("y2", bottom);
   marked.append("text").attr("class", "mark-text").attr("x", (d) => x(d.at)).attr("y", (_, place) => 12 + 13 * place).attr("text-anchor", "end").text((d) => `${d.text} ${measure.write(d.at)}`);

@@ -151,7 +151,9 @@ function show(spot, share = 1) {
 
 function fit() {
   const minimum = innerWidth < 860 ? 0.5 : 0.3;
-  zoom(Math.max(minimum, Math.min(1, canvas.clientWidth / picture.width)));
+  // All of it, unless a tall picture would become small: the canvas scrolls.
+  const high = Math.max(0.6, canvas.clientHeight / picture.height);
+  zoom(Math.max(minimum, Math.min(1, canvas.clientWidth / picture.width, high)));
   canvas.scrollTo(0, 0);
 }
 
