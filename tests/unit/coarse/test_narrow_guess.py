@@ -158,7 +158,7 @@ def test_token_norms_without_weights_are_narrow_too() -> None:
 
 def test_weights_that_are_computed_have_no_narrower_copy() -> None:
     model = Residual(nn.Identity, parametrizations.weight_norm)
-    with pytest.raises(SynthesisError, match="with parameters .*original0.* no narrower copy"):
+    with pytest.raises(SynthesisError, match=r"with parameters .*original0.* no narrower copy"):
         pnn.compile(model, torch.randn(2, 3, 12), stages=2, preprocess="narrow")
 
 
