@@ -8,8 +8,8 @@ The reference runs cover both modes and two inputs, of which the second has one 
 model allows it; besides, one input tensor at a time is changed, because a graph may ignore an
 argument without an effect on the first two.
 
-That is `validate="full"`. A backward pass is the most expensive run, and "fast" has none, and the
-second input alone. "off" keeps the run that tells whether forward branches on `self.training`.
+That is `validate="full"`. "fast" runs no backward pass, which takes most of the time, and compares
+on the second input alone; "off" does so in evaluation mode alone.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Reference:
         }
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
         self._caches: set[str] = set()
-        self._shorter: tuple[ExampleInputs, StepResult] | None = None
+        self._lengths: list[tuple[ExampleInputs, StepResult]] = []
         self.notes: list[str] = []
         # By mode (training?) and input (the second?).
         self._runs: dict[tuple[bool, bool], StepResult] = {}
@@ -124,26 +124,28 @@ class Reference:
         return self._without_caches(result)
 
     def add_length(self) -> None:
-        """Compare at another length of the sequences too.
+        """Compare at other lengths of the sequences too.
 
         Raises:
-            Exception: The model fails at it.
+            Exception: The model fails at the first of them; the next may be too short for it.
         """
-        assert self._inputs.sequence is not None
-        shorter = self._inputs.shortened(self._inputs.sequence)
-        self._shorter = shorter, self._run(shorter, train=False, grad=False)
+        for inputs in self._inputs.other_lengths():
+            try:
+                self._lengths.append((inputs, self._run(inputs, train=False, grad=False)))
+            except Exception:
+                if not self._lengths:
+                    raise
 
     def mismatch_in_length(self, candidate: nn.Module) -> str:
         """Return "" if the graph equals the model at another length, else where it does not."""
-        if self._shorter is None:
-            return ""
-        inputs, expected = self._shorter
-        if not (reason := self._mismatch_on(candidate, inputs, expected, train=False)):
-            return ""
-        place = ""
-        if isinstance(candidate, fx.GraphModule):
-            place = failing_node(candidate, inputs.tensor_arguments())
-        return f"at another length than {self._inputs.sequence}{place}, {reason}"
+        for inputs, expected in self._lengths:
+            if not (reason := self._mismatch_on(candidate, inputs, expected, train=False)):
+                continue
+            place = ""
+            if isinstance(candidate, fx.GraphModule):
+                place = failing_node(candidate, inputs.tensor_arguments())
+            return f"at another length than {self._inputs.sequence}{place}, {reason}"
+        return ""
 
     def _find_caches(self, names: Collection[str]) -> set[str]:
         """Return the buffers that forward fills at its first call and never touches again.
@@ -368,7 +370,7 @@ class Reference:
         """Say so if the graph holds sizes of the example that the model itself leaves open."""
         sizes = [size for leaf in self._inputs.leaves for size in leaf.value.shape[1:] if size > 1]
         for size in dict.fromkeys(sizes):
-            inputs = self._inputs.shortened(size)
+            inputs = self._inputs.shortened(size, size - 1)
             try:
                 expected = self._run(inputs, train=False, grad=False)
             except Exception:  # the model takes no other size either

@@ -286,8 +286,9 @@ def weights_of(unit: nn.Module) -> dict[str, torch.Tensor]:
 def redraw(unit: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> None:
     """Draw fresh weights with the standard deviations that a block's own weights have.
 
-    In a narrower copy an output sums fewer products, so that its weights are larger: by the root
-    of the ratio of their numbers.
+    In a narrower copy an output of a layer sums fewer products, so that its weights are larger: by
+    the root of the ratio of their numbers. What is looked up or added, such as an embedding, is not
+    summed.
 
     Args:
         unit: The copy, which is changed.
@@ -304,7 +305,9 @@ def redraw(unit: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> None:
             old = weights[name]
             target = old.std().item() if old.numel() > 1 else 0.0
             if parameter.dim() > 1:
-                target *= (old[0].numel() / parameter[0].numel()) ** 0.5
+                owner = unit.get_submodule(name.rpartition(".")[0])
+                if hasattr(owner, "reset_parameters") and not isinstance(owner, nn.Embedding):
+                    target *= (old[0].numel() / parameter[0].numel()) ** 0.5
                 if torch.equal(parameter, old):
                     parameter.normal_()  # no module resets it: a parameter of the graph itself
             spread = parameter.std().item() if parameter.numel() > 1 else 0.0

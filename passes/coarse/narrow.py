@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from passes.coarse.linear import LinearMap
@@ -145,15 +145,17 @@ def _narrow_parameter(parameter: torch.Tensor, width: float) -> torch.Tensor:
 
 
 def _narrow_layer(layer: nn.Module, width: float, arguments: Sequence[Any]) -> nn.Module:
-    if next(layer.parameters(), None) is None and next(layer.buffers(), None) is None:
-        return layer
+    tensors = [*layer.parameters(), *layer.buffers()]
     make = next((make for kind, make in _LAYERS.items() if isinstance(layer, kind)), None)
-    if make is None:
-        raise SynthesisError(f"a block has a layer of type {type(layer).__name__}, {_ADVICE}")
-    weight = next(layer.parameters(), None)
-    place: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype}
-    narrower: nn.Module = make(layer, width, arguments[0].shape, place)
-    return narrower if weight is None else narrower.to(weight.device)
+    if make is None and not tensors:
+        return layer
+    names = [name for name, _ in layer.named_parameters()]
+    if make is None or not {*names} <= {"weight", "bias"}:
+        has = f" with parameters {', '.join(names)}" if make is not None else ""
+        raise SynthesisError(f"a block has a layer of type {type(layer).__name__}{has}, {_ADVICE}")
+    # Of a BatchNorm without weights, its statistics say the type and the device.
+    place = {"dtype": tensors[0].dtype, "device": tensors[0].device} if tensors else {}
+    return make(layer, width, arguments[0].shape, place)
 
 
 def _convolution(
@@ -181,7 +183,7 @@ def _linear(layer: Any, width: float, entering: torch.Size, place: dict[str, Any
     )
 
 
-def _batch_norm(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
+def _norm(layer: Any, width: float, entering: torch.Size, place: dict[str, Any]) -> nn.Module:
     narrower: nn.Module = type(layer)(
         entering[1], layer.eps, layer.momentum, layer.affine, layer.track_running_stats, **place
     )
@@ -210,7 +212,7 @@ _LAYERS: dict[type[nn.Module], Callable[[Any, float, torch.Size, dict[str, Any]]
     _ConvNd: _convolution,
     nn.Linear: _linear,
     nn.Embedding: _embedding,
-    _BatchNorm: _batch_norm,
+    _NormBase: _norm,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
 }

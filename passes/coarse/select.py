@@ -467,11 +467,12 @@ def _measure_call(
         return work
     backward = bool(analysis.backward)
     if analysis.device is None:
-        seconds = measure_network(correct if corrects else call, values, backward=backward)
+        seconds = measure_network(correct if corrects else call, values, device, backward=backward)
     else:
         if corrects:
             _, moved, operators = count_work(lambda: correct(*values))
-        dtype = state[0].dtype if state else "float32"
+        tensor = next(iter((*values, *module.parameters())), torch.zeros(()))
+        dtype = str(tensor.dtype).removeprefix("torch.")
         once = analysis.device.seconds(flops, moved, dtype, operators)
         twice = analysis.device.seconds(2 * flops, 2 * moved, dtype, 2 * operators)
         seconds = Seconds(once, twice if backward else 0.0)

@@ -85,19 +85,24 @@ def measure_seconds(
 
 
 def measure_network(
-    run: Callable[..., Any], inputs: Sequence[torch.Tensor], *, backward: bool
+    run: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    device: torch.device,
+    *,
+    backward: bool,
 ) -> Seconds:
     """Measure the seconds of a small network by itself, on this machine.
 
     Args:
         run: Calls the network.
         inputs: Its arguments; gradients flow to all of them.
+        device: Where it runs.
         backward: Whether to time the backward pass too.
 
     Returns:
         Medians of several runs after a warm-up.
     """
-    read = _record_event if any(x.is_cuda for x in inputs) else time.perf_counter
+    read = _record_event if device.type == "cuda" else time.perf_counter
     runs = []
     with torch.set_grad_enabled(backward), _no_collection():
         for _ in range(_WARM_UP_RUNS + _NETWORK_RUNS):

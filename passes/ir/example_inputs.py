@@ -174,16 +174,32 @@ class ExampleInputs:
             if size == (self.sequence if axis else self.batch_size) and (axis or batch)
         ]
 
-    def shortened(self, size: int) -> ExampleInputs:
-        """Return another call without the last element of every axis of a size, but the first."""
+    def shortened(self, size: int, length: int) -> ExampleInputs:
+        """Return another call with the first elements of every axis of a size, but the first axis.
+
+        Args:
+            size: Size of the axes.
+            length: Their new size.
+        """
 
         def shorten(tensor: torch.Tensor) -> torch.Tensor:
             for axis in range(1, tensor.dim()):
                 if tensor.shape[axis] == size:
-                    tensor = tensor.narrow(axis, 0, size - 1)
+                    tensor = tensor.narrow(axis, 0, length)
             return tensor.clone()
 
         return self.replaced([shorten(leaf.value) for leaf in self.leaves])
+
+    def other_lengths(self) -> list[ExampleInputs]:
+        """Return the call at other lengths of the sequences: one less, and half of it.
+
+        Where positions are merged, one less may leave as many: of 8 and of 7, pairs are 4.
+        """
+        size = self.sequence
+        if size is None:
+            return []
+        lengths = dict.fromkeys((size - 1, max(2, size // 2)))
+        return [self.shortened(size, length) for length in lengths if length < size]
 
     def varied_alone(self, index: int) -> ExampleInputs:
         """Return another call in which a single tensor has other values, which stay legal.

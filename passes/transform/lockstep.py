@@ -80,7 +80,7 @@ def first_steps(plan: Plan) -> list[tuple[str, int, int]]:
         spec = stage.coarse if number else plan.stages[min(1, len(plan.stages) - 1)].preprocess
         options = spec.options if spec is not None else None
         if not isinstance(options, TimeStepOptions | StartOptions):
-            raise refusal("only the stages of a loop in time share their weights")
+            raise refusal("only stages of coarse='time_step' and preprocess='time_step' can")
         steps = options.steps
         found.append((steps.first, steps.period, sum(steps.lengths)))
     return found

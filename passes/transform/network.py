@@ -232,16 +232,20 @@ def check_length(program: Program, network: fx.GraphModule) -> None:
     """
     if program.sequence is None:
         return
-    inputs = bind(program.module, (), dict(program.args))
-    shorter = replace(inputs, sequence=program.sequence).shortened(program.sequence)
-    with preserved(network), torch.no_grad():
+    inputs = replace(bind(program.module, (), dict(program.args)), sequence=program.sequence)
+    with preserved(program.module, network), torch.no_grad():
+        set_mode(program.module, False)
         set_mode(network, False)
-        try:
-            network(**shorter.tensor_arguments())
-        except Exception as error:
-            place = failing_node(network, shorter.tensor_arguments())
-            raise SynthesisError(
-                f"the sequence of {program.name} cannot be free: the network fails at another "
-                f"length than {program.sequence}{place} ({first_line(error)}); guesses and "
-                "corrections of family 'linear', 'units', 'thinned' and 'identity' take any length"
-            ) from error
+        for other in inputs.other_lengths():
+            try:
+                network(**other.tensor_arguments())
+            except Exception as error:
+                place = failing_node(network, other.tensor_arguments())
+                if failing_node(program.module, other.tensor_arguments()):
+                    continue  # too short for the model itself
+                raise SynthesisError(
+                    f"the sequence of {program.name} cannot be free: the network fails at another "
+                    f"length than {program.sequence}{place} ({first_line(error)}); guesses and "
+                    "corrections of family 'linear', 'units', 'thinned' and 'identity' take any "
+                    "length, where a state has as many positions as the inputs"
+                ) from error

@@ -241,7 +241,7 @@ def _recover_parametrizations(module: nn.Module, name: str) -> dict[str, list[Pa
 
 def _recover(module: nn.Module, name: str) -> dict[str, Any]:
     arguments = {}
-    special = _SPECIAL.get(type(module), {})
+    special = _SPECIAL.get(_class(module), {})
     for key, parameter in _parameters(name).items():
         if key in _PLACEMENT:
             continue

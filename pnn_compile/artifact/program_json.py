@@ -347,12 +347,15 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     expected = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     if sorted(inputs) != sorted(expected):
         raise ArtifactError(f"the example inputs are not those of the graph ({few(expected)})")
+    report = data["capture"]
     return Program(
         module=module,
         args=inputs,
         dynamic_batch=data["dynamic_batch"],
         sequence=data.get("sequence"),
-        capture=CaptureReport(**data["capture"]),
+        capture=CaptureReport(
+            report["rung"], report["rejected"], report["notes"], report.get("validation", "full")
+        ),
         name=name,
         unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},
         fixed=fixed_from_data(data),

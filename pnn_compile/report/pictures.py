@@ -93,7 +93,8 @@ def _drawn(images: torch.Tensor, bounds: tuple[float, float]) -> tuple[str, ...]
     low, high = bounds
     if max(images.shape[2:]) > _PIXELS:
         scale = _PIXELS / max(images.shape[2:])
-        images = F.interpolate(images, scale_factor=scale, mode="area")
+        size = [max(1, round(side * scale)) for side in images.shape[2:]]
+        images = F.interpolate(images, size, mode="area")
     pixels = ((images - low) / max(high - low, 1e-12)).nan_to_num().clamp(0, 1) * 255
     return tuple(map(_data_uri, pixels.round().byte()))
 

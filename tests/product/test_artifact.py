@@ -289,6 +289,13 @@ def test_an_opaque_program_needs_the_model(
     assert_equal(pnn.load(folder, model=opaque()), compiled)
 
 
+def test_a_file_does_not_say_what_its_validation_took(folder: Path) -> None:
+    data = json.loads((folder / "program.json").read_text())
+    data["capture"] |= {"runs": 3, "seconds": "x"}
+    (folder / "program.json").write_text(json.dumps(data))
+    assert "runs in" not in pnn.load(folder).program.capture.compared
+
+
 def test_another_model_is_refused(folder: Path) -> None:
     with pytest.raises(pnn.ArtifactError, match=r"does not fit the model.*made for another VGG16"):
         pnn.load(folder, model=vgg16.build_model(width=8))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +132,14 @@ def test_a_picture_is_what_was_drawn(tmp_path: Path) -> None:
         assert np.array_equal(image.reshape(5, 7, channels), pixels.permute(1, 2, 0).numpy())
     chain = pnn.compile(linear_chain(4, 8), x := torch.randn(2, 8), stages=2)
     assert sample_pictures(chain, x) == ()
+
+
+def test_long_pictures_keep_a_row() -> None:
+    """A spectrogram of [B, 1, 4, 2000] is reduced to 128 columns, and to one row."""
+    model = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(4)))
+    compiled = pnn.compile(model, x := torch.randn(1, 1, 4, 2000), stages=2)
+    header = base64.b64decode(sample_pictures(compiled, x)[0].images[0].partition(",")[2])[16:24]
+    assert struct.unpack(">II", header) == (128, 1)
 
 
 def test_a_plan_of_the_users_own_weights_has_no_timeline(browser: Browser, tmp_path: Path) -> None:

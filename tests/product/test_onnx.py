@@ -426,6 +426,8 @@ def test_bfloat16_halves_the_weights_of_a_network_of_float32(
         assert bf16 == any(node.op_type == "Cast" for node in nodes)
         assert all("pnn.stage" in metadata(node) for node in nodes)
     assert sizes[1] == sizes[0] / 2
+    with pytest.raises(pnn.OptionError, match="exclude each other"):
+        compiled.export_onnx(tmp_path / "both", per_stage=per_stage, fp16=True, bf16=True)
 
 
 def test_large_weights_stand_beside_every_stage_model(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from passes.capture.model_notes import join_few
-from passes.errors import ArtifactError, ExportError, first_line
+from passes.errors import ArtifactError, ExportError, OptionError, first_line
 from passes.ir.isolation import preserved, same_values
 from passes.ir.program import clone_tensors, tensor_leaves
 from passes.ir.run_step import output_tensors, relative_error
@@ -127,8 +127,11 @@ def export_onnx(
     Raises:
         ExportError: A package is missing, an operator has no ONNX form, the network keeps state
             from call to call, the files cannot be written, or ONNX Runtime disagrees with torch.
-        OptionError: The version of the operator set is none that is supported.
+        OptionError: The version of the operator set is none that is supported, or both fp16 and
+            bf16 are asked for.
     """
+    if fp16 and bf16:
+        raise OptionError("fp16 and bf16 exclude each other: choose one")
     if fp16 or bf16:
         compiled = in_half_precision(compiled, bf16=bf16)
     lowered = lowered or lower_network(compiled, opset, bf16=bf16)

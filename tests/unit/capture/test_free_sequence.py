@@ -98,6 +98,25 @@ def test_an_operator_of_fixed_length_is_refused_by_name() -> None:
         pnn.compile(Decoder(), IDS, stages=2, coarse="lowrank", dynamic=FREE)
 
 
+class Pooled(nn.Module):
+    """Layers of pairs of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = F.avg_pool1d(x.transpose(1, 2), 2, ceil_mode=True)
+        y: torch.Tensor = self.layers(pairs.transpose(1, 2))
+        return y
+
+
+def test_as_many_pairs_of_one_position_less_do_not_hide_a_fixed_length() -> None:
+    for length in (12, 13):
+        with pytest.raises(pnn.SynthesisError, match=f"another length than {length}"):
+            pnn.compile(Pooled(), torch.randn(2, length, 6), stages=2, dynamic=FREE)
+
+
 def test_other_names_and_inputs_without_a_sequence_are_refused() -> None:
     with pytest.raises(pnn.OptionError, match="'batch' and 'sequence'"):
         pnn.compile(Decoder(), IDS, dynamic=("width",))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import pnn_compile as pnn
 from examples import decoder, vgg16
@@ -55,6 +57,29 @@ class Grouped(nn.Module):
         return tokens.mean(1)
 
 
+def _kept(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+class Residual(nn.Module):
+    """Residual convolutions with norms."""
+
+    def __init__(
+        self, norm: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module] = _kept
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(norm(), wrap(nn.Conv1d(16, 16, 3, padding=1))) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return x.mean(2)
+
+
 def _vgg(**options: Any) -> pnn.Compiled:
     torch.manual_seed(0)
     model = vgg16.build_model(width=8)
@@ -97,6 +122,57 @@ def test_every_layer_reads_as_many_channels_as_reach_it(model: nn.Module) -> Non
     network.module.train()(torch.randn(4, channels, 8, 8)).sum().backward()
     for guess in network.operators.preprocess.values():
         assert all(p.grad is not None for p in guess.parameters())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm1d(16, affine=False),
+        lambda: nn.GroupNorm(4, 16, affine=False),
+        lambda: nn.InstanceNorm1d(16),
+        lambda: nn.InstanceNorm1d(16, affine=True),
+    ],
+    ids=["statistics", "groups", "instance", "weights"],
+)
+def test_norms_are_as_narrow_as_what_reaches_them(norm: Callable[[], nn.Module]) -> None:
+    """In the precision of the model, although some have no weights that say it."""
+    x = torch.randn(2, 3, 12, dtype=torch.float64)
+    network = pnn.compile(Residual(norm).double(), x, stages=2, preprocess="narrow")
+    layers = network.operators.preprocess[1].prologue
+    assert isinstance(layers, nn.Module)
+    tensors = [t for t in layers.state_dict().values() if t.is_floating_point()]
+    assert {t.dtype for t in tensors} == {torch.float64}
+    widths = {getattr(m, "num_features", getattr(m, "num_channels", 0)) for m in layers.modules()}
+    assert 16 not in widths
+    assert widths - {0}
+
+
+def test_token_norms_without_weights_are_narrow_too() -> None:
+    layers = [[nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 16)] for _ in range(4)]
+    model = nn.Sequential(nn.Linear(5, 16), *(layer for pair in layers for layer in pair))
+    network = pnn.compile(model, torch.randn(2, 7, 5), stages=2, preprocess="narrow")
+    norms = [m for m in network.operators.preprocess[1].modules() if isinstance(m, nn.LayerNorm)]
+    assert norms
+    assert all(norm.normalized_shape[0] < 16 for norm in norms)
+
+
+def test_weights_that_are_computed_have_no_narrower_copy() -> None:
+    model = Residual(nn.Identity, parametrizations.weight_norm)
+    with pytest.raises(SynthesisError, match=r"with parameters .*original0.* no narrower copy"):
+        pnn.compile(model, torch.randn(2, 3, 12), stages=2, preprocess="narrow")
+
+
+def test_look_ups_are_as_large_as_the_original_ones() -> None:
+    """Weights of layers grow as their channels shrink; of an embedding nothing is summed."""
+    model = decoder.build_model(layers=4, width=32, context=16)
+    tokens = torch.randint(256, (2, 16))
+    network = pnn.compile(model, tokens, stages=2, preprocess="narrow", prologue=0.2)
+    [old] = [m for m in model.modules() if isinstance(m, nn.Embedding)][:1]
+    [new] = [m for m in network.operators.preprocess[1].modules() if isinstance(m, nn.Embedding)][
+        :1
+    ]
+    assert new.embedding_dim < old.embedding_dim
+    assert new.weight.std().item() == pytest.approx(old.weight.std().item(), rel=1e-3)
 
 
 def test_what_has_no_narrower_copy_says_why() -> None:
