@@ -252,7 +252,7 @@ def resized(
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.dim() and leaf.shape[0] == size:
-            leaf = leaf[torch.arange(batch) % size]
+            leaf = leaf[torch.arange(batch, device="cpu") % size]
         for axis in range(1, leaf.dim()):
             if length and sequence and leaf.shape[axis] == sequence:
                 positions = torch.arange(length, device=leaf.device) % sequence
@@ -376,9 +376,10 @@ def read_batches(
     count = next(iter(counts.values()))
     if not count:
         raise OptionError(f"{path} has no samples: its arrays have 0 rows")
-    order = torch.arange(count)
+    order = torch.arange(count, device="cpu")
     if shuffle_seed is not None:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle_seed))
+        generator = torch.Generator().manual_seed(shuffle_seed)
+        order = torch.randperm(count, generator=generator, device="cpu")
     size = min(size, max(1, count // least))
     chunks = torch.split(order, size)
     if len(chunks) > 1 and len(chunks[-1]) < size:

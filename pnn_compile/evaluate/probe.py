@@ -327,7 +327,7 @@ def _forever(batches: Sequence[Any], steps: int, seed: int) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        order = order or torch.randperm(len(batches), generator=generator, device="cpu").tolist()
         yield batches[order.pop()]
 
 

@@ -269,7 +269,7 @@ class RankModule(nn.Module):
             for parameter, gradient in gradients.items()
             if self._sharded or self._tied.counts(parameter)
         ]
-        total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device="cpu").double()
         total = total.to(self.network.device)
         group = self.groups.everyone if self._sharded else self.groups.stages
         with self.exchanging("the norm of the gradient"):
@@ -444,7 +444,7 @@ class RankModule(nn.Module):
         """Refuse a conversion to another precision before it happens."""
         tensors = itertools.chain(self.network.parameters(), self.network.buffers())
         for dtype in {tensor.dtype for tensor in tensors}:
-            after = fn(torch.empty(0, dtype=dtype)).dtype
+            after = fn(torch.empty(0, dtype=dtype, device="cpu")).dtype
             if after != dtype:
                 raise RuntimeFault(
                     f"the ranks agreed on states of {dtype}, which cannot become {after} after "

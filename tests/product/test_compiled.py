@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +59,33 @@ def test_the_example_of_a_lightning_module_is_taken() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     model.example_input_array = torch.randn(3, 8)
     assert [*pnn.compile(model, stages=2).program.args["input"].shape] == [3, 8]
+
+
+@pytest.mark.parametrize("coarse", ["linear", "lowrank", "conv", "units", "thinned"])
+def test_the_default_device_decides_nothing(coarse: str, tmp_path: Path) -> None:
+    model, x = block_chain(6, 8), torch.randn(6, 8)
+    batches = [torch.randn(6, 8) for _ in range(5)]
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            compiled = pnn.compile(model, x, stages=3, coarse=coarse, iterations=1)
+            compiled.calibrate(batches)
+            compiled.save(tmp_path / device)
+            loaded = pnn.load(tmp_path / device)
+            assert loaded.verify().ok
+            loaded.iterate(x)
+        results.append((loaded(x), loaded.state_dict()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("verb", ["probe", "assess", "fit"])
+def test_the_default_device_decides_no_training(verb: str, network: pnn.Compiled) -> None:
+    batches = [torch.randn(4, 8) for _ in range(5)]
+    pairs = [(x, torch.randn(4, 8)) for x in batches]
+    with torch.device("meta"):
+        if verb == "probe":
+            assert network.probe(pairs, steps=8).sentence
+        elif verb == "assess":
+            assert network.assess(batches, iterations=1).sentence
+        else:
+            assert copy.deepcopy(network).fit(batches).steps
