@@ -262,6 +262,10 @@ def resized(
     return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}
 
 
+_LARGE, _PACKED = 2**30, 100
+"""Bytes that any file of samples may unpack to, and how many times its size a larger one may."""
+
+
 class CalibrationBatches:
     """Calibration inputs as dicts by argument name; every fifth batch is held out.
 
@@ -424,6 +428,14 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         import numpy as np
 
         with np.load(path, allow_pickle=False) as archive:
+            unpacked = sum(member.file_size for member in archive.zip.infolist())
+            if unpacked > max(_LARGE, _PACKED * path.stat().st_size):
+                raise OptionError(
+                    f"{path} unpacks to {unpacked / 2**30:.1f} GiB, more than {_PACKED} times its "
+                    "size: save such samples with np.savez, not compressed"
+                )
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except OptionError:
+        raise
     except Exception as error:
         raise OptionError(f"{path} cannot be read: {error}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
+from passes.errors import OptionError
 from tests.models.builders import block_chain
 
 
@@ -89,3 +90,14 @@ def test_the_default_device_decides_no_training(verb: str, network: pnn.Compiled
             assert network.assess(batches, iterations=1).sentence
         else:
             assert copy.deepcopy(network).fit(batches).steps
+
+
+def test_a_copy_is_assessed(network: pnn.Compiled) -> None:
+    batches = [torch.randn(4, 8) for _ in range(5)]
+    assert copy.deepcopy(network).assess(batches, iterations=1).sentence
+
+
+def test_probe_refuses_samples_that_are_not_finite(network: pnn.Compiled) -> None:
+    pairs = [(torch.full((4, 8), float("nan")), torch.randn(4, 8)) for _ in range(5)]
+    with pytest.raises(OptionError, match="the loss of the original is nan"):
+        network.probe(pairs, steps=8)
