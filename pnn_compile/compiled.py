@@ -58,7 +58,8 @@ class Compiled:
         passes: Name and seconds of every pass of the compiler.
         calibration: Errors before and after calibration; None if the compiler had no samples.
         timings: File of the measured seconds that the plan rests on; None without one.
-        weighed: The analysis that the cuts were chosen by; None of a network that was loaded.
+        weighed: The analysis that the cuts were chosen by; None of a network that was loaded
+            or copied.
     """
 
     program: Program
@@ -128,6 +129,7 @@ class Compiled:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["weighed"] = None  # of the nodes of this program, not of the copy's
         return type(self)(**copy.deepcopy(values, memo))
 
     def __reduce__(self) -> NoReturn:

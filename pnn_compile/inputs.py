@@ -252,7 +252,7 @@ def resized(
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if leaf.dim() and leaf.shape[0] == size:
-            leaf = leaf[torch.arange(batch) % size]
+            leaf = leaf[torch.arange(batch, device="cpu") % size]
         for axis in range(1, leaf.dim()):
             if length and sequence and leaf.shape[axis] == sequence:
                 positions = torch.arange(length, device=leaf.device) % sequence
@@ -260,6 +260,10 @@ def resized(
         return leaf.to(device)
 
     return {name: pytree.tree_map(resize, value) for name, value in compiled.program.args.items()}
+
+
+_LARGE, _PACKED = 2**30, 100
+"""Bytes that any file of samples may unpack to, and how many times its size a larger one may."""
 
 
 class CalibrationBatches:
@@ -376,9 +380,10 @@ def read_batches(
     count = next(iter(counts.values()))
     if not count:
         raise OptionError(f"{path} has no samples: its arrays have 0 rows")
-    order = torch.arange(count)
+    order = torch.arange(count, device="cpu")
     if shuffle_seed is not None:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle_seed))
+        generator = torch.Generator().manual_seed(shuffle_seed)
+        order = torch.randperm(count, generator=generator, device="cpu")
     size = min(size, max(1, count // least))
     chunks = torch.split(order, size)
     if len(chunks) > 1 and len(chunks[-1]) < size:
@@ -423,6 +428,14 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         import numpy as np
 
         with np.load(path, allow_pickle=False) as archive:
+            unpacked = sum(member.file_size for member in archive.zip.infolist())
+            if unpacked > max(_LARGE, _PACKED * path.stat().st_size):
+                raise OptionError(
+                    f"{path} unpacks to {unpacked / 2**30:.1f} GiB, more than {_PACKED} times its "
+                    "size: save such samples with np.savez, not compressed"
+                )
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except OptionError:
+        raise
     except Exception as error:
         raise OptionError(f"{path} cannot be read: {error}") from error

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from passes.coarse.convolution import Conv, Convolution
@@ -312,10 +313,13 @@ def build_coarse(
 def _build(spec: OperatorSpec, site: Site) -> nn.Module:
     """Build the network of a family, or the sum of several."""
     parts = []
+    # On the CPU otherwise, whatever the default device: a seed gives the same weights everywhere.
+    device = torch.device("meta" if site.program.device.type == "meta" else "cpu")
     for row in rows_of(spec.family):
         build: Build | None = getattr(row, spec.role)
         if build is None:
             names = ", ".join(names_of(spec.role))
             raise SynthesisError(f"no {spec.role} family {spec.family!r}; known: {names}")
-        parts.append(build(spec.options, site))
+        with device:
+            parts.append(build(spec.options, site))
     return parts[0] if len(parts) == 1 else Sum(parts)

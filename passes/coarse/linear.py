@@ -253,9 +253,9 @@ class LowRankMap(FittedMap):
         """Set the factors to these columns of a solution, and the bias if `first`."""
         weight = solution.weight[:, columns]
         if solution.down is None or solution.up is None:
-            up, down = torch.eye(len(weight)).to(weight), weight
+            up, down = torch.eye(len(weight), device=weight.device).to(weight), weight
             if weight.shape[1] < weight.shape[0]:
-                up, down = weight, torch.eye(weight.shape[1]).to(weight)
+                up, down = weight, torch.eye(weight.shape[1], device=weight.device).to(weight)
         else:
             up, down = solution.up, solution.down[:, columns]
         with torch.no_grad():

@@ -65,9 +65,9 @@ class Memory:
                 shared[tuple(positions)] += sizes[key]
         written = [float(costs[node].activation_bytes) for node in order]
         self._read = _prefix_sums(read)
-        self._shared = [(torch.tensor(positions), size) for positions, size in shared.items()]
+        self._shared = [(_numbers(positions), size) for positions, size in shared.items()]
         self._written = _prefix_sums(written)
-        self._max_written = _RangeMaximum(torch.tensor(written, dtype=torch.float64))
+        self._max_written = _RangeMaximum(_numbers(written, torch.float64))
 
     def nodes(self, begin: Tensor, end: Tensor) -> Tensor:
         """Return the bytes for the nodes from `begin` to before `end`, pair by pair.
@@ -90,7 +90,7 @@ class Memory:
 
     def span(self, begin: int, end: int) -> float:
         """Return the bytes for the nodes from `begin` to before `end`."""
-        return float(self.nodes(torch.tensor([begin]), torch.tensor([end])))
+        return float(self.nodes(_numbers([begin]), _numbers([end])))
 
     def entry(self, parameters: int, state: int) -> float:
         """Return the bytes for the preprocessing operator and coarse propagator of a stage.
@@ -117,8 +117,8 @@ def last_fitting_ends(
     Returns:
         For each begin an index into `ends`; -1 if no end fits.
     """
-    first, extra = torch.tensor(begins), torch.tensor(entry, dtype=torch.float64)
-    stops = torch.tensor(ends)
+    first, extra = _numbers(begins), _numbers(entry, torch.float64)
+    stops = _numbers(ends)
     # More nodes never need less memory: one binary search for all begins at once.
     low, high = torch.zeros_like(first), torch.full_like(first, len(ends))
     while bool((low < high).any()):
@@ -131,8 +131,13 @@ def last_fitting_ends(
     return [int(count) - 1 for count in low]
 
 
+def _numbers(values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def _prefix_sums(values: Sequence[float]) -> Tensor:
-    return torch.cat([torch.zeros(1), torch.tensor(values, dtype=torch.float64).cumsum(0)])
+    return _numbers([0.0, *values], torch.float64).cumsum(0)
 
 
 class _RangeMaximum:

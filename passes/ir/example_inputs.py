@@ -129,7 +129,7 @@ class ExampleInputs:
                 return tensor.clone()
             rolled = tensor.detach().roll(1, 0) if tensor.dim() > 1 else tensor.clone()
             if tensor.dim() > 1:  # types without arithmetic, as float8, have no `flip`
-                rolled = rolled[..., torch.arange(tensor.shape[-1]).flip(0)]
+                rolled = rolled[..., torch.arange(tensor.shape[-1], device="cpu").flip(0)]
             return torch.cat([rolled, rolled[:1]]) if grow else rolled
 
         return self.replaced([vary(leaf.value) for leaf in self.leaves])
@@ -139,7 +139,7 @@ class ExampleInputs:
         size = self.batch_size or 1
         return self.replaced(
             [
-                leaf.value[torch.arange(count) % size]
+                leaf.value[torch.arange(count, device="cpu") % size]
                 if leaf.value.dim() and leaf.value.shape[0] == size
                 else leaf.value.clone()
                 for leaf in self.leaves

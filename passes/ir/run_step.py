@@ -176,7 +176,9 @@ def _gradients(
     if not heads or not leaves:
         return dict.fromkeys(leaves)
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in heads]
+    weights = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu") for o in heads
+    ]
     # Sums, as passing the weights to `grad` imports sympy, for half a second.
     sums = [(o * w.to(o.device, o.dtype)).sum() for w, o in zip(weights, heads, strict=True)]
     scalars = [value.real if value.is_complex() else value for value in sums]

@@ -210,7 +210,7 @@ def range_minima(cost: Tensor, offset: int, starts: tuple[int, int], end: Tensor
     tensor([3., 4., 1.])
     """
     size = len(cost)
-    left = (torch.arange(starts[0] + 1, starts[1] + 2) - offset).clamp(min=0)
+    left = (torch.arange(starts[0] + 1, starts[1] + 2, device="cpu") - offset).clamp(min=0)
     right = (end - offset).clamp(max=size)
     length = (right - left).clamp(min=0)
     levels = max(1, int(length.max()).bit_length())
@@ -290,9 +290,11 @@ class _DeviceTensors:
             ]
         else:
             self.costs = [_Costs("both", costs.work, costs.entry)]
-        self.reach = torch.tensor(costs.reach, dtype=torch.long) if costs.reach else None
+        self.reach = (
+            torch.tensor(costs.reach, dtype=torch.long, device="cpu") if costs.reach else None
+        )
         last = costs.last_reach or costs.reach
-        self.last_reach = torch.tensor(last, dtype=torch.long) if last else None
+        self.last_reach = torch.tensor(last, dtype=torch.long, device="cpu") if last else None
 
     def first_end(self, bounds: StageBounds) -> tuple[int, float]:
         """Return where a first stage ends at the latest, and the makespan it needs to end later."""
@@ -332,7 +334,7 @@ class _DeviceTensors:
 
     def stage_ends(self, bounds: StageBounds, begin: int, stop: int, *, last: bool) -> _StageEnds:
         """Return where stages end at the latest, for every start from `begin` to before `stop`."""
-        starts = torch.arange(begin, stop)
+        starts = torch.arange(begin, stop, device="cpu")
         end = starts.new_full((stop - begin,), self.size)
         reach = self.last_reach if last else self.reach
         if reach is not None:

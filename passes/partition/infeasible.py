@@ -21,7 +21,9 @@ def memory_by_device(builder: ProblemBuilder, cuts: Sequence[int]) -> list[float
     """Return the bytes on every device, by the estimates that cuts are chosen with."""
     starts = [0, *(builder.positions[cut].index for cut in cuts[:-1])]
     stops = [*starts[1:], len(builder.analysis.frontiers.order)]
-    nodes = builder.memory.nodes(torch.tensor(starts), torch.tensor(stops)).tolist()
+    nodes = builder.memory.nodes(
+        torch.tensor(starts, device="cpu"), torch.tensor(stops, device="cpu")
+    ).tolist()
     entry = builder.entry_bytes()
     extra = [0.0, *(entry[cut] for cut in cuts[:-1])]
     return [a + b for a, b in zip(nodes, extra, strict=True)]

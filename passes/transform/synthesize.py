@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import fx, nn
 
 from passes.capture.refold import dropouts
@@ -45,9 +44,7 @@ def synthesize(program: Program, plan: Plan, stages: Stages) -> Operators:
     """
     preprocess: dict[int, nn.Module] = {}
     coarse: dict[int, nn.Module] = {}
-    # On the CPU otherwise, whatever the default device: a seed gives the same weights everywhere.
-    device = torch.device("meta" if program.device.type == "meta" else "cpu")
-    with seeded(plan.seed), device:
+    with seeded(plan.seed):
         for number, stage in enumerate(plan.stages):
             if stage.preprocess is None or stage.coarse is None:
                 continue

@@ -54,7 +54,7 @@ class ErrorEstimate:
         self._predicted: dict[int, State] = {}
         self._residual: dict[int, State] = {}
         self._state: State = {}
-        self._sum: torch.Tensor = torch.zeros(1, dtype=torch.float64)
+        self._sum: torch.Tensor = torch.zeros(1, dtype=torch.float64, device="cpu")
 
     @property
     def increments(self) -> torch.Tensor:
@@ -75,7 +75,7 @@ class ErrorEstimate:
             self._missed.append(_SAFETY * self._sum.to(total.device) / total)
         self._last = state
         if not self._increments:
-            return torch.zeros(0, self.samples)
+            return torch.zeros(0, self.samples, device="cpu")
         missed = torch.stack(self._missed) if self.plan.predicts else None
         return estimated_errors(self.increments, last + 1, missed)
 
@@ -123,7 +123,7 @@ class ErrorEstimate:
         Several tensors count as one long vector. An axis that merges the batch with another one
         (`[B T, C]`) is split into rows by sample.
         """
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for value in self.plan.interfaces[number].state:
             if value.name in state:
                 tensor = state[value.name]

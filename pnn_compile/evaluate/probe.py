@@ -131,8 +131,8 @@ def probe(
         The curves, and what follows from them.
 
     Raises:
-        OptionError: There are fewer than five batches, the targets fit no output, or a number is
-            out of range.
+        OptionError: There are fewer than five batches, the targets fit no output, a number is out
+            of range, or the loss of the original is not finite.
     """
     if len(batches) < _HELD_OUT:
         raise OptionError(f"probe needs at least {_HELD_OUT} batches (got {len(batches)})")
@@ -151,6 +151,11 @@ def probe(
     with seeded(seed):
         for step, batch in enumerate(_forever(train, steps, seed), 1):
             losses = [one.step(judge, batch) for one in learners]
+            if not math.isfinite(losses[0]):
+                raise OptionError(
+                    f"the loss of the original is {losses[0]}: lower the learning rate, or check "
+                    "the batches"
+                )
             if progress is not None:
                 progress(step, steps, losses[0])
             if step in marks:
@@ -327,7 +332,7 @@ def _forever(batches: Sequence[Any], steps: int, seed: int) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        order = order or torch.randperm(len(batches), generator=generator, device="cpu").tolist()
         yield batches[order.pop()]
 
 
@@ -337,7 +342,8 @@ def _conclusion(probe: Probe) -> str:
     sign = 1 if probe.accuracy else -1
 
     def best_of(rows: Sequence[ProbeRow]) -> ProbeRow:
-        return max(rows, key=lambda row: sign * row.scores[-1])
+        finite = [row for row in rows if math.isfinite(row.scores[-1])]
+        return max(finite or rows, key=lambda row: sign * row.scores[-1])
 
     def shown(row: ProbeRow) -> str:
         return f"{row.scores[-1]:.1%}" if probe.accuracy else f"a loss of {row.scores[-1]:.4g}"

@@ -245,7 +245,7 @@ def _rounded(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
         return value
     size = torch.finfo(value.dtype).eps * value.abs().max()
-    error = 2 * torch.rand(value.shape, generator=generator) - 1
+    error = 2 * torch.rand(value.shape, generator=generator, device="cpu") - 1
     return value + size * error.to(value)
 
 
@@ -385,7 +385,7 @@ def _repeat_in_float64(compiled: Compiled, failed: Check, plan: Plan, reuse: boo
 def _consistency(subject: _Subject) -> Check:
     count = len(subject.compiled.plan.stages)
     name = f"linear network, residual form, F = g, N = {count} = original (consistency theorem)"
-    with seeded(0):
+    with seeded(0), torch.device("cpu"):
         layers = [nn.Linear(8, 8, bias=False, dtype=torch.float64) for _ in range(2 * count + 1)]
         for layer in layers:  # else states shrink from stage to stage until only rounding remains
             nn.init.orthogonal_(layer.weight)

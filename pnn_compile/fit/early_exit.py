@@ -95,7 +95,7 @@ def build_early_exit(compiled: Compiled, share: float) -> EarlyExit | None:
     cut = _cut(compiled, share)
     if cut is None:
         return None
-    with seeded(compiled.plan.seed):
+    with seeded(compiled.plan.seed), torch.device("cpu"):
         return EarlyExit(compiled, cut)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,9 +183,16 @@ class FitState:
                 raise ValueError(f"with {differing} in one of them only")
             for name, part in self._parts.items():
                 part.load_state_dict(parts[name])
-            self.step, self.samples = saved["step"], saved["samples"]
-            self.losses = list(saved["losses"])
+            self.step, self.samples = _count(saved["step"]), _count(saved["samples"])
+            self.losses = [float(loss) for loss in saved["losses"]]
             self._random = saved["random"]
+            with torch.random.fork_rng(devices=_cuda_devices(self._network)):
+                set_random_state(self._network, saved["random"])  # else it would fail later
+        except pickle.UnpicklingError as error:  # torch's message says how to run it
+            raise OptionError(
+                f"{file} does not continue this fit (it is no file of tensors and numbers alone): "
+                "delete it to start anew"
+            ) from error
         except Exception as error:
             raise OptionError(
                 f"{file} does not continue this fit ({error}): delete it to start anew"
@@ -199,6 +207,12 @@ class FitState:
             if self._random is not None:
                 set_random_state(self._network, self._random)
             yield
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"steps and samples are counts (got {value!r})")
+    return value
 
 
 def checkpoint_file(checkpoint: str | Path | None) -> Path | None:

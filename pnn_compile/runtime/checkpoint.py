@@ -310,7 +310,7 @@ class _OptimizerState:
         parameter = self._parameters[_split(key)[0]]
         if parameter.shape == size:
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
 
     def load(self, values: Mapping[str, Any]) -> None:
         """Load what `values` returned, on this or another rank.

@@ -159,8 +159,9 @@ class Replicas:
             return
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         device = next((p.device for p in parameters), torch.device("cpu"))
-        flags = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        flags = flags.to(device)
+        flags = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.uint8, device=device
+        )
         dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
         gradients = []
         for parameter, has_gradient in zip(parameters, flags.tolist(), strict=True):

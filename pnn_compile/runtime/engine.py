@@ -142,7 +142,7 @@ class Engine:
         self.output_adjoints: dict[_Key, State] = {}
         self.outputs: dict[int, Any] = {}
         self.objective: torch.Tensor | None = None
-        self.loss_value = torch.zeros(())
+        self.loss_value = torch.zeros((), device="cpu")
         self.exchanging = False
         self.seconds: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
 

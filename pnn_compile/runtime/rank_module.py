@@ -269,7 +269,7 @@ class RankModule(nn.Module):
             for parameter, gradient in gradients.items()
             if self._sharded or self._tied.counts(parameter)
         ]
-        total = torch.stack(squares).sum() if squares else torch.zeros(()).double()
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device="cpu").double()
         total = total.to(self.network.device)
         group = self.groups.everyone if self._sharded else self.groups.stages
         with self.exchanging("the norm of the gradient"):
@@ -441,10 +441,16 @@ class RankModule(nn.Module):
                 )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Refuse a conversion to another precision before it happens."""
+        """Refuse another precision, or a device without data, before it happens."""
         tensors = itertools.chain(self.network.parameters(), self.network.buffers())
         for dtype in {tensor.dtype for tensor in tensors}:
-            after = fn(torch.empty(0, dtype=dtype)).dtype
+            converted = fn(torch.empty(0, dtype=dtype, device="cpu"))
+            if converted.is_meta:
+                raise RuntimeFault(
+                    "a rank cannot go on without the data of its weights: do not move it to the "
+                    "meta device"
+                )
+            after = converted.dtype
             if after != dtype:
                 raise RuntimeFault(
                     f"the ranks agreed on states of {dtype}, which cannot become {after} after "

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import pnn_compile as pnn
+from passes.errors import OptionError
 from tests.models.builders import block_chain
 
 
@@ -58,3 +60,44 @@ def test_the_example_of_a_lightning_module_is_taken() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     model.example_input_array = torch.randn(3, 8)
     assert [*pnn.compile(model, stages=2).program.args["input"].shape] == [3, 8]
+
+
+@pytest.mark.parametrize("coarse", ["linear", "lowrank", "conv", "units", "thinned"])
+def test_the_default_device_decides_nothing(coarse: str, tmp_path: Path) -> None:
+    model, x = block_chain(6, 8), torch.randn(6, 8)
+    batches = [torch.randn(6, 8) for _ in range(5)]
+    results = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            compiled = pnn.compile(model, x, stages=3, coarse=coarse, iterations=1)
+            compiled.calibrate(batches)
+            compiled.save(tmp_path / device)
+            loaded = pnn.load(tmp_path / device)
+            assert loaded.verify().ok
+            loaded.iterate(x)
+        results.append((loaded(x), loaded.state_dict()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("verb", ["probe", "assess", "fit"])
+def test_the_default_device_decides_no_training(verb: str, network: pnn.Compiled) -> None:
+    batches = [torch.randn(4, 8) for _ in range(5)]
+    pairs = [(x, torch.randn(4, 8)) for x in batches]
+    with torch.device("meta"):
+        if verb == "probe":
+            assert network.probe(pairs, steps=8).sentence
+        elif verb == "assess":
+            assert network.assess(batches, iterations=1).sentence
+        else:
+            assert copy.deepcopy(network).fit(batches).steps
+
+
+def test_a_copy_is_assessed(network: pnn.Compiled) -> None:
+    batches = [torch.randn(4, 8) for _ in range(5)]
+    assert copy.deepcopy(network).assess(batches, iterations=1).sentence
+
+
+def test_probe_refuses_samples_that_are_not_finite(network: pnn.Compiled) -> None:
+    pairs = [(torch.full((4, 8), float("nan")), torch.randn(4, 8)) for _ in range(5)]
+    with pytest.raises(OptionError, match="the loss of the original is nan"):
+        network.probe(pairs, steps=8)

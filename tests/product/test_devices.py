@@ -28,6 +28,7 @@ def _conversions(rank: int) -> dict[str, str]:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     result["half"] = _said(module.half)
     result["to"] = _said(lambda: module.to(torch.float64))
+    assert "meta device" in _said(lambda: module.to("meta"))
     assert module.to("cpu").float() is module  # changes nothing
     after = module.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

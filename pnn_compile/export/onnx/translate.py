@@ -170,7 +170,7 @@ class _JointGraph:
     def add(self, piece: Piece, segment: Segment) -> None:
         """Add the placeholders of a segment; those of all segments precede the first copy."""
         start = len(self.examples)
-        device = next(piece.module.parameters(), torch.empty(0)).device
+        device = next(piece.module.parameters(), torch.empty(0, device="cpu")).device
         placeholders = []
         for value in segment.inputs:
             spec = piece.specs[value]
