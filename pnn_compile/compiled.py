@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.cost.node_facts import observe
-from passes.errors import ArtifactError, OptionError, printable
+from passes.errors import OptionError, printable
 from passes.ir.program import Program, Validation, graph_module, resolve
 from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
-from passes.plan.validate import check_plan, moved_cuts, stored_options
+from passes.plan.validate import check_replayed, moved_cuts, stored_options
 from passes.transform.lockstep import Lockstep
 from passes.transform.network import check_length
 from passes.transform.original_weights import load_state_dict, to_state_dict, weights_by_name
@@ -491,44 +491,17 @@ def compile(
         compilation = replace(compilation, measure=timings)
     if calibration is not None:
         samples = calibration(program) if callable(calibration) else calibration
+        from pnn_compile.fit.calibrate import CALIBRATE
+
         compilation, passes = replace(compilation, samples=samples), (*passes, CALIBRATE)
     if plan is None and options.counted().tolerance is not None:
+        from pnn_compile.evaluate.iterate import ITERATE
+
         passes = (*passes, ITERATE)
     compilation, more = run_passes(compilation, passes, check=debug, progress=progress)
     compiled = gather(compilation, (*results, *more))
     check_length(program, compiled.module)
     return replace(compiled, timings=timings.path if timings is not None else None)
-
-
-def _calibrate(c: Compilation) -> Compilation:
-    """Fit the operators to samples; choose those that the options leave open by their error."""
-    from pnn_compile.fit.calibrate import calibrate, choose
-
-    assert c.samples is not None
-    compiled = gather(c, ())
-    if c.options is None or c.analysis is None:  # a plan is replayed: it decides
-        return replace(c, calibration=calibrate(compiled, c.samples))
-    chosen = choose(compiled, c.analysis, c.options, c.samples)
-    return replace(
-        c, plan=chosen.plan, operators=chosen.operators, module=chosen.module,
-        calibration=chosen.calibration,
-    )  # fmt: skip
-
-
-CALIBRATE = Pass("calibrate", ("samples", "plan", "module"), ("calibration",), _calibrate)
-"""The pass that fits preprocessing operators and coarse propagators to samples."""
-
-
-def _iterate(c: Compilation) -> Compilation:
-    """Take as many iterations as the tolerance takes on the example inputs."""
-    from pnn_compile.evaluate.iterate import count_iterations
-
-    counted = count_iterations(gather(c, ()))
-    return replace(c, plan=counted.plan, module=counted.module)
-
-
-ITERATE = Pass("iterate", ("plan", "operators", "module"), ("module",), _iterate)
-"""The pass that counts the iterations of a tolerance."""
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
@@ -546,31 +519,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
     from pnn_compile.artifact.directory import load as load_artifact
 
     return load_artifact(path, model)
-
-
-def replay(program: Program, plan: Plan, *before: PassResult, debug: bool = False) -> Compiled:
-    """Build the network that a plan describes, from a program.
-
-    Raises:
-        ArtifactError: The plan belongs to another program, or was edited and is inconsistent.
-    """
-    check_replayed(program, plan)
-    compilation, results = run_passes(Compilation(program=program, plan=plan), REPLAY, check=debug)
-    return gather(compilation, (*before, *results))
-
-
-def check_replayed(program: Program, plan: Plan) -> None:
-    """Check that a plan belongs to a program, and is consistent with it.
-
-    Raises:
-        ArtifactError: It belongs to another one, or was edited and is inconsistent.
-    """
-    if plan.fingerprint != program.fingerprint:
-        raise ArtifactError(
-            f"the plan was made for another {plan.model}: the structure of {program.name} differs "
-            "(layers, shapes or options); compile it again"
-        )
-    check_plan(program, plan)
 
 
 def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:

@@ -292,3 +292,17 @@ def stored_options(plan: Plan, cuts: tuple[str, ...]) -> Options:
         seed=plan.seed,
         **dataclasses.asdict(plan.asked),
     )
+
+
+def check_replayed(program: Program, plan: Plan) -> None:
+    """Check that a plan belongs to a program, and is consistent with it.
+
+    Raises:
+        ArtifactError: It belongs to another one, or was edited and is inconsistent.
+    """
+    if plan.fingerprint != program.fingerprint:
+        raise ArtifactError(
+            f"the plan was made for another {plan.model}: the structure of {program.name} differs "
+            "(layers, shapes or options); compile it again"
+        )
+    check_plan(program, plan)

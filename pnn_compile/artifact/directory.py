@@ -32,8 +32,9 @@ from passes.capture.model_copy import unwrap
 from passes.errors import ArtifactError, CaptureError, PnnError
 from passes.ir.example_inputs import call_signature
 from passes.ir.program import Program
-from passes.pipeline import PassResult
+from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
 from passes.plan.schema import Plan
+from passes.plan.validate import check_replayed
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
 from pnn_compile.artifact.modules import named_tensors, set_training_modes, training_modes
 from pnn_compile.artifact.program_json import (
@@ -47,7 +48,7 @@ from pnn_compile.artifact.program_json import (
 from pnn_compile.artifact.tensors import TensorFile, TensorReader, TensorWriter, assign
 from pnn_compile.artifact.values import few
 from pnn_compile.atomic import recover, replace_directory
-from pnn_compile.compiled import Compiled, check_replayed, replay
+from pnn_compile.compiled import Compiled, gather
 
 if TYPE_CHECKING:
     from pnn_compile.forecast.table import ForecastTable
@@ -176,7 +177,8 @@ def load(
     with _file_errors(folder / _WEIGHTS):
         check_operators(program, plan, data["network"]["tensors"], weights)
     with _file_errors(folder / _PLAN):
-        compiled = replay(program, plan, load_pass)
+        compilation, results = run_passes(Compilation(program=program, plan=plan), REPLAY)
+        compiled = gather(compilation, (load_pass, *results))
     if model is not None:
         with _file_errors(folder / _TENSORS):
             restore_tensors(program, data, values)

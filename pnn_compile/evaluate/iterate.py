@@ -18,12 +18,14 @@ import torch
 
 from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
+from passes.pipeline import Compilation, Pass
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, State
 from passes.transform.lockstep import chained_stages
 from passes.transform.sweep import Role, Step, sweep
+from pnn_compile.compiled import gather
 from pnn_compile.evaluate.error_estimate import ErrorEstimate
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
 from pnn_compile.inputs import batch_size, device_of, explained, named_batch
@@ -124,6 +126,16 @@ def count_iterations(compiled: Compiled) -> Compiled:
     )
     module = assemble(program, plan, compiled.stages, compiled.operators)
     return replace(compiled, plan=plan, module=module)
+
+
+def _iterate(c: Compilation) -> Compilation:
+    """Take as many iterations as the tolerance takes on the example inputs."""
+    counted = count_iterations(gather(c, ()))
+    return replace(c, plan=counted.plan, module=counted.module)
+
+
+ITERATE = Pass("iterate", ("plan", "operators", "module"), ("module",), _iterate)
+"""The pass that counts the iterations of a tolerance."""
 
 
 @contextmanager

@@ -22,11 +22,13 @@ from passes.coarse.select import coarse_candidates, preprocess_candidates
 from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec, Span
 from passes.ir.isolation import seeded
 from passes.options import Options
+from passes.pipeline import Compilation, Pass
 from passes.plan.build import with_operators
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, Operator
 from passes.transform.sweep import Symbol, sweep
 from passes.transform.synthesize import Operators, build_propagator
+from pnn_compile.compiled import gather
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
 from pnn_compile.fit.regression_sweep import Candidates, CurrentOperators, fit_closed_form
 from pnn_compile.inputs import CalibrationBatches, batch_size
@@ -307,3 +309,20 @@ class _CandidateBuilder:
         device = self._network.program.device
         with seeded(self._network.plan.seed):
             return [Operator(spec, build(spec).to(device).eval()) for spec in specs]
+
+
+def _calibrate(c: Compilation) -> Compilation:
+    """Fit the operators to samples; choose those that the options leave open by their error."""
+    assert c.samples is not None
+    compiled = gather(c, ())
+    if c.options is None or c.analysis is None:  # a plan is replayed: it decides
+        return dataclasses.replace(c, calibration=calibrate(compiled, c.samples))
+    chosen = choose(compiled, c.analysis, c.options, c.samples)
+    return dataclasses.replace(
+        c, plan=chosen.plan, operators=chosen.operators, module=chosen.module,
+        calibration=chosen.calibration,
+    )  # fmt: skip
+
+
+CALIBRATE = Pass("calibrate", ("samples", "plan", "module"), ("calibration",), _calibrate)
+"""The pass that fits preprocessing operators and coarse propagators to samples."""
