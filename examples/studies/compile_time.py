@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = " | ".join(f"{value:.2f}" for value in measured(blocks).values())
         print(f"| {f'{blocks} blocks' if blocks else 'six layers'} | {cells} |")
         return
-    print(
-        "| model | import | compile | verify | torch.export | forward |\n|---|---|---|---|---|---|"
-    )
+    print("| model | compile | verify | torch.export | forward |\n|---|---|---|---|---|")
     for blocks in options.blocks:
         command = [sys.executable, "-m", "examples.studies.compile_time"]
         done = subprocess.run([*command, "--row", "--blocks", str(blocks)], capture_output=True)

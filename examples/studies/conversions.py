@@ -43,9 +43,18 @@ CONVERSIONS = {
     "parareal, narrow": Conversion(
         options={"preprocess": "narrow"}, interfaces=0.5, epochs=0.5, controls=True
     ),
+    "copied blocks, narrow": Conversion(
+        options={"preprocess": "narrow", "coarse": "units", "coarse_budget": 1.0},
+        interfaces=0.5,
+        epochs=0.5,
+    ),
+    "copied blocks, first layers": Conversion(
+        options={"prologue": 0.07, "coarse": "units", "coarse_budget": 1.0}
+    ),
 }
 """Guesses from the input and rank 32 everywhere; the measured choice; or thinned or narrow copies
-of all before as guesses, which learn by themselves for half of the one epoch that all have."""
+of all before as guesses, which learn by themselves for half of the one epoch that all have. The
+last two correct by copied blocks, whose weights are fresh."""
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
 """Fits as shares of the training of the original; the ones that decide first."""

@@ -64,12 +64,12 @@ def test_every_network_and_control_is_trained_and_measured(
 ) -> None:
     rows = list(accuracy.STUDIES[study](accuracy.Study(make(), PRESET, seed=0)))
     names = {(row["network"], row["stages"]) for row in rows}
-    # Two shorter networks and the forms, or K = 1 to N = 3, or three ways to convert, two of them
-    # with controls; a fourth with its own where there are enough equal blocks to thin.
+    # Two shorter networks and the forms, or K = 1 to N = 3, or five ways to convert, two of them
+    # with controls; a sixth with its own where there are enough equal blocks to thin.
     per_stage = {
         "scratch": 14 if make is _task else 13,  # too few equal blocks to be thinned
         "iterations": 3,
-        "conversion": 7 if make is _vgg else 13,
+        "conversion": 9 if make is _vgg else 15,
     }[study]
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
     file = tmp_path / "rows.jsonl"
@@ -89,6 +89,20 @@ def test_attempts_are_fitted_and_measured(name: str) -> None:
     study = accuracy.Study(_vgg(), PRESET, seed=0, only=(name,))
     names = [row["network"] for row in accuracy.attempts(study)]
     assert len(set(names)) == len(names) == 2 + 2 * ATTEMPTS[name].controls
+
+
+def test_a_conversion_is_fitted_for_several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "LENGTHS", (0.5, 0.1))
+    study = accuracy.Study(_vgg(), PRESET, seed=0, only=("parareal, auto", "layers dropped"))
+    names = [row["network"] for row in accuracy.lengths(study)]
+    assert names == [
+        "original",
+        *(
+            f"{name}, after {share} of the training"
+            for share in ("50.0%", "10.0%")
+            for name in ("parareal, auto", "layers dropped, as fast as parareal, auto")
+        ),
+    ]
 
 
 def test_an_early_exit_starts_from_the_original(tmp_path: Path) -> None:

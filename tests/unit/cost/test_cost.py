@@ -179,8 +179,7 @@ def test_a_slow_segment_takes_longer() -> None:
     assert first > 5 * third > 0
     timed = measure_seconds(captured, [captured.order[:2], captured.order[2:]])
     whole, last = (seconds.total for seconds in timed)
-    assert whole > first / 3
-    assert last > 0
+    assert whole > last > 0
 
 
 class Sleeps(torch.autograd.Function):

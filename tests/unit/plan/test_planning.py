@@ -114,7 +114,8 @@ def test_measured_plans_have_seconds() -> None:
 
     assert (plan.cost, plan.forecast.unit) == ("measured", "seconds")
     assert plan.forecast.sequential == pytest.approx(total)
-    assert plan.forecast.makespan >= max(second or 0.0 for second in seconds)
+    slowest = max(second or 0.0 for second in seconds)
+    assert plan.forecast.makespan >= slowest * (1 - 1e-9)  # sums in another order
 
 
 def test_a_callable_is_named_and_balanced() -> None:
