@@ -2,9 +2,9 @@
 
 python -m examples.digits_sampler                        # trains the samplers, once
 python -m examples.studies.loops samples --kind ddim --steps 64 --stages 4,8,16
+python -m examples.studies.loops samples --kind ddim --steps 256 --stages 4,8,16
 python -m examples.studies.loops ode                     # a neural ODE classifier
 python -m examples.studies.loops recurrent               # one transformer block, 24 times
-python -m examples.studies.loops by_hand --steps 256 --stages 4,16 --fewer 69,134,198,33,50,67
 python -m examples.studies.loops estimates --stages 4,8  # estimated against true errors
 python -m examples.studies.loops batched --stages 8      # all stages of one device as one batch
 python -m examples.studies.loops picture                 # docs/loops.png
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from examples.digits_sampler import DDIM, SAMPLERS, Euler, build_model, digits
+from examples.digits_sampler import DDIM, SAMPLERS, WEIGHTS, Euler, build_model, digits
 from passes.analysis.analysis import Analysis
 from passes.capture.ladder import capture
 from passes.options import Options
@@ -41,7 +41,7 @@ from pnn_compile.inputs import named_batch
 PICTURE = Path(__file__).parents[2] / "docs" / "loops.png"
 SAMPLES = 256
 CHUNK = 64
-STUDIES = ("samples", "by_hand", "estimates", "ode", "recurrent", "batched", "picture")
+STUDIES = ("samples", "estimates", "ode", "recurrent", "batched", "picture")
 
 
 class Networks:
@@ -179,58 +179,6 @@ def samples(kind: str, steps: int, counts: Sequence[int], most: int) -> None:
             taken = sum(number for _, number in pairs) / len(pairs)
             result = torch.cat([part for part, _ in pairs])
             row(f"Picard, N = {count}, {tolerance:g}", result, "", f"{steps / taken:.2f}")
-
-
-def parareal(
-    sampler: DDIM | Euler, noise: torch.Tensor, count: int, most: int
-) -> list[torch.Tensor]:
-    """Return the samples after 1 to `most` iterations on equal stages, written by hand."""
-    ends = [sampler.steps * j // count for j in range(count + 1)]
-    spans = [*itertools.pairwise(ends)]
-
-    def fine(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        for i in range(start, stop):
-            x = sampler.step(x, i, i + 1)
-        return x
-
-    states, results = [noise], []
-    for span in spans:
-        states.append(sampler.step(states[-1], *span))
-    predicted = states[1:]
-    for _ in range(most):
-        outputs = [fine(x, *span) for x, span in zip(states, spans, strict=False)]
-        states = [noise]
-        for j, span in enumerate(spans):
-            before, predicted[j] = predicted[j], sampler.step(states[-1], *span)
-            states.append(outputs[j] + predicted[j] - before)
-        results.append(states[-1])
-    return results
-
-
-def by_hand(kind: str, steps: int, counts: Sequence[int], most: int, fewer: Sequence[int]) -> None:
-    """Print errors of many steps without compiling them, and of controls."""
-    sampler = build_model(kind, steps)
-    assert isinstance(sampler, DDIM | Euler)
-    noise = torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        target = SAMPLERS[kind](sampler.net, steps)(noise)
-        print("| network | error, mean | 95 % | largest |\n|---|---|---|---|")
-
-        def row(name: str, result: torch.Tensor) -> None:
-            error = errors(result, target)
-            cells = f"{error.mean():.2%} | {error.quantile(0.95):.2%} | {error.max():.2%}"
-            print(f"| {name} | {cells} |", flush=True)
-
-        for count in counts:
-            for number, result in enumerate(parareal(sampler, noise, count, most), 1):
-                row(f"N = {count}, K = {number}", result)
-        for number in fewer:
-            row(f"{number} steps", SAMPLERS[kind](sampler.net, number)(noise))
-        for count in counts:
-            pairs = [picard(sampler, part, count, 0.1) for part in noise.split(16)]
-            taken = sum(number for _, number in pairs) / len(pairs)
-            row(f"Picard, N = {count}, 0.1: {steps / taken:.2f} times the speed",
-                torch.cat([part for part, _ in pairs]))  # fmt: skip
 
 
 def estimates(kind: str, steps: int, counts: Sequence[int], most: int) -> None:
@@ -446,9 +394,11 @@ def main() -> None:
     parser.add_argument("--stages", type=_numbers, default=[4, 8, 16])
     parser.add_argument("--most", type=int, default=3, help="largest K")
     parser.add_argument("--seconds", type=float, default=30.0, help="to train a classifier")
-    parser.add_argument("--fewer", type=_numbers, default=[], help="steps of controls by hand")
     parser.add_argument("--device", default="cpu", help="of the batched stages")
     arguments = parser.parse_args()
+    trained = WEIGHTS / f"{arguments.kind}.pt"
+    if arguments.study not in ("ode", "recurrent") and not trained.exists():
+        parser.error(f"no {trained}: train the samplers first (python -m examples.digits_sampler)")
     torch.manual_seed(0)
     if arguments.study == "samples":
         samples(arguments.kind, arguments.steps, arguments.stages, arguments.most)
@@ -456,9 +406,6 @@ def main() -> None:
         classifiers(NeuralODE(), (64,), arguments.stages, arguments.seconds)
     elif arguments.study == "recurrent":
         classifiers(Recurrent(), (8, 8), arguments.stages, arguments.seconds)
-    elif arguments.study == "by_hand":
-        most, fewer = arguments.most, arguments.fewer
-        by_hand(arguments.kind, arguments.steps, arguments.stages, most, fewer)
     elif arguments.study == "estimates":
         estimates(arguments.kind, arguments.steps, arguments.stages, arguments.most)
     elif arguments.study == "batched":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -119,10 +120,33 @@ class Analysis:
         """Cost per FLOP, to estimate the cost of networks that are not part of the program."""
         return self.total / self.flops if self.flops else 1.0
 
+    @cached_property
+    def _flops_before(self) -> list[int]:
+        flops = (self.costs[node].flops for node in self.frontiers.order)
+        return [*itertools.accumulate(flops, initial=0)]
+
+    def flops_between(self, start: int, stop: int) -> int:
+        """Return the forward FLOPs of the nodes of a range of the order."""
+        return self._flops_before[stop] - self._flops_before[start]
+
     def block_flops(self, block: Block) -> int:
         """Return the forward FLOPs of a block."""
-        nodes = self.frontiers.order[block.start.index : block.stop.index]
-        return sum(self.costs[node].flops for node in nodes)
+        return self.flops_between(block.start.index, block.stop.index)
+
+    @cached_property
+    def loop_obstacle(self) -> str:
+        """Why the steps of the loop cannot be computed repeatedly; "" if they can."""
+        if self.loop is None:
+            return (
+                "the model has no loop in time: no part of half its work repeats with the same "
+                "weights"
+            )
+        for node in self.frontiers.order[self.loop.start : self.loop.positions[-1].index]:
+            if self.facts[node].random:
+                return f"a step draws random numbers ({node.name}): pass the noise as an input"
+            if self.facts[node].writes and not node.users:
+                return f"a step writes in place ({node.name})"
+        return ""
 
     @cached_property
     def trunk_blocks(self) -> list[Block]:
@@ -145,7 +169,7 @@ class Analysis:
 
     def down_sampling(self, position: Position) -> int:
         """Return the FLOPs of the trunk's blocks after a cut that change the shape of the state."""
-        end = self.trunk_end()
+        end = self.trunk_end
         return sum(
             self.block_flops(block)
             for block in self.blocks
@@ -153,13 +177,13 @@ class Analysis:
             if block.entering.shape != block.leaving.shape
         )
 
+    @cached_property
     def trunk_end(self) -> int:
         """Return the number of nodes up to the end of the trunk; the others may be the head."""
         order = self.frontiers.order
         if self.trunk_blocks:
             end = self.trunk_blocks[-1].stop.index
-            head_flops = sum(self.costs[node].flops for node in order[end:])
-            if head_flops <= _MAX_HEAD_SHARE * self.flops:
+            if self.flops_between(end, len(order)) <= _MAX_HEAD_SHARE * self.flops:
                 return end
         flops = [self.costs[node].flops for node in order]
         # Matrix products and convolutions have twice the FLOPs in the backward pass.

@@ -382,7 +382,7 @@ def with_sources(
     states = {
         depends[node]: node
         for node in program.order
-        if node not in recomputable and _is_state(facts[node])
+        if depends[node] and node not in recomputable and _is_state(facts[node])
     }
     result = dict(recomputable)
     for inputs, state in states.items():

@@ -86,8 +86,7 @@ def preprocess_estimate(analysis: Analysis, options: Options, position: Position
     if in_time(options.preprocess):
         # The chain of guesses takes one step longer than the sweep, which a stage waits for anyway;
         # a prediction follows.
-        before = analysis.frontiers.order[: demand_loop(analysis).start]
-        flops = sum(analysis.costs[node].flops for node in before)
+        flops = analysis.flops_between(0, demand_loop(analysis).start)
         return flops + 2 * options.units * _step_flops(analysis)
     if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
@@ -119,8 +118,7 @@ def coarse_estimate(
 def _step_flops(analysis: Analysis) -> float:
     """Return the FLOPs of a step of the loop."""
     loop = demand_loop(analysis)
-    nodes = analysis.frontiers.order[loop.start : loop.positions[-1].index]
-    return sum(analysis.costs[node].flops for node in nodes) / loop.steps
+    return analysis.flops_between(loop.start, loop.positions[-1].index) / loop.steps
 
 
 def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:

@@ -40,19 +40,9 @@ def demand_loop(analysis: Analysis) -> Loop:
     Raises:
         SynthesisError: There is none, or its steps cannot be computed repeatedly.
     """
-    loop = analysis.loop
-    if loop is None:
-        raise SynthesisError(
-            "the model has no loop in time: no part of half its work repeats with the same weights"
-        )
-    for node in analysis.frontiers.order[loop.start : loop.positions[-1].index]:
-        if analysis.facts[node].random:
-            raise SynthesisError(
-                f"a step draws random numbers ({node.name}): pass the noise as an input"
-            )
-        if analysis.facts[node].writes and not node.users:
-            raise SynthesisError(f"a step writes in place ({node.name})")
-    return loop
+    if analysis.loop is None or analysis.loop_obstacle:
+        raise SynthesisError(analysis.loop_obstacle)
+    return analysis.loop
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def _head(analysis: Analysis, options: Options) -> Position:
             f"{analysis.program.name} has no legal cut at all ({refused}); "
             "compile a submodule whose layers follow each other instead"
         )
-    end = analysis.trunk_end()
+    end = analysis.trunk_end
     after = [p for p in positions if p.index >= end] or [positions[-1]]
     head = min(after, key=lambda p: (len(p.state), not p.boundary, p.index))
     before = [position for position in positions if position.index < head.index]
