@@ -49,6 +49,7 @@ class Choices(TypedDict, total=False):
     sweep: Literal["chain", "collapsed", "auto"]
     iterations: int | Literal["auto"]
     tolerance: float | None
+    windows: int
     devices: DeviceProfile | Sequence[DeviceProfile] | None
     seed: int
 
@@ -104,6 +105,10 @@ class Options:
         tolerance: Largest estimated relative error of the last state, of every sample. The plan
             takes the K that the example inputs need; calls of the compiled network take as many
             iterations as their inputs need. Default for iterations="auto": 0.01.
+        windows: Number W of windows, runs of stages / W stages each that follow one another on
+            stages / W devices. Guesses start from the state before their window, so that more
+            windows are nearer to the original, and wait for each other more often. For chains of
+            one iteration.
         devices: One profile for all devices, or one each for at least as many devices as stages;
             their memory and links count. Empty: equal devices, with free links and memory.
         seed: Seed of the initial weights of the coarse networks.
@@ -127,6 +132,7 @@ class Options:
     sweep: str = "chain"
     iterations: int | Literal["auto"] = 1
     tolerance: float | None = None
+    windows: int = 1
     devices: tuple[DeviceProfile, ...] = ()
     seed: int = 0
 
@@ -192,6 +198,9 @@ class Options:
         _among("sweep", self.sweep, CHOICES["sweep"])
         if self.sweep == "collapsed":
             self._check_collapsed()
+        _at_least("windows", self.windows, 1)
+        if self.windows > 1:
+            self._check_windows()
         if self.devices:
             self._check_devices()
         if isinstance(self.cuts, str):
@@ -256,6 +265,24 @@ class Options:
             raise OptionError(
                 f"{self.stages} stages need a device each (devices={len(self.devices)}): list "
                 "more devices, one profile for all, or ask for fewer stages"
+            )
+
+    def _check_windows(self) -> None:
+        from passes.coarse.family import starts_anywhere
+
+        if self.num_stages is None or self.num_stages % self.windows:
+            raise OptionError(
+                f"windows={self.windows} need a number of stages that they divide, such as "
+                f"stages={3 * self.windows} for 3 devices (got {self.num_stages or 'auto'})"
+            )
+        if self.sweep != "chain" or self.count != 1 or self.tolerance is not None:
+            raise OptionError("windows need sweep='chain', iterations=1 and no tolerance")
+        if self.devices:
+            raise OptionError("windows are cut for equal devices: leave devices= out")
+        if not starts_anywhere(self.preprocess):
+            raise OptionError(
+                f"preprocess={self.preprocess!r} guesses from the inputs, and windows from the "
+                "state before them: use preprocess='auto', 'linear' or 'identity'"
             )
 
     def _check_collapsed(self) -> None:

@@ -75,10 +75,7 @@ class Compiled:
 
     def __repr__(self) -> str:
         plan = self.plan
-        return (
-            f"<{type(self).__name__} {printable(plan.model)}: {len(plan.stages)} stages, "
-            f"{plan.correction} form, K = {plan.iterations}>"
-        )
+        return f"<{type(self).__name__} {printable(plan.model)}: {plan.form}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network, with as many iterations as its tolerance takes, or its plan says.

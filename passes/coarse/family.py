@@ -241,6 +241,11 @@ def in_time(family: str) -> bool:
     return any(row.in_time for row in rows_of(family))
 
 
+def starts_anywhere(family: str) -> bool:
+    """Return whether preprocessing operators of a family may read a state in place of inputs."""
+    return family == "auto" or options_of("preprocess", family) is PreprocessOptions
+
+
 def options_of(role: OperatorRole, family: str) -> type[PreprocessOptions] | type[CoarseOptions]:
     """Return the options class of a family, or of a sum: the one that extends all others.
 
@@ -272,6 +277,8 @@ def _prologue(
     program: Program, options: PreprocessOptions
 ) -> tuple[nn.Module | None, Sequence[TensorSpec]]:
     """Build the map from inputs to sources: copies of layers, coarse steps, or the embedding."""
+    if options.window:
+        return None, options.sources
     if isinstance(options, NarrowOptions):
         return build_narrow(program, options)
     if isinstance(options, FrontOptions):

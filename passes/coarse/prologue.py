@@ -25,7 +25,7 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.analysis.dependence import PreprocessingSource
+from passes.analysis.dependence import FLOAT_DTYPES, PreprocessingSource
 from passes.coarse.family import copies_blocks, options_of
 from passes.coarse.narrow import narrow_spec
 from passes.coarse.narrow_guess import NarrowOptions
@@ -56,6 +56,7 @@ class PreprocessOrigin:
         copied: All nodes that are copied.
         flops: FLOPs of the copies.
         share: Share of the channels at which the copies of `nodes` work.
+        window: Whether the sources are the state before a window.
     """
 
     sources: tuple[PreprocessingSource, ...]
@@ -64,6 +65,7 @@ class PreprocessOrigin:
     copied: tuple[fx.Node, ...] = ()
     flops: int = 0
     share: float = 1.0
+    window: bool = False
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -92,13 +94,30 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Preprocess
     elif limit:
         origin = _first_layers(analysis, limit, cut)
     origin = origin or PreprocessOrigin(analysis.sources)
-    usable = tuple(
-        source
-        for source in origin.sources
-        if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
-    )
+    usable = _usable(analysis, origin.sources, cut)
     flops = origin.share**2 * sum(analysis.costs[node].flops for node in origin.copied)
     return dataclasses.replace(origin, sources=usable, flops=round(flops))
+
+
+def window_origin(analysis: Analysis, window: Position, cut: Position) -> PreprocessOrigin:
+    """Take the state before a window as sources of the state at a cut inside it."""
+    sources = tuple(
+        PreprocessingSource(node, spec)
+        for node, spec in zip(window.state, window.specs, strict=True)
+        if spec.dtype in FLOAT_DTYPES
+    )
+    return PreprocessOrigin(_usable(analysis, sources, cut), window=True)
+
+
+def _usable(
+    analysis: Analysis, sources: Sequence[PreprocessingSource], cut: Position
+) -> tuple[PreprocessingSource, ...]:
+    """Keep the sources that a component of the state at a cut may read."""
+    return tuple(
+        source
+        for source in sources
+        if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
+    )
 
 
 def is_narrow(family: str) -> bool:
@@ -214,7 +233,7 @@ def options_from(
     analysis: Analysis, options: Options, origin: PreprocessOrigin, reads: Reads | None
 ) -> PreprocessOptions:
     """Describe the sources of a preprocessing operator, and how inputs lead to them."""
-    used, sides = _requirements(analysis, origin)
+    used, sides = ((), []) if origin.window else _requirements(analysis, origin)
     plain = PreprocessOptions(
         rank=options.rank,
         sources=tuple(SourceSpec(**vars(s.spec), name=s.node.name) for s in origin.sources),
@@ -223,6 +242,7 @@ def options_from(
         sides=tuple(sides),
         prologue=options.prologue,
         reads=reads,
+        window=origin.window or None,
     )
     if origin.share != 1:
         return NarrowOptions(**vars(plain), share=origin.share)

@@ -40,6 +40,7 @@ from passes.coarse.prologue import (
     options_from,
     origin_of,
     too_expensive,
+    window_origin,
 )
 from passes.coarse.spec import (
     CoarseOptions,
@@ -88,6 +89,8 @@ def preprocess_estimate(analysis: Analysis, options: Options, position: Position
         # a prediction follows.
         flops = analysis.flops_between(0, demand_loop(analysis).start)
         return flops + 2 * options.units * _step_flops(analysis)
+    if options.windows > 1:
+        return linear_flops(position.specs, position.specs)
     if copies_blocks(options.preprocess):
         mapped = linear_flops(position.specs, position.specs)
         return front_estimate(analysis, options, position) + mapped
@@ -134,7 +137,11 @@ def stage_budget(analysis: Analysis, options: Options, stages: int) -> float:
 
 
 def choose_preprocess(
-    analysis: Analysis, options: Options, cut: Position, state: Sequence[Value]
+    analysis: Analysis,
+    options: Options,
+    cut: Position,
+    state: Sequence[Value],
+    window: Position | None = None,
 ) -> PreprocessSpec:
     """Choose the preprocessing operator of a state.
 
@@ -143,6 +150,7 @@ def choose_preprocess(
         options: Options of the compilation.
         cut: Where the stage begins.
         state: The components that it reads.
+        window: The cut before its window; None if the guess starts from the inputs.
 
     Raises:
         SynthesisError: The state depends on no usable source, or the family of the options does
@@ -150,7 +158,10 @@ def choose_preprocess(
     """
     if in_time(options.preprocess):
         return _choose_start(analysis, options, cut, state)
-    origin = origin_of(analysis, options, cut)
+    if window is None:
+        origin = origin_of(analysis, options, cut)
+    else:
+        origin = window_origin(analysis, window, cut)
     if not origin.sources:
         raise SynthesisError(
             f"{analysis.program.name} has no floating-point input that follows the batch, and no "
@@ -165,7 +176,7 @@ def choose_preprocess(
         node = cut.state[0]
         raise SynthesisError(too_expensive(options, f"before {provenance(node).path or node.name}"))
     if family == "auto":
-        family = "convolution" if convolves else "linear"
+        family = "convolution" if convolves and window is None else "linear"
     elif "convolution" in family.split("+") and not convolves:
         raise SynthesisError(
             "preprocess='convolution' needs one image-like input of no lower resolution than the "
@@ -249,6 +260,7 @@ def preprocess_candidates(
     stages: int,
     cut: Position,
     state: Sequence[Value],
+    window: Position | None = None,
 ) -> list[PreprocessSpec]:
     """List the preprocessing operators among which a closed-form fit chooses.
 
@@ -262,8 +274,9 @@ def preprocess_candidates(
             dataclasses.replace(options, preprocess=family, rank=rank, prologue=share),
             cut,
             state,
+            window,
         )
-        for share in sorted({0.0, share})
+        for share in sorted({0.0, share} if window is None else {0.0})
         for family, rank in _variants(options)
     ]
     # An operator that takes longer than half a stage would consume the speed-up.

@@ -61,6 +61,8 @@ class PreprocessOptions:
         prologue: Share of the cost of the original that the copy may take; None if not set.
         reads: Which sources each component of the state may depend on; all if None.
         width: Most channels inside of family "convolution"; None for those of the state.
+        window: Whether the sources are values of the corrected state before the window, which it
+            takes in place of inputs.
     """
 
     rank: Count
@@ -71,6 +73,12 @@ class PreprocessOptions:
     prologue: float | None = None
     reads: Reads | None = None
     width: Count | None = None
+    window: bool | None = None
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the values of the state before the window that it takes."""
+        return tuple(source.name for source in self.sources) if self.window else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,10 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         for position, why in zip(positions, reasons, strict=True)
     )
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
-    for number in range(1, len(stages)):
+    size = len(stages) // options.windows
+    for number in range(len(stages)):
+        if not number % size:
+            continue  # the first stage of a window reads a state that is there
         stages[number] = _with_operators(analysis, cut, stages, interfaces, number, options)
     if any(cut.devices):
         stages = _with_memory(analysis, cut, stages, interfaces, options)
@@ -83,6 +86,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         ties=_ties(analysis, positions),
         notes=(*filter(None, (cut.note, _small(stages))), *_notes(analysis, options, forecast)),
         tolerance=options.tolerance,
+        windows=options.windows,
         asked=OperatorOptions(
             options.coarse, options.coarse_budget, options.units, options.rank,
             options.preprocess, options.prologue, options.coarse_width,
@@ -105,9 +109,11 @@ def _with_operators(
     if options.sweep == "collapsed":  # straight to the last state
         stop = cut.positions[-1]
     span = Span(analysis, options, start, stop, entering, leaving)
+    first = number - number % (len(stages) // options.windows)
+    window = cut.positions[first - 1] if first else None
     return dataclasses.replace(
         stage,
-        preprocess=choose_preprocess(analysis, options, start, entering),
+        preprocess=choose_preprocess(analysis, options, start, entering, window),
         coarse=choose_coarse(span, stage_budget(analysis, options, len(stages))),
     )
 
@@ -201,7 +207,7 @@ def _with_memory(
     filled = []
     for number, (stage, start, stop) in enumerate(zip(stages, starts, stops, strict=True)):
         size = memory.span(start, stop)
-        if number:
+        if stage.preprocess is not None:
             size += memory.entry(stage.operator_parameters, interfaces[number - 1].bytes)
         filled.append(dataclasses.replace(stage, memory=round(size)))
     return filled

@@ -5,7 +5,8 @@ A step of N stages and K iterations takes
     makespan + (K - 1) slowest + K sweep + head
 
 where `makespan` is the slowest stage with its preprocessing operator, `slowest` the slowest fine
-stage alone, and `sweep` the coarse propagators and links of one iteration. The objective of the
+stage alone (of several windows, the sums of theirs), and `sweep` the coarse propagators and links
+of one iteration. The objective of the
 partition (`passes.partition.problem`) is the same model for K = 1. `passes.schedule.simulate` is
 the exact model that it approximates; `Forecast.of` says where the two differ.
 """
@@ -25,6 +26,7 @@ from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
 from passes.partition.problem import Phases
 from passes.plan.schema import Forecast, Interface, Plan, Stage
+from passes.transform.sweep import windows_of
 
 BOTTLENECKS = {
     "block": "the largest piece that cannot be cut",
@@ -60,7 +62,14 @@ class StepCosts:
     head: float
 
     def forecast(
-        self, sweep: str, iterations: int, *, unit: str, sequential: float, gap: float
+        self,
+        sweep: str,
+        iterations: int,
+        *,
+        unit: str,
+        sequential: float,
+        gap: float,
+        windows: int = 1,
     ) -> Forecast:
         """Put the parts of a step together.
 
@@ -70,6 +79,7 @@ class StepCosts:
             unit: Unit of the costs.
             sequential: Cost of the original network.
             gap: Relative distance of the cut from the optimum.
+            windows: Number of windows, one after another.
         """
         coarse, link = sum(self.coarse), sum(self.links)
         if sweep == "collapsed":
@@ -77,13 +87,18 @@ class StepCosts:
             depth = math.ceil(math.log2(len(self.fine)))
             coarse, link = max(self.coarse), max(self.links, default=0.0) * depth
         with_preprocess = [_sum(*pair) for pair in zip(self.fine, self.preprocess, strict=True)]
-        slowest = Phases.slowest(self.fine).makespan
-        share = (sequential - self.head) / len(self.fine)
+        windowed = windows_of(len(self.fine), windows)
+
+        def slowest_of(parts: Sequence[Phases]) -> float:
+            return sum(Phases.slowest([parts[j] for j in window]).makespan for window in windowed)
+
+        slowest = slowest_of(self.fine)
+        share = (sequential - self.head) / len(windowed[0])
         return Forecast.of(
             iterations,
             unit=unit,
             sequential=sequential,
-            makespan=Phases.slowest(with_preprocess).makespan,
+            makespan=slowest_of(with_preprocess),
             slowest=slowest,
             sweep=coarse + link,
             tail=self.head,
@@ -146,6 +161,7 @@ def forecast_step(
         unit=analysis.unit,
         sequential=min(device.total for device in costs),
         gap=gap,
+        windows=options.windows,
     )
 
 

@@ -279,6 +279,7 @@ class Plan:
         asked: The options of the operators; None in plans of versions that did not store them.
         tolerance: Estimated relative error down to which calls iterate; None for the iterations of
             the plan.
+        windows: Number W of windows; `passes.transform.sweep` says what they are.
         schema: Version of this format.
     """
 
@@ -297,6 +298,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     asked: OperatorOptions | None = None
     tolerance: float | None = None
+    windows: int = 1
     schema: int = SCHEMA
 
     def forecasts(self, most: int) -> tuple[Forecast, ...]:
@@ -314,6 +316,38 @@ class Plan:
     def enters(self, number: int) -> tuple[Value, ...]:
         """Return the values that a stage after the first reads, which its guess stands for."""
         return entering_values(self.stages, self.interfaces, number)
+
+    @property
+    def devices(self) -> int:
+        """Number of devices that compute at once: the stages of a window."""
+        return len(self.stages) // self.windows
+
+    @property
+    def form(self) -> str:
+        """What kind of network it is, in words."""
+        windows = f" in {self.windows} windows" if self.windows > 1 else ""
+        return (
+            f"{len(self.stages)} stages{windows}, {self.correction} form, {self.sweep} sweep, "
+            f"K = {self.iterations}"
+        )
+
+    @property
+    def most_iterations(self) -> int:
+        """Largest number of iterations: N of a chain; a collapsed sweep and windows have one."""
+        return 1 if self.sweep == "collapsed" or self.windows > 1 else len(self.stages)
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """Device of every stage, if each stage of a window has a device of its own."""
+        return tuple(number % self.devices for number in range(len(self.stages)))
+
+    def opens_window(self, number: int) -> bool:
+        """Return whether a stage reads a corrected state, and has neither guess nor correction."""
+        return number % self.devices == 0
+
+    def window_start(self, number: int) -> int:
+        """Return the first stage of the window of a stage."""
+        return number - number % self.devices
 
     @property
     def predicts(self) -> bool:

@@ -67,6 +67,15 @@ class _Checker:
                 "plan.interfaces",
                 f"has {len(plan.interfaces)} entries for {len(plan.stages)} stages: one per stage",
             )
+        if plan.windows < 1 or len(plan.stages) % plan.windows:
+            yield (
+                "plan.windows",
+                f"is {plan.windows!r}: it should divide {len(plan.stages)} stages",
+            )
+        if plan.windows > 1:
+            yield from _among("plan.sweep", plan.sweep, ("chain",), "windows")
+            yield from _among("plan.iterations", plan.iterations, (1,), "windows")
+            yield from _among("plan.tolerance", plan.tolerance, (None,), "windows")
         for number, face in enumerate(plan.interfaces):
             yield from self._interface(f"plan.interfaces[{number}]", face)
         for number in range(len(plan.stages)):
@@ -110,11 +119,15 @@ class _Checker:
             "coarse": stage.coarse,
         }
         for role, spec in specs.items():
-            if spec is not None and not number:
-                yield f"{place}.{role}", "must be null: the first stage starts from the inputs"
+            if spec is not None and self.plan.opens_window(number):
+                yield (
+                    f"{place}.{role}",
+                    "must be null: the first stage starts from the inputs, and that of a window "
+                    "from the state before it",
+                )
             elif spec is not None:
                 yield from self._operator(number, f"{place}.{role}.options", spec)
-            elif number:
+            elif not self.plan.opens_window(number):
                 yield f"{place}.{role}", "is null: every stage after the first has one"
 
     def _reads(self, place: str, inputs: Sequence[str], sides: Sequence[str]) -> _Problems:
@@ -126,6 +139,11 @@ class _Checker:
         entering = len(self.plan.stages[number].consumes)
         if isinstance(options, PreprocessOptions):
             entering, leaving = len(options.sources), self.plan.enters(number)
+            start = self.plan.window_start(number)
+            inside = (True,) if start else (None, False)
+            yield from _among(f"{place}.window", options.window, inside)
+            before = _state(self.plan, start - 1) if start else []
+            yield from _each_among(f"{place}.sources", options.state, before)
         yield from _each_among(f"{place}.inputs", options.inputs, self.inputs)
         yield from self._annotated(place, options, type(options), options.inputs)
         if options.reads is not None:
@@ -289,6 +307,7 @@ def stored_options(plan: Plan, cuts: tuple[str, ...]) -> Options:
         sweep=plan.sweep,
         iterations=plan.iterations,
         tolerance=plan.tolerance,
+        windows=plan.windows,
         seed=plan.seed,
         **dataclasses.asdict(plan.asked),
     )

@@ -13,6 +13,8 @@ the same backward:
     rank 2  p f f f f       * c *                           * C *     F F F F P
     rank 3  p f f f f           * c h H C *  F F F F P
 
+In windows, the state before a window goes to every rank, whose guesses and fine stages then start.
+
 With K iterations, iteration k (from 0) computes the stages k to N - K + k: the stages before are
 exact by then, and the stages after do not reach any result. A state that arrives in one iteration
 is the input of the stage in the next, so each state and each adjoint is one message.
@@ -40,7 +42,7 @@ from typing import Protocol
 
 from passes.plan.schema import Plan
 from passes.schedule.instruction import EXPECTS, Instruction, Kind
-from passes.transform.sweep import Role, Symbol
+from passes.transform.sweep import Role, Symbol, windows_of
 from passes.transform.sweep import sweep as list_steps
 
 
@@ -54,12 +56,14 @@ class Sweep:
         sources: By stage, the stages that compute its inputs; empty if each stage reads the one
             before. Irrelevant in a chain, whose states carry everything.
         predicts: Whether coarse propagators predict states; see `passes.transform.sweep`.
+        windows: Number W of windows; see there.
     """
 
     kind: str = "chain"
     iterations: int = 1
     sources: tuple[tuple[int, ...], ...] = ()
     predicts: bool = False
+    windows: int = 1
 
     @classmethod
     def of(cls, plan: Plan) -> Sweep:
@@ -67,7 +71,7 @@ class Sweep:
         producer = {name: i for i, stage in enumerate(plan.stages) for name in stage.produces}
         sources = (sorted({producer[name] for name in s.consumes}) for s in plan.stages)
         iterations = min(plan.iterations, len(plan.stages))
-        return cls(plan.sweep, iterations, tuple(map(tuple, sources)), plan.predicts)
+        return cls(plan.sweep, iterations, tuple(map(tuple, sources)), plan.predicts, plan.windows)
 
     def reads(self, stage: int) -> tuple[int, ...]:
         """Return the stages that compute the inputs of a stage."""
@@ -83,9 +87,13 @@ class Sweep:
         computed = [s.stage for s in steps if s.role is Role.FINE and s.iteration == iteration]
         return range(computed[0], computed[-1] + 1)
 
-    def corrected(self, stages: int, iteration: int) -> range:
-        """Return which stages an iteration corrects: all that it computes but the first, exact."""
-        return self.computed(stages, iteration)[1:]
+    def corrected(self, stages: int, iteration: int) -> list[int]:
+        """Return which stages an iteration corrects: all that it computes but the first, exact.
+
+        Nor is the first stage of any other window corrected.
+        """
+        opening = {window[0] for window in windows_of(stages, self.windows)[1:]}
+        return [j for j in self.computed(stages, iteration)[1:] if j not in opening]
 
     def corrector(self, stage: int) -> int:
         """Return the stage on whose rank the coarse propagator of a stage lives."""
@@ -165,7 +173,10 @@ class _ChainLists:
     def __init__(
         self, placement: tuple[int, ...], sweep: Sweep, stages_of: Sequence[Sequence[int]]
     ) -> None:
-        steps = list_steps(len(placement), sweep.kind, sweep.iterations, predicts=sweep.predicts)
+        steps = list_steps(
+            len(placement), sweep.kind, sweep.iterations,
+            predicts=sweep.predicts, windows=sweep.windows,
+        )  # fmt: skip
         readers: dict[Symbol, set[int]] = {}  # ranks that read a state
         for step in steps:
             for symbol in step.reads:
@@ -173,15 +184,18 @@ class _ChainLists:
         ends = {(s.stage, s.iteration) for s in steps if s.role is Role.CORRECT}
         coarse = {(s.stage, s.iteration) for s in steps if s.role is Role.COARSE}
         self._corrected = coarse & ends
+        guessed = {step.stage for step in steps if step.role is Role.PREPROCESS}
+        first, *_ = windows_of(len(placement), sweep.windows)
         # By rank: what waits for no state of another rank, and all that follows.
         self._start: list[list[Instruction]] = [[] for _ in stages_of]
         self._sweep: list[list[Instruction]] = [[] for _ in stages_of]
         for step in steps:
             rank, stage, k = placement[step.stage], step.stage, step.iteration
             if step.role is Role.FINE and not k:
-                if stage:
-                    self._start[rank].append(Instruction(Kind.GUESS, stage, 0))
-                self._start[rank].append(Instruction(Kind.FINE, stage, 0))
+                begin = (self._start if stage in first else self._sweep)[rank]
+                if stage in guessed:
+                    begin.append(Instruction(Kind.GUESS, stage, 0))
+                begin.append(Instruction(Kind.FINE, stage, 0))
             elif step.role is Role.COARSE and step.writes.letter == "p":
                 self._start[rank].append(Instruction(Kind.PREDICT, stage, 0))
             elif step.role is Role.COARSE and (stage, k) not in ends:
@@ -190,8 +204,9 @@ class _ChainLists:
             elif step.role in _COMPUTES:
                 self._sweep[rank].append(Instruction(_COMPUTES[step.role], stage, 0, None, k))
             if step.role is Role.CORRECT:
-                # A state travels as soon as it is there, to the rank of the stage after.
-                for reader in readers[step.writes] - {rank}:
+                # A state travels as soon as it is there: to the rank of the stage after, and before
+                # a window to all ranks, which guess from it.
+                for reader in sorted(readers[step.writes] - {rank}):
                     self._sweep[rank].append(Instruction(Kind.SEND, stage, 0, reader, k))
                     self._sweep[reader].append(Instruction(Kind.RECEIVE, stage, 0, rank, k))
 

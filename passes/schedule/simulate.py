@@ -263,7 +263,7 @@ def step_trace(plan: Plan) -> dict[str, Any]:
     Raises:
         RuntimeFault: The costs of the plan are those of a callable, which it does not store.
     """
-    step = simulate(schedule(range(len(plan.stages)), Sweep.of(plan)), Times.of(plan))
+    step = simulate(schedule(plan.placement, Sweep.of(plan)), Times.of(plan))
     return chrome_trace(step, scale=_MICROSECONDS if plan.forecast.unit == "seconds" else _PER_FLOP)
 
 

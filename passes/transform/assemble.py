@@ -22,7 +22,7 @@ from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.network import CALL, Call, Network
 from passes.transform.split import Stages
-from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
+from passes.transform.sweep import Role, Step, in_sequence, steps_of, walk
 from passes.transform.synthesize import Operators
 
 _State = dict[str, fx.Node]
@@ -64,9 +64,7 @@ def assemble(
         A GraphModule with children `fine_j`, `preprocess_j`, `coarse_j` (j from 0; the first
         stage has a fine network only) and `head`; arguments and outputs are those of the model.
     """
-    steps = sweep(
-        len(plan.stages), plan.sweep, plan.iterations, reuse=reuse, predicts=plan.predicts
-    )
+    steps = steps_of(plan, reuse=reuse)
     return _network(program, plan, stages, operators, steps, f"Parareal{program.name}")
 
 
@@ -123,7 +121,9 @@ class _Writer:
     def _preprocess(self, step: Step, states: Sequence[_State]) -> _State:
         stage = self.plan.stages[step.stage]
         assert stage.preprocess is not None
-        result = self._call(step, "x", [], stage.preprocess.options.inputs)
+        options = stage.preprocess.options
+        state = [states[0][name] for name in options.state]
+        result = self._call(step, "x", state, options.inputs)
         return self._unpack(step, result, stage.consumes)
 
     def _fine(self, step: Step, states: Sequence[_State]) -> _State:

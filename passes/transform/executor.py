@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from passes.coarse.spec import OperatorSpec
+from passes.coarse.spec import OperatorSpec, PreprocessSpec
 from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.transform.lockstep import Lockstep
 from passes.transform.split import Stages
-from passes.transform.sweep import Role, Step, in_sequence, sweep, walk
+from passes.transform.sweep import Role, Step, in_sequence, steps_of, walk
 from passes.transform.synthesize import Operators
 
 State = dict[str, torch.Tensor]
@@ -128,7 +128,7 @@ class Executor:
         """Do one step of a sweep, given the states that it reads; not the head."""
         number = step.stage
         if step.role is Role.PREPROCESS:
-            return self.guess(number, inputs)
+            return self.guess(number, inputs, *states)
         if step.role is Role.FINE:
             return self.fine(number, states[0] if number else {}, inputs)
         if step.role is Role.RESIDUAL:
@@ -159,9 +159,7 @@ class Executor:
 
     def corrected_state(self, inputs: Mapping[str, Any]) -> State:
         """Return the state that the head of the parareal network reads, after its iterations."""
-        plan = self.plan
-        steps = sweep(len(plan.stages), plan.sweep, plan.iterations, predicts=plan.predicts)
-        *_, (_, last) = self.run(steps, inputs)
+        *_, (_, last) = self.run(steps_of(self.plan), inputs)
         return last
 
     def advance(self, number: int, state: State, produced: State) -> State:
@@ -170,11 +168,19 @@ class Executor:
         both = {**state, **produced}
         return {name: both[name] for name in crossing}
 
-    def guess(self, number: int, inputs: Mapping[str, Any]) -> State:
-        """Guess the state that enters stage `number`."""
+    def guess(self, number: int, inputs: Mapping[str, Any], before: State | None = None) -> State:
+        """Guess the state that enters stage `number`, from the state before its window if any."""
         guess = self.guesses[number]
-        result = guess.network(*self.given(guess.spec.options.inputs, inputs))
+        result = guess.network(*self.guess_arguments(guess, inputs, before or {}))
         return _named(self.plan.stages[number].consumes, result)
+
+    def guess_arguments(
+        self, guess: Operator, inputs: Mapping[str, Any], before: State
+    ) -> list[Any]:
+        """Return the arguments of a preprocessing operator."""
+        assert isinstance(guess.spec, PreprocessSpec)
+        options = guess.spec.options
+        return [*(before[name] for name in options.state), *self.given(options.inputs, inputs)]
 
     def correct(self, number: int, guess: State, true: State, inputs: Mapping[str, Any]) -> State:
         """Estimate the change of the output of stage `number` from the guess to the true state.

@@ -22,6 +22,10 @@ prediction of the iteration before,
 
 which is the difference form with one call in the sweep in place of two.
 
+In W **windows** the trunk is divided into W runs of stages, one run after another. A window is a
+parareal network of its own: its first stage reads the corrected state u before the window, which
+needs no guess, and the guesses of its other stages are made from that state in place of the inputs.
+
 The docstring of `sweep` lists the steps of two stages. The fx graph, the eager executor, the ONNX
 writer, CUDA streams and the lists of ranks walk over these steps; none states the iteration again.
 """
@@ -32,7 +36,10 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from passes.plan.schema import Plan
 
 _T = TypeVar("_T")
 
@@ -73,6 +80,7 @@ class Step:
             RESIDUAL: the state after the stage before, and the input of the stage. COARSE: the
             residual, and the input of the stage. CORRECT: the state after the stage before unless
             it is the first stage, the output of the stage, and corrections. HEAD: the last state.
+            PREPROCESS: the state before the window, nothing in the first window.
             Of predictions, COARSE reads a state alone, RESIDUAL the output of the stage and a
             prediction, and CORRECT the residual in place of the output.
         writes: The state that it writes.
@@ -97,11 +105,12 @@ def sweep(
     prune: bool = True,
     predicts: bool = False,
     chained: Collection[int] = (),
+    windows: int = 1,
 ) -> tuple[Step, ...]:
     """List the steps of a parareal network, in a valid order of execution.
 
     Args:
-        stages: Number N of stages.
+        stages: Number of stages of all windows.
         kind: "chain" or "collapsed", which has one iteration.
         iterations: Number K of iterations.
         reuse: Whether iteration k takes the first k states, which are exact by then, from the
@@ -110,6 +119,7 @@ def sweep(
             last stages of the first iterations.
         predicts: Whether coarse propagators predict states, as those of a loop in time.
         chained: Of predictions, the stages whose guess is the prediction of the stage before.
+        windows: Number W of windows of equally many stages; of a chain without predictions.
 
     >>> for step in sweep(2):
     ...     print(step)
@@ -122,32 +132,59 @@ def sweep(
     u_1 <- correct_1(u_0, y_1, c_1)
     out_1 <- head_1(u_1)
     """
-    entering: dict[int, Symbol] = {}
     steps: list[Step] = []
-    for stage in range(1, stages):
-        if stage in chained:
-            steps.append(_prediction(stage - 1, entering))
-        else:
-            steps.append(Step(Role.PREPROCESS, stage, 0, (), Symbol("x", stage)))
-        entering[stage] = steps[-1].writes
     states: dict[int, Symbol] = {}
-    for iteration in range(min(iterations, stages)):
-        computed = range(iteration if reuse else 0, stages)
-        for stage in computed:
-            reads = (entering[stage],) if stage else ()
-            steps.append(Step(Role.FINE, stage, iteration, reads, Symbol("y", stage, iteration)))
-        if predicts:
-            if not iteration:
-                rest = (j for j in computed if j and j + 1 not in chained)
-                steps += (_prediction(stage, entering) for stage in rest)
-            steps += _predicted(computed, iteration, states)
-        else:
-            add = _collapsed if kind == "collapsed" else _chain
-            steps += add(computed, iteration, entering, states)
-        entering = {stage: states[stage - 1] for stage in range(1, stages)}
+    for window in windows_of(stages, windows):
+        entering: dict[int, Symbol] = {}
+        before = tuple(states[j - 1] for j in window[:1] if j)
+        for stage in window[1:]:
+            if stage in chained:
+                steps.append(_prediction(stage - 1, entering))
+            else:
+                steps.append(Step(Role.PREPROCESS, stage, 0, before, Symbol("x", stage)))
+            entering[stage] = steps[-1].writes
+        if before:
+            entering[window[0]] = before[0]
+        for iteration in range(min(iterations, len(window))):
+            computed = window[iteration if reuse else 0 :]
+            for stage in computed:
+                reads = (entering[stage],) if stage else ()
+                output = Symbol("y", stage, iteration)
+                steps.append(Step(Role.FINE, stage, iteration, reads, output))
+            if predicts:
+                if not iteration:
+                    rest = (j for j in computed if j and j + 1 not in chained)
+                    steps += (_prediction(stage, entering) for stage in rest)
+                steps += _predicted(computed, iteration, states)
+            else:
+                add = _collapsed if kind == "collapsed" else _chain
+                steps += add(computed, iteration, entering, states)
+            entering = {stage: states[stage - 1] for stage in window if stage}
     last = states[stages - 1]
     steps.append(Step(Role.HEAD, stages - 1, last.iteration, (last,), _out(last)))
     return _needed(steps) if prune else tuple(steps)
+
+
+def steps_of(plan: Plan, *, reuse: bool = True) -> tuple[Step, ...]:
+    """List the steps of the network of a plan; the argument is that of `sweep`."""
+    return sweep(
+        len(plan.stages),
+        plan.sweep,
+        plan.iterations,
+        reuse=reuse,
+        predicts=plan.predicts,
+        windows=plan.windows,
+    )
+
+
+def windows_of(stages: int, windows: int) -> list[range]:
+    """Divide the numbers of stages into windows of equally many.
+
+    >>> windows_of(6, 2)
+    [range(0, 3), range(3, 6)]
+    """
+    size = stages // windows
+    return [range(first, first + size) for first in range(0, stages, size)]
 
 
 def _chain(

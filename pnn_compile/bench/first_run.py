@@ -113,8 +113,8 @@ def first_run(
         RuntimeFault: There are more ranks than stages, or a rank failed.
     """
     compiled = load(path)
-    ranks = ranks or len(compiled.plan.stages)
-    place(len(compiled.plan.stages), ranks)
+    ranks = ranks or compiled.plan.devices
+    place(len(compiled.plan.stages), ranks, compiled.plan.windows)
     batch = batch or batch_size(compiled.program.args)
     check_batch_size(compiled, batch)
     order = _RunOrder(Path(path), batch, steps, training)

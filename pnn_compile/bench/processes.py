@@ -133,8 +133,8 @@ def bench(
     """
     from pnn_compile.artifact.directory import save
 
-    ranks = ranks or len(compiled.plan.stages)
-    place(len(compiled.plan.stages), ranks)
+    ranks = ranks or compiled.plan.devices
+    place(len(compiled.plan.stages), ranks, compiled.plan.windows)
     contenders = tuple(dict.fromkeys((SEQUENTIAL, "parareal", *against, COPIES)))
     for name in contenders:
         _contender(name)
@@ -200,7 +200,7 @@ def _take_turns(
             ready[name] = step
     timer = None
     if dist.get_rank() == 0:
-        placement = place(len(compiled.plan.stages), dist.get_world_size())
+        placement = place(len(compiled.plan.stages), dist.get_world_size(), compiled.plan.windows)
         timer = PartsTimer(compiled, inputs, placement, order.training)
         timer()
     seconds: dict[str, list[float]] = {name: [] for name in ready}

@@ -163,6 +163,8 @@ def _max_iterations(plan: Plan, iterations: int | None, tolerance: float | None)
     if iterations < 1:
         raise OptionError(f"iterations must be at least 1 (got {iterations})")
     most = min(iterations, len(plan.stages))
+    if plan.windows > 1 and most > 1:
+        raise OptionError("a network in windows has one iteration: pass iterations=1")
     if plan.sweep == "collapsed" and most > 1:
         raise OptionError(
             "a collapsed sweep has one iteration: its corrections reach the last state only, so "
@@ -190,7 +192,7 @@ def last_states(
     uncorrected: State = {}
     # Nothing is pruned: the caller reads the last state of every iteration.
     steps = sweep(
-        last + 1, plan.sweep, most, prune=False, predicts=plan.predicts,
+        last + 1, plan.sweep, most, prune=False, predicts=plan.predicts, windows=plan.windows,
         chained=chained_stages(plan) if plan.predicts else (),
     )  # fmt: skip
     for step, state in executor.run(steps, inputs):
@@ -240,7 +242,7 @@ def pipelined_speedup(plan: Plan, iterations: int) -> float | None:
         None for costs of a callable, which the plan does not store.
     """
     lists = Sweep.of(replace(plan, iterations=iterations))
-    placement, training = range(len(plan.stages)), plan.cost in ("measured", "roofline")
+    placement, training = plan.placement, plan.cost in ("measured", "roofline")
     try:
         times = Times.of(plan)
     except RuntimeFault:
@@ -264,14 +266,13 @@ def dial(
         most: Largest number of iterations to measure; N if None.
 
     Returns:
-        A row for every K from 1; of a collapsed sweep for K = 1 alone.
+        A row for every K from 1; of a collapsed sweep, and of windows, for K = 1 alone.
 
     Raises:
         OptionError: There are no batches, or one does not fit the model.
     """
     plan = compiled.plan
-    count = 1 if plan.sweep == "collapsed" else len(plan.stages)
-    most = min(most or count, count)
+    most = min(most or plan.most_iterations, plan.most_iterations)
     tallies = [_Tally() for _ in range(most)]
     with evaluating(compiled):
         executor = Executor(compiled)

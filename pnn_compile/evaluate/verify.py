@@ -304,7 +304,7 @@ def _all_iterations(subject: _Subject) -> Check:
         to_last = compiled.plan.sweep == "collapsed" and copies_blocks(stage.coarse.family)
         return CoarseSpec("linear", CoarseOptions(), 0, 0, linear=True) if to_last else stage.coarse
 
-    count = len(compiled.plan.stages)
+    count = compiled.plan.devices
     plan = dataclasses.replace(_with_coarse(compiled.plan, any_other), iterations=count)
     name = f"K = N = {count} iterations, every stage every time = original, evaluation"
     return _exact_network(subject, name, plan, reuse=False)

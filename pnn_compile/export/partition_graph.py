@@ -86,7 +86,9 @@ class _Builder:
         stage_of = self._stage_numbers()
         for node in program.order:
             self._add_program_node(node, stage_of[node])
-        for step, state in walk(sweep(len(self.plan.stages), self.plan.sweep), self._add_step):
+        plan = self.plan
+        one_iteration = sweep(len(plan.stages), plan.sweep, windows=plan.windows)
+        for step, state in walk(one_iteration, self._add_step):
             if step.role is Role.HEAD:
                 self.last = state
         self._add(":output", "output", -1, "output")
@@ -152,6 +154,8 @@ class _Builder:
             self._add_operator(name, step, stage.preprocess, stage.consumes)
             for source in stage.preprocess.options.inputs:
                 self._edge(source, name, source, crosses=False)
+            for source in stage.preprocess.options.state:
+                self._edge(states[0][source], name, source, crosses=True)
             return dict.fromkeys(stage.consumes, name)
         if step.role is Role.FINE:  # the nodes of the program
             return {value: value for value in stage.produces}

@@ -184,13 +184,17 @@ def _measure(executor: Executor, batches: CalibrationBatches) -> _Errors:
     plan = executor.plan
     errors: dict[str, dict[int, RelativeError]] = {"guess": {}, "uncorrected": {}, "corrected": {}}
     output_error, agreed = RelativeError(), Agreement()
-    one_iteration = sweep(len(plan.stages), plan.sweep, predicts=plan.predicts)
+    one_iteration = sweep(
+        len(plan.stages), plan.sweep, predicts=plan.predicts, windows=plan.windows
+    )
     for held_out, inputs in batches.split():
         if not held_out:
             continue
         true = [*executor.true_states(inputs)]
         states = {step.writes: state for step, state in executor.run(one_iteration, inputs)}
-        for number, stage in enumerate(plan.stages[1:], 1):
+        for number, stage in enumerate(plan.stages):
+            if stage.preprocess is None:
+                continue
             guess, fine, corrected = (states[Symbol(letter, number)] for letter in "xyu")
             for kind, state, target, names in (
                 ("guess", guess, true[number - 1], stage.consumes),
@@ -281,8 +285,10 @@ class _CandidateBuilder:
         entering = plan.enters(number)
         types = [value.spec for value in entering]
         cut = self._cuts[number - 1]
+        start = plan.window_start(number)
+        window = self._cuts[start - 1] if start else None
         specs = preprocess_candidates(
-            self._analysis, self._options, len(plan.stages), cut, entering
+            self._analysis, self._options, len(plan.stages), cut, entering, window
         )
         return self._build(specs, lambda spec: build_preprocess(program, spec, types))
 

@@ -127,10 +127,16 @@ class Distiller:
         with torch.no_grad():
             true = uncorrected = executor.advance(0, {}, executor.fine(0, {}, inputs))
             last = self._last(0, uncorrected, inputs) if collapsed else {}
+        before_window: State = {}
         for number in range(1, len(executor.plan.stages)):
+            if executor.plan.opens_window(number):
+                before_window = true
+                with torch.no_grad():
+                    true = executor.advance(number, true, executor.fine(number, true, inputs))
+                continue
             name = f"preprocess_{number}"
             with self._precision():
-                guess = executor.guess(number, operator_inputs)
+                guess = executor.guess(number, operator_inputs, before_window)
             losses[name] = self._train(name, guess, true)
             guess = {key: value.detach().to(true[key].dtype) for key, value in guess.items()}
             with torch.no_grad():
@@ -189,7 +195,7 @@ class Distiller:
                 correction_first=mean(f"coarse_{number}", first),
                 correction_last=mean(f"coarse_{number}", last),
             )
-            for number in range(1, len(self._executor.plan.stages))
+            for number in sorted(self._executor.guesses)
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def fit_closed_form(
     return tuple(fitting.recalibrated)
 
 
-def fitting_order(stages: int, kind: str) -> tuple[Step, ...]:
+def fitting_order(stages: int, kind: str, windows: int = 1) -> tuple[Step, ...]:
     """Order the steps of one iteration such that every operator is fitted on what reaches it.
 
     CORRECT steps read no correction: COARSE steps, which follow, add theirs.
@@ -116,6 +116,7 @@ def fitting_order(stages: int, kind: str) -> tuple[Step, ...]:
     Args:
         stages: Number of stages.
         kind: "chain" or "collapsed".
+        windows: Number of windows.
 
     >>> print(*fitting_order(3, "collapsed")[-3:], sep="; ")
     u_2 <- correct_2(u_1, y_2); c_2 <- coarse_2(r_2, x_2); c_1 <- coarse_1(r_1, x_1)
@@ -129,7 +130,7 @@ def fitting_order(stages: int, kind: str) -> tuple[Step, ...]:
 
     steps = (
         replace(step, reads=tuple(symbol for symbol in step.reads if symbol.letter != "c"))
-        for step in sweep(stages, kind)
+        for step in sweep(stages, kind, windows=windows)
         if step.role is not Role.HEAD
     )
     return tuple(sorted(steps, key=position))
@@ -150,7 +151,8 @@ class _RegressionSweep:
     def run(self, candidates: Candidates) -> None:
         plan = self.executor.plan
         # One pass over the batches does all steps up to the next operator that is to be fitted.
-        first, *later = _split_before(fitting_order(len(plan.stages), plan.sweep), _FITTED)
+        order = fitting_order(len(plan.stages), plan.sweep, plan.windows)
+        first, *later = _split_before(order, _FITTED)
         for index, (_, inputs) in enumerate(self.batches()):
             *_, (_, state) = self.executor.run(first, inputs)
             self.store.put("s", index, state)
@@ -178,17 +180,21 @@ class _RegressionSweep:
                 produced = executor.fine(step.stage, before, inputs)
                 store.put("s", index, executor.advance(step.stage, before, produced))
             elif step.role is Role.COARSE:
-                store.put("u", index, plus(store.get("u", index), state))
+                corrected = self._key(Symbol("u", step.stage))
+                store.put(corrected, index, plus(store.get(corrected, index), state))
             else:
                 store.put(self._key(step.writes), index, state)
 
     def _key(self, symbol: Symbol) -> str:
         """Return where a state is stored, which overwrites the one of the stage before.
 
-        A collapsed sweep reads all guesses and residuals at its end.
+        A collapsed sweep reads all guesses and residuals at its end, and the guesses of a window
+        the state before it.
         """
-        to_the_end = self.executor.plan.sweep == "collapsed" and symbol.letter in "xr"
-        return str(symbol) if to_the_end else symbol.letter
+        plan = self.executor.plan
+        to_the_end = plan.sweep == "collapsed" and symbol.letter in "xr"
+        before_window = symbol.letter == "u" and plan.opens_window(symbol.stage + 1)
+        return str(symbol) if to_the_end or before_window else symbol.letter
 
     def _fit_preprocess(self, step: Step, candidates: Candidates) -> None:
         executor, number = self.executor, step.stage
@@ -197,7 +203,8 @@ class _RegressionSweep:
         def samples(operator: Operator) -> Iterator[Sample]:
             for index, (held_out, inputs) in enumerate(self.batches()):
                 true = self.store.get("s", index)
-                arguments = _arguments(executor, operator, inputs)
+                before = self.store.get(self._key(step.reads[0]), index) if step.reads else {}
+                arguments = _arguments(executor, operator, inputs, before)
                 state = [true[name] for name in names]
                 yield Sample(held_out, arguments, state, arguments, state)
 
@@ -240,13 +247,14 @@ class _RegressionSweep:
         executor, store, number = self.executor, self.store, step.stage
         names = [value.name for value in executor.plan.corrects(number)]
         residual_key, guess_key = map(self._key, step.reads)
+        reached = self._key(Symbol("u", number))
 
         def samples(operator: Operator) -> Iterator[Sample]:
             executor.corrections[number] = operator
             for index, (held_out, inputs) in enumerate(self.batches()):
                 residual = [*store.get(residual_key, index).values()]
                 guess = store.get(guess_key, index)
-                true, uncorrected = store.get("s", index), store.get("u", index)
+                true, uncorrected = store.get("s", index), store.get(reached, index)
                 arguments = executor.correction_arguments(number, guess, residual, inputs)
                 error = [true[name] - uncorrected[name] for name in names]
                 yield Sample(held_out, residual, error, arguments, [true[name] for name in names])
@@ -258,9 +266,11 @@ class _RegressionSweep:
         executor.corrections[number] = best
 
 
-def _arguments(executor: Executor, operator: Operator, inputs: Mapping[str, Any]) -> list[Any]:
+def _arguments(
+    executor: Executor, operator: Operator, inputs: Mapping[str, Any], before: State
+) -> list[Any]:
     """Return what the fitted part of a preprocessing operator reads, after its prologue."""
-    arguments = executor.given(operator.spec.options.inputs, inputs)
+    arguments = executor.guess_arguments(operator, inputs, before)
     prologue = operator.network.prologue
     if not isinstance(prologue, nn.Module):
         return arguments

@@ -149,11 +149,12 @@ def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
         PartitionError: The model has too few legal cuts.
         SynthesisError: The options make no network of that many stages.
     """
-    options = dataclasses.replace(costs.options, stages=stages, sweep=sweep)
+    count = stages * costs.options.windows
+    options = dataclasses.replace(costs.options, stages=count, sweep=sweep)
     options, _ = for_loop(costs.analysis, options.counted())
     plan = make_plan(costs.analysis, choose_cut(costs.analysis, options), options)
     times = Times.of(plan, **costs.links)
-    lists = schedule(range(stages), Sweep.of(plan), backward=costs.training)
+    lists = schedule(plan.placement, Sweep.of(plan), backward=costs.training)
     timeline = simulate(lists, times)
     sequential = costs.sequential
     parts = _critical_parts(timeline)
@@ -174,20 +175,22 @@ def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
 
 
 def _plan_memory(costs: DeviceCosts, plan: Plan) -> tuple[float, ...]:
-    """Return the bytes of every device; the last one also holds the head."""
+    """Return the bytes of every device; that of the last stage also holds the head."""
     order = costs.analysis.frontiers.order
     index = {node.name: position for position, node in enumerate(order)}
     starts = [index[stage.first] for stage in plan.stages]
     stops = [*starts[1:], len(order)]
-    memory = [costs.memory.span(*span) for span in zip(starts, stops, strict=True)]
-    for number, stage in enumerate(plan.stages[1:], 1):
-        entering = plan.interfaces[number - 1].bytes
-        memory[number] += costs.memory.entry(stage.operator_parameters, entering)
+    memory = [0.0] * plan.devices
+    for number, (stage, device) in enumerate(zip(plan.stages, plan.placement, strict=True)):
+        memory[device] += costs.memory.span(starts[number], stops[number])
+        if stage.preprocess is not None:
+            entering = plan.interfaces[number - 1].bytes
+            memory[device] += costs.memory.entry(stage.operator_parameters, entering)
     return tuple(memory)
 
 
 def _plan_limit(costs: DeviceCosts, plan: Plan, parts: Mapping[str, float]) -> str:
-    limit = find_bottleneck(parts, costs.sequential, len(plan.stages))
+    limit = find_bottleneck(parts, costs.sequential, plan.devices)
     if limit != "fine":
         return limit
     return "block" if slowest_is_block(costs.analysis, plan, costs.total) else "imbalance"

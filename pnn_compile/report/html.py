@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import OptionError
+from passes.transform.sweep import windows_of
 from pnn_compile.atomic import write_text
 from pnn_compile.export.graph_formats import format_count, format_size
 from pnn_compile.report.page_data import page_data
@@ -181,11 +183,17 @@ def picture(plan: Plan) -> str:
     """
     preprocess = [stage.preprocess.flops if stage.preprocess else 0 for stage in plan.stages]
     coarse = [stage.coarse.flops if stage.coarse else 0 for stage in plan.stages]
-    ready = max(p + stage.flops for p, stage in zip(preprocess, plan.stages, strict=True))
-    sweep = max(coarse) if plan.sweep == "collapsed" else sum(coarse)
-    scale = _BAR / ((ready + sweep + plan.head.flops) or 1)
+    fine = [p + stage.flops for p, stage in zip(preprocess, plan.stages, strict=True)]
+    begins, swept, end = [], [], 0.0  # by stage: the start of its window, and of its correction
+    for window in windows_of(len(plan.stages), plan.windows):
+        ready = end + max(fine[j] for j in window)
+        begins += [end] * len(window)
+        chain = [*itertools.accumulate((coarse[j] for j in window), initial=ready)]
+        together = plan.sweep == "collapsed"
+        swept += [ready] * len(window) if together else chain[:-1]
+        end = ready + max(coarse[j] for j in window) if together else chain[-1]
+    scale = _BAR / ((end + plan.head.flops) or 1)
     parts: list[str] = []
-    start = float(ready)
     rows = min(len(plan.stages), _MAX_ROWS)
     for number, stage in enumerate(plan.stages[:rows]):
         y = _TOP + number * _ROW
@@ -193,17 +201,18 @@ def picture(plan: Plan) -> str:
         title = f"stage {number}: {span}, {format_count(stage.flops)} FLOPs"
         parts += [
             _svg_text(f"stage {number}", y),
-            _svg_bar("preprocess", 0, preprocess[number], y, scale, f"preprocessing {number}"),
-            _svg_bar("fine", preprocess[number], stage.flops, y, scale, title),
-            _svg_bar("coarse", start, coarse[number], y, scale, f"correction {number}"),
-        ]
-        if plan.sweep == "chain":
-            start += coarse[number]
+            _svg_bar(
+                "preprocess", begins[number], preprocess[number], y, scale,
+                f"preprocessing {number}",
+            ),
+            _svg_bar("fine", begins[number] + preprocess[number], stage.flops, y, scale, title),
+            _svg_bar("coarse", swept[number], coarse[number], y, scale, f"correction {number}"),
+        ]  # fmt: skip
     y = _TOP + rows * _ROW
     title = f"head: {format_count(plan.head.flops)} FLOPs"
     parts += [
         _svg_text("head", y),
-        _svg_bar("head", ready + sweep, plan.head.flops, y, scale, title),
+        _svg_bar("head", end, plan.head.flops, y, scale, title),
     ]
     height, width = y + _ROW + 4, _LEFT + _BAR + 10
     caption = escape(_caption(plan, rows))
@@ -221,8 +230,7 @@ def _caption(plan: Plan, rows: int) -> str:
     forecast = plan.forecast
     crossing = max(interface.bytes for interface in plan.interfaces)
     return (
-        f"{len(plan.stages)} stages{more}, {plan.correction} form, {plan.sweep} sweep, "
-        f"K = {plan.iterations}; speed-up {forecast.speedup:.2f} predicted by {forecast.unit}, "
+        f"{plan.form}{more}; speed-up {forecast.speedup:.2f} predicted by {forecast.unit}, "
         f"bound {forecast.bound:.2f}; at most {format_size(crossing)} cross a cut"
     )
 

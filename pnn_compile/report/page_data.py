@@ -134,7 +134,7 @@ def timeline_data(plan: Plan) -> dict[str, Any]:
         times = Times.of(plan)
     except RuntimeFault as error:
         return {"reason": str(error)}
-    sweep, placement = Sweep.of(plan), range(len(plan.stages))
+    sweep, placement = Sweep.of(plan), plan.placement
     original = {key: time for key, time in times.compute.items() if key[0] in _ORIGINAL}
     forward = sum(time for (kind, _), time in original.items() if kind in (Kind.FINE, Kind.HEAD))
     return {

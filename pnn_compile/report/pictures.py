@@ -55,7 +55,7 @@ def sample_pictures(compiled: Compiled, batch: Any) -> tuple[PictureRow, ...]:
         A row a network; none if the outputs are no images `[B, 1 or 3, H, W]`.
     """
     plan = compiled.plan
-    most = 1 if plan.sweep == "collapsed" else min(_ITERATIONS, len(plan.stages))
+    most = min(_ITERATIONS, plan.most_iterations)
     with evaluating(compiled):
         inputs = named_batch(compiled, batch)
         target = main_output(compiled.sequential(**named_batch(compiled, batch)))

@@ -73,8 +73,7 @@ def report(compiled: Compiled, width: int = 100) -> RenderableType:
 def _stages_table(plan: Plan, width: int) -> Table:
     """Make a table with one row per stage and one for the head."""
     table = Table(
-        title=f"{plan.model}: {len(plan.stages)} stages, {plan.correction} form, "
-        f"{plan.sweep} sweep, K = {plan.iterations}",
+        title=f"{plan.model}: {plan.form}",
         title_justify="left",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
@@ -176,7 +175,7 @@ def _summary(compiled: Compiled) -> Table:
         (
             "speed-up",
             f"{forecast.speedup:.2f} predicted by {forecast.unit}, links {links}; "
-            f"bound {forecast.bound:.2f} on {len(plan.stages)} devices",
+            f"bound {forecast.bound:.2f} on {plan.devices} devices",
         ),
     ]
     if plan.ties:

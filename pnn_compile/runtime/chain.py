@@ -32,9 +32,11 @@ def _entering(engine: Engine, it: Instruction) -> State:
     """Return what a stage reads in an iteration, e_j."""
     if not it.stage:
         return {}
-    if not it.iteration:
+    opens = engine.plan.opens_window(it.stage)
+    if not it.iteration and not opens:
         return engine.guesses[it.key].outputs
-    state = engine.states[it.stage - 1, it.batch, it.iteration - 1]
+    iteration = it.iteration if opens else it.iteration - 1
+    state = engine.states[it.stage - 1, it.batch, iteration]
     return {name: state[name] for name in engine.plan.stages[it.stage].consumes}
 
 
@@ -54,12 +56,13 @@ def _correct(engine: Engine, it: Instruction) -> None:
     stage, batch, k = it.key
     produced = detached(engine.fine[it.key].outputs)
     before: State = {}
-    if stage > k:
+    opens = engine.plan.opens_window(stage)
+    if stage > k and not opens:
         before = engine.states[stage - 1, batch, k]
         change = _change if engine.plan.predicts else _correction
         produced = plus(produced, detached(change(engine, it, before)))
     elif stage:
-        before = engine.states[stage - 1, batch, k - 1]
+        before = engine.states[stage - 1, batch, k if opens else k - 1]
     # The next iteration reads the state that corrected this one; nothing reads the one before it.
     last = k + 1 == engine.pieces.sweep.iterations
     for iteration in (k - 1, k) if last else (k - 1,):
@@ -93,7 +96,9 @@ _TAG = "guess of "
 
 
 def _send(engine: Engine, it: Instruction) -> None:
-    engine.send(it.peer, engine.states.pop(it.key), engine.shapes(it.stage, it.batch))
+    engine.send(it.peer, engine.states[it.key], engine.shapes(it.stage, it.batch))
+    if not engine.plan.opens_window(it.stage + 1):  # before a window, others read it too
+        del engine.states[it.key]
 
 
 # Backward
@@ -119,17 +124,19 @@ def _send_adjoint(engine: Engine, it: Instruction) -> None:
 def _fine_backward(engine: Engine, it: Instruction) -> None:
     """Run the fine stage backward; add the adjoint of its input to that of the input's source."""
     stage, batch, k = it.key
+    opens = engine.plan.opens_window(stage)
     total = engine.fine.pop(it.key).backward(engine.adjoints[it.key])
-    if stage > k:
+    if stage > k and not opens:
         coarse = engine.coarse.pop(it.key).gradients
         for name in engine.plan.stages[stage].consumes:
             if _TAG + name in coarse:
                 total = added(total, {name: coarse[_TAG + name]})
             if name in coarse:
                 total = added(total, {name: -coarse[name]})
-    if k:
-        untouched = _untouched(engine, it) if stage == k else {}
-        add_to(engine.adjoints, (stage - 1, batch, k - 1), added(total, untouched))
+    if k or (stage and opens):
+        untouched = _untouched(engine, it) if opens or stage == k else {}
+        before = stage - 1, batch, k if opens else k - 1
+        add_to(engine.adjoints, before, added(total, untouched))
     elif stage:
         engine.guess_adjoints[it.key] = total
     del engine.adjoints[it.key]

@@ -67,7 +67,7 @@ def assign_streams(graph: fx.Graph, plan: Plan) -> StreamAssignment:
     stream: dict[fx.Node, int] = {}
     for node in graph.nodes:
         step = step_of(node)
-        stream[node] = step.stage if step and step.role in parallel else 0
+        stream[node] = plan.placement[step.stage] if step and step.role in parallel else 0
     waits = {
         node: tuple(
             source
@@ -77,7 +77,7 @@ def assign_streams(graph: fx.Graph, plan: Plan) -> StreamAssignment:
         for node in graph.nodes
         if node.op != "output"
     }
-    return StreamAssignment(len(plan.stages), stream, waits)
+    return StreamAssignment(plan.devices, stream, waits)
 
 
 class StreamNetwork(nn.Module):

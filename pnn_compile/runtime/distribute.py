@@ -23,18 +23,22 @@ if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
 
 
-def place(stages: int, ranks: int) -> tuple[int, ...]:
+def place(stages: int, ranks: int, windows: int = 1) -> tuple[int, ...]:
     """Place stages on ranks, neighbours together, as evenly as possible; return their ranks.
+
+    Every window is placed on all ranks.
 
     Raises:
         RuntimeFault: There are more ranks than stages.
     """
-    if ranks > stages:
+    size = stages // windows
+    if ranks > size:
+        inside = f" in {windows} windows" if windows > 1 else ""
         raise RuntimeFault(
-            f"{ranks} ranks for {stages} stages: compile with stages={ranks}, or start {stages} "
-            "ranks"
+            f"{ranks} ranks for {stages} stages{inside}: compile with stages={ranks * windows}, or "
+            f"start {size} ranks"
         )
-    return tuple(stage * ranks // stages for stage in range(stages))
+    return tuple(stage % size * ranks // size for stage in range(stages))
 
 
 def distribute(
@@ -105,7 +109,7 @@ def distribute(
         )
     ranks = dist.get_world_size(groups.stages)
     if placement is None:
-        placement = place(len(compiled.plan.stages), ranks)
+        placement = place(len(compiled.plan.stages), ranks, compiled.plan.windows)
     if max(placement) + 1 != ranks:
         raise RuntimeFault(f"{max(placement) + 1} ranks are placed, the group has {ranks}")
     check_memory(compiled, placement)

@@ -47,7 +47,7 @@ from passes.schedule.verify import execution_order
 from passes.transform.executor import State
 from pnn_compile.inputs import batch_size
 from pnn_compile.runtime import chain, collapsed
-from pnn_compile.runtime.rank_pieces import PieceGraph, RankPieces, as_leaves
+from pnn_compile.runtime.rank_pieces import PieceGraph, RankPieces, add_to, as_leaves
 from pnn_compile.runtime.transport import InProcess, Transport
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class Engine:
         """Wait for the adjoint and the loss that `send_adjoint` sends."""
         adjoint = self.receive(it.peer, {**self.shapes(it.stage, it.batch), _LOSS: _NUMBER})
         self.loss_value = adjoint.pop(_LOSS)
-        self.adjoints[it.key] = adjoint
+        add_to(self.adjoints, it.key, adjoint)
 
     def _failure(self, it: Instruction, error: Exception) -> RuntimeFault:
         """Describe a failure: rank, instruction, modules and shapes."""
@@ -283,8 +283,18 @@ def _is_memory(error: Exception) -> bool:
 
 
 def _guess(engine: Engine, it: Instruction) -> None:
-    guess = engine.executor.guess(it.stage, engine.inputs[it.batch])
-    engine.guesses[it.key] = PieceGraph({}, guess)
+    before = as_leaves(_before_window(engine, it))
+    guess = engine.executor.guess(it.stage, engine.inputs[it.batch], before)
+    engine.guesses[it.key] = PieceGraph(before, guess)
+
+
+def _before_window(engine: Engine, it: Instruction) -> State:
+    """Return what a guess reads of the state before its window; nothing in the first window."""
+    start, spec = engine.plan.window_start(it.stage), engine.plan.stages[it.stage].preprocess
+    if not start or spec is None:
+        return {}
+    state = engine.states[start - 1, it.batch, it.iteration]
+    return {name: state[name] for name in spec.options.state}
 
 
 def _head(engine: Engine, it: Instruction) -> None:
@@ -330,8 +340,13 @@ def _head_backward(engine: Engine, it: Instruction) -> None:
 
 
 def _guess_backward(engine: Engine, it: Instruction) -> None:
-    """Run the guess backward, which residual and fine stage both read."""
-    engine.guesses.pop(it.key).backward(engine.guess_adjoints.pop(it.key))
+    """Run the guess backward, which residual and fine stage both read.
+
+    In a window it goes on to the state before the window.
+    """
+    adjoint = engine.guesses.pop(it.key).backward(engine.guess_adjoints.pop(it.key))
+    if start := engine.plan.window_start(it.stage):
+        add_to(engine.adjoints, (start - 1, it.batch, it.iteration), adjoint)
 
 
 _SHARED: dict[Kind, Handler] = {

@@ -76,7 +76,8 @@ class RankPieces(nn.Module):
             stage for k in range(self.sweep.iterations) for stage in self.sweep.corrected(count, k)
         }
         self.stages = [stage for stage, place in enumerate(placement) if place == rank]
-        self.guessed = [stage for stage in self.stages if stage and stage in computed]
+        guessed = [n for n, stage in enumerate(self.plan.stages) if stage.preprocess is not None]
+        self.guessed = [stage for stage in self.stages if stage in guessed and stage in computed]
         self.corrected = [
             stage for stage in sorted(corrected) if placement[self.sweep.corrector(stage)] == rank
         ]

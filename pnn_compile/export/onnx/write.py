@@ -24,7 +24,7 @@ import torch
 
 from passes.ir.program import Provenance, resolve
 from passes.plan.schema import Plan
-from passes.transform.sweep import Step, sweep
+from passes.transform.sweep import Step, steps_of
 from pnn_compile.export.onnx.lower import Instance, Lowered, LoweredPiece, Operation
 from pnn_compile.export.onnx.pieces import SymbolicSpec
 from pnn_compile.export.onnx.translate import INNER, NODE, inner_nodes
@@ -270,8 +270,7 @@ class _ModelWriter:
         value = self._values[name]
         if value.producer() is None or value.name in self._public:
             # The head makes the copy; K may exceed the iterations that the sweep needs.
-            plan = self.plan
-            head = sweep(len(plan.stages), plan.sweep, plan.iterations, predicts=plan.predicts)[-1]
+            head = steps_of(self.plan)[-1]
             step = replace(head, iteration=self.plan.iterations - 1)
             node = ir.node("Identity", [value])
             node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
