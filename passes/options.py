@@ -105,10 +105,10 @@ class Options:
         tolerance: Largest estimated relative error of the last state, of every sample. The plan
             takes the K that the example inputs need; calls of the compiled network take as many
             iterations as their inputs need. Default for iterations="auto": 0.01.
-        windows: Number W of windows, runs of stages / W stages each that follow one another on
-            stages / W devices. Guesses start from the state before their window, so that more
-            windows are nearer to the original, and wait for each other more often. For chains of
-            one iteration.
+        windows: Number W of windows: the trunk is cut into W runs of N stages, one run after
+            another on the same N devices. The guesses of a run are made from the state before it,
+            so that more windows keep more of a trained network, and devices wait for each other
+            more often. For chains of one iteration.
         devices: One profile for all devices, or one each for at least as many devices as stages;
             their memory and links count. Empty: equal devices, with free links and memory.
         seed: Seed of the initial weights of the coarse networks.
@@ -205,10 +205,11 @@ class Options:
             self._check_devices()
         if isinstance(self.cuts, str):
             raise OptionError(f"cuts must be a list of names (got the text {self.cuts!r})")
-        if self.cuts is not None and self.stages not in ("auto", len(self.cuts) + 1):
+        asked = None if self.stages == "auto" else self.stages * self.windows
+        if self.cuts is not None and asked not in (None, self.num_stages):
             raise OptionError(
-                f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, but stages is "
-                f"{self.stages}: leave stages out or name {int(self.stages) - 1} cuts"
+                f"{len(self.cuts)} cuts make {self.num_stages} stages, but {asked} were asked for: "
+                f"leave stages out or name {int(asked or 0) - 1} cuts"
             )
 
     def calibrated(self) -> Options:
@@ -224,10 +225,10 @@ class Options:
 
     @property
     def num_stages(self) -> int | None:
-        """The number of stages that was asked for, by itself or by the cuts; None if neither."""
+        """The number of stages of all windows that was asked for, or cut; None if neither."""
         if self.cuts is not None:
             return len(self.cuts) + 1
-        return None if self.stages == "auto" else self.stages
+        return None if self.stages == "auto" else self.stages * self.windows
 
     def counted(self) -> Options:
         """Return the options with one iteration where the tolerance decides how many."""
@@ -270,10 +271,10 @@ class Options:
     def _check_windows(self) -> None:
         from passes.coarse.family import starts_anywhere
 
-        if self.num_stages is None or self.num_stages % self.windows:
+        if self.cuts is not None and (len(self.cuts) + 1) % self.windows:
             raise OptionError(
-                f"windows={self.windows} need a number of stages that they divide, such as "
-                f"stages={3 * self.windows} for 3 devices (got {self.num_stages or 'auto'})"
+                f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, which {self.windows} "
+                "windows do not divide"
             )
         if self.sweep != "chain" or self.count != 1 or self.tolerance is not None:
             raise OptionError("windows need sweep='chain', iterations=1 and no tolerance")

@@ -71,19 +71,20 @@ def choose_cut(analysis: Analysis, options: Options) -> Cut:
         solution = _named_solution(analysis, options, candidates, [*named, head])
         return _check_chain(analysis, _cut(analysis, options, candidates, head, solution))
     candidates = _distinct(candidates, head)
-    if options.stages == "auto":
+    stages = options.num_stages
+    if stages is None:
         raise PartitionError(
             "choose_cut needs a number of stages: `passes.plan.num_stages` chooses one"
         )
     between = _between_blocks(candidates, options)
     if len(between) == len(candidates):
-        return _search(analysis, options, candidates, head, options.stages)[0]
+        return _search(analysis, options, candidates, head, stages)[0]
     try:
-        cut, slowest = _search(analysis, options, between, head, options.stages)
+        cut, slowest = _search(analysis, options, between, head, stages)
     except PartitionError:  # too few blocks, or too large ones
-        cut, _ = _search(analysis, options, candidates, head, options.stages)
+        cut, _ = _search(analysis, options, candidates, head, stages)
         return dataclasses.replace(cut, note=_INSIDE, inside_blocks=True)
-    _, free = _search(analysis, options, candidates, head, options.stages)
+    _, free = _search(analysis, options, candidates, head, stages)
     more = slowest / free - 1 if free else 0.0
     note = _PRICE.format(more) if more > _CHEAP else ""
     return dataclasses.replace(cut, note=note)
@@ -145,7 +146,7 @@ def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Po
         for position in analysis.frontiers.positions
         if position.index < head.index and can_be_guessed(analysis, options, position)
     ]
-    needed = 1 if options.cuts is not None or options.stages == "auto" else options.stages - 1
+    needed = 1 if options.cuts is not None else max(1, (options.num_stages or 0) - 1)
     if copies_blocks(options.preprocess) and len(candidates) < needed:
         raise SynthesisError(too_expensive(options, f"before {needed} cuts"))
     if copies_blocks(options.coarse):

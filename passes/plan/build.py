@@ -64,7 +64,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
     size = len(stages) // options.windows
     for number in range(len(stages)):
-        if not number % size:
+        if number % size == 0:
             continue  # the first stage of a window reads a state that is there
         stages[number] = _with_operators(analysis, cut, stages, interfaces, number, options)
     if any(cut.devices):

@@ -64,7 +64,7 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
     plan = search.best()
     extra = filter(None, (loop, search.note(plan)))
     plan = dataclasses.replace(plan, notes=(*plan.notes, *extra))
-    return dataclasses.replace(options, stages=len(plan.stages)), plan
+    return dataclasses.replace(options, stages=plan.devices), plan
 
 
 def fewest_near_best(time: Callable[[int], float], most: int) -> int | None:
@@ -162,11 +162,12 @@ class _Search:
         """Largest number of stages to consider."""
         listed = len(self._options.devices)
         most = listed if listed > 1 else _MOST_EQUAL if listed else _MOST
-        return max(1, min(most, len(self._analysis.frontiers.positions)))
+        positions = len(self._analysis.frontiers.positions)
+        return max(1, min(most, positions // self._options.windows))
 
     def note(self, chosen: Plan) -> str:
         """Say from where on more stages do not pay, and why, in one sentence."""
-        count = len(chosen.stages)
+        count = chosen.devices
         more = [n for n, plan in self._plans.items() if plan and n > count]
         gain = f"{count} stages chosen, {chosen.forecast.speedup:.2f} times the original's speed"
         if not more:
@@ -181,7 +182,7 @@ class _Search:
 
     def _bottleneck(self, plan: Plan) -> str:
         """Return what limits the speed-up of a plan, a key of `BOTTLENECKS`."""
-        forecast, count = plan.forecast, len(plan.stages)
+        forecast, count = plan.forecast, plan.devices
         link = forecast.link / min(plan.iterations, count)
         parts = {
             "fine": forecast.slowest,

@@ -343,7 +343,7 @@ class Plan:
 
     def opens_window(self, number: int) -> bool:
         """Return whether a stage reads a corrected state, and has neither guess nor correction."""
-        return number % self.devices == 0
+        return number < len(self.stages) and number % self.devices == 0
 
     def window_start(self, number: int) -> int:
         """Return the first stage of the window of a stage."""

@@ -193,7 +193,7 @@ def _cut_by_seconds(compiled: Compiled, batch: int, training: bool) -> Compiled:
     arguments = resized(compiled, batch, compiled.program.device)
     program = dataclasses.replace(compiled.program, args=arguments)
     cost: Any = "measured" if training else "measured-forward"
-    options = Options(stages=len(compiled.plan.stages), cost=cost)
+    options = Options(stages=compiled.plan.devices, windows=compiled.plan.windows, cost=cost)
     return gather(*run_passes(Compilation(program=program, options=options), COMPILE))
 
 

@@ -88,7 +88,8 @@ def _read_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str,
 )
 @compiler_options(
     "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",
-    "correction", "sweep", "iterations", "tolerance", "cut_inside_blocks", "seed",
+    "correction", "sweep", "iterations", "tolerance", "windows", "cut_inside_blocks",
+    "seed",
 )  # fmt: skip
 @click.option(
     "--cut-at",

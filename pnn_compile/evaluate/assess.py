@@ -127,7 +127,7 @@ def assess(
         PartitionError: The model cannot be cut into so many stages.
     """
     batches = CalibrationBatches(compiled, inputs)
-    networks = {len(compiled.plan.stages): compiled}
+    networks = {compiled.plan.devices: compiled}
     for count in stages:
         if count not in networks:
             networks[count] = _compiled(compiled, inputs, {**options, "stages": count})

@@ -228,7 +228,7 @@ def _learners(
     plan = compiled.plan
     rows = [_Learner("original", 1.0, copy.deepcopy(compiled.sequential))]
     networks = {"as compiled": compiled}  # unless that is one of the forms
-    start = Options(stages=len(plan.stages), correction=plan.correction, seed=seed)
+    start = Options(stages=plan.devices, correction=plan.correction, seed=seed)
     for form, options in forms.items():
         state = Compilation(program=compiled.program, options=Options.of(start, options))
         try:

@@ -75,6 +75,7 @@ class _Builder:
         }
         # The state that the head reads.
         self.last: _State = {}
+        self.entering: dict[int, _State] = {}  # by stage, what its fine network reads
         # Names of the values that flow along each edge.
         self.flows: dict[tuple[str, str], set[str]] = {}
 
@@ -158,6 +159,7 @@ class _Builder:
                 self._edge(states[0][source], name, source, crosses=True)
             return dict.fromkeys(stage.consumes, name)
         if step.role is Role.FINE:  # the nodes of the program
+            self.entering[number] = states[0] if number else {}
             return {value: value for value in stage.produces}
         if step.role is Role.RESIDUAL:
             before, entering = states
@@ -216,7 +218,7 @@ class _Builder:
             return source.name
         if reader < len(self.plan.stages):
             consumed = source.name in self.plan.stages[reader].consumes
-            return f":preprocess_{reader}" if consumed else source.name
+            return self.entering[reader][source.name] if consumed else source.name
         return self.last.get(source.name, source.name)
 
     def _connect(self, source: str, target: str, value: fx.Node) -> None:

@@ -149,8 +149,7 @@ def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
         PartitionError: The model has too few legal cuts.
         SynthesisError: The options make no network of that many stages.
     """
-    count = stages * costs.options.windows
-    options = dataclasses.replace(costs.options, stages=count, sweep=sweep)
+    options = dataclasses.replace(costs.options, stages=stages, sweep=sweep)
     options, _ = for_loop(costs.analysis, options.counted())
     plan = make_plan(costs.analysis, choose_cut(costs.analysis, options), options)
     times = Times.of(plan, **costs.links)

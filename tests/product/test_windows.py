@@ -1,0 +1,204 @@
+"""Windows: runs of stages one after another, each of which guesses from the state before it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import pnn_compile as pnn
+from examples import resnet110, unet
+from passes.errors import ArtifactError, OptionError, RuntimeFault
+from passes.plan.schema import Plan
+from passes.schedule.lists import Sweep, schedule
+from passes.schedule.simulate import Times, simulate
+from passes.transform.executor import Executor
+from passes.transform.sweep import Role, sweep
+from pnn_compile.inputs import named_batch
+from pnn_compile.runtime.engine import run_in_one_process
+from pnn_compile.runtime.rank_pieces import RankPieces
+
+
+class Residual(nn.Module):
+    """Twelve residual layers of small branches, as a trained deep network has."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(12))
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + 0.3 * torch.tanh(layer(x))
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+def _compiled(
+    stages: int = 3, windows: int = 2, *, moved: bool = True, **options: Any
+) -> tuple[pnn.Compiled, torch.Tensor]:
+    torch.manual_seed(0)
+    model, x = Residual().double().eval(), torch.randn(6, 16).double()
+    compiled = pnn.compile(model, x, stages=stages, windows=windows, coarse="linear", **options)
+    for operator in compiled.operators.named().values() if moved else ():
+        for parameter in operator.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return compiled, x
+
+
+def test_guesses_read_the_state_before_their_window() -> None:
+    reads = {
+        step.stage: [*map(str, step.reads)]
+        for step in sweep(6, windows=2)
+        if step.role is Role.PREPROCESS
+    }
+    assert reads == {1: [], 2: [], 4: ["u_2"], 5: ["u_2"]}
+    compiled, _ = _compiled()
+    plan = compiled.plan
+    assert (len(plan.stages), plan.windows, plan.devices) == (6, 2, 3)
+    assert [n for n, stage in enumerate(plan.stages) if stage.preprocess is None] == [0, 3]
+    [value] = plan.interfaces[2].state
+    for number in (4, 5):
+        spec = plan.stages[number].preprocess
+        assert spec is not None
+        assert spec.options.state == (value.name,)
+        assert not spec.options.inputs
+
+
+def test_formulas() -> None:
+    compiled, x = _compiled()
+    executor, inputs = Executor(compiled), named_batch(compiled, x)
+    state = executor.fine(0, {}, inputs)
+    corrected: dict[str, torch.Tensor] = {}
+    for number in range(6):
+        before, stage = corrected, compiled.plan.stages[number]
+        if number in (0, 3):
+            window = before
+            corrected = executor.advance(number, before, executor.fine(number, before, inputs))
+            continue
+        guess = executor.guess(number, inputs, window)
+        produced = executor.fine(number, guess, inputs)
+        residual = [before[name] - guess[name] for name in stage.consumes]
+        change = executor.correction(number, guess, residual, inputs)
+        corrected = {name: produced[name] + value for name, value in change.items()}
+    assert not torch.equal(*state.values(), *corrected.values())
+    torch.testing.assert_close(compiled.module(x), executor.head(corrected, inputs))
+
+
+@pytest.mark.parametrize("build", [resnet110.build_model, unet.build_model])
+def test_every_oracle_holds(build: Any) -> None:
+    torch.manual_seed(0)
+    if build is unet.build_model:
+        model, x, options = build(width=4), torch.randn(2, 1, 32, 32), {}
+    else:
+        model, x, options = build(3, 4), torch.randn(2, 3, 16, 16), {"preprocess": "linear"}
+    compiled = pnn.compile(model, x, stages=2, windows=2, coarse="linear", **options)
+    assert compiled.verify().ok
+
+
+def test_more_windows_keep_more() -> None:
+    batches = [torch.randn(32, 16).double() for _ in range(10)]
+    errors = []
+    for windows in (1, 2, 4):
+        compiled, _ = _compiled(3, windows, moved=False, calibration=batches)
+        assert compiled.calibration is not None
+        errors.append(compiled.calibration.output_error_after)
+        assert compiled.calibration.output_error_after < compiled.calibration.output_error_before
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "windows", "ranks"), [(3, 2, 3), (2, 3, 2), (3, 4, 2), (3, 2, 1)]
+)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_ranks_equal_the_network(stages: int, windows: int, ranks: int, micro_batches: int) -> None:
+    compiled, x = _compiled(stages, windows)
+    expected = compiled.module(x)
+    expected.square().mean().backward()
+    gradients = {n: copy.copy(p.grad) for n, p in compiled.module.named_parameters()}
+    compiled.module.zero_grad()
+    placement = pnn.runtime.place(stages * windows, ranks, windows)
+    engines = run_in_one_process(
+        compiled,
+        [RankPieces(compiled, placement, rank) for rank in range(ranks)],
+        [named_batch(compiled, part) for part in x.chunk(micro_batches)],
+        lambda outputs: torch.cat(outputs).square().mean(),
+    )
+    outputs = engines[placement[-1]].outputs
+    torch.testing.assert_close(torch.cat([outputs[n] for n in range(micro_batches)]), expected)
+    for name, parameter in compiled.module.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+def test_forecast_is_that_of_the_simulation() -> None:
+    compiled, _ = _compiled(3, 4)
+    plan, forecast = compiled.plan, compiled.plan.forecast
+    step = simulate(schedule(plan.placement, Sweep.of(plan), backward=False), Times.of(plan))
+    assert 0.9 * forecast.time < step.time <= 1.001 * forecast.time
+    assert forecast.bound == pytest.approx(3, rel=0.1)
+    with pytest.raises(RuntimeFault, match=r"in 4 windows: compile with stages=16, or start 3"):
+        pnn.runtime.place(12, 4, 4)
+
+
+def test_artifact_and_onnx(tmp_path: Path) -> None:
+    compiled, x = _compiled()
+    expected = compiled.module(x).detach()
+    folder = compiled.save(tmp_path / "net")
+    loaded = pnn.load(folder)
+    assert loaded.plan == compiled.plan
+    assert torch.equal(loaded.module(x), expected)
+    assert "6 stages in 2 windows" in repr(loaded)
+
+    torch.manual_seed(0)
+    single = Residual().eval()
+    network = pnn.compile(single, x.float(), stages=3, windows=2, coarse="linear")
+    network.export_onnx(tmp_path / "net.onnx")
+    network.export_onnx(tmp_path / "stages", per_stage=True)  # which runs them, and compares
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    [found] = session.run(None, {"x": x.float().numpy()})
+    np.testing.assert_allclose(found, network.module(x.float()).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_is_checked() -> None:
+    compiled, _ = _compiled()
+    text = json.loads(compiled.plan.to_json())
+    for windows, problem in ((4, "plan.windows is 4: it should divide 6"), (3, "must be null")):
+        text["windows"] = windows
+        edited = Plan.from_json(json.dumps(text))
+        with pytest.raises(ArtifactError, match=problem):
+            pnn.compile(Residual().double(), torch.randn(6, 16).double(), plan=edited)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"iterations": 2}, "iterations=1"),
+        ({"sweep": "collapsed"}, "sweep='chain'"),
+        ({"tolerance": 0.1}, "no tolerance"),
+        ({"preprocess": "thinned"}, "preprocess='thinned' guesses from the inputs"),
+        ({"windows": 0}, "windows must be"),
+        ({"cuts": ["layers.4", "layers.8"], "stages": "auto"}, "which 2 windows do not divide"),
+        ({"devices": pnn.load_profile("h100")}, "leave devices="),
+    ],
+)
+def test_what_does_not_go_together(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(OptionError, match=problem):
+        _compiled(**({"stages": 3} | options))
+
+
+def test_one_iteration() -> None:
+    compiled, x = _compiled()
+    with pytest.raises(OptionError, match="one iteration"):
+        compiled.iterate(x, iterations=2)
+    [row] = compiled.dial([x])
+    assert row.iterations == 1
+    assert dataclasses.replace(compiled.plan, windows=1).most_iterations == 6
