@@ -74,6 +74,7 @@ class Study:
         seed: Seed of the weights and of the order of the samples.
         only: Networks whose name holds one of these texts; all if empty.
         originals: The trained originals.
+        lengths: Fits of the study of lengths, as shares of the training.
     """
 
     task: Task
@@ -81,6 +82,7 @@ class Study:
     seed: int
     only: tuple[str, ...] = ()
     originals: Originals = field(default_factory=Originals)
+    lengths: Sequence[float] = LENGTHS
 
     def wants(self, name: str) -> bool:
         """Whether a network is asked for."""
@@ -200,7 +202,7 @@ def lengths(study: Study) -> Iterator[Row]:
     original = study.original()
     yield study.row("lengths", "original", 1, fitted=accuracy(original, study.task.test))
     for stages in study.preset.stages:
-        for share in LENGTHS:
+        for share in study.lengths:
             for name, how in CONVERSIONS.items():
                 if not study.wants(name):
                     continue
@@ -380,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--stages", type=int, nargs="+", help="instead of the preset's")
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     found.add_argument("--only", nargs="+", default=(), help="parts of the networks' names")
+    found.add_argument("--lengths", type=float, nargs="+", default=LENGTHS, help="shares of fits")
     found.add_argument("--originals", type=Path, help="folder that keeps the trained originals")
     found.add_argument("--results", type=Path, default=RESULTS)
     return found
@@ -398,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset = replace(preset, stages=tuple(options.stages))
     task = make_task(options.task, options.data, preset, options.device)
     for seed in options.seeds:
-        study = Study(task, preset, seed, tuple(options.only), Originals(options.originals))
+        originals = Originals(options.originals)
+        study = Study(task, preset, seed, tuple(options.only), originals, options.lengths)
         for row in STUDIES[options.study](study):
             append(options.results, {"task": options.task, "preset": options.preset, **row})
 
