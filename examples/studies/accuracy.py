@@ -21,23 +21,33 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import pnn_compile as pnn
-from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, LENGTHS, Conversion
+from examples.studies.conversions import (
+    AT_CONVERGENCE,
+    ATTEMPTS,
+    AUTO,
+    CONVERSIONS,
+    LENGTHS,
+    Conversion,
+)
 from examples.studies.networks import in_groups, shortened
 from examples.studies.presets import PRESETS, Preset
 from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals, Shuffled, accuracy, train
+from examples.studies.windows import Windowed, in_windows
 from passes.errors import PartitionError, SynthesisError
 from pnn_compile.fit.early_exit import fit_early_exit
+from pnn_compile.fit.train import distillation
 from pnn_compile.inputs import CalibrationBatches
 
 __all__ = ["RESULTS", "STUDIES", "Study", "append", "main"]
@@ -203,19 +213,27 @@ def lengths(study: Study) -> Iterator[Row]:
     yield study.row("lengths", "original", 1, fitted=accuracy(original, study.task.test))
     for stages in study.preset.stages:
         for share in study.lengths:
-            for name, how in CONVERSIONS.items():
+            for name, how in AT_CONVERGENCE.items():
                 if not study.wants(name):
                     continue
                 total = share * study.preset.epochs / (how.epochs + how.interfaces)
                 how = replace(how, epochs=total * how.epochs, interfaces=total * how.interfaces)
+                after = f"after {share:.1%} of the training"
+                compiled: pnn.Compiled | Windowed
                 try:
-                    compiled, _ = _convert(original, study, stages, how)
-                except SynthesisError as error:
+                    if how.windows:
+                        compiled = in_windows(
+                            original, how.windows, study.samples(), stages=stages,
+                            seed=study.seed, **how.options,
+                        )  # fmt: skip
+                    else:
+                        compiled, _ = _convert(original, study, stages, how)
+                except (PartitionError, SynthesisError) as error:
                     print(f"{name}, N = {stages}: {error}", file=sys.stderr)
                     continue
                 controls = _controls(compiled, study, original)
-                after = f"after {share:.1%} of the training"
-                yield _fitted("lengths", f"{name}, {after}", compiled, study, how)
+                fitted = _fitted_windows if isinstance(compiled, Windowed) else _fitted
+                yield fitted("lengths", f"{name}, {after}", compiled, study, how)
                 for control in controls:
                     control = replace(control, name=f"{control.name}, as fast as {name}, {after}")
                     yield _controlled("lengths", control, stages, study, original, how)
@@ -243,8 +261,8 @@ def _convert(
 ) -> tuple[pnn.Compiled, float]:
     start = time.perf_counter()
     compiled = pnn.compile(
-        original, study.task.train.x[:2], stages=stages, seed=study.seed,
-        calibration=study.samples(), **how.options,
+        original, study.task.train.x[:2], seed=study.seed, calibration=study.samples(),
+        **{"stages": stages} | how.options,
     )  # fmt: skip
     return compiled, time.perf_counter() - start
 
@@ -263,7 +281,8 @@ def _fitted(
     pnn.fit(
         compiled, Shuffled(study.task, study.task.fit_batch, study.seed), epochs=how.epochs,
         interface_epochs=how.interfaces, dropout=how.dropout,
-        learning_rate=how.rate * study.preset.fit_rate,
+        learning_rate=how.rate * study.preset.fit_rate, loss=_loss(how),
+        optimizer=_optimizer(compiled, how, study) if how.slow != 1 else None,
         autocast=torch.bfloat16 if study.preset.bfloat16 else None,
     )  # fmt: skip
     forecast = compiled.plan.forecast
@@ -272,6 +291,46 @@ def _fitted(
         calibrated=calibrated, fitted=accuracy(compiled.module, test),
         agreement=100 * (compiled.calibration.agreement_after or 0.0),
         speedup=forecast.speedup, serial=forecast.serial_share,
+    )  # fmt: skip
+
+
+def _loss(how: Conversion) -> Callable[[Any, Any, Any], torch.Tensor]:
+    def loss(outputs: Any, targets: Any, batch: Any) -> torch.Tensor:
+        distance = distillation(outputs, targets, batch)
+        if not how.labels:
+            return distance
+        return distance + how.labels * F.cross_entropy(outputs, batch[1])
+
+    return loss
+
+
+def _optimizer(
+    compiled: pnn.Compiled, how: Conversion, study: Study
+) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    stages = nn.ModuleList([*compiled.stages.fine, compiled.stages.head])
+    fine, rate = set(stages.parameters()), how.rate * study.preset.fit_rate
+
+    def make(trained: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in trained:
+            groups.setdefault(rate * (how.slow if parameter in fine else 1), []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=1e-2
+        )
+
+    return make
+
+
+def _fitted_windows(
+    study_name: str, name: str, windowed: Windowed, study: Study, how: Conversion
+) -> Row:
+    calibrated = accuracy(windowed.network, study.task.test)
+    original = study.original()
+    _fit(windowed.network, study, original, how)
+    return study.row(
+        study_name, name, max(len(plan.stages) for plan in windowed.plans),
+        calibrated=calibrated, fitted=accuracy(windowed.network, study.task.test),
+        speedup=windowed.speedup, serial=windowed.serial, rounds=windowed.rounds,
     )  # fmt: skip
 
 
@@ -293,21 +352,23 @@ class _Control:
     units: float
 
 
-def _controls(compiled: pnn.Compiled, study: Study, original: nn.Module) -> list[_Control]:
+def _controls(
+    compiled: pnn.Compiled | Windowed, study: Study, original: nn.Module
+) -> list[_Control]:
     """Early exit, dropped and parallel layers; made before the fit, which changes the stages."""
     units, found = study.task.units, []
-    if study.wants("early exit"):
+    in_one = isinstance(compiled, pnn.Compiled)
+    keep = math.ceil(units / (compiled.plan.forecast.speedup if in_one else compiled.speedup))
+    if study.wants("early exit") and in_one:
         batches = CalibrationBatches(compiled, study.samples())
         early = fit_early_exit(compiled, batches, 1 / compiled.plan.forecast.speedup)
         if early is not None:
             found.append(_Control("early exit", early, early.share * units))
     if study.wants("layers dropped"):
-        keep = same_latency(units, compiled)
         found.append(_Control("layers dropped", shortened(original, keep), keep))
-    if study.wants("layers in parallel"):
-        keep = same_latency(units, compiled)
-        if (parallel := in_groups(original, keep)) is not None:
-            found.append(_Control("layers in parallel", parallel, keep))
+    parallel = in_groups(original, keep) if study.wants("layers in parallel") else None
+    if parallel is not None:
+        found.append(_Control("layers in parallel", parallel, keep))
     return found
 
 
