@@ -117,8 +117,10 @@ class Study:
         return names | figures
 
 
-def same_latency(units: int, compiled: pnn.Compiled) -> int:
+def same_latency(units: int, compiled: pnn.Compiled | Windowed) -> int:
     """Units of a sequential network that takes at least the predicted time of a parareal one."""
+    if isinstance(compiled, Windowed):
+        return math.ceil(units / compiled.speedup)
     return math.ceil(units / compiled.plan.forecast.speedup)
 
 
@@ -232,8 +234,10 @@ def lengths(study: Study) -> Iterator[Row]:
                     print(f"{name}, N = {stages}: {error}", file=sys.stderr)
                     continue
                 controls = _controls(compiled, study, original)
-                fitted = _fitted_windows if isinstance(compiled, Windowed) else _fitted
-                yield fitted("lengths", f"{name}, {after}", compiled, study, how)
+                if isinstance(compiled, Windowed):
+                    yield _fitted_windows(f"{name}, {after}", compiled, study, how)
+                else:
+                    yield _fitted("lengths", f"{name}, {after}", compiled, study, how)
                 for control in controls:
                     control = replace(control, name=f"{control.name}, as fast as {name}, {after}")
                     yield _controlled("lengths", control, stages, study, original, how)
@@ -321,14 +325,12 @@ def _optimizer(
     return make
 
 
-def _fitted_windows(
-    study_name: str, name: str, windowed: Windowed, study: Study, how: Conversion
-) -> Row:
+def _fitted_windows(name: str, windowed: Windowed, study: Study, how: Conversion) -> Row:
     calibrated = accuracy(windowed.network, study.task.test)
     original = study.original()
     _fit(windowed.network, study, original, how)
     return study.row(
-        study_name, name, max(len(plan.stages) for plan in windowed.plans),
+        "lengths", name, max(len(plan.stages) for plan in windowed.plans),
         calibrated=calibrated, fitted=accuracy(windowed.network, study.task.test),
         speedup=windowed.speedup, serial=windowed.serial, rounds=windowed.rounds,
     )  # fmt: skip
@@ -357,9 +359,8 @@ def _controls(
 ) -> list[_Control]:
     """Early exit, dropped and parallel layers; made before the fit, which changes the stages."""
     units, found = study.task.units, []
-    in_one = isinstance(compiled, pnn.Compiled)
-    keep = math.ceil(units / (compiled.plan.forecast.speedup if in_one else compiled.speedup))
-    if study.wants("early exit") and in_one:
+    keep = same_latency(units, compiled)
+    if study.wants("early exit") and isinstance(compiled, pnn.Compiled):
         batches = CalibrationBatches(compiled, study.samples())
         early = fit_early_exit(compiled, batches, 1 / compiled.plan.forecast.speedup)
         if early is not None:
