@@ -303,7 +303,8 @@ def _loss(how: Conversion) -> Callable[[Any, Any, Any], torch.Tensor]:
         distance = distillation(outputs, targets, batch)
         if not how.labels:
             return distance
-        return distance + how.labels * F.cross_entropy(outputs, batch[1])
+        right = F.cross_entropy(outputs.flatten(0, -2), batch[1].flatten())
+        return distance + how.labels * right
 
     return loss
 

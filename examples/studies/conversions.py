@@ -66,6 +66,9 @@ _THINNED = CONVERSIONS["parareal, thinned"]
 _MAPS = {"preprocess": "linear", "coarse": "linear"}
 
 AT_CONVERGENCE = CONVERSIONS | {
+    "one state for all": Conversion(
+        options={"preprocess": "identity", "coarse": "identity", "prologue": 0.15}
+    ),
     "larger thinned guesses": replace(_THINNED, options=_THINNED.options | {"prologue": 0.2}),
     "thinned in difference form": replace(
         _THINNED,
@@ -79,7 +82,10 @@ AT_CONVERGENCE = CONVERSIONS | {
         f"in {count} windows": Conversion(options=_MAPS, windows=count) for count in (1, 2, 3, 6, 9)
     },
 }
-"""What was tried beside them on originals that are trained to convergence."""
+"""What was tried beside them on originals that are trained to convergence.
+
+"One state for all" is layers in parallel as a parareal network of N stages, which exists where the
+state keeps its shape. Windows have channel maps as guesses and corrections."""
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
 """Fits as shares of the training of the original; the ones that decide first."""
