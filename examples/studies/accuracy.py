@@ -21,16 +21,24 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import pnn_compile as pnn
-from examples.studies.conversions import ATTEMPTS, AUTO, CONVERSIONS, LENGTHS, Conversion
+from examples.studies.conversions import (
+    AT_CONVERGENCE,
+    ATTEMPTS,
+    AUTO,
+    CONVERSIONS,
+    LENGTHS,
+    Conversion,
+)
 from examples.studies.networks import in_groups, shortened
 from examples.studies.presets import PRESETS, Preset
 from examples.studies.table import Row, summary, table
@@ -38,6 +46,7 @@ from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals, Shuffled, accuracy, train
 from passes.errors import PartitionError, SynthesisError
 from pnn_compile.fit.early_exit import fit_early_exit
+from pnn_compile.fit.train import distillation
 from pnn_compile.inputs import CalibrationBatches
 
 __all__ = ["RESULTS", "STUDIES", "Study", "append", "main"]
@@ -74,6 +83,7 @@ class Study:
         seed: Seed of the weights and of the order of the samples.
         only: Networks whose name holds one of these texts; all if empty.
         originals: The trained originals.
+        lengths: Fits of the study of lengths, as shares of the training.
     """
 
     task: Task
@@ -81,6 +91,7 @@ class Study:
     seed: int
     only: tuple[str, ...] = ()
     originals: Originals = field(default_factory=Originals)
+    lengths: Sequence[float] = LENGTHS
 
     def wants(self, name: str) -> bool:
         """Whether a network is asked for."""
@@ -200,19 +211,19 @@ def lengths(study: Study) -> Iterator[Row]:
     original = study.original()
     yield study.row("lengths", "original", 1, fitted=accuracy(original, study.task.test))
     for stages in study.preset.stages:
-        for share in LENGTHS:
-            for name, how in CONVERSIONS.items():
+        for share in study.lengths:
+            for name, how in AT_CONVERGENCE.items():
                 if not study.wants(name):
                     continue
                 total = share * study.preset.epochs / (how.epochs + how.interfaces)
                 how = replace(how, epochs=total * how.epochs, interfaces=total * how.interfaces)
+                after = f"after {share:.1%} of the training"
                 try:
                     compiled, _ = _convert(original, study, stages, how)
-                except SynthesisError as error:
+                except (PartitionError, SynthesisError) as error:
                     print(f"{name}, N = {stages}: {error}", file=sys.stderr)
                     continue
                 controls = _controls(compiled, study, original)
-                after = f"after {share:.1%} of the training"
                 yield _fitted("lengths", f"{name}, {after}", compiled, study, how)
                 for control in controls:
                     control = replace(control, name=f"{control.name}, as fast as {name}, {after}")
@@ -241,8 +252,8 @@ def _convert(
 ) -> tuple[pnn.Compiled, float]:
     start = time.perf_counter()
     compiled = pnn.compile(
-        original, study.task.train.x[:2], stages=stages, seed=study.seed,
-        calibration=study.samples(), **how.options,
+        original, study.task.train.x[:2], seed=study.seed, calibration=study.samples(),
+        **{"stages": stages} | how.options,
     )  # fmt: skip
     return compiled, time.perf_counter() - start
 
@@ -261,16 +272,45 @@ def _fitted(
     pnn.fit(
         compiled, Shuffled(study.task, study.task.fit_batch, study.seed), epochs=how.epochs,
         interface_epochs=how.interfaces, dropout=how.dropout,
-        learning_rate=how.rate * study.preset.fit_rate,
+        learning_rate=how.rate * study.preset.fit_rate, loss=_loss(how),
+        optimizer=_optimizer(compiled, how, study) if how.slow != 1 else None,
         autocast=torch.bfloat16 if study.preset.bfloat16 else None,
     )  # fmt: skip
     forecast = compiled.plan.forecast
     return study.row(
-        study_name, name, len(compiled.plan.stages), uncorrected=accuracy(without, test),
+        study_name, name, compiled.plan.devices, uncorrected=accuracy(without, test),
         calibrated=calibrated, fitted=accuracy(compiled.module, test),
         agreement=100 * (compiled.calibration.agreement_after or 0.0),
         speedup=forecast.speedup, serial=forecast.serial_share,
     )  # fmt: skip
+
+
+def _loss(how: Conversion) -> Callable[[Any, Any, Any], torch.Tensor]:
+    def loss(outputs: Any, targets: Any, batch: Any) -> torch.Tensor:
+        distance = distillation(outputs, targets, batch)
+        if not how.labels:
+            return distance
+        right = F.cross_entropy(outputs.flatten(0, -2), batch[1].flatten())
+        return distance + how.labels * right
+
+    return loss
+
+
+def _optimizer(
+    compiled: pnn.Compiled, how: Conversion, study: Study
+) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    stages = nn.ModuleList([*compiled.stages.fine, compiled.stages.head])
+    fine, rate = set(stages.parameters()), how.rate * study.preset.fit_rate
+
+    def make(trained: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for parameter in trained:
+            groups.setdefault(rate * (how.slow if parameter in fine else 1), []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=1e-2
+        )
+
+    return make
 
 
 def _fit(network: nn.Module, study: Study, original: nn.Module, how: Conversion) -> None:
@@ -294,18 +334,17 @@ class _Control:
 def _controls(compiled: pnn.Compiled, study: Study, original: nn.Module) -> list[_Control]:
     """Early exit, dropped and parallel layers; made before the fit, which changes the stages."""
     units, found = study.task.units, []
+    keep = same_latency(units, compiled)
     if study.wants("early exit"):
         batches = CalibrationBatches(compiled, study.samples())
         early = fit_early_exit(compiled, batches, 1 / compiled.plan.forecast.speedup)
         if early is not None:
             found.append(_Control("early exit", early, early.share * units))
     if study.wants("layers dropped"):
-        keep = same_latency(units, compiled)
         found.append(_Control("layers dropped", shortened(original, keep), keep))
-    if study.wants("layers in parallel"):
-        keep = same_latency(units, compiled)
-        if (parallel := in_groups(original, keep)) is not None:
-            found.append(_Control("layers in parallel", parallel, keep))
+    parallel = in_groups(original, keep) if study.wants("layers in parallel") else None
+    if parallel is not None:
+        found.append(_Control("layers in parallel", parallel, keep))
     return found
 
 
@@ -380,6 +419,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--stages", type=int, nargs="+", help="instead of the preset's")
     found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     found.add_argument("--only", nargs="+", default=(), help="parts of the networks' names")
+    found.add_argument("--lengths", type=float, nargs="+", default=LENGTHS, help="shares of fits")
     found.add_argument("--originals", type=Path, help="folder that keeps the trained originals")
     found.add_argument("--results", type=Path, default=RESULTS)
     return found
@@ -398,7 +438,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preset = replace(preset, stages=tuple(options.stages))
     task = make_task(options.task, options.data, preset, options.device)
     for seed in options.seeds:
-        study = Study(task, preset, seed, tuple(options.only), Originals(options.originals))
+        originals = Originals(options.originals)
+        study = Study(task, preset, seed, tuple(options.only), originals, options.lengths)
         for row in STUDIES[options.study](study):
             append(options.results, {"task": options.task, "preset": options.preset, **row})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["ATTEMPTS", "AUTO", "CONVERSIONS", "LENGTHS", "Conversion"]
+__all__ = ["ATTEMPTS", "AT_CONVERGENCE", "AUTO", "CONVERSIONS", "LENGTHS", "Conversion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class Conversion:
         rate: Peak learning rate of the fit over the preset's.
         dropout: Whether dropout is active in the fit.
         controls: Whether the controls are given the same fit, beside it.
+        labels: Weight of the loss on labels, beside the distance from the original's outputs.
+        slow: Learning rate of the stages over that of guesses and corrections.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -27,6 +29,8 @@ class Conversion:
     rate: float = 1.0
     dropout: bool = False
     controls: bool = False
+    labels: float = 0.0
+    slow: float = 1.0
 
 
 AUTO = Conversion(options={"prologue": 0.07}, controls=True)
@@ -55,6 +59,31 @@ CONVERSIONS = {
 """Guesses from the input and rank 32 everywhere; the measured choice; or thinned or narrow copies
 of all before as guesses, which learn by themselves for half of the one epoch that all have. The
 last two correct by copied blocks, whose weights are fresh."""
+
+_THINNED = CONVERSIONS["parareal, thinned"]
+
+AT_CONVERGENCE = CONVERSIONS | {
+    "one state for all": Conversion(
+        options={"preprocess": "identity", "coarse": "identity", "prologue": 0.15}
+    ),
+    "larger thinned guesses": replace(_THINNED, options=_THINNED.options | {"prologue": 0.2}),
+    "thinned in difference form": replace(
+        _THINNED,
+        options=_THINNED.options | {"coarse": "thinned", "correction": "difference"},
+    ),
+    "thinned to labels": replace(_THINNED, labels=1.0),
+    "thinned, slow stages": replace(_THINNED, slow=0.1),
+    "thinned of two stages": replace(_THINNED, options=_THINNED.options | {"stages": 2}),
+    "thinned of two iterations": replace(_THINNED, options=_THINNED.options | {"iterations": 2}),
+    **{
+        f"in {count} windows": Conversion(options={**AUTO.options, "windows": count})
+        for count in (2, 3, 6)
+    },
+}
+"""What was tried beside them on originals that are trained to convergence.
+
+"One state for all" is layers in parallel as a parareal network of N stages, which exists where the
+state keeps its shape. In windows the measured choice."""
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
 """Fits as shares of the training of the original; the ones that decide first."""

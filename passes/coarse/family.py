@@ -17,7 +17,7 @@ from torch import nn
 
 from passes.coarse.convolution import Conv, Convolution
 from passes.coarse.copied_blocks import UnitsOptions, build_units
-from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops
+from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops, lowrank_flops
 from passes.coarse.narrow_guess import NarrowOptions, build_narrow
 from passes.coarse.spec import (
     CoarseOptions,
@@ -77,7 +77,8 @@ class Family:
         in_time: Whether it takes steps of a loop in time, with the weights and buffers of the
             trunk, so that cuts lie between steps.
         flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
-            entering and leaving state, to place the cuts. The plan stores counted FLOPs.
+            entering and leaving state and the rank that was asked for, to place the cuts. The plan
+            stores counted FLOPs.
     """
 
     about: str
@@ -92,7 +93,9 @@ class Family:
     is_fine: bool = False
     evidence: Mapping[str, str] = field(default_factory=dict)
     in_time: bool = False
-    flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec]], float] = linear_flops
+    flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec], int], float] = (
+        lambda entering, leaving, rank: linear_flops(entering, leaving)
+    )
 
 
 _EITHER = ("chain", "collapsed")
@@ -132,6 +135,7 @@ FAMILIES: dict[str, Family] = {
         sums=True,
         linear=True,
         sweeps=_COLLAPSES,
+        flops=lowrank_flops,
     ),
     "conv": Family(
         about="two small convolutions, or two linear layers on tokens, that start at zero",
@@ -191,14 +195,14 @@ FAMILIES: dict[str, Family] = {
         coarse=lambda options, site: Identity(site.entering, site.leaving),
         linear=True,
         sweeps=_EITHER,
-        flops=lambda entering, leaving: 0.0,
+        flops=lambda entering, leaving, rank: 0.0,
     ),
     "zero": Family(
         about="no correction",
         coarse=lambda options, site: Zero(site.entering, site.leaving),
         linear=True,
         sweeps=_EITHER,
-        flops=lambda entering, leaving: 0.0,
+        flops=lambda entering, leaving, rank: 0.0,
     ),
 }
 """The families by name. Users add rows before they compile."""

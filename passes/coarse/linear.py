@@ -310,6 +310,13 @@ def lowrank_flops(
     entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec], rank: int
 ) -> float:
     """Estimate the FLOPs of one call without building the weights."""
+    return _lowrank_flops(tuple(entering), tuple(leaving), rank)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lowrank_flops(
+    entering: tuple[TensorSpec, ...], leaving: tuple[TensorSpec, ...], rank: int
+) -> float:
     total = 0.0
     for target in leaving:
         for source in entering:

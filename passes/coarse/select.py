@@ -102,9 +102,17 @@ def preprocess_estimate(analysis: Analysis, options: Options, position: Position
 
 
 def coarse_estimate(
-    analysis: Analysis, options: Options, position: Position, budget: float = math.inf
+    analysis: Analysis,
+    options: Options,
+    position: Position,
+    last: Position,
+    budget: float = math.inf,
 ) -> float:
-    """Estimate the FLOPs of a coarse propagator at a position, within the budget of a stage."""
+    """Estimate the FLOPs of a coarse propagator at a position, within the budget of a stage.
+
+    In a chain it leads to a state that is not known yet, and taken to be like the one at the
+    position; in a collapsed sweep to that at `last`.
+    """
     if in_time(options.coarse):
         return options.units * _step_flops(analysis)
     copies = copies_blocks(options.coarse)
@@ -114,8 +122,9 @@ def coarse_estimate(
     units *= (options.coarse_width or 1.0) ** 2
     if units and (copies or units <= budget):
         return units
-    estimates = [row.flops for row in rows_of(options.coarse)] or [linear_flops]
-    return max(flops(position.specs, position.specs) for flops in estimates)
+    leaving = last.specs if options.sweep == "collapsed" else position.specs
+    rows = rows_of(options.coarse if options.coarse != "auto" else "linear")
+    return sum(row.flops(position.specs, leaving, options.rank) for row in rows)
 
 
 def _step_flops(analysis: Analysis) -> float:

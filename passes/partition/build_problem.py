@@ -97,7 +97,9 @@ class ProblemBuilder:
         scale = sum(totals) / flops if analysis.flops else 1.0  # cost of a FLOP
         budget = stage_budget(analysis, options, stages)
         preference = _INSIDE_BLOCK * sum(totals) / stages
-        coarse = [coarse_estimate(analysis, options, p, budget) * scale for p in self.positions]
+        coarse = [
+            coarse_estimate(analysis, options, p, self.head, budget) * scale for p in self.positions
+        ]
         preprocess = [estimate * scale for estimate in self._preprocess]
         if options.sweep == "collapsed":  # every device applies its own map, at the same time
             preprocess = [c + f for c, f in zip(preprocess, coarse, strict=True)]

@@ -112,7 +112,7 @@ def _search(
 ) -> tuple[Cut, float]:
     """Find the best cut among candidates, and the time of its slowest stage."""
     if stages - 1 > len(candidates):
-        raise PartitionError(_too_few(analysis, candidates, stages))
+        raise PartitionError(_too_few(analysis, options, candidates, stages))
     solution = _solve(analysis, options, candidates, head, stages)
     # The solver does not know which stages are connected: drop a candidate that a disconnected
     # stage begins at, and solve again.
@@ -388,15 +388,21 @@ def _label(analysis: Analysis, position: Position) -> str:
     return f"{provenance(node).path or node.name} (node {node.name})"
 
 
-def _too_few(analysis: Analysis, candidates: list[Position], stages: int) -> str:
+def _too_few(analysis: Analysis, options: Options, candidates: list[Position], stages: int) -> str:
     places = [_label(analysis, position) for position in candidates[:_SHOWN]]
     more = f" and {len(candidates) - _SHOWN} more" if len(candidates) > _SHOWN else ""
-    refused = ", ".join(f"{n} where {why}" for why, n in analysis.frontiers.refused.items())
+    refused = [f"{n} where {why}" for why, n in analysis.frontiers.refused.items()]
+    several = sum(p.boundary and len(p.state) > 1 for p in analysis.frontiers.positions)
+    if copies_blocks(options.coarse) and several:
+        refused.append(
+            f"{several} where the state is several tensors, which coarse={options.coarse!r} cannot "
+            "copy a block between (coarse='linear' and 'lowrank' can be cut there)"
+        )
     return (
         f"{analysis.program.name} has {len(candidates)} legal cuts, but {stages} stages need "
         f"{stages - 1}: ask for at most {len(candidates) + 1} stages\n"
         f"  legal in front of: {'; '.join(places)}{more}\n"
-        f"  not legal: {refused or 'none'}\n"
+        f"  not legal: {', '.join(refused) or 'none'}\n"
         f"  widest run without a legal cut: {_widest(analysis, candidates)}"
     )
 

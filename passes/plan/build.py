@@ -84,7 +84,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         seed=options.seed,
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
-        notes=(*filter(None, (cut.note, _small(stages))), *_notes(analysis, options, forecast)),
+        notes=(*filter(None, (cut.note,)), *_notes(analysis, options, forecast)),
         tolerance=options.tolerance,
         windows=options.windows,
         asked=OperatorOptions(
@@ -283,16 +283,11 @@ def _ties(analysis: Analysis, positions: Sequence[Position]) -> dict[str, tuple[
     return {name: tuple(numbers) for name, numbers in readers.items() if len(numbers) > 1}
 
 
-def _small(stages: Sequence[Stage]) -> str:
-    """Return a note on stages that have less than half the mean work; "" if there are none."""
+def small_stages(stages: Sequence[Stage]) -> list[str]:
+    """Return number and share of every stage that has less than half the mean work."""
     costs = [s.flops + s.backward_flops if s.seconds is None else s.seconds for s in stages]
     mean = sum(costs) / len(costs)
-    shares = [f"{n} ({c / mean:.0%})" for n, c in enumerate(costs) if c < mean / 2]
-    if not shares:
-        return ""
-    which = f"stage {shares[0]} has" if len(shares) == 1 else f"stages {', '.join(shares)} have"
-    fewer = len(stages) - len(shares)
-    return f"{which} less than half the mean work: {fewer} stages may be as fast"
+    return [f"{n} ({c / mean:.0%})" for n, c in enumerate(costs) if c < mean / 2]
 
 
 def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.build import make_plan
+from passes.plan.build import make_plan, small_stages
 from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
@@ -56,15 +56,15 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         SynthesisError: A preprocessing operator or coarse propagator cannot be built.
     """
     options, loop = for_loop(analysis, options.counted())
+    search, chosen = _Search(analysis, options), ""
     if options.stages != "auto" or options.cuts is not None:
         plan = make_plan(analysis, choose_cut(analysis, options), options)
-        notes = (*plan.notes, loop) if loop else plan.notes
-        return options, dataclasses.replace(plan, notes=notes)
-    search = _Search(analysis, options)
-    plan = search.best()
-    extra = filter(None, (loop, search.note(plan)))
-    plan = dataclasses.replace(plan, notes=(*plan.notes, *extra))
-    return dataclasses.replace(options, stages=plan.devices), plan
+    else:
+        plan = search.best()
+        chosen = search.note(plan)
+        options = dataclasses.replace(options, stages=plan.devices)
+    notes = filter(None, (search.note_on_small(plan), *plan.notes, loop, chosen))
+    return options, dataclasses.replace(plan, notes=tuple(notes))
 
 
 def fewest_near_best(time: Callable[[int], float], most: int) -> int | None:
@@ -178,6 +178,25 @@ class _Search:
         return (
             f"{gain}: more do not pay ({doubled} give {other.forecast.speedup:.2f}), held back by "
             f"{BOTTLENECKS[self._bottleneck(other)]}"
+        )
+
+    def note_on_small(self, plan: Plan) -> str:
+        """Name stages of less than half the mean work, and what as many fewer would give."""
+        shares = small_stages(plan.stages)
+        if not shares:
+            return ""
+        which = f"stage {shares[0]} has" if len(shares) == 1 else f"stages {', '.join(shares)} have"
+        which += " less than half the mean work"
+        count = len(plan.stages) - len(shares)
+        some = "1 stage" if count == 1 else f"{count} stages"
+        fewer = None if self._options.cuts or plan.windows > 1 else self.plan(count)
+        if fewer is None:
+            return f"{which}: {some} may be as fast"
+        speed, now = fewer.forecast.speedup, plan.forecast.speedup
+        verdict = "would do" if speed * _NEAR_BEST >= now else "would be slower"
+        return (
+            f"{which}: {some} {verdict} ({speed:.2f} times the original's speed, these "
+            f"{len(plan.stages)} {now:.2f})"
         )
 
     def _bottleneck(self, plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """The studies run from end to end on a handful of random samples."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,10 @@ from queue import Queue
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import pnn_compile as pnn
-from examples import resnet1001
+from examples import resnet110, resnet1001
 from examples.studies import accuracy, growth, overhead, queue, steps, training
 from examples.studies.conversions import ATTEMPTS
 from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
@@ -91,9 +93,9 @@ def test_attempts_are_fitted_and_measured(name: str) -> None:
     assert len(set(names)) == len(names) == 2 + 2 * ATTEMPTS[name].controls
 
 
-def test_a_conversion_is_fitted_for_several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy, "LENGTHS", (0.5, 0.1))
-    study = accuracy.Study(_vgg(), PRESET, seed=0, only=("parareal, auto", "layers dropped"))
+def test_a_conversion_is_fitted_for_several_lengths() -> None:
+    only = ("parareal, auto", "layers dropped")
+    study = accuracy.Study(_vgg(), PRESET, seed=0, only=only, lengths=(0.5, 0.1))
     names = [row["network"] for row in accuracy.lengths(study)]
     assert names == [
         "original",
@@ -103,6 +105,27 @@ def test_a_conversion_is_fitted_for_several_lengths(monkeypatch: pytest.MonkeyPa
             for name in ("parareal, auto", "layers dropped, as fast as parareal, auto")
         ),
     ]
+
+
+def test_windows_are_fitted_beside_layers_in_parallel() -> None:
+    only = ("in 2 windows", "layers in parallel")
+    study = accuracy.Study(_task(), PRESET, seed=0, only=only, lengths=(0.5,))
+    _, windowed, control = accuracy.lengths(study)
+    assert windowed["network"] == "in 2 windows, after 50.0% of the training"
+    assert control["units"] == math.ceil(12 / float(str(windowed["speedup"])))
+
+
+def test_a_window_of_identities_is_a_group_of_layers_in_parallel() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.trunk = nn.Sequential(*(resnet110.Unit(4, 4, 1) for _ in range(6)))
+    model.eval()
+    x = torch.randn(2, 4, 8, 8)
+    grouped = in_groups(model, 2)
+    assert grouped is not None
+    windowed = pnn.compile(model, x, stages=3, windows=2, preprocess="identity", coarse="identity")
+    torch.testing.assert_close(windowed.module(x), grouped(x))
+    assert windowed.plan.forecast.speedup == pytest.approx(3, rel=0.03)
 
 
 def test_an_early_exit_starts_from_the_original(tmp_path: Path) -> None:

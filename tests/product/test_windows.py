@@ -97,10 +97,10 @@ def test_formulas() -> None:
 def test_every_oracle_holds(build: Any) -> None:
     torch.manual_seed(0)
     if build is unet.build_model:
-        model, x, options = build(width=4), torch.randn(2, 1, 32, 32), {}
+        model, x = build(width=4), torch.randn(2, 1, 32, 32)
     else:
-        model, x, options = build(3, 4), torch.randn(2, 3, 16, 16), {"preprocess": "linear"}
-    compiled = pnn.compile(model, x, stages=2, windows=2, coarse="linear", **options)
+        model, x = build(3, 4), torch.randn(2, 3, 16, 16)
+    compiled = pnn.compile(model, x, stages=2, windows=2, coarse="linear")
     assert compiled.verify().ok
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
@@ -14,7 +15,7 @@ from passes.cost.device_profile import DeviceProfile
 from passes.cost.node_facts import observe
 from passes.errors import OptionError, PartitionError
 from passes.options import Options
-from passes.partition.choose_cuts import choose_cut
+from passes.partition.choose_cuts import choose_cut, problem_builder
 from passes.plan.build import make_plan
 from passes.plan.schema import Plan
 from tests.models.builders import linear_chain
@@ -119,3 +120,25 @@ def test_what_does_not_fit_says_where_by_how_much_and_what_would() -> None:
 def test_devices_that_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Options(**({"cost": "roofline"} | options))
+
+
+@pytest.mark.parametrize("family", ["linear", "lowrank"])
+def test_a_collapsed_map_is_priced_by_the_last_state(family: str) -> None:
+    # From a large early state to a small last one: a map between two large ones would cost more.
+    layers = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, stride=4, padding=1),
+        *(nn.Conv2d(32, 32, 3, padding=1) for _ in range(3)),
+    )  # fmt: skip
+    program = capture(layers, (torch.randn(1, 3, 32, 32),))
+    analysis = analyze(program, observe(program), "flops")
+    options = Options(stages=3, sweep="collapsed", coarse=family)
+    plan = make_plan(analysis, choose_cut(analysis, options), options)
+    builder = problem_builder(analysis, options)
+    (costs, *_) = builder.build(builder.devices(3)).devices
+    order = [node.name for node in analysis.frontiers.order]
+    ends = [order[position.index - 1] for position in builder.positions]
+    for stage, before in zip(plan.stages[1:], plan.stages, strict=False):
+        assert stage.preprocess is not None
+        assert stage.coarse is not None
+        built = stage.preprocess.flops + stage.coarse.flops
+        assert costs.entry[ends.index(before.last)] == pytest.approx(built, rel=0.05)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from examples import decoder, resnet1001
+from examples import amoebanet, decoder, resnet1001
 from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.node_facts import observe
@@ -348,3 +348,12 @@ def test_a_graph_without_any_cut_says_why() -> None:
         PartitionError, match=r"Counts has no legal cut at all \(2 x a value that is"
     ):
         choose_cut(facts, Options(stages=1))
+
+
+def test_cells_of_two_states_are_cut_but_not_copied() -> None:
+    facts = analyze_model(amoebanet.build_model(3, 16), *amoebanet.example_inputs(size=64))
+
+    plan = plan_of(facts, stages=3, coarse="lowrank", sweep="collapsed")
+    assert 2 in {len(face.state) for face in plan.interfaces}
+    with pytest.raises(PartitionError, match=r"6 where the state is several tensors, which coarse"):
+        plan_of(facts, stages=3, coarse="units")

@@ -237,6 +237,25 @@ def test_a_stage_of_less_than_half_the_mean_work_is_named() -> None:
     assert "stages 0 (33%), 1 (33%) have less" in notes("1", "2")
 
 
+@pytest.mark.parametrize(
+    ("widths", "said"),
+    [
+        (
+            (64, 64, 64, 8, 8, 8),
+            "stage 2 (18%) has less than half the mean work: 2 stages would do (",
+        ),
+        ((8, 64, 64, 8), "have less than half the mean work: 1 stage would be slower (1.00 times"),
+    ],
+)
+def test_what_fewer_stages_give_stands_beside_a_small_one(
+    widths: tuple[int, ...], said: str
+) -> None:
+    layers = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+    plan = compile_model(layers, torch.randn(2, widths[0]), coarse="zero", stages=3).plan
+    assert plan is not None
+    assert said in " ".join(plan.notes)
+
+
 def test_what_capture_noted_stands_in_the_plan() -> None:
     class Flagged(nn.Module):
         def __init__(self) -> None:
