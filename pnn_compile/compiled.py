@@ -297,13 +297,16 @@ class Compiled:
         inputs: Iterable[Any],
         *,
         stages: Sequence[int] = (),
+        windows: Sequence[int] = (),
         iterations: int = 2,
         **options: Any,
     ) -> Verdict:
         """Compare the network with the original on samples; see `pnn_compile.evaluate.assess`."""
         from pnn_compile.evaluate.assess import assess
 
-        return assess(self, inputs, stages=stages, iterations=iterations, **options)
+        return assess(
+            self, inputs, stages=stages, windows=windows, iterations=iterations, **options
+        )
 
     def probe(self, batches: Sequence[Any], **options: Any) -> Probe:
         """Train it beside its original and other forms; see `pnn_compile.evaluate.probe`."""

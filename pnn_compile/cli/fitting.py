@@ -32,6 +32,7 @@ _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
     examples=[
         ("model.py samples.safetensors", "2, 3 and 4 stages"),
         ("model.py samples.npz -n 2,4,8 --iterations 3", "and up to 3 iterations"),
+        ("model.py samples.npz -n 3 --windows 1,2,4", "the trunk as one, two and four runs"),
         ("model.py samples.npz --coarse-budget 0.1 --json", "as one JSON document"),
     ],
 )
@@ -39,6 +40,9 @@ _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 @_SAMPLES
 @click.option(
     "-n", "--stages", default="2,3,4", metavar="N,N,...", help="Numbers of stages to try."
+)
+@click.option(
+    "--windows", default="1", metavar="W,W,...", help="Numbers of windows to try with each."
 )
 @INPUT
 @compiler_options("coarse_budget")
@@ -54,6 +58,7 @@ def assess(
     model: str,
     samples: Path,
     stages: str,
+    windows: str,
     inputs: tuple[str, ...],
     coarse_budget: float | None,
     iterations: int,
@@ -69,19 +74,20 @@ def assess(
     from pnn_compile.inputs import read_batches
     from pnn_compile.report.tables import verdict_table
 
-    counts = read_numbers(stages, "-n")
+    counts, runs = read_numbers(stages, "-n"), read_numbers(windows, "--windows")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     source = build_source(model, inputs)
     with Progress(as_json)("opening") as show:
         compiled = compile_model(
             source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],
-            coarse_budget=coarse_budget, calibration=read, debug=debug,
+            windows=runs[0], coarse_budget=coarse_budget, calibration=read, debug=debug,
             progress=show,
         )  # fmt: skip
         show("judging")
         verdict = compiled.assess(
             read(compiled.program),
             stages=counts[1:],
+            windows=runs[1:],
             iterations=iterations,
             coarse_budget=coarse_budget,
         )

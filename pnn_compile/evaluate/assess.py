@@ -7,6 +7,7 @@ network that agrees better with the original than the early exit is worth N devi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ class VerdictRow:
     """A parareal network beside an early exit of the same predicted time.
 
     Attributes:
-        stages: N.
+        stages: N, of a window.
+        windows: W.
         iterations: K.
         speedup: Predicted speed-up over the original, links not counted.
         serial_share: Cost of the coarse sweeps and the head over the original's.
@@ -73,6 +75,7 @@ class VerdictRow:
     """
 
     stages: int
+    windows: int
     iterations: int
     speedup: float
     serial_share: float
@@ -80,13 +83,18 @@ class VerdictRow:
     exit: Fidelity | None
     exit_share: float | None
 
+    @property
+    def size(self) -> str:
+        """N, and W where there are several windows."""
+        return f"N = {self.stages}" + (f", W = {self.windows}" if self.windows > 1 else "")
+
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether a model is worth running as a parareal network, in numbers and in words.
 
     Attributes:
-        rows: By number of stages and iterations.
+        rows: By number of stages, windows and iterations.
         held_out: Number of samples of the measurement; none of them was fitted.
         sentence: Conclusion from the numbers.
         advice: Suggestions what to try next.
@@ -103,6 +111,7 @@ def assess(
     inputs: Iterable[Any],
     *,
     stages: Sequence[int] = (),
+    windows: Sequence[int] = (),
     iterations: int = 2,
     **options: Any,
 ) -> Verdict:
@@ -115,25 +124,29 @@ def assess(
         compiled: A calibrated network; it is not fitted again.
         inputs: Batches, as in `calibrate`.
         stages: Other numbers N of stages to try; these networks are compiled and calibrated here.
+        windows: Other numbers W of windows to try, each with every number of stages.
         iterations: Largest number K of iterations to show.
-        **options: Options of `compile` for the other numbers of stages; correction, sweep and seed
-            default to those of the plan.
+        **options: Options of `compile` for the other networks; correction, sweep and seed default
+            to those of the plan.
 
     Returns:
-        A row per number of stages and iterations, and what follows from them.
+        A row per number of stages, windows and iterations, and what follows from them.
 
     Raises:
         OptionError: As in `calibrate`; an option is unknown.
         PartitionError: The model cannot be cut into so many stages.
     """
     batches = CalibrationBatches(compiled, inputs)
-    networks = {compiled.plan.devices: compiled}
-    for count in stages:
-        if count not in networks:
-            networks[count] = _compiled(compiled, inputs, {**options, "stages": count})
+    plan = compiled.plan
+    networks = {(plan.devices, plan.windows): compiled}
+    sizes = itertools.product((plan.devices, *stages), (plan.windows, *windows))
+    for size in sizes:
+        if size not in networks:
+            asked = {**options, "stages": size[0], "windows": size[1]}
+            networks[size] = _compiled(compiled, inputs, asked)
     rows: list[VerdictRow] = []
-    for count in sorted(networks):
-        rows += _rows(networks[count], batches, iterations)
+    for size in sorted(networks):
+        rows += _rows(networks[size], batches, iterations)
     samples = batches.count(held_out=True)
     return Verdict(tuple(rows), samples, _sentence(rows, samples), _advice(rows, networks))
 
@@ -156,7 +169,8 @@ def _rows(network: Compiled, batches: CalibrationBatches, iterations: int) -> li
         exit_ = fit_early_exit(network, batches, 1 / dial_row.speedup)
         rows.append(
             VerdictRow(
-                stages=len(network.plan.stages),
+                stages=network.plan.devices,
+                windows=network.plan.windows,
                 iterations=dial_row.iterations,
                 speedup=dial_row.speedup,
                 serial_share=dial_row.serial_share,
@@ -185,7 +199,7 @@ def _sentence(rows: Sequence[VerdictRow], samples: int) -> str:
     """Summarize the row of one iteration and most stages in a sentence."""
     row = _largest(rows)
     result = (
-        f"N = {row.stages}: {row.fidelity} on {samples} held-out samples at "
+        f"{row.size}: {row.fidelity} on {samples} held-out samples at "
         f"{row.speedup:.1f} times its speed"
     )
     if row.speedup <= 1:
@@ -206,10 +220,13 @@ def _sentence(rows: Sequence[VerdictRow], samples: int) -> str:
 
 
 def _largest(rows: Sequence[VerdictRow]) -> VerdictRow:
-    return max((row for row in rows if row.iterations == 1), key=lambda row: row.stages)
+    single = (row for row in rows if row.iterations == 1)
+    return max(single, key=lambda row: (row.stages, -row.windows))
 
 
-def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Compiled]) -> tuple[str, ...]:
+def _advice(
+    rows: Sequence[VerdictRow], networks: Mapping[tuple[int, int], Compiled]
+) -> tuple[str, ...]:
     row, advice = _largest(rows), []
     if row.exit is not None and row.exit_share is not None and not row.fidelity.beats(row.exit):
         advice.append(
@@ -220,16 +237,22 @@ def _advice(rows: Sequence[VerdictRow], networks: Mapping[int, Compiled]) -> tup
         return (*advice, "try more stages: assess(..., stages=...)")
     advice.append("fit it: pnn.fit trains it towards the original's outputs, without labels")
     fewer = [r for r in rows if r.iterations == 1 and r.stages < row.stages and r.speedup > 1]
-    more = [r for r in rows if r.stages == row.stages and r.iterations > 1 and r.speedup > 1]
-    for candidates, words in ((fewer, "take fewer stages"), (more, "iterate")):
+    same = [r for r in rows if r.stages == row.stages and r.speedup > 1]
+    more = [r for r in same if r.iterations > 1]
+    cut = [r for r in same if r.windows > row.windows]
+    if row.windows == max(r.windows for r in rows) == 1:
+        advice.append("cut it into windows, which keep more: assess(..., windows=[2, 4])")
+    for candidates, words in (
+        (cut, "cut it into windows"), (fewer, "take fewer stages"), (more, "iterate"),
+    ):  # fmt: skip
         better = [r for r in candidates if r.fidelity.beats(row.fidelity)]
         if better:
             best = min(better, key=lambda r: r.fidelity.error)
             advice.append(
-                f"{words}: N = {best.stages}, K = {best.iterations}: {best.fidelity} at "
+                f"{words}: {best.size}, K = {best.iterations}: {best.fidelity} at "
                 f"{best.speedup:.1f} times its speed"
             )
-    if _at_the_limit(networks[row.stages]):
+    if _at_the_limit(networks[row.stages, row.windows]):
         advice.append(
             "raise coarse_budget: the best family tried was the most expensive one allowed"
         )

@@ -362,7 +362,7 @@ def verdict_table(verdict: Verdict) -> RenderableType:
     """Show each parareal network beside its early exit, then the conclusion and the advice."""
     table = figures_table(
         f"verdict on {verdict.held_out} held-out samples, without training",
-        ("N", "K", "speed-up", "serial", "agreement", "output error", "early exit"),
+        ("N", "W", "K", "speed-up", "serial", "agreement", "output error", "early exit"),
     )
     for row in verdict.rows:
         early_exit = "none as fast"
@@ -370,6 +370,7 @@ def verdict_table(verdict: Verdict) -> RenderableType:
             early_exit = f"{_agreement(row.exit)} ({row.exit_share:.0%} of the layers)"
         table.add_row(
             str(row.stages),
+            str(row.windows),
             str(row.iterations),
             f"{row.speedup:.2f}",
             f"{row.serial_share:.1%}",

@@ -127,12 +127,16 @@ def test_the_advice_names_what_did_better() -> None:
     row = replace(row, fidelity=Fidelity(0.7, 0.3), exit=Fidelity(0.6, 0.4))
     twice = replace(row, iterations=2, fidelity=Fidelity(0.8, 0.2), speedup=1.4)
     rows = [replace(row, stages=2, fidelity=Fidelity(0.9, 0.1), speedup=1.9), row, twice]
-    advice = "\n".join(_advice(rows, {2: compiled, 3: compiled}))
+    advice = "\n".join(_advice(rows, {(3, 1): compiled}))
     assert "take fewer stages: N = 2, K = 1: 90.0% agreement with the original at 1.9" in advice
     assert "iterate: N = 3, K = 2: 80.0% agreement with the original at 1.4" in advice
     assert "shorter network" not in advice
+    assert "windows=[2, 4]" in advice
+    cut = replace(row, windows=4, fidelity=Fidelity(0.95, 0.05), speedup=1.8)
+    advice = "\n".join(_advice([row, cut], {(3, 1): compiled}))
+    assert "cut it into windows: N = 3, W = 4, K = 1: 95.0% agreement" in advice
     slow = [row, replace(twice, speedup=0.9)]
-    assert "iterate" not in "\n".join(_advice(slow, {3: compiled}))
+    assert "iterate" not in "\n".join(_advice(slow, {(3, 1): compiled}))
 
 
 class Regression(nn.Module):

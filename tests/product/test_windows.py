@@ -149,6 +149,24 @@ def test_forecast_is_that_of_the_simulation() -> None:
         pnn.runtime.place(12, 4, 4)
 
 
+def test_assess_sets_windows_beside_each_other() -> None:
+    batches = [torch.randn(32, 16).double() for _ in range(10)]
+    compiled, _ = _compiled(3, 1, moved=False, calibration=batches)
+    verdict = compiled.assess(batches, windows=[2], iterations=1, coarse="linear")
+    one, two = verdict.rows
+    assert (one.windows, two.windows) == (1, 2)
+    assert two.fidelity.error < one.fidelity.error
+    assert two.speedup < one.speedup
+
+
+def test_a_fit_learns_every_guess() -> None:
+    batches = [torch.randn(32, 16).double() for _ in range(4)]
+    compiled, _ = _compiled()
+    report = pnn.fit(compiled, batches, epochs=1, interface_epochs=3)
+    assert [row.stage for row in report.interfaces] == [1, 2, 4, 5]
+    assert all(row.guess_last < row.guess_first for row in report.interfaces)
+
+
 def test_artifact_and_onnx(tmp_path: Path) -> None:
     compiled, x = _compiled()
     expected = compiled.module(x).detach()
