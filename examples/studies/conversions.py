@@ -61,6 +61,7 @@ of all before as guesses, which learn by themselves for half of the one epoch th
 last two correct by copied blocks, whose weights are fresh."""
 
 _THINNED = CONVERSIONS["parareal, thinned"]
+_MAPS = {"preprocess": "linear", "coarse": "linear"}
 
 AT_CONVERGENCE = CONVERSIONS | {
     "one state for all": Conversion(
@@ -76,14 +77,15 @@ AT_CONVERGENCE = CONVERSIONS | {
     "thinned of two stages": replace(_THINNED, options=_THINNED.options | {"stages": 2}),
     "thinned of two iterations": replace(_THINNED, options=_THINNED.options | {"iterations": 2}),
     **{
-        f"in {count} windows": Conversion(options={**AUTO.options, "windows": count})
+        f"in {count} windows": Conversion(options={**_MAPS, "windows": count})
         for count in (2, 3, 6)
     },
+    "in 6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
 }
 """What was tried beside them on originals that are trained to convergence.
 
 "One state for all" is layers in parallel as a parareal network of N stages, which exists where the
-state keeps its shape. In windows the measured choice."""
+state keeps its shape. Windows have channel maps as guesses and corrections, or the measured choice."""
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
 """Fits as shares of the training of the original; the ones that decide first."""
