@@ -80,12 +80,12 @@ AT_CONVERGENCE = CONVERSIONS | {
         f"in {count} windows": Conversion(options={**_MAPS, "windows": count})
         for count in (2, 3, 6)
     },
-    "in 6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
+    "6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
 }
 """What was tried beside them on originals that are trained to convergence.
 
 "One state for all" is layers in parallel as a parareal network of N stages, which exists where the
-state keeps its shape. Windows have channel maps as guesses and corrections, or the measured choice."""
+state keeps its shape. Windows have channel maps as guesses and corrections, or what "auto" takes."""
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
 """Fits as shares of the training of the original; the ones that decide first."""
