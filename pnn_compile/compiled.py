@@ -388,7 +388,6 @@ def compile(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     options: Options | None = None,
-    dynamic_batch: bool = True,
     dynamic: Collection[str] = ("batch",),
     validate: Validation = "full",
     plan: Plan | None = None,
@@ -415,10 +414,9 @@ def compile(
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.
-        dynamic_batch: Whether batches of any size may follow, where the model allows it.
-        dynamic: Dimensions that are free: "batch", where the model allows it, and "sequence",
-            dimension 1 of the first input that has one, with all dimensions of its length; a model
-            that fixes that is refused.
+        dynamic: Dimensions that are free: "batch", dimension 0, where the model allows it, and
+            "sequence", dimension 1 of the first input that has one, with all dimensions of its
+            length; a model that fixes that is refused. Empty: the shapes of the example alone.
         validate: What the captured graph is compared with the model by. "full": outputs, buffers
             and gradients, in both modes, on two inputs and with every input changed by itself.
             "fast": outputs and buffers, in both modes, on one input; it leaves out backward
@@ -454,8 +452,6 @@ def compile(
     from pnn_compile.forecast.timing_cache import TimingCache
     from pnn_compile.inputs import example
 
-    if isinstance(dynamic, str) or not {*dynamic} <= {"batch", "sequence"}:
-        raise OptionError(f"dynamic takes a list of 'batch' and 'sequence' (got {dynamic!r})")
     args, kwargs = example(model, example_inputs, args, kwargs)
     options = Options.of(options, choices)
     if plan is not None and (changed := options.changed()):
@@ -468,8 +464,7 @@ def compile(
         model=model,
         args=args,
         kwargs=kwargs,
-        dynamic_batch=dynamic_batch and "batch" in dynamic,
-        dynamic_sequence="sequence" in dynamic,
+        dynamic=dynamic,
         validate=validate,
         options=options,
     )

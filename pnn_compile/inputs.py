@@ -198,10 +198,10 @@ def check_batch_size(compiled: Compiled, batch: int) -> None:
         OptionError: The batch size is fixed, and it is another one.
     """
     example = batch_size(compiled.program.args)
-    if batch != example and not compiled.program.dynamic_batch:
+    if batch != example and "batch" not in compiled.program.dynamic:
         raise OptionError(
             f"{compiled.plan.model} was compiled for batches of {example} only: use that size, or "
-            "compile with dynamic_batch=True"
+            "compile with 'batch' in dynamic"
         )
 
 

@@ -38,6 +38,7 @@ from passes.plan.validate import check_replayed
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
 from pnn_compile.artifact.modules import named_tensors, set_training_modes, training_modes
 from pnn_compile.artifact.program_json import (
+    dynamic_from_data,
     fixed_from_data,
     inputs_from_data,
     program_from_data,
@@ -335,11 +336,10 @@ def _capture(
     """Capture the user's model on the example inputs of the artifact."""
     with _file_errors(folder / _PROGRAM):
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
-        dynamic, notes = data["dynamic_batch"], data["capture"]["notes"]
-        sequence = data.get("sequence") is not None
+        dynamic, notes = dynamic_from_data(data), data["capture"]["notes"]
     args, kwargs = _call(model, inputs)
     try:
-        return capture(model, args, kwargs, dynamic_batch=dynamic, dynamic_sequence=sequence)
+        return capture(model, args, kwargs, dynamic=dynamic)
     except CaptureError as error:
         compile_notes = "".join(f"\n  when it was compiled: {note}" for note in notes)
         raise ArtifactError(

@@ -21,6 +21,7 @@ from passes.errors import ArtifactError
 from passes.ir.checked_json import decode as decode_json
 from passes.ir.checked_json import parse
 from passes.ir.program import (
+    DIMENSIONS,
     CaptureReport,
     Program,
     Provenance,
@@ -160,7 +161,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "schema": SCHEMA,
         "torch": torch.__version__,
         "name": program.name,
-        "dynamic_batch": program.dynamic_batch,
+        "dynamic_batch": "batch" in program.dynamic,
         "sequence": program.sequence,
         "capture": {
             "rung": program.capture.rung,
@@ -351,8 +352,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     return Program(
         module=module,
         args=inputs,
-        dynamic_batch=data["dynamic_batch"],
-        sequence=data.get("sequence"),
+        dynamic=dynamic_from_data(data),
         capture=CaptureReport(
             report["rung"], report["rejected"], report["notes"], report.get("validation", "full")
         ),
@@ -483,6 +483,12 @@ def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[st
     reader = TensorReader(data["tensors"], tensors)
     values = {r["name"]: reader.read(r["name"]) for r in _of_kind(data, "input")}
     return {name: decode(value, None, values) for name, value in data["inputs"].items()}
+
+
+def dynamic_from_data(data: Data) -> tuple[str, ...]:
+    """Return the dimensions that are free."""
+    free = {"batch": data["dynamic_batch"], "sequence": data.get("sequence") is not None}
+    return tuple(name for name in DIMENSIONS if free[name])
 
 
 def fixed_from_data(data: Data) -> dict[str, Any]:

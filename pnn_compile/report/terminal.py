@@ -160,8 +160,8 @@ def _summary(compiled: Compiled) -> Table:
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("validated", compiled.program.capture.compared),
-        ("batch size", "free" if compiled.program.dynamic_batch else "fixed"),
-        ("sequence", "free" if compiled.program.sequence is not None else ""),
+        ("batch size", "free" if "batch" in compiled.program.dynamic else "fixed"),
+        ("sequence", "free" if "sequence" in compiled.program.dynamic else ""),
         (
             "imbalance",
             f"{forecast.imbalance:.3f} (slowest stage over mean); "
