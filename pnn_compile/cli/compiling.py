@@ -115,7 +115,7 @@ def _read_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str,
     metavar="NAME,...",
     callback=_read_names,
     help="Free dimensions: batch, sequence (dimension 1 of the first input, and others of its "
-    "length), or both.",
+    "length), or both; '' for the shapes of the example alone.",
 )
 @click.option(
     "--validate",
