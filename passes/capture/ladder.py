@@ -44,7 +44,7 @@ from passes.capture.fx_trace import (
     wrapped_functions,
 )
 from passes.capture.library_operators import library_operators
-from passes.capture.model_copy import copy_model, unwrap, without_wrappers
+from passes.capture.model_copy import ENCLOSED, Enclosing, copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
     join_few,
     name_hooks_and_overrides,
@@ -109,10 +109,19 @@ def capture(
     with LOCK:
         inner = unwrap(model)
         _check_names(inner)
+        notes = []
+        if clashing := sorted(_names(model) & _RESERVED):
+            model = Enclosing(model)
+            notes = [
+                f"torch.fx.GraphModule has a {clashing[0]!r} of its own: in the network "
+                f"{clashing[0]!r} is {f'{ENCLOSED}.{clashing[0]}'!r}, as all names of the model "
+                "are, but not in the state dict of the original"
+            ]
         _check_layouts(inner, args, kwargs or {})
         with without_caches(inner) as caching:
             inputs = bind(inner, args, kwargs or {}).with_dynamic(dynamic)
             ladder = _Ladder(model, inputs, validate)
+            ladder.notes += notes
             if caching:
                 ladder.notes.append(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
@@ -121,22 +130,23 @@ def capture(
             return ladder.run()
 
 
+_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+"""Attributes of a GraphModule that its root cannot have as a layer or a weight, such as `code`."""
+
+
+def _names(owner: nn.Module) -> set[str]:
+    return {*owner._modules, *owner._parameters, *owner._buffers}
+
+
 def _check_names(model: nn.Module) -> None:
-    """Refuse names that the code of a graph cannot spell, or has for something else, as `code`."""
+    """Refuse names that the code of a graph cannot spell."""
     for path, owner in nn.Module.named_modules(model):
-        for name in (*owner._modules, *owner._parameters, *owner._buffers):
+        for name in _names(owner):
             if keyword.iskeyword(name):
                 raise CaptureError(
                     f"{name!r} in {path or type(model).__name__} is a keyword of Python, which the "
                     "code of a graph cannot have as a name: give it another name"
                 )
-    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
-    for name in (*model._modules, *model._parameters, *model._buffers):
-        if name in taken:
-            raise CaptureError(
-                f"{name!r} of {type(model).__name__} has the name of an attribute of "
-                "torch.fx.GraphModule, which the network is: give it another name"
-            )
 
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

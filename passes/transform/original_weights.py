@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.capture.model_copy import copy_model
+from passes.capture.model_copy import ENCLOSED, copy_model
 from passes.capture.model_notes import translating
 from passes.errors import OptionError
 from passes.ir.program import Program, resolve
 from passes.transform.split import Stages
+
+_PREFIX = f"{ENCLOSED}."
 
 
 def weights_by_name(program: Program, stages: Stages) -> dict[str, Any]:
@@ -31,9 +33,9 @@ def weights_by_name(program: Program, stages: Stages) -> dict[str, Any]:
 
 def to_state_dict(program: Program, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Convert tensors by qualified name to the state dict of the model."""
-    if program.model is None or not translating(program.model):
-        return dict(weights)
-    return dict(_filled(program.model, weights).state_dict())
+    if program.model is not None and translating(program.model):
+        weights = _filled(program.model, weights).state_dict()
+    return {key.removeprefix(_PREFIX): value for key, value in weights.items()}
 
 
 def load_state_dict(
@@ -55,6 +57,8 @@ def load_state_dict(
             memory for it.
     """
     name, model, weights = program.name, program.model, weights_by_name(program, stages)
+    if any(key.startswith(_PREFIX) for key in weights):
+        state = {f"{_PREFIX}{key}": value for key, value in state.items()}
     values = pytree.tree_leaves(dict(program.args))
     if model is not None:  # of an artifact, which has none, weights may lie on other ranks
         values += weights.values()
