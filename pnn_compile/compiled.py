@@ -353,7 +353,7 @@ def compile(
     progress: Callable[[str], object] = lambda _: None,
     **choices: Unpack[Choices],
 ) -> Compiled:
-    """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
+    """Compile a model into a parareal neural network (Lee, Lee, Park, TNNLS 2022).
 
     >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
     >>> compiled = compile(model, torch.randn(2, 8), stages=3)

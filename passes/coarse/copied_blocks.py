@@ -2,7 +2,7 @@
 
 For a stage of whole blocks: a copy of every block that changes the shape of the state
 (down-sampling), and N_c copies of the block that the stage repeats most. The copies draw fresh
-weights with the standard deviations of the originals (Lee, Park, Lee 2022, section IV). With D a
+weights with the standard deviations of the originals (Lee, Lee, Park 2022, section IV). With D a
 block that halves the resolution:
 
     stage          A A A D B B B B      N_c = 2
