@@ -11,6 +11,7 @@ replace the outputs. With 10 batches, `interface_epochs=0.5` and `epochs=1` the 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -194,39 +195,54 @@ def fit(
         distiller = Distiller(compiled, teacher, make_optimizer, interface_steps, **precision)
         parts["interfaces"] = distiller
     state = FitState(network, parts, file)
+    done, total = (distiller.step if distiller else 0) + state.step, interface_steps + steps
 
     def after_step(step: int, last: int, value: float) -> None:
         if progress is not None:
-            progress(step, interface_steps + steps, value)
+            progress(step, total, value)
         if log is not None:
             rate = {"fit/learning_rate": whole.learning_rate} if step > interface_steps else {}
             _write(log, step, {"fit/loss": value, **rate})
         if step % checkpoint_every == 0 or step == last:
             state.save()
 
-    first_batches: list[dict[str, Any]] = []
-    resumed = (distiller.step if distiller else 0) + state.step
+    numbered = _cycle(loader, total)  # a fit that is resumed draws the batches of its past again
     with _training(network, compiled.operators.named(), dropout=dropout), state.random():
-        if distiller is not None and distiller.step < interface_steps:
-            distiller.train(dropout=dropout)
-        for step, batch in _cycle(loader, interface_steps + steps):
-            if resumed < interface_steps and step < interface_steps:
-                _collect(compiled, first_batches, batch)
-            if step < resumed:
-                continue
-            if distiller is not None and step < interface_steps:
-                value, last = distiller.train_step(batch), interface_steps
-                if step + 1 == interface_steps:
-                    _solve_linear_parts(compiled, first_batches)
-                    train_mode(network, dropout=dropout)
-            else:
-                last = interface_steps + steps
+        if distiller is not None:
+            first = itertools.islice(numbered, interface_steps)
+            _train_interfaces(compiled, distiller, first, dropout, after_step)
+        for step, batch in numbered:
+            if step >= done:
                 value, size = _train_step(
                     compiled, teacher, batch, loss or distillation, whole, autocast
                 )
                 state.record(step - interface_steps + 1, value, size)
-            after_step(step + 1, last, value)
+                after_step(step + 1, total, value)
     return _report(state, distiller)
+
+
+def _train_interfaces(
+    compiled: Compiled,
+    distiller: Distiller,
+    numbered: Iterable[tuple[int, Any]],
+    dropout: bool,
+    after_step: Callable[[int, int, float], None],
+) -> None:
+    """Train every operator alone, then solve the linear parts on the first batches."""
+    done, total = distiller.step, distiller.total
+    first_batches: list[dict[str, Any]] = []
+    if done < total:
+        distiller.train(dropout=dropout)
+    for step, batch in numbered:
+        if done < total:
+            _collect(compiled, first_batches, batch)
+        if step < done:
+            continue
+        value = distiller.train_step(batch)
+        if step + 1 == total:
+            _solve_linear_parts(compiled, first_batches)
+            train_mode(compiled.module, dropout=dropout)
+        after_step(step + 1, total, value)
 
 
 def _write(log: Log | SummaryWriter, step: int, values: Mapping[str, float]) -> None:
