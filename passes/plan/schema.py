@@ -210,14 +210,7 @@ class Forecast:
 
         Args:
             iterations: K, at most the number of stages.
-            unit: Unit of all costs.
-            sequential: Cost of the original network.
-            makespan: Slowest stage with its preprocessing operator.
-            slowest: Slowest stage alone.
-            sweep: Cost of one sweep.
-            tail: Cost of the head.
-            imbalance: Slowest fine stage over the mean.
-            gap: Relative distance of the cut from the optimum.
+            unit, sequential, makespan, slowest, sweep, tail, imbalance, gap: As attributes.
             link: Part of one sweep in which states cross links.
         """
         serial = iterations * sweep + tail

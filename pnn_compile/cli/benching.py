@@ -168,12 +168,11 @@ def bench_command(
             )
             for network, counts in cuts
         ]
-    result = dataclasses.replace(
-        results[0],
-        timings=tuple(timing for one in results for timing in one.timings),
-        parts=tuple(parts for one in results for parts in one.parts),
-        together=tuple(parts for one in results for parts in one.together),
-    )
+    joined = {
+        name: tuple(row for one in results for row in getattr(one, name))
+        for name in ("timings", "parts", "together")
+    }
+    result = dataclasses.replace(results[0], **joined)
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))
     else:
