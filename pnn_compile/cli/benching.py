@@ -168,7 +168,7 @@ def bench_command(
             )
             for network, counts in cuts
         ]
-    joined = {
+    joined: dict[str, Any] = {
         name: tuple(row for one in results for row in getattr(one, name))
         for name in ("timings", "parts", "together")
     }
