@@ -10,8 +10,8 @@ partition (`passes.partition.problem`) is the same model for K = 1. `passes.sche
 the exact model, of which this is an upper bound, tight for equal stages and one iteration:
 
 - A chain is counted as makespan, then sweep. In the simulation the sweep already passes the first
-  stages while a later, slower stage still computes. The difference is at most the sweep, and 0 if no
-  stage is slower than the first one.
+  stages while a later, slower stage still computes. The difference is at most the sweep, and 0 if
+  no stage is slower than the first one.
 - K iterations are counted as K fine stages and K sweeps, one after another. In the simulation
   iteration k computes the stages k to N - K + k alone, preprocessing operators run in the first
   iteration only, and its sweep overlaps with the one before.
