@@ -260,12 +260,10 @@ def _show(
     if quiet:
         return
     from pnn_compile.report.tables import verdict_table
-    from pnn_compile.report.terminal import calibration_table, checks_table, report
+    from pnn_compile.report.terminal import checks_table, report
 
     screen = console()
     screen.print(report(compiled, screen.width))
-    if compiled.calibration is not None:
-        screen.print(calibration_table(compiled.calibration))
     if verdict is not None:
         screen.print(verdict_table(verdict))
     if checked is not None:

@@ -52,6 +52,9 @@ _TEMPERATURE = 2.0
 _MAX_SAMPLES, _MAX_BYTES = 8_192, 2**29
 """Limits of the closed form between the two parts of a fit: samples, and bytes of a state."""
 
+_NEGLIGIBLE = 1e-4
+"""Distillation loss below which a rise is noise: the outputs are those of the original."""
+
 _MIN_BATCHES = 5
 """Smallest number of batches for it: every fifth one is held out."""
 
@@ -218,7 +221,7 @@ def fit(
                 )
                 state.record(step - interface_steps + 1, value, size)
                 after_step(step + 1, total, value)
-    return _report(state, distiller)
+    return _report(state, distiller, _NEGLIGIBLE if loss is None else 0.0)
 
 
 def _train_interfaces(
@@ -264,10 +267,10 @@ def _trainable(compiled: Compiled) -> list[nn.Parameter]:
     return parameters
 
 
-def _report(state: FitState, distiller: Distiller | None) -> FitReport:
+def _report(state: FitState, distiller: Distiller | None, negligible: float) -> FitReport:
     tenth = max(1, len(state.losses) // 10)
     first, last = (sum(losses) / tenth for losses in (state.losses[:tenth], state.losses[-tenth:]))
-    if last > first:
+    if last > max(first, negligible):
         _LOG.warning(
             "the loss rose from %.3g to %.3g in %d steps: the network was closer to the original "
             "before; take a lower learning rate, or more samples or epochs",
