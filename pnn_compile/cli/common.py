@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import re
 import sys
@@ -24,6 +25,8 @@ from passes.options import CHOICES, Options
 from pnn_compile import atomic
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
@@ -168,6 +171,14 @@ def console() -> PlainConsole:
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
     return PlainConsole(width=width)
+
+
+def show(as_json: bool, result: Any, table: RenderableType) -> None:
+    """Write a result to stdout: plain data or dataclasses as one JSON document, or a table."""
+    if as_json:
+        click.echo(json.dumps(result, indent=2, default=dataclasses.asdict))
+    else:
+        console().print(table)
 
 
 def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...] = ()) -> Source:

@@ -182,8 +182,8 @@ def compile_command(
     progress = Progress(quiet or as_json)
     if samples is not None:
         options["calibration"] = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
-    with progress("building the model") as show:
-        compiled = _compile(model, options, debug, show)
+    with progress("building the model") as begin:
+        compiled = _compile(model, options, debug, begin)
     checked: VerifyReport | None = None
     exported: list[Exported] = []
     if check:
@@ -212,7 +212,7 @@ def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
 
 
 def _compile(
-    model: str, options: dict[str, Any], debug: bool, show: Callable[[str], object]
+    model: str, options: dict[str, Any], debug: bool, begin: Callable[[str], object]
 ) -> Compiled:
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.forecast.forecast import load_profile
@@ -229,7 +229,7 @@ def _compile(
         plan=read_plan(plan_file) if plan_file else None,
         devices=[load_profile(name.strip()) for name in devices.split(",")] if devices else None,
         debug=debug,
-        progress=show,
+        progress=begin,
         **options,
     )
 
