@@ -447,7 +447,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
             over a copy of it, into which the stored weights are loaded.
 
     Raises:
-        ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
+        ArtifactError: The directory is not an artifact, a file is missing or damaged, or the model
             is not the one that the plan was made for.
     """
     from pnn_compile.artifact.directory import load as load_artifact

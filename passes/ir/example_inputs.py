@@ -370,7 +370,7 @@ def _tensors_inside(value: Any, depth: int = 3) -> list[str]:
 
 
 def as_plain(value: Any) -> Any:
-    """Convert a mapping or dataclass that is no pytree node to a dict; return others unchanged."""
+    """Convert a mapping or dataclass that is not a pytree node to a dict; return others as is."""
     if type(value) in pytree.SUPPORTED_NODES:
         return value
     if isinstance(value, Mapping):

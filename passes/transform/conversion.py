@@ -27,7 +27,7 @@ def conversion(
         return None
     pair = getattr(torch, before.pop()), now.pop()
     # Under autocast the states have another precision than the weights from the start, and so have
-    # operators that are no copies of layers.
+    # operators that are not copies of layers.
     operators = {
         parameter.dtype
         for name, parameter in network.named_parameters()

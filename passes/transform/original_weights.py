@@ -53,8 +53,8 @@ def load_state_dict(
         strict: Whether all keys of the model must be there, and no others.
 
     Raises:
-        OptionError: The checkpoint does not fit, changes what is no tensor, or the network has no
-            memory for it.
+        OptionError: The checkpoint does not fit, changes what is not a tensor, or the network has
+            no memory for it.
     """
     name, model, weights = program.name, program.model, weights_by_name(program, stages)
     if any(key.startswith(_PREFIX) for key in weights):
@@ -123,7 +123,7 @@ def _check_shapes(
 
 
 def _check_equal(name: str, key: str, value: Any, loaded: Any) -> None:
-    """Refuse an entry that is no tensor and differs: what follows from it is fixed in the graph."""
+    """Refuse an entry that is not a tensor and differs: the graph fixes what follows from it."""
     try:
         (first, structure), (second, other) = map(pytree.tree_flatten, (value, loaded))
         same = structure == other and all(map(_alike, first, second))
@@ -131,7 +131,7 @@ def _check_equal(name: str, key: str, value: Any, loaded: Any) -> None:
         same = False
     if not same:
         raise OptionError(
-            f"{key} is no tensor and differs from that of {name} when it was compiled: load the "
+            f"{key} is not a tensor and differs from that of {name} when it was compiled: load the "
             "checkpoint into the model and compile it again"
         )
 

@@ -147,7 +147,7 @@ def load(
         without_data: Leave all weights on the meta device; `tensor_readers` reads them later.
 
     Raises:
-        ArtifactError: The directory is no artifact, a file is missing or damaged, or the plan
+        ArtifactError: The directory is not an artifact, a file is missing or damaged, or the plan
             belongs to another model.
     """
     start = time.perf_counter()
@@ -197,7 +197,7 @@ def load_plan(path: str | Path) -> Plan:
     """Load only the plan of an artifact.
 
     Raises:
-        ArtifactError: The directory is no artifact, or its plan is missing or damaged.
+        ArtifactError: The directory is not an artifact, or its plan is missing or damaged.
     """
     folder = Path(path)
     _check_artifact(folder)
@@ -211,7 +211,7 @@ def tensor_readers(path: str | Path) -> tuple[TensorReader, TensorReader]:
         Reader of the program's tensors, reader of the operators' tensors.
 
     Raises:
-        ArtifactError: The directory is no artifact, or a file is missing or damaged.
+        ArtifactError: The directory is not an artifact, or a file is missing or damaged.
     """
     folder = Path(path)
     _check_artifact(folder)
@@ -265,7 +265,7 @@ def _check_artifact(folder: Path) -> None:
         )
     if not (folder / _PLAN).is_file():
         raise ArtifactError(
-            f"{folder} is no artifact ({_PLAN} is missing): give the directory that "
+            f"{folder} is not an artifact ({_PLAN} is missing): give the directory that "
             "compiled.save or pnn-compile -o wrote"
         )
 

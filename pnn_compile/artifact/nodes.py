@@ -82,7 +82,7 @@ def read_graph(records: list[dict[str, Any]]) -> fx.Graph:
     """Rebuild a graph from the records of its nodes.
 
     Raises:
-        ArtifactError: A name is no valid one.
+        ArtifactError: A name is not a valid one.
         UnsupportedError: A target or a value is not listed.
     """
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
@@ -100,6 +100,6 @@ def read_graph(records: list[dict[str, Any]]) -> fx.Graph:
             target = _check_target(op, target)
         node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
         if node.name != name:
-            raise ArtifactError(f"{name!r} is no valid name of a node, or occurs twice")
+            raise ArtifactError(f"{name!r} is not a valid name of a node, or occurs twice")
         set_provenance(node, Provenance(record["path"], record["source"]))
     return graph

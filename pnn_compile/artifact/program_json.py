@@ -383,7 +383,7 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
         owner = _container(root, path)
         target = expected.pop(name, None)
         if target is None and not is_container(owner):
-            raise ArtifactError(f"{name} is no tensor of a {type(owner).__name__}")
+            raise ArtifactError(f"{name} is not a tensor of a {type(owner).__name__}")
         if target is not None and target.shape != value.shape:
             raise ArtifactError(f"{name} should be {list(target.shape)}, is {list(value.shape)}")
         if record["kind"] == "parameter":

@@ -152,7 +152,7 @@ def read_numbers(text: str, option: str) -> list[int]:
     [2, 3, 6]
 
     Raises:
-        OptionError: A word is no positive number.
+        OptionError: A word is not a positive number.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() and int(word) > 0 for word in words):
@@ -166,7 +166,7 @@ def checks_data(report: VerifyReport) -> list[dict[str, Any]]:
 
 
 def console() -> PlainConsole:
-    """Create a console of the terminal's width; of 100 columns where stdout is no terminal."""
+    """Create a console of the terminal's width; of 100 columns where stdout is not a terminal."""
     from pnn_compile.report.terminal import PlainConsole
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
