@@ -152,6 +152,11 @@ class Options:
         """
         base = options or cls()
         fields: dict[str, Any] = {field.name: getattr(base, field.name) for field in _fields(cls)}
+        if "dynamic_batch" in choices:
+            raise OptionError(
+                "dynamic_batch is now part of dynamic: write dynamic=() for batches of the "
+                "example's size alone, or leave it out"
+            )
         if unknown := sorted(choices.keys() - fields.keys()):
             raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(fields)}")
         fields |= choices

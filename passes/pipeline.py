@@ -11,7 +11,7 @@ which fields it requires and which it ensures. The list is plain data; there is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -39,8 +39,7 @@ class Compilation:
         model: The user's model, which is copied and never changed.
         args: Example positional arguments.
         kwargs: Example keyword arguments.
-        dynamic_batch: Whether to keep the batch size free where the model allows it.
-        dynamic_sequence: Whether to keep the length of the sequences free.
+        dynamic: Dimensions of the inputs to keep free, as `capture` takes them.
         validate: How much capture compares with the model.
         program: The captured program.
         options: Options of the compilation; None if a plan is replayed.
@@ -58,8 +57,7 @@ class Compilation:
     model: nn.Module | None = None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    dynamic_batch: bool = True
-    dynamic_sequence: bool = False
+    dynamic: Collection[str] = ("batch",)
     validate: Validation = "full"
     program: Program | None = None
     options: Options | None = None
@@ -183,14 +181,7 @@ def insert(passes: Sequence[Pass], step: Pass, *, after: str) -> tuple[Pass, ...
 
 def _capture(c: Compilation) -> Compilation:
     assert c.model is not None
-    program = capture(
-        c.model,
-        c.args,
-        c.kwargs,
-        dynamic_batch=c.dynamic_batch,
-        dynamic_sequence=c.dynamic_sequence,
-        validate=c.validate,
-    )
+    program = capture(c.model, c.args, c.kwargs, dynamic=c.dynamic, validate=c.validate)
     return replace(c, program=program)
 
 

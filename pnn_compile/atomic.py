@@ -76,7 +76,7 @@ def replace_directory(target: Path, keep: Keep) -> Iterator[Path]:
 def replace_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to; the file replaces `target` if the block succeeds.
 
-    What is no plain file, such as /dev/stdout, is written in place.
+    What is not a plain file, such as /dev/stdout, is written in place.
 
     Raises:
         OSError: The file cannot be written; the old one is unchanged then.

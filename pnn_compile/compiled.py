@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.cost.node_facts import observe
 from passes.errors import OptionError, printable
-from passes.ir.program import Program, Validation, graph_module, resolve
+from passes.ir.program import Program, Validation
 from passes.options import Choices, Options
 from passes.pipeline import CAPTURE, COMPILE, REPLAY, Compilation, Pass, PassResult, run_passes
 from passes.plan.schema import Plan
-from passes.plan.validate import check_replayed, moved_cuts, stored_options
+from passes.plan.validate import options_to_replan
+from passes.transform.conversion import conversion, current_program
 from passes.transform.lockstep import Lockstep
 from passes.transform.network import check_length
 from passes.transform.original_weights import load_state_dict, to_state_dict, weights_by_name
@@ -161,58 +161,13 @@ class Compiled:
         return {node.name: cost.cost for node, cost in self.weighed.costs.items()}
 
     def current_program(self) -> Program:
-        """Return the program with the current tensors of the stages, and inputs that match them.
-
-        Conversions such as `module.double()` or `module.to(...)` replace buffers in the stages
-        only; the program keeps the old ones.
-        """
-        program = self.program
-        current: dict[str, torch.Tensor] = {}
-        for piece in (*self.stages.fine, self.stages.head):
-            current.update(piece.named_parameters(remove_duplicate=False))
-            current.update(piece.named_buffers(remove_duplicate=False))
-        captured = dict[str, torch.Tensor](program.module.named_parameters(remove_duplicate=False))
-        captured.update(program.module.named_buffers(remove_duplicate=False))
-        stale = [n for n, tensor in captured.items() if current.get(n, tensor) is not tensor]
-        module = program.module
-        if stale:
-            module = graph_module(program.module, program.graph, program.name)
-            for name in stale:
-                path, _, leaf = name.rpartition(".")
-                setattr(resolve(module, path) if path else module, leaf, current[name])
-        return replace(program, module=module, args=self._converted_inputs(module))
+        """Return the program with the current tensors of the stages, and inputs that match them."""
+        return current_program(self.program, self.plan, self.stages, self.module)
 
     @property
     def conversion(self) -> tuple[torch.dtype, torch.dtype] | None:
         """Precision of the states at compile time and of all weights now, if it changed."""
-        before = {value.spec.dtype for face in self.plan.interfaces for value in face.state}
-        weights = self.program.module.parameters()
-        now = {p.dtype for p in weights if p.is_floating_point()}
-        if len(before) != 1 or len(now) != 1:
-            return None
-        pair = getattr(torch, before.pop()), now.pop()
-        # Under autocast the states have another precision than the weights from the start, and so
-        # have operators that are no copies of layers.
-        operators = {
-            parameter.dtype
-            for name, parameter in self.module.named_parameters()
-            if name.startswith(("preprocess_", "coarse_"))
-        }
-        return None if pair[0] == pair[1] or pair[0] in operators else pair
-
-    def _converted_inputs(self, module: fx.GraphModule) -> dict[str, Any]:
-        """Return the example inputs in the current precision and on the device of the weights."""
-        device = next((p.device for p in module.parameters()), None)
-        conversion = self.conversion
-
-        def convert(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            if conversion is not None and leaf.dtype == conversion[0]:
-                leaf = leaf.to(conversion[1])
-            return leaf if device is None else leaf.to(device)
-
-        return {name: pytree.tree_map(convert, value) for name, value in self.program.args.items()}
+        return conversion(self.program, self.plan, self.module)
 
     def original_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the weights of the fine stages and the head under the model's own keys."""
@@ -388,7 +343,6 @@ def compile(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     options: Options | None = None,
-    dynamic_batch: bool = True,
     dynamic: Collection[str] = ("batch",),
     validate: Validation = "full",
     plan: Plan | None = None,
@@ -399,7 +353,7 @@ def compile(
     progress: Callable[[str], object] = lambda _: None,
     **choices: Unpack[Choices],
 ) -> Compiled:
-    """Compile a model into a parareal neural network (Lee, Park, Lee, TNNLS 2022).
+    """Compile a model into a parareal neural network (Lee, Lee, Park, TNNLS 2022).
 
     >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
     >>> compiled = compile(model, torch.randn(2, 8), stages=3)
@@ -415,23 +369,18 @@ def compile(
         args: Positional arguments, instead of `example_inputs`.
         kwargs: Keyword arguments, instead of `example_inputs` or with `args`.
         options: The options; `passes.options.Options` describes every one.
-        dynamic_batch: Whether batches of any size may follow, where the model allows it.
-        dynamic: Dimensions that are free: "batch", where the model allows it, and "sequence",
-            dimension 1 of the first input that has one, with all dimensions of its length; a model
-            that fixes that is refused.
+        dynamic: Dimensions that are free: "batch", dimension 0, where the model allows it, and
+            "sequence", dimension 1 of the first input that has one, with all dimensions of its
+            length; a model that fixes that is refused. Empty: the shapes of the example alone.
         validate: What the captured graph is compared with the model by. "full": outputs, buffers
-            and gradients, in both modes, on two inputs and with every input changed by itself.
-            "fast": outputs and buffers, in both modes, on one input; it leaves out backward
-            passes, which take most of the time. "off": outputs and buffers in evaluation mode, on
-            one input. The report says which, and artifacts keep it.
+            and gradients, in both modes, on two inputs. "fast": without gradients, which take most
+            of the time, on one input. "off": in evaluation mode alone. The report says which.
         plan: Plan to replay instead of deciding; no option may be set with it. Where its cuts were
             moved (the `first` of a stage, or one of the other names of the same cut), the rest is
             planned again for these cuts.
         calibration: Batches of inputs, as in `calibrate`, or a function that returns them for the
-            captured program. Preprocessing operators and coarse propagators are fitted to the
-            model's weights, and "auto" families are chosen by their error within the budget; a
-            preprocessing operator may spend that budget again on a copy of first layers, unless
-            `prologue` is set.
+            captured program: guesses and corrections are fitted to the trained model, and "auto"
+            families are chosen by their error within the budget (`docs/convert.md`).
         cache: Whether to read and write a cache of measured seconds
             (`pnn_compile.forecast.timing_cache` says where); or the folder of that cache.
         passes: The passes between capture and calibration, in order; `passes.pipeline.insert` adds
@@ -454,8 +403,6 @@ def compile(
     from pnn_compile.forecast.timing_cache import TimingCache
     from pnn_compile.inputs import example
 
-    if isinstance(dynamic, str) or not {*dynamic} <= {"batch", "sequence"}:
-        raise OptionError(f"dynamic takes a list of 'batch' and 'sequence' (got {dynamic!r})")
     args, kwargs = example(model, example_inputs, args, kwargs)
     options = Options.of(options, choices)
     if plan is not None and (changed := options.changed()):
@@ -464,44 +411,31 @@ def compile(
         )
     if calibration is not None and plan is None:
         options = options.calibrated()
+    timings = TimingCache.of(cache)
     start = Compilation(
-        model=model,
-        args=args,
-        kwargs=kwargs,
-        dynamic_batch=dynamic_batch and "batch" in dynamic,
-        dynamic_sequence="sequence" in dynamic,
-        validate=validate,
-        options=options,
+        model=model, args=args, kwargs=kwargs, dynamic=dynamic, validate=validate, measure=timings
     )
     compilation, results = run_passes(start, [CAPTURE], check=debug, progress=progress)
     program = compilation.program
     assert program is not None
-    timings = None
-    if plan is not None:
-        moved = None
-        if plan.fingerprint == program.fingerprint:
-            moved = moved_cuts([node.name for node in program.order], plan)
-        if moved is not None:
-            compilation, plan = replace(compilation, options=stored_options(plan, moved)), None
-    if plan is not None:
-        check_replayed(program, plan)
-        compilation, passes = replace(compilation, plan=plan, options=None), REPLAY
+    replanned = options if plan is None else options_to_replan(program, plan)
+    if replanned is None:
+        compilation, passes = replace(compilation, plan=plan), REPLAY
     else:
-        timings = TimingCache.of(cache)
-        compilation = replace(compilation, measure=timings)
+        compilation = replace(compilation, options=replanned)
     if calibration is not None:
         samples = calibration(program) if callable(calibration) else calibration
         from pnn_compile.fit.calibrate import CALIBRATE
 
         compilation, passes = replace(compilation, samples=samples), (*passes, CALIBRATE)
-    if plan is None and options.counted().tolerance is not None:
+    if replanned is not None and replanned.counted().tolerance is not None:
         from pnn_compile.evaluate.iterate import ITERATE
 
         passes = (*passes, ITERATE)
     compilation, more = run_passes(compilation, passes, check=debug, progress=progress)
     compiled = gather(compilation, (*results, *more))
     check_length(program, compiled.module)
-    return replace(compiled, timings=timings.path if timings is not None else None)
+    return replace(compiled, timings=None if replanned is None else timings.path)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
@@ -513,7 +447,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
             over a copy of it, into which the stored weights are loaded.
 
     Raises:
-        ArtifactError: The directory is no artifact, a file is missing or damaged, or the model
+        ArtifactError: The directory is not an artifact, a file is missing or damaged, or the model
             is not the one that the plan was made for.
     """
     from pnn_compile.artifact.directory import load as load_artifact

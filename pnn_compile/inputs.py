@@ -101,8 +101,8 @@ def by_argument(program: Program, batch: Any) -> dict[str, Any]:
     Args:
         program: The program.
         batch: A tensor, a tuple of positional arguments (labels may follow; they are dropped), or
-            a dict of arguments by name. Values that are no tensors are constants of the graph: they
-            may be left out of a tuple or dict.
+            a dict of arguments by name. Values that are not tensors are constants of the graph:
+            they may be left out of a tuple or dict.
 
     Raises:
         OptionError: An argument is missing, or a constant is not the one of the example inputs.
@@ -168,7 +168,7 @@ def arguments_of(program: Program, elements: Iterable[Any]) -> list[str | None]:
 
 
 def _check_constants(program: Program, name: str, value: Any) -> None:
-    """Check everything in a nested argument that is no tensor."""
+    """Check everything in a nested argument that is not a tensor."""
     leaves, expected = (
         {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_flatten_with_path(x)[0]}
         for x in (value, program.args[name])
@@ -198,10 +198,10 @@ def check_batch_size(compiled: Compiled, batch: int) -> None:
         OptionError: The batch size is fixed, and it is another one.
     """
     example = batch_size(compiled.program.args)
-    if batch != example and not compiled.program.dynamic_batch:
+    if batch != example and "batch" not in compiled.program.dynamic:
         raise OptionError(
             f"{compiled.plan.model} was compiled for batches of {example} only: use that size, or "
-            "compile with dynamic_batch=True"
+            "compile with 'batch' in dynamic"
         )
 
 

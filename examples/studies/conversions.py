@@ -85,7 +85,8 @@ AT_CONVERGENCE = CONVERSIONS | {
 """What was tried beside them on originals that are trained to convergence.
 
 "One state for all" is layers in parallel as a parareal network of N stages, which exists where the
-state keeps its shape. In windows, guesses and corrections are channel maps, or the measured choice."""
+state keeps its shape. Windows take channel maps as guesses and corrections, or the measured choice.
+"""
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)
 """Fits as shares of the training of the original; the ones that decide first."""

@@ -173,7 +173,7 @@ class _Finder:
     def loops(self) -> Iterator[Loop]:
         """Yield the longest loop of every possible period, without its constants.
 
-        Steps of two steps each are a loop too: a multiple of the period of a loop is no period.
+        Steps of two steps each are a loop too: a multiple of the period of a loop is not a period.
         """
         periods: list[int] = []
         for period in self._periods():

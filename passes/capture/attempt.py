@@ -31,7 +31,7 @@ from passes.ir.isolation import (
 )
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
-FrontEnd = Callable[[nn.Module, ExampleInputs, bool], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
+FrontEnd = Callable[[nn.Module, ExampleInputs], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
 """Maps a model, its inputs and whether the batch size is free to a graph and its constants."""
 
 MAX_TRIES = 3
@@ -52,14 +52,12 @@ class Attempt:
     Attributes:
         model: A copy of the model, which becomes the root of the graph.
         original: The model.
-        inputs: Its example inputs.
         front_end: Makes the graph.
         reference: Runs of the model to compare the graph with.
     """
 
     model: nn.Module
     original: nn.Module
-    inputs: ExampleInputs
     front_end: FrontEnd
     reference: Reference
 
@@ -116,7 +114,7 @@ class Attempt:
             with preserved(self.original, model), with_plain_transformers(), observer:
                 model.train(train)
                 before, states = torch.get_rng_state(), [source.state() for source in sources]
-                graph, constants = self.front_end(model, self.inputs, self.reference.dynamic_batch)
+                graph, constants = self.front_end(model, self.reference.inputs)
                 pairs = zip(sources, states, strict=True)
                 drawn = [source.name for source, state in pairs if source.state() != state]
                 changed = not torch.equal(before, torch.get_rng_state())
@@ -131,14 +129,14 @@ class Attempt:
             )
         _adopt_constants(self.model, graph, constants, "" if train else "evaluation_")
         for index in self.reference.written:
-            _copy_before_write(graph, self.inputs.leaves[index])
+            _copy_before_write(graph, self.reference.inputs.leaves[index])
         return graph
 
     def _finish(self, graph: fx.Graph) -> fx.GraphModule:
         module = graph_module(self.model, graph, type(self.model).__name__)
         verify_graph(module)
         targets = {node.target for node in graph.nodes if node.op == "placeholder"}
-        missing = [name for name in placeholder_names(self.inputs) if name not in targets]
+        missing = [name for name in placeholder_names(self.reference.inputs) if name not in targets]
         if missing:
             raise CaptureError(f"the graph does not take the arguments {', '.join(missing)}")
         return module

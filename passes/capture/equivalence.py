@@ -48,12 +48,11 @@ class Reference:
 
     Args:
         model: The model itself, which is only read.
-        inputs: Its example inputs.
-        dynamic_batch: Whether to try another batch size.
+        inputs: Its example inputs. If their batch is dynamic, the model runs on one more sample.
         validate: How much to compare.
 
     Attributes:
-        dynamic_batch: Whether the model itself accepts one more sample.
+        inputs: The example inputs; without "batch" in `dynamic` if the model refuses one more.
         runs: Number of runs so far, of the model and of graphs.
         seconds: Their wall time.
         notes: Comparisons that were impossible, and why.
@@ -67,12 +66,11 @@ class Reference:
         model: nn.Module,
         inputs: ExampleInputs,
         *,
-        dynamic_batch: bool,
         validate: Validation = "full",
     ) -> None:
         self.validate, self.runs, self.seconds = validate, 0, 0.0
         self._model = model
-        self._inputs = inputs
+        self.inputs = inputs
         self._parameters = {
             name: p.detach().clone() for name, p in nn.Module.named_parameters(model)
         }
@@ -91,9 +89,11 @@ class Reference:
                 f"{type(model).__name__} itself fails on the example inputs "
                 f"({_shapes(inputs)}): {summarize(error)}"
             ) from error
-        self.dynamic_batch = dynamic_batch and self._accepts_larger_batch()
-        self._second_inputs = inputs.varied(grow=self.dynamic_batch)
-        if not self.dynamic_batch:
+        if "batch" in inputs.dynamic and not self._accepts_larger_batch():
+            self.inputs = inputs.with_dynamic({*inputs.dynamic} - {"batch"})
+        free = "batch" in self.inputs.dynamic
+        self._second_inputs = inputs.varied(grow=free)
+        if not free:
             self._runs[False, True] = self._run(
                 self._second_inputs, train=False, grad=False, seed=_SECOND_SEED
             )
@@ -129,7 +129,7 @@ class Reference:
         Raises:
             Exception: The model fails at the first of them; the next may be too short for it.
         """
-        for inputs in self._inputs.other_lengths():
+        for inputs in self.inputs.other_lengths():
             try:
                 self._lengths.append((inputs, self._run(inputs, train=False, grad=False)))
             except Exception:
@@ -144,7 +144,7 @@ class Reference:
             place = ""
             if isinstance(candidate, fx.GraphModule):
                 place = failing_node(candidate, inputs.tensor_arguments())
-            return f"at another length than {self._inputs.sequence}{place}, {reason}"
+            return f"at another length than {self.inputs.sequence}{place}, {reason}"
         return ""
 
     def _find_caches(self, names: Collection[str]) -> set[str]:
@@ -156,7 +156,7 @@ class Reference:
         states = []
         with preserved(self._model), with_plain_transformers(), torch.no_grad():
             set_mode(self._model, False)
-            for inputs in (self._inputs, self._inputs.varied(grow=False)):
+            for inputs in (self.inputs, self.inputs.varied(grow=False)):
                 values = [leaf.detach().clone() for leaf in inputs.tensors()]
                 args, kwargs = inputs.with_leaves(values)
                 try:
@@ -186,11 +186,11 @@ class Reference:
         of zero.
         """
         try:
-            return self._run(self._inputs, train=False, grad=self.validate == "full")
+            return self._run(self.inputs, train=False, grad=self.validate == "full")
         except CaptureError:
             raise
         except Exception:
-            return self._run(self._inputs, train=False, grad=False)
+            return self._run(self.inputs, train=False, grad=False)
 
     def _training_step(self, second: bool, grad: bool) -> StepResult:
         """Run in training mode; some models refuse inputs that require gradients."""
@@ -205,7 +205,7 @@ class Reference:
             return run(input_gradients=False)
 
     def _accepts_larger_batch(self) -> bool:
-        larger = self._inputs.varied(grow=True)
+        larger = self.inputs.varied(grow=True)
         try:
             result = self._run(larger, train=False, grad=False, seed=_SECOND_SEED)
         except Exception as error:
@@ -216,14 +216,14 @@ class Reference:
             for run in (self._runs[False, False], result)
         ]
         counting = {
-            leaf.value.shape[0]: leaf.argument for leaf in self._inputs.leaves if leaf.value.dim()
+            leaf.value.shape[0]: leaf.argument for leaf in self.inputs.leaves if leaf.value.dim()
         }
-        counting.pop(self._inputs.batch_size or 0, None)
+        counting.pop(self.inputs.batch_size or 0, None)
         other = next((counting[s[0]] for s in shapes[0] if s and s[0] in counting), None)
         if shapes[0] == shapes[1] and other is not None:
             self.notes.append(
                 f"batch size fixed: the outputs count samples as {other!r} does, not as the first "
-                f"input {self._inputs.leaves[0].argument!r}"
+                f"input {self.inputs.leaves[0].argument!r}"
             )
             return False
         self._runs[False, True] = result
@@ -241,7 +241,7 @@ class Reference:
         with preserved(self._model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nested tensors are a prototype
             set_mode(self._model, False)
-            inputs = self._inputs.replaced([t.detach().clone() for t in self._inputs.tensors()])
+            inputs = self.inputs.replaced([t.detach().clone() for t in self.inputs.tensors()])
             outputs = output_leaves(self._model(*inputs.args, **inputs.kwargs))
         plain = dataclasses.replace(self._runs[False, False], gradients={}, changed={})
         if compare(StepResult(outputs, {}, {}), plain):
@@ -274,7 +274,7 @@ class Reference:
         return any(result.gradients for (mode, _), result in self._runs.items() if mode == train)
 
     def _choose(self, second: bool) -> ExampleInputs:
-        return self._second_inputs if second else self._inputs
+        return self._second_inputs if second else self.inputs
 
     def differentiate(self, *, train: bool) -> None:
         """Add gradients to the runs of a mode if they have none.
@@ -351,10 +351,10 @@ class Reference:
     def _mismatch_resized(self, candidate: nn.Module, train: bool) -> str:
         """Return "" if the outputs agree at batch sizes for which forward may have a branch."""
         graph = getattr(candidate, "graph", None)
-        if not self.dynamic_batch or not isinstance(graph, fx.Graph):
+        if "batch" not in self.inputs.dynamic or not isinstance(graph, fx.Graph):
             return ""
         for size in graph.output_node().meta.get(SIZES_KEY, ()):
-            inputs = self._inputs.resized(size)
+            inputs = self.inputs.resized(size)
             try:
                 expected = self._run(inputs, train=train, grad=False)
             except Exception:  # BatchNorm refuses a batch of one sample
@@ -362,22 +362,22 @@ class Reference:
             if reason := self._mismatch_on(candidate, inputs, expected, train):
                 return (
                     f"at a batch size of {size}, {reason} (forward has a branch on it, or a result "
-                    "of another shape: dynamic_batch=False compiles it for the example's)"
+                    "of another shape: dynamic=() compiles it for the example's)"
                 )
         return ""
 
     def notes_on_sizes(self, candidate: nn.Module) -> list[str]:
         """Say so if the graph holds sizes of the example that the model itself leaves open."""
-        sizes = [size for leaf in self._inputs.leaves for size in leaf.value.shape[1:] if size > 1]
+        sizes = [size for leaf in self.inputs.leaves for size in leaf.value.shape[1:] if size > 1]
         for size in dict.fromkeys(sizes):
-            inputs = self._inputs.shortened(size, size - 1)
+            inputs = self.inputs.shortened(size, size - 1)
             try:
                 expected = self._run(inputs, train=False, grad=False)
             except Exception:  # the model takes no other size either
                 continue
             if self._mismatch_on(candidate, inputs, expected, train=False):
                 return [
-                    f"sizes of the inputs but the batch are fixed ({_shapes(self._inputs)}): with "
+                    f"sizes of the inputs but the batch are fixed ({_shapes(self.inputs)}): with "
                     f"another one instead of {size}, which the model takes, the network fails or "
                     "computes something else; compile one for every size, or pad"
                 ]
@@ -398,9 +398,9 @@ class Reference:
 
     def _run_alone(self, train: bool) -> Iterator[tuple[ExampleInputs, StepResult]]:
         """Run the model on inputs that differ in one tensor each."""
-        count = len(self._inputs.leaves)
+        count = len(self.inputs.leaves)
         for index in range(count if count > 1 else 0):  # the second input changes a single one
-            inputs = self._inputs.varied_alone(index)
+            inputs = self.inputs.varied_alone(index)
             try:
                 result = self._run(inputs, train=train, grad=False)
             except Exception:  # some inputs must agree with each other

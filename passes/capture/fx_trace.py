@@ -61,7 +61,7 @@ class Entry(nn.Module):
     def forward(self, *leaves: Any) -> Any:
         """Call the model with `leaves` in place of the tensors of its example inputs.
 
-        Mappings and dataclasses that are no pytree nodes become dicts of their fields in the
+        Mappings and dataclasses that are not pytree nodes become dicts of their fields in the
         output.
         """
         args, kwargs = self._inputs.with_leaves(leaves)

@@ -44,7 +44,7 @@ from passes.capture.fx_trace import (
     wrapped_functions,
 )
 from passes.capture.library_operators import library_operators
-from passes.capture.model_copy import copy_model, unwrap, without_wrappers
+from passes.capture.model_copy import ENCLOSED, Enclosing, copy_model, unwrap, without_wrappers
 from passes.capture.model_notes import (
     join_few,
     name_hooks_and_overrides,
@@ -63,32 +63,11 @@ from passes.ir.program import VALIDATIONS, CaptureReport, Program, Validation, g
 
 _log = logging.getLogger(__name__)
 
-_Traced = tuple[fx.Graph, Mapping[str, torch.Tensor]]
-
-
-def _trace(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    dynamic_batch: bool,
-    opaque: Collection[type[nn.Module]] = (),
-) -> _Traced:
-    return trace(model, inputs, opaque=opaque)
-
-
-def _export(
-    model: nn.Module,
-    inputs: ExampleInputs,
-    dynamic_batch: bool,
-    opaque: Collection[type[nn.Module]] = (),
-) -> _Traced:
-    return export(model, inputs, dynamic_batch=dynamic_batch, opaque=opaque)
-
-
 LADDER: tuple[tuple[str, FrontEnd], ...] = (
     # Keeps real modules at 0.3 ms a node; refuses control flow on tensors and shapes.
-    ("torch.fx trace", _trace),
+    ("torch.fx trace", trace),
     # Accepts nearly every model at about 10 ms a node; modules are folded back afterwards.
-    ("torch.export", _export),
+    ("torch.export", export),
 )
 """Front ends that capture a whole model, with both modes in one graph."""
 
@@ -100,8 +79,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    dynamic_batch: bool = True,
-    dynamic_sequence: bool = False,
+    dynamic: Collection[str] = ("batch",),
     validate: Validation = "full",
 ) -> Program:
     """Capture a model as a flat graph over real modules, and validate it against the model.
@@ -116,14 +94,13 @@ def capture(
         model: The model.
         args: Example positional arguments.
         kwargs: Example keyword arguments.
-        dynamic_batch: Whether to keep the batch size (dimension 0) free if the model allows it.
-        dynamic_sequence: Whether to keep the length of the sequences free (dimension 1 of the
-            inputs, and others of that length).
+        dynamic: Dimensions to keep free: "batch", dimension 0, if the model allows it, and
+            "sequence", dimension 1 of the first input that has one, with all others of its length.
         validate: How much of the graph to compare with the model (`passes.ir.program.VALIDATIONS`).
             What the graph is made from, as the free batch size, is found out in any case.
 
     Raises:
-        OptionError: `validate` is none of the three words.
+        OptionError: `validate` is none of the three words, or `dynamic` names anything else.
         CaptureError: The inputs do not fit, the model itself fails on them, or no front end
             captured it; then the message names the module and the line that stood in the way.
     """
@@ -132,12 +109,19 @@ def capture(
     with LOCK:
         inner = unwrap(model)
         _check_names(inner)
+        notes = []
+        if clashing := sorted(_names(model) & _RESERVED):
+            model = Enclosing(model)
+            notes = [
+                f"torch.fx.GraphModule has a {clashing[0]!r} of its own: in the network "
+                f"{clashing[0]!r} is {f'{ENCLOSED}.{clashing[0]}'!r}, as all names of the model "
+                "are, but not in the state dict of the original"
+            ]
         _check_layouts(inner, args, kwargs or {})
         with without_caches(inner) as caching:
-            inputs = bind(inner, args, kwargs or {})
-            if dynamic_sequence:
-                inputs = inputs.with_free_sequence()
-            ladder = _Ladder(model, inputs, dynamic_batch, validate)
+            inputs = bind(inner, args, kwargs or {}).with_dynamic(dynamic)
+            ladder = _Ladder(model, inputs, validate)
+            ladder.notes += notes
             if caching:
                 ladder.notes.append(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
@@ -146,22 +130,23 @@ def capture(
             return ladder.run()
 
 
+_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+"""Attributes of a GraphModule that its root cannot have as a layer or a weight, such as `code`."""
+
+
+def _names(owner: nn.Module) -> set[str]:
+    return {*owner._modules, *owner._parameters, *owner._buffers}
+
+
 def _check_names(model: nn.Module) -> None:
-    """Refuse names that the code of a graph cannot spell, or has for something else, as `code`."""
+    """Refuse names that the code of a graph cannot spell."""
     for path, owner in nn.Module.named_modules(model):
-        for name in (*owner._modules, *owner._parameters, *owner._buffers):
+        for name in _names(owner):
             if keyword.iskeyword(name):
                 raise CaptureError(
                     f"{name!r} in {path or type(model).__name__} is a keyword of Python, which the "
                     "code of a graph cannot have as a name: give it another name"
                 )
-    taken = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
-    for name in (*model._modules, *model._parameters, *model._buffers):
-        if name in taken:
-            raise CaptureError(
-                f"{name!r} of {type(model).__name__} has the name of an attribute of "
-                "torch.fx.GraphModule, which the network is: give it another name"
-            )
 
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -185,25 +170,17 @@ def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 class _Ladder:
     """Try the rungs in order, and record why each was rejected."""
 
-    def __init__(
-        self, model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool, validate: Validation
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: ExampleInputs, validate: Validation) -> None:
         self.model, self.validate = model, validate
         self.name = type(unwrap(model)).__name__
         self.inputs = inputs
-        self.dynamic_batch = dynamic_batch
         self.reference = self._make_reference()
         self.rejected: list[str] = []
         self._unused_copy: nn.Module | None = copy_model(model)
         self.notes = notes_on_runs(model, self._unused_copy, inputs)
 
     def _make_reference(self) -> Reference:
-        reference = Reference(
-            without_wrappers(self.model),
-            self.inputs,
-            dynamic_batch=self.dynamic_batch,
-            validate=self.validate,
-        )
+        reference = Reference(without_wrappers(self.model), self.inputs, validate=self.validate)
         if self.inputs.sequence is not None:
             try:
                 reference.add_length()
@@ -281,7 +258,7 @@ class _Ladder:
         if self.model.training:
             evaluating = copy_model(self.model)
             evaluating.eval()
-            ladder = _Ladder(evaluating, self.inputs, self.reference.dynamic_batch, self.validate)
+            ladder = _Ladder(evaluating, self.reference.inputs, self.validate)
             ladder.rejected.append("")
             if ladder._capture_one_mode():
                 advice = "it can be captured for evaluation mode alone: call model.eval() first"
@@ -300,7 +277,7 @@ class _Ladder:
             # A front end that fails may leave changes in its copy.
             unused, self._unused_copy = self._unused_copy, None
             model = copy_model(self.model) if unused is None else unused
-            attempt = Attempt(model, self.model, self.inputs, front_end, self.reference)
+            attempt = Attempt(model, self.model, front_end, self.reference)
             try:
                 module, notes = execute(attempt)
                 break
@@ -336,7 +313,7 @@ class _Ladder:
         return Program(
             module=module,
             args=self.inputs.tensor_arguments(),
-            dynamic_batch=self.reference.dynamic_batch,
+            dynamic=self.reference.inputs.dynamic,
             capture=CaptureReport(
                 rung,
                 tuple(self.rejected),
@@ -349,7 +326,6 @@ class _Ladder:
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
             model=model,
-            sequence=self.inputs.sequence,
             output_type=output_type if fields and keeps_type else None,
         )
 
@@ -362,11 +338,8 @@ class _Ladder:
         """Export what operators of libraries compute, if an earlier rung kept them whole."""
         if wrapped is None or not library_operators(wrapped.graph):
             return None
-
-        def front_end(model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> _Traced:
-            return export(model, inputs, dynamic_batch=dynamic_batch, enter=True)
-
-        return self._try("torch.export, operators entered", front_end, Attempt.run)
+        entering = functools.partial(export, enter=True)
+        return self._try("torch.export, operators entered", entering, Attempt.run)
 
     def _loses_gradients(self, rung: str) -> bool:
         """Reject an export of custom autograd functions where no gradients are compared."""
@@ -381,33 +354,27 @@ class _Ladder:
         """Keep custom autograd functions whole in an export, whose backward it drops."""
         if not calls_functions(copy_model(self.model), self.inputs):
             return None
-
-        def front_end(model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool) -> _Traced:
-            return export(model, inputs, dynamic_batch=dynamic_batch, functions=True)
-
-        return self._try("torch.export, functions kept whole", front_end, Attempt.run)
+        keeping = functools.partial(export, functions=True)
+        return self._try("torch.export, functions kept whole", keeping, Attempt.run)
 
     def _keep_modules_whole(self) -> Program | None:
         """Keep the modules that resist whole: first for a trace, then for an export."""
-        dynamic_batch = self.reference.dynamic_batch
-        finders = (
-            functools.partial(find_untraceable, self.model, self.inputs),
-            functools.partial(
-                find_unexportable, self.model, self.inputs, dynamic_batch=dynamic_batch
-            ),
+        rows = (
+            ("torch.fx trace", trace, find_untraceable),
+            ("torch.export", export, find_unexportable),
         )
-        for (name, _), front_end, find in zip(LADDER, (_trace, _export), finders, strict=True):
+        for name, front_end, find in rows:
             rung = f"{name}, modules kept whole"
             try:
-                classes = find()
+                classes = find(self.model, self.reference.inputs)
             except CaptureError as error:
                 self._reject(rung, str(error))
                 continue
-            front_end = functools.partial(
+            keeping = functools.partial(
                 front_end, opaque=[opaque.module_type for opaque in classes]
             )
             execute = functools.partial(_run_with_notes, classes)
-            if program := self._try(rung, front_end, execute):
+            if program := self._try(rung, keeping, execute):
                 return program
         return None
 

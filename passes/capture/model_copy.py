@@ -44,7 +44,11 @@ STATE_HOOKS = (
 )  # fmt: skip
 """Attributes of a module that hold the hooks of its state dict."""
 
+ENCLOSED = "_enclosed"
+"""Name in the network of a model whose own names a GraphModule cannot have at its root."""
+
 _WRAPPERS = {
+    "passes.capture.model_copy.Enclosing": ENCLOSED,
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",  # the import takes a second
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -73,6 +77,15 @@ class _Unwrapped(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (module,) = self.children()
         return module(*args, **kwargs)
+
+
+class Enclosing(nn.Module):
+    """Hold a model one level down, where its names clash with none of a GraphModule."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module(ENCLOSED, model)
+        self.training = model.training
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.capture.attempt import Attempt, describe_error, locate_error
@@ -81,9 +82,7 @@ def find_untraceable(model: nn.Module, inputs: ExampleInputs) -> tuple[OpaqueCla
     return _check_sizes(model, tuple(opaque.values()))
 
 
-def find_unexportable(
-    model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool
-) -> tuple[OpaqueClass, ...]:
+def find_unexportable(model: nn.Module, inputs: ExampleInputs) -> tuple[OpaqueClass, ...]:
     """Find the classes of modules that torch.export must not enter.
 
     The model is exported in both modes. When that fails, the class of the innermost module whose
@@ -92,7 +91,6 @@ def find_unexportable(
     Args:
         model: The model.
         inputs: Its example inputs.
-        dynamic_batch: Whether to leave the batch size free.
 
     Raises:
         CaptureError: The model's own forward fails, or too much would stay whole.
@@ -104,7 +102,7 @@ def find_unexportable(
             with preserved(candidate), with_plain_transformers():
                 for train in (True, False):
                     candidate.train(train)  # an override may return nothing
-                    export(candidate, inputs, dynamic_batch=dynamic_batch, opaque=opaque)
+                    export(candidate, inputs, opaque=opaque)
         except Exception as error:
             opaque = _with_failing_class(model, candidate, opaque, error)
         else:
@@ -199,20 +197,14 @@ def _copy_value(value: Any) -> Any:
 
 def _try_tracing(module: nn.Module, call: _ModuleCall, opaque: tuple[type[nn.Module], ...]) -> str:
     """Return why a module cannot be traced by itself; "" if it can, or does not run by itself."""
-
-    def front_end(
-        model: nn.Module, inputs: ExampleInputs, dynamic_batch: bool
-    ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
-        return trace(model, inputs, opaque=opaque)
-
     candidate = copy_model(module)
     try:
         inputs = bind(module, *call)
-        reference = Reference(module, inputs, dynamic_batch=True)
+        reference = Reference(module, inputs)
     except CaptureError:
         return ""
     try:
-        Attempt(candidate, module, inputs, front_end, reference).run()
+        Attempt(candidate, module, partial(trace, opaque=opaque), reference).run()
     except Exception as error:
         return describe_error(candidate, error)
     return ""

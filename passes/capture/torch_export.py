@@ -59,7 +59,6 @@ def export(
     model: nn.Module,
     inputs: ExampleInputs,
     *,
-    dynamic_batch: bool,
     opaque: Collection[type[nn.Module]] = (),
     functions: bool = False,
     enter: bool = False,
@@ -68,8 +67,7 @@ def export(
 
     Args:
         model: The model.
-        inputs: Its example inputs.
-        dynamic_batch: Whether to leave the batch size free.
+        inputs: Its example inputs, whose dynamic dimensions stay free.
         opaque: Classes of modules that stay calls; their code is not run.
         functions: Whether custom autograd functions stay calls.
         enter: Whether the code of library operators is entered.
@@ -82,13 +80,12 @@ def export(
         Exception: Whatever torch.export raises.
     """
     entry = Entry(model, inputs)
-    if dynamic_batch and inputs.batch_size in (1, inputs.sequence):
+    if "batch" in inputs.dynamic and inputs.batch_size in (1, inputs.sequence):
         # torch.export specializes sizes of 1, and takes equal sizes for one.
         inputs = inputs.varied(grow=True)
     shapes = tuple(
-        dict.fromkeys(inputs.free_axes(leaf.value, batch=dynamic_batch), torch.export.Dim.AUTO)
-        or None
-        for leaf in inputs.leaves
+        dict.fromkeys(inputs.free_axes(tensor), torch.export.Dim.AUTO) or None
+        for tensor in inputs.tensors()
     )
     replaced = replace_by_operators(model, inputs, opaque, functions=functions)
     entering = Entering() if enter else nullcontext()

@@ -1,7 +1,7 @@
 """Families `convolution` and `conv`: small networks of convolutions, for images and other grids.
 
 `convolution` is the preprocessing operator of the paper: a strided convolution to the state's
-resolution, BatchNorm, ReLU, and a 1 x 1 convolution to the state's channels (Lee, Park, Lee 2022,
+resolution, BatchNorm, ReLU, and a 1 x 1 convolution to the state's channels (Lee, Lee, Park 2022,
 section IV). From [B, 3, 224, 224] to [B, 64, 56, 56]: stride 4, kernel 5 (odd, and no smaller than
 the stride, so that no pixel is skipped), then 64 -> 64. Where that takes too much of a stage, the
 first convolution leads to fewer channels: to [B, 1024, 14, 14], stride 16 and kernel 17, the dense

@@ -2,7 +2,7 @@
 
 For a stage of whole blocks: a copy of every block that changes the shape of the state
 (down-sampling), and N_c copies of the block that the stage repeats most. The copies draw fresh
-weights with the standard deviations of the originals (Lee, Park, Lee 2022, section IV). With D a
+weights with the standard deviations of the originals (Lee, Lee, Park 2022, section IV). With D a
 block that halves the resolution:
 
     stage          A A A D B B B B      N_c = 2
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -28,7 +28,7 @@ from torch import fx, nn
 from passes.analysis.analysis import Analysis
 from passes.analysis.blocks import Block
 from passes.analysis.cut_points import requirements
-from passes.coarse.narrow import Bottleneck, narrow, narrow_spec
+from passes.coarse.narrow import Bottleneck, narrow, narrow_spec, redraw
 from passes.coarse.spec import (
     NON_EMPTY,
     CoarseOptions,
@@ -244,15 +244,13 @@ def build_units(options: UnitsOptions, site: Site) -> Units | Bottleneck:
     copies = copied_blocks(site.program, options.blocks)
     if options.width is None:
         for unit in copies:
-            redraw(unit, weights_of(unit))
+            redraw(unit)
         return Units(copies, options.inputs)
     [entering], [leaving] = site.entering, site.leaving
     state = zeros(narrow_spec(entering, options.width), site.program.device)
     for block, unit in zip(options.blocks, copies, strict=True):
-        weights = weights_of(unit)
         inputs = site.program.examples(block.inputs)
         state = narrow(unit, options.width, [state, *inputs])
-        redraw(unit, weights)
     if state.shape != narrow_spec(leaving, options.width).shape:
         raise SynthesisError(
             f"at a share of {options.width} the blocks leave {tuple(state.shape)} of "
@@ -276,42 +274,3 @@ def copied_blocks(program: Program, blocks: Sequence[BlockCopy]) -> list[fx.Grap
         )
         copies.append(copy.deepcopy(original).requires_grad_())
     return copies
-
-
-def weights_of(unit: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy the parameters of a copied block, for `redraw`."""
-    return {name: p.detach().clone() for name, p in unit.named_parameters()}
-
-
-def redraw(unit: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> None:
-    """Draw fresh weights with the standard deviations that a block's own weights have.
-
-    In a narrower copy an output of a layer sums fewer products, so that its weights are larger: by
-    the root of the ratio of their numbers. What is looked up or added, such as an embedding, is not
-    summed.
-
-    Args:
-        unit: The copy, which is changed.
-        weights: The block's own weights, by name.
-    """
-    for module in unit.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    with torch.no_grad():
-        for name, parameter in unit.named_parameters():
-            if parameter.is_meta:
-                continue  # drawn when it is materialized
-            old = weights[name]
-            target = old.std().item() if old.numel() > 1 else 0.0
-            if parameter.dim() > 1:
-                owner = unit.get_submodule(name.rpartition(".")[0])
-                if hasattr(owner, "reset_parameters") and not isinstance(owner, nn.Embedding):
-                    target *= (old[0].numel() / parameter[0].numel()) ** 0.5
-                if torch.equal(parameter, old):
-                    parameter.normal_()  # no module resets it: a parameter of the graph itself
-            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
-            if spread > 0 and target > 0:
-                parameter.mul_(target / spread)
-            else:
-                parameter.copy_(old[tuple(slice(size) for size in parameter.shape)])

@@ -57,7 +57,6 @@ class Family:
     """A family of cheap networks: a row of the table.
 
     Attributes:
-        about: Description in one line.
         preprocess: Builds a preprocessing operator, from the sources to the state; None if the
             family has none.
         coarse: Builds a coarse propagator, from the entering residual (or state) and the inputs
@@ -81,7 +80,6 @@ class Family:
             stores counted FLOPs.
     """
 
-    about: str
     preprocess: Build | None = None
     coarse: Build | None = None
     preprocess_options: type[PreprocessOptions] = PreprocessOptions
@@ -103,12 +101,10 @@ _COLLAPSES = ("chain", "collapsed", "auto")
 
 FAMILIES: dict[str, Family] = {
     "convolution": Family(
-        about="strided convolution, BatchNorm, ReLU and 1 x 1 convolution, for images",
         preprocess=lambda options, site: Convolution(site.entering, site.leaving, options.width),
         sums=True,
     ),
     "linear": Family(
-        about="channels mixed at every position",
         preprocess=lambda options, site: Linear(
             site.entering, site.leaving, bias=True, reads=options.reads
         ),
@@ -124,7 +120,6 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "lowrank": Family(
-        about="a map of small rank between whole states",
         preprocess=lambda options, site: LowRank(
             site.entering, site.leaving, options.rank, bias=True, reads=options.reads
         ),
@@ -138,14 +133,12 @@ FAMILIES: dict[str, Family] = {
         flops=lowrank_flops,
     ),
     "conv": Family(
-        about="two small convolutions, or two linear layers on tokens, that start at zero",
         preprocess=lambda options, site: Conv(site.entering, site.leaving, options.reads),
         coarse=lambda options, site: Conv(site.entering, site.leaving, options.reads),
         sums=True,
         sweeps=_EITHER,
     ),
     "units": Family(
-        about="fresh copies of the repeating block, the paper's",
         coarse=build_units,
         coarse_options=UnitsOptions,
         sweeps=_COLLAPSES,
@@ -157,7 +150,6 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "thinned": Family(
-        about="every m-th block of the trained trunk",
         # The front, which computes the sources, copies the blocks; its map scales them.
         preprocess=lambda options, site: Linear(
             site.entering, site.leaving, bias=True, reads=options.reads
@@ -169,14 +161,12 @@ FAMILIES: dict[str, Family] = {
         copies_blocks=True,
     ),
     "narrow": Family(
-        about="all layers before the interface, at few channels",
         preprocess=lambda options, site: Linear(
             site.entering, site.leaving, bias=True, reads=options.reads
         ),
         preprocess_options=NarrowOptions,
     ),
     "time_step": Family(
-        about="the step of a loop in time itself, at a larger step",
         preprocess=lambda options, site: Unchanged(),
         coarse=build_time_step,
         preprocess_options=StartOptions,
@@ -184,13 +174,11 @@ FAMILIES: dict[str, Family] = {
         in_time=True,
     ),
     "exact": Family(
-        about="the fine stage itself, the oracle",
         coarse=build_exact,
         coarse_options=ExactOptions,
         is_fine=True,
     ),
     "identity": Family(
-        about="the state itself, where its shape stays",
         preprocess=lambda options, site: Identity(site.entering, site.leaving),
         coarse=lambda options, site: Identity(site.entering, site.leaving),
         linear=True,
@@ -198,7 +186,6 @@ FAMILIES: dict[str, Family] = {
         flops=lambda entering, leaving, rank: 0.0,
     ),
     "zero": Family(
-        about="no correction",
         coarse=lambda options, site: Zero(site.entering, site.leaving),
         linear=True,
         sweeps=_EITHER,

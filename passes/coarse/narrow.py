@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def _share(count: int, width: float) -> int:
 
 
 def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
-    """Replace every layer of a graph by one of a share of its channels, with weights of its own.
+    """Replace every layer of a graph by one of a share of its channels, with fresh weights.
 
     Args:
         unit: The graph, which is changed.
@@ -87,6 +87,7 @@ def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
             the code between the layers counts on all channels.
     """
     training = {path: module.training for path, module in unit.named_modules()}
+    weights = _weights_of(unit)
     try:
         with torch.no_grad():
             outputs = _Narrowing(unit, width).run(*arguments)
@@ -97,7 +98,47 @@ def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
         ) from error
     for path, module in unit.named_modules():
         module.training = training.get(path, unit.training)
+    redraw(unit, weights)
     return outputs
+
+
+def _weights_of(unit: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in unit.named_parameters()}
+
+
+def redraw(unit: fx.GraphModule, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Draw fresh weights with the standard deviations that a block's own weights have.
+
+    In a narrower copy an output of a layer sums fewer products, so that its weights are larger: by
+    the root of the ratio of their numbers. What is looked up or added, such as an embedding, is not
+    summed.
+
+    Args:
+        unit: The copy, which is changed.
+        weights: The block's own weights, by name; those of `unit` if None.
+    """
+    weights = _weights_of(unit) if weights is None else weights
+    for module in unit.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    with torch.no_grad():
+        for name, parameter in unit.named_parameters():
+            if parameter.is_meta:
+                continue  # drawn when it is materialized
+            old = weights[name]
+            target = old.std().item() if old.numel() > 1 else 0.0
+            if parameter.dim() > 1:
+                owner = unit.get_submodule(name.rpartition(".")[0])
+                if hasattr(owner, "reset_parameters") and not isinstance(owner, nn.Embedding):
+                    target *= (old[0].numel() / parameter[0].numel()) ** 0.5
+                if torch.equal(parameter, old):
+                    parameter.normal_()  # no module resets it: a parameter of the graph itself
+            spread = parameter.std().item() if parameter.numel() > 1 else 0.0
+            if spread > 0 and target > 0:
+                parameter.mul_(target / spread)
+            else:
+                parameter.copy_(old[tuple(slice(size) for size in parameter.shape)])
 
 
 class _Narrowing(Interpreter):

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from passes.coarse.copied_blocks import redraw, weights_of
 from passes.coarse.narrow import narrow
 from passes.coarse.spec import NodeName, PreprocessOptions, Share
 from passes.ir.program import Program, extract, nodes_between, tensor_leaves
@@ -54,8 +53,6 @@ def build_narrow(
         name="NarrowLayers",
     )
     unit = copy.deepcopy(unit).requires_grad_()
-    weights = weights_of(unit)
     outputs = narrow(unit, options.share, program.examples(options.inputs))
-    redraw(unit, weights)
     pairs = zip(options.sources, tensor_leaves(outputs), strict=True)
     return unit, [replace(source, shape=tuple(x.shape)) for source, x in pairs]

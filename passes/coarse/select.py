@@ -77,7 +77,7 @@ _REASONS = {
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
 _MOST_OF_STAGE = 0.5
-"""Share of a stage above which copies of its blocks are no coarse propagator."""
+"""Share of a stage above which copies of its blocks are not coarse propagator."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 

@@ -167,7 +167,7 @@ class _Rules:
             wrong += _distance(results, after)
             change += _distance(before, whole)
         value = wrong / change if change else 0.0
-        return value if value < float("inf") else float("inf")  # NaN is no error that is small
+        return value if value < float("inf") else float("inf")  # NaN is not an error that is small
 
     def _run(
         self, rule: Rule, start: int, stop: int, state: Sequence[torch.Tensor]

@@ -165,12 +165,12 @@ def read_profile(text: str, origin: str) -> DeviceProfile:
         origin: Name of the file, for messages.
 
     Raises:
-        OptionError: The text is no TOML, or lacks values of a profile.
+        OptionError: The text is not TOML, or lacks values of a profile.
     """
     try:
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"{origin} is no TOML: {error}") from error
+        raise OptionError(f"{origin} is not TOML: {error}") from error
     names = {field.name for field in fields(DeviceProfile)}
     missing = sorted(names - values.keys() - {"asynchronous", "node", *_NETWORK_UNITS})
     if values.get("node"):
@@ -178,7 +178,7 @@ def read_profile(text: str, origin: str) -> DeviceProfile:
     if missing or values.keys() - names:
         unknown = ", ".join(sorted(values.keys() - names)) or "none"
         raise OptionError(
-            f"{origin} is no device profile (missing: {', '.join(missing) or 'none'}; unknown: "
+            f"{origin} is not a device profile (missing: {', '.join(missing) or 'none'}; unknown: "
             f"{unknown}): `pnn-compile profile -o FILE` writes one to start from"
         )
     try:

@@ -121,7 +121,7 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
     inputs = bind(program.module, (), dict(program.args))
     evaluated = _run(program, inputs, train=False)
     larger = None
-    if program.dynamic_batch:
+    if "batch" in program.dynamic:
         larger = _run(program, inputs.varied(grow=True), train=False)
     trained = _run_training(program, inputs) or evaluated
     batch_size = _batch_size(inputs, evaluated)
@@ -150,7 +150,7 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
 
 def _run_training(program: Program, inputs: ExampleInputs) -> _Observer | None:
     """Run in training mode, with one more sample if it fails: BatchNorm may refuse a batch of 1."""
-    for candidate in (inputs, inputs.varied(grow=program.dynamic_batch)):
+    for candidate in (inputs, inputs.varied(grow="batch" in program.dynamic)):
         try:
             return _run(program, candidate, train=True)
         except (RuntimeError, ValueError):
@@ -296,8 +296,9 @@ def _tracked_axes(
     grouped = any(s and s[0] > batch_size and s[0] % batch_size == 0 for s in shapes)
     with preserved(program.module), torch.no_grad():
         program.module.eval()
+        fixed = "batch" not in program.dynamic
         for index, tensor in enumerate(inputs.tensors()):
-            square = list(tensor.shape).count(batch_size) > 1 and not program.dynamic_batch
+            square = fixed and list(tensor.shape).count(batch_size) > 1
             if tensor.is_meta or not (square or grouped):
                 continue
             for axis, size in enumerate(tensor.shape[: max(1, tensor.dim() - 1)]):

@@ -28,7 +28,7 @@ _LARGEST = 1e300
 
 
 def parse(text: str) -> Any:
-    """Parse JSON without NaN, infinities and texts that are no Unicode.
+    """Parse JSON without NaN, infinities and texts that are not Unicode.
 
     Raises:
         ArtifactError: It is no such JSON.
@@ -43,7 +43,7 @@ def parse(text: str) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a number of JSON")
 
 
 def decode(kind: Any, data: Any, where: str, refine: Refine | None = None) -> Any:
@@ -84,9 +84,9 @@ def decode(kind: Any, data: Any, where: str, refine: Refine | None = None) -> An
         return {key: decode(inner, item, f"{where}.{key}", refine) for key, item in data.items()}
     if kind is float and type(data) is int and abs(data) < _LIMIT:
         return float(data)
-    if isinstance(kind, type) and type(data) is kind:  # True is no int
+    if isinstance(kind, type) and type(data) is kind:  # True is not an int
         if isinstance(data, (int, float)) and not abs(data) < (_LIMIT if kind is int else _LARGEST):
-            raise ArtifactError(f"{where} is {str(data)[:40]}, which is no number or too large")
+            raise ArtifactError(f"{where} is {str(data)[:40]}, which is not a number or too large")
         return data
     names = {tuple: "list", Mapping: "object", dict: "object"}
     name = names.get(origin or kind) or getattr(kind, "__name__", str(kind))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, OptionError
-from passes.ir.program import storage_id
+from passes.ir.program import DIMENSIONS, sequence_length, storage_id
 
 
 class AttributeKey(str):
@@ -57,15 +57,15 @@ class ExampleInputs:
         kwargs: Keyword arguments.
         names: Name of each positional argument in the signature.
         leaves: Every tensor in the arguments, in order.
-        sequence: Length of the sequences, if it is to be free: that of dimension 1 of the first
-            tensor that has one. Other dimensions of that length follow it, but dimension 0.
+        dynamic: Dimensions that are to be free: "batch", dimension 0 of every tensor that has as
+            many elements there as the first; "sequence", all others of length `sequence`.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     names: tuple[str, ...]
     leaves: tuple[Leaf, ...]
-    sequence: int | None = None
+    dynamic: tuple[str, ...] = ("batch",)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors of the call, in order."""
@@ -112,6 +112,11 @@ class ExampleInputs:
         """Size of dimension 0 of the first tensor that has dimensions; None if there is none."""
         return next((leaf.value.shape[0] for leaf in self.leaves if leaf.value.dim()), None)
 
+    @property
+    def sequence(self) -> int | None:
+        """Size of dimension 1 of the first tensor that has one, if it is to be free; else None."""
+        return sequence_length(self.tensors()) if "sequence" in self.dynamic else None
+
     def varied(self, grow: bool) -> ExampleInputs:
         """Return another call of the same kind: other values, and one more sample if `grow`.
 
@@ -146,32 +151,31 @@ class ExampleInputs:
             ]
         )
 
-    def with_free_sequence(self) -> ExampleInputs:
-        """Return the same call, whose sequences may have any length.
+    def with_dynamic(self, dynamic: Collection[str]) -> ExampleInputs:
+        """Return the same call with other free dimensions.
 
         Raises:
-            OptionError: No input has a dimension 1 of more than one element.
+            OptionError: A dimension has another name, or no input has a dimension 1 of more than
+                one element for "sequence".
         """
-        leaf = next((leaf for leaf in self.leaves if leaf.value.dim() > 1), None)
-        if leaf is None or leaf.value.shape[1] < 2:
+        if isinstance(dynamic, str) or not {*dynamic} <= {*DIMENSIONS}:
             raise OptionError(
-                "dynamic='sequence' frees dimension 1 of the inputs: give an example in which the "
-                "first input that has it holds at least 2 elements along it"
+                "dynamic takes a list of 'batch' and 'sequence', empty for inputs of the example's "
+                f"shapes alone (got {dynamic!r})"
             )
-        return replace(self, sequence=leaf.value.shape[1])
+        if "sequence" in dynamic and (sequence_length(self.tensors()) or 0) < 2:
+            raise OptionError(
+                "'sequence' in dynamic frees dimension 1 of the inputs: give an example in which "
+                "the first input that has it holds at least 2 elements along it"
+            )
+        return replace(self, dynamic=tuple(name for name in DIMENSIONS if name in dynamic))
 
-    def free_axes(self, tensor: torch.Tensor, *, batch: bool) -> list[int]:
-        """Return the dimensions of an input that are free.
-
-        Args:
-            tensor: The input.
-            batch: Whether the number of samples is.
-        """
-        shape = tensor.shape
+    def free_axes(self, tensor: torch.Tensor) -> list[int]:
+        """Return the dimensions of an input that are free."""
+        batch = self.batch_size if "batch" in self.dynamic else None
+        sizes = (batch, *[self.sequence] * (tensor.dim() - 1))
         return [
-            axis
-            for axis, size in enumerate(shape)
-            if size == (self.sequence if axis else self.batch_size) and (axis or batch)
+            axis for axis, free in enumerate(sizes[: tensor.dim()]) if tensor.shape[axis] == free
         ]
 
     def shortened(self, size: int, length: int) -> ExampleInputs:
@@ -226,7 +230,7 @@ class ExampleInputs:
             Leaf(leaf.argument, leaf.path, value)
             for leaf, value in zip(self.leaves, values, strict=True)
         )
-        return ExampleInputs(args, kwargs, self.names, leaves, self.sequence)
+        return ExampleInputs(args, kwargs, self.names, leaves, self.dynamic)
 
 
 def scaled(tensor: torch.Tensor) -> torch.Tensor:
@@ -366,7 +370,7 @@ def _tensors_inside(value: Any, depth: int = 3) -> list[str]:
 
 
 def as_plain(value: Any) -> Any:
-    """Convert a mapping or dataclass that is no pytree node to a dict; return others unchanged."""
+    """Convert a mapping or dataclass that is not a pytree node to a dict; return others as is."""
     if type(value) in pytree.SUPPORTED_NODES:
         return value
     if isinstance(value, Mapping):

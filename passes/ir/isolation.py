@@ -259,7 +259,7 @@ def with_plain_transformers() -> Iterator[list[bool]]:
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[bool]:
-    """Switch off the caches of models of transformers (`config.use_cache`), which are no tensors.
+    """Switch off the caches of models of transformers (`config.use_cache`), which are not tensors.
 
     Yields:
         Whether a configuration asks for one.

@@ -5,7 +5,8 @@ flow of Python is gone.
 
 >>> module = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
 >>> verify_graph(module)
->>> program = Program(module, {"input": torch.zeros(2, 4)}, True, CaptureReport("trace"), "MLP")
+>>> inputs = {"input": torch.zeros(2, 4)}
+>>> program = Program(module, inputs, ("batch",), CaptureReport("trace"), "MLP")
 >>> program.inputs, program.order, program.output
 ([input_1], [_0, _1], output)
 """
@@ -46,6 +47,9 @@ class Provenance:
     path: str = ""
     source: str = ""
 
+
+DIMENSIONS: tuple[str, ...] = ("batch", "sequence")
+"""Dimensions of the inputs that can be free."""
 
 Validation = Literal["full", "fast", "off"]
 
@@ -94,33 +98,38 @@ class Program:
             arguments are unpacked by `getitem` nodes), module calls keep their qualified names,
             and the output node holds the model's own output structure.
         args: Example inputs by placeholder name, in the order of the signature.
-        dynamic_batch: Whether dimension 0 of the inputs may change; validated on a second size.
+        dynamic: Dimensions of the inputs that may change, validated on other sizes: "batch",
+            dimension 0, and "sequence", all others of length `sequence`.
         capture: How the graph was captured.
         name: Class name of the model.
         unused: Entries of the model's state dict that the graph does not read.
         fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
             their values are constants of the graph.
         model: Copy of the model, which loads checkpoints by its own code; None if there is none.
-        sequence: Length of the sequences in the example inputs if it is free; else None.
         output_type: Class of the model's output, if that is a dict with fields (`ModelOutput` of
             transformers): networks return it. None for outputs that the graph holds as they are.
     """
 
     module: fx.GraphModule
     args: Mapping[str, Any]
-    dynamic_batch: bool
+    dynamic: tuple[str, ...]
     capture: CaptureReport
     name: str
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
     output_type: type | None = None
-    sequence: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the structure: operators, options and shapes of weights, but no values."""
         return program_digest(self.module)
+
+    @property
+    def sequence(self) -> int | None:
+        """Length of the sequences in the example inputs if it is free; else None."""
+        free = "sequence" in self.dynamic
+        return sequence_length(tensor_leaves(dict(self.args))) if free else None
 
     @property
     def device(self) -> torch.device:
@@ -212,6 +221,11 @@ def clone_tensors(value: Any) -> Any:
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested containers, in order."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def sequence_length(tensors: Sequence[torch.Tensor]) -> int | None:
+    """Return the size of dimension 1 of the first tensor that has one; None if there is none."""
+    return next((tensor.shape[1] for tensor in tensors if tensor.dim() > 1), None)
 
 
 def storage_id(tensor: torch.Tensor) -> int | None:

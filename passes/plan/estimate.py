@@ -8,7 +8,20 @@ where `makespan` is the slowest stage with its preprocessing operator, `slowest`
 stage alone (of several windows, the sums of theirs), and `sweep` the coarse propagators and links
 of one iteration. The objective of the
 partition (`passes.partition.problem`) is the same model for K = 1. `passes.schedule.simulate` is
-the exact model that it approximates; `Forecast.of` says where the two differ.
+the exact model, of which this is an upper bound, tight for equal stages and one iteration:
+
+- A chain is counted as makespan, then sweep. In the simulation the sweep already passes the first
+  stages while a later, slower stage still computes. The difference is at most the sweep, and 0 if
+  no stage is slower than the first one.
+- K iterations are counted as K fine stages and K sweeps, one after another. In the simulation
+  iteration k computes the stages k to N - K + k alone, preprocessing operators run in the first
+  iteration only, and its sweep overlaps with the one before.
+- A collapsed sweep is counted with the largest map and `ceil(log2(N))` links. In the simulation the
+  tree has `floor(log2(N))` links on its longest path, but the largest map forward and the largest
+  one backward may be those of two stages, and a map may wait for the message with its guess: up to
+  one map and two links more than the closed form.
+
+`tests/unit/schedule/test_step_time.py` checks these bounds on random costs.
 """
 
 from __future__ import annotations

@@ -191,23 +191,6 @@ class Forecast:
     ) -> Forecast:
         """Combine the parts of a step into the forecast of K iterations.
 
-        This closed form is an upper bound of the simulation of the instruction lists
-        (`passes.schedule.simulate`), tight for equal stages and one iteration. It differs by
-        nature:
-
-        - A chain is counted as makespan, then sweep. In the simulation the sweep already passes
-          the first stages while a later, slower stage still computes. The difference is at most
-          the sweep, and 0 if no stage is slower than the first one.
-        - K iterations are counted as K fine stages and K sweeps, one after another. In the
-          simulation iteration k computes the stages k to N - K + k alone, preprocessing operators
-          run in the first iteration only, and its sweep overlaps with the one before.
-        - A collapsed sweep is counted with the largest map and `ceil(log2(N))` links. In the
-          simulation the tree has `floor(log2(N))` links on its longest path, but the largest map
-          forward and the largest one backward may be those of two stages, and a map may wait for
-          the message with its guess: up to one map and two links more than the closed form.
-
-        `tests/unit/schedule/test_step_time.py` checks these bounds on random costs.
-
         Args:
             iterations: K, at most the number of stages.
             unit: Unit of all costs.

@@ -313,6 +313,24 @@ def stored_options(plan: Plan, cuts: tuple[str, ...]) -> Options:
     )
 
 
+def options_to_replan(program: Program, plan: Plan) -> Options | None:
+    """Return the options that plan a program again at the moved cuts of a plan.
+
+    Returns:
+        The options; None if no cut was moved, so that the plan is to be replayed.
+
+    Raises:
+        ArtifactError: The plan belongs to another program, or was edited and is inconsistent.
+        PartitionError: Cuts were moved, and the plan does not store the other options.
+    """
+    if plan.fingerprint == program.fingerprint:
+        moved = moved_cuts([node.name for node in program.order], plan)
+        if moved is not None:
+            return stored_options(plan, moved)
+    check_replayed(program, plan)
+    return None
+
+
 def check_replayed(program: Program, plan: Plan) -> None:
     """Check that a plan belongs to a program, and is consistent with it.
 

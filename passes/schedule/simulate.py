@@ -20,7 +20,7 @@ and 5 s, the link 1 s:
 
 The forecast of a plan is the closed form of this model: makespan plus sweep plus head, here
 6 + (2 + 1) = 9. It is an upper bound that ignores what overlaps: the link, in this example.
-`passes.plan.schema.Forecast.of` lists the differences.
+`passes.plan.estimate` lists the differences.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 >>> from torch import nn
 >>> from passes.ir.program import CaptureReport
 >>> module = fx.symbolic_trace(nn.Linear(4, 2))
->>> program = Program(module, {"input": torch.zeros(3, 4)}, True, CaptureReport("trace"), "Linear")
+>>> inputs = {"input": torch.zeros(3, 4)}
+>>> program = Program(module, inputs, ("batch",), CaptureReport("trace"), "Linear")
 >>> network = Network(module, module.graph)
 >>> network.meta[CALL] = Call.of(program)
 >>> network(torch.zeros(5, 4), mask=None).shape
@@ -18,7 +19,7 @@ will run on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -68,7 +69,7 @@ class Call:
             program.name,
             program.args,
             program.fixed,
-            program.dynamic_batch,
+            "batch" in program.dynamic,
             program.sequence,
             program.output_type,
             {n: getattr(program.model, n) for n in _PASSED_ON if hasattr(program.model, n)},
@@ -232,7 +233,7 @@ def check_length(program: Program, network: fx.GraphModule) -> None:
     """
     if program.sequence is None:
         return
-    inputs = replace(bind(program.module, (), dict(program.args)), sequence=program.sequence)
+    inputs = bind(program.module, (), dict(program.args)).with_dynamic(program.dynamic)
     with preserved(program.module, network), torch.no_grad():
         set_mode(program.module, False)
         set_mode(network, False)

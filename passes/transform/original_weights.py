@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.capture.model_copy import copy_model
+from passes.capture.model_copy import ENCLOSED, copy_model
 from passes.capture.model_notes import translating
 from passes.errors import OptionError
 from passes.ir.program import Program, resolve
 from passes.transform.split import Stages
+
+_PREFIX = f"{ENCLOSED}."
 
 
 def weights_by_name(program: Program, stages: Stages) -> dict[str, Any]:
@@ -31,9 +33,9 @@ def weights_by_name(program: Program, stages: Stages) -> dict[str, Any]:
 
 def to_state_dict(program: Program, weights: Mapping[str, Any]) -> dict[str, Any]:
     """Convert tensors by qualified name to the state dict of the model."""
-    if program.model is None or not translating(program.model):
-        return dict(weights)
-    return dict(_filled(program.model, weights).state_dict())
+    if program.model is not None and translating(program.model):
+        weights = _filled(program.model, weights).state_dict()
+    return {key.removeprefix(_PREFIX): value for key, value in weights.items()}
 
 
 def load_state_dict(
@@ -51,10 +53,12 @@ def load_state_dict(
         strict: Whether all keys of the model must be there, and no others.
 
     Raises:
-        OptionError: The checkpoint does not fit, changes what is no tensor, or the network has no
-            memory for it.
+        OptionError: The checkpoint does not fit, changes what is not a tensor, or the network has
+            no memory for it.
     """
     name, model, weights = program.name, program.model, weights_by_name(program, stages)
+    if any(key.startswith(_PREFIX) for key in weights):
+        state = {f"{_PREFIX}{key}": value for key, value in state.items()}
     values = pytree.tree_leaves(dict(program.args))
     if model is not None:  # of an artifact, which has none, weights may lie on other ranks
         values += weights.values()
@@ -119,7 +123,7 @@ def _check_shapes(
 
 
 def _check_equal(name: str, key: str, value: Any, loaded: Any) -> None:
-    """Refuse an entry that is no tensor and differs: what follows from it is fixed in the graph."""
+    """Refuse an entry that is not a tensor and differs: the graph fixes what follows from it."""
     try:
         (first, structure), (second, other) = map(pytree.tree_flatten, (value, loaded))
         same = structure == other and all(map(_alike, first, second))
@@ -127,7 +131,7 @@ def _check_equal(name: str, key: str, value: Any, loaded: Any) -> None:
         same = False
     if not same:
         raise OptionError(
-            f"{key} is no tensor and differs from that of {name} when it was compiled: load the "
+            f"{key} is not a tensor and differs from that of {name} when it was compiled: load the "
             "checkpoint into the model and compile it again"
         )
 

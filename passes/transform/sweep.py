@@ -6,7 +6,7 @@ then u_{j-1} of the iteration before) and u_j the corrected state after it. An i
     y_j = g_j(e_j)                       fine stage
     r_j = u_{j-1} - e_j                  residual: the error of the input
     c_j = F_j(r_j)                       correction: its effect on the output
-    u_j = y_j + c_j                      chain: the sweep of the paper (Lee, Park, Lee 2022, eq. 9)
+    u_j = y_j + c_j                      chain: the sweep of the paper (Lee, Lee, Park 2022, eq. 9)
     u_{N-1} = y_{N-1} + sum_j c_j        collapsed: every correction goes straight to the last state
 
 and the head reads u_{N-1} of the last iteration. In difference form F_j reads e_j beside r_j

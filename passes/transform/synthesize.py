@@ -78,7 +78,7 @@ def build_propagator(
     if plan.reads_guess(spec):
         # Both calls are one batch if the network treats samples independently.
         plain = all(tensor.batch_axis == 0 for tensor in (*entering, *leaving))
-        plain = plain and program.dynamic_batch and not dropouts(network)
+        plain = plain and "batch" in program.dynamic and not dropouts(network)
         joint = plain and not exact and not spec.options.inputs
         network = Difference(network, len(entering), joint=joint)
     return _in_mode(program, network, spec.family)

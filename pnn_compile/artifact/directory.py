@@ -38,6 +38,7 @@ from passes.plan.validate import check_replayed
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
 from pnn_compile.artifact.modules import named_tensors, set_training_modes, training_modes
 from pnn_compile.artifact.program_json import (
+    dynamic_from_data,
     fixed_from_data,
     inputs_from_data,
     program_from_data,
@@ -146,7 +147,7 @@ def load(
         without_data: Leave all weights on the meta device; `tensor_readers` reads them later.
 
     Raises:
-        ArtifactError: The directory is no artifact, a file is missing or damaged, or the plan
+        ArtifactError: The directory is not an artifact, a file is missing or damaged, or the plan
             belongs to another model.
     """
     start = time.perf_counter()
@@ -196,7 +197,7 @@ def load_plan(path: str | Path) -> Plan:
     """Load only the plan of an artifact.
 
     Raises:
-        ArtifactError: The directory is no artifact, or its plan is missing or damaged.
+        ArtifactError: The directory is not an artifact, or its plan is missing or damaged.
     """
     folder = Path(path)
     _check_artifact(folder)
@@ -210,7 +211,7 @@ def tensor_readers(path: str | Path) -> tuple[TensorReader, TensorReader]:
         Reader of the program's tensors, reader of the operators' tensors.
 
     Raises:
-        ArtifactError: The directory is no artifact, or a file is missing or damaged.
+        ArtifactError: The directory is not an artifact, or a file is missing or damaged.
     """
     folder = Path(path)
     _check_artifact(folder)
@@ -264,7 +265,7 @@ def _check_artifact(folder: Path) -> None:
         )
     if not (folder / _PLAN).is_file():
         raise ArtifactError(
-            f"{folder} is no artifact ({_PLAN} is missing): give the directory that "
+            f"{folder} is not an artifact ({_PLAN} is missing): give the directory that "
             "compiled.save or pnn-compile -o wrote"
         )
 
@@ -335,11 +336,10 @@ def _capture(
     """Capture the user's model on the example inputs of the artifact."""
     with _file_errors(folder / _PROGRAM):
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
-        dynamic, notes = data["dynamic_batch"], data["capture"]["notes"]
-        sequence = data.get("sequence") is not None
+        dynamic, notes = dynamic_from_data(data), data["capture"]["notes"]
     args, kwargs = _call(model, inputs)
     try:
-        return capture(model, args, kwargs, dynamic_batch=dynamic, dynamic_sequence=sequence)
+        return capture(model, args, kwargs, dynamic=dynamic)
     except CaptureError as error:
         compile_notes = "".join(f"\n  when it was compiled: {note}" for note in notes)
         raise ArtifactError(

@@ -55,7 +55,7 @@ _SPECIAL: Mapping[type[nn.Module], _Recover] = {
     nn.TransformerDecoderLayer: _TRANSFORMER_LAYER,
     nn.AdaptiveLogSoftmaxWithLoss: {"cutoffs": lambda m: m.cutoffs[:-1]},
 }
-"""How to recover constructor arguments that are no attributes of the same name."""
+"""How to recover constructor arguments that are not attributes of the same name."""
 
 
 Parametrization = TypedDict("Parametrization", {"class": str, "arguments": dict[str, Any]})
@@ -176,7 +176,7 @@ def _parametrize(module: nn.Module, parameter: str, name: str, encoded: Mapping[
     arguments = {key: decode(value) for key, value in encoded.items()}
     iterations = arguments.get("n_power_iterations", 1)
     if register is None or not arguments.keys() <= set(names):
-        raise ArtifactError(f"{name!r} is no parametrization that an artifact may contain")
+        raise ArtifactError(f"{name!r} is not a parametrization that an artifact may contain")
     if not isinstance(iterations, int) or iterations > _MAX_POWER_ITERATIONS:
         raise ArtifactError(f"{name} takes at most {_MAX_POWER_ITERATIONS} power iterations")
     try:

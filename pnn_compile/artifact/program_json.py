@@ -1,10 +1,6 @@
 """Convert a `Program` to JSON data and tensors, and back: no code, no pickles, listed names only.
 
-A node of the graph is one record; modules, functions and values are those of `modules.py`,
-`functions.py` and `values.py`:
-
-    {"name": "relu", "op": "call_function", "path": "blocks.0", "source": "net.py:12",
-     "target": "torch.relu", "args": [{"node": "conv"}], "kwargs": {}}
+Graphs are written by `nodes.py`, modules by `modules.py`, tensors by `tensors.py`.
 """
 
 from __future__ import annotations
@@ -14,29 +10,20 @@ from contextlib import suppress
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from passes.capture.train_eval import ByMode
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode as decode_json
 from passes.ir.checked_json import parse
 from passes.ir.program import (
+    DIMENSIONS,
     CaptureReport,
     Program,
-    Provenance,
     Validation,
     graph_module,
     has_gradient_hooks,
-    provenance,
-    set_provenance,
     verify_graph,
-)
-from pnn_compile.artifact.functions import (
-    check_attribute,
-    check_enums,
-    check_method,
-    function,
-    function_name,
 )
 from pnn_compile.artifact.modules import (
     ModuleWriter,
@@ -47,6 +34,7 @@ from pnn_compile.artifact.modules import (
     set_training_modes,
     training_modes,
 )
+from pnn_compile.artifact.nodes import Node, read_graph, write_node
 from pnn_compile.artifact.tensors import (
     Record,
     TensorReader,
@@ -71,16 +59,6 @@ Data = dict[str, Any]
 _Modes = TypedDict("_Modes", {"default": bool, "except": list[str]})
 
 
-class _Node(TypedDict):
-    name: str
-    op: str
-    path: str
-    source: str
-    target: str
-    args: list[Any]
-    kwargs: dict[str, Any]
-
-
 _Module = TypedDict(
     "_Module",
     {
@@ -89,7 +67,7 @@ _Module = TypedDict(
         "class": NotRequired[str],
         "arguments": NotRequired[dict[str, Any]],
         "parametrizations": NotRequired[dict[str, list[Parametrization]]],
-        "by_mode": NotRequired[dict[str, list[_Node]]],
+        "by_mode": NotRequired[dict[str, list[Node]]],
     },
 )
 
@@ -117,7 +95,7 @@ class _Program(TypedDict):
     training: _Modes
     modules: list[_Module] | None
     tensors: list[TensorRecord]
-    nodes: list[_Node] | None
+    nodes: list[Node] | None
 
 
 class _SavedProgram(_Program):
@@ -160,7 +138,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "schema": SCHEMA,
         "torch": torch.__version__,
         "name": program.name,
-        "dynamic_batch": program.dynamic_batch,
+        "dynamic_batch": "batch" in program.dynamic,
         "sequence": program.sequence,
         "capture": {
             "rung": program.capture.rung,
@@ -175,7 +153,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
     }
     unknown: list[str] = []
     modules = [*_write_modules(program.module, "", {}, ModuleWriter(), unknown)]
-    nodes = [_write_node(node, unknown) for node in program.graph.nodes]
+    nodes = [write_node(node, unknown) for node in program.graph.nodes]
     hooked = [n for n, p in program.module.named_parameters() if has_gradient_hooks(p)]
     unknown += [f"{name}: a hook on its gradient" for name in hooked]
     data |= {"modules": modules, "tensors": writer.records, "nodes": nodes}
@@ -273,42 +251,10 @@ def _write_modules(
 def _write_by_mode(module: ByMode, path: str, unknown: list[str]) -> Data:
     parts = {"in_training": module.in_training, "in_evaluation": module.in_evaluation}
     graphs = {
-        name: [_write_node(node, unknown) for node in part.graph.nodes]
+        name: [write_node(node, unknown) for node in part.graph.nodes]
         for name, part in parts.items()
     }
     return {"path": check_path(path), "by_mode": graphs}
-
-
-def _write_node(node: fx.Node, unknown: list[str]) -> Data:
-    origin = provenance(node)
-    data: Data = {"name": node.name, "op": node.op, "path": origin.path, "source": origin.source}
-    try:
-        check_identifier(node.name)
-        data["target"] = _write_target(node)
-        data["args"] = [encode(value) for value in node.args]
-        data["kwargs"] = {check_identifier(k): encode(v) for k, v in node.kwargs.items()}
-    except UnsupportedError as error:
-        unknown.append(f"{origin.path or node.name}: {error}")
-    return data
-
-
-def _write_target(node: fx.Node) -> str:
-    if node.op == "call_function":
-        name = function_name(node.target)
-        if node.target is getattr:
-            check_attribute(node.args, node.kwargs)
-        return name
-    return _check_target(node.op, str(node.target))
-
-
-def _check_target(op: str, target: Any) -> str:
-    if op == "call_method":
-        return check_method(target)
-    if op in ("call_module", "get_attr"):
-        return check_path(target)
-    if op in ("placeholder", "output"):
-        return check_identifier(target)
-    raise UnsupportedError(f"operation {op!r}")
 
 
 def program_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
@@ -337,7 +283,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     root = _read_modules(data["modules"], len(data["tensors"]))
     _set_tensors(root, data["tensors"], reader)
     name = check_identifier(data["name"])
-    module = graph_module(root, _read_graph(data["nodes"]), name)
+    module = graph_module(root, read_graph(data["nodes"]), name)
     set_training_modes(module, data["training"])
     verify_graph(module)
     for node in module.graph.find_nodes(op="call_module"):
@@ -351,8 +297,7 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
     return Program(
         module=module,
         args=inputs,
-        dynamic_batch=data["dynamic_batch"],
-        sequence=data.get("sequence"),
+        dynamic=dynamic_from_data(data),
         capture=CaptureReport(
             report["rung"], report["rejected"], report["notes"], report.get("validation", "full")
         ),
@@ -404,7 +349,7 @@ def _read_by_mode(root: nn.Module, record: Data) -> None:
     graphs = []
     for name in ("in_training", "in_evaluation"):
         owner = _container(root, f"{path}.{name}")
-        graph = graph_module(owner, _read_graph(record["by_mode"][name]), "Branch")
+        graph = graph_module(owner, read_graph(record["by_mode"][name]), "Branch")
         verify_graph(graph)
         graphs.append(graph)
     parent, _, name = path.rpartition(".")
@@ -438,7 +383,7 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
         owner = _container(root, path)
         target = expected.pop(name, None)
         if target is None and not is_container(owner):
-            raise ArtifactError(f"{name} is no tensor of a {type(owner).__name__}")
+            raise ArtifactError(f"{name} is not a tensor of a {type(owner).__name__}")
         if target is not None and target.shape != value.shape:
             raise ArtifactError(f"{name} should be {list(target.shape)}, is {list(value.shape)}")
         if record["kind"] == "parameter":
@@ -452,27 +397,6 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
             module._init_flat_weights()  # it keeps a list of its weights, which were replaced
 
 
-def _read_graph(records: list[Data]) -> fx.Graph:
-    graph, nodes = fx.Graph(), dict[str, fx.Node]()
-    for record in records:
-        op, name = record["op"], check_identifier(record["name"])
-        args = tuple(decode(value, nodes) for value in record["args"])
-        kwargs = {check_identifier(k): decode(v, nodes) for k, v in record["kwargs"].items()}
-        target: Any = record["target"]
-        if op == "call_function":
-            target = function(target)
-            if target is getattr:
-                check_attribute(args, kwargs)
-            check_enums(target, args, kwargs)
-        else:
-            target = _check_target(op, target)
-        node = nodes[name] = graph.create_node(op, target, args, kwargs, name=name)
-        if node.name != name:
-            raise ArtifactError(f"{name!r} is no valid name of a node, or occurs twice")
-        set_provenance(node, Provenance(record["path"], record["source"]))
-    return graph
-
-
 def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the example inputs by argument name.
 
@@ -483,6 +407,12 @@ def inputs_from_data(data: Data, tensors: Mapping[str, torch.Tensor]) -> dict[st
     reader = TensorReader(data["tensors"], tensors)
     values = {r["name"]: reader.read(r["name"]) for r in _of_kind(data, "input")}
     return {name: decode(value, None, values) for name, value in data["inputs"].items()}
+
+
+def dynamic_from_data(data: Data) -> tuple[str, ...]:
+    """Return the dimensions that are free."""
+    free = {"batch": data["dynamic_batch"], "sequence": data.get("sequence") is not None}
+    return tuple(name for name in DIMENSIONS if free[name])
 
 
 def fixed_from_data(data: Data) -> dict[str, Any]:

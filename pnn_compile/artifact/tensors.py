@@ -306,7 +306,7 @@ def assign(targets: Mapping[str, torch.Tensor], records: Iterable[Record], reade
 
 
 def describe_no_tensor(program: Program, name: str, value: Any) -> str:
-    """Describe an entry of a state dict that is no tensor, with the module that saves it."""
+    """Describe an entry of a state dict that is not a tensor, with the module that saves it."""
     message = f"{name} is a {type(value).__name__}, no tensor, which an artifact cannot hold"
     path = name.rpartition(".")[0]
     while path and program.model is not None and path not in dict(program.model.named_modules()):

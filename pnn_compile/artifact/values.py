@@ -53,7 +53,7 @@ def check_identifier(name: Any) -> str:
     """Return a name if generated code may use it as a variable.
 
     Raises:
-        UnsupportedError: It may not: it is no identifier, or a keyword.
+        UnsupportedError: It may not: it is not an identifier, or a keyword.
     """
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise UnsupportedError(f"name {name!r}")

@@ -18,6 +18,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,11 +100,30 @@ class TunedStep:
         return self.step()
 
 
-def _training_step(
-    module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any]
+def step_of(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    training: bool,
+    run: Callable[..., Any] | None = None,
 ) -> StepFunction:
-    """Build the training step of a module in one process; `run` calls it."""
-    optimizer = optimizer_of(module.train())
+    """Build the step of a module in one process: a training step, or the forward pass.
+
+    Args:
+        module: The module.
+        inputs: Its arguments.
+        training: Whether to train.
+        run: Calls the module; None for the module itself.
+    """
+    run = run or module
+    module.train(training)
+    if not training:
+
+        @torch.no_grad()
+        def forward() -> None:
+            run(**inputs)
+
+        return forward
+    optimizer = optimizer_of(module)
 
     def step() -> None:
         if optimizer is not None:
@@ -111,19 +131,6 @@ def _training_step(
         mean_square(run(**inputs)).backward()  # type: ignore[no-untyped-call]
         if optimizer is not None:
             optimizer.step()
-
-    return step
-
-
-def _forward_step(
-    module: nn.Module, inputs: Mapping[str, Any], run: Callable[..., Any]
-) -> StepFunction:
-    """Build the forward pass of a module in one process; `run` calls it."""
-    module.eval()
-
-    def step() -> None:
-        with torch.no_grad():
-            run(**inputs)
 
     return step
 
@@ -138,8 +145,7 @@ def direct(workload: Workload) -> StepFunction:
     if workload.rank:
         return lambda: None
     module = copy.deepcopy(workload.compiled.current_program().module)
-    build = _training_step if workload.training else _forward_step
-    return build(module, workload.inputs, DirectCaller(module))
+    return step_of(module, workload.inputs, workload.training, DirectCaller(module))
 
 
 def threads_of_all_ranks(workload: Workload) -> StepFunction:
@@ -163,8 +169,7 @@ def threads_of_all_ranks(workload: Workload) -> StepFunction:
 def copies(workload: Workload) -> StepFunction:
     """Run the original network on every rank, independently: the throughput of the machine."""
     module = copy.deepcopy(workload.compiled.current_program().module)
-    build = _training_step if workload.training else _forward_step
-    return build(module, workload.inputs, module)
+    return step_of(module, workload.inputs, workload.training)
 
 
 class Parareal:
@@ -205,12 +210,11 @@ def data_parallel(workload: Workload) -> StepFunction:
     share, remainder = divmod(workload.batch, workload.ranks)
     if remainder or not share:
         raise NotApplicable(f"no {workload.ranks} equal shares of a batch of {workload.batch}")
-    module = copy.deepcopy(workload.compiled.current_program().module)
+    module: nn.Module = copy.deepcopy(workload.compiled.current_program().module)
     inputs = _samples(workload, workload.rank * share, share)
-    if not workload.training:
-        return _forward_step(module, inputs, module)
-    wrapped = nn.parallel.DistributedDataParallel(module, process_group=workload.group)
-    return _training_step(wrapped, inputs, wrapped)
+    if workload.training:
+        module = nn.parallel.DistributedDataParallel(module, process_group=workload.group)
+    return step_of(module, inputs, workload.training)
 
 
 def _samples(workload: Workload, start: int, count: int) -> dict[str, Any]:
@@ -352,14 +356,8 @@ def pipelines() -> dict[str, Contender]:
     """Return all pipelines by name; "gpipe:4" has 4 micro-batches."""
     by_name: dict[str, Contender] = {}
     for kind in ("gpipe", "1f1b"):
-        by_name[kind] = _best(kind)
-        by_name |= {f"{kind}:{count}": _fixed(kind, count) for count in COUNTS}
+        by_name[kind] = partial(best_pipeline, kind=kind)
+        by_name |= {
+            f"{kind}:{count}": partial(pipeline, kind=kind, micro_batches=count) for count in COUNTS
+        }
     return by_name
-
-
-def _best(kind: str) -> Contender:
-    return lambda workload: best_pipeline(workload, kind)
-
-
-def _fixed(kind: str, count: int) -> Contender:
-    return lambda workload: pipeline(workload, kind, count)

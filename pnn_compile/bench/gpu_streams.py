@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, RuntimeFault
-from pnn_compile.bench.measurements import mean_square, optimizer_of
+from pnn_compile.bench.contenders import StepFunction, step_of
+from pnn_compile.bench.measurements import mean_square, optimizer_of, turns
 from pnn_compile.inputs import check_batch_size, device_of, resized
 from pnn_compile.runtime import CapturedForward, CapturedStep, StreamNetwork
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 BASELINE = "original, CUDA graph"
 _REPEATS = 5
 """Steps per timing."""
-
-_StepFunction = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,11 @@ def bench_streams(
 def _take_turns(
     networks: Sequence[Compiled], batch: int, training: bool, rounds: int
 ) -> list[StreamTiming]:
-    steps: dict[str, _StepFunction] = {}
+    steps: dict[str, StepFunction] = {}
     errors: dict[str, float | None] = {}
     original = networks[0].current_program().module
     inputs = resized(networks[0], batch, device_of(original))
-    steps["original"] = _eager(copy.deepcopy(original), inputs, training)
+    steps["original"] = step_of(copy.deepcopy(original), inputs, training)
     steps[BASELINE] = _captured(copy.deepcopy(original), inputs, training)
     errors["original"] = errors[BASELINE] = None
     for network in networks:
@@ -146,35 +145,13 @@ def _take_turns(
             key = f"parareal N = {count}, {name}"
             steps[key], errors[key] = _captured(module, inputs, training), error
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = [*steps]
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in (*names[shift:], *names[:shift]):
+    for turn in turns(steps, rounds):
+        for name in turn:
             seconds[name].append(_timed(steps[name]))
-    return [StreamTiming(n, batch, tuple(seconds[n]), errors[n]) for n in names]
+    return [StreamTiming(n, batch, tuple(seconds[n]), errors[n]) for n in steps]
 
 
-def _eager(module: nn.Module, inputs: dict[str, Any], training: bool) -> _StepFunction:
-    module.train(training)
-    if not training:
-
-        @torch.no_grad()
-        def forward() -> None:
-            module(**inputs)
-
-        return forward
-    optimizer = optimizer_of(module)
-
-    def step() -> None:
-        module.zero_grad(set_to_none=True)
-        mean_square(module(**inputs)).backward()  # type: ignore[no-untyped-call]
-        if optimizer is not None:
-            optimizer.step()
-
-    return step
-
-
-def _captured(module: nn.Module, inputs: dict[str, Any], training: bool) -> _StepFunction:
+def _captured(module: nn.Module, inputs: dict[str, Any], training: bool) -> StepFunction:
     module.train(training)
     if not training:
         run = CapturedForward(module, **inputs)
@@ -201,7 +178,7 @@ def _difference(plain: nn.Module, streams: nn.Module, inputs: dict[str, Any]) ->
     return largest / scale if scale else largest
 
 
-def _timed(step: _StepFunction) -> float:
+def _timed(step: StepFunction) -> float:
     """Return the seconds of a step, averaged over a few."""
     start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

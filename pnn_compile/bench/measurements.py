@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -155,6 +155,18 @@ class Bench:
         return next(
             (t.seconds for t in self.timings if (t.contender, t.batch) == (contender, batch)), ()
         )
+
+
+def turns(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """Yield the order of the contenders in every round: each round starts with the next one.
+
+    >>> [*turns("abc", 2)]
+    [['a', 'b', 'c'], ['b', 'c', 'a']]
+    """
+    order = [*names]
+    for _ in range(rounds):
+        yield order
+        order = [*order[1:], *order[:1]]
 
 
 def mean_square(outputs: Any, _: object = None) -> torch.Tensor:

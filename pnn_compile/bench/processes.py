@@ -49,6 +49,7 @@ from pnn_compile.bench.measurements import (
     median_parts,
     median_rank,
     parts_of,
+    turns,
 )
 from pnn_compile.inputs import check_batch_size, resized
 from pnn_compile.runtime import place
@@ -205,13 +206,11 @@ def _take_turns(
         timer()
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     alone: list[Parts] = []
-    names = [*ready]
     gc.collect()
     gc.freeze()  # else it may traverse all loaded objects in the middle of a timed step
     try:
-        for turn in range(order.rounds):
-            shift = turn % len(names)
-            for name in (*names[shift:], *names[:shift]):
+        for turn in turns(ready, order.rounds):
+            for name in turn:
                 seconds[name].append(_timed(ready[name], device))
             dist.barrier()
             if timer is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +17,9 @@ from pnn_compile.cli.common import (
     RANKS,
     THREADS,
     Progress,
-    console,
     open_target,
     read_numbers,
+    show,
     target_options,
 )
 
@@ -71,17 +70,13 @@ def run_command(
     of one process.
     """
     from pnn_compile.bench.first_run import first_run
+    from pnn_compile.report.tables import first_run_table
 
     with Progress(as_json)("running"):
         result = first_run(
             directory, ranks=ranks, batch=batch, steps=steps, training=training, threads=threads
         )
-    if as_json:
-        click.echo(json.dumps(asdict(result) | {"equal": result.equal}, indent=2))
-    else:
-        from pnn_compile.report.tables import first_run_table
-
-        console().print(first_run_table(result))
+    show(as_json, asdict(result) | {"equal": result.equal}, first_run_table(result))
     if not result.equal:
         raise VerificationError(
             f"the ranks do not compute what one process does (relative error {result.error:.1e})"
@@ -140,8 +135,8 @@ def bench_command(
     sizes = read_numbers(batches, "--batch")
     if streams is not None:
         counts = read_numbers(streams, "--streams")
-        with Progress(as_json)("opening") as show:
-            networks = [open_target(target, n, inputs, arguments, debug, show) for n in counts]
+        with Progress(as_json)("opening") as begin:
+            networks = [open_target(target, n, inputs, arguments, debug, begin) for n in counts]
         _bench_streams(networks, counts, sizes, as_json, options)
         return
     from pnn_compile.bench import bench
@@ -149,13 +144,13 @@ def bench_command(
 
     names = [name.strip() for name in against.split(",") if name.strip()]
     training = not options["inference"]
-    with Progress(as_json)("opening") as show:
-        compiled = open_target(target, stages, inputs, arguments, debug, show)
+    with Progress(as_json)("opening") as begin:
+        compiled = open_target(target, stages, inputs, arguments, debug, begin)
         cuts = [(compiled, sizes)]
         if not Path(target).is_dir():
-            show("cutting by seconds")
+            begin("cutting by seconds")
             cuts = [(_cut_by_seconds(compiled, size, training), [size]) for size in sizes]
-        show("measuring")
+        begin("measuring")
         results = [
             bench(
                 network,
@@ -168,16 +163,12 @@ def bench_command(
             )
             for network, counts in cuts
         ]
-    result = dataclasses.replace(
-        results[0],
-        timings=tuple(timing for one in results for timing in one.timings),
-        parts=tuple(parts for one in results for parts in one.parts),
-        together=tuple(parts for one in results for parts in one.together),
-    )
-    if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
-    else:
-        console().print(bench_table(result))
+    joined: dict[str, Any] = {
+        name: tuple(row for one in results for row in getattr(one, name))
+        for name in ("timings", "parts", "together")
+    }
+    result = dataclasses.replace(results[0], **joined)
+    show(as_json, result, bench_table(result))
     if any(timing.contender == "parareal" and timing.problem for timing in result.timings):
         raise OptionError("the parareal network could not run; see the table")
 
@@ -217,7 +208,4 @@ def _bench_streams(
         result = bench_streams(
             networks, batches=batches, training=training, rounds=options["rounds"]
         )
-    if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
-    else:
-        console().print(streams_table(result))
+    show(as_json, result, streams_table(result))

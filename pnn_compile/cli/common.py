@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import os
 import re
 import sys
@@ -24,6 +25,8 @@ from passes.options import CHOICES, Options
 from pnn_compile import atomic
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from passes.plan.schema import Plan
     from pnn_compile.compiled import Compiled
     from pnn_compile.evaluate.verify import VerifyReport
@@ -149,7 +152,7 @@ def read_numbers(text: str, option: str) -> list[int]:
     [2, 3, 6]
 
     Raises:
-        OptionError: A word is no positive number.
+        OptionError: A word is not a positive number.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() and int(word) > 0 for word in words):
@@ -163,11 +166,19 @@ def checks_data(report: VerifyReport) -> list[dict[str, Any]]:
 
 
 def console() -> PlainConsole:
-    """Create a console of the terminal's width; of 100 columns where stdout is no terminal."""
+    """Create a console of the terminal's width; of 100 columns where stdout is not a terminal."""
     from pnn_compile.report.terminal import PlainConsole
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
     return PlainConsole(width=width)
+
+
+def show(as_json: bool, result: Any, table: RenderableType) -> None:
+    """Write a result to stdout: plain data or dataclasses as one JSON document, or a table."""
+    if as_json:
+        click.echo(json.dumps(result, indent=2, default=dataclasses.asdict))
+    else:
+        console().print(table)
 
 
 def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...] = ()) -> Source:

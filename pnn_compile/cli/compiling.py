@@ -116,7 +116,7 @@ def _read_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str,
     metavar="NAME,...",
     callback=_read_names,
     help="Free dimensions: batch, sequence (dimension 1 of the first input, and others of its "
-    "length), or both.",
+    "length), or both; '' for the shapes of the example alone.",
 )
 @click.option(
     "--validate",
@@ -183,8 +183,8 @@ def compile_command(
     progress = Progress(quiet or as_json)
     if samples is not None:
         options["calibration"] = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
-    with progress("building the model") as show:
-        compiled = _compile(model, options, debug, show)
+    with progress("building the model") as begin:
+        compiled = _compile(model, options, debug, begin)
     checked: VerifyReport | None = None
     exported: list[Exported] = []
     if check:
@@ -213,7 +213,7 @@ def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
 
 
 def _compile(
-    model: str, options: dict[str, Any], debug: bool, show: Callable[[str], object]
+    model: str, options: dict[str, Any], debug: bool, begin: Callable[[str], object]
 ) -> Compiled:
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.forecast.forecast import load_profile
@@ -230,7 +230,7 @@ def _compile(
         plan=read_plan(plan_file) if plan_file else None,
         devices=[load_profile(name.strip()) for name in devices.split(",")] if devices else None,
         debug=debug,
-        progress=show,
+        progress=begin,
         **options,
     )
 
@@ -261,12 +261,10 @@ def _show(
     if quiet:
         return
     from pnn_compile.report.tables import verdict_table
-    from pnn_compile.report.terminal import calibration_table, checks_table, report
+    from pnn_compile.report.terminal import checks_table, report
 
     screen = console()
     screen.print(report(compiled, screen.width))
-    if compiled.calibration is not None:
-        screen.print(calibration_table(compiled.calibration))
     if verdict is not None:
         screen.print(verdict_table(verdict))
     if checked is not None:

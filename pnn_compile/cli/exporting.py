@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,7 @@ import click
 
 from passes.errors import OptionError
 from pnn_compile.cli.command import Command
-from pnn_compile.cli.common import DEBUG, JSON, Progress, console, open_target, target_options
+from pnn_compile.cli.common import DEBUG, JSON, Progress, open_target, show, target_options
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -78,18 +77,15 @@ def export_command(
     if fp16 and bf16:
         raise OptionError("--fp16 and --bf16 exclude each other: choose one")
 
-    with Progress(as_json)("opening") as show:
-        compiled = open_target(target, stages, inputs, arguments, debug, show)
-        show("translating to ONNX")
+    with Progress(as_json)("opening") as begin:
+        compiled = open_target(target, stages, inputs, arguments, debug, begin)
+        begin("translating to ONNX")
         if fp16 or bf16:
             compiled = in_half_precision(compiled, bf16=bf16)
         lowered = lower_network(compiled, opset, bf16=bf16)
-        show("writing and checking")
+        begin("writing and checking")
         exported = export_onnx(compiled, onnx, per_stage=per_stage, verify=check, lowered=lowered)
-    if as_json:
-        click.echo(json.dumps(exported_data(exported), indent=2))
-    else:
-        console().print(str(exported))
+    show(as_json, exported_data(exported), str(exported))
 
 
 def export_to(
@@ -110,9 +106,9 @@ def export_to(
         return []
     from pnn_compile.export.onnx import export_onnx, lower_network
 
-    with progress("translating to ONNX") as show:
+    with progress("translating to ONNX") as begin:
         lowered = lower_network(compiled)
-        show("writing and checking ONNX")
+        begin("writing and checking ONNX")
         return [
             export_onnx(
                 compiled, path, per_stage=name == "onnx-stages", verify=check, lowered=lowered
@@ -135,11 +131,7 @@ def is_onnx(target: str) -> bool:
 def show_onnx(target: str, as_json: bool) -> None:
     """Show stages and roles of an ONNX file or of stage models."""
     from pnn_compile.export.onnx import read_summary
-
-    summary = read_summary(Path(target))
-    if as_json:
-        click.echo(json.dumps(asdict(summary), indent=2))
-        return
     from pnn_compile.report.tables import onnx_table
 
-    console().print(onnx_table(summary))
+    summary = read_summary(Path(target))
+    show(as_json, summary, onnx_table(summary))

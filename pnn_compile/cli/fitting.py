@@ -20,6 +20,7 @@ from pnn_compile.cli.common import (
     compiler_options,
     console,
     read_numbers,
+    show,
     target_options,
 )
 
@@ -77,13 +78,13 @@ def assess(
     counts, runs = read_numbers(stages, "-n"), read_numbers(windows, "--windows")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     source = build_source(model, inputs)
-    with Progress(as_json)("opening") as show:
+    with Progress(as_json)("opening") as begin:
         compiled = compile_model(
             source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],
             windows=runs[0], coarse_budget=coarse_budget, calibration=read, debug=debug,
-            progress=show,
+            progress=begin,
         )  # fmt: skip
-        show("judging")
+        begin("judging")
         verdict = compiled.assess(
             read(compiled.program),
             stages=counts[1:],
@@ -91,10 +92,7 @@ def assess(
             iterations=iterations,
             coarse_budget=coarse_budget,
         )
-    if as_json:
-        click.echo(json.dumps(asdict(verdict), indent=2))
-    else:
-        console().print(verdict_table(verdict))
+    show(as_json, verdict, verdict_table(verdict))
 
 
 @click.command(
@@ -139,10 +137,10 @@ def probe(
     from pnn_compile.report.tables import probe_table
 
     source = build_source(model, inputs, arguments)
-    with Progress(as_json)("opening") as show:
+    with Progress(as_json)("opening") as begin:
         compiled = compile_model(
             source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug,
-            progress=show,
+            progress=begin,
         )  # fmt: skip
     with Progress(as_json).bar("training") as advance:
         result = compiled.probe(
@@ -152,10 +150,7 @@ def probe(
             labels=labels, minutes=minutes, learning_rate=learning_rate, seed=seed,
             progress=advance,
         )  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
-    else:
-        console().print(probe_table(result))
+    show(as_json, result, probe_table(result))
 
 
 @click.command(
@@ -258,14 +253,10 @@ def dial_command(directory: Path, samples: Path, batch: int, as_json: bool, debu
     """
     from pnn_compile.compiled import load
     from pnn_compile.inputs import read_batches
+    from pnn_compile.report.tables import dial_table
 
     compiled = load(directory)
     batches = read_batches(samples, compiled.program, batch)
     with Progress(as_json)("iterating"):
         rows = compiled.dial(batches)
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-        return
-    from pnn_compile.report.tables import dial_table
-
-    console().print(dial_table(compiled.plan.model, rows))
+    show(as_json, rows, dial_table(compiled.plan.model, rows))

@@ -22,9 +22,9 @@ from pnn_compile.cli.common import (
     Progress,
     build_source,
     compiler_options,
-    console,
     is_artifact,
     read_numbers,
+    show,
     write_text,
 )
 
@@ -126,6 +126,7 @@ def forecast_command(
     them, and the speed at these, for the stages of the artifact.
     """
     from pnn_compile.forecast.forecast import forecast, load_profile
+    from pnn_compile.report.tables import forecast_tables
 
     if samples is not None:
         _count(context, samples)
@@ -136,7 +137,7 @@ def forecast_command(
     profiles = [load_profile(name.strip()) for name in devices.split(",")] if devices else []
     model, examples = _open_model(target, inputs, arguments)
     progress = Progress(as_json)
-    with progress("forecasting") as show:
+    with progress("forecasting") as begin:
         table = forecast(
             model,
             stages=counts,
@@ -147,15 +148,10 @@ def forecast_command(
             coarse=coarse,
             coarse_budget=coarse_budget,
             cache=cache,
-            progress=show,
+            progress=begin,
             **examples,
         )
-    if as_json:
-        click.echo(json.dumps(table.as_data(), indent=2))
-        return
-    from pnn_compile.report.tables import forecast_tables
-
-    console().print(forecast_tables(table))
+    show(as_json, table.as_data(), forecast_tables(table))
 
 
 def _count(context: click.Context, samples: Path) -> None:
@@ -181,10 +177,7 @@ def _count(context: click.Context, samples: Path) -> None:
     batches = read_batches(samples, compiled.program, CALIBRATION_BATCH)
     with Progress(as_json)("iterating"):
         counted = count_iterations(compiled, batches, chosen["tolerance"])
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(counted), indent=2))
-    else:
-        console().print(count_table(compiled.plan.model, counted))
+    show(as_json, counted, count_table(compiled.plan.model, counted))
 
 
 def _open_model(
@@ -235,8 +228,8 @@ def profile_command(
     from passes.cost.device_profile import write_profile
     from pnn_compile.bench.measure_device import measure_device
 
-    with Progress(as_json)("measuring") as show:
-        profile = measure_device(kind, threads=threads, name=name, progress=show)
+    with Progress(as_json)("measuring") as begin:
+        profile = measure_device(kind, threads=threads, name=name, progress=begin)
     text = write_profile(profile)
     if output is not None:
         write_text(output, text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +21,7 @@ from pnn_compile.cli.common import (
     console,
     open_target,
     read_plan,
+    show,
     target_options,
     write_text,
 )
@@ -131,6 +131,9 @@ def _write_files(
     graphml: Path | None,
     trace: Path | None,
 ) -> None:
+    from passes.schedule.simulate import step_trace
+    from pnn_compile.export.graph_formats import to_dot, to_graphml, to_mermaid
+
     if html is not None:
         from pnn_compile.inputs import read_batches
         from pnn_compile.report.html import write_report
@@ -147,20 +150,12 @@ def _write_files(
         with progress("writing the report"):
             write_report(compiled, html, rows, pictures)
     if dot is not None:
-        from pnn_compile.export.graph_formats import to_dot
-
         write_text(dot, to_dot(compiled.graph, depth))
     if mermaid is not None:
-        from pnn_compile.export.graph_formats import to_mermaid
-
         write_text(mermaid, to_mermaid(compiled.graph, depth))
     if graphml is not None:
-        from pnn_compile.export.graph_formats import to_graphml
-
         write_text(graphml, to_graphml(compiled.graph))
     if trace is not None:
-        from passes.schedule.simulate import step_trace
-
         write_text(trace, json.dumps(step_trace(compiled.plan)))
 
 
@@ -180,10 +175,7 @@ def _compare(before: Plan, after: Plan, names: tuple[str, str], as_json: bool) -
     from pnn_compile.report.compare import compare, comparison_table
 
     comparison = compare(before, after)
-    if as_json:
-        click.echo(json.dumps(asdict(comparison), indent=2))
-    else:
-        console().print(comparison_table(comparison, names))
+    show(as_json, comparison, comparison_table(comparison, names))
 
 
 @click.command(
@@ -204,15 +196,11 @@ def verify(directory: Path, as_json: bool, debug: bool) -> None:
     correctly. The exit code is 3 if one fails.
     """
     from pnn_compile.compiled import load
+    from pnn_compile.report.terminal import checks_table
 
     compiled = load(directory)
     with Progress(as_json)("verifying"):
         checked = compiled.verify()
-    if as_json:
-        click.echo(json.dumps(checks_data(checked), indent=2))
-    else:
-        from pnn_compile.report.terminal import checks_table
-
-        console().print(checks_table(checked))
+    show(as_json, checks_data(checked), checks_table(checked))
     if not checked.ok:
         raise VerificationError(f"{compiled.plan.model} failed verification; see the table")

@@ -133,7 +133,7 @@ class ErrorEstimate:
 
 
 def _squared_norms(tensor: torch.Tensor, axis: int, samples: int) -> torch.Tensor:
-    """Compute it for each sample `[B]`, or for all together `[1]` where the axis is no multiple."""
+    """Compute it for each sample `[B]`, or for all together `[1]` if the axis is not a multiple."""
     rows = samples if samples and tensor.shape[axis] % samples == 0 else 1
     return tensor.movedim(axis, 0).reshape(rows, -1).abs().double().square().sum(1)
 

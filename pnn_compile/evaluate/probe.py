@@ -60,7 +60,7 @@ class ProbeRow:
         early_exit: Whether it is an early exit.
         parameters: Number of its parameters.
         scores: Accuracy on held-out samples after each eighth of the training; the loss where the
-            targets are no classes.
+            targets are not classes.
         seconds: Time of one training step on this device, which runs the stages in turn.
         refused: Why this form cannot be compiled; "" if it can.
     """
@@ -323,7 +323,7 @@ def _as_classes(output: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
     if output.dim() > 1 and (output.shape[0], *output.shape[2:]) == targets.shape:
         return output.movedim(1, -1).flatten(0, -2), targets.flatten()
     raise OptionError(
-        f"targets {[*targets.shape]} are no classes of the output {[*output.shape]}: pass a loss"
+        f"targets {[*targets.shape]} are not classes of the output {[*output.shape]}: pass a loss"
     )
 
 

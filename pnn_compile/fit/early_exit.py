@@ -25,8 +25,8 @@ from passes.ir.isolation import seeded
 from passes.ir.program import extract
 from passes.ir.tensor_spec import TensorSpec
 from passes.transform.executor import Executor
+from pnn_compile.fit.candidates import Sample, fit_networks
 from pnn_compile.fit.metrics import evaluating
-from pnn_compile.fit.regression import Sample, fit_networks
 from pnn_compile.inputs import CalibrationBatches, argument_names
 
 if TYPE_CHECKING:

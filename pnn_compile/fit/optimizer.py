@@ -190,8 +190,8 @@ class FitState:
                 set_random_state(self._network, saved["random"])  # else it would fail later
         except pickle.UnpicklingError as error:  # torch's message says how to run it
             raise OptionError(
-                f"{file} does not continue this fit (it is no file of tensors and numbers alone): "
-                "delete it to start anew"
+                f"{file} does not continue this fit (it is not a file of tensors and numbers "
+                "alone): delete it to start anew"
             ) from error
         except Exception as error:
             raise OptionError(
@@ -226,7 +226,7 @@ def checkpoint_file(checkpoint: str | Path | None) -> Path | None:
     file = Path(checkpoint)
     if not file.parent.is_dir():
         raise OptionError(
-            f"the fit cannot be saved to {file}: {file.parent} is no directory, make it first"
+            f"the fit cannot be saved to {file}: {file.parent} is not a directory, make it first"
         )
     if file.is_dir():
         raise OptionError(f"the fit cannot be saved to {file}, a directory: name a file in it")

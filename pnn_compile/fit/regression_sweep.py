@@ -36,7 +36,7 @@ from passes.coarse.family import copies_blocks
 from passes.errors import OptionError
 from passes.transform.executor import Executor, Operator, State, plus
 from passes.transform.sweep import Role, Step, Symbol, sweep
-from pnn_compile.fit.regression import (
+from pnn_compile.fit.candidates import (
     Sample,
     fit_best,
     fit_networks,

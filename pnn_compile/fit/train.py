@@ -11,6 +11,7 @@ replace the outputs. With 10 batches, `interface_epochs=0.5` and `epochs=1` the 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,9 @@ _TEMPERATURE = 2.0
 
 _MAX_SAMPLES, _MAX_BYTES = 8_192, 2**29
 """Limits of the closed form between the two parts of a fit: samples, and bytes of a state."""
+
+_NEGLIGIBLE = 1e-4
+"""Distillation loss below which a rise is noise: the outputs are those of the original."""
 
 _MIN_BATCHES = 5
 """Smallest number of batches for it: every fifth one is held out."""
@@ -194,39 +198,54 @@ def fit(
         distiller = Distiller(compiled, teacher, make_optimizer, interface_steps, **precision)
         parts["interfaces"] = distiller
     state = FitState(network, parts, file)
+    done, total = (distiller.step if distiller else 0) + state.step, interface_steps + steps
 
     def after_step(step: int, last: int, value: float) -> None:
         if progress is not None:
-            progress(step, interface_steps + steps, value)
+            progress(step, total, value)
         if log is not None:
             rate = {"fit/learning_rate": whole.learning_rate} if step > interface_steps else {}
             _write(log, step, {"fit/loss": value, **rate})
         if step % checkpoint_every == 0 or step == last:
             state.save()
 
-    first_batches: list[dict[str, Any]] = []
-    resumed = (distiller.step if distiller else 0) + state.step
+    numbered = _cycle(loader, total)  # a fit that is resumed draws the batches of its past again
     with _training(network, compiled.operators.named(), dropout=dropout), state.random():
-        if distiller is not None and distiller.step < interface_steps:
-            distiller.train(dropout=dropout)
-        for step, batch in _cycle(loader, interface_steps + steps):
-            if resumed < interface_steps and step < interface_steps:
-                _collect(compiled, first_batches, batch)
-            if step < resumed:
-                continue
-            if distiller is not None and step < interface_steps:
-                value, last = distiller.train_step(batch), interface_steps
-                if step + 1 == interface_steps:
-                    _solve_linear_parts(compiled, first_batches)
-                    train_mode(network, dropout=dropout)
-            else:
-                last = interface_steps + steps
+        if distiller is not None:
+            first = itertools.islice(numbered, interface_steps)
+            _train_interfaces(compiled, distiller, first, dropout, after_step)
+        for step, batch in numbered:
+            if step >= done:
                 value, size = _train_step(
                     compiled, teacher, batch, loss or distillation, whole, autocast
                 )
                 state.record(step - interface_steps + 1, value, size)
-            after_step(step + 1, last, value)
-    return _report(state, distiller)
+                after_step(step + 1, total, value)
+    return _report(state, distiller, _NEGLIGIBLE if loss is None else 0.0)
+
+
+def _train_interfaces(
+    compiled: Compiled,
+    distiller: Distiller,
+    numbered: Iterable[tuple[int, Any]],
+    dropout: bool,
+    after_step: Callable[[int, int, float], None],
+) -> None:
+    """Train every operator alone, then solve the linear parts on the first batches."""
+    done, total = distiller.step, distiller.total
+    first_batches: list[dict[str, Any]] = []
+    if done < total:
+        distiller.train(dropout=dropout)
+    for step, batch in numbered:
+        if done < total:
+            _collect(compiled, first_batches, batch)
+        if step < done:
+            continue
+        value = distiller.train_step(batch)
+        if step + 1 == total:
+            _solve_linear_parts(compiled, first_batches)
+            train_mode(compiled.module, dropout=dropout)
+        after_step(step + 1, total, value)
 
 
 def _write(log: Log | SummaryWriter, step: int, values: Mapping[str, float]) -> None:
@@ -248,10 +267,10 @@ def _trainable(compiled: Compiled) -> list[nn.Parameter]:
     return parameters
 
 
-def _report(state: FitState, distiller: Distiller | None) -> FitReport:
+def _report(state: FitState, distiller: Distiller | None, negligible: float) -> FitReport:
     tenth = max(1, len(state.losses) // 10)
     first, last = (sum(losses) / tenth for losses in (state.losses[:tenth], state.losses[-tenth:]))
-    if last > first:
+    if last > max(first, negligible):
         _LOG.warning(
             "the loss rose from %.3g to %.3g in %d steps: the network was closer to the original "
             "before; take a lower learning rate, or more samples or epochs",

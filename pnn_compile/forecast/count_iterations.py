@@ -69,11 +69,14 @@ class IterationCount:
         """The result in words."""
         low, high, middle = self.rows[0], self.rows[-1], self.median
         speeds = [row.pipelined or row.speedup for row in (middle, high)]
+        count, where = f"{low.iterations} of {self.stages}", ""
+        if len(self.rows) > 1:
+            count = f"{low.iterations} to {high.iterations} of {self.stages}"
+            count += f", median {middle.iterations},"
+            where = f" at the median, {speeds[1]:.2f} times for all"
         return (
-            f"{self.tolerance:g} takes K = {low.iterations} to {high.iterations} of "
-            f"{self.stages}, median {middle.iterations}, on {self.samples} samples: "
-            f"{speeds[0]:.2f} times the speed of the original at the median, "
-            f"{speeds[1]:.2f} times for all"
+            f"{self.tolerance:g} takes K = {count} on {self.samples} samples: "
+            f"{speeds[0]:.2f} times the speed of the original{where}"
         )
 
 

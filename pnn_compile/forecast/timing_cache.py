@@ -138,7 +138,7 @@ def _read(path: Path, conditions: dict[str, Any], count: int) -> list[Seconds] |
 
 
 def _write(path: Path, conditions: dict[str, Any], measured: Sequence[Seconds]) -> bool:
-    """Write a file atomically; return whether that worked, as a read-only folder is no error."""
+    """Write a file atomically; return whether that worked: a read-only folder is not an error."""
     text = json.dumps({"conditions": conditions, "seconds": measured}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

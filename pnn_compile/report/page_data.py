@@ -50,7 +50,7 @@ def page_data(
             "rung": capture.rung,
             "compared": capture.compared,
             "rejected": list(capture.rejected),
-            "dynamic_batch": compiled.program.dynamic_batch,
+            "dynamic": list(compiled.program.dynamic),
         },
         "passes": [[result.name, result.seconds] for result in compiled.passes],
         "graph": graph_data(partition_graph(compiled), len(plan.stages)),

@@ -52,7 +52,7 @@ def sample_pictures(compiled: Compiled, batch: Any) -> tuple[PictureRow, ...]:
         batch: Inputs, as in `calibrate`.
 
     Returns:
-        A row a network; none if the outputs are no images `[B, 1 or 3, H, W]`.
+        A row a network; none if the outputs are not images `[B, 1 or 3, H, W]`.
     """
     plan = compiled.plan
     most = min(_ITERATIONS, plan.most_iterations)

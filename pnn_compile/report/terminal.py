@@ -56,7 +56,7 @@ def to_text(content: RenderableType, width: int = 100) -> str:
 
 
 def report(compiled: Compiled, width: int = 100) -> RenderableType:
-    """Show the stages as a table, then a summary, the notes and the seconds of each pass.
+    """Show the stages as a table, a summary, notes, seconds of each pass, and the calibration.
 
     Args:
         compiled: The network.
@@ -67,6 +67,8 @@ def report(compiled: Compiled, width: int = 100) -> RenderableType:
     parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
     passes = ", ".join(f"{p.name} {format_seconds(p.seconds)}" for p in compiled.passes)
     parts.append(Text(f"passes: {passes}", style="dim"))
+    if compiled.calibration is not None:
+        parts.append(calibration_table(compiled.calibration))
     return Group(*parts)
 
 
@@ -159,8 +161,8 @@ def _summary(compiled: Compiled) -> Table:
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("validated", compiled.program.capture.compared),
-        ("batch size", "free" if compiled.program.dynamic_batch else "fixed"),
-        ("sequence", "free" if compiled.program.sequence is not None else ""),
+        ("batch size", "free" if "batch" in compiled.program.dynamic else "fixed"),
+        ("sequence", "free" if "sequence" in compiled.program.dynamic else ""),
         (
             "imbalance",
             f"{forecast.imbalance:.3f} (slowest stage over mean); "

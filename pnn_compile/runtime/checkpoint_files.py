@@ -1,7 +1,7 @@
 """Files of a checkpoint: those of torch.distributed.checkpoint, read without running anything.
 
 torch unpickles two parts of such a directory: `.metadata`, which says what is where, and values
-that are no tensors. Here the first may hold nothing but torch's own records, and the second what
+that are not tensors. Here the first may hold nothing but torch's own records, and the second what
 `torch.load(weights_only=True)` reads.
 """
 
@@ -94,7 +94,7 @@ def read(
 
     Args:
         folder: The checkpoint.
-        values: Tensors to read into, in place, and None for values that are no tensors.
+        values: Tensors to read into, in place, and None for values that are not tensors.
         group: All its ranks call this alike.
         further: Says which further values to read.
 
@@ -112,8 +112,8 @@ def read(
     missing = sorted(values.keys() - stored.keys())
     if missing:
         raise RuntimeFault(
-            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} in all): it is no checkpoint "
-            "of this run"
+            f"{folder} lacks {', '.join(missing[:3])} ({len(missing)} in all): it is not a "
+            "checkpoint of this run"
         )
     values = dict(values)
     for key in further.keys_in(stored) if further is not None else ():
@@ -194,7 +194,7 @@ def _check_metadata(metadata: Metadata, folder: Path) -> None:
 
 @cache
 def _planner_class() -> type[Any]:
-    """Return a planner that reads values that are no tensors without unpickling objects."""
+    """Return a planner that reads values that are not tensors without unpickling objects."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
     class Planner(DefaultLoadPlanner):

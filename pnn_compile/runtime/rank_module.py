@@ -320,7 +320,7 @@ class RankModule(nn.Module):
     def _inputs(self, batch: Any, count: int) -> list[dict[str, Any]]:
         """Return the arguments of every micro-batch, on the device of this rank."""
         program, device = self.whole.program, self.network.device
-        if count > 1 and not program.dynamic_batch:
+        if count > 1 and "batch" not in program.dynamic:
             raise RuntimeFault(
                 f"{program.name} was compiled for batches of {batch_size(program.args)} only, so "
                 f"that {count} micro-batches cannot be compared with one batch: pass "

@@ -190,7 +190,7 @@ def _choose(module: ModuleType, place: str, arguments: dict[str, Any]) -> str:
 def _obstacle(
     name: str, value: object, module: ModuleType, arguments: dict[str, Any]
 ) -> str | None:
-    """Return why a value cannot be the model; "" if it can, None if it is no candidate."""
+    """Return why a value cannot be the model; "" if it can, None if it is not a candidate."""
     local = getattr(value, "__module__", None) == module.__name__
     local_class = local and isinstance(value, type) and issubclass(value, nn.Module)
     if name in NAMES and not callable(value):

@@ -170,7 +170,7 @@ class Nested(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """One transformer block, many times: a loop that is no smooth path where it is untrained."""
+    """One transformer block, many times: a loop that is not a smooth path where it is untrained."""
 
     def __init__(self, steps: int = 12) -> None:
         super().__init__()

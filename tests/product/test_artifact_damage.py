@@ -88,7 +88,7 @@ def endless_number(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no plan": (remove("plan.json"), r"out is no artifact \(plan\.json is missing\): give"),
+    "no plan": (remove("plan.json"), r"out is not an artifact \(plan\.json is missing\): give"),
     "no program": (remove("program.json"), r"program\.json is missing: restore"),
     "no values": (remove("program.safetensors"), r"program\.safetensors is missing: restore"),
     "no weights": (remove("weights.safetensors"), r"weights\.safetensors is missing: restore"),
@@ -196,11 +196,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no number": (
         edit_json("plan.json", set_item("forecast", "speedup", float("nan"))),
-        r"plan\.json: the plan is not JSON \(ValueError: NaN is no number",
+        r"plan\.json: the plan is not JSON \(ValueError: NaN is not a number",
     ),
     "endless number": (
         endless_number,
-        r"plan\.json: plan\.forecast\.speedup is inf, which is no number or too large",
+        r"plan\.json: plan\.forecast\.speedup is inf, which is not a number or too large",
     ),
     "half a character": (
         edit_json("plan.json", set_item("model", "\ud800")),
@@ -345,7 +345,7 @@ def test_statistics_have_a_value_for_every_channel(tmp_path: Path) -> None:
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(pnn.ArtifactError, match=r"nothing does not exist.*compiled\.save"):
         pnn.load(tmp_path / "nothing")
-    with pytest.raises(pnn.ArtifactError, match=r"no artifact \(plan\.json is missing\)"):
+    with pytest.raises(pnn.ArtifactError, match=r"not an artifact \(plan\.json is missing\)"):
         pnn.load(tmp_path)
 
 

@@ -302,7 +302,7 @@ def test_a_fit_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "learning rate must be above 0"),
         ({"epochs": 0}, "epochs must be above 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be finite and at least 1"),
-        ({"checkpoint": tmp_path / "no" / "fit.pt"}, "no is no directory, make it first"),
+        ({"checkpoint": tmp_path / "no" / "fit.pt"}, "no is not a directory, make it first"),
         ({"checkpoint": tmp_path}, "a directory: name a file in it"),
     )
     for options, message in cases:

@@ -116,7 +116,7 @@ BAD_SAMPLES: dict[str, tuple[object, list[str], str]] = {
     "no samples": (np.zeros((0, 8)), [], "has no samples"),
     "whole numbers": (np.zeros((32, 8), np.uint8), [], "is torch.uint8, the network takes"),
     "text": (np.array(["a"]), [], "cannot be read"),
-    "checkpoint": (np.zeros((32, 8)), ["--checkpoint", "nodir/x.pt"], "nodir is no directory"),
+    "checkpoint": (np.zeros((32, 8)), ["--checkpoint", "nodir/x.pt"], "nodir is not a directory"),
     "learning rate": (np.zeros((32, 8)), ["--learning-rate", "-1"], "must be above 0 (got -1.0)"),
 }
 

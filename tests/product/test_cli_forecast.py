@@ -59,16 +59,18 @@ def test_iterations_of_a_tolerance_are_counted(
     noise = torch.randn(24, 8)
     save_file({"x": noise}, samples := tmp_path / "noise.safetensors")
     arguments = ["forecast", str(tmp_path / "sampler"), str(samples)]
-    assert main([*arguments, "--tolerance", "1e-3", "--json"]) == 0
+    assert main([*arguments, "--tolerance", "1e-5", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     alone = Counter(
-        compiled.iterate(noise[i : i + 1], tolerance=1e-3).iterations for i in range(len(noise))
+        compiled.iterate(noise[i : i + 1], tolerance=1e-5).iterations for i in range(len(noise))
     )
     assert {row["iterations"]: row["samples"] for row in rows} == dict(alone)
     assert main(arguments) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "0.01 takes K = 1 to " in text
-    assert "on 24 samples" in text
+    assert "0.01 takes K = 1 of 4 on 24 samples: " in text
+    assert main([*arguments, "--tolerance", "1e-5"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"1e-05 takes K = {min(alone)} to {max(alone)} of 4, median " in text
     for wrong, reason in (
         ([*arguments, "-n", "4"], "-n does not go with samples"),
         (["forecast", "examples/decoder.py", str(samples)], "counted for an artifact"),

@@ -47,7 +47,7 @@ def test_a_fixed_batch_is_the_only_one(tmp_path: Path) -> None:
     from pnn_compile.bench.first_run import first_run
 
     compiled = network(2)
-    fixed = replace(compiled, program=replace(compiled.program, dynamic_batch=False))
+    fixed = replace(compiled, program=replace(compiled.program, dynamic=()))
     path = fixed.save(tmp_path / "artifact")
     with pytest.raises(pnn.OptionError, match="batches of 4 only"):
         first_run(path, batch=5)

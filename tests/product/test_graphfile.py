@@ -104,7 +104,7 @@ def program_of(*calls: Callable[[Any, Any], Any], root: nn.Module | None = None)
         value = call(graph, value)
     graph.output(value)
     module = graph_module(root or nn.Module(), graph, "Net")
-    return Program(module, {"x": torch.ones(2, 2)}, True, CaptureReport("test"), "Net")
+    return Program(module, {"x": torch.ones(2, 2)}, ("batch",), CaptureReport("test"), "Net")
 
 
 def test_one_module_at_two_paths_stays_one() -> None:

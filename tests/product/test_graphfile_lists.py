@@ -78,7 +78,7 @@ def test_modules_are_built_again_from_their_attributes(make: Callable[[], nn.Mod
 
 
 def test_a_parametrized_attention_is_built_with_its_own_arguments() -> None:
-    """Arguments that are no attributes are found for the class before it was parametrized."""
+    """Arguments that are not attributes are found for the class before it was parametrized."""
     module = parametrizations.weight_norm(nn.MultiheadAttention(8, 2, bias=False), "in_proj_weight")
     data = json.loads(json.dumps(ModuleWriter().write(module)))
     again = build(data["class"], data["arguments"], data["parametrizations"])

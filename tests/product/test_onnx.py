@@ -186,7 +186,7 @@ def test_a_damaged_stage_model_is_refused(exports: Exports, tmp_path: Path) -> N
     with pytest.raises(pnn.ArtifactError, match=r"head\.onnx is missing"):
         StageExecutor(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 1}')
-    with pytest.raises(pnn.ArtifactError, match="no manifest of stage models"):
+    with pytest.raises(pnn.ArtifactError, match="not a manifest of stage models"):
         StageExecutor(tmp_path)
 
 

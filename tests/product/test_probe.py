@@ -90,7 +90,7 @@ def test_targets_that_are_no_classes_are_fitted_by_their_square(network: pnn.Com
     [
         (PAIRS[:4], "at least 5 batches"),
         ([(x, x) for x, _ in PAIRS], "do not fit the output"),
-        ([(x, y.repeat(2)) for x, y in PAIRS], "no classes of the output"),
+        ([(x, y.repeat(2)) for x, y in PAIRS], "not classes of the output"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(

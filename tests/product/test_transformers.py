@@ -48,6 +48,15 @@ def test_the_output_is_that_of_the_model(model: Any, compiled: pnn.Compiled) -> 
     torch.testing.assert_close(outputs["logits"], expected.logits)
 
 
+def test_sequences_of_any_length(model: Any) -> None:
+    free = ("batch", "sequence")
+    compiled = pnn.compile(model, {"input_ids": IDS}, stages=2, dynamic=free, validate="fast")
+    ids = torch.cat([IDS, IDS], 1)[:1, :21]
+    expected = model.eval()(ids, use_cache=False)
+    torch.testing.assert_close(compiled.sequential.eval()(ids).logits, expected.logits)
+    assert compiled(ids).logits.shape == (1, 21, 64)
+
+
 def test_a_loaded_network_returns_the_fields_and_with_the_model_its_output(
     model: Any, compiled: pnn.Compiled, tmp_path: Any
 ) -> None:

@@ -299,7 +299,7 @@ def check_values(compiled: Compiled, run: _Run, names: Sequence[str]) -> Checked
     Raises:
         ExportError: An output differs, or the runtime cannot run the model.
     """
-    sizes = BATCHES if compiled.program.dynamic_batch else (batch_size(compiled.program.args),)
+    sizes = BATCHES if "batch" in compiled.program.dynamic else (batch_size(compiled.program.args),)
     worst, agreement = 0.0, Agreement()
     other = Runs.of(compiled.program).lengths[1:]
     for size, length in [*((size, 0) for size in sizes), *((sizes[-1], n) for n in other)]:

@@ -148,12 +148,12 @@ class Manifest:
             manifest: Manifest = decode(cls, data, "manifest")
             for entry in (entry for model in manifest.models for entry in model.files):
                 if not _INSIDE.fullmatch(entry.path):
-                    raise ArtifactError(f"{entry.path!r} is no file below its directory")
+                    raise ArtifactError(f"{entry.path!r} is not a file below its directory")
         except OSError as error:
             raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
         except (ArtifactError, UnicodeDecodeError) as error:
             raise ArtifactError(
-                f"{file} is no manifest of stage models ({error}): export it again"
+                f"{file} is not a manifest of stage models ({error}): export it again"
             ) from error
         return manifest
 

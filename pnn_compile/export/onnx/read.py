@@ -109,7 +109,7 @@ def load_proto(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
-        raise ArtifactError(f"{path} is no ONNX model ({type(error).__name__})") from error
+        raise ArtifactError(f"{path} is not an ONNX model ({type(error).__name__})") from error
 
 
 def _load(path: Path) -> onnx.ModelProto:

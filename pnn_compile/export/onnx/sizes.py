@@ -45,7 +45,7 @@ class Runs:
         """Choose the sizes for a program; a batch size must not look like a length."""
         length = program.sequence
         lengths = (0,) if length is None else (length, length - 1 if length > 2 else length + 1)
-        if not program.dynamic_batch:
+        if "batch" not in program.dynamic:
             return cls((batch_size(program.args),), lengths)
         return cls(next(pair for pair in _SIZES if not {*pair} & {*lengths}), lengths)
 
@@ -70,7 +70,7 @@ def merge(runs: Runs, sketches: Sequence[Any]) -> Any:
         raise ExportError(
             "the structure of what flows through the network changes with the batch size "
             f"({counts[0]} values at {runs.points[0][0]}, {counts[-1]} at {runs.points[-1][0]}): "
-            "compile it with dynamic_batch=False"
+            "leave 'batch' out of dynamic"
         )
     merged = [_merge_leaf(runs, values) for values in zip(leaves, *others, strict=True)]
     return pytree.tree_unflatten(merged, structure)
@@ -113,8 +113,7 @@ def _dimension(runs: Runs, sizes: Sequence[int]) -> int | str:
             for size, (batch, length) in zip(sizes, runs.points, strict=True)
         )
         raise ExportError(
-            f"a size does not follow the batch ({named}): compile the model with "
-            "dynamic_batch=False to export it"
+            f"a size does not follow the batch ({named}): leave 'batch' out of dynamic"
         )
     text = " + ".join(_term(int(value), name) for name, value in terms.items() if value)
     return text.replace("+ -", "- ")

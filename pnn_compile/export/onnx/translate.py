@@ -46,7 +46,7 @@ NODE = "pnn.node"
 """Metadata key of an ONNX node: the number, in its segment, of the node that it came from."""
 
 INNER = "pnn.inner"
-"""Metadata key: path of the module inside the piece, if the piece is no graph."""
+"""Metadata key: path of the module inside the piece, if the piece is not a graph."""
 
 _TAG = "pnn"
 """Key of the numbers of part and node, in the custom metadata of what the exporter is given."""

@@ -60,7 +60,7 @@ function startPlan() {
     ["Step", cost(forecast.time)],
     ["Captured by", data.capture.rung],
     ["Validated", data.capture.compared],
-    ["Batch size", data.capture.dynamic_batch ? "free" : "fixed"],
+    ["Free dimensions", data.capture.dynamic.join(", ") || "none"],
     ["Seed", plan.seed],
     ["Fingerprint", plan.fingerprint.slice(0, 16)],
   ]));

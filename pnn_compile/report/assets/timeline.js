@@ -54,7 +54,7 @@ function startTimeline() {
     byId("batches").closest("label").remove();
     return empty("timeline-chart", `Nothing to simulate: ${data.timeline.reason}.`);
   }
-  byId("timeline-lead").textContent = "Simulated forward and backward, with one stage per rank and free links. The top row is the original network on one device. Outlined: the critical path.";
+  byId("timeline-lead").textContent = `Simulated forward and backward, with one stage per rank and free links, in ${unit}. The top row is the original network on one device. Outlined: the critical path.`;
   byId("batches").append(...data.timeline.steps.map(({ batches }, place) => element("option", { value: place }, String(batches))));
   byId("batches").addEventListener("change", () => redrawChart("timeline-chart"));
   const shown = [["guess", "guess"], ["fine", "fine stage"], ["coarse", "correction"], ["head", "head"], ["backward", "paler: backward"], ["critical", "critical path"]];

@@ -37,7 +37,7 @@ def test_the_graph_equals_the_model_at_a_batch_size_that_capture_did_not_see(nam
         actual = step(captured.module, (), inputs, train=train)
         assert_same_step(actual, expected)
     assert captured.capture.rung == next(RUNGS[tag] for tag in RUNGS if tag in case.tags)
-    assert captured.dynamic_batch
+    assert captured.dynamic == ("batch",)
 
 
 @pytest.mark.parametrize("name", CAPTURABLE)
@@ -123,7 +123,7 @@ def test_an_example_of_one_sample_does_not_fix_the_batch(name: str) -> None:
     model = case.build().eval()
     captured = capture(model, case.args(1), case.kwargs(1))
 
-    assert captured.dynamic_batch
+    assert captured.dynamic == ("batch",)
     torch.testing.assert_close(captured.module.eval()(*case.args(5)), model(*case.args(5)))
 
 
@@ -315,9 +315,9 @@ def test_a_model_that_refuses_another_batch_size_keeps_its_own() -> None:
 
     captured = capture(OneSize(), (torch.randn(2, 4),))
 
-    assert not captured.dynamic_batch
+    assert not captured.dynamic
     assert captured.capture.notes[0].startswith("batch size fixed: the model refuses another")
-    assert not capture(nn.Linear(4, 4), (torch.randn(2, 4),), dynamic_batch=False).dynamic_batch
+    assert not capture(nn.Linear(4, 4), (torch.randn(2, 4),), dynamic=()).dynamic
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
@@ -413,7 +413,7 @@ def test_a_recurrent_layer_is_exported_without_a_warning(dynamic: bool) -> None:
             return super().forward(x)[0]
 
     model = Exported(Recurrent(8, 8, num_layers=2, batch_first=True))
-    captured = capture(model, (torch.randn(2, 5, 8),), dynamic_batch=dynamic)
+    captured = capture(model, (torch.randn(2, 5, 8),), dynamic=("batch",) * dynamic)
     x = torch.randn(7 if dynamic else 2, 5, 8)
 
     assert captured.capture.rung == EXPORT

@@ -99,7 +99,7 @@ def test_a_wrong_graph_is_caught(build: Callable[[], nn.Module], wrong: Wrong, r
     model = build()
     x = torch.linspace(-2.0, 2.0, 4 * WIDTH).view(4, WIDTH)
     arguments: ExampleInputs = bind(model, (x,), {})
-    reference = Reference(build_like(model), arguments, dynamic_batch=False)
+    reference = Reference(build_like(model), arguments.with_dynamic(()))
 
     assert reference.mismatch(build_like(model)) == ""
     difference = reference.mismatch(wrong(build_like(model), x))
@@ -167,14 +167,14 @@ class Branches(nn.Module):
 )
 def test_a_branch_on_the_batch_size_is_no_graph(choose: Any, size: int) -> None:
     model, x = Branches(choose), torch.randn(4, WIDTH)
-    with pytest.raises(CaptureError, match=rf"at a batch size of {size}, .*dynamic_batch=False"):
+    with pytest.raises(CaptureError, match=rf"at a batch size of {size}, .*dynamic=\(\)"):
         capture(model, (x,))
-    assert not capture(model, (x,), dynamic_batch=False).dynamic_batch
+    assert not capture(model, (x,), dynamic=()).dynamic
 
 
 def test_a_result_that_only_looks_like_a_branch_is_followed() -> None:
     program = capture(Branches(lambda x: x[:6].squeeze().dim() > 9), (torch.randn(4, WIDTH),))
-    assert (program.capture.rung, program.dynamic_batch) == ("torch.export", True)
+    assert (program.capture.rung, program.dynamic) == ("torch.export", ("batch",))
 
 
 def test_sizes_that_a_graph_holds_are_noted() -> None:

@@ -417,7 +417,7 @@ def test_buffers_that_grow_at_every_call_are_refused() -> None:
         capture(Positions(grow=True), (torch.randn(3, 5, WIDTH),))
 
 
-# --- what is refused by name ----------------------------------------------------------------------
+# --- names, and what is refused by name -----------------------------------------------------------
 
 
 class Named(nn.Module):
@@ -434,9 +434,19 @@ class Named(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile"])
-def test_names_that_a_graph_module_has_are_refused(name: str) -> None:
-    with pytest.raises(CaptureError, match=rf"'{name}' of Named has the name of an attribute"):
-        capture(Named(name), (torch.randn(3, WIDTH),))
+def test_names_that_a_graph_module_has_are_those_of_the_state_dict(
+    name: str, tmp_path: Path
+) -> None:
+    model, x = Named(name), torch.randn(3, WIDTH)
+    compiled = pnn.compile(model, x, stages=2)
+    torch.testing.assert_close(compiled.sequential(x), model(x))
+    assert any(f"'_enclosed.{name}'" in note for note in compiled.program.capture.notes)
+
+    other = Named(name)
+    for network in (compiled, pnn.load(compiled.save(tmp_path / "a"))):
+        assert network.original_state_dict().keys() == model.state_dict().keys()
+        network.load_original_state_dict(other.state_dict())
+        torch.testing.assert_close(network.sequential(x), other(x))
 
 
 def test_keywords_of_python_are_refused_as_names() -> None:

@@ -121,7 +121,7 @@ def test_a_layer_of_several_inputs_or_outputs_keeps_its_operators(
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x, x) if isinstance(body, nn.Bilinear) else self.layer(x)
 
-    captured = capture(Exported(Twice()), (x,), dynamic_batch=dynamic)
+    captured = capture(Exported(Twice()), (x,), dynamic=("batch",) * dynamic)
 
     assert captured.capture.rung == "torch.export"
     kinds = {type(captured.module.get_submodule(path)) for path in calls_of(captured.graph)}

@@ -146,7 +146,7 @@ def test_a_branch_on_the_mode_is_kept_whatever_the_models_mode_was(
     x = torch.randn(7, WIDTH)
 
     assert captured.capture.rung == ("torch.export" if exported else "torch.fx trace")
-    assert captured.dynamic_batch
+    assert captured.dynamic == ("batch",)
     assert all(module.training == training for module in captured.module.modules())
     assert {**captured.module.state_dict(), **captured.unused}.keys() == model.state_dict().keys()
     for train in (True, False, True):

@@ -76,7 +76,7 @@ def test_modes_and_batch_sizes_are_right_in_any_case(validate: Validation) -> No
     model = Modes()
     program = capture(model, (X,), validate=validate)
 
-    assert program.dynamic_batch
+    assert program.dynamic == ("batch",)
     for mode in (True, False):
         torch.testing.assert_close(
             program.module.train(mode)(torch.ones(5, 4)), model.train(mode)(torch.ones(5, 4))

@@ -125,9 +125,9 @@ def test_as_many_times_as_samples_are_not_confused(pools: bool) -> None:
     model, x = Turned(pools).eval(), torch.randn(4, 4, WIDTH)
     if pools:
         with pytest.raises(pnn.PnnError, match="without a batch axis"):
-            pnn.compile(model, x, stages=3, dynamic_batch=False)
+            pnn.compile(model, x, stages=3, dynamic=())
         return
-    network = shuffled(pnn.compile(model, x, stages=3, dynamic_batch=False))
+    network = shuffled(pnn.compile(model, x, stages=3, dynamic=()))
     changed = x.clone()
     changed[:, 1] += 1
     moved = (network(changed) != network(x)).flatten(1).any(1)

@@ -114,7 +114,7 @@ def test_figures_that_cannot_be_are_refused(changes: dict[str, object], message:
 
 
 def test_texts_that_are_no_profile_are_refused() -> None:
-    with pytest.raises(OptionError, match="x is no TOML"):
+    with pytest.raises(OptionError, match="x is not TOML"):
         read_profile("name = ", "x")
     with pytest.raises(OptionError, match=r"missing: bandwidth, flops.*unknown: speed"):
         read_profile('name = "a"\nspeed = 3\nlaunch = 0\nmemory = 1\n', "x")

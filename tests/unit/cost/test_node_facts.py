@@ -11,7 +11,7 @@ from tests.support.programs import facts_by_name, program
 
 
 def facts(model: nn.Module, *args: Tensor, dynamic: bool = True) -> dict[str, Fact]:
-    return facts_by_name(capture(model, args, dynamic_batch=dynamic))
+    return facts_by_name(capture(model, args, dynamic=("batch",) * dynamic))
 
 
 class Layouts(nn.Module):

@@ -132,8 +132,8 @@ def test_a_difference_is_named(candidate: StepResult, reason: str) -> None:
     assert bool(difference) == bool(reason)
 
 
-def reference(model: nn.Module, *args: Tensor, dynamic_batch: bool = True) -> Reference:
-    return Reference(model, bind(model, args, {}), dynamic_batch=dynamic_batch)
+def reference(model: nn.Module, *args: Tensor, dynamic: tuple[str, ...] = ("batch",)) -> Reference:
+    return Reference(model, bind(model, args, {}).with_dynamic(dynamic))
 
 
 def test_a_candidate_is_held_against_both_modes_and_two_inputs() -> None:
@@ -156,7 +156,7 @@ def test_a_candidate_is_held_against_both_modes_and_two_inputs() -> None:
 def test_a_model_that_cannot_train_on_the_example_is_noted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert not reference(model, torch.rand(1, 4)).notes  # a second sample makes it train
-    result = reference(model, torch.rand(1, 4), dynamic_batch=False)
+    result = reference(model, torch.rand(1, 4), dynamic=())
 
     assert result.notes == [
         "training mode was not compared: the model fails in it (ValueError: Expected more than 1 "
@@ -180,7 +180,7 @@ def test_every_input_is_varied_by_itself() -> None:
             return y * 2 + x
 
     ids = torch.arange(12).reshape(3, 4)
-    reference = Reference(Pair(), bind(Pair(), (ids, ids), {}), dynamic_batch=True)
+    reference = Reference(Pair(), bind(Pair(), (ids, ids), {}))
     assert reference.mismatch(Pair()) == ""
     reason = reference.mismatch(Confused())
     assert reason.startswith("where one input is changed by itself, output 0 differs")
@@ -193,7 +193,7 @@ def test_inputs_of_types_without_arithmetic_are_varied_and_compared(dtype: str) 
             return x * scale.to(torch.complex64).real
 
     scale = torch.arange(1, 9).view(2, 4).to(getattr(torch, dtype))
-    reference = Reference(Scales(), bind(Scales(), (X, scale), {}), dynamic_batch=True)
+    reference = Reference(Scales(), bind(Scales(), (X, scale), {}))
     assert reference.mismatch(Scales()) == ""
     assert "output 0 differs" in reference.mismatch(Unscaled())
 

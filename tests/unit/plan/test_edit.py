@@ -11,6 +11,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from passes.plan.schema import Plan
+from tests.models import loops
 from tests.models.builders import mlp
 
 X = torch.randn(4, 8)
@@ -107,3 +108,16 @@ def test_a_plan_weighed_by_what_it_does_not_hold_says_how_to_move_its_cuts() -> 
         pnn.PartitionError, match=rf"costs are those of 'roofline'.*--cut-at {moved},"
     ):
         pnn.compile(model(), X, plan=edited(plan, first(1, moved)))
+
+
+def test_a_moved_cut_takes_the_iterations_that_the_tolerance_needs() -> None:
+    torch.manual_seed(0)
+    sampler, noise = loops.DDIM().eval(), loops.inputs(loops.DDIM)
+    plan = pnn.compile(sampler, noise, stages=3, tolerance=1e-4, validate="off").plan
+    start = f"getitem_{int(plan.stages[1].first.removeprefix('getitem_')) - 6}"
+
+    edit = edited(plan, first(1, start))
+    moved = pnn.compile(sampler, noise, plan=edit, validate="off").plan
+
+    assert (moved.stages[1].first, moved.tolerance) == (start, 1e-4)
+    assert any("on the example inputs for 0.0001" in note for note in moved.notes)

@@ -66,7 +66,7 @@ def test_as_many_iterations_as_stages_give_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("stages", [2, 3, 5])
 def test_a_linear_network_equals_the_original(stages: int) -> None:
-    """The consistency theorem of Lee, Park, Lee (2022): F = g, linear, without bias."""
+    """The consistency theorem of Lee, Lee, Park (2022): F = g, linear, without bias."""
     model = by_name("deep_linear").build().double()
     (x,) = by_name("deep_linear").args(4)
     captured = capture(model, (x.double(),))

@@ -148,7 +148,7 @@ def test_extra_state_that_differs_is_refused() -> None:
     model: Any = nn.Sequential(*(Scaled(4, 4) for _ in range(4)))
     compiled = pnn.compile(model, X, stages=2)
     model[1].scale = 2.0
-    with pytest.raises(pnn.PnnError, match="the extra state of 1 is no tensor and differs"):
+    with pytest.raises(pnn.PnnError, match="the extra state of 1 is not a tensor and differs"):
         compiled.load_original_state_dict(model.state_dict())
 
 

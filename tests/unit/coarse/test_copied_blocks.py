@@ -1,0 +1,99 @@
+"""Family `units`: copies of the repeating block, with weights of their own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from passes.coarse.copied_blocks import Units, UnitsOptions, build_units
+from passes.coarse.spec import CoarseSpec, Site
+from passes.errors import SynthesisError
+from tests.support.programs import compiled, program
+
+
+def units_of(name: str, stage: int, **options: object) -> tuple[Units, CoarseSpec]:
+    compilation = compiled(name, coarse="units", **options)
+    assert compilation.plan is not None
+    assert compilation.operators is not None
+    spec, module = compilation.plan.stages[stage].coarse, compilation.operators.coarse[stage]
+    assert spec is not None
+    assert isinstance(module, Units)
+    return module, spec
+
+
+def options_of(spec: CoarseSpec) -> UnitsOptions:
+    assert isinstance(spec.options, UnitsOptions)
+    return spec.options
+
+
+def test_units_are_the_down_sampling_and_copies_of_the_repeated_block() -> None:
+    module, spec = units_of("resnet", 1, stages=2, cuts=("2",), units=2)
+
+    # Stage 1 begins with a block of eight channels, then halves the resolution.
+    names = [(block.first, block.last) for block in options_of(spec).blocks]
+    assert names == [
+        ("_3_conv1", "_3_relu_1"),
+        ("_4_conv1", "_4_relu_1"),
+        ("_4_conv1", "_4_relu_1"),
+    ]
+    x = torch.randn(3, 8, 8, 8)
+    assert module(x).shape == (3, 16, 4, 4)
+
+
+def test_a_unit_has_fresh_weights_at_the_scale_of_the_originals() -> None:
+    for name, options in (("resnet", {"cuts": ("4",)}), ("container_transformer", {"stages": 2})):
+        module, spec = units_of(name, 1, **options)
+        original = program(name).module
+        assert spec.parameters == sum(p.numel() for p in module.parameters())
+        matrices = 0
+        for key, weight in module.named_parameters():
+            old = original.get_parameter(key.removeprefix("units.0."))
+            assert weight is not old
+            assert weight.shape == old.shape
+            if weight.dim() > 1:
+                matrices += 1
+                assert not torch.equal(weight, old), key
+                torch.testing.assert_close(weight.std(), old.std(), rtol=1e-3, atol=0)
+        assert matrices >= 2
+
+
+def test_two_units_are_drawn_apart() -> None:
+    module, _ = units_of("resnet", 1, cuts=("4",), units=2)
+    first, second = (unit.get_parameter("4.conv1.weight") for unit in module.units)
+
+    assert not torch.equal(first, second)
+
+
+def test_a_unit_is_given_the_inputs_that_its_block_reads() -> None:
+    module, spec = units_of("float_mask_encoder", 1, cuts=("blocks.2",))
+    ids = torch.randint(1, 9, (3, 10))
+    x = torch.randn(3, 10, 16)
+    masked = ids.clone()
+    masked[:, 5:] = 0
+
+    assert spec.options.inputs == ("tokens",)
+    assert module(x, ids).shape == x.shape
+    assert not torch.allclose(module(x, ids), module(x, masked))
+
+
+def test_a_block_is_not_changed_by_being_copied() -> None:
+    before = copy.deepcopy(program("resnet").module.state_dict())
+    plan = compiled("resnet", coarse="units", cuts=("4",)).plan
+    assert plan is not None
+    spec = plan.stages[1].coarse
+    assert spec is not None
+    unit = build_units(options_of(spec), Site(program("resnet"), [], []))
+    unit.train()(torch.randn(3, 16, 4, 4)).sum().backward()
+    with torch.no_grad():
+        for parameter in unit.parameters():
+            parameter.add_(1.0)
+
+    after = program("resnet").module.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_units_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(SynthesisError, match=r"coarse='units' does not fit .* several components"):
+        compiled("dict_output", coarse="units", stages=2)
