@@ -42,8 +42,8 @@ class NodeCost:
         parameter_bytes: Bytes of the parameters that the node reads.
         activation_bytes: Bytes of the tensors that it writes.
         cost: The quantity that the partition balances: FLOPs, seconds, or the user's own number.
-        backward: Part of the cost that belongs to the backward pass and the optimizer, if seconds of
-            a training step were measured or estimated; else 0.
+        backward: Part of the cost that belongs to the backward pass and the optimizer, if seconds
+            of a training step were measured or estimated; else 0.
         optimizer: Part of `backward` that is the optimizer's, if it was measured; else 0.
         moved: Bytes that its operators read and write.
         operators: Number of operators that it launches, views excluded.

@@ -231,7 +231,7 @@ def test_a_training_step_is_timed_backward_too() -> None:
 def test_the_optimizer_takes_seconds_by_bytes_of_trained_parameters() -> None:
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
     model[3].weight = model[2].weight  # tied: counts where it is read first
-    model[3].bias.requires_grad_(requires_grad=False)
+    model[3].bias.requires_grad = False
     captured = capture(model, (torch.randn(2, 8),))
     segments = [[n] for n in captured.order]
 

@@ -205,7 +205,7 @@ def test_a_stage_heavy_in_parameters_gets_fewer_layers() -> None:
     costs = analyze(captured, facts, "flops").costs
 
     def layers_of_last_stage(optimizer: float) -> int:
-        def measure(_: Program, segments: Any, *, backward: bool = False) -> list[Seconds]:
+        def measure(program: Program, segments: Any, *, backward: bool = False) -> list[Seconds]:
             flops = [sum(costs[node].flops for node in segment) for segment in segments]
             sizes = [sum(costs[node].parameter_bytes for node in segment) for segment in segments]
             return [Seconds(f, 2.0 * f, optimizer * b) for f, b in zip(flops, sizes, strict=True)]
