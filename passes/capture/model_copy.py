@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from passes.errors import CaptureError, first_line
+from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, submodules
 from passes.ir.program import storage_id
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -83,14 +84,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     while name := _wrapped(model):
         model = getattr(model, name)
-    for path, module in nn.Module.named_modules(model):
+    for path, module in named_submodules(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
                 f"{path or 'the model'} is a TorchScript module "
                 f"({getattr(module, 'original_name', type(module).__name__)}), whose Python code "
                 "is gone: pass the module that was given to torch.jit.script or torch.jit.trace"
             )
-        held = {**module._parameters, **module._buffers}
+        held: dict[str, Any] = {**module._parameters, **module._buffers}
         if empty := [key for key, tensor in held.items() if is_lazy(tensor)]:
             raise CaptureError(
                 f"{f'{path}.{empty[0]}'.lstrip('.')} of a {type(module).__name__} has no values "
@@ -285,9 +286,9 @@ class _Memo:
         self.shared: dict[int, Any] = {}
         self.model = model
         self._values = [value for _, value in reached]  # alive, so that ids stay theirs
-        self._modules = [*nn.Module.modules(model)]
-        named = (nn.Module.named_parameters, nn.Module.named_buffers)
-        tensors = (t for method in named for _, t in method(model, remove_duplicate=False))
+        self._modules = submodules(model)
+        named = (named_parameters, named_buffers)
+        tensors = (t for method in named for _, t in method(model, repeats=True))
         self.parts = {id(part) for part in (*self._modules, *tensors)}
 
     def fill(self) -> None:
@@ -433,7 +434,7 @@ def _plain_root(kind: type[nn.Module]) -> type[nn.Module]:
 def _find_uncopyable(model: nn.Module, shared: dict[int, Any]) -> str:
     """Name the first attribute of a module that cannot be copied by itself; "" if there is none."""
     entries = {**shared, **{id(module): module for module in nn.Module.modules(model)}}
-    for path, module in nn.Module.named_modules(model):
+    for path, module in named_submodules(model):
         for name, value in vars(module).items():
             if name == "_modules":
                 continue

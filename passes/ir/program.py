@@ -26,6 +26,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, PartitionError
+from passes.ir.module_walk import named_submodules
 from passes.ir.structure_hash import program_digest
 
 _PROVENANCE_KEY = "pnn_provenance"
@@ -281,8 +282,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
         saved = owner._buffers.keys() - owner._non_persistent_buffers_set | owner._parameters.keys()
         if leaf not in saved:
             (resolve(module, parent) if parent else module)._non_persistent_buffers_set.add(leaf)
-    modes = {name: child.training for name, child in root.named_modules()}
-    for name, child in module.named_modules():
+    modes = {name: child.training for name, child in named_submodules(root)}
+    for name, child in named_submodules(module):
         child.training = modes.get(name, root.training)
     return module
 
