@@ -18,7 +18,7 @@ from passes.capture.model_copy import HOOKS, STATE_HOOKS, plain_attributes, walk
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs
 from passes.ir.isolation import preserved, with_plain_transformers
-from passes.ir.module_walk import named_buffers, named_parameters, named_submodules
+from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
 from passes.ir.run_step import output_leaves
 
 
@@ -89,7 +89,7 @@ def _learned(
     """
     # `notes_on_runs` compares attributes as forward leaves them, and puts them back.
     with with_plain_transformers() as trains, torch.enable_grad():
-        model.train(train)
+        set_mode(model, train)
         values = [leaf.detach().clone() for leaf in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)
         try:
@@ -128,14 +128,11 @@ def _check_foreign(model: nn.Module, learned: Iterable[torch.Tensor]) -> None:
 def _unregistered(copied: nn.Module, learned: Iterable[torch.Tensor]) -> str:
     """Name the tensors that are learned, but no parameters of the model."""
     registered = {id(tensor) for _, tensor in _named_tensors(copied)}
-    paths = {id(value): path for path, value in walk(copied)}
-    others = [
-        paths.get(id(tensor), f"a tensor {list(tensor.shape)} outside the model")
-        for tensor in learned
-        if id(tensor) not in registered
-    ]
-    if not others:
+    unknown = [tensor for tensor in learned if id(tensor) not in registered]
+    if not unknown:
         return ""
+    paths = {id(value): path for path, value in walk(copied)}
+    others = [paths.get(id(x), f"a tensor {list(x.shape)} outside the model") for x in unknown]
     return (
         f"{join_few(sorted(set(others)))}: not registered as parameters of the model, so "
         "that the network holds them as constants and does not train them; register them "

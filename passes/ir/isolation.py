@@ -142,7 +142,7 @@ def _sources(modules: Sequence[nn.Module], attributes: Sequence[Attribute]) -> l
         functions = numpy.random.get_state, numpy.random.set_state
         sources.append(RandomSource("numpy's random module", *functions))
     for child, name, value in attributes:
-        for leaf in pytree.tree_leaves(value):
+        for leaf in _held(value):
             if accessors := _generator_accessors(leaf):
                 label = f"the {type(leaf).__name__} {_path(modules, child, name)!r}"
                 sources.append(RandomSource(label, *accessors))
@@ -341,10 +341,11 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         tables = [(t, dict(t)) for child in children for t in (vars(child), child._buffers)]
         values = [value for _, _, value in attributes]
         containers = [(v, v.copy()) for v in values if type(v) in (list, dict, set, deque)]
+        held = (leaf for value in values for leaf in _held(value))
         tensors = [
             (leaf, leaf.detach().clone())
-            for leaf in (*_buffers(children), *pytree.tree_leaves(values))
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)
+            for leaf in (*_buffers(children), *held)
+            if type(leaf) is torch.Tensor or _is_plain_tensor(leaf)
         ]
         grads = [
             (p, p.grad) for child in children for p in child._parameters.values() if p is not None
@@ -381,6 +382,16 @@ def _has_entries(table: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
 
 def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
     return [tensor for child in children for tensor in child._buffers.values()]
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _held(value: Any) -> list[Any]:
+    """Return the leaves of an attribute, unless all are plain: a graph has a table of its lines."""
+    items = value.values() if type(value) is dict else value if type(value) is list else (value,)
+    return [] if {*map(type, items)} <= _PLAIN else pytree.tree_leaves(value)
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})

@@ -34,6 +34,7 @@ from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved, rare_collection, seeded
+from passes.ir.module_walk import set_mode
 from passes.ir.program import Program
 from passes.ir.run_step import (
     TOLERANCE,
@@ -206,7 +207,7 @@ def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Modu
         return output, states
 
     with preserved(network):
-        network.eval()
+        set_mode(network, False)
         return _run_by(program, forward, train=False, grad=False)
 
 
@@ -276,7 +277,7 @@ def _stages_train(subject: _Subject) -> Check:
         return Check(f"{name} (not run: {error})", None, None, "", 0.0)
     compiled = subject.compiled
     with preserved(compiled.sequential):
-        compiled.sequential.train()
+        set_mode(compiled.sequential, True)
         result = _run(compiled, compiled.sequential, train=True, grad=True)
     return _compare_stages(subject, name, result, original)
 
@@ -420,7 +421,7 @@ def _network_runs(subject: _Subject) -> Check:
         except (RuntimeError, ValueError):
             continue  # capture has warned that the model cannot run in this mode on its example
         with preserved(compiled.module):
-            compiled.module.train(train)
+            set_mode(compiled.module, train)
             try:
                 result = _run(compiled, compiled.module, train=train, grad=train)
             except Exception as error:
