@@ -21,7 +21,7 @@ import functools
 import threading
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -164,7 +164,7 @@ def walk(root: Any) -> Iterator[tuple[str, Any]]:
     pending: list[tuple[str, Any]] = [("", root)]
     while pending:
         path, value = pending.pop()
-        if isinstance(value, _PLAIN) or id(value) in seen:
+        if type(value) in _VALUES or isinstance(value, _PLAIN) or id(value) in seen:
             continue
         seen.add(id(value))
         yield path.lstrip("."), value
@@ -180,8 +180,9 @@ def _children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             return
         attributes = {**value._modules, **value._parameters, **value._buffers}
         for key, item in vars(value).items():
-            # Most of them are registries of hooks that are empty.
-            if key not in _REGISTRIES and not (isinstance(item, dict) and not item):
+            # Most of them are numbers, and registries of hooks that are empty.
+            empty = type(item) in _TABLES and not item
+            if key not in _REGISTRIES and type(item) not in _VALUES and not empty:
                 attributes[key] = item
     elif isinstance(value, torch.Tensor):
         yield from ((f"{path} (hook)", hook) for hook in _tensor_hooks(value))
@@ -316,6 +317,26 @@ class _Memo:
             name = _wrapped(wrapper)
             inner = copy.deepcopy(getattr(wrapper, name), self.entries)
             self.entries[id(wrapper)].add_module(name, inner)
+        self._copy_layers()
+
+    def _copy_layers(self) -> None:
+        """Copy the layers of tensors and plain values as `copy.deepcopy` would, in less time.
+
+        It takes each of the ten empty tables of hooks that a module has for an object to rebuild.
+        """
+        for module in self._modules:
+            kind: Any = type(module)
+            if id(module) in self.entries or not _is_plain_layer(module):
+                continue
+            state = {
+                name: type(value)() if type(value) in _TABLES else value
+                for name, value in vars(module).items()
+            }
+            for name in ("_parameters", "_buffers"):
+                for key, tensor in vars(module)[name].items():
+                    state[name][key] = copy.deepcopy(tensor, self.entries)
+            self.entries[id(module)] = layer = kind.__new__(kind)
+            layer.__setstate__(state)
 
     def _hooks(self) -> Iterator[Any]:
         for module in self._modules:
@@ -389,6 +410,29 @@ class _Memo:
                     vars(module)[name] = types.MethodType(function, value.__self__)
         _drop_computed(result)
         result.__class__ = _plain_root(type(result))
+
+
+_TABLES = frozenset({dict, OrderedDict, set})
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module holds parameters, buffers, plain values and empty tables, and no more."""
+    kind: Any = type(module)
+    return (
+        kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__getstate__ is object.__getstate__
+        and kind.__new__ is object.__new__
+        and not hasattr(kind, "__deepcopy__")
+        and all(
+            (not value or name in ("_parameters", "_buffers"))
+            if type(value) in _TABLES
+            else {*map(type, value if type(value) is tuple else (value,))} <= _VALUES
+            for name, value in vars(module).items()
+        )
+    )
+
+
+_VALUES = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 
 
 def _shell(function: types.FunctionType) -> types.FunctionType:

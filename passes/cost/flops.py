@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from passes.cost.node_facts import Fact
 from passes.errors import OptionError
 from passes.ir.isolation import LOCK, DispatchMode, preserved
-from passes.ir.module_walk import named_parameters, submodules
+from passes.ir.module_walk import named_parameters, submodule, submodules
 from passes.ir.program import Interpreter, Program, is_compute, resolve, tensor_leaves
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
@@ -133,7 +133,7 @@ def _plain_recurrence() -> Iterator[None]:
 
 def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        children = submodules(module.get_submodule(str(node.target)))
+        children = submodules(submodule(module, str(node.target)))
         return any(isinstance(child, torch.nn.RNNBase) for child in children)
     return any(name in str(node.target) for name in _RECURRENT)
 
@@ -204,7 +204,7 @@ def parameters(program: Program, node: fx.Node) -> list[torch.nn.Parameter]:
     """Return the parameters that a node reads, without repeats."""
     weights: list[torch.nn.Parameter] = []
     if node.op == "call_module":
-        layer = program.module.get_submodule(str(node.target))
+        layer = submodule(program.module, str(node.target))
         weights += [parameter for _, parameter in named_parameters(layer)]
     for source in node.all_input_nodes:
         if source.op == "get_attr":

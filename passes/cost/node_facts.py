@@ -16,7 +16,7 @@ from torch import fx, nn
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind, scaled
 from passes.ir.isolation import preserved, same_values
-from passes.ir.module_walk import named_buffers, named_parameters, set_mode
+from passes.ir.module_walk import named_buffers, named_parameters, set_mode, submodule
 from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
@@ -71,7 +71,7 @@ class _Observer(Interpreter):
             for tensor in tensors_in(self.env[source])
         ]
         if n.op == "call_module":
-            owner = self.module.get_submodule(str(n.target))
+            owner = submodule(self.module, str(n.target))
             state = (*named_parameters(owner), *named_buffers(owner))
             reads += [(frozenset({memory_of(tensor)}), tensor) for _, tensor in state]
         versions = [tensor._version for _, tensor in reads]
@@ -101,7 +101,7 @@ class _Observer(Interpreter):
     def _may_be_view(self, n: fx.Node) -> bool:
         """Whether strides or values decide if the result of a node shares memory with an input."""
         if n.op == "call_module":
-            layer = self.module.get_submodule(str(n.target))
+            layer = submodule(self.module, str(n.target))
             # An opaque module may return its argument or a copy, depending on values.
             trusted = type(layer).__module__.startswith(TRUSTED_PACKAGES)
             return isinstance(layer, nn.Flatten) or not trusted
@@ -473,7 +473,7 @@ def _channel_axis(program: Program, node: fx.Node, rank: int) -> int:
 def _mixed_axis(module: fx.GraphModule, node: fx.Node, rank: int) -> int | None:
     """Return the axis that a layer mixes; None if it mixes none."""
     if node.op == "call_module":
-        layer = module.get_submodule(str(node.target))
+        layer = submodule(module, str(node.target))
         if isinstance(layer, _CHANNELS_FIRST):
             return 1
         if isinstance(layer, _CHANNELS_LAST):

@@ -56,6 +56,21 @@ def named_submodules(root: nn.Module, *, repeats: bool = False) -> list[tuple[st
     return named
 
 
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """Return the submodule of a path, as `nn.Module.get_submodule` does.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    module: nn.Module | None = root
+    try:
+        for name in path.split("."):
+            module = module._modules[name]  # type: ignore[union-attr]
+    except (KeyError, AttributeError):
+        module = None
+    return root.get_submodule(path) if module is None else module
+
+
 def named_parameters(root: nn.Module, *, repeats: bool = False) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters with their names, as `nn.Module.named_parameters` does.
 

@@ -212,6 +212,12 @@ def clone_tensors(value: Any) -> Any:
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested containers, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [leaf for item in value for leaf in tensor_leaves(item)]
+    if type(value) in (bool, int, float, str, type(None)):
+        return []
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
