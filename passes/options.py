@@ -61,7 +61,7 @@ class Options:
     Attributes:
         stages: Number N of stages, or "auto" for the smallest number whose predicted time is
             within 5 % of the best.
-        cost: "flops"; seconds on this machine, "measured" of a training step or
+        cost: "flops"; seconds on this machine, "measured" of a training step with its optimizer or
             "measured-forward" of the forward pass alone; seconds on a device by its profile,
             "roofline" and "roofline-forward"; or a callable from a node and its forward FLOPs to
             a cost.

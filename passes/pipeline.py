@@ -22,6 +22,7 @@ from passes.capture.ladder import capture
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
+from passes.ir.isolation import rare_collection
 from passes.ir.program import Program, Validation, verify_graph
 from passes.options import Options
 from passes.plan.num_stages import cut_and_plan
@@ -131,7 +132,8 @@ def run_passes(
         _demand(compilation, step.requires, f"pass {step.name!r} requires")
         progress(step.name)
         start, before = time.perf_counter(), compilation
-        compilation = step.apply(compilation)
+        with rare_collection():
+            compilation = step.apply(compilation)
         seconds = time.perf_counter() - start
         results.append(PassResult(step.name, seconds, _changed(before, compilation)))
         _demand(compilation, step.ensures, f"pass {step.name!r} should have made")

@@ -34,11 +34,12 @@ def resnet(blocks: int) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return resnet1001.build_model(blocks // 3), resnet1001.example_inputs()
 
 
-def measured(blocks: int) -> dict[str, float]:
+def measured(blocks: int, export: bool = True) -> dict[str, float]:
     """Measure one model in this process: compile, verify, torch.export.
 
     Args:
         blocks: Residual blocks; 0 for the model of six layers.
+        export: Whether to run torch.export, which takes minutes for a deep model.
 
     Returns:
         CPU seconds by name.
@@ -59,7 +60,8 @@ def measured(blocks: int) -> dict[str, float]:
     compiled = clocked("compile", lambda: pnn.compile(model, inputs, stages=3))
     verification = clocked("verify", compiled.verify)
     assert verification.ok
-    clocked("torch.export", lambda: torch.export.export(model, inputs))
+    if export:
+        clocked("torch.export", lambda: torch.export.export(model, inputs))
     with torch.no_grad():
         clocked("forward", lambda: model(*inputs))
     return seconds
@@ -70,16 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="CPU seconds to compile.")
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 333])
     parser.add_argument("--row", action="store_true", help="measure in this process")
+    parser.add_argument("--no-export", action="store_true", help="leave torch.export out")
     options = parser.parse_args(arguments)
     if options.row:
         [blocks] = options.blocks
-        cells = " | ".join(f"{value:.2f}" for value in measured(blocks).values())
+        seconds = measured(blocks, export=not options.no_export)
+        columns = ("compile", "verify", "torch.export", "forward")
+        cells = " | ".join(f"{seconds[name]:.2f}" if name in seconds else "-" for name in columns)
         print(f"| {f'{blocks} blocks' if blocks else 'six layers'} | {cells} |")
         return
     print("| model | compile | verify | torch.export | forward |\n|---|---|---|---|---|")
     for blocks in options.blocks:
         command = [sys.executable, "-m", "examples.studies.compile_time"]
-        done = subprocess.run([*command, "--row", "--blocks", str(blocks)], capture_output=True)
+        command += ["--row", "--blocks", str(blocks), *["--no-export"] * options.no_export]
+        done = subprocess.run(command, capture_output=True)
         sys.stdout.write(done.stdout.decode() or f"{blocks}: {done.stderr.decode()[-300:]}\n")
         sys.stdout.flush()
 

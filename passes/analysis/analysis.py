@@ -264,6 +264,9 @@ def _measured_costs(
         for node in segment:
             share = costs[node].flops / flops if flops else 1 / len(segment)
             measured[node] = replace(
-                costs[node], cost=seconds.total * share, backward=seconds.backward * share
+                costs[node],
+                cost=seconds.total * share,
+                backward=(seconds.backward + seconds.optimizer) * share,
+                optimizer=seconds.optimizer * share,
             )
     return measured

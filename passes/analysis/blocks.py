@@ -11,6 +11,7 @@ from torch import fx
 from passes.analysis.cut_points import Frontiers, Position
 from passes.analysis.loops import Loop
 from passes.cost.node_facts import Fact
+from passes.ir.module_walk import submodule
 from passes.ir.program import Program
 from passes.ir.structure_hash import digest, node_lines
 from passes.ir.tensor_spec import TensorSpec
@@ -87,7 +88,7 @@ def _signature(program: Program, nodes: Sequence[fx.Node], facts: Mapping[fx.Nod
 
     def describe_target(node: fx.Node) -> str:
         if node.op == "call_module":
-            return f"{program.module.get_submodule(str(node.target))!r} {facts[node].spec}"
+            return f"{submodule(program.module, str(node.target))!r} {facts[node].spec}"
         return f"{node.target} {facts[node].spec}"
 
     def describe_source(node: fx.Node) -> str:

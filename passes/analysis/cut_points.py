@@ -30,6 +30,7 @@ from passes.analysis.dependence import (
 )
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact, memory_of
+from passes.ir.module_walk import submodule
 from passes.ir.program import Program, provenance
 from passes.ir.tensor_spec import TensorSpec
 
@@ -143,7 +144,7 @@ def _persistent_memory(program: Program, facts: Mapping[fx.Node, Fact]) -> froze
     owners = (*program.inputs, *program.graph.find_nodes(op="get_attr"))
     memory = frozenset(memory for node in owners for memory in facts[node].storages)
     layers = [
-        program.module.get_submodule(str(node.target))
+        submodule(program.module, str(node.target))
         for node in program.order
         if node.op == "call_module"
     ]
@@ -225,7 +226,7 @@ def _is_companion(program: Program, node: fx.Node) -> bool:
     if not node.all_input_nodes or node.op not in ("call_module", "call_function", "call_method"):
         return False
     if node.op == "call_module":
-        layer = program.module.get_submodule(str(node.target))
+        layer = submodule(program.module, str(node.target))
         if isinstance(layer, nn.MultiheadAttention):
             return False
         home = type(layer).__module__.rpartition(".")[2]

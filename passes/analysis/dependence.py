@@ -25,6 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
+from passes.ir.module_walk import submodule
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
 
@@ -86,7 +87,7 @@ def _module_of(node: fx.Node) -> nn.Module | None:
     """Return the module that a node calls; None for other nodes."""
     owner = node.graph.owning_module
     called = node.op == "call_module" and owner is not None
-    return owner.get_submodule(str(node.target)) if called and owner is not None else None
+    return submodule(owner, str(node.target)) if called and owner is not None else None
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

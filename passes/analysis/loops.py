@@ -28,6 +28,7 @@ from torch import fx, nn
 from passes.analysis.cut_points import Frontiers, Position
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
+from passes.ir.module_walk import submodule
 from passes.ir.program import Program, provenance, resolve
 
 _LEAST_STEPS = 3
@@ -101,7 +102,7 @@ def is_number(leaf: Leaf) -> bool:
 def holds_weights(program: Program, node: fx.Node) -> bool:
     """Whether a node reads parameters: a layer, or an operator with one among its arguments."""
     if node.op == "call_module":
-        layer = program.module.get_submodule(str(node.target))
+        layer = submodule(program.module, str(node.target))
         return next(layer.parameters(), None) is not None
     return any(
         source.op == "get_attr"

@@ -29,6 +29,7 @@ from passes.ir.isolation import (
     random_sources,
     with_plain_transformers,
 )
+from passes.ir.module_walk import named_submodules
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
 FrontEnd = Callable[[nn.Module, ExampleInputs], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
@@ -213,7 +214,7 @@ def locate_error(model: nn.Module, error: BaseException) -> ErrorLocation | None
 
     A frame belongs to a module if its first argument (`self`) is that module.
     """
-    names = {id(module): name for name, module in nn.Module.named_modules(model)}
+    names = {id(module): name for name, module in named_submodules(model)}
     location = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         arguments = frame.f_code.co_varnames

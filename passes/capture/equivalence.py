@@ -33,9 +33,9 @@ from passes.ir.isolation import (
     parameters_preserved,
     preserved,
     same_values,
-    set_mode,
     with_plain_transformers,
 )
+from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
 from passes.ir.program import Validation, failing_node
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
@@ -71,9 +71,7 @@ class Reference:
         self.validate, self.runs, self.seconds = validate, 0, 0.0
         self._model = model
         self.inputs = inputs
-        self._parameters = {
-            name: p.detach().clone() for name, p in nn.Module.named_parameters(model)
-        }
+        self._parameters = {name: p.detach().clone() for name, p in named_parameters(model)}
         self._runs_alone: dict[bool, list[tuple[ExampleInputs, StepResult]]] = {}
         self._caches: set[str] = set()
         self._lengths: list[tuple[ExampleInputs, StepResult]] = []
@@ -117,7 +115,7 @@ class Reference:
         """Run one step of the model, and check that it leaves its parameters as they were."""
         with parameters_preserved(self._model, self._parameters):
             result = self._step(self._model, _call(self._model), inputs, **options)
-        shapes = {name: buffer.shape for name, buffer in nn.Module.named_buffers(self._model)}
+        shapes = {name: buffer.shape for name, buffer in named_buffers(self._model)}
         filled = {name for name, t in result.changed.items() if shapes.get(name) != t.shape}
         if filled - self._caches:
             self._caches |= self._find_caches(filled)
@@ -163,7 +161,7 @@ class Reference:
                     self._model(*args, **kwargs)
                 except Exception:  # the second input may not suit the model
                     return set()
-                buffers = dict(nn.Module.named_buffers(self._model))
+                buffers = dict(named_buffers(self._model))
                 states.append({name: buffers[name].clone() for name in names if name in buffers})
         first, second = states
         caches = {n for n in first if n in second and same_values(first[n], second[n])}
@@ -233,7 +231,7 @@ class Reference:
         """Say where the fast path of torch's encoders returns something else than their layers."""
         encoders = [
             path or "the model itself"
-            for path, module in nn.Module.named_modules(self._model)
+            for path, module in named_submodules(self._model)
             if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
         ]
         if not encoders:

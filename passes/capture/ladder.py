@@ -59,6 +59,7 @@ from passes.capture.uncapturable import find_uncapturable_line
 from passes.errors import CaptureError, OptionError
 from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
 from passes.ir.isolation import LOCK, without_caches
+from passes.ir.module_walk import named_buffers, named_parameters, named_submodules
 from passes.ir.program import VALIDATIONS, CaptureReport, Program, Validation, graph_module
 
 _log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _names(owner: nn.Module) -> set[str]:
 
 def _check_names(model: nn.Module) -> None:
     """Refuse names that the code of a graph cannot spell."""
-    for path, owner in nn.Module.named_modules(model):
+    for path, owner in named_submodules(model):
         for name in _names(owner):
             if keyword.iskeyword(name):
                 raise CaptureError(
@@ -151,10 +152,8 @@ def _check_names(model: nn.Module) -> None:
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse sparse parameters, buffers and inputs by name; sparse gradients are fine."""
-    named = [(f"buffer {name!r}", buffer) for name, buffer in nn.Module.named_buffers(model)]
-    named += [
-        (f"parameter {name!r}", parameter) for name, parameter in nn.Module.named_parameters(model)
-    ]
+    named = [(f"buffer {name!r}", buffer) for name, buffer in named_buffers(model)]
+    named += [(f"parameter {name!r}", parameter) for name, parameter in named_parameters(model)]
     for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
         if isinstance(leaf, torch.Tensor):
             named.append((f"example input {pytree.keystr(path[1:])}", leaf))
@@ -402,7 +401,7 @@ def _unused(model: nn.Module, module: fx.GraphModule) -> dict[str, Any]:
         return {key: value for key, value in model.state_dict().items() if key not in used}
     return {
         f"{path}.{name}".lstrip("."): tensor.detach()
-        for path, owner in nn.Module.named_modules(model, remove_duplicate=False)
+        for path, owner in named_submodules(model, repeats=True)
         for name, tensor in {**owner._parameters, **owner._buffers}.items()
         if tensor is not None
         and name not in owner._non_persistent_buffers_set

@@ -18,6 +18,7 @@ from passes.capture.model_copy import HOOKS, STATE_HOOKS, plain_attributes, walk
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs
 from passes.ir.isolation import preserved, with_plain_transformers
+from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
 from passes.ir.run_step import output_leaves
 
 
@@ -88,7 +89,7 @@ def _learned(
     """
     # `notes_on_runs` compares attributes as forward leaves them, and puts them back.
     with with_plain_transformers() as trains, torch.enable_grad():
-        model.train(train)
+        set_mode(model, train)
         values = [leaf.detach().clone() for leaf in inputs.tensors()]
         args, kwargs = inputs.with_leaves(values)
         try:
@@ -127,14 +128,11 @@ def _check_foreign(model: nn.Module, learned: Iterable[torch.Tensor]) -> None:
 def _unregistered(copied: nn.Module, learned: Iterable[torch.Tensor]) -> str:
     """Name the tensors that are learned, but no parameters of the model."""
     registered = {id(tensor) for _, tensor in _named_tensors(copied)}
-    paths = {id(value): path for path, value in walk(copied)}
-    others = [
-        paths.get(id(tensor), f"a tensor {list(tensor.shape)} outside the model")
-        for tensor in learned
-        if id(tensor) not in registered
-    ]
-    if not others:
+    unknown = [tensor for tensor in learned if id(tensor) not in registered]
+    if not unknown:
         return ""
+    paths = {id(value): path for path, value in walk(copied)}
+    others = [paths.get(id(x), f"a tensor {list(x.shape)} outside the model") for x in unknown]
     return (
         f"{join_few(sorted(set(others)))}: not registered as parameters of the model, so "
         "that the network holds them as constants and does not train them; register them "
@@ -143,8 +141,8 @@ def _unregistered(copied: nn.Module, learned: Iterable[torch.Tensor]) -> str:
 
 
 def _named_tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    yield from nn.Module.named_parameters(module, remove_duplicate=False)
-    yield from nn.Module.named_buffers(module, remove_duplicate=False)
+    yield from named_parameters(module, repeats=True)
+    yield from named_buffers(module, repeats=True)
 
 
 def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:
@@ -152,7 +150,7 @@ def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:
     called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     silent = [
         path
-        for path, child in nn.Module.named_modules(copied)
+        for path, child in named_submodules(copied)
         if _hooked(child)
         and not any(path == target or path.startswith(f"{target}.") for target in called)
     ]
@@ -185,7 +183,7 @@ def _translations(copied: nn.Module) -> str:
 
 def translating(model: nn.Module) -> list[str]:
     """Return the paths of the modules whose code takes part in saving and loading a model."""
-    return [path for path, child in nn.Module.named_modules(model) if _translates(child)]
+    return [path for path, child in named_submodules(model) if _translates(child)]
 
 
 def _translates(module: nn.Module) -> bool:
@@ -205,7 +203,7 @@ _CHECKPOINT_METHODS = (
 def _plain_values(model: nn.Module) -> Mapping[str, list[Any]]:
     """Return the numbers and tensors in every plain attribute of every module."""
     values: dict[str, list[Any]] = {}
-    for path, module in nn.Module.named_modules(model):
+    for path, module in named_submodules(model):
         hooks = [hook for name in HOOKS for hook in vars(module)[name].values()]
         computed = {getattr(hook, "name", "") for hook in hooks if not _is_users(hook)}
         for name, value in plain_attributes(module).items():
@@ -247,10 +245,10 @@ def name_hooks_and_overrides(model: nn.Module) -> str:
     Nothing is run. The ladder adds this to the advice at the end of its error, when every rung has
     failed, as hooks and overrides often are the reason.
     """
-    hooked = [path for path, module in nn.Module.named_modules(model) if _hooked(module)]
+    hooked = [path for path, module in named_submodules(model) if _hooked(module)]
     overriding = [
         path
-        for path, module in nn.Module.named_modules(model)
+        for path, module in named_submodules(model)
         if _owner(type(module), "train").partition(".")[0] != "torch"
     ]
     text = ""

@@ -28,7 +28,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.isolation import preserved, random_sources, same_values, seed_everything, set_mode
+from passes.ir.isolation import preserved, random_sources, same_values, seed_everything
+from passes.ir.module_walk import named_submodules, set_mode
 from passes.ir.program import is_user_code
 from passes.ir.run_step import output_leaves
 
@@ -169,7 +170,7 @@ def _watch(model: nn.Module, observer: _Observer) -> Any:
     handles = [module.register_forward_pre_hook(enter) for module in nn.Module.modules(model)]
     handles += [
         module.register_forward_hook(leave(path), always_call=True)
-        for path, module in nn.Module.named_modules(model)
+        for path, module in named_submodules(model)
     ]
     try:
         yield

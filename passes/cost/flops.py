@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from passes.cost.node_facts import Fact
 from passes.errors import OptionError
 from passes.ir.isolation import LOCK, DispatchMode, preserved
+from passes.ir.module_walk import named_parameters, submodule, submodules
 from passes.ir.program import Interpreter, Program, is_compute, resolve, tensor_leaves
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
@@ -42,8 +43,9 @@ class NodeCost:
         parameter_bytes: Bytes of the parameters that the node reads.
         activation_bytes: Bytes of the tensors that it writes.
         cost: The quantity that the partition balances: FLOPs, seconds, or the user's own number.
-        backward: Part of the cost that belongs to the backward pass, if seconds of a training step
-            were measured or estimated; else 0.
+        backward: Part of the cost that belongs to the backward pass and the optimizer, if seconds
+            of a training step were measured or estimated; else 0.
+        optimizer: Part of `backward` that is the optimizer's, if it was measured; else 0.
         moved: Bytes that its operators read and write.
         operators: Number of operators that it launches, views excluded.
     """
@@ -54,6 +56,7 @@ class NodeCost:
     activation_bytes: int
     cost: float
     backward: float = 0.0
+    optimizer: float = 0.0
     moved: int = 0
     operators: int = 0
 
@@ -130,7 +133,7 @@ def _plain_recurrence() -> Iterator[None]:
 
 def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        children = module.get_submodule(str(node.target)).modules()
+        children = submodules(submodule(module, str(node.target)))
         return any(isinstance(child, torch.nn.RNNBase) for child in children)
     return any(name in str(node.target) for name in _RECURRENT)
 
@@ -201,7 +204,8 @@ def parameters(program: Program, node: fx.Node) -> list[torch.nn.Parameter]:
     """Return the parameters that a node reads, without repeats."""
     weights: list[torch.nn.Parameter] = []
     if node.op == "call_module":
-        weights += program.module.get_submodule(str(node.target)).parameters()
+        layer = submodule(program.module, str(node.target))
+        weights += [parameter for _, parameter in named_parameters(layer)]
     for source in node.all_input_nodes:
         if source.op == "get_attr":
             value = resolve(program.module, str(source.target))

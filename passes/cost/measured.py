@@ -1,4 +1,4 @@
-"""Measure the seconds of segments of a program on this machine, forward and backward.
+"""Measure the seconds of segments of a program on this machine: forward, backward, optimizer.
 
 The clock is read inside one run of the whole program, at the end of every segment, because segments
 that run alone would find their inputs in the cache, and their seconds would not add up.
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import fx
 
+from passes.cost.flops import parameters
 from passes.ir.direct_call import DirectCaller, with_frame_headroom
 from passes.ir.isolation import preserved
 from passes.ir.program import Program, graph_module, tensor_leaves
@@ -25,20 +26,22 @@ from passes.ir.program import Program, graph_module, tensor_leaves
 _WARM_UP_RUNS = 1
 _MIN_RUNS, _MAX_RUNS = 3, 30
 _NETWORK_RUNS = 7
+_OPTIMIZER_RUNS = 5
 _TIME_LIMIT = 6.0
 """Seconds after which no further run starts, once there are `_MIN_RUNS`."""
 
 
 class Seconds(NamedTuple):
-    """Seconds of a segment in the forward and in the backward pass."""
+    """Seconds of a segment in the forward and backward pass, and of the optimizer's step."""
 
     forward: float
     backward: float
+    optimizer: float = 0.0
 
     @property
     def total(self) -> float:
-        """Seconds of both passes."""
-        return self.forward + self.backward
+        """Seconds of both passes and the optimizer."""
+        return sum(self)
 
 
 class Measure(Protocol):
@@ -58,9 +61,9 @@ def measure_seconds(
     Args:
         program: The program.
         segments: All its compute nodes, split where the clock is to be read.
-        backward: Whether to time a training step, forward and backward, in training mode (in
-            evaluation mode if the example is too small a batch for it). Otherwise the forward pass
-            is timed, in evaluation mode and without gradients.
+        backward: Whether to time a training step, forward, backward and the optimizer, in training
+            mode (in evaluation mode if the example is too small a batch for it). Otherwise the
+            forward pass is timed, in evaluation mode and without gradients.
 
     Returns:
         Seconds of each segment: medians of several runs after a warm-up, scaled so that they add up
@@ -81,7 +84,37 @@ def measure_seconds(
     timed = runs[_WARM_UP_RUNS:]
     forward = _scaled_medians([[seconds.forward for seconds in run] for run in timed])
     back = _scaled_medians([[seconds.backward for seconds in run] for run in timed])
-    return list(map(Seconds, forward, back))
+    optimizer = _optimizer_seconds(program, segments) if backward else [0.0] * len(segments)
+    return list(map(Seconds, forward, back, optimizer))
+
+
+def _optimizer_seconds(program: Program, segments: Sequence[Sequence[fx.Node]]) -> list[float]:
+    """Measure a step of SGD with momentum; segments share its seconds by bytes of parameters.
+
+    Parameters that are tied count in the first segment that reads them, frozen ones nowhere. The
+    step changes copies. Other optimizers cost more by a factor that is the same for all segments.
+    """
+    seen: set[torch.Tensor] = set()
+    sizes = []
+    for segment in segments:
+        read = {p for node in segment for p in parameters(program, node) if p.requires_grad}
+        sizes.append(sum(p.nbytes for p in read - seen))
+        seen |= read
+    copies = [p.detach().clone().requires_grad_() for p in seen if p.is_floating_point()]
+    if not copies:
+        return [0.0] * len(segments)
+    for p in copies:
+        p.grad = torch.zeros_like(p)
+    step = torch.optim.SGD(copies, lr=0.0, momentum=0.9, fused=True).step
+    read_clock = _record_event if program.device.type == "cuda" else time.perf_counter
+    runs = []
+    with _no_collection():
+        for _ in range(_WARM_UP_RUNS + _OPTIMIZER_RUNS):
+            readings = [read_clock()]
+            step()
+            runs += _intervals([*readings, read_clock()])
+    seconds, total = statistics.median(runs[_WARM_UP_RUNS:]), sum(sizes)
+    return [seconds * size / total for size in sizes]
 
 
 def measure_network(

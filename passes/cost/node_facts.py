@@ -16,6 +16,7 @@ from torch import fx, nn
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind, scaled
 from passes.ir.isolation import preserved, same_values
+from passes.ir.module_walk import named_buffers, named_parameters, set_mode, submodule
 from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
@@ -70,9 +71,9 @@ class _Observer(Interpreter):
             for tensor in tensors_in(self.env[source])
         ]
         if n.op == "call_module":
-            owner = self.module.get_submodule(str(n.target))
-            state = (*owner.parameters(), *owner.buffers())
-            reads += [(frozenset({memory_of(tensor)}), tensor) for tensor in state]
+            owner = submodule(self.module, str(n.target))
+            state = (*named_parameters(owner), *named_buffers(owner))
+            reads += [(frozenset({memory_of(tensor)}), tensor) for _, tensor in state]
         versions = [tensor._version for _, tensor in reads]
         value = super().run_node(n)
         random_state = _random_state()
@@ -100,7 +101,7 @@ class _Observer(Interpreter):
     def _may_be_view(self, n: fx.Node) -> bool:
         """Whether strides or values decide if the result of a node shares memory with an input."""
         if n.op == "call_module":
-            layer = self.module.get_submodule(str(n.target))
+            layer = submodule(self.module, str(n.target))
             # An opaque module may return its argument or a copy, depending on values.
             trusted = type(layer).__module__.startswith(TRUSTED_PACKAGES)
             return isinstance(layer, nn.Flatten) or not trusted
@@ -119,10 +120,10 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
         CaptureError: The rank of a tensor depends on the batch size.
     """
     inputs = bind(program.module, (), dict(program.args))
-    evaluated = _run(program, inputs, train=False)
+    evaluated = _observed(program, inputs, train=False)
     larger = None
     if "batch" in program.dynamic:
-        larger = _run(program, inputs.varied(grow=True), train=False)
+        larger = _shapes(program, inputs.varied(grow=True))
     trained = _run_training(program, inputs) or evaluated
     batch_size = _batch_size(inputs, evaluated)
     sequences = _sequence_axes(program, inputs, evaluated, batch_size)
@@ -132,7 +133,7 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
         value = evaluated.values[node]
         spec = None
         if isinstance(value, torch.Tensor):
-            larger_shape = larger.values[node].shape if larger is not None else None
+            larger_shape = larger[node] if larger is not None else None
             spec = _spec(program, node, value, larger_shape, batch_size)
             if node in tracked:
                 spec = replace(spec, batch_axis=_batch_axis(spec, tracked[node], batch_size or 1))
@@ -148,11 +149,32 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
     return facts
 
 
+class _ShapeRecorder(Interpreter):
+    """Record the shape of every value that is a tensor."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n] = value.shape
+        return value
+
+
+def _shapes(program: Program, inputs: ExampleInputs) -> Mapping[fx.Node, torch.Size]:
+    """Run in evaluation mode and return the shapes of all tensors."""
+    recorder = _ShapeRecorder(program.module)
+    _run(program, inputs, recorder, train=False)
+    return recorder.shapes
+
+
 def _run_training(program: Program, inputs: ExampleInputs) -> _Observer | None:
     """Run in training mode, with one more sample if it fails: BatchNorm may refuse a batch of 1."""
     for candidate in (inputs, inputs.varied(grow="batch" in program.dynamic)):
         try:
-            return _run(program, candidate, train=True)
+            return _observed(program, candidate, train=True)
         except (RuntimeError, ValueError):
             continue
     return None
@@ -357,14 +379,18 @@ def _unmixed(spec: TensorSpec, sequence: int) -> int:
     return axis - rank if axis == 1 else axis
 
 
-def _run(program: Program, inputs: ExampleInputs, *, train: bool) -> _Observer:
+def _observed(program: Program, inputs: ExampleInputs, *, train: bool) -> _Observer:
     observer = _Observer(program.module)
+    _run(program, inputs, observer, train=train)
+    return observer
+
+
+def _run(program: Program, inputs: ExampleInputs, interpreter: Interpreter, *, train: bool) -> None:
     values = [tensor.detach().clone() for tensor in inputs.tensors()]
     _, kwargs = inputs.with_leaves(values)
     with preserved(program.module), torch.no_grad():
-        program.module.train(train)
-        observer.run(*(kwargs[str(node.target)] for node in program.inputs))
-    return observer
+        set_mode(program.module, train)
+        interpreter.run(*(kwargs[str(node.target)] for node in program.inputs))
 
 
 def _batch_size(inputs: ExampleInputs, observer: _Observer) -> int | None:
@@ -448,7 +474,7 @@ def _channel_axis(program: Program, node: fx.Node, rank: int) -> int:
 def _mixed_axis(module: fx.GraphModule, node: fx.Node, rank: int) -> int | None:
     """Return the axis that a layer mixes; None if it mixes none."""
     if node.op == "call_module":
-        layer = module.get_submodule(str(node.target))
+        layer = submodule(module, str(node.target))
         if isinstance(layer, _CHANNELS_FIRST):
             return 1
         if isinstance(layer, _CHANNELS_LAST):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, OptionError
+from passes.ir.module_walk import named_buffers, named_parameters
 from passes.ir.program import DIMENSIONS, sequence_length, storage_id
 
 
@@ -327,7 +328,9 @@ def constant_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any
 
 def _without_aliases(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy the tensors that share memory with the model or with an earlier tensor."""
-    memories = {storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    memories = {
+        storage_id(tensor) for _, tensor in (*named_parameters(model), *named_buffers(model))
+    }
     separate = []
     for tensor in tensors:
         memory = storage_id(tensor)

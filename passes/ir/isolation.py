@@ -8,6 +8,7 @@ models that run in other threads meanwhile are not affected (`exclusive`).
 from __future__ import annotations
 
 import functools
+import gc
 import operator
 import pickle
 import random
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from passes.errors import CaptureError
+from passes.ir.module_walk import named_parameters, named_submodules, submodules
 
 _functorch: Any = torch._C._functorch
 
@@ -86,6 +88,26 @@ def _leave_dual_level() -> None:
     engine._exit_dual_level(level=level)
 
 
+@contextmanager
+def rare_collection() -> Iterator[None]:
+    """Make Python look for cyclic garbage less often, in all threads.
+
+    Modules and nodes of a deep model are a million objects that live on: to look through them every
+    700 allocations takes an eighth of a compilation.
+    """
+    before = gc.get_threshold()
+    if before[0]:  # 0: never
+        gc.set_threshold(max(before[0], _ALLOCATIONS), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+_ALLOCATIONS = 100_000
+"""Allocations between two searches for garbage, by `rare_collection`."""
+
+
 @dataclass(frozen=True)
 class RandomSource:
     """A random generator that a model can reach.
@@ -111,7 +133,7 @@ def random_sources(*modules: nn.Module) -> list[RandomSource]:
 
     torch's own generators are not among them: operators of a graph may draw from these.
     """
-    return _sources(modules, _complex_attributes(*modules))
+    return _sources(modules, _complex_attributes(submodules(*modules)))
 
 
 def _sources(modules: Sequence[nn.Module], attributes: Sequence[Attribute]) -> list[RandomSource]:
@@ -120,7 +142,7 @@ def _sources(modules: Sequence[nn.Module], attributes: Sequence[Attribute]) -> l
         functions = numpy.random.get_state, numpy.random.set_state
         sources.append(RandomSource("numpy's random module", *functions))
     for child, name, value in attributes:
-        for leaf in pytree.tree_leaves(value):
+        for leaf in _held(value):
             if accessors := _generator_accessors(leaf):
                 label = f"the {type(leaf).__name__} {_path(modules, child, name)!r}"
                 sources.append(RandomSource(label, *accessors))
@@ -144,7 +166,7 @@ def _generator_accessors(value: Any) -> tuple[Callable[[], Any], Callable[[Any],
 
 def _path(modules: Sequence[nn.Module], child: nn.Module, attribute: str) -> str:
     """Return the qualified name of an attribute of a submodule."""
-    named = (pair for module in modules for pair in nn.Module.named_modules(module))
+    named = (pair for module in modules for pair in named_submodules(module))
     path = next((path for path, module in named if module is child), "")
     return f"{path}.{attribute}".lstrip(".")
 
@@ -303,28 +325,6 @@ _TORCH_TABLES = frozenset(vars(nn.Module()))
 """Attributes in which nn.Module keeps its parameters, buffers, submodules, hooks and its mode."""
 
 
-def set_mode(module: nn.Module, train: bool) -> None:
-    """Set the mode of a module; one that has a fixed mode, as torch.export makes, keeps it."""
-    with suppress(NotImplementedError):
-        module.train(train)
-
-
-def submodules(*modules: nn.Module) -> list[nn.Module]:
-    """Return modules and all their submodules, once each, without calling a method of theirs.
-
-    A model may override what it is asked here; besides, this is ten times as fast as
-    `nn.Module.modules` for a deep model.
-    """
-    reached: dict[int, nn.Module] = {}
-    pending = [*reversed(modules)]
-    while pending:
-        module = pending.pop()
-        if id(module) not in reached:
-            reached[id(module)] = module
-            pending += [child for child in module._modules.values() if child is not None][::-1]
-    return [*reached.values()]
-
-
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
     """Restore buffers, attributes, modes, gradients and all random generators on exit.
@@ -333,18 +333,19 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         modules: The modules to restore, with all their submodules.
     """
     with LOCK, torch.random.fork_rng():
-        attributes = _complex_attributes(*modules)
-        states = [(source, source.read()) for source in _sources(modules, attributes)]
         children = submodules(*modules)
+        attributes = _complex_attributes(children)
+        states = [(source, source.read()) for source in _sources(modules, attributes)]
         # A forward may count its calls, keep tensors for the next call, write to a buffer in place
         # or replace it by another tensor.
         tables = [(t, dict(t)) for child in children for t in (vars(child), child._buffers)]
         values = [value for _, _, value in attributes]
         containers = [(v, v.copy()) for v in values if type(v) in (list, dict, set, deque)]
+        held = (leaf for value in values for leaf in _held(value))
         tensors = [
             (leaf, leaf.detach().clone())
-            for leaf in (*_buffers(children), *pytree.tree_leaves(values))
-            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter)
+            for leaf in (*_buffers(children), *held)
+            if type(leaf) is torch.Tensor or _is_plain_tensor(leaf)
         ]
         grads = [
             (p, p.grad) for child in children for p in child._parameters.values() if p is not None
@@ -383,19 +384,29 @@ def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
     return [tensor for child in children for tensor in child._buffers.values()]
 
 
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _held(value: Any) -> list[Any]:
+    """Return the leaves of an attribute, unless all are plain: a graph has a table of its lines."""
+    items = value.values() if type(value) is dict else value if type(value) is list else (value,)
+    return [] if {*map(type, items)} <= _PLAIN else pytree.tree_leaves(value)
+
+
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 Attribute = tuple[nn.Module, str, Any]
 """A module, the name of one of its attributes, and its value."""
 
 
-def _complex_attributes(*modules: nn.Module) -> list[Attribute]:
-    """Return the attributes of submodules besides torch's, numbers, texts and tuples of these.
+def _complex_attributes(children: Sequence[nn.Module]) -> list[Attribute]:
+    """Return the attributes of modules besides torch's, numbers, texts and tuples of these.
 
     Flattening a plain value takes longer than looking at it, and a deep model has thousands.
     """
     return [
         (child, name, value)
-        for child in submodules(*modules)
+        for child in children
         for name, value in vars(child).items()
         if type(value) not in _PLAIN and name not in _TORCH_TABLES
         if type(value) is not tuple or not all(type(item) in _PLAIN for item in value)
@@ -413,7 +424,7 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
     Raises:
         CaptureError: The code in the block changed or replaced a parameter.
     """
-    parameters = dict(nn.Module.named_parameters(module))
+    parameters = dict(named_parameters(module))
     children = submodules(module)
     storages = {name: parameter.data for name, parameter in parameters.items()}
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -440,7 +451,7 @@ def parameters_preserved(module: nn.Module, values: Mapping[str, torch.Tensor]) 
             f"forward sets requires_grad of the parameter {toggled[0]}, which no graph can hold: "
             "set it outside forward"
         )
-    after = dict(nn.Module.named_parameters(module))
+    after = dict(named_parameters(module))
     if [*map(id, after.values())] != [*map(id, parameters.values())] or (
         [*map(id, submodules(module))] != [*map(id, children)]
     ):

@@ -27,6 +27,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, PartitionError
+from passes.ir.module_walk import named_submodules
 from passes.ir.structure_hash import program_digest
 
 _PROVENANCE_KEY = "pnn_provenance"
@@ -220,6 +221,12 @@ def clone_tensors(value: Any) -> Any:
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested containers, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) in (tuple, list):
+        return [leaf for item in value for leaf in tensor_leaves(item)]
+    if type(value) in (bool, int, float, str, type(None)):
+        return []
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
@@ -295,8 +302,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
         saved = owner._buffers.keys() - owner._non_persistent_buffers_set | owner._parameters.keys()
         if leaf not in saved:
             (resolve(module, parent) if parent else module)._non_persistent_buffers_set.add(leaf)
-    modes = {name: child.training for name, child in root.named_modules()}
-    for name, child in module.named_modules():
+    modes = {name: child.training for name, child in named_submodules(root)}
+    for name, child in named_submodules(module):
         child.training = modes.get(name, root.training)
     return module
 

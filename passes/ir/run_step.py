@@ -27,10 +27,10 @@ from passes.ir.isolation import (
     preserved,
     same_values,
     seed_everything,
-    set_mode,
     strided,
     with_plain_transformers,
 )
+from passes.ir.module_walk import named_buffers, named_parameters, set_mode
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -113,11 +113,10 @@ def run_one_step(
     ):
         seed_everything(seed)
         random_state = torch.get_rng_state()
-        set_mode(module, True)  # drops what a `train()` of its own caches in evaluation mode
-        set_mode(module, train)
+        set_mode(module, train, afresh=True)
         buffers = {
             name: (tensor.detach().clone(), tensor._version)
-            for name, tensor in nn.Module.named_buffers(module)
+            for name, tensor in named_buffers(module)
         }
         leaves = [_copy_leaf(tensor, grad and input_gradients) for tensor in inputs.tensors()]
         # Multiplied by one, so that the model may write into an input: autograd refuses writes to a
@@ -133,7 +132,7 @@ def run_one_step(
             outputs=[o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs],
             changed={
                 name: tensor.detach().clone()
-                for name, tensor in nn.Module.named_buffers(module)
+                for name, tensor in named_buffers(module)
                 if name not in buffers or _changed(tensor, *buffers[name])
             },
             written=frozenset(i for i, v in enumerate(values) if v._version != versions[i]),
@@ -147,7 +146,7 @@ def run_one_step(
 def _parameter_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return all names of each parameter, by the first of them."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in nn.Module.named_parameters(module, remove_duplicate=False):
+    for name, parameter in named_parameters(module, repeats=True):
         groups.setdefault(id(parameter), []).append(name)
     return {names[0]: tuple(names) for names in groups.values()}
 
@@ -170,7 +169,7 @@ def _gradients(
     """Differentiate a fixed random projection of the outputs by parameters and inputs."""
     heads = [strided(o) for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
     leaves: dict[str, torch.Tensor] = {
-        name: p for name, p in nn.Module.named_parameters(module) if p.requires_grad
+        name: p for name, p in named_parameters(module) if p.requires_grad
     }
     leaves |= {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
     if not heads or not leaves:

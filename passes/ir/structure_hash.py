@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
+from passes.ir.module_walk import submodule
+
 
 def digest(lines: Iterable[str]) -> str:
     """Return the SHA-256 digest of lines of text, in hexadecimal."""
@@ -51,7 +53,7 @@ def program_digest(module: fx.GraphModule) -> str:
 def _target(module: fx.GraphModule, node: fx.Node) -> str:
     name = node._pretty_print_target(node.target)
     if node.op == "call_module":
-        return f"{name} {module.get_submodule(str(node.target))!r}"
+        return f"{name} {submodule(module, str(node.target))!r}"
     return name
 
 

@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, SynthesisError, first_line
 from passes.ir.example_inputs import bind
-from passes.ir.isolation import preserved, set_mode
+from passes.ir.isolation import preserved
+from passes.ir.module_walk import set_mode
 from passes.ir.program import Program, failing_node, tensor_leaves
 
 CALL = "pnn_call"

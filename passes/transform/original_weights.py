@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from passes.capture.model_copy import ENCLOSED, copy_model
 from passes.capture.model_notes import translating
 from passes.errors import OptionError
+from passes.ir.module_walk import named_submodules
 from passes.ir.program import Program, resolve
 from passes.transform.split import Stages
 
@@ -191,6 +192,6 @@ def _extra_state(model: nn.Module) -> dict[str, Any]:
     none: Any = nn.Module.get_extra_state
     return {
         path or "the model itself": module.get_extra_state()
-        for path, module in nn.Module.named_modules(model)
+        for path, module in named_submodules(model)
         if type(module).get_extra_state is not none
     }

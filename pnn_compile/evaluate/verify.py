@@ -33,7 +33,8 @@ from passes.coarse.spec import CoarseOptions, CoarseSpec
 from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
 from passes.ir.example_inputs import bind
-from passes.ir.isolation import preserved, seeded
+from passes.ir.isolation import preserved, rare_collection, seeded
+from passes.ir.module_walk import set_mode
 from passes.ir.program import Program
 from passes.ir.run_step import (
     TOLERANCE,
@@ -120,7 +121,8 @@ def verify(compiled: Compiled, *, strict: bool = False) -> VerifyReport:
         VerificationError: A check failed, under `strict`.
     """
     subject = _Subject(dataclasses.replace(compiled, program=compiled.current_program()))
-    checks = tuple(_timed(subject, check) for check in _CHECKS)
+    with rare_collection():
+        checks = tuple(_timed(subject, check) for check in _CHECKS)
     report = VerifyReport(checks)
     if strict and not report.ok:
         failed = [f"{check.name}: {check.reason}" for check in checks if not check.passed]
@@ -154,19 +156,17 @@ class _Subject:
         return _run(self.compiled, self.compiled.program.module, train=True, grad=True)
 
     @cached_property
-    def states(self) -> StepResult:
-        """The original's output, and the last state of its stages."""
-        program = self.compiled.program
-        return _run_with_states(program, self.compiled.sequential, program.module)
+    def sequence(self) -> StepResult:
+        """The outputs of the stages in sequence, and their last state, in evaluation mode."""
+        sequential = self.compiled.sequential
+        return _run_with_states(self.compiled.program, sequential, sequential)
 
     @cached_property
-    def draws(self) -> bool:
-        """Whether the original draws random numbers in evaluation mode."""
-        program = self.compiled.program
-        with preserved(program.module), torch.no_grad():
-            state = torch.get_rng_state()
-            program.module.eval()(*program.fresh_inputs())
-            return not torch.equal(state, torch.get_rng_state())
+    def states(self) -> StepResult:
+        """The original's outputs, and the last state of its stages."""
+        outputs = self.evaluation.outputs
+        last = self.sequence.outputs[len(outputs) :]
+        return dataclasses.replace(self.evaluation, outputs=[*outputs, *last])
 
 
 _CheckFunction = Callable[[_Subject], Check]
@@ -207,7 +207,7 @@ def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Modu
         return output, states
 
     with preserved(network):
-        network.eval()
+        set_mode(network, False)
         return _run_by(program, forward, train=False, grad=False)
 
 
@@ -250,14 +250,10 @@ def _rounded(value: Any, generator: torch.Generator) -> Any:
 
 
 def _compare_stages(
-    subject: _Subject, name: str, original: StepResult, *, train: bool, grad: bool
+    subject: _Subject, name: str, result: StepResult, original: StepResult
 ) -> Check:
-    """Compare the stages in sequence with the original."""
-    compiled = subject.compiled
-    with preserved(compiled.sequential):
-        compiled.sequential.train(train)
-        result = _run(compiled, compiled.sequential, train=train, grad=grad)
-    limit = _tolerance(compiled.plan, original)
+    """Compare a run of the stages in sequence with one of the original."""
+    limit = _tolerance(subject.compiled.plan, original)
     reason = compare(result, original, 1.0, limit)
     return Check(name, _error(result, original), limit, reason, 0.0)
 
@@ -279,12 +275,20 @@ def _stages_train(subject: _Subject) -> Check:
         original = subject.training
     except (RuntimeError, ValueError) as error:
         return Check(f"{name} (not run: {error})", None, None, "", 0.0)
-    return _compare_stages(subject, name, original, train=True, grad=True)
+    compiled = subject.compiled
+    with preserved(compiled.sequential):
+        set_mode(compiled.sequential, True)
+        result = _run(compiled, compiled.sequential, train=True, grad=True)
+    return _compare_stages(subject, name, result, original)
 
 
 def _stages_eval(subject: _Subject) -> Check:
     name = "stages in sequence = original, evaluation"
-    return _compare_stages(subject, name, subject.evaluation, train=False, grad=False)
+    original = subject.evaluation
+    outputs = subject.sequence.outputs[: len(original.outputs)]
+    return _compare_stages(
+        subject, name, dataclasses.replace(subject.sequence, outputs=outputs), original
+    )
 
 
 def _exact_coarse(subject: _Subject) -> Check:
@@ -325,7 +329,7 @@ def _exact_network(subject: _Subject, name: str, plan: Plan, *, reuse: bool = Tr
     # These networks compute stages several times, which such models do not allow; see make_plan.
     if subject.evaluation.changed:
         return Check(f"{name} (not run: every call changes buffers)", None, None, "", 0.0)
-    if subject.draws:
+    if subject.evaluation.drew_random:
         return Check(f"{name} (not run: every call draws random numbers)", None, None, "", 0.0)
     operators = synthesize(compiled.program, plan, compiled.stages)
     if compiled.conversion is not None:
@@ -417,7 +421,7 @@ def _network_runs(subject: _Subject) -> Check:
         except (RuntimeError, ValueError):
             continue  # capture has warned that the model cannot run in this mode on its example
         with preserved(compiled.module):
-            compiled.module.train(train)
+            set_mode(compiled.module, train)
             try:
                 result = _run(compiled, compiled.module, train=train, grad=train)
             except Exception as error:

@@ -332,7 +332,10 @@ def data_parallel_row(costs: DeviceCosts, stages: int) -> ForecastRow:
     ring = Times({}, {(Kind.SEND, 0): crossing}, **costs.links)
     occupied, latency = ring.transfer(Instruction(Kind.SEND, 0, 0, peer=0), stages - 1)
     link = occupied + (messages * latency if costs.training else 0.0)
-    compute = max(costs.original(rank) for rank in range(stages)) / stages
+    # Every rank updates all weights; the rest is shared.
+    optimizer = sum(analysis.costs[node].optimizer for node in order) if costs.training else 0.0
+    whole = max(costs.original(rank) for rank in range(stages))
+    compute = (whole - optimizer) / stages + optimizer
     parameters = sum(p.nbytes for p in analysis.program.module.parameters())
     activations = sum(analysis.costs[node].activation_bytes for node in order) / stages
     memory = costs.memory.copies * parameters + activations

@@ -28,7 +28,7 @@ from passes.ir.program import Program
 from pnn_compile.atomic import write_text
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 3
+_FORMAT = 4
 
 
 def processor_name(device: torch.device) -> str:
@@ -125,8 +125,8 @@ def _read(path: Path, conditions: dict[str, Any], count: int) -> list[Seconds] |
     """Return the seconds in a file; None if it does not exist or is damaged."""
     try:
         data = parse(path.read_text(encoding="utf-8"))
-        pairs = decode(list[tuple[float, float]], data["seconds"], "seconds")
-        seconds = [Seconds(*pair) for pair in pairs]
+        rows = decode(list[tuple[float, float, float]], data["seconds"], "seconds")
+        seconds = [Seconds(*row) for row in rows]
         if data["conditions"] == conditions and len(seconds) == count:
             return seconds
         _LOG.warning("%s is of another measurement: measuring again", path)

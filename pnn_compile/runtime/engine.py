@@ -43,6 +43,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import RuntimeFault
 from passes.ir.direct_call import with_frame_headroom
 from passes.schedule.instruction import FORWARD, Instruction, Kind
+from passes.schedule.simulate import TimelineSpan
 from passes.schedule.verify import execution_order
 from passes.transform.executor import State
 from pnn_compile.inputs import batch_size
@@ -100,6 +101,7 @@ class Engine:
         loss_value: The loss, once it was computed here or arrived with an adjoint.
         exchanging: Whether the last instruction was a message to or from another rank.
         seconds: Seconds by kind of instruction; on a GPU to launch it, unless synchronized.
+        spans: Start and end of every instruction, by `time.perf_counter`.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Engine:
         self.loss_value = torch.zeros((), device="cpu")
         self.exchanging = False
         self.seconds: dict[Kind, float] = dict.fromkeys(Kind, 0.0)
+        self.spans: list[TimelineSpan] = []
 
     def run_list(self, instructions: Sequence[Instruction]) -> None:
         """Run the list of this rank.
@@ -172,7 +175,9 @@ class Engine:
             with_frame_headroom(handler, self, it)
         if self._synchronize:
             torch.cuda.synchronize()
-        self.seconds[it.kind] += time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[it.kind] += end - start
+        self.spans.append(TimelineSpan(it, start, end))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.pieces.autocast is None:

@@ -17,6 +17,7 @@ from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
 from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
+from passes.schedule.simulate import TimelineSpan
 from passes.schedule.verify import check
 from pnn_compile.inputs import (
     batch_size,
@@ -74,6 +75,8 @@ class RankModule(nn.Module):
         plan_digest: Digest of the plan.
         seconds: Seconds by kind of instruction in the last step; a receive waits for other ranks.
             On a GPU that is the time to launch it.
+        spans: Start and end of every instruction of the last step, by `time.perf_counter`, which
+            the processes of one machine share.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class RankModule(nn.Module):
         self._divisible = False  # unless two micro-batches were tried
         self._joiner: Joiner | None = None
         self.seconds: dict[Kind, float] = {}
+        self.spans: list[TimelineSpan] = []
 
     @property
     def rank(self) -> int:
@@ -403,7 +407,7 @@ class RankModule(nn.Module):
         seed = self.seed + self.steps + (self.groups.replica << 50)
         engine = Engine(self.network, inputs, transport, self._state_shapes(inputs), loss, seed)
         self.steps += loss is not None
-        self.seconds = engine.seconds
+        self.seconds, self.spans = engine.seconds, engine.spans
         try:
             engine.run_list(lists[self.rank])
         except RuntimeFault as error:

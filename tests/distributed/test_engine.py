@@ -78,8 +78,12 @@ def _run(
     def mean(outputs: list[Any]) -> Tensor:
         return torch.stack([_loss(piece) for piece in outputs]).mean()
 
-    check(ranks[0].instruction_lists(batches=len(inputs), backward=train))
+    lists = ranks[0].instruction_lists(batches=len(inputs), backward=train)
+    check(lists)
     engines = run_in_one_process(compiled, ranks, named, mean if train else None)
+    for engine_of_rank, instructions in zip(engines, lists, strict=True):
+        assert tuple(s.instruction for s in engine_of_rank.spans) == tuple(instructions)
+        assert all(span.start <= span.end for span in engine_of_rank.spans)
     last = engines[placement[-1]]
     return [last.outputs[number] for number in range(len(inputs))], ranks
 

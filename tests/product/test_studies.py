@@ -15,7 +15,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110, resnet1001
-from examples.studies import accuracy, growth, overhead, queue, steps, training
+from examples.studies import accuracy, growth, overhead, queue, step_trace, steps, training
 from examples.studies.conversions import ATTEMPTS
 from examples.studies.data import Split, gated_pairs, load_cifar10, standard_library
 from examples.studies.networks import (
@@ -29,6 +29,8 @@ from examples.studies.presets import PRESETS
 from examples.studies.table import summary, table
 from examples.studies.tasks import Task, make_task
 from examples.studies.training import Originals, augmented
+from passes.schedule.lists import Sweep, schedule
+from passes.schedule.simulate import Times, simulate
 
 PRESET = PRESETS["smoke"]
 
@@ -330,3 +332,20 @@ def test_a_star_grows_where_a_chain_stops() -> None:
     assert growth.speedup(chain, 8, device) == pytest.approx(8, rel=0.05)
     assert growth.speedup(chain, 128, device) < growth.speedup(chain, 64, device)
     assert 110 < growth.speedup(star, 128, device) < 128
+
+
+def test_a_step_is_drawn_beside_its_simulation() -> None:
+    plan = pnn.compile(resnet1001.build_model(2), torch.randn(2, 3, 8, 8), stages=2).plan
+    simulated = simulate(schedule(range(2), Sweep.of(plan)), Times.of(plan))
+    late = [[replace(s, start=s.start + 5, end=s.end + 5) for s in x] for x in simulated.spans]
+    longer = [[replace(s, end=2 * s.end) for s in spans] for spans in simulated.spans]
+
+    step = step_trace.traced([longer, late])
+    times = step_trace.times_of(step)
+    again = simulate(schedule(range(2), Sweep.of(plan)), times)
+    drawing = step_trace.picture([("ranks", step), ("simulated", again)])
+
+    assert step.time == pytest.approx(simulated.time)
+    assert again.time == pytest.approx(simulated.time)
+    assert drawing.count("<title>fine backward 1: ") == 2
+    assert drawing.count(">rank 1<") == 2

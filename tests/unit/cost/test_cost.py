@@ -228,6 +228,21 @@ def test_a_training_step_is_timed_backward_too() -> None:
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_the_optimizer_takes_seconds_by_bytes_of_trained_parameters() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[3].weight = model[2].weight  # tied: counts where it is read first
+    model[3].bias.requires_grad = False
+    captured = capture(model, (torch.randn(2, 8),))
+    segments = [[n] for n in captured.order]
+
+    first, none, second, tied = (
+        seconds.optimizer for seconds in measure_seconds(captured, segments, backward=True)
+    )
+    assert none == tied == 0 < first
+    assert second / first == pytest.approx((64 * 64 + 64) / (8 * 64 + 64))
+    assert not any(seconds.optimizer for seconds in measure_seconds(captured, segments))
+
+
 def _sequence(model: nn.Sequential) -> fx.Graph:
     graph = fx.Graph()
     value = graph.placeholder("x")

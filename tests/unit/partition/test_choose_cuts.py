@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from examples import amoebanet, decoder, resnet1001
 from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
+from passes.cost.measured import Seconds
 from passes.cost.node_facts import observe
 from passes.errors import PartitionError
+from passes.ir.program import Program
 from passes.options import Options
 from passes.partition.choose_cuts import Cut, choose_cut, next_best_moves
 from passes.partition.problem import CutProblem, makespan, serial
@@ -191,6 +193,30 @@ def test_measured_seconds_may_be_balanced() -> None:
 
     assert by_flops.stages[0].seconds is None
     assert [stage.nodes for stage in by_flops.stages] == [2, 2, 2]
+
+
+def test_a_stage_heavy_in_parameters_gets_fewer_layers() -> None:
+    """Layers of equal FLOPs, of which the later ones have 64 times the parameters."""
+    narrow = [nn.Conv2d(8, 8, 1, bias=False) for _ in range(4)]
+    wide = [nn.Conv2d(64, 64, 1, bias=False) for _ in range(4)]
+    join = [nn.AvgPool2d(8), nn.Conv2d(8, 64, 1, bias=False)]
+    captured = capture(nn.Sequential(*narrow, *join, *wide), (torch.randn(2, 8, 64, 64),))
+    facts = observe(captured)
+    costs = analyze(captured, facts, "flops").costs
+
+    def layers_of_last_stage(optimizer: float) -> int:
+        def measure(program: Program, segments: Any, *, backward: bool = False) -> list[Seconds]:
+            flops = [sum(costs[node].flops for node in segment) for segment in segments]
+            sizes = [sum(costs[node].parameter_bytes for node in segment) for segment in segments]
+            return [Seconds(f, 2.0 * f, optimizer * b) for f, b in zip(flops, sizes, strict=True)]
+
+        weighed = analyze(captured, facts, "measured", measure=measure)
+        options = {"cost": "measured", "coarse": "zero", "preprocess": "linear"}
+        return plan_of(weighed, stages=2, **options).stages[1].nodes
+
+    per_byte = costs[captured.order[-1]].flops / costs[captured.order[-1]].parameter_bytes
+    assert layers_of_last_stage(0.0) == 5
+    assert layers_of_last_stage(3.0 * per_byte) == 3
 
 
 # --- next best cuts ------------------------------------------------------------------------------
