@@ -439,6 +439,12 @@ def test_names_that_a_graph_module_has_are_refused(name: str) -> None:
         capture(Named(name), (torch.randn(3, WIDTH),))
 
 
+def test_a_layer_may_be_called_self(capfd: pytest.CaptureFixture[str]) -> None:
+    model, x = Named("self"), torch.randn(3, WIDTH)
+    assert torch.equal(capture(model, (x,)).module(x), model(x))
+    assert capfd.readouterr().err == ""
+
+
 def test_keywords_of_python_are_refused_as_names() -> None:
     model = nn.Sequential(nn.ModuleDict({"class": nn.Linear(WIDTH, WIDTH)}))
     with pytest.raises(CaptureError, match=r"'class' in 0 is a keyword of Python"):
