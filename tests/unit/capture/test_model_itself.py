@@ -489,3 +489,35 @@ def test_a_hook_on_a_gradient_is_named() -> None:
 
     with pytest.raises(CaptureError, match=r"registers a hook on a gradient at .*:\d+, and no"):
         capture(Damped(), (torch.randn(3, WIDTH),))
+
+
+class Averages(Named):
+    """Keeps a moving average of its activations, as teachers and codebooks do."""
+
+    average: Tensor
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+        self.register_buffer("average", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+        y = self.body(x)
+        if self.training or self.always:
+            with torch.no_grad():
+                self.average.mul_(0.9).add_(y.mean(0), alpha=0.1)
+        return y if self.always else y - self.average
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_averages_without_gradients_stay_without(always: bool) -> None:
+    """The buffers became part of the graph, which grew with every step."""
+    model, x = Averages(always), torch.randn(4, WIDTH)
+    network = pnn.compile(model, x, stages=2).sequential
+    for _ in range(3):
+        for module in (model, network):
+            module(x).square().mean().backward()
+    buffers = [buffer for name, buffer in network.named_buffers() if "average" in name]
+    assert all(buffer.is_leaf and not buffer.requires_grad for buffer in buffers)
+    torch.testing.assert_close(buffers[0], model.average)
+    assert torch.equal(network.eval()(x), model.eval()(x))
