@@ -521,3 +521,32 @@ def test_averages_without_gradients_stay_without(always: bool) -> None:
     assert all(buffer.is_leaf and not buffer.requires_grad for buffer in buffers)
     torch.testing.assert_close(buffers[0], model.average)
     assert torch.equal(network.eval()(x), model.eval()(x))
+
+
+def test_a_write_into_an_input_is_noted() -> None:
+    class Scales(Named):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            x.mul_(2)
+            return super().forward(x)
+
+    model, x = Scales(), torch.randn(3, WIDTH)
+    compiled = pnn.compile(model, x, stages=2)
+    assert any("forward writes into x" in note for note in compiled.program.capture.notes)
+    before = x.clone()
+    result = compiled.sequential(x)
+    assert torch.equal(x, before)
+    assert torch.equal(result, model(x))
+
+
+def test_constants_may_be_passed_where_the_model_takes_them() -> None:
+    class Chooses(Named):
+        def forward(self, x: Tensor, extra: Any = None, power: int = 1) -> Tensor:
+            x = super().forward(x) ** power
+            return getattr(torch, extra)(x)
+
+    model, x = Chooses(), torch.randn(3, WIDTH)
+    network = pnn.compile(model, (x, "tanh", 2), stages=2).sequential
+    for args in ((x, "tanh", 2), (x, "tanh"), (x,)):
+        assert torch.equal(network(*args), model(x, "tanh", 2))
+    with pytest.raises(pnn.OptionError, match="power"):
+        network(x, "tanh", 3)
