@@ -110,15 +110,27 @@ def find_masks(
     leaves = input_leaves(program, facts)
     plain = plain_values(program)
     floats = {leaf for leaf in leaves if is_floating(facts[leaf])}
-    learned = set(program.graph.nodes) - plain | floats
-    for node in program.order:
-        if learned.intersection(read_by(node)):
-            learned.add(node)
+    learned = _learned(program, facts, set(program.graph.nodes) - plain | floats)
     states = {node for node in program.order if is_state(facts[node])}
     wanted = {node for node in states - learned if learned.intersection(node.users)}
     wanted |= {after_masks(leaf, facts, depends, plain) for leaf in leaves if is_state(facts[leaf])}
     missing = {node for node in wanted if node.op != "placeholder"} - recomputable.keys()
     return recomputed(missing, recompute)
+
+
+def _learned(
+    program: Program, facts: Mapping[fx.Node, Fact], learned: set[fx.Node]
+) -> set[fx.Node]:
+    """Return the values that follow from some, also where these are written into their memory."""
+    learned, memory = {*learned}, set[int]()
+    while True:
+        before = len(learned), len(memory)
+        for node in program.order:
+            if learned.intersection(read_by(node)) or facts[node].storages & memory:
+                learned.add(node)
+                memory |= facts[node].writes
+        if before == (len(learned), len(memory)):
+            return learned
 
 
 def recomputed(

@@ -147,6 +147,28 @@ def test_a_mask_with_dropout_is_not_guessed() -> None:
     assert "add_9" in names  # it has read the mask for the last time
 
 
+class Writing(nn.Module):
+    """Writes what its layers compute into new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = x.new_zeros(x.shape)
+            y[:, ::2] = torch.tanh(layer(x))[:, ::2]
+            x = x + y
+        return x
+
+
+def test_what_layers_are_written_into_is_no_mask() -> None:
+    """All of the network was a side value, to be computed again in every stage."""
+    result = analyze_model(Writing(), torch.randn(3, WIDTH))
+    assert not any(node.op == "call_module" for node in result.frontiers.recomputable)
+    assert len(result.frontiers.positions) >= 4
+
+
 class Ragged(nn.Module):
     """Averages rows with those of their own sample alone, which end at given rows."""
 
