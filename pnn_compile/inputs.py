@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from passes.ir.program import Program
-from passes.transform.network import PLAIN, Call, check_constant
+from passes.transform.network import Call, check_constant, match_arguments
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -151,20 +150,7 @@ def arguments_of(program: Program, elements: Iterable[Any]) -> list[str | None]:
 
     Elements with tensors are the arguments with tensors, in order, and the others the constants.
     """
-    tensors, constants = deque(argument_names(program)), deque(program.fixed)
-    names: list[str | None] = []
-    for element in elements:
-        name = None
-        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(element)):
-            name = tensors.popleft() if tensors else None
-        elif constants and (tensors or isinstance(element, PLAIN)):
-            name = constants.popleft()
-        elif tensors:
-            name = tensors.popleft()
-        if name is None:
-            constants.clear()  # from here on everything belongs to the loss
-        names.append(name)
-    return names
+    return match_arguments(argument_names(program), program.fixed, elements)
 
 
 def _check_constants(program: Program, name: str, value: Any) -> None:

@@ -98,6 +98,7 @@ def run_artifacts(device: torch.device, folders: Sequence[str]) -> dict[str, Any
                 found[folder] = sums(module(**module.whole.program.args))
         except Exception as error:
             found[folder] = f"two ranks: {_first(error)}"
+            break  # ranks take no step after one that failed
     return found
 
 
@@ -126,7 +127,7 @@ def _check_together(chunk: Sequence[Specification]) -> list[dict[str, Any]]:
         path, expected = paths[specification.text], saved[specification.text]
         problem = expected if isinstance(expected, str) else ""
         for step, results in (("load", loaded), ("two ranks", ran)):
-            value = results.get(path)
+            value = 0.0 if problem else results[path]
             if not problem and isinstance(value, str):
                 problem = value
             elif not problem and abs(value - expected) > 1e-4 * max(1.0, abs(expected)):

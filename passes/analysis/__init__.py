@@ -7,7 +7,7 @@ In: a `Program` with facts and costs. Out: an `Analysis`, which decides nothing.
 from passes.analysis.analysis import MEASURED, ROOFLINE, Analysis, CostSource, analyze
 from passes.analysis.blocks import Block
 from passes.analysis.cut_points import Frontiers, Position, requirements
-from passes.analysis.dependence import PreprocessingSource
+from passes.analysis.sources import PreprocessingSource
 
 __all__ = [
     "MEASURED",

@@ -13,12 +13,9 @@ from torch import fx
 
 from passes.analysis.blocks import Block, repeated_blocks
 from passes.analysis.cut_points import Frontiers, Position, find_frontiers
-from passes.analysis.dependence import (
-    PreprocessingSource,
-    input_dependence,
-    preprocessing_sources,
-)
+from passes.analysis.dependence import input_dependence
 from passes.analysis.loops import Loop, find_loop
+from passes.analysis.sources import PreprocessingSource, preprocessing_sources
 from passes.cost.device_profile import DeviceProfile, roofline_costs
 from passes.cost.flops import NodeCost, measure_costs
 from passes.cost.measured import Measure, measure_seconds
@@ -237,7 +234,9 @@ def analyze(
         costs=costs,
         frontiers=frontiers,
         blocks=tuple(repeated_blocks(program, frontiers, facts, loop)),
-        sources=tuple(preprocessing_sources(program, facts, frontiers.recomputable)),
+        sources=tuple(
+            preprocessing_sources(program, facts, frontiers.recomputable, frontiers.guessable)
+        ),
         unit=unit,
         loop=loop,
         device=device if not callable(source) and source in ROOFLINE else None,

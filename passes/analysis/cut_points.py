@@ -23,11 +23,12 @@ from torch import fx, nn
 
 from passes.analysis.dependence import (
     FLOAT_DTYPES,
-    MAX_SIDE_SHARE,
     Recomputable,
     find_recomputable,
-    with_sources,
+    input_dependence,
 )
+from passes.analysis.masks import find_weights, without_dropout
+from passes.analysis.sources import with_sources
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact, memory_of
 from passes.ir.module_walk import submodule
@@ -68,12 +69,14 @@ class Frontiers:
         positions: The legal cuts, in order; the last one is the end of the graph.
         recomputable: For every side value, the nodes that recompute it from the inputs, itself
             included, in order.
+        guessable: The same, with values behind a dropout that guesses may read.
         refused: Number of illegal positions by reason.
     """
 
     order: tuple[fx.Node, ...]
     positions: tuple[Position, ...]
     recomputable: Recomputable
+    guessable: Recomputable
     refused: Mapping[str, int]
 
 
@@ -94,8 +97,12 @@ def find_frontiers(
     order = tuple(program.order)
     number = {node: index for index, node in enumerate(order)}
     persistent = _persistent_memory(program, facts)
-    recompute = functools.partial(find_recomputable, order, facts, costs, persistent)
-    recomputable = with_sources(program, facts, recompute(MAX_SIDE_SHARE), recompute)
+    recompute, quietly = (
+        functools.partial(find_recomputable, order, observed, costs, persistent)
+        for observed in (facts, without_dropout(program, facts))
+    )
+    recomputable, guessable = with_sources(program, facts, recompute, quietly)
+    weights = find_weights(program, facts, input_dependence(program, facts))
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order
@@ -112,7 +119,7 @@ def find_frontiers(
             live[node] = None
         for dead in [n for n in live if last_use[n] < index]:
             del live[dead]
-        reason = _why_illegal(live, facts) or memory_conflicts[index]
+        reason = _why_illegal(live, facts, weights) or memory_conflicts[index]
         if reason:
             refused[reason] = refused.get(reason, 0) + 1
             continue
@@ -123,10 +130,12 @@ def find_frontiers(
             or not _completes(program, order[index], costs)
         )
         positions.append(Position(index, tuple(live), specs, boundary))
-    return Frontiers(order, tuple(positions), recomputable, refused)
+    return Frontiers(order, tuple(positions), recomputable, guessable, refused)
 
 
-def _why_illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) -> str:
+def _why_illegal(
+    live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact], weights: frozenset[fx.Node]
+) -> str:
     """Return why the live values forbid a cut, "" if they do not."""
     if not live:
         return "nothing crosses"
@@ -136,6 +145,8 @@ def _why_illegal(live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact]) ->
             return "a value that is not a floating-point tensor crosses"
         if spec.batch_axis is None:
             return "a tensor without a batch axis crosses"
+        if node in weights:
+            return "a mask, or weights that one makes zero, would have to be guessed"
     return ""
 
 

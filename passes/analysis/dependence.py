@@ -1,4 +1,4 @@
-"""Find what the values of a program depend on: inputs, side values, and preprocessing sources.
+"""Find what the values of a program depend on: inputs, and side values.
 
 - `input_dependence`: the inputs that every value depends on, in-place writes included. A
   preprocessing operator or coarse propagator may read no input that the state it approximates does
@@ -10,27 +10,17 @@
       a = embed(tokens)         subgraph of a: {a, b}, because b writes the memory of a
       b = a.mul_(scale)         subgraph of b: {a, b}
       m = dropout(b)            none: it draws random numbers
-
-- `preprocessing_sources`: the values that preprocessing operators read.
-- `with_sources`: side values of any cost for the states that otherwise nothing could guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from torch import fx, nn
-from torch.nn.modules.dropout import _DropoutNd
+from torch import fx
 
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
-from passes.ir.module_walk import submodule
 from passes.ir.program import Program
-from passes.ir.tensor_spec import TensorSpec
-
-MAX_SIDE_SHARE = 0.01
-"""Largest share of all FLOPs that a stage may spend to recompute one side value."""
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -39,7 +29,6 @@ Recomputable = Mapping[fx.Node, tuple[fx.Node, ...]]
 
 _Subgraph = frozenset[fx.Node]
 """Nodes that recompute a side value."""
-
 
 _SIZES = frozenset({
     "size", "sym_size", "numel", "sym_numel", "stride", "sym_stride", "dim", "ndimension", "len",
@@ -58,7 +47,7 @@ _LIKE = frozenset({
 _AS = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 """Functions that read the values of their first argument, and the type of others."""
 
-_PARTS = frozenset({
+PARTS = frozenset({
     "getitem", "select", "slice", "narrow", "index_select", "split", "split_with_sizes",
     "tensor_split", "chunk", "unbind", "view", "reshape", "flatten", "unflatten", "transpose",
     "permute", "movedim", "unsqueeze", "squeeze", "contiguous", "clone", "to", "float",
@@ -66,38 +55,21 @@ _PARTS = frozenset({
 """Functions that return parts of their first argument, or all of it in another form."""
 
 
-_HIDING = frozenset({
-    "mul", "mul_", "imul", "div", "div_", "truediv", "where", "masked_fill", "masked_fill_",
-    "matmul", "mm", "bmm", "einsum", "minimum", "maximum",
-})  # fmt: skip
-"""Functions of a value and of another input after which nobody may read the value: masks."""
-
-_ELEMENTWISE = frozenset({"add", "add_", "iadd", "sub", "sub_", "neg", "cat", "stack", "concat"})
-"""Other functions that may lie between an input and its mask."""
-
-
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
     """Return the name of the function or method that a node calls; "" for other nodes."""
     if node.op not in ("call_function", "call_method"):
         return ""
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
-def _module_of(node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls; None for other nodes."""
-    owner = node.graph.owning_module
-    called = node.op == "call_module" and owner is not None
-    return submodule(owner, str(node.target)) if called and owner is not None else None
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers_of(node: fx.Node) -> list[fx.Node]:
     """Return the users of a node that read its values, not its sizes alone."""
-    return [user for user in node.users if node in _read_by(user)]
+    return [user for user in node.users if node in read_by(user)]
 
 
-def _read_by(node: fx.Node) -> list[fx.Node]:
+def read_by(node: fx.Node) -> list[fx.Node]:
     """Return the nodes whose values a node reads."""
-    name = _name(node)
+    name = name_of(node)
     if name in _SIZES or (name == "getattr" and node.args[1] in _SIZE_ATTRIBUTES):
         return []
     if name in _LIKE:
@@ -123,7 +95,7 @@ def _parts(node: fx.Node, facts: Mapping[fx.Node, Fact]) -> list[fx.Node]:
 
     The program does if no part is smaller: `x.unsqueeze(1)` is all of x.
     """
-    readers, spec = _readers(node), facts[node].spec
+    readers, spec = readers_of(node), facts[node].spec
     if spec is not None and not all(_is_part(reader, node, facts) for reader in readers):
         return [node]
     parts = [part for reader in readers for part in _parts(reader, facts)]
@@ -137,7 +109,7 @@ def _is_part(node: fx.Node, whole: fx.Node, facts: Mapping[fx.Node, Fact]) -> bo
     """Whether a node is a part of a tensor, or a tuple of parts."""
     if node not in facts or facts[node].writes:
         return False
-    return _name(node) in _PARTS and node.args[:1] == (whole,)
+    return name_of(node) in PARTS and node.args[:1] == (whole,)
 
 
 def input_dependence(
@@ -160,7 +132,7 @@ def input_dependence(
         inputs = frozenset({node}) if node in leaves else frozenset[fx.Node]()
         nodes = [node, *node.all_input_nodes]
         memory = {storage for n in nodes if n in facts for storage in facts[n].storages}
-        inputs = inputs.union(*(depends[source] for source in _read_by(node)))
+        inputs = inputs.union(*(depends[source] for source in read_by(node)))
         inputs = inputs.union(*(written.get(storage, frozenset()) for storage in memory))
         depends[node] = inputs
         for storage in facts[node].writes if node in facts else ():
@@ -229,239 +201,11 @@ def find_recomputable(
     return {node: tuple(sorted(final[node], key=number.__getitem__)) for node in values}
 
 
-@dataclass(frozen=True)
-class PreprocessingSource:
-    """A value that preprocessing operators read.
-
-    Attributes:
-        node: A floating-point input, or a learned value computed directly from inputs (an
-            embedding).
-        spec: Its type.
-    """
-
-    node: fx.Node
-    spec: TensorSpec
+def is_state(fact: Fact) -> bool:
+    """Whether a value may be part of a state: a floating-point tensor with a batch axis."""
+    return is_floating(fact) and fact.spec is not None and fact.spec.batch_axis is not None
 
 
-def preprocessing_sources(
-    program: Program, facts: Mapping[fx.Node, Fact], recomputable: Recomputable
-) -> list[PreprocessingSource]:
-    """Find the values that the preprocessing operators of all interfaces may read.
-
-    These are the floating-point inputs with a batch axis and, in place of other inputs (token ids),
-    the first learned values that the trunk reads, if recomputing them in every stage is cheap. If
-    no learned value depends on an input alone, any floating-point value will do (an image of
-    integers that is divided by 255).
-
-    Args:
-        program: The program.
-        facts: Observed facts by node.
-        recomputable: For every side value, the nodes that recompute it.
-    """
-    values: list[fx.Node] = []
-    for leaf in input_leaves(program, facts):
-        spec = facts[leaf].spec
-        if spec is None or spec.dtype not in FLOAT_DTYPES:
-            values += _side_values(leaf, facts, recomputable, learned=True)
-        elif spec.batch_axis is not None:
-            values.append(leaf)
-    if not values:
-        for leaf in input_leaves(program, facts):
-            values += _side_values(leaf, facts, recomputable, learned=False)
-    depends = input_dependence(program, facts)
-    plain = _plain_values(program)
-    masked = dict.fromkeys(_after_masks(value, facts, depends, plain) for value in values)
-    return [
-        PreprocessingSource(value, spec)
-        for value in masked
-        if value.op == "placeholder" or value in recomputable
-        if (spec := facts[value].spec) is not None
-    ]
-
-
-def _plain_values(program: Program) -> set[fx.Node]:
-    """Return the inputs, and the values that follow from inputs without any parameter or module."""
-    plain: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        computed = node.op in ("call_function", "call_method") and plain.issuperset(
-            node.all_input_nodes
-        )
-        if computed or node.op == "placeholder":
-            plain.add(node)
-    return plain
-
-
-def _after_masks(
-    value: fx.Node,
-    facts: Mapping[fx.Node, Fact],
-    depends: Mapping[fx.Node, frozenset[fx.Node]],
-    plain: set[fx.Node],
-) -> fx.Node:
-    """Return what the program makes of a value by masks before anything else reads it.
-
-    The states of `y = f(x * mask)` depend on no masked position of x, which no guess may read.
-    """
-    result = value
-    while True:
-        readers = _readers(value)
-        writers = [r for r in readers if r in facts and facts[r].writes & facts[value].storages]
-        if writers and value.op != "placeholder":
-            written = [s for writer in writers for s in _read_by(writer) if s is not value]
-            if any(depends[source] for source in written if source in plain):
-                result = value  # x[mask] = 0: later readers see what was written
-            readers = [reader for reader in readers if reader not in writers]
-        if len(readers) != 1 or readers[0] not in facts:
-            return result
-        (reader,) = readers
-        passes = _name(reader) in _HIDING | _ELEMENTWISE | _PARTS
-        if not passes and not isinstance(_module_of(reader), nn.Identity | _DropoutNd):
-            return result
-        others = [source for source in _read_by(reader) if source is not value]
-        hides = _name(reader) in _HIDING and any(
-            depends[source] for source in others if source in plain
-        )
-        if hides and _is_state(facts[reader]):
-            result = reader
-        value = reader
-
-
-def _masks(
-    program: Program,
-    facts: Mapping[fx.Node, Fact],
-    recomputable: Recomputable,
-    recompute: Callable[[float], Recomputable],
-    depends: Mapping[fx.Node, frozenset[fx.Node]],
-) -> Recomputable:
-    """Return masked inputs, and masks that nothing learned goes into, as side values of any cost.
-
-    No guess of a mask could stand in for it: one that is only nearly 0 mixes what it separates.
-    """
-    leaves = input_leaves(program, facts)
-    plain = _plain_values(program)
-    floats = {leaf for leaf in leaves if _is_floating(facts[leaf])}
-    learned = set(program.graph.nodes) - plain | floats
-    for node in program.order:
-        if learned.intersection(_read_by(node)):
-            learned.add(node)
-    states = {node for node in program.order if _is_state(facts[node])}
-    wanted = {node for node in states - learned if learned.intersection(node.users)}
-    wanted |= {
-        _after_masks(leaf, facts, depends, plain) for leaf in leaves if _is_state(facts[leaf])
-    }
-    missing = {node for node in wanted if node.op != "placeholder"} - recomputable.keys()
-    result: Recomputable = {}
-    share = 2 * MAX_SIDE_SHARE
-    while missing and share < 2:
-        values = recompute(share)
-        for node in missing & values.keys():
-            result = {**result, **{member: values[member] for member in values[node]}}
-        missing -= result.keys()
-        share *= 2
-    return result
-
-
-def with_sources(
-    program: Program,
-    facts: Mapping[fx.Node, Fact],
-    recomputable: Recomputable,
-    recompute: Callable[[float], Recomputable],
-) -> Recomputable:
-    """Add side values of any cost where no state could be guessed without them.
-
-    In a small network a look-up in an embedding may take more than the share of a side value, and
-    a network that takes integers alone has no other source.
-
-    Args:
-        program: The program.
-        facts: Observed facts by node.
-        recomputable: For every cheap side value, the nodes that recompute it.
-        recompute: Finds the side values up to a larger share of all FLOPs.
-    """
-    depends = input_dependence(program, facts)
-    masks = _masks(program, facts, recomputable, recompute, depends)
-    recomputable = {**recomputable, **masks}
-    states = {
-        depends[node]: node
-        for node in program.order
-        if depends[node] and node not in recomputable and _is_state(facts[node])
-    }
-    result = dict(recomputable)
-    for inputs, state in states.items():
-        sources = preprocessing_sources(program, facts, result)
-        if any(depends[source.node] <= inputs for source in sources):
-            continue
-        for learned in (True, False):
-            if subgraph := _cheapest(program, facts, recompute, inputs, state, learned=learned):
-                result |= subgraph
-                break
-    return result
-
-
-def _cheapest(
-    program: Program,
-    facts: Mapping[fx.Node, Fact],
-    recompute: Callable[[float], Recomputable],
-    inputs: frozenset[fx.Node],
-    state: fx.Node,
-    *,
-    learned: bool,
-) -> Recomputable:
-    """Return the first value, with all that recomputes it, from which a state can be guessed."""
-    depends = input_dependence(program, facts)
-    share = 2 * MAX_SIDE_SHARE
-    while share < 2:
-        values = recompute(share)
-        for node in values:
-            fits = _is_state(facts[node]) and node is not state and depends[node] <= inputs
-            if not fits or not depends[node]:
-                continue
-            if not learned or any(_looks_up(leaf, node, values) for leaf in inputs):
-                return {member: values[member] for member in values[node]}
-        share *= 2
-    return {}
-
-
-def _is_state(fact: Fact) -> bool:
-    return _is_floating(fact) and fact.spec is not None and fact.spec.batch_axis is not None
-
-
-def _is_floating(fact: Fact) -> bool:
+def is_floating(fact: Fact) -> bool:
+    """Whether a value is a floating-point tensor."""
     return fact.spec is not None and fact.spec.dtype in FLOAT_DTYPES
-
-
-def _side_values(
-    leaf: fx.Node, facts: Mapping[fx.Node, Fact], recomputable: Recomputable, *, learned: bool
-) -> list[fx.Node]:
-    """Return the side values that follow from an input, and that the trunk reads.
-
-    Args:
-        leaf: The input.
-        facts: Observed facts by node.
-        recomputable: For every side value, the nodes that recompute it.
-        learned: Whether only those count that look up parameters.
-    """
-    sources: list[fx.Node] = []
-    for node, subgraph in recomputable.items():
-        if not _is_state(facts[node]):
-            continue
-        if learned:
-            follows = any(_looks_up(leaf, member, recomputable) for member in subgraph)
-        else:
-            follows = any(leaf in member.all_input_nodes for member in subgraph)
-        feeds_trunk = any(user not in recomputable for user in node.users)
-        covered = any(source in subgraph for source in sources)
-        if follows and feeds_trunk and not covered:
-            sources.append(node)
-    return sources
-
-
-def _looks_up(leaf: fx.Node, member: fx.Node, recomputable: Recomputable) -> bool:
-    """Whether a node reads parameters and the values of an input, as an embedding does.
-
-    A table of positions that is only combined with a mask of the input does not count: it carries
-    no information on the values of the input.
-    """
-    if member.op != "call_module" and all(n.op != "get_attr" for n in member.all_input_nodes):
-        return False
-    subgraph = recomputable.get(member, (member,))
-    return any(leaf in node.all_input_nodes for node in subgraph)

@@ -128,6 +128,9 @@ class Attempt:
                 "forward depends on random numbers that it draws outside the graph, from "
                 + " and ".join(drawn)
             )
+        for node in graph.nodes:
+            if node.name == "self":  # the code of the graph has it for the module
+                node._rename("self_1")
         _adopt_constants(self.model, graph, constants, "" if train else "evaluation_")
         for index in self.reference.written:
             _copy_before_write(graph, self.reference.inputs.leaves[index])

@@ -421,7 +421,8 @@ def _call(model: nn.Module) -> Forward:
 
 
 def _call_by_name(module: nn.Module) -> Forward:
-    return lambda inputs: module(**inputs.tensor_arguments())
+    # Not `module(...)`: a GraphModule prints the traceback of an error, which is part of a trial.
+    return lambda inputs: nn.Module.__call__(module, **inputs.tensor_arguments())
 
 
 def _shapes(inputs: ExampleInputs) -> str:

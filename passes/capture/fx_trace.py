@@ -245,6 +245,8 @@ def trace(
         graph = ModuleTracer(inputs, opaque).trace(entry)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
+        if node.target is getattr and node.args[1] == "data":
+            node.op, node.target, node.args = "call_method", "detach", node.args[:1]
         if node.op == "get_attr" and not str(node.target).startswith("model."):
             constants[str(node.target)] = getattr(entry, str(node.target))
         elif node.op in ("call_module", "get_attr"):

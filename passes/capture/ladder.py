@@ -304,6 +304,11 @@ class _Ladder:
             f"{function} (torch.autograd.Function) is one call that no artifact can store"
             for function in called_functions(module.graph)
         ]
+        if written := sorted({self.inputs.leaves[i].argument for i in self.reference.written}):
+            notes.append(
+                f"forward writes into {join_few(written)}, which it is given: the network writes "
+                "into a copy, and leaves its inputs as they are"
+            )
         output_type = self.reference.output_type
         keeps_type = issubclass(output_type, dict) and is_dataclass(output_type)
         fields = isinstance(module.graph.output_node().args[0], dict)

@@ -202,6 +202,7 @@ class _Copier:
     def __init__(self, model: nn.Module, graph: fx.Graph, opaque_calls: OpaqueCalls) -> None:
         self.graph = graph
         self._autocast: tuple[str, torch.dtype] | None = None
+        self._without_gradients = False
         self._opaque_calls = opaque_calls
         self._model_tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._model_tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -237,7 +238,10 @@ class _Copier:
     ) -> fx.Node:
         casts = {} if self._autocast is None else _casts(node, *self._autocast)
         converted = {source: self._convert(mapping[source], casts[source]) for source in casts}
-        copied = self.graph.node_copy(node, lambda n: converted.get(n, mapping[n]))
+        detached = self._detached_operands(node, mapping) if self._without_gradients else {}
+        copied = self.graph.node_copy(
+            node, lambda n: converted.get(n) or detached.get(n) or mapping[n]
+        )
         copied.meta.clear()
         if node.target is torch.ops.aten.view.default:
             # torch.export drops `contiguous()` where it saw no need; another attention kernel, or
@@ -255,7 +259,19 @@ class _Copier:
             copied.meta.pop(CALL_KEY, None)  # a module call would leave out the conversions
         for value in converted.values():
             set_provenance(value, provenance(copied))
-        return _alias(copied)
+        return _alias(copied, mapping[node.all_input_nodes[0]]) if detached else _alias(copied)
+
+    def _detached_operands(
+        self, node: fx.Node, mapping: Mapping[fx.Node, Any]
+    ) -> dict[fx.Node, fx.Node]:
+        """Detach the operands of a write: the memory that it changes takes part in no gradient."""
+        target = node.target
+        if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+            return {}
+        operands = [n for n in node.all_input_nodes if isinstance(mapping[n], fx.Node)]
+        if any(not n.meta["val"].is_floating_point() for n in operands[:1]):
+            return {}  # a counter
+        return {n: self._detach(mapping[n], node) for n in operands}
 
     def _convert(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
         return self.graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
@@ -274,11 +290,13 @@ class _Copier:
         nested: fx.GraphModule = resolve(module, name)
         placeholders = nested.graph.find_nodes(op="placeholder")
         inner = dict(zip(placeholders, (mapping[value] for value in values), strict=True))
-        outside = self._autocast
+        outside = self._autocast, self._without_gradients
         if call.target is _AUTOCAST:
             self._autocast = (options[0], options[1]) if options[2] else None
+        else:
+            self._without_gradients = not options[0]
         self.copy(nested, inner, f"{prefix}{name}_")
-        self._autocast = outside
+        self._autocast, self._without_gradients = outside
         outputs: Any = nested.graph.output_node().args[0]
         results = [inner[node] for node in outputs]
         if call.target is _AUTOCAST or options[0]:
@@ -337,12 +355,16 @@ def _element(node: fx.Node, mapping: Mapping[fx.Node, Any]) -> Any:
     return results[index] if isinstance(results, tuple) else None
 
 
-def _alias(node: fx.Node) -> fx.Node:
+def _alias(node: fx.Node, written: Any = None) -> fx.Node:
     """Return the buffer that a node writes in place and returns, else the node itself.
 
     Several calls of one layer that write the same buffer would otherwise depend on each other.
+
+    Args:
+        node: The node.
+        written: What it writes, if its operand is a view of that.
     """
-    written = node.args[0] if node.args else None
+    written = written or (node.args[0] if node.args else None)
     if not isinstance(written, fx.Node) or written.op != "get_attr":
         return node
     target = node.target

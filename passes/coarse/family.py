@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.analysis.masks import remove_dropout
 from passes.coarse.convolution import Conv, Convolution
 from passes.coarse.copied_blocks import UnitsOptions, build_units
 from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops, lowrank_flops
@@ -290,6 +291,8 @@ def _prologue(
     )
     if options.copied:
         prologue = copy.deepcopy(prologue).requires_grad_()
+    else:
+        remove_dropout(prologue)
     return prologue, options.sources
 
 

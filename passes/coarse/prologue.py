@@ -25,7 +25,8 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.analysis.dependence import FLOAT_DTYPES, PreprocessingSource
+from passes.analysis.dependence import FLOAT_DTYPES
+from passes.analysis.sources import PreprocessingSource
 from passes.coarse.family import copies_blocks, options_of
 from passes.coarse.narrow import narrow_spec
 from passes.coarse.narrow_guess import NarrowOptions
@@ -268,8 +269,8 @@ def _requirements(analysis: Analysis, origin: PreprocessOrigin) -> tuple[Sequenc
     if origin.nodes:
         inputs, sides = requirements(program, origin.nodes, recomputable)
         return inputs, list(sides)
-    nodes = [source.node for source in origin.sources]
-    members = {member for node in nodes if node in recomputable for member in recomputable[node]}
+    nodes, guessable = [source.node for source in origin.sources], analysis.frontiers.guessable
+    members = {member for node in nodes for member in guessable.get(node, ())}
     read = {s for node in (*members, *nodes) for s in (node, *node.all_input_nodes)}
     if all(node.op == "placeholder" for node in nodes):
         read = set(nodes)

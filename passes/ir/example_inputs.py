@@ -342,7 +342,7 @@ def _without_aliases(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not name.isidentifier() or keyword.iskeyword(name) or name == "self":
         raise CaptureError(
             f"argument {name!r} of {type(model).__name__} cannot be the name of an argument in "
             "Python: rename it, or wrap the model in a module that takes another name"

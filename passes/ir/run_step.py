@@ -53,6 +53,7 @@ class StepResult:
         gradients: Gradients of parameters and inputs by name (`input 0`, ...); None for a parameter
             that the outputs do not depend on.
         changed: Buffers that the step changed, by name, with their new values.
+        attached: Those of them through which later steps would go on to differentiate.
         written: Positions of the input tensors that the step wrote into.
         output_type: Class of the whole output.
         parameter_names: All names of each parameter, by the first of them.
@@ -63,6 +64,7 @@ class StepResult:
     outputs: list[Any]
     gradients: Mapping[str, torch.Tensor | None]
     changed: Mapping[str, torch.Tensor]
+    attached: frozenset[str] = frozenset()
     written: frozenset[int] = frozenset()
     output_type: type = tuple
     parameter_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -126,15 +128,17 @@ def run_one_step(
         args, kwargs = inputs.with_leaves(values)
         output = forward(ExampleInputs(args, kwargs, inputs.names, inputs.leaves))
         outputs = output_leaves(output)
+        after = dict(named_buffers(module))
         return StepResult(
             gradients=_gradients(module, outputs, leaves) if grad else {},
             # Copies, because an output may be a buffer that is put back afterwards.
             outputs=[o.detach().clone() if isinstance(o, torch.Tensor) else o for o in outputs],
             changed={
                 name: tensor.detach().clone()
-                for name, tensor in named_buffers(module)
+                for name, tensor in after.items()
                 if name not in buffers or _changed(tensor, *buffers[name])
             },
+            attached=frozenset(n for n, tensor in after.items() if not tensor.is_leaf),
             written=frozenset(i for i, v in enumerate(values) if v._version != versions[i]),
             output_type=type(output),
             parameter_names=_parameter_names(module),
@@ -262,6 +266,9 @@ def compare(
             return f"the step {verb} buffer {name}"
         if reason := _differs(candidate.changed[name], reference.changed[name], slack, least):
             return f"buffer {name} differs after the step: {reason}"
+    if candidate.attached - reference.attached:
+        name = min(candidate.attached - reference.attached)
+        return f"the step writes a value with a gradient into buffer {name}"
     return ""
 
 

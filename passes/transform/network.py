@@ -18,7 +18,8 @@ will run on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -95,6 +96,15 @@ class Call:
                     f"{', '.join(self.examples)}; compile it with an example of that call"
                 )
 
+    def without_constants(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Check and leave out the constants among positional arguments, as the model takes them."""
+        names = match_arguments(self.examples, self.fixed, args)
+        if None in names:  # the call fails
+            return args
+        pairs = [*zip(names, args, strict=True)]
+        self.check_others({str(name): value for name, value in pairs if name in self.fixed})
+        return tuple(value for name, value in pairs if name not in self.fixed)
+
     def other_shape(self, inputs: Mapping[str, Any]) -> str:
         """Say which input has another shape than its example; "" if none has.
 
@@ -114,6 +124,34 @@ class Call:
                             "that it will run on"
                         )
         return ""
+
+
+def match_arguments(
+    examples: Collection[str], fixed: Collection[str], elements: Iterable[Any]
+) -> list[str | None]:
+    """Return the argument that every element of a tuple is; None for what follows them.
+
+    Elements with tensors are the arguments with tensors, in order, and the others the constants.
+
+    Args:
+        examples: Names of the arguments of a network.
+        fixed: Names of the constants.
+        elements: The tuple.
+    """
+    tensors, constants = deque(examples), deque(fixed)
+    names: list[str | None] = []
+    for element in elements:
+        name = None
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(element)):
+            name = tensors.popleft() if tensors else None
+        elif constants and (tensors or isinstance(element, PLAIN)):
+            name = constants.popleft()
+        elif tensors:
+            name = tensors.popleft()
+        if name is None:
+            constants.clear()  # from here on everything belongs to the loss
+        names.append(name)
+    return names
 
 
 def _differs(
@@ -145,6 +183,8 @@ class Network(fx.GraphModule):
             OptionError: An argument is unknown, or the network fails on an input of another shape.
         """
         call: Call = self.meta[CALL]
+        if call.fixed and any(isinstance(value, PLAIN) for value in args):
+            args = call.without_constants(args)
         if others := kwargs.keys() - call.examples.keys():
             call.check_others({name: kwargs[name] for name in others})
             kwargs = {name: value for name, value in kwargs.items() if name not in others}

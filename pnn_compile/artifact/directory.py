@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from passes.capture.ladder import capture
 from passes.capture.model_copy import unwrap
@@ -338,6 +339,7 @@ def _capture(
         inputs = fixed_from_data(data) | inputs_from_data(data, values)
         dynamic, notes = dynamic_from_data(data), data["capture"]["notes"]
     args, kwargs = _call(model, inputs)
+    _check_data(folder, model, inputs, stored=not data["unknown"])
     try:
         return capture(model, args, kwargs, dynamic=dynamic)
     except CaptureError as error:
@@ -345,6 +347,29 @@ def _capture(
         raise ArtifactError(
             f"the model does not take the example inputs of {folder}: {error}{compile_notes}"
         ) from error
+
+
+def _check_data(folder: Path, model: nn.Module, inputs: Mapping[str, Any], *, stored: bool) -> None:
+    """Refuse a model on the meta device for an artifact that is not, and the reverse."""
+    name = type(model).__name__
+    without_data = any(tensor.is_meta for _, tensor in named_tensors(model))
+    if without_data == any(pytree.tree_any(_is_meta, value) for value in inputs.values()):
+        return
+    if without_data:
+        instead = f", or leave it out: {folder} holds the program" if stored else ""
+        raise ArtifactError(
+            f"the {name} that was given has weights on the meta device, without data: give one "
+            "that is built on a device (its values do not matter, those of the artifact are "
+            f"loaded into a copy of it){instead}"
+        )
+    raise ArtifactError(
+        f"{folder} was compiled on the meta device, and has no weights for the {name} that was "
+        "given: compile that model itself, with plan=pnn.Plan.from_json(...) for the same cuts"
+    )
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 @contextmanager

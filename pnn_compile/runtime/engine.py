@@ -268,8 +268,9 @@ class Engine:
                 "recompute=True, or compile more stages for more ranks"
             )
         return RuntimeFault(
-            f"rank {self.pieces.rank} failed at {it}, modules {stage.first_module} to "
-            f"{stage.last_module}, inputs {shapes}: {type(error).__name__}: {error}{advice}"
+            f"rank {self.pieces.rank} failed at {it}, modules "
+            f"{stage.first_module or stage.first} to {stage.last_module or stage.last}, inputs "
+            f"{shapes}: {type(error).__name__}: {error}{advice}"
         )
 
 

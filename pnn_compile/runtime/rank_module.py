@@ -104,7 +104,7 @@ class RankModule(nn.Module):
             check(lists)
         self.plan_digest = plan_digest(compiled)
         groups.check_plan(self.plan_digest)
-        self.peers = Peers(groups.everyone)
+        self.peers = Peers(groups.everyone, (groups.stages, groups.replicas))
         self._tied = TiedWeights(compiled, placement, groups.stages)
         self.replicas = Replicas(self.network, groups.replicas, sharded=shard)
         self.steps = 0
@@ -143,7 +143,8 @@ class RankModule(nn.Module):
         Raises:
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
-        batch = call_arguments(self.whole.program, args, kwargs)
+        with self._refusing():
+            batch = call_arguments(self.whole.program, args, kwargs)
         (inputs,) = self._inputs(self._scattered(batch), 1)
         with self.exchanging("buffers of replicas"):
             self.replicas.share_buffers()
@@ -223,6 +224,7 @@ class RankModule(nn.Module):
             RuntimeFault: As in `forward_backward`; or the loss is not finite, without a scaler; no
                 rank has taken the step then.
         """
+        self.peers.check_present()
         for parameter in self._parameters_here:
             parameter.grad = None
         value = self.forward_backward(batch, loss, scaler)
@@ -237,13 +239,14 @@ class RankModule(nn.Module):
                 scaler.unscale_(optimizer)
         if clip_norm is not None:
             self.clip_gradients(clip_norm)
-        if optimizer is not None:
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
+        with self._leaving_on_error():
+            if optimizer is not None:
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    scaler.step(optimizer)
+            if scaler is not None:
+                scaler.update()
         return value
 
     def grad_scaler(self, **options: Any) -> GradScaler:
@@ -330,15 +333,39 @@ class RankModule(nn.Module):
                 f"that {count} micro-batches cannot be compared with one batch: pass "
                 "distribute(batches=1); gradients add up over calls of forward_backward"
             )
-        try:
+        with self._refusing():
             pieces = divide(by_argument(program, batch), count, program.args)
             # Not the device of the whole network, whose first weights may be of another rank.
             inputs = [named_batch(self.whole, piece, device) for piece in pieces]
             for piece in inputs:
                 check_shapes(self.whole, piece)
-        except OptionError as error:
-            raise RuntimeFault(f"rank {self.rank}: {error}") from error
         return inputs
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Refuse a batch before a step begins; where other ranks begin it, leave the run."""
+        self.peers.check_present()
+        try:
+            yield
+        except Exception as error:
+            if not self.peers.all_refuse():
+                self.peers.leave(error)
+            if isinstance(error, OptionError):
+                raise RuntimeFault(f"rank {self.rank}: {error}") from error
+            raise
+
+    @contextmanager
+    def _leaving_on_error(self) -> Iterator[None]:
+        """Leave the run if anything fails in this context: other ranks would wait for this one."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            self.peers.leave(error)
+            # Where this rank was does not matter; torchrun shows the tracebacks of all ranks.
+            raise KeyboardInterrupt(*error.args) from None
+        except BaseException as error:
+            self.peers.leave(error)
+            raise
 
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
         """Run two micro-batches apart and together, in both modes; learn to join their outputs.
@@ -401,17 +428,20 @@ class RankModule(nn.Module):
         lists: Sequence[Sequence[Instruction]],
     ) -> Engine:
         """Run this rank's list on micro-batches."""
-        self._check_precision()
         transport = PointToPoint(self.groups.stages, self.network.device)
         # Replicas draw different numbers.
         seed = self.seed + self.steps + (self.groups.replica << 50)
-        engine = Engine(self.network, inputs, transport, self._state_shapes(inputs), loss, seed)
+        with self._refusing():
+            self._check_precision()
+            shapes = self._state_shapes(inputs)
+            engine = Engine(self.network, inputs, transport, shapes, loss, seed)
         self.steps += loss is not None
         self.seconds, self.spans = engine.seconds, engine.spans
-        try:
-            engine.run_list(lists[self.rank])
-        except RuntimeFault as error:
-            raise self.peers.explain(error, exchange=engine.exchanging) from error.__cause__
+        with self._leaving_on_error():
+            try:
+                engine.run_list(lists[self.rank])
+            except RuntimeFault as error:
+                raise self.peers.explain(error, exchange=engine.exchanging) from error.__cause__
         with self.exchanging("the last messages"):
             transport.wait()
         return engine
@@ -426,14 +456,17 @@ class RankModule(nn.Module):
     @contextmanager
     def exchanging(self, what: str) -> Iterator[None]:
         """Add rank and stages to the error of an exchange, as when another rank has died."""
-        try:
-            yield
-        except Exception as error:
-            fault = RuntimeFault(
-                f"rank {self.rank} (stages {self.network.stages}) failed to exchange {what}: "
-                f"{type(error).__name__}: {error}"
-            )
-            raise self.peers.explain(fault) from error
+        self.peers.check_present()
+        with self._leaving_on_error():
+            try:
+                yield
+            except Exception as error:
+                fault = RuntimeFault(
+                    f"rank {self.rank} (stages {self.network.stages}) failed to exchange {what}: "
+                    f"{type(error).__name__}: {error}"
+                )
+                fault.__cause__ = error
+                raise self.peers.explain(fault) from error
 
     def _check_precision(self) -> None:
         """Check that weights were not converted: other ranks expect states of the old precision."""

@@ -1,4 +1,4 @@
-"""A rank that dies or hangs ends all others, and the run goes on from its checkpoint.
+"""A rank that dies, hangs or fails ends all others, and the run goes on from its checkpoint.
 
 `pytest -m "slow or not slow" tests/distributed/test_faults.py` kills every rank in every phase.
 """
@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pnn_compile as pnn
 from tests.distributed.faults import FAULT_STEP, PHASES, RANKS
-from tests.distributed.ranks import begin
+from tests.distributed.ranks import begin, start
 from tests.fuzz.kills import LIMIT, Trial, attempt, equal, train_seeded, uninterrupted
+from tests.models.distributed_models import batches, loss, network
 
 QUICK = {(0, "sweep"), (2, "checkpoint")}
 CASES = [
@@ -47,6 +50,64 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path: Path) -> None:
         assert time.monotonic() - begun < 60
     finally:
         context.processes[1].kill()
+
+
+def _fail(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
+def _go_on(rank: int, where: str) -> list[str]:
+    """Train in a script that catches every error and goes on; return what each step said."""
+    module = pnn.runtime.distribute(network(2), batches=2).train()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    messages = []
+    for number, batch in enumerate(batches(4)):
+        disturbed = number == 1
+
+        def maybe_failing(outputs: Any, batch: Any, here: bool = disturbed) -> Any:
+            if here and where in ("loss", "interrupt"):
+                raise ValueError("no labels") if where == "loss" else KeyboardInterrupt
+            return loss(outputs, batch)
+
+        if disturbed and (where == "every batch" or (where == "batch" and rank == 0)):
+            batch = batch[:, :3]
+        if disturbed and where == "optimizer" and rank == 0:
+            optimizer.register_step_pre_hook(_fail)
+        try:
+            module.train_step(batch, maybe_failing, optimizer)
+            messages.append("")
+        except (Exception, KeyboardInterrupt) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("where", "culprit", "own"),
+    [
+        ("loss", 1, "ValueError: no labels"),
+        ("interrupt", 1, "KeyboardInterrupt"),
+        ("batch", 0, "x is [2, 3]"),
+        ("optimizer", 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_failed_step_ends_all_ranks_though_the_script_goes_on(
+    where: str, culprit: int, own: str, tmp_path: Path
+) -> None:
+    begun = time.monotonic()
+    messages = start(_go_on, 2, tmp_path, where)
+    assert time.monotonic() - begun < 30
+    first, *later = [message for message in messages[culprit] if message]
+    assert own in first
+    cause = f"RuntimeFault: rank {culprit} ended with an error of its own ("
+    told = [*later, *[message for message in messages[1 - culprit] if message]]
+    assert len(told) >= 3
+    assert all(message.startswith(cause) and own in message for message in told)
+
+
+def test_a_batch_that_all_ranks_refuse_is_skipped(tmp_path: Path) -> None:
+    for messages in start(_go_on, 2, tmp_path, "every batch"):
+        assert [bool(message) for message in messages] == [False, True, False, False]
+        assert "x is [2, 3]" in messages[1]
 
 
 @pytest.mark.slow

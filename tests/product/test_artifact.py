@@ -441,3 +441,16 @@ def test_something_else_is_not_replaced(compiled: pnn.Compiled, tmp_path: Path) 
     with pytest.raises(pnn.ArtifactError, match=r"cannot write .*save to another directory"):
         compiled.save(notes / "out")
     assert notes.read_text() == "mine"
+
+
+def test_a_model_without_data_is_refused_with_what_to_pass(tmp_path: Path) -> None:
+    model, x = block_chain(3, 16), torch.randn(2, 16)
+    with torch.device("meta"):
+        empty = block_chain(3, 16)
+    folder = pnn.compile(model, x, stages=2).save(tmp_path / "real")
+    with pytest.raises(pnn.ArtifactError, match=r"meta device.*built on a device.*or leave it out"):
+        pnn.load(folder, model=empty)
+    folder = pnn.compile(empty, x.to("meta"), stages=2).save(tmp_path / "meta")
+    pnn.load(folder, model=empty)
+    with pytest.raises(pnn.ArtifactError, match="compiled on the meta device"):
+        pnn.load(folder, model=model)

@@ -449,6 +449,16 @@ def test_names_that_a_graph_module_has_are_those_of_the_state_dict(
         torch.testing.assert_close(network.sequential(x), other(x))
 
 
+def test_a_layer_may_be_called_self(capfd: pytest.CaptureFixture[str]) -> None:
+    class Calls(Named):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            return self.body(super().forward(x))
+
+    model, x = Calls("self"), torch.randn(3, WIDTH)
+    assert torch.equal(capture(model, (x,)).module(x), model(x))
+    assert capfd.readouterr().err == ""
+
+
 def test_keywords_of_python_are_refused_as_names() -> None:
     model = nn.Sequential(nn.ModuleDict({"class": nn.Linear(WIDTH, WIDTH)}))
     with pytest.raises(CaptureError, match=r"'class' in 0 is a keyword of Python"):
@@ -489,3 +499,64 @@ def test_a_hook_on_a_gradient_is_named() -> None:
 
     with pytest.raises(CaptureError, match=r"registers a hook on a gradient at .*:\d+, and no"):
         capture(Damped(), (torch.randn(3, WIDTH),))
+
+
+class Averages(Named):
+    """Keeps a moving average of its activations, as teachers and codebooks do."""
+
+    average: Tensor
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+        self.register_buffer("average", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+        y = self.body(x)
+        if self.training or self.always:
+            with torch.no_grad():
+                self.average.mul_(0.9).add_(y.mean(0), alpha=0.1)
+        return y if self.always else y - self.average
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_averages_without_gradients_stay_without(always: bool) -> None:
+    """The buffers became part of the graph, which grew with every step."""
+    model, x = Averages(always), torch.randn(4, WIDTH)
+    network = pnn.compile(model, x, stages=2).sequential
+    for _ in range(3):
+        for module in (model, network):
+            module(x).square().mean().backward()
+    buffers = [buffer for name, buffer in network.named_buffers() if "average" in name]
+    assert all(buffer.is_leaf and not buffer.requires_grad for buffer in buffers)
+    torch.testing.assert_close(buffers[0], model.average)
+    assert torch.equal(network.eval()(x), model.eval()(x))
+
+
+def test_a_write_into_an_input_is_noted() -> None:
+    class Scales(Named):
+        def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+            x.mul_(2)
+            return super().forward(x)
+
+    model, x = Scales(), torch.randn(3, WIDTH)
+    compiled = pnn.compile(model, x, stages=2)
+    assert any("forward writes into x" in note for note in compiled.program.capture.notes)
+    before = x.clone()
+    result = compiled.sequential(x)
+    assert torch.equal(x, before)
+    assert torch.equal(result, model(x))
+
+
+def test_constants_may_be_passed_where_the_model_takes_them() -> None:
+    class Chooses(Named):
+        def forward(self, x: Tensor, extra: Any = None, power: int = 1) -> Tensor:
+            x = super().forward(x) ** power
+            return getattr(torch, extra)(x)
+
+    model, x = Chooses(), torch.randn(3, WIDTH)
+    network = pnn.compile(model, (x, "tanh", 2), stages=2).sequential
+    for args in ((x, "tanh", 2), (x, "tanh"), (x,)):
+        assert torch.equal(network(*args), model(x, "tanh", 2))
+    with pytest.raises(pnn.OptionError, match="power"):
+        network(x, "tanh", 3)
