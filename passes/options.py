@@ -212,9 +212,10 @@ class Options:
             raise OptionError(f"cuts must be a list of names (got the text {self.cuts!r})")
         asked = None if self.stages == "auto" else self.stages * self.windows
         if self.cuts is not None and asked not in (None, self.num_stages):
+            inside = f" in {self.windows} windows" if self.windows > 1 else ""
             raise OptionError(
-                f"{len(self.cuts)} cuts make {self.num_stages} stages, but {asked} were asked for: "
-                f"leave stages out or name {int(asked or 0) - 1} cuts"
+                f"{len(self.cuts)} cuts make {self.num_stages} stages, but stages is {self.stages}"
+                f"{inside}: leave stages out or name {int(asked or 0) - 1} cuts"
             )
 
     def calibrated(self) -> Options:
