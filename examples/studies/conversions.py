@@ -61,7 +61,7 @@ of all before as guesses, which learn by themselves for half of the one epoch th
 last two correct by copied blocks, whose weights are fresh."""
 
 _THINNED = CONVERSIONS["parareal, thinned"]
-_MAPS = {"preprocess": "linear", "coarse": "linear"}
+_MAPS = {"preprocess": "linear", "coarse": "linear", "prologue": 0.02}
 
 AT_CONVERGENCE = CONVERSIONS | {
     "one state for all": Conversion(

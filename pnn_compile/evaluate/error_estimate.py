@@ -18,7 +18,7 @@ what the stage does, and they will have missed that share of the change that the
     (c - u) - (p - e)      0.02   0.04   0.05    change of what it does, by the coarse steps
     missed now      0      0.001  0.003  0.006   their product, and what was missed before
 
-Twice that sum is the estimate of the first iteration, between a twentieth of d_1 and d_1; of a
+Three times that sum is the estimate of the first iteration, between a twentieth of d_1 and d_1; of a
 later one, it is the larger of that sum and of the estimate above.
 """
 
@@ -30,8 +30,8 @@ from passes.plan.schema import Plan
 from passes.transform.executor import State
 from passes.transform.sweep import Role, Step
 
-_SAFETY = 2.0
-"""Factor over what coarse steps are predicted to miss: one sample in twenty misses more."""
+_SAFETY = 3.0
+"""Factor over what coarse steps are predicted to miss: one sample in fifty misses more."""
 _TRUSTED = 0.05
 """Least contraction of the first iteration that is believed: no other one has shown it yet."""
 _TINY = torch.finfo(torch.float64).tiny
