@@ -247,6 +247,8 @@ def make_case(seed: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         options["iterations"] = rng.choice((2, 3))
     if rng.random() < 0.2:
         options["correction"] = rng.choice(("residual", "difference"))
+    if rng.random() < 0.2:
+        options["windows"] = rng.choice((2, 3))
     return model, inputs, options
 
 
