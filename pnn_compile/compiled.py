@@ -358,7 +358,7 @@ def compile(
     >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)))
     >>> compiled = compile(model, torch.randn(2, 8), stages=3)
     >>> compiled
-    <Compiled Sequential: 3 stages, residual form, K = 1>
+    <Compiled Sequential: 3 stages, residual form, chain sweep, K = 1>
     >>> compiled(torch.randn(5, 8)).shape
     torch.Size([5, 8])
 

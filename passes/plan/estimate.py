@@ -38,8 +38,7 @@ from passes.coarse.spec import OperatorSpec
 from passes.cost.device_profile import DeviceProfile
 from passes.options import Options
 from passes.partition.problem import Phases
-from passes.plan.schema import Forecast, Interface, Plan, Stage
-from passes.transform.sweep import windows_of
+from passes.plan.schema import Forecast, Interface, Plan, Stage, windows_of
 
 BOTTLENECKS = {
     "block": "the largest piece that cannot be cut",

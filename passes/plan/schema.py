@@ -102,6 +102,16 @@ class Stage:
         return sum(s.parameters for s in (self.preprocess, self.coarse) if s is not None)
 
 
+def windows_of(stages: int, windows: int) -> list[range]:
+    """Divide the numbers of stages into windows of equally many.
+
+    >>> windows_of(6, 2)
+    [range(0, 3), range(3, 6)]
+    """
+    size = stages // windows
+    return [range(first, first + size) for first in range(0, stages, size)]
+
+
 def entering_values(
     stages: Sequence[Stage], interfaces: Sequence[Interface], number: int
 ) -> tuple[Value, ...]:

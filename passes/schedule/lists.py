@@ -40,9 +40,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from passes.plan.schema import Plan
+from passes.plan.schema import Plan, windows_of
 from passes.schedule.instruction import EXPECTS, Instruction, Kind
-from passes.transform.sweep import Role, Symbol, windows_of
+from passes.transform.sweep import Role, Symbol
 from passes.transform.sweep import sweep as list_steps
 
 

@@ -36,10 +36,9 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from passes.plan.schema import Plan
+from passes.plan.schema import Plan, windows_of
 
 _T = TypeVar("_T")
 
@@ -175,16 +174,6 @@ def steps_of(plan: Plan, *, reuse: bool = True) -> tuple[Step, ...]:
         predicts=plan.predicts,
         windows=plan.windows,
     )
-
-
-def windows_of(stages: int, windows: int) -> list[range]:
-    """Divide the numbers of stages into windows of equally many.
-
-    >>> windows_of(6, 2)
-    [range(0, 3), range(3, 6)]
-    """
-    size = stages // windows
-    return [range(first, first + size) for first in range(0, stages, size)]
 
 
 def _chain(

@@ -18,8 +18,8 @@ what the stage does, and they will have missed that share of the change that the
     (c - u) - (p - e)      0.02   0.04   0.05    change of what it does, by the coarse steps
     missed now      0      0.001  0.003  0.006   their product, and what was missed before
 
-Three times that sum is the estimate of the first iteration, between a twentieth of d_1 and d_1; of a
-later one, it is the larger of that sum and of the estimate above.
+Three times that sum is the estimate of the first iteration, between a twentieth of d_1 and d_1; of
+a later one, it is the larger of that sum and of the estimate above.
 """
 
 from __future__ import annotations

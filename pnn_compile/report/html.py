@@ -16,7 +16,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import OptionError
-from passes.transform.sweep import windows_of
+from passes.plan.schema import windows_of
 from pnn_compile.atomic import write_text
 from pnn_compile.export.graph_formats import format_count, format_size
 from pnn_compile.report.page_data import page_data
