@@ -78,7 +78,7 @@ AT_CONVERGENCE = CONVERSIONS | {
     "thinned of two iterations": replace(_THINNED, options=_THINNED.options | {"iterations": 2}),
     **{
         f"in {count} windows": Conversion(options={**_MAPS, "windows": count})
-        for count in (2, 3, 6)
+        for count in (2, 3, 6, 9)
     },
     "6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
 }
