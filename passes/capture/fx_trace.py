@@ -223,6 +223,25 @@ def _user_line(frame: FrameType | None) -> str:
     return ""
 
 
+def _write_buffers(entry: nn.Module, graph: fx.Graph) -> None:
+    """Write what forward sets buffers to (`self.mean = ...`) into their memory, after all reads."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for path, module in entry.named_modules():
+        for name, value in module._buffers.items():
+            if not isinstance(value, fx.Proxy):
+                continue
+            target = f"{path}.{name}"
+            reads = [node for node in graph.find_nodes(op="get_attr") if node.target == target]
+            users = [user for node in reads for user in node.users if user.op != "output"]
+            last = max((value.node, *users), key=order.__getitem__)
+            with graph.inserting_after(last):
+                buffer = graph.get_attr(target)
+            with graph.inserting_after(buffer):
+                detached = graph.call_method("detach", (value.node,))
+            with graph.inserting_after(detached):
+                graph.call_method("copy_", (buffer, detached))
+
+
 def trace(
     model: nn.Module, inputs: ExampleInputs, *, opaque: Collection[type[nn.Module]] = ()
 ) -> tuple[fx.Graph, Mapping[str, torch.Tensor]]:
@@ -243,6 +262,7 @@ def trace(
     entry = Entry(model, inputs)
     with exclusive(), functions_replaced(_record_function):
         graph = ModuleTracer(inputs, opaque).trace(entry)
+    _write_buffers(entry, graph)
     constants: dict[str, torch.Tensor] = {}
     for node in graph.nodes:
         if node.target is getattr and node.args[1] == "data":
