@@ -17,6 +17,7 @@ what node number `o` of every other step does.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ import torch
 from torch import fx, nn
 
 from passes.analysis.cut_points import Frontiers, Position
+from passes.analysis.dependence import name_of
 from passes.cost.flops import NodeCost
 from passes.cost.node_facts import Fact
 from passes.ir.module_walk import submodule
@@ -329,8 +331,16 @@ def describe(program: Program, loop: Loop, order: Sequence[fx.Node]) -> tuple[st
         values = [_text(program, value) for value in constant.values]
         shown = f"{values[0]}, {values[1]} ... {values[-1]}"
         kind = ", of the end of a step" if constant.ends else ""
-        lines.append(f"{node.name}{f' in {where}' if where else ''}: {shown}{kind}")
+        lines.append(f"{_label(node)}{f' in {where}' if where else ''}: {shown}{kind}")
     return tuple(lines)
+
+
+def _label(node: fx.Node) -> str:
+    """Name what reads a step constant: an entry of a table, a function, or a layer."""
+    table = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(table, fx.Node) and table.op == "get_attr":
+        return f"{table.target}[i]"
+    return name_of(node) or str(node.target)
 
 
 def _text(program: Program, value: Leaf) -> str:
@@ -340,4 +350,4 @@ def _text(program: Program, value: Leaf) -> str:
         tensor = resolve(program.module, str(value.target))
         if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not tensor.is_meta:
             return f"{tensor.item():.6g}"
-    return value.name
+    return str(value.target) if value.op in ("placeholder", "get_attr") else name_of(value)

@@ -69,7 +69,7 @@ def test_constants() -> None:
     values = {(c.values, c.ends) for c in analysis.loop.constants}
     assert values == {(tuple(range(12)), False), (tuple(range(1, 13)), True)}
     lines = describe(analysis.program, analysis.loop, analysis.frontiers.order)
-    assert lines == ("getitem: 0, 1 ... 11", "getitem_2: 1, 2 ... 12, of the end of a step")
+    assert lines == ("times[i]: 0, 1 ... 11", "times[i]: 1, 2 ... 12, of the end of a step")
     numbers = _analysis(loops.Euler(), *loops.inputs(loops.Euler)).loop
     assert numbers is not None
     [times] = numbers.constants
