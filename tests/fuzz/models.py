@@ -247,7 +247,7 @@ def make_case(seed: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         options["iterations"] = rng.choice((2, 3))
     if rng.random() < 0.2:
         options["correction"] = rng.choice(("residual", "difference"))
-    if rng.random() < 0.2:
+    if rng.random() < 0.3 and not {"sweep", "iterations"} & options.keys():
         options["windows"] = rng.choice((2, 3))
     return model, inputs, options
 
