@@ -419,7 +419,10 @@ def compile(
     program = compilation.program
     assert program is not None
     replanned = options if plan is None else options_to_replan(program, plan)
-    if replanned is None:
+    if plan is not None and replanned is None:
+        from pnn_compile.artifact.check_plan import check_states
+
+        check_states(program, plan)
         compilation, passes = replace(compilation, plan=plan), REPLAY
     else:
         compilation = replace(compilation, options=replanned)

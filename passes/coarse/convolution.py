@@ -25,6 +25,7 @@ from torch import nn
 from passes.coarse.map_matrix import MapMatrix
 from passes.coarse.spec import Reads
 from passes.coarse.tensor_layout import layouts, resize
+from passes.errors import SynthesisError
 from passes.ir.tensor_spec import TensorSpec
 
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -90,6 +91,12 @@ class Convolution(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
+        if len(entering) != 1 or not all(convolution_fits(entering[0], one) for one in leaving):
+            raise SynthesisError(
+                "family 'convolution' leads from one image-like tensor to others of no higher "
+                f"resolution, not from {', '.join(map(str, entering))} to "
+                f"{', '.join(map(str, leaving))}: use 'linear'"
+            )
         (source,) = entering
         self.maps = nn.ModuleList(ConvolutionMap(source, target, width) for target in leaving)
 

@@ -175,7 +175,8 @@ class Identity(nn.Module):
         if source != target:
             raise SynthesisError(
                 f"family 'identity' leads from {source} to {target}, but both must be of one type; "
-                "as a guess it reads a copy of the first layers, within the share of prologue=..."
+                "as a guess it reads a copy of the first layers, within the share of prologue=..., "
+                "or in a later window the state before it"
             )
 
     def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -304,13 +304,14 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
     budgeted = not is_fine(options.coarse) and not in_time(options.coarse)
     if forecast.serial_share > options.fit_budget and budgeted:
         serial = f"the serial part takes {forecast.serial_share:.1%} of the original's cost"
+        fewer = "fewer windows or stages" if options.windows > 1 else "fewer stages"
         budget = options.coarse_budget
         notes.append(
-            f"{serial}: fewer stages, or a cheaper coarse family (coarse_budget=0.05, coarse="
+            f"{serial}: {fewer}, or a cheaper coarse family (coarse_budget=0.05, coarse="
             "'linear'), which may cost accuracy, would shorten it"
             if budget is None
-            else f"{serial}, more than the coarse budget of {budget:.1%}: fewer stages or a "
-            "cheaper coarse family would help"
+            else f"{serial}, more than the coarse budget of {budget:.1%}: {fewer}, or "
+            "a cheaper coarse family, would help"
         )
     stateful = any(analysis.facts[node].writes for node in analysis.frontiers.order)
     if options.count > 1 and stateful:

@@ -169,7 +169,8 @@ class _Search:
         """Say from where on more stages do not pay, and why, in one sentence."""
         count = chosen.devices
         more = [n for n, plan in self._plans.items() if plan and n > count]
-        gain = f"{count} stages chosen, {chosen.forecast.speedup:.2f} times the original's speed"
+        stages = "1 stage" if count == 1 else f"{count} stages"
+        gain = f"{stages} chosen, {chosen.forecast.speedup:.2f} times the original's speed"
         if not more:
             return f"{gain}: no more than {count} can be cut or were looked at"
         doubled = min(more, key=lambda n: (abs(n - 2 * count), n))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from passes.analysis.analysis import MEASURED, ROOFLINE
+from passes.coarse.family import names_of, starts_anywhere
 from passes.coarse.spec import NON_EMPTY, OperatorSpec, PreprocessOptions
 from passes.errors import ArtifactError, PartitionError, suggest
 from passes.ir.program import Program
@@ -144,6 +145,13 @@ class _Checker:
             yield from _among(f"{place}.window", options.window, inside)
             before = _state(self.plan, start - 1) if start else []
             yield from _each_among(f"{place}.sources", options.state, before)
+            if start:  # the state in front of it is all that it takes
+                families = [n for n in names_of("preprocess") if starts_anywhere(n)]
+                for name in () if starts_anywhere(spec.family) else (spec.family,):
+                    yield from _among(f"{place.removesuffix('options')}family", name, families)
+                yield from _each_among(f"{place}.inputs", options.inputs, ())
+                yield from _each_among(f"{place}.sides", options.sides, ())
+                yield from _among(f"{place}.copied", options.copied, (None,))
         yield from _each_among(f"{place}.inputs", options.inputs, self.inputs)
         yield from self._annotated(place, options, type(options), options.inputs)
         if options.reads is not None:

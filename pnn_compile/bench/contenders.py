@@ -267,7 +267,8 @@ def pipeline(workload: Workload, kind: str, micro_batches: int) -> StepFunction:
     if workload.batch % micro_batches or not _supported(kind, micro_batches, workload):
         raise NotApplicable(_reason(kind, workload, micro_batches))
     compiled = workload.compiled
-    placement = place(len(compiled.plan.stages), workload.ranks, compiled.plan.windows)
+    # The original in order, whatever windows the network has: neighbors together.
+    placement = place(len(compiled.plan.stages), workload.ranks)
     piece = _PipelineStageModule(compiled, placement, workload.rank)
     stage = PipelineStage(
         piece, workload.rank, workload.ranks, workload.device, group=workload.group

@@ -106,7 +106,7 @@ def forecast(
         sequential=costs.sequential,
         rows=tuple(rows),
         problems=tuple(problems),
-        notes=_notes(costs, timings),
+        notes=_notes(costs, timings, model),
     )
 
 
@@ -205,8 +205,14 @@ def _rows(
     return rows, problems
 
 
-def _notes(costs: DeviceCosts, timings: TimingCache) -> tuple[str, ...]:
+def _notes(
+    costs: DeviceCosts, timings: TimingCache, model: nn.Module | Compiled
+) -> tuple[str, ...]:
     notes = []
+    if isinstance(model, Compiled) and model.plan.windows != costs.options.windows:
+        notes.append(
+            f"windows: {costs.options.windows} in these rows, {model.plan.windows} in the network"
+        )
     if timings.path is not None:
         notes.append(f"timings are cached in {timings.path}; delete it to measure them again")
     if not costs.linked:

@@ -82,7 +82,9 @@ class Comparison:
 
 def compare(before: Plan, after: Plan) -> Comparison:
     """Compare the plan `after` with the plan `before`."""
-    options = ("model", "correction", "sweep", "iterations", "cost", "seed")
+    options = (
+        "model", "windows", "correction", "sweep", "iterations", "tolerance", "cost", "seed",
+    )  # fmt: skip
     decisions = [Change(key, getattr(before, key), getattr(after, key)) for key in options]
     decisions.insert(0, Change("stages", len(before.stages), len(after.stages)))
     count = max(len(before.stages), len(after.stages))

@@ -86,9 +86,11 @@ def quick_forecast(compiled: Compiled) -> ForecastTable | None:
     """
     from pnn_compile.forecast.forecast import forecast
 
-    counts = {*_DEVICE_COUNTS, len(compiled.plan.stages)}
+    counts = {*_DEVICE_COUNTS, compiled.plan.devices}
     try:
-        return forecast(compiled, stages=counts, cost="flops", micro_batches=())
+        return forecast(
+            compiled, stages=counts, cost="flops", micro_batches=(), windows=compiled.plan.windows
+        )
     except OptionError as error:
         _log.warning("the report of %s has no forecast: %s", compiled.plan.model, error)
         return None

@@ -63,6 +63,8 @@ def _correct(engine: Engine, it: Instruction) -> None:
         produced = plus(produced, detached(change(engine, it, before)))
     elif stage:
         before = engine.states[stage - 1, batch, k if opens else k - 1]
+    # All guesses of a window, which read the state before it, were made before any correction.
+    engine.states.pop((engine.plan.window_start(stage) - 1, batch, k), None)
     # The next iteration reads the state that corrected this one; nothing reads the one before it.
     last = k + 1 == engine.pieces.sweep.iterations
     for iteration in (k - 1, k) if last else (k - 1,):

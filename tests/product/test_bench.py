@@ -55,6 +55,13 @@ def test_contenders_take_turns_on_the_same_ranks() -> None:
             assert min(*parts.forward, parts.serial, *parts.backward, *parts.optimizer) > 0
 
 
+def test_a_pipeline_beside_windows_takes_consecutive_stages() -> None:
+    model = block_chain(6, 8, activation=nn.ReLU)
+    compiled = pnn.compile(model, torch.randn(4, 8), stages=2, windows=2, coarse="linear")
+    result = bench(compiled, batches=(4,), against=("gpipe:2",), rounds=1)
+    assert [timing.problem for timing in result.timings] == [""] * len(result.timings)
+
+
 def _skip() -> nn.Module:
     class Skip(nn.Module):
         def __init__(self) -> None:

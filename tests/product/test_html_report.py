@@ -152,6 +152,18 @@ def test_a_plan_of_the_users_own_weights_has_no_timeline(browser: Browser, tmp_p
     sheet.check()
 
 
+def test_windows_share_their_devices(browser: Browser, tmp_path: Path) -> None:
+    compiled = pnn.compile(linear_chain(8, 8), torch.randn(2, 8), stages=2, windows=2)
+    path = tmp_path / "report.html"
+    path.write_text(html_report(compiled, forecast=quick_forecast(compiled)), encoding="utf-8")
+    sheet = Sheet(browser, path)
+    ranks = sheet.page.locator("#timeline-chart .row-name").all_text_contents()
+    assert ranks == ["original", "rank 0", "rank 1"]
+    expect(sheet.page.locator("#graph .lead")).to_contain_text("lanes of a window start at once")
+    expect(sheet.page.locator("#decisions")).to_contain_text("2 of 2 stages each")
+    sheet.check()
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_it_opens_without_errors_requests_or_sideways_scrolling(
     browser: Browser, report: Path, width: int, scheme: str

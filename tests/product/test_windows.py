@@ -16,13 +16,16 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110, unet
-from passes.errors import ArtifactError, OptionError, RuntimeFault
+from passes.errors import ArtifactError, OptionError, RuntimeFault, SynthesisError
 from passes.plan.schema import Plan
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
 from passes.transform.executor import Executor
 from passes.transform.sweep import Role, sweep
 from pnn_compile.inputs import named_batch
+from pnn_compile.report.compare import compare
+from pnn_compile.report.html import quick_forecast
+from pnn_compile.report.page_data import timeline_data
 from pnn_compile.runtime.engine import run_in_one_process
 from pnn_compile.runtime.rank_pieces import RankPieces
 
@@ -133,6 +136,7 @@ def test_ranks_equal_the_network(stages: int, windows: int, ranks: int, micro_ba
         [named_batch(compiled, part) for part in x.chunk(micro_batches)],
         lambda outputs: torch.cat(outputs).square().mean(),
     )
+    assert not any(engine.states or engine.adjoints for engine in engines)
     outputs = engines[placement[-1]].outputs
     torch.testing.assert_close(torch.cat([outputs[n] for n in range(micro_batches)]), expected)
     for name, parameter in compiled.module.named_parameters():
@@ -194,6 +198,55 @@ def test_a_plan_is_checked() -> None:
         edited = Plan.from_json(json.dumps(text))
         with pytest.raises(ArtifactError, match=problem):
             pnn.compile(Residual().double(), torch.randn(6, 16).double(), plan=edited)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("window", None, "options.window is None; possible here: True"),
+        ("inputs", ["x"], r"options.inputs\[0\] is 'x'; possible here: nothing"),
+        ("sides", ["tanh"], r"options.sides\[0\] is 'tanh'; possible here: nothing"),
+        ("copied", ["tanh", "tanh_1"], "options.copied is .* possible here: null"),
+        ("sources", [{"shape": [6, 8]}], r"shape is \[6, 8\], and add_5 has the shape \[6, 16\]"),
+    ],
+)
+def test_guesses_of_a_plan_take_the_state_alone(field: str, value: Any, problem: str) -> None:
+    compiled, x = _compiled()
+    text = json.loads(compiled.plan.to_json())
+    options = text["stages"][4]["preprocess"]["options"]
+    options[field] = [options[field][0] | value[0]] if field == "sources" else value
+    edited = Plan.from_json(json.dumps(text))
+    with pytest.raises(ArtifactError, match=problem):
+        pnn.compile(Residual().double(), x, plan=edited)
+
+
+def test_families_of_a_plan_fit() -> None:
+    compiled, x = _compiled()
+    text = json.loads(compiled.plan.to_json())
+    text["stages"][4]["preprocess"]["family"] = "convolution"
+    with pytest.raises(SynthesisError, match="'convolution' leads from one image-like tensor"):
+        pnn.compile(Residual().double(), x, plan=Plan.from_json(json.dumps(text)))
+
+
+def test_windows_in_comparison_forecast_and_timeline() -> None:
+    three, _ = _compiled(2, 3)
+    two, _ = _compiled(3, 2)
+    changed = {
+        change.name: (change.before, change.after)
+        for change in compare(two.plan, three.plan).decisions
+    }
+    assert changed == {"windows": (2, 3)}
+    table = quick_forecast(two)
+    assert table is not None
+    forecasts = {
+        windows: two.forecast(cost="flops", stages=[3], micro_batches=(), windows=windows)
+        for windows in (1, 2)
+    }
+    [found] = [row for row in table.rows if row.method == "chain" and row.stages == 3]
+    assert found.time == forecasts[2].of("chain")[0].time > forecasts[1].of("chain")[0].time
+    assert "windows: 1 in these rows, 2 in the network" in forecasts[1].notes
+    step = timeline_data(two.plan)["steps"][0]
+    assert len(step["idle"]) == two.plan.devices == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const plan = data.plan;
 const stageCount = plan.stages.length;
+const deviceCount = stageCount / plan.windows;
 const unit = plan.forecast.unit;
 
 const byId = (id) => document.getElementById(id);

@@ -31,9 +31,9 @@ function drawForecast(value, label, write, backdrop) {
     leftAxis(svg, y, left, 5, write, width - left - right);
     svg.append("text").attr("class", "mark-text").attr("x", (left + width - right) / 2).attr("y", bottom + 36).attr("text-anchor", "middle").text("devices N, one stage each");
     backdrop(svg, x, y, counts);
-    if (stageCount >= counts[0] && stageCount <= counts[counts.length - 1]) {
-      svg.append("line").attr("class", "mark").attr("x1", x(stageCount)).attr("x2", x(stageCount)).attr("y1", top).attr("y2", bottom);
-      svg.append("text").attr("class", "mark-text").attr("x", x(stageCount)).attr("y", top - 3).attr("text-anchor", "middle").text("this plan");
+    if (deviceCount >= counts[0] && deviceCount <= counts[counts.length - 1]) {
+      svg.append("line").attr("class", "mark").attr("x1", x(deviceCount)).attr("x2", x(deviceCount)).attr("y1", top).attr("y2", bottom);
+      svg.append("text").attr("class", "mark-text").attr("x", x(deviceCount)).attr("y", top - 3).attr("text-anchor", "middle").text("this plan");
     }
     const methods = d3.groups(forecast.rows, (row) => row.method).map(([method, rows]) => ({ method, rows, role: METHOD_ROLES[method] || "input" }));
     const line = d3.line((row) => x(row.stages), (row) => y(value(row)));
@@ -70,7 +70,7 @@ function sequentialLine(svg, x, y) {
 function startForecast() {
   const forecast = data.forecast;
   if (!forecast) {
-    const gain = `With ${stageCount} stages a step takes ${cost(plan.forecast.time)} where the original takes ${cost(plan.forecast.sequential)}: ${plan.forecast.speedup.toFixed(2)} times as fast.`;
+    const gain = `On ${deviceCount} devices a step takes ${cost(plan.forecast.time)} where the original takes ${cost(plan.forecast.sequential)}: ${plan.forecast.speedup.toFixed(2)} times as fast.`;
     return empty("forecast-chart", `${gain} This command adds a forecast of other numbers of stages:`, "pnn-compile inspect DIR --html report.html");
   }
   byId("forecast-lead").textContent = `${sentence(forecast.verdict)} By ${forecast.unit} of a ${forecast.training ? "training step" : "forward pass"} at the example batch of ${forecast.batch}, ${forecast.devices.length ? `on ${forecast.devices.join(", ")}` : "with free links"}.`;

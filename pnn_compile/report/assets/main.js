@@ -4,6 +4,7 @@ function startHeader() {
   const forecast = plan.forecast;
   byId("model").textContent = plan.model;
   byId("subtitle").textContent = `Parareal neural network of ${stageCount} stages${plan.windows > 1 ? ` in ${plan.windows} windows` : ""}, ${plan.correction} form, ${plan.sweep} sweep, K = ${plan.iterations}`;
+  if (plan.windows > 1) byId("lanes").textContent = `the lanes of a window start at once, ${deviceCount} lanes each`;
   const figures = [
     ["Speed-up", `${forecast.speedup.toFixed(2)}×`, `predicted by ${unit}, links ${plan.stages.some((stage) => stage.device) ? "counted" : "free"}`],
     ["Bound", `${forecast.bound.toFixed(2)}×`, "guesses and corrections free"],

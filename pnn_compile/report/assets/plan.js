@@ -52,10 +52,11 @@ function startPlan() {
   byId("decisions").append(...pairs([
     ["Form", FORMS[plan.correction] || plan.correction],
     ["Sweep", SWEEPS[plan.sweep] || plan.sweep],
+    ...(plan.windows > 1 ? [["Windows", `${plan.windows} of ${deviceCount} stages each, one after another`]] : []),
     ["Iterations K", plan.iterations],
     ["Costs", plan.cost],
     ["Original", cost(forecast.sequential)],
-    ["Slowest stage with its guess", cost(forecast.makespan)],
+    [plan.windows > 1 ? "Slowest stage with its guess, of all windows" : "Slowest stage with its guess", cost(forecast.makespan)],
     ["Serial part", `${cost(forecast.serial)} (${percent(forecast.serial_share)})`],
     ["Step", cost(forecast.time)],
     ["Captured by", data.capture.rung],

@@ -23,16 +23,16 @@ function drawTimeline(place, width) {
   const step = steps[Number(byId("batches").value)];
   const batches = step.batches;
   const single = forward + backward;
-  const [left, right, top, row] = [76, 16, 8, stageCount > 16 ? 13 : 26];
+  const [left, right, top, row] = [76, 16, 8, deviceCount > 16 ? 13 : 26];
   const rankTop = top + row + 16;
-  const bottom = rankTop + stageCount * row;
+  const bottom = rankTop + deviceCount * row;
   const svg = sheet(place, width, bottom + 34, "Timeline of one step by rank");
   const longest = Math.max(step.time, batches * single);
   const x = d3.scaleLinear().domain([0, longest]).range([left, width - right]);
   bottomAxis(svg, x, bottom + 6, Math.max(2, Math.floor(width / 130)), shortCost, bottom + 6 - top);
   const name = (text, y) => svg.append("text").attr("class", "row-name").attr("x", left - 8).attr("y", y + row / 2 + 4).attr("text-anchor", "end").text(text);
   name("original", top);
-  for (let rank = 0; rank < stageCount; rank++) if (row > 13 || rank % 4 === 0) name(`rank ${rank}`, rankTop + rank * row);
+  for (let rank = 0; rank < deviceCount; rank++) if (row > 13 || rank % 4 === 0) name(`rank ${rank}`, rankTop + rank * row);
   const whole = [["fine", 0, batches * forward, "original on one device, forward"], ["fine backward", batches * forward, batches * single, "original on one device, backward"]];
   const box = (selection, y) => selection.attr("y", y).attr("height", row * 0.76).attr("x", (d) => x(d.start)).attr("width", (d) => Math.max(0.6, x(d.end) - x(d.start) - 0.3));
   const wholes = svg.selectAll("rect.whole").data(whole.map(([kind, start, end, text]) => ({ kind, start, end, text }))).join("rect");
@@ -54,7 +54,7 @@ function startTimeline() {
     byId("batches").closest("label").remove();
     return empty("timeline-chart", `Nothing to simulate: ${data.timeline.reason}.`);
   }
-  byId("timeline-lead").textContent = `Simulated forward and backward, with one stage per rank and free links, in ${unit}. The top row is the original network on one device. Outlined: the critical path.`;
+  byId("timeline-lead").textContent = `Simulated forward and backward, with one stage${plan.windows > 1 ? " of every window" : ""} per rank and free links, in ${unit}. The top row is the original network on one device. Outlined: the critical path.`;
   byId("batches").append(...data.timeline.steps.map(({ batches }, place) => element("option", { value: place }, String(batches))));
   byId("batches").addEventListener("change", () => redrawChart("timeline-chart"));
   const shown = [["guess", "guess"], ["fine", "fine stage"], ["coarse", "correction"], ["head", "head"], ["backward", "paler: backward"], ["critical", "critical path"]];
