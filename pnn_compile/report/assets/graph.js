@@ -77,7 +77,10 @@ function drawEdges() {
   layers.over.selectAll("rect.port").data(picture.ports).join("rect").attr("class", "port").attr("rx", 3)
     .attr("x", (d) => d.x).attr("y", (d) => d.y).attr("width", PORT).attr("height", PORT);
   // Beside the place where a state leaves its lane: no line and no arrowhead is there.
-  const cuts = lines.filter((line) => line.cut && !line.inside && line.label);
+  // A state that several nodes read is named once, where it leaves its lane, with its own size.
+  const leaving = lines.filter((line) => line.cut && !line.inside && line.label)
+    .sort((a, b) => b.flow.bytes - a.flow.bytes);
+  const cuts = [...new Map(leaving.map((line) => [`${line.label.x} ${line.label.y}`, line])).values()];
   layers.over.selectAll("text.edge-label").data(cuts).join("text").attr("class", "edge-label").attr("text-anchor", "end")
     .attr("x", (d) => d.label.x).attr("y", (d) => d.label.y).text((d) => `${briefShape(d.flow)}, ${size(d.flow.bytes)}`);
 }
