@@ -210,13 +210,14 @@ class Options:
             self._check_devices()
         if isinstance(self.cuts, str):
             raise OptionError(f"cuts must be a list of names (got the text {self.cuts!r})")
-        asked = None if self.stages == "auto" else self.stages * self.windows
-        if self.cuts is not None and asked not in (None, self.num_stages):
-            inside = f" in {self.windows} windows" if self.windows > 1 else ""
-            raise OptionError(
-                f"{len(self.cuts)} cuts make {self.num_stages} stages, but stages is {self.stages}"
-                f"{inside}: leave stages out or name {int(asked or 0) - 1} cuts"
-            )
+        if self.cuts is not None and self.stages != "auto":
+            asked = self.stages * self.windows
+            if asked != self.num_stages:
+                inside = f" in {self.windows} windows" if self.windows > 1 else ""
+                raise OptionError(
+                    f"{len(self.cuts)} cuts make {self.num_stages} stages, but stages is "
+                    f"{self.stages}{inside}: leave stages out or name {asked - 1} cuts"
+                )
 
     def calibrated(self) -> Options:
         """Return the options for a compilation with samples: `prologue` may copy first layers."""
@@ -275,7 +276,7 @@ class Options:
             )
 
     def _check_windows(self) -> None:
-        from passes.coarse.family import starts_anywhere
+        from passes.coarse.family import in_time, starts_anywhere
 
         if self.cuts is not None and (len(self.cuts) + 1) % self.windows:
             raise OptionError(
@@ -286,6 +287,10 @@ class Options:
             raise OptionError("windows need sweep='chain', iterations=1 and no tolerance")
         if self.devices:
             raise OptionError("windows are cut for equal devices: leave devices= out")
+        if in_time(self.coarse) or in_time(self.preprocess):
+            raise OptionError(
+                "the coarse steps of a loop in time take iterations, not windows: leave windows out"
+            )
         if not starts_anywhere(self.preprocess):
             raise OptionError(
                 f"preprocess={self.preprocess!r} guesses from the inputs, and windows from the "

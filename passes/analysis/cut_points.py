@@ -69,7 +69,8 @@ class Frontiers:
         positions: The legal cuts, in order; the last one is the end of the graph.
         recomputable: For every side value, the nodes that recompute it from the inputs, itself
             included, in order.
-        guessable: The same, with values behind a dropout that guesses may read.
+        guessable: The same for all that guesses may be made of: values computed by way of a
+            dropout count too, with the dropout left out.
         refused: Number of illegal positions by reason.
     """
 

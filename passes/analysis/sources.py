@@ -55,7 +55,7 @@ def preprocessing_sources(
         program: The program.
         facts: Observed facts by node.
         recomputable: For every side value, the nodes that recompute it.
-        guessable: The same, with values that lie behind a dropout, of which guesses are made.
+        guessable: The same for all that guesses may be made of, by way of a dropout too.
     """
     depends = input_dependence(program, facts)
     plain = plain_values(program)
@@ -104,8 +104,8 @@ def with_sources(
         quietly: The same, with dropout off.
 
     Returns:
-        For every side value the nodes that recompute it; and the same with values behind a dropout
-        that guesses read: inputs and look-ups, after a mask that hides parts of them.
+        For every side value, the nodes that recompute it. And the same for all that guesses may be
+        made of: inputs and look-ups that reach the trunk through a mask and a dropout count too.
     """
     depends, plain = input_dependence(program, facts), plain_values(program)
     recomputable = recompute(MAX_SIDE_SHARE)
@@ -113,7 +113,7 @@ def with_sources(
     values = _before_masks(program, facts, recomputable)
     masked = {after_masks(value, facts, depends, plain) for value in values}
     dropped = {node for node in masked if node.op != "placeholder"} - recomputable.keys()
-    behind = recomputed(dropped, quietly)
+    undropped = recomputed(dropped, quietly)
     states = {
         depends[node]: node
         for node in program.order
@@ -121,14 +121,14 @@ def with_sources(
     }
     result = dict(recomputable)
     for inputs, state in states.items():
-        sources = preprocessing_sources(program, facts, result, {**behind, **result})
+        sources = preprocessing_sources(program, facts, result, {**undropped, **result})
         if any(depends[source.node] <= inputs for source in sources):
             continue
         for learned in (True, False):
             if subgraph := _cheapest(program, facts, recompute, inputs, state, learned=learned):
                 result |= subgraph
                 break
-    return result, {**behind, **result}
+    return result, {**undropped, **result}
 
 
 def _cheapest(

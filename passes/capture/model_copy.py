@@ -9,8 +9,7 @@ plain value. Before it runs, its memo is filled with:
 | tensors that an earlier forward computed (old `weight_norm`) | their values |
 | gradient hooks and attributes of parameters | the same |
 | functions that hold a part of the model (a replaced `forward`) | functions that hold the copy's |
-| hooks that hold no part of the model (they collect features) | the same objects |
-| locks, Python modules, process groups | the same objects |
+| hooks that hold no part of the model, locks, Python modules, process groups | the same objects |
 | wrappers (`torch.compile`, `DataParallel`) | plain modules with the same names of weights |
 """
 
@@ -202,8 +201,7 @@ def _children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         attributes = _attributes(value)
     elif isinstance(value, dict):
         for key, item in list(value.items()):
-            yield path, key
-            yield f"{path}[{key!r}]", item
+            yield from ((path, key), (f"{path}[{key!r}]", item))
     elif isinstance(value, list | tuple | deque):
         yield from ((f"{path}[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, set | frozenset):
@@ -301,9 +299,8 @@ class _Memo:
         self.model = model
         self._values = [value for _, value in reached]  # alive, so that ids stay theirs
         self._modules = submodules(model)
-        named = (named_parameters, named_buffers)
-        tensors = (t for method in named for _, t in method(model, repeats=True))
-        self.parts = {id(part) for part in (*self._modules, *tensors)}
+        named = *named_parameters(model, repeats=True), *named_buffers(model, repeats=True)
+        self.parts = {id(part) for part in (*self._modules, *(tensor for _, tensor in named))}
 
     def fill(self) -> None:
         """Add the copies of everything that needs care."""

@@ -75,7 +75,9 @@ class PreprocessOrigin:
         return specs if self.share == 1 else [narrow_spec(spec, self.share) for spec in specs]
 
 
-def origin_of(analysis: Analysis, options: Options, cut: Position) -> PreprocessOrigin:
+def origin_of(
+    analysis: Analysis, options: Options, cut: Position, window: Position | None = None
+) -> PreprocessOrigin:
     """Choose the sources of the state at a cut, within the share of the cost that may be copied.
 
     They are the inputs if nothing may be copied, or nothing fits into the share. Sources that
@@ -85,7 +87,10 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Preprocess
         analysis: The facts about the program.
         options: Options of the compilation: `preprocess` and `prologue`.
         cut: Where the stage begins.
+        window: The cut before its window, whose state is the source then; None in the first one.
     """
+    if window is not None:
+        return _window_origin(analysis, window, cut)
     limit = (options.prologue or 0.0) * analysis.total
     origin = None
     if copies_blocks(options.preprocess):
@@ -100,7 +105,7 @@ def origin_of(analysis: Analysis, options: Options, cut: Position) -> Preprocess
     return dataclasses.replace(origin, sources=usable, flops=round(flops))
 
 
-def window_origin(analysis: Analysis, window: Position, cut: Position) -> PreprocessOrigin:
+def _window_origin(analysis: Analysis, window: Position, cut: Position) -> PreprocessOrigin:
     """Take the state before a window as sources of the state at a cut inside it."""
     sources = tuple(
         PreprocessingSource(node, spec)

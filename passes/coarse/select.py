@@ -40,7 +40,6 @@ from passes.coarse.prologue import (
     options_from,
     origin_of,
     too_expensive,
-    window_origin,
 )
 from passes.coarse.spec import (
     CoarseOptions,
@@ -167,10 +166,7 @@ def choose_preprocess(
     """
     if in_time(options.preprocess):
         return _choose_start(analysis, options, cut, state)
-    if window is None:
-        origin = origin_of(analysis, options, cut)
-    else:
-        origin = window_origin(analysis, window, cut)
+    origin = origin_of(analysis, options, cut, window)
     if not origin.sources:
         raise SynthesisError(
             f"{analysis.program.name} has no floating-point input that follows the batch, and no "

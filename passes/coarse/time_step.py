@@ -227,7 +227,9 @@ def for_loop(analysis: Analysis, options: Options) -> tuple[Options, str]:
         SynthesisError: Coarse steps are asked for, and do not fit.
     """
     asked = options.coarse == "time_step" or options.preprocess == "time_step"
-    if not asked and (options.coarse != "auto" or options.sweep == "collapsed"):
+    if not asked and (
+        options.coarse != "auto" or options.sweep == "collapsed" or options.windows > 1
+    ):
         return options, ""
     if not asked and analysis.loop is None:
         return options, ""

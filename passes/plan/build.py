@@ -33,6 +33,7 @@ from passes.plan.schema import (
     Stage,
     corrected_values,
     entering_values,
+    windows_of,
 )
 
 _WIDE_GAP = 0.01
@@ -62,11 +63,12 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         for position, why in zip(positions, reasons, strict=True)
     )
     stages = [_stage(analysis, cut, number) for number in range(len(positions))]
-    size = len(stages) // options.windows
-    for number in range(len(stages)):
-        if number % size == 0:
-            continue  # the first stage of a window reads a state that is there
-        stages[number] = _with_operators(analysis, cut, stages, interfaces, number, options)
+    for window in windows_of(len(stages), options.windows):
+        before = cut.positions[window[0] - 1] if window[0] else None
+        for number in window[1:]:  # the first one reads a state that is there
+            stages[number] = _with_operators(
+                analysis, cut, stages, interfaces, number, options, before
+            )
     if any(cut.devices):
         stages = _with_memory(analysis, cut, stages, interfaces, options)
     head = _head(analysis, positions[-1], cut.devices[-1] if cut.devices else None)
@@ -101,16 +103,18 @@ def _with_operators(
     interfaces: Sequence[Interface],
     number: int,
     options: Options,
+    window: Position | None,
 ) -> Stage:
-    """Return a stage after the first with its preprocessing operator and coarse propagator."""
+    """Return a stage with its preprocessing operator and coarse propagator.
+
+    `window` is the cut before its window; None in the first one.
+    """
     stage, start, stop = stages[number], cut.positions[number - 1], cut.positions[number]
     entering = entering_values(stages, interfaces, number)
     leaving = corrected_values(stages, interfaces, number, options.sweep)
     if options.sweep == "collapsed":  # straight to the last state
         stop = cut.positions[-1]
     span = Span(analysis, options, start, stop, entering, leaving)
-    first = number - number % (len(stages) // options.windows)
-    window = cut.positions[first - 1] if first else None
     return dataclasses.replace(
         stage,
         preprocess=choose_preprocess(analysis, options, start, entering, window),

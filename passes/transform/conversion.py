@@ -1,6 +1,6 @@
-"""What conversions of a network, such as `double()` or `to(device)`, leave behind in its program.
+"""Let a program follow its network after a conversion such as `double()` or `to(device)`.
 
-They replace buffers in the stages only; the program and its example inputs keep the old ones.
+It replaces the buffers of the stages; the program and its example inputs keep the old ones.
 """
 
 from __future__ import annotations

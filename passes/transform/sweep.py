@@ -33,7 +33,7 @@ writer, CUDA streams and the lists of ranks walk over these steps; none states t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -135,15 +135,7 @@ def sweep(
     states: dict[int, Symbol] = {}
     for window in windows_of(stages, windows):
         entering: dict[int, Symbol] = {}
-        before = tuple(states[j - 1] for j in window[:1] if j)
-        for stage in window[1:]:
-            if stage in chained:
-                steps.append(_prediction(stage - 1, entering))
-            else:
-                steps.append(Step(Role.PREPROCESS, stage, 0, before, Symbol("x", stage)))
-            entering[stage] = steps[-1].writes
-        if before:
-            entering[window[0]] = before[0]
+        steps += _guesses(window, entering, states, chained)
         for iteration in range(min(iterations, len(window))):
             computed = window[iteration if reuse else 0 :]
             for stage in computed:
@@ -174,6 +166,23 @@ def steps_of(plan: Plan, *, reuse: bool = True) -> tuple[Step, ...]:
         predicts=plan.predicts,
         windows=plan.windows,
     )
+
+
+def _guesses(
+    window: range,
+    entering: dict[int, Symbol],
+    states: Mapping[int, Symbol],
+    chained: Collection[int],
+) -> Iterator[Step]:
+    """Guess what enters the stages of a window; the state before the first one is there."""
+    before = (states[window[0] - 1],) if window[0] else ()
+    entering.update(zip(window, before, strict=False))
+    for stage in window[1:]:
+        step = Step(Role.PREPROCESS, stage, 0, before, Symbol("x", stage))
+        if stage in chained:
+            step = _prediction(stage - 1, entering)
+        entering[stage] = step.writes
+        yield step
 
 
 def _chain(

@@ -50,7 +50,8 @@ def _compiled(
 ) -> tuple[pnn.Compiled, torch.Tensor]:
     torch.manual_seed(0)
     model, x = Residual().double().eval(), torch.randn(6, 16).double()
-    compiled = pnn.compile(model, x, stages=stages, windows=windows, coarse="linear", **options)
+    options = {"coarse": "linear"} | options
+    compiled = pnn.compile(model, x, stages=stages, windows=windows, **options)
     for operator in compiled.operators.named().values() if moved else ():
         for parameter in operator.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -257,6 +258,7 @@ def test_windows_in_comparison_forecast_and_timeline() -> None:
         ({"tolerance": 0.1}, "no tolerance"),
         ({"preprocess": "thinned"}, "preprocess='thinned' guesses from the inputs"),
         ({"windows": 0}, "windows must be"),
+        ({"coarse": "time_step"}, "take iterations, not windows"),
         ({"cuts": ["layers.4", "layers.8"], "stages": "auto"}, "which 2 windows do not divide"),
         ({"devices": pnn.load_profile("h100")}, "leave devices="),
     ],

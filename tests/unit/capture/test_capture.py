@@ -304,6 +304,11 @@ def test_inputs_that_the_model_does_not_take_are_its_own_failure(
         capture(nn.Linear(4, 4), args, kwargs)
 
 
+def test_an_example_without_samples_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"hold no sample \(input is \[0, 8\]\)"):
+        capture(nn.Linear(8, 4), (torch.randn(0, 8),))
+
+
 def test_a_model_that_refuses_another_batch_size_keeps_its_own() -> None:
     class OneSize(nn.Module):
         def __init__(self) -> None:
