@@ -91,12 +91,11 @@ class Checkpoints:
             raise RuntimeFault(f"at least one checkpoint must be kept (keep is {keep})")
         self._folder = Path(folder)
         self._module = module
-        self._group = module.groups.everyone
         self._optimizer = _OptimizerState(optimizer, _parameter_keys(module))
         self._parts = dict(parts or {})
         self._keep = keep
-        self._leads = dist.get_rank(self._group) == 0
-        self._first = dist.get_global_rank(self._group, 0)
+        self._leads = dist.get_rank(module.groups.everyone) == 0
+        self._first = dist.get_global_rank(module.groups.everyone, 0)
 
     def save(self) -> Path:
         """Write a checkpoint of the last step.
@@ -166,15 +165,15 @@ class Checkpoints:
             draft: list[str | None] = [None]
             if self._leads:
                 draft = [str(stack.enter_context(replace_directory(target.resolve(), _keep_none)))]
-            dist.broadcast_object_list(draft, self._first, self._group)
-            write(Path(str(draft[0])), values, self._group)
+            dist.broadcast_object_list(draft, self._first, self._module.groups.everyone)
+            write(Path(str(draft[0])), values, self._module.groups.everyone)
         if self._leads:
             self._drop_older()
-        dist.barrier(self._group)
+        dist.barrier(self._module.groups.everyone)
 
     def _load(self, target: Path) -> None:
         module = self._module
-        stored = read(target, {"run": None}, self._group)["run"]
+        stored = read(target, {"run": None}, self._module.groups.everyone)["run"]
         run = decode(_Run, stored, "run")
         if run["plan"] != module.plan_digest:
             raise RuntimeFault(
@@ -184,7 +183,7 @@ class Checkpoints:
         module.steps, module.seed = run["steps"], run["seed"]
         named: dict[str, Any] = dict(_tensors(module))  # read in place
         named |= {f"parts.{name}": None for name in self._parts}
-        values = read(target, named, self._group, self._optimizer)
+        values = read(target, named, self._module.groups.everyone, self._optimizer)
         self._optimizer.load({key: values[key] for key in values.keys() - named.keys()})
         for name, part in self._parts.items():
             part.load_state_dict(values[f"parts.{name}"])
@@ -196,7 +195,7 @@ class Checkpoints:
             for hidden in self._folder.glob(".step-*"):  # left by a process that was killed
                 recover(self._folder.resolve() / hidden.name.split(".")[1], _keep_none)
             newest = [*self._steps()[-1:]] or [None]
-        dist.broadcast_object_list(newest, self._first, self._group)
+        dist.broadcast_object_list(newest, self._first, self._module.groups.everyone)
         return newest[0]
 
     def _steps(self) -> list[int]:

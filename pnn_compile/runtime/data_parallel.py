@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.transport import backend_of
+from pnn_compile.runtime.transport import GroupReference, backend_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,21 +30,42 @@ _BUCKET = 25 * 2**20
 """Bytes of one message, as in DistributedDataParallel."""
 
 
-@dataclass(frozen=True)
 class Groups:
     """Process groups of one rank.
 
-    Attributes:
+    Args:
         stages: Processes of its network, one per rank of the placement.
         replicas: Processes with the same stages and other samples; None without replicas.
         everyone: All processes of the run.
         data: Mesh dimension of the replicas; None without replicas.
     """
 
-    stages: dist.ProcessGroup
-    replicas: dist.ProcessGroup | None
-    everyone: dist.ProcessGroup
-    data: DeviceMesh | None = None
+    def __init__(
+        self,
+        stages: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        everyone: dist.ProcessGroup,
+        data: DeviceMesh | None = None,
+    ) -> None:
+        self._stages = GroupReference(stages)
+        self._replicas = None if replicas is None else GroupReference(replicas)
+        self._everyone = GroupReference(everyone)
+        self.data = data
+
+    @property
+    def stages(self) -> dist.ProcessGroup:
+        """Processes of its network."""
+        return self._stages()
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """Processes with the same stages and other samples; None without replicas."""
+        return None if self._replicas is None else self._replicas()
+
+    @property
+    def everyone(self) -> dist.ProcessGroup:
+        """All processes of the run."""
+        return self._everyone()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> Groups:
@@ -141,7 +161,7 @@ class Replicas:
         self, module: nn.Module, group: dist.ProcessGroup | None, *, sharded: bool = False
     ) -> None:
         self._module = module
-        self._group = group
+        self._group = None if group is None else GroupReference(group)
         self._sharded = sharded
         if group is not None:
             with torch.no_grad():
@@ -162,7 +182,7 @@ class Replicas:
         flags = torch.tensor(
             [p.grad is not None for p in parameters], dtype=torch.uint8, device=device
         )
-        dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self._group())
         gradients = []
         for parameter, has_gradient in zip(parameters, flags.tolist(), strict=True):
             if has_gradient:
@@ -171,8 +191,8 @@ class Replicas:
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            dist.all_reduce(flat, group=self._group)
-            flat /= dist.get_world_size(self._group)
+            dist.all_reduce(flat, group=self._group())
+            flat /= dist.get_world_size(self._group())
             for gradient, mean in zip(bucket, _split(flat, bucket), strict=True):
                 gradient.copy_(mean)
 
@@ -200,17 +220,17 @@ class Replicas:
         """Average a value over the replicas."""
         if self._group is None:
             return value
-        dist.all_reduce(value, group=self._group)
-        return value / dist.get_world_size(self._group)
+        dist.all_reduce(value, group=self._group())
+        return value / dist.get_world_size(self._group())
 
     def _broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy tensors of the first replica to all others."""
         assert self._group is not None
-        source = dist.get_global_rank(self._group, 0)
+        source = dist.get_global_rank(self._group(), 0)
         for bucket in _buckets([tensor.detach() for tensor in tensors]):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             # As bytes: not all types can be sent.
-            dist.broadcast(flat.view(torch.uint8), source, self._group)
+            dist.broadcast(flat.view(torch.uint8), source, self._group())
             for tensor, value in zip(bucket, _split(flat, bucket), strict=True):
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from passes.ir.program import Program
 from pnn_compile.inputs import argument_names, arguments_of
 from pnn_compile.runtime.rank_pieces import RankPieces
-from pnn_compile.runtime.transport import PointToPoint
+from pnn_compile.runtime.transport import GroupReference, PointToPoint
 
 
 def arguments_read(pieces: RankPieces, arguments: list[str]) -> set[str]:
@@ -52,21 +52,21 @@ class InputScatter:
     def __init__(self, pieces: RankPieces, program: Program, group: dist.ProcessGroup) -> None:
         self._pieces = pieces
         self._program = program
-        self._group = group
+        self._group = GroupReference(group)
         needs = None if pieces.holds_head else arguments_read(pieces, argument_names(program))
         self._needs: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(self._needs, needs, group=group)
 
     def __call__(self, batch: Any) -> Any:
         """Return this rank's batch; all ranks call it, and only the batch of rank 0 is used."""
-        rank, source = dist.get_rank(self._group), dist.get_global_rank(self._group, 0)
+        rank, source = dist.get_rank(self._group()), dist.get_global_rank(self._group(), 0)
         message: list[Any] = [None, None]
         if rank == 0:
             message = [pytree.tree_map(_blank, batch), self._columns(batch)]
-        dist.broadcast_object_list(message, source, self._group)
+        dist.broadcast_object_list(message, source, self._group())
         outline, columns = message
         device = self._pieces.device
-        transport = PointToPoint(self._group, device)
+        transport = PointToPoint(self._group(), device)
         if rank == 0:
             leaves = pytree.tree_leaves(batch)
             for peer in range(1, len(self._needs)):

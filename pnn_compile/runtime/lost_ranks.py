@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import RuntimeFault
-from pnn_compile.runtime.transport import backend_of
+from pnn_compile.runtime.transport import GroupReference, backend_of
 
 PATIENCE = 3.0
 """Seconds to wait for the end of a process whose connections are closed, or for a refusal."""
@@ -46,7 +46,8 @@ class Peers:
     def __init__(
         self, group: dist.ProcessGroup, others: Sequence[dist.ProcessGroup | None] = ()
     ) -> None:
-        self._groups = {group, *(other for other in others if other is not None)}
+        groups = {group, *(other for other in others if other is not None)}
+        self._groups = [GroupReference(each) for each in groups]
         self._rank = dist.get_rank(group)
         here = _machine(), os.getpid(), uuid.uuid4().hex
         self._all: list[Any] = [None] * dist.get_world_size(group)
@@ -78,20 +79,23 @@ class Peers:
             return
         self._why_left = _read(self._key(f"ended/{self._rank}")) or self._own(error)
         self._write(f"left/{self._rank}", self._why_left)
-        for group in self._groups:
-            _close(group)
+        with suppress(RuntimeFault):  # the script destroyed them
+            for group in self._groups:
+                _close(group())
 
     def check_present(self) -> None:
-        """Check that this rank has not left the run.
+        """Check that this rank has not left the run, and that its groups still exist.
 
         Raises:
-            RuntimeFault: It has.
+            RuntimeFault: It has left, or its script has destroyed them.
         """
         if self._why_left:
             raise RuntimeFault(
                 f"{self._why_left}; rank {self._rank} takes no further step after that: start all "
                 "ranks again, from the last checkpoint if there is one"
             )
+        for group in self._groups:
+            group()
 
     def all_refuse(self) -> bool:
         """Whether all ranks refuse the same batch, so that none has begun a step with it."""

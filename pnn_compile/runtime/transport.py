@@ -5,6 +5,7 @@ Messages of two ranks arrive in the order in which they were sent, so they carry
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -13,6 +14,31 @@ import torch
 import torch.distributed as dist
 
 from passes.errors import RuntimeFault
+
+
+class GroupReference:
+    """A process group of torch.distributed, until `dist.destroy_process_group()`.
+
+    An object that keeps the group itself keeps its threads, too. Those of Gloo would still run when
+    the interpreter ends, which aborts the process if one of them frees a tensor then.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+
+    def __call__(self) -> dist.ProcessGroup:
+        """Return the group.
+
+        Raises:
+            RuntimeFault: It is destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise RuntimeFault(
+                "the process group of this network is destroyed: call "
+                "dist.destroy_process_group() after the last step"
+            )
+        return group
 
 
 class Transport(Protocol):
@@ -55,7 +81,7 @@ class PointToPoint:
         *,
         through_host: bool | None = None,
     ) -> None:
-        self._group = group
+        self._group = GroupReference(group)
         self._device = device
         self._through_host = through_host
         self._sent: list[tuple[torch.Tensor, dist.Work | None]] = []
@@ -67,7 +93,7 @@ class PointToPoint:
             ready = tensor.detach().contiguous()
             if self._through_host_memory(ready.device):
                 ready = ready.to("cpu")
-            self._sent.append((ready, dist.isend(ready, group=self._group, group_dst=peer)))
+            self._sent.append((ready, dist.isend(ready, group=self._group(), group_dst=peer)))
 
     def expect(self, peer: int, like: Sequence[torch.Tensor]) -> None:
         """Post a receive; `receive` waits for posted ones in order."""
@@ -96,14 +122,14 @@ class PointToPoint:
             home = self._device or expected.device
             device = torch.device("cpu") if self._through_host_memory(home) else home
             tensor = torch.empty(expected.shape, dtype=expected.dtype, device=device)
-            work = dist.irecv(tensor, group=self._group, group_src=peer)
+            work = dist.irecv(tensor, group=self._group(), group_src=peer)
             posted.append(_Posted(tensor, work, home))
         return posted
 
     def _through_host_memory(self, device: torch.device) -> bool:
         if self._through_host is not None:
             return self._through_host
-        return device.type != "cpu" and backend_of(self._group, device) == "gloo"
+        return device.type != "cpu" and backend_of(self._group(), device) == "gloo"
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str | None:

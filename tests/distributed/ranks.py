@@ -89,4 +89,5 @@ def _enter(
     try:
         torch.save(function(rank, *arguments), results / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

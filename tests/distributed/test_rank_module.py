@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,27 @@ def test_ranks_may_hold_several_stages(tmp_path: Path) -> None:
     assert (first, second) == ([0, 1], [2, 3])
     assert nothing is None
     torch.testing.assert_close(result, expected)
+
+
+def _destroyed(rank: int, folder: Path) -> tuple[bool, str]:
+    compiled, batches = _compiled("resnet", 2)
+    module = pnn.runtime.distribute(compiled, inputs="rank 0")
+    optimizer = torch.optim.SGD(module.parameters(), RATE)
+    checkpoints = pnn.runtime.Checkpoints(folder / "run", module, optimizer)
+    module.train_step(batches[0], _loss, optimizer)
+    checkpoints.save()
+    group = weakref.ref(torch.distributed.group.WORLD)
+    torch.distributed.destroy_process_group()
+    with pytest.raises(pnn.RuntimeFault) as caught:
+        module.train_step(batches[0], _loss, optimizer)
+    return group() is None, str(caught.value)
+
+
+def test_a_network_lets_go_of_a_destroyed_group(tmp_path: Path) -> None:
+    # Its threads would live on, and abort the process where the interpreter ends.
+    for gone, message in start(_destroyed, 2, tmp_path, tmp_path):
+        assert gone
+        assert "call dist.destroy_process_group() after the last step" in message
 
 
 def _different(rank: int) -> str:
