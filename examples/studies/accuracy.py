@@ -41,9 +41,10 @@ from examples.studies.conversions import (
 )
 from examples.studies.networks import in_groups, shortened
 from examples.studies.presets import PRESETS, Preset
+from examples.studies.regimes import REGIMES, Regime
 from examples.studies.table import Row, summary, table
 from examples.studies.tasks import TASKS, Task, make_task
-from examples.studies.training import Originals, Shuffled, accuracy, train
+from examples.studies.training import Originals, Shuffled, accuracy, quality, train
 from passes.errors import PartitionError, SynthesisError
 from pnn_compile.fit.early_exit import fit_early_exit
 from pnn_compile.fit.train import distillation
@@ -126,8 +127,8 @@ def from_scratch(study: Study) -> Iterator[Row]:
     task = study.task
     if study.wants("original"):
         network, seconds = study.originals.trained(task, study.preset, study.seed)
-        right = accuracy(network, task.test)
-        yield study.row("scratch", "original", 1, accuracy=right, seconds=seconds)
+        reached = quality(network, task.test)
+        yield study.row("scratch", "original", 1, **reached, seconds=seconds)
     for stages in study.preset.stages:
         for family, name in (("linear", "same latency"), ("units", "latency of units")):
             if study.wants(name):
@@ -144,6 +145,10 @@ def from_scratch(study: Study) -> Iterator[Row]:
                 print(f"{name}, N = {stages}: {error}", file=sys.stderr)
                 continue
             yield _parareal(name, compiled, study, stages)
+        for name, regime in REGIMES.items():
+            if study.wants(name):
+                compiled = _compiled({"coarse": "units"}, study, stages)
+                yield _parareal(name, compiled, study, stages, regime(compiled))
 
 
 def _compiled(options: dict[str, Any], study: Study, stages: int) -> pnn.Compiled:
@@ -154,20 +159,28 @@ def _compiled(options: dict[str, Any], study: Study, stages: int) -> pnn.Compile
     )  # fmt: skip
 
 
-def _parareal(name: str, compiled: pnn.Compiled, study: Study, stages: int) -> Row:
-    row = _trained(name, compiled.module, study, stages)
+def _parareal(
+    name: str, compiled: pnn.Compiled, study: Study, stages: int, regime: Regime | None = None
+) -> Row:
+    row = _trained(name, compiled.module, study, stages, regime)
+    test = study.task.test
+    if compiled.plan.sweep == "chain":
+        row["iterated"] = accuracy(_Iterated(compiled, 2), test)
     return row | {
         "speedup": compiled.plan.forecast.speedup,
         "serial": compiled.plan.forecast.serial_share,
-        "uncorrected": accuracy(uncorrected(compiled), study.task.test),
+        "uncorrected": accuracy(uncorrected(compiled), test),
+        "sequential": accuracy(compiled.sequential, test),
     }
 
 
-def _trained(name: str, network: nn.Module, study: Study, stages: int) -> Row:
+def _trained(
+    name: str, network: nn.Module, study: Study, stages: int, regime: Regime | None = None
+) -> Row:
     state = study.originals.state(study.task.name, study.seed, name, stages)
-    seconds = train(network, study.task, study.preset, study.seed, state=state)
-    right = accuracy(network, study.task.test)
-    return study.row("scratch", name, stages, accuracy=right, seconds=seconds)
+    seconds = train(network, study.task, study.preset, study.seed, state=state, regime=regime)
+    reached = quality(network, study.task.test)
+    return study.row("scratch", name, stages, **reached, seconds=seconds)
 
 
 def uncorrected(compiled: pnn.Compiled) -> nn.Module:

@@ -30,6 +30,7 @@ import torch
 
 from examples.studies.accuracy import FORMS, RESULTS, STUDIES, Study, append
 from examples.studies.presets import PRESETS, Preset
+from examples.studies.regimes import REGIMES
 from examples.studies.tasks import TASKS, Task, make_task
 from examples.studies.training import Originals
 
@@ -79,7 +80,7 @@ class Settings:
 
 
 def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
-    """Every job on CIFAR-10, VGG-16 at three stages first, then the residual network at any.
+    """Every job: VGG-16 at three stages, the residual network at any, then the decoder.
 
     Args:
         seeds: Seeds; what the first one misses comes before the last one begins.
@@ -112,6 +113,11 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
         found += conversion("cifar10", seed, stages)
     for seed in seeds:
         found += scratch("cifar10", seed, stages)
+    for seed in seeds:
+        found += [Job("text", "scratch", seed, original), *scratch("text", seed, stages)]
+    found += [
+        Job("text", "scratch", seed, (name,), (stages[0],)) for seed in seeds for name in REGIMES
+    ]
     return [*found, *(Job("vgg", "attempts", seed, stages=(3,)) for seed in seeds)]
 
 

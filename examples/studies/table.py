@@ -11,7 +11,10 @@ __all__ = ["Row", "summary", "table"]
 
 Row = dict[str, object]
 _KEYS = ("preset", "task", "study", "network", "stages")
-_FIGURES = ("accuracy", "uncorrected", "calibrated", "fitted", "agreement", "speedup", "serial")
+_FIGURES = (
+    "accuracy", "perplexity", "uncorrected", "iterated", "sequential", "calibrated", "fitted",
+    "agreement", "speedup", "serial",
+)  # fmt: skip
 
 
 def table(path: Path) -> str:

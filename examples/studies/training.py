@@ -18,11 +18,12 @@ from torch.nn import functional as F
 
 from examples.studies.data import Split
 from examples.studies.presets import Preset
+from examples.studies.regimes import Regime
 from examples.studies.tasks import Task
 from pnn_compile.fit.optimizer import warm_cosine
 from pnn_compile.fit.train import distillation
 
-__all__ = ["Originals", "Shuffled", "accuracy", "augmented", "train"]
+__all__ = ["Originals", "Shuffled", "accuracy", "augmented", "quality", "train"]
 
 _SHIFT = 4
 
@@ -39,6 +40,20 @@ def accuracy(network: nn.Module, split: Split) -> float:
             right += (found == split.y[batch]).sum()
             total += split.y[batch].numel()
     return 100 * int(right) / total
+
+
+def quality(network: nn.Module, split: Split) -> dict[str, float]:
+    """The accuracy, and where every position has a label the perplexity, exp of the mean loss."""
+    found = {"accuracy": accuracy(network, split)}
+    if split.y.ndim > 1:
+        with torch.no_grad():
+            total, count = 0.0, 0
+            for batch in split.batches(min(250, len(split.y))):
+                outputs, labels = network(split.x[batch]).flatten(0, -2), split.y[batch].flatten()
+                total += F.cross_entropy(outputs, labels, reduction="sum").item()
+                count += labels.numel()
+        found["perplexity"] = math.exp(total / count)
+    return found
 
 
 def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -100,6 +115,7 @@ def train(
     teacher: nn.Module | None = None,
     dropout: bool = True,
     state: Path | None = None,
+    regime: Regime | None = None,
 ) -> float:
     """Train on labels, or to a teacher's outputs without labels; one-cycle AdamW.
 
@@ -113,6 +129,7 @@ def train(
         teacher: Gives the outputs to learn.
         dropout: Whether dropout is active.
         state: File for the state after every epoch, from which an interrupted training goes on.
+        regime: How the network is called; as it is if None.
 
     Returns:
         Seconds that it took; those of the last start where it was interrupted.
@@ -121,6 +138,7 @@ def train(
     count = epochs or (preset.epochs if teacher is None else 1)
     device = task.train.y.device
     network.to(device)
+    regime = regime or Regime(network)
     start = time.perf_counter()
     with _quick(network, device), _quick(teacher, device), _modes(network, dropout=dropout):
         peak = rate or peak
@@ -136,9 +154,10 @@ def train(
         )
         first = _restore(state, network, optimizer, schedule, samples)
         for epoch in range(first, math.ceil(count)):
-            for x, y in itertools.islice(samples, steps - epoch * len(samples)):
+            done = epoch * len(samples)
+            for step, (x, y) in enumerate(itertools.islice(samples, steps - done), done):
                 with torch.autocast(device.type, torch.bfloat16, enabled=preset.bfloat16):
-                    loss = _loss(network, x, y, teacher)
+                    loss = _loss(regime(x, step / steps), x, y, teacher) + regime.penalty()
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -178,13 +197,13 @@ def _restore(file: Path | None, *parts: Any) -> int:
 
 
 def _loss(
-    network: nn.Module, x: torch.Tensor, y: torch.Tensor, teacher: nn.Module | None
+    outputs: torch.Tensor, x: torch.Tensor, y: torch.Tensor, teacher: nn.Module | None
 ) -> torch.Tensor:
     if teacher is None:
-        return F.cross_entropy(network(x).flatten(0, -2), y.flatten())
+        return F.cross_entropy(outputs.flatten(0, -2), y.flatten())
     with torch.no_grad():
         wanted = teacher(x)
-    return distillation(network(x), wanted, None)
+    return distillation(outputs, wanted, None)
 
 
 @contextmanager
