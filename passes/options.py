@@ -74,9 +74,10 @@ class Options:
             "thinned", every m-th block of the trained trunk; "linear", channels mixed at every
             position; "lowrank", a map of small rank between whole states; "conv", two small
             convolutions or linear layers that start at zero; "time_step", the step of a loop in
-            time itself, at a larger step; "identity", the state itself; "zero", no correction;
-            "exact", the fine stage itself, the oracle; a sum such as "linear+lowrank"; or "auto",
-            the family that kept most accuracy in training, and "time_step" in a loop.
+            time itself, at a larger step; "identity", the state itself, or a channel map where it
+            changes its type; "zero", no correction; "exact", the fine stage itself, the oracle; a
+            sum such as "linear+lowrank"; or "auto", the family that kept most accuracy in training,
+            and "time_step" in a loop.
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
             None: "auto" takes the family that kept most accuracy, at its price, and calibration
             chooses within 5 %.

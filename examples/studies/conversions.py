@@ -80,12 +80,19 @@ AT_CONVERGENCE = CONVERSIONS | {
         f"in {count} windows": Conversion(options={**_MAPS, "windows": count})
         for count in (2, 3, 6, 9)
     },
+    **{
+        f"one state in {count} windows": Conversion(
+            options={"preprocess": "identity", "coarse": "identity", "windows": count}
+        )
+        for count in (6, 9)
+    },
     "6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
 }
 """What was tried beside them on originals that are trained to convergence.
 
 "One state for all" is layers in parallel as a parareal network of N stages, which exists where the
-state keeps its shape. Windows take channel maps as guesses and corrections, or the measured choice.
+state keeps its shape; in windows, channel maps stand where it changes. The other windows take
+channel maps as guesses and corrections, or the measured choice.
 """
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)

@@ -76,6 +76,8 @@ class Family:
             scratch until their curve was flat, by sweep; nothing where that was not measured.
         in_time: Whether it takes steps of a loop in time, with the weights and buffers of the
             trunk, so that cuts lie between steps.
+        of_one_type: Whether it is for states of one type; where a stage changes the type, channel
+            maps take its place.
         flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
             entering and leaving state and the rank that was asked for, to place the cuts. The plan
             stores counted FLOPs.
@@ -92,6 +94,7 @@ class Family:
     is_fine: bool = False
     evidence: Mapping[str, str] = field(default_factory=dict)
     in_time: bool = False
+    of_one_type: bool = False
     flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec], int], float] = (
         lambda entering, leaving, rank: linear_flops(entering, leaving)
     )
@@ -184,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         coarse=lambda options, site: Identity(site.entering, site.leaving),
         linear=True,
         sweeps=_EITHER,
+        of_one_type=True,
         flops=lambda entering, leaving, rank: 0.0,
     ),
     "zero": Family(
@@ -294,6 +298,12 @@ def _prologue(
     else:
         remove_dropout(prologue)
     return prologue, options.sources
+
+
+def between(family: str, entering: Sequence[TensorSpec], leaving: Sequence[TensorSpec]) -> str:
+    """Return the family, or channel maps where it does not lead from one type to another."""
+    changes = [*map(str, entering)] != [*map(str, leaving)]
+    return "linear" if changes and any(row.of_one_type for row in rows_of(family)) else family
 
 
 def build_coarse(

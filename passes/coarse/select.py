@@ -24,6 +24,7 @@ from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
 from passes.coarse.convolution import convolution_fits, convolution_flops, fitting_width
 from passes.coarse.family import (
+    between,
     build_coarse,
     build_preprocess,
     copies_blocks,
@@ -72,6 +73,7 @@ _Spec = TypeVar("_Spec", bound=OperatorSpec)
 _REASONS = {
     "convolution": "strided convolution from the input",
     "linear": "channel map from the source",
+    "type": "channel map, as the state changes its type",
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
@@ -176,7 +178,7 @@ def choose_preprocess(
     reads = dependence(analysis, [source.node.name for source in origin.sources], state)
     types = [value.spec for value in state]
     convolves = reads is None and _convolves(origin, options, types)
-    family = options.preprocess
+    family = between(options.preprocess, origin.specs, types)
     if copies_blocks(family) and not origin.steps:
         node = cut.state[0]
         raise SynthesisError(too_expensive(options, f"before {provenance(node).path or node.name}"))
@@ -197,13 +199,19 @@ def choose_preprocess(
         flops=0,
         parameters=0,
         linear=False,
-        why="asked for" if options.preprocess != "auto" else _REASONS[family],
+        why=_why_guess(options.preprocess, family),
     )
     # Equal networks are measured once; the share `prologue` changes nothing in the network.
     key = family, dataclasses.replace(draft.options, prologue=None), tuple(types)
     if key not in analysis.measured:
         analysis.measured[key] = _measure_preprocess(analysis, draft, origin, types)
     return dataclasses.replace(draft, **analysis.measured[key])
+
+
+def _why_guess(asked: str, family: str) -> str:
+    if asked == family:
+        return "asked for"
+    return _REASONS[family if asked == "auto" else "type"]
 
 
 def _choose_start(
@@ -326,7 +334,8 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
     Raises:
         SynthesisError: The family of the options does not fit the stage.
     """
-    family = span.options.coarse
+    entering, leaving = ([value.spec for value in s] for s in (span.entering, span.leaving))
+    family = between(span.options.coarse, entering, leaving)
     if family != "auto":
         try:
             draft = _draft(span, family)
@@ -336,6 +345,8 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
                 "blocks (cuts=... names the modules that stages begin with), ask for another "
                 "number of stages, or use coarse='linear' or 'auto'"
             ) from obstacle
+        if family != span.options.coarse:
+            draft = dataclasses.replace(draft, why=_REASONS["type"])
         return _measure(span, draft)
     linear = _measure(span, _draft(span, "linear"))
     try:

@@ -174,9 +174,7 @@ class Identity(nn.Module):
         source, target = (", ".join(map(str, types)) for types in (entering, leaving))
         if source != target:
             raise SynthesisError(
-                f"family 'identity' leads from {source} to {target}, but both must be of one type; "
-                "as a guess it reads a copy of the first layers, within the share of prologue=..., "
-                "or in a later window the state before it"
+                f"family 'identity' leads from {source} to {target}, but both must be of one type"
             )
 
     def forward(self, *state: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

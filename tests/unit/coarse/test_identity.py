@@ -8,7 +8,6 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110
-from passes.errors import SynthesisError
 
 
 class Residual(nn.Module):
@@ -38,8 +37,19 @@ def test_all_stages_read_the_state_after_the_first_layers_and_are_added(
     assert compiled.verify().ok
 
 
-def test_where_the_shape_changes_it_says_so() -> None:
+def test_where_the_type_changes_channel_maps_take_its_place() -> None:
     model, x = resnet110.build_model(2, 4), torch.randn(2, 3, 16, 16)
-    for options in ({"coarse": "identity"}, {"preprocess": "identity"}):
-        with pytest.raises(SynthesisError, match="'identity' leads from"):
-            pnn.compile(model, x, stages=3, **options)  # type: ignore[arg-type]
+    compiled = pnn.compile(
+        model, x, stages=3, windows=2, preprocess="identity", coarse="identity"
+    )  # fmt: skip
+    stages = [stage for stage in compiled.plan.stages if stage.preprocess and stage.coarse]
+    families = [(stage.preprocess.family, stage.coarse.family) for stage in stages]  # type: ignore[union-attr]
+    # From the image; past the first change; in the second window before its change, and past it.
+    assert families == [
+        ("linear", "identity"),
+        ("linear", "linear"),
+        ("identity", "linear"),
+        ("linear", "identity"),
+    ]
+    assert "the state changes its type" in stages[0].preprocess.why  # type: ignore[union-attr]
+    assert compiled.verify().ok
