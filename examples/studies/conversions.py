@@ -81,7 +81,7 @@ AT_CONVERGENCE = CONVERSIONS | {
         for count in (2, 3, 6, 9)
     },
     **{
-        f"one state in {count} windows": Conversion(
+        f"{count} windows of one state": Conversion(
             options={"preprocess": "identity", "coarse": "identity", "windows": count}
         )
         for count in (6, 9)
