@@ -78,7 +78,7 @@ PRESETS["cpu-long"] = replace(
     PRESETS["cpu"], samples=50_000, tests=10_000, epochs=10, fit_rate=1e-3, augment=True,
 )  # fmt: skip
 PRESETS["cpu-converged"] = replace(
-    PRESETS["cpu-long"], epochs=24, units=18, stages=(3, 6), texts=20_000,
+    PRESETS["cpu-long"], epochs=24, units=18, stages=(3, 6),
 )  # fmt: skip
 PRESETS["gpu-smoke"] = replace(
     PRESETS["gpu-short"], samples=4_096, tests=1_000, epochs=1, stages=(3, 18), texts=4_096
