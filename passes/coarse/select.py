@@ -73,7 +73,6 @@ _Spec = TypeVar("_Spec", bound=OperatorSpec)
 _REASONS = {
     "convolution": "strided convolution from the input",
     "linear": "channel map from the source",
-    "type": "channel map, as the state changes its type",
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
@@ -199,19 +198,13 @@ def choose_preprocess(
         flops=0,
         parameters=0,
         linear=False,
-        why=_why_guess(options.preprocess, family),
+        why="asked for" if options.preprocess == family else _REASONS[family],
     )
     # Equal networks are measured once; the share `prologue` changes nothing in the network.
     key = family, dataclasses.replace(draft.options, prologue=None), tuple(types)
     if key not in analysis.measured:
         analysis.measured[key] = _measure_preprocess(analysis, draft, origin, types)
     return dataclasses.replace(draft, **analysis.measured[key])
-
-
-def _why_guess(asked: str, family: str) -> str:
-    if asked == family:
-        return "asked for"
-    return _REASONS[family if asked == "auto" else "type"]
 
 
 def _choose_start(
@@ -346,7 +339,7 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
                 "number of stages, or use coarse='linear' or 'auto'"
             ) from obstacle
         if family != span.options.coarse:
-            draft = dataclasses.replace(draft, why=_REASONS["type"])
+            draft = dataclasses.replace(draft, why="channel map, as the stage changes the type")
         return _measure(span, draft)
     linear = _measure(span, _draft(span, "linear"))
     try:

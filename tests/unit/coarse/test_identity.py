@@ -51,5 +51,5 @@ def test_where_the_type_changes_channel_maps_take_its_place() -> None:
         ("identity", "linear"),
         ("linear", "identity"),
     ]
-    assert "the state changes its type" in stages[0].preprocess.why  # type: ignore[union-attr]
+    assert "the stage changes the type" in stages[1].coarse.why  # type: ignore[union-attr]
     assert compiled.verify().ok
