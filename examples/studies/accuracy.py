@@ -55,6 +55,7 @@ __all__ = ["RESULTS", "STUDIES", "Study", "append", "main"]
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 _SAMPLES = 8000
 _STAR = {"coarse": "units", "sweep": "collapsed"}
+_WIDE = {"sweep": "collapsed", "preprocess": "narrow", "prologue": 0.02}
 FORMS: dict[str, dict[str, Any]] = {
     "parareal, units, chain": {"coarse": "units"},
     "parareal, linear, chain": {"coarse": "linear"},
@@ -67,11 +68,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "units with narrow guesses": {"coarse": "units", "preprocess": "narrow"},
     "star with narrow guesses": {**_STAR, "preprocess": "narrow"},
     "units with first layers in guesses": {"coarse": "units", "prologue": 0.2},
+    "low rank, narrow guesses, collapsed": {**_WIDE, "coarse": "lowrank"},
+    "quarter star, narrow guesses": {**_WIDE, "coarse": "units", "coarse_width": 0.25},
     "linear, cuts inside blocks": {"coarse": "linear", "cut_inside_blocks": True},
 }
 """Options of the networks trained from scratch, by a name that is no part of another one.
 
-A star is a collapsed sweep through copied blocks. Cuts lie where blocks begin but in the last."""
+A star is a collapsed sweep through copied blocks; those with narrow guesses are for wide networks.
+Cuts lie where blocks begin but in the last.
+"""
 
 
 @dataclass(frozen=True)
