@@ -54,6 +54,7 @@ from passes.capture.model_notes import (
 )
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
 from passes.capture.opaque_operator import calls_functions
+from passes.capture.outside_state import outside_preserved
 from passes.capture.torch_export import export
 from passes.capture.uncapturable import find_uncapturable_line
 from passes.errors import CaptureError, OptionError
@@ -119,10 +120,10 @@ def capture(
                 "are, but not in the state dict of the original"
             ]
         _check_layouts(inner, args, kwargs or {})
-        with without_caches(inner) as caching:
-            inputs = bind(inner, args, kwargs or {}).with_dynamic(dynamic)
+        inputs = bind(inner, args, kwargs or {}).with_dynamic(dynamic)
+        with without_caches(inner) as caching, outside_preserved(inner) as outside:
             ladder = _Ladder(model, inputs, validate)
-            ladder.notes += notes
+            ladder.notes += [*notes, *filter(None, [outside.note()])]
             if caching:
                 ladder.notes.append(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
