@@ -20,9 +20,7 @@ import keyword
 import logging
 import reprlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -72,8 +70,6 @@ LADDER: tuple[tuple[str, FrontEnd], ...] = (
     ("torch.export", export),
 )
 """Front ends that capture a whole model, with both modes in one graph."""
-
-_DICTS = (dict, OrderedDict)
 
 
 def capture(
@@ -310,11 +306,14 @@ class _Ladder:
                 f"forward writes into {join_few(written)}, which it is given: the network writes "
                 "into a copy, and leaves its inputs as they are"
             )
-        output_type = self.reference.output_type
-        keeps_type = issubclass(output_type, dict) and is_dataclass(output_type)
-        fields = isinstance(module.graph.output_node().args[0], dict)
-        if fields and not keeps_type and output_type not in _DICTS:
-            notes.append(f"the output, a {output_type.__name__}, becomes a dict of its fields")
+        types, unknown = self.reference.output_types
+        notes += [f"the output, a {name}, becomes a dict of its fields" for name in unknown]
+        names = {t.name for t in types if not hasattr(torch.return_types, t.name)}
+        if classes := sorted(names - {"OrderedDict"}):
+            notes.append(
+                f"the output holds {join_few(classes)}, which a network that is loaded without the "
+                "model returns as dicts, lists and tuples"
+            )
         return Program(
             module=module,
             args=self.inputs.tensor_arguments(),
@@ -331,7 +330,7 @@ class _Ladder:
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
             model=model,
-            output_type=output_type if fields and keeps_type else None,
+            output_types=types,
         )
 
     def _reject(self, rung: str, reason: str) -> None:

@@ -31,6 +31,7 @@ from passes.errors import OptionError, SynthesisError, first_line
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved
 from passes.ir.module_walk import set_mode
+from passes.ir.output_types import OutputType, typed
 from passes.ir.program import Program, failing_node, tensor_leaves
 
 CALL = "pnn_call"
@@ -52,7 +53,7 @@ class Call:
         fixed: Values that arguments outside the graph have in it.
         free_batch: Whether batches of other sizes are fine.
         sequence: Length of the sequences of the example, where others are fine; else None.
-        output_type: Class of the output, as in `Program`.
+        output_types: What makes the containers of the output, as in `Program`.
         attributes: What the network has of the model.
     """
 
@@ -61,7 +62,7 @@ class Call:
     fixed: Mapping[str, Any]
     free_batch: bool
     sequence: int | None
-    output_type: type | None
+    output_types: tuple[OutputType, ...]
     attributes: Mapping[str, Any]
 
     @classmethod
@@ -73,7 +74,7 @@ class Call:
             program.fixed,
             "batch" in program.dynamic,
             program.sequence,
-            program.output_type,
+            program.output_types,
             {n: getattr(program.model, n) for n in _PASSED_ON if hasattr(program.model, n)},
         )
 
@@ -195,7 +196,7 @@ class Network(fx.GraphModule):
             if reason := call.other_shape(named):
                 raise OptionError(reason) from error
             raise
-        return outputs if call.output_type is None else call.output_type(**outputs)
+        return typed(outputs, call.output_types)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the model that trainers read."""

@@ -18,6 +18,7 @@ import torch
 
 from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
+from passes.ir.output_types import typed
 from passes.pipeline import Compilation, Pass
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
@@ -103,7 +104,7 @@ def iterate(
                     break
             outputs = executor.head(state, batch)
     return Iterates(
-        outputs=outputs,
+        outputs=typed(outputs, compiled.program.output_types),
         iterations=len(estimates),
         exact=len(estimates) == len(plan.stages),
         estimates=estimates,

@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 from passes.capture.refold import batch_norms, dropouts
 from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
+from passes.ir.output_types import typed
 from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.simulate import TimelineSpan
@@ -150,7 +151,8 @@ class RankModule(nn.Module):
             self.replicas.share_buffers()
         with torch.no_grad():
             engine = self._run([inputs], None, self._evaluation)
-        return engine.outputs.get(0)
+        outputs = engine.outputs.get(0)
+        return None if outputs is None else typed(outputs, self.whole.program.output_types)
 
     def forward_backward(
         self,
@@ -190,7 +192,8 @@ class RankModule(nn.Module):
 
         def scaled(outputs: list[Any]) -> torch.Tensor:
             whole = outputs[0] if self._joiner is None else self._joiner(outputs, sizes)
-            return self.replicas.combine(loss(whole, batch)) * scale
+            outputs_of_model = typed(whole, self.whole.program.output_types)
+            return self.replicas.combine(loss(outputs_of_model, batch)) * scale
 
         earlier = self._tied.set_aside()
         engine = self._run(inputs, scaled, self._training)
