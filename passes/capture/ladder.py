@@ -234,8 +234,8 @@ class _Ladder:
         modes = ("evaluation", "training")
         mode, other = modes[self.model.training], modes[not self.model.training]
         note = (
-            f"captured for {mode} mode alone, which the model is in: {other} mode has another "
-            f"graph ({self.rejected[0]})"
+            f"captured for {mode} mode alone, which the model is in: {other} mode, which the network "
+            f"refuses, has another graph ({self.rejected[0]})"
         )
 
         def attempt_one_mode(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:

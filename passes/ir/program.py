@@ -85,6 +85,12 @@ class CaptureReport:
     seconds: float = field(default=0.0, compare=False)
 
     @property
+    def only_mode(self) -> str:
+        """The mode, "training" or "evaluation", of a graph of one mode alone; "" for both."""
+        alone = self.rung.endswith(" mode alone")
+        return self.rung.removesuffix(" mode alone").rpartition(" ")[2] if alone else ""
+
+    @property
     def compared(self) -> str:
         """What was compared, and what that took, in words."""
         cost = f"; {self.runs} runs in {self.seconds:.1f} s" if self.runs else ""

@@ -55,6 +55,7 @@ class Call:
         sequence: Length of the sequences of the example, where others are fine; else None.
         output_types: What makes the containers of the output, as in `Program`.
         attributes: What the network has of the model.
+        only_mode: The mode, "training" or "evaluation", that the graph is of; "" for both.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Call:
     sequence: int | None
     output_types: tuple[OutputType, ...]
     attributes: Mapping[str, Any]
+    only_mode: str = ""
 
     @classmethod
     def of(cls, program: Program) -> Self:
@@ -76,6 +78,7 @@ class Call:
             program.sequence,
             program.output_types,
             {n: getattr(program.model, n) for n in _PASSED_ON if hasattr(program.model, n)},
+            program.capture.only_mode,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -181,9 +184,11 @@ class Network(fx.GraphModule):
         """Run the network.
 
         Raises:
-            OptionError: An argument is unknown, or the network fails on an input of another shape.
+            OptionError: An argument is unknown, the network fails on an input of another shape, or
+                is in a mode that its graph does not have.
         """
         call: Call = self.meta[CALL]
+        check_mode(call.model, call.only_mode, training=self.training)
         if call.fixed and any(isinstance(value, PLAIN) for value in args):
             args = call.without_constants(args)
         if others := kwargs.keys() - call.examples.keys():
@@ -235,6 +240,31 @@ class Network(fx.GraphModule):
         ]
         pairs = [(name, first.setdefault(id(tensor), name)) for name, tensor in named]
         return {name: kept for name, kept in pairs if name != kept}
+
+
+def check_mode(model: str, only: str, *, training: bool) -> None:
+    """Check that a network is in a mode that its graph has.
+
+    Args:
+        model: Name of the model.
+        only: The mode of the graph, as in `Call`.
+        training: Whether the network is in training mode.
+
+    Raises:
+        OptionError: The graph is of the other mode alone.
+    """
+    if only == "evaluation" and training:
+        raise OptionError(
+            f"{model} was captured for evaluation mode alone, as training mode has another graph "
+            "(a note of the report says which): call .eval() on the network, which can be trained "
+            "in that mode too"
+        )
+    if only == "training" and not training:
+        raise OptionError(
+            f"{model} was captured for training mode alone, as evaluation mode has another graph "
+            "(a note of the report says which): call .train() on the network, or compile "
+            "model.eval() for evaluation"
+        )
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -180,7 +180,14 @@ def _timed(subject: _Subject, check: _CheckFunction) -> Check:
 
 def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
     """Run a network that shares the program's parameters, on the example inputs."""
-    return _run_by(compiled.program, lambda inputs: network(**inputs), train=train, grad=grad)
+    return _run_by(
+        compiled.program, lambda inputs: _run_graph(network, inputs), train=train, grad=grad
+    )
+
+
+def _run_graph(network: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Run the graph of a network, in a mode that is not the model's too."""
+    return nn.Module.__call__(network, **inputs)
 
 
 def _run_by(
@@ -201,9 +208,9 @@ def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Modu
         head = network.get_submodule("head")
         hook = head.register_forward_pre_hook(lambda _, arguments: states.extend(arguments))
         with hook:
-            output = network(**inputs)
+            output = _run_graph(network, inputs)
         if outputs is not network:
-            output = outputs(**inputs)
+            output = _run_graph(outputs, inputs)
         return output, states
 
     with preserved(network):

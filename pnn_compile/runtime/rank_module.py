@@ -20,6 +20,7 @@ from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.simulate import TimelineSpan
 from passes.schedule.verify import check
+from passes.transform.network import check_mode
 from pnn_compile.inputs import (
     batch_size,
     by_argument,
@@ -145,6 +146,7 @@ class RankModule(nn.Module):
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
         with self._refusing():
+            self._check_mode()
             batch = call_arguments(self.whole.program, args, kwargs)
         (inputs,) = self._inputs(self._scattered(batch), 1)
         with self.exchanging("buffers of replicas"):
@@ -181,6 +183,8 @@ class RankModule(nn.Module):
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
+        with self._refusing():
+            self._check_mode()
         batch = self._scattered(batch)
         inputs = self._inputs(batch, self._batches)
         sizes = [*map(batch_size, inputs)]
@@ -369,6 +373,10 @@ class RankModule(nn.Module):
         except BaseException as error:
             self.peers.leave(error)
             raise
+
+    def _check_mode(self) -> None:
+        program = self.whole.program
+        check_mode(program.name, program.capture.only_mode, training=self.training)
 
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
         """Run two micro-batches apart and together, in both modes; learn to join their outputs.
