@@ -220,11 +220,13 @@ class _Ladder:
             return program
         if program := self._capture_one_mode():
             return program
-        if obstacle := find_uncapturable_line(copy_model(self.model), self.inputs):
+        copied, train = copy_model(self.model), self.model.training
+        if obstacle := find_uncapturable_line(copied, self.inputs, train=train):
             raise CaptureError(
                 f"{self.name} cannot be captured as a graph: {obstacle}; {self._advice()}"
             )
-        attempts = "".join(f"\n  {line}" for line in self.rejected)
+        other = find_uncapturable_line(copied, self.inputs, train=not train)
+        attempts = "".join(f"\n  {line}" for line in (*self.rejected, other) if line)
         raise CaptureError(
             f"{self.name} cannot be captured as a graph:{attempts}\n{self._advice()}"
         )
@@ -234,8 +236,8 @@ class _Ladder:
         modes = ("evaluation", "training")
         mode, other = modes[self.model.training], modes[not self.model.training]
         note = (
-            f"captured for {mode} mode alone, which the model is in: {other} mode, which the network "
-            f"refuses, has another graph ({self.rejected[0]})"
+            f"captured for {mode} mode alone, which the model is in: {other} mode, which the "
+            f"network refuses, has another graph ({self.rejected[0]})"
         )
 
         def attempt_one_mode(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
