@@ -212,6 +212,11 @@ class _Copier:
                 mapping[node] = self._opaque_calls.insert(self.graph, node, mapping)
             elif (element := _element(node, mapping)) is not None:
                 mapping[node] = element
+            elif any(mapping[source] is None for source in node.all_input_nodes):
+                raise CaptureError(
+                    f"forward calls torch.{operator_name(node)} at {_source(node.stack_trace)}, "
+                    "which holds graphs of its own: compute all of them, and let torch.where choose"
+                )
             else:
                 mapping[node] = self._copy_node(module, node, mapping, prefix)
 

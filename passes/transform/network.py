@@ -102,7 +102,7 @@ class Call:
 
     def without_constants(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Check and leave out the constants among positional arguments, as the model takes them."""
-        names = match_arguments(self.examples, self.fixed, args)
+        names = match_arguments(self.examples, self.fixed, args, alone=True)
         if None in names:  # the call fails
             return args
         pairs = [*zip(names, args, strict=True)]
@@ -131,7 +131,11 @@ class Call:
 
 
 def match_arguments(
-    examples: Collection[str], fixed: Collection[str], elements: Iterable[Any]
+    examples: Collection[str],
+    fixed: Collection[str],
+    elements: Iterable[Any],
+    *,
+    alone: bool = False,
 ) -> list[str | None]:
     """Return the argument that every element of a tuple is; None for what follows them.
 
@@ -141,6 +145,7 @@ def match_arguments(
         examples: Names of the arguments of a network.
         fixed: Names of the constants.
         elements: The tuple.
+        alone: Whether nothing but arguments is in the tuple.
     """
     tensors, constants = deque(examples), deque(fixed)
     names: list[str | None] = []
@@ -148,7 +153,7 @@ def match_arguments(
         name = None
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(element)):
             name = tensors.popleft() if tensors else None
-        elif constants and (tensors or isinstance(element, PLAIN)):
+        elif constants and (alone or tensors or isinstance(element, PLAIN)):
             name = constants.popleft()
         elif tensors:
             name = tensors.popleft()
@@ -189,7 +194,7 @@ class Network(fx.GraphModule):
         """
         call: Call = self.meta[CALL]
         check_mode(call.model, call.only_mode, training=self.training)
-        if call.fixed and any(isinstance(value, PLAIN) for value in args):
+        if call.fixed and not all(isinstance(value, torch.Tensor) for value in args):
             args = call.without_constants(args)
         if others := kwargs.keys() - call.examples.keys():
             call.check_others({name: kwargs[name] for name in others})
