@@ -21,6 +21,7 @@ class Conditional(nn.Module):
         return y
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own
 def test_a_conditional_operator_is_named() -> None:
     with pytest.raises(CaptureError, match=r"forward calls torch\.cond at .*\.py:\d+"):
         capture(Conditional(), (torch.randn(3, 4),))
