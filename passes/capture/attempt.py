@@ -96,16 +96,16 @@ class Attempt:
             MismatchError: The graph differs from the model.
             Exception: Whatever the front end raises.
         """
-        graph = self._trace(train=self.original.training)
+        graph = self._trace(train=self.original.training, model=self.model)
         toggle(self.model, graph)
         module = self._finish(graph)
         if reason := self.reference.mismatch(module, modes=(self.original.training,)):
             raise MismatchError(reason)
         return module
 
-    def _trace(self, *, train: bool) -> fx.Graph:
+    def _trace(self, *, train: bool, model: nn.Module | None = None) -> fx.Graph:
         """Run the front end in one mode; its constants become buffers of the model."""
-        model = self.model if train else copy_model(self.original)
+        model = model or (self.model if train else copy_model(self.original))
         for attempt in range(MAX_TRIES):
             # Numbers that forward itself draws while it is traced are constants of the graph. All
             # threads share the generators, so a changed state alone does not say who drew: the

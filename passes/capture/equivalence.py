@@ -36,6 +36,7 @@ from passes.ir.isolation import (
     with_plain_transformers,
 )
 from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
+from passes.ir.output_types import OutputType
 from passes.ir.program import Validation, failing_node
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
@@ -294,9 +295,10 @@ class Reference:
         return any(result.drew_random for result in self._runs.values())
 
     @property
-    def output_type(self) -> type:
-        """Class of the model's output."""
-        return next(iter(self._runs.values())).output_type
+    def output_types(self) -> tuple[tuple[OutputType, ...], tuple[str, ...]]:
+        """What makes the containers of the model's output; classes of those that it cannot make."""
+        result = next(iter(self._runs.values()))
+        return result.types, result.unknown
 
     @property
     def written(self) -> frozenset[int]:

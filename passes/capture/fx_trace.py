@@ -22,8 +22,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
-from passes.ir.example_inputs import AttributeKey, ExampleInputs, as_plain, placeholder_names
+from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import exclusive, for_this_thread
+from passes.ir.output_types import plain
 from passes.ir.program import Provenance, is_user_code, set_provenance
 
 _CONTAINERS = (
@@ -61,16 +62,10 @@ class Entry(nn.Module):
     def forward(self, *leaves: Any) -> Any:
         """Call the model with `leaves` in place of the tensors of its example inputs.
 
-        Mappings and dataclasses that are not pytree nodes become dicts of their fields in the
-        output.
+        Of the output, containers become dicts, lists and tuples.
         """
         args, kwargs = self._inputs.with_leaves(leaves)
-        return pytree.tree_map(_plain, self.model(*args, **kwargs))
-
-
-def _plain(value: Any) -> Any:
-    plain = as_plain(value)
-    return value if plain is value else pytree.tree_map(_plain, plain)
+        return plain(self.model(*args, **kwargs))
 
 
 class ModuleTracer(fx.Tracer):

@@ -20,9 +20,7 @@ import keyword
 import logging
 import reprlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -54,6 +52,7 @@ from passes.capture.model_notes import (
 )
 from passes.capture.opaque_modules import OpaqueClass, find_unexportable, find_untraceable
 from passes.capture.opaque_operator import calls_functions
+from passes.capture.outside_state import outside_preserved
 from passes.capture.torch_export import export
 from passes.capture.uncapturable import find_uncapturable_line
 from passes.errors import CaptureError, OptionError
@@ -71,8 +70,6 @@ LADDER: tuple[tuple[str, FrontEnd], ...] = (
     ("torch.export", export),
 )
 """Front ends that capture a whole model, with both modes in one graph."""
-
-_DICTS = (dict, OrderedDict)
 
 
 def capture(
@@ -119,10 +116,10 @@ def capture(
                 "are, but not in the state dict of the original"
             ]
         _check_layouts(inner, args, kwargs or {})
-        with without_caches(inner) as caching:
-            inputs = bind(inner, args, kwargs or {}).with_dynamic(dynamic)
+        inputs = bind(inner, args, kwargs or {}).with_dynamic(dynamic)
+        with without_caches(inner) as caching, outside_preserved(inner) as outside:
             ladder = _Ladder(model, inputs, validate)
-            ladder.notes += notes
+            ladder.notes += [*notes, *filter(None, [outside.note()])]
             if caching:
                 ladder.notes.append(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
@@ -223,11 +220,13 @@ class _Ladder:
             return program
         if program := self._capture_one_mode():
             return program
-        if obstacle := find_uncapturable_line(copy_model(self.model), self.inputs):
+        copied, train = copy_model(self.model), self.model.training
+        if obstacle := find_uncapturable_line(copied, self.inputs, train=train):
             raise CaptureError(
                 f"{self.name} cannot be captured as a graph: {obstacle}; {self._advice()}"
             )
-        attempts = "".join(f"\n  {line}" for line in self.rejected)
+        other = find_uncapturable_line(copied, self.inputs, train=not train)
+        attempts = "".join(f"\n  {line}" for line in (*self.rejected, other) if line)
         raise CaptureError(
             f"{self.name} cannot be captured as a graph:{attempts}\n{self._advice()}"
         )
@@ -237,8 +236,8 @@ class _Ladder:
         modes = ("evaluation", "training")
         mode, other = modes[self.model.training], modes[not self.model.training]
         note = (
-            f"captured for {mode} mode alone, which the model is in: {other} mode has another "
-            f"graph ({self.rejected[0]})"
+            f"captured for {mode} mode alone, which the model is in: {other} mode, which the "
+            f"network refuses, has another graph ({self.rejected[0]})"
         )
 
         def attempt_one_mode(attempt: Attempt) -> tuple[fx.GraphModule, list[str]]:
@@ -309,11 +308,14 @@ class _Ladder:
                 f"forward writes into {join_few(written)}, which it is given: the network writes "
                 "into a copy, and leaves its inputs as they are"
             )
-        output_type = self.reference.output_type
-        keeps_type = issubclass(output_type, dict) and is_dataclass(output_type)
-        fields = isinstance(module.graph.output_node().args[0], dict)
-        if fields and not keeps_type and output_type not in _DICTS:
-            notes.append(f"the output, a {output_type.__name__}, becomes a dict of its fields")
+        types, unknown = self.reference.output_types
+        notes += [f"the output, a {name}, becomes a dict of its fields" for name in unknown]
+        names = {t.name for t in types if not hasattr(torch.return_types, t.name)}
+        if classes := sorted(names - {"OrderedDict"}):
+            notes.append(
+                f"the output holds {join_few(classes)}, which a network that is loaded without the "
+                "model returns as dicts, lists and tuples"
+            )
         return Program(
             module=module,
             args=self.inputs.tensor_arguments(),
@@ -330,7 +332,7 @@ class _Ladder:
             unused=_unused(model, module),
             fixed=constant_arguments(self.model, self.inputs),
             model=model,
-            output_type=output_type if fields and keeps_type else None,
+            output_types=types,
         )
 
     def _reject(self, rung: str, reason: str) -> None:

@@ -8,6 +8,7 @@ forward changes, and translations of checkpoints.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import fx, nn
 from passes.capture.model_copy import HOOKS, STATE_HOOKS, plain_attributes, walk
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs
+from passes.ir.held_values import PLAIN, contents
 from passes.ir.isolation import preserved, with_plain_transformers
 from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
 from passes.ir.run_step import output_leaves
@@ -215,15 +217,15 @@ def _plain_values(model: nn.Module) -> Mapping[str, list[Any]]:
 
 
 def _leaves(value: Any) -> Iterable[Any]:
-    if isinstance(value, torch.Tensor):
-        yield value.detach().clone()
-    elif isinstance(value, int | float | complex | str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
+    for item in contents([value]):
+        if isinstance(item, torch.Tensor):
+            yield item.detach().clone()
+        elif isinstance(item, dict):
+            yield from (x for x in item.values() if type(x) in PLAIN)
+        elif isinstance(item, list | tuple | set | deque):
+            yield from (x for x in item if type(x) in PLAIN)
+        elif isinstance(item, int | float | complex | str):
+            yield item
 
 
 def _same(before: list[Any] | None, after: list[Any] | None) -> bool:

@@ -412,6 +412,8 @@ def _fold(model: nn.Module, nodes: list[fx.Node]) -> bool:
     path = provenance(nodes[0]).path
     if not path or not _is_unary(resolve(model, path)):
         return False
+    if resolve(model, path).training != model.training:
+        return False  # `train()` of the model keeps its mode: the operators have it, a call has not
     inside = set(nodes)
     sources = {
         source

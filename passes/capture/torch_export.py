@@ -17,7 +17,6 @@ import operator
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -170,25 +169,8 @@ def _convert(
     copier.copy(module, mapping)
     leaves = pytree.tree_leaves(module.graph.output_node().args[0])
     result = pytree.tree_unflatten(leaves, spec)
-    graph.output(fx.node.map_arg(_constructed(graph, result, mapping), lambda n: mapping.get(n, n)))
+    graph.output(fx.node.map_arg(result, lambda n: mapping.get(n, n)))
     return graph, copier.constants
-
-
-def _constructed(graph: fx.Graph, value: Any, mapping: Mapping[fx.Node, Any]) -> Any:
-    """Replace every dataclass in an output by a node that calls its class."""
-
-    def construct(item: Any) -> Any:
-        return _constructed(graph, item, mapping)
-
-    if is_dataclass(value) and not isinstance(value, Mapping | type):
-        items = {field.name: construct(getattr(value, field.name)) for field in fields(value)}
-        items = fx.node.map_arg(items, lambda n: mapping.get(n, n))
-        return graph.call_function(type(value), (), items)
-    if type(value) in (list, tuple):
-        return type(value)(map(construct, value))
-    if isinstance(value, Mapping):
-        return {key: construct(item) for key, item in value.items()}
-    return value
 
 
 class _Copier:
@@ -230,6 +212,11 @@ class _Copier:
                 mapping[node] = self._opaque_calls.insert(self.graph, node, mapping)
             elif (element := _element(node, mapping)) is not None:
                 mapping[node] = element
+            elif any(mapping[source] is None for source in node.all_input_nodes):
+                raise CaptureError(
+                    f"forward calls torch.{operator_name(node)} at {_source(node.stack_trace)}, "
+                    "which holds graphs of its own: compute all of them, and let torch.where choose"
+                )
             else:
                 mapping[node] = self._copy_node(module, node, mapping, prefix)
 

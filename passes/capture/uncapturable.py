@@ -36,32 +36,32 @@ from passes.ir.run_step import output_leaves
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _RUNS = 6
 """Runs from one random state: what a hidden generator decides may be the same in a few of them."""
+_DROPPING = ("torch.dropout", "torch.feature_dropout", "torch.alpha_dropout", "torch.rrelu")
+"""Functions whose results are values of the model, some of which are changed at random."""
 _READS = ("__bool__", "item", "tolist", "__float__", "__int__", "__index__", "numpy")
 """Methods of a tensor that make Python values of its numbers."""
 
 
-def find_uncapturable_line(model: nn.Module, inputs: ExampleInputs) -> str:
+def find_uncapturable_line(model: nn.Module, inputs: ExampleInputs, *, train: bool) -> str:
     """Return what in the code of a model no graph can hold, with the line; "" if nothing is seen.
 
-    The ladder runs this last, when every rung has failed and no mode alone was captured: what is
-    seen takes the place of the reasons of the rungs.
+    The ladder runs this last, when every rung has failed and no mode alone was captured.
 
     Args:
         model: A copy of the model.
         inputs: Its example inputs.
+        train: Whether to look in training mode.
     """
-    for train in (True, False):
-        mode = f"in {'training' if train else 'evaluation'} mode"
-        observer = _Observer()
-        results = [_run(model, inputs, observer, train=train) for _ in range(_RUNS)]
-        if observer.obstacle:
-            return f"{mode}, {observer.obstacle}"
-        if not all(_same(results[0], other) for other in results[1:]):
-            return (
-                f"{mode}, another run from the same random state has another result (forward "
-                "draws from a generator of its own, reads a clock, or counts its calls outside of "
-                "the model)"
-            )
+    mode = f"in {'training' if train else 'evaluation'} mode"
+    observer = _Observer()
+    results = [_run(model, inputs, observer, train=train) for _ in range(_RUNS)]
+    if observer.obstacle:
+        return f"{mode}, {observer.obstacle}"
+    if not all(_same(results[0], other) for other in results[1:]):
+        return (
+            f"{mode}, another run from the same random state has another result (forward draws "
+            "from a generator of its own, reads a clock, or counts its calls outside of the model)"
+        )
     return ""
 
 
@@ -119,7 +119,13 @@ class _Observer(TorchFunctionMode):
                 f"forward passes a torch.Generator to {name}{_line()}, and no graph can hold one "
                 "(use torch's own, which torch.manual_seed seeds)"
             )
-        if sources and name in _READS:
+        if sources and name in _READS and sources[0].startswith(_DROPPING):
+            self.note(
+                f"Python reads{_line()} values of the model, and a graph would decide by those of "
+                "the example for ever (let torch.where decide, or move what decides into a "
+                "submodule of its own, which stays one call)"
+            )
+        elif sources and name in _READS:
             self.note(
                 f"Python reads{_line()} random numbers that it draws by {sources[0]}, and a graph "
                 "would repeat them for ever (multiply by a random mask, or move what is random "

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import operator
 import pickle
 import random
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from passes.errors import CaptureError
+from passes.ir.held_values import Attribute, complex_attributes, contents, has_entries, snapshot
 from passes.ir.module_walk import named_parameters, named_submodules, submodules
 
 _functorch: Any = torch._C._functorch
@@ -95,14 +94,24 @@ def rare_collection() -> Iterator[None]:
     Modules and nodes of a deep model are a million objects that live on: to look through them every
     700 allocations takes an eighth of a compilation.
     """
-    before = gc.get_threshold()
-    if before[0]:  # 0: never
-        gc.set_threshold(max(before[0], _ALLOCATIONS), *before[1:])
+    # Compilations in other threads overlap: the last one to end puts the threshold back.
+    with LOCK:
+        _thresholds.append(gc.get_threshold())
+        first, *others = _thresholds[0]
+        if first:  # 0: never
+            gc.set_threshold(max(first, _ALLOCATIONS), *others)
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        with LOCK:
+            before = _thresholds[0]
+            _thresholds.pop()
+            if not _thresholds:
+                gc.set_threshold(*before)
 
+
+_thresholds: list[tuple[int, int, int]] = []
+"""What `rare_collection` found, one for each that has not ended."""
 
 _ALLOCATIONS = 100_000
 """Allocations between two searches for garbage, by `rare_collection`."""
@@ -133,7 +142,7 @@ def random_sources(*modules: nn.Module) -> list[RandomSource]:
 
     torch's own generators are not among them: operators of a graph may draw from these.
     """
-    return _sources(modules, _complex_attributes(submodules(*modules)))
+    return _sources(modules, complex_attributes(submodules(*modules)))
 
 
 def _sources(modules: Sequence[nn.Module], attributes: Sequence[Attribute]) -> list[RandomSource]:
@@ -142,7 +151,7 @@ def _sources(modules: Sequence[nn.Module], attributes: Sequence[Attribute]) -> l
         functions = numpy.random.get_state, numpy.random.set_state
         sources.append(RandomSource("numpy's random module", *functions))
     for child, name, value in attributes:
-        for leaf in _held(value):
+        for leaf in contents([value]):
             if accessors := _generator_accessors(leaf):
                 label = f"the {type(leaf).__name__} {_path(modules, child, name)!r}"
                 sources.append(RandomSource(label, *accessors))
@@ -321,10 +330,6 @@ def deterministic_cudnn() -> Iterator[None]:
             cudnn.deterministic, cudnn.benchmark = flags
 
 
-_TORCH_TABLES = frozenset(vars(nn.Module()))
-"""Attributes in which nn.Module keeps its parameters, buffers, submodules, hooks and its mode."""
-
-
 @contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
     """Restore buffers, attributes, modes, gradients and all random generators on exit.
@@ -334,14 +339,13 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     """
     with LOCK, torch.random.fork_rng():
         children = submodules(*modules)
-        attributes = _complex_attributes(children)
+        attributes = complex_attributes(children)
         states = [(source, source.read()) for source in _sources(modules, attributes)]
         # A forward may count its calls, keep tensors for the next call, write to a buffer in place
         # or replace it by another tensor.
         tables = [(t, dict(t)) for child in children for t in (vars(child), child._buffers)]
-        values = [value for _, _, value in attributes]
-        containers = [(v, v.copy()) for v in values if type(v) in (list, dict, set, deque)]
-        held = (leaf for value in values for leaf in _held(value))
+        held = [*contents(value for _, _, value in attributes)]
+        containers = snapshot(held)
         tensors = [
             (leaf, leaf.detach().clone())
             for leaf in (*_buffers(children), *held)
@@ -357,13 +361,11 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             yield
         finally:
             for table, entries in tables:
-                if not _has_entries(table, entries):
+                if not has_entries(table, entries):
                     table.clear()
                     table.update(entries)
-            for container, content in containers:
-                container.clear()
-                add = container.extend if isinstance(container, list | deque) else container.update
-                add(content)
+            for _, put_back in containers:
+                put_back()
             with torch.no_grad():
                 for tensor, value in tensors:
                     _restore(tensor, value)
@@ -374,43 +376,12 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 source.write(state)
 
 
-def _has_entries(table: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
-    """Whether a table still holds the very objects that it held."""
-    # Without a loop in Python: a deep model has tens of thousands of entries.
-    return [*table] == [*entries] and all(map(operator.is_, table.values(), entries.values()))
-
-
 def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
     return [tensor for child in children for tensor in child._buffers.values()]
 
 
 def _is_plain_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-
-
-def _held(value: Any) -> list[Any]:
-    """Return the leaves of an attribute, unless all are plain: a graph has a table of its lines."""
-    items = value.values() if type(value) is dict else value if type(value) is list else (value,)
-    return [] if {*map(type, items)} <= _PLAIN else pytree.tree_leaves(value)
-
-
-_PLAIN = frozenset({bool, int, float, str, type(None)})
-Attribute = tuple[nn.Module, str, Any]
-"""A module, the name of one of its attributes, and its value."""
-
-
-def _complex_attributes(children: Sequence[nn.Module]) -> list[Attribute]:
-    """Return the attributes of modules besides torch's, numbers, texts and tuples of these.
-
-    Flattening a plain value takes longer than looking at it, and a deep model has thousands.
-    """
-    return [
-        (child, name, value)
-        for child in children
-        for name, value in vars(child).items()
-        if type(value) not in _PLAIN and name not in _TORCH_TABLES
-        if type(value) is not tuple or not all(type(item) in _PLAIN for item in value)
-    ]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, PartitionError
 from passes.ir.module_walk import named_submodules
+from passes.ir.output_types import OutputType
 from passes.ir.structure_hash import program_digest
 
 _PROVENANCE_KEY = "pnn_provenance"
@@ -84,6 +85,12 @@ class CaptureReport:
     seconds: float = field(default=0.0, compare=False)
 
     @property
+    def only_mode(self) -> str:
+        """The mode, "training" or "evaluation", of a graph of one mode alone; "" for both."""
+        alone = self.rung.endswith(" mode alone")
+        return self.rung.removesuffix(" mode alone").rpartition(" ")[2] if alone else ""
+
+    @property
     def compared(self) -> str:
         """What was compared, and what that took, in words."""
         cost = f"; {self.runs} runs in {self.seconds:.1f} s" if self.runs else ""
@@ -107,8 +114,7 @@ class Program:
         fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
             their values are constants of the graph.
         model: Copy of the model, which loads checkpoints by its own code; None if there is none.
-        output_type: Class of the model's output, if that is a dict with fields (`ModelOutput` of
-            transformers): networks return it. None for outputs that the graph holds as they are.
+        output_types: What makes the containers of the output, of which the graph has plain ones.
     """
 
     module: fx.GraphModule
@@ -119,7 +125,7 @@ class Program:
     unused: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = None
-    output_type: type | None = None
+    output_types: tuple[OutputType, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.ir.example_inputs import ExampleInputs, as_plain
+from passes.ir.example_inputs import ExampleInputs
 from passes.ir.isolation import (
     deterministic_cudnn,
     preserved,
@@ -31,6 +31,7 @@ from passes.ir.isolation import (
     with_plain_transformers,
 )
 from passes.ir.module_walk import named_buffers, named_parameters, set_mode
+from passes.ir.output_types import OutputType, output_types, plain
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -55,7 +56,8 @@ class StepResult:
         changed: Buffers that the step changed, by name, with their new values.
         attached: Those of them through which later steps would go on to differentiate.
         written: Positions of the input tensors that the step wrote into.
-        output_type: Class of the whole output.
+        types: What makes the containers of the output that are no dicts, lists or tuples.
+        unknown: Classes of those that cannot be made.
         parameter_names: All names of each parameter, by the first of them.
         input_gradients: Whether gradients with respect to the inputs were asked for too.
         drew_random: Whether the step drew random numbers.
@@ -66,7 +68,8 @@ class StepResult:
     changed: Mapping[str, torch.Tensor]
     attached: frozenset[str] = frozenset()
     written: frozenset[int] = frozenset()
-    output_type: type = tuple
+    types: tuple[OutputType, ...] = ()
+    unknown: tuple[str, ...] = ()
     parameter_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     input_gradients: bool = True
     drew_random: bool = False
@@ -74,11 +77,7 @@ class StepResult:
 
 def output_leaves(output: Any) -> list[Any]:
     """Return the leaves of an output; dataclasses and mappings count as containers."""
-    leaves = []
-    for leaf in pytree.tree_leaves(output):
-        plain = as_plain(leaf)
-        leaves += [leaf] if plain is leaf else output_leaves(plain)
-    return leaves
+    return pytree.tree_leaves(plain(output))
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
@@ -129,6 +128,7 @@ def run_one_step(
         output = forward(ExampleInputs(args, kwargs, inputs.names, inputs.leaves))
         outputs = output_leaves(output)
         after = dict(named_buffers(module))
+        types, unknown = output_types(output)
         return StepResult(
             gradients=_gradients(module, outputs, leaves) if grad else {},
             # Copies, because an output may be a buffer that is put back afterwards.
@@ -140,7 +140,8 @@ def run_one_step(
             },
             attached=frozenset(n for n, tensor in after.items() if not tensor.is_leaf),
             written=frozenset(i for i, v in enumerate(values) if v._version != versions[i]),
-            output_type=type(output),
+            types=types,
+            unknown=unknown,
             parameter_names=_parameter_names(module),
             input_gradients=input_gradients,
             drew_random=not torch.equal(random_state, torch.get_rng_state()),

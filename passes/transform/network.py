@@ -31,6 +31,7 @@ from passes.errors import OptionError, SynthesisError, first_line
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved
 from passes.ir.module_walk import set_mode
+from passes.ir.output_types import OutputType, typed
 from passes.ir.program import Program, failing_node, tensor_leaves
 
 CALL = "pnn_call"
@@ -52,8 +53,9 @@ class Call:
         fixed: Values that arguments outside the graph have in it.
         free_batch: Whether batches of other sizes are fine.
         sequence: Length of the sequences of the example, where others are fine; else None.
-        output_type: Class of the output, as in `Program`.
+        output_types: What makes the containers of the output, as in `Program`.
         attributes: What the network has of the model.
+        only_mode: The mode, "training" or "evaluation", that the graph is of; "" for both.
     """
 
     model: str
@@ -61,8 +63,9 @@ class Call:
     fixed: Mapping[str, Any]
     free_batch: bool
     sequence: int | None
-    output_type: type | None
+    output_types: tuple[OutputType, ...]
     attributes: Mapping[str, Any]
+    only_mode: str = ""
 
     @classmethod
     def of(cls, program: Program) -> Self:
@@ -73,8 +76,9 @@ class Call:
             program.fixed,
             "batch" in program.dynamic,
             program.sequence,
-            program.output_type,
+            program.output_types,
             {n: getattr(program.model, n) for n in _PASSED_ON if hasattr(program.model, n)},
+            program.capture.only_mode,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -98,7 +102,7 @@ class Call:
 
     def without_constants(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Check and leave out the constants among positional arguments, as the model takes them."""
-        names = match_arguments(self.examples, self.fixed, args)
+        names = match_arguments(self.examples, self.fixed, args, alone=True)
         if None in names:  # the call fails
             return args
         pairs = [*zip(names, args, strict=True)]
@@ -127,7 +131,11 @@ class Call:
 
 
 def match_arguments(
-    examples: Collection[str], fixed: Collection[str], elements: Iterable[Any]
+    examples: Collection[str],
+    fixed: Collection[str],
+    elements: Iterable[Any],
+    *,
+    alone: bool = False,
 ) -> list[str | None]:
     """Return the argument that every element of a tuple is; None for what follows them.
 
@@ -137,6 +145,7 @@ def match_arguments(
         examples: Names of the arguments of a network.
         fixed: Names of the constants.
         elements: The tuple.
+        alone: Whether nothing but arguments is in the tuple.
     """
     tensors, constants = deque(examples), deque(fixed)
     names: list[str | None] = []
@@ -144,7 +153,7 @@ def match_arguments(
         name = None
         if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(element)):
             name = tensors.popleft() if tensors else None
-        elif constants and (tensors or isinstance(element, PLAIN)):
+        elif constants and (alone or tensors or isinstance(element, PLAIN)):
             name = constants.popleft()
         elif tensors:
             name = tensors.popleft()
@@ -180,10 +189,12 @@ class Network(fx.GraphModule):
         """Run the network.
 
         Raises:
-            OptionError: An argument is unknown, or the network fails on an input of another shape.
+            OptionError: An argument is unknown, the network fails on an input of another shape, or
+                is in a mode that its graph does not have.
         """
         call: Call = self.meta[CALL]
-        if call.fixed and any(isinstance(value, PLAIN) for value in args):
+        check_mode(call.model, call.only_mode, training=self.training)
+        if call.fixed and not all(isinstance(value, torch.Tensor) for value in args):
             args = call.without_constants(args)
         if others := kwargs.keys() - call.examples.keys():
             call.check_others({name: kwargs[name] for name in others})
@@ -195,7 +206,7 @@ class Network(fx.GraphModule):
             if reason := call.other_shape(named):
                 raise OptionError(reason) from error
             raise
-        return outputs if call.output_type is None else call.output_type(**outputs)
+        return typed(outputs, call.output_types)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the model that trainers read."""
@@ -234,6 +245,31 @@ class Network(fx.GraphModule):
         ]
         pairs = [(name, first.setdefault(id(tensor), name)) for name, tensor in named]
         return {name: kept for name, kept in pairs if name != kept}
+
+
+def check_mode(model: str, only: str, *, training: bool) -> None:
+    """Check that a network is in a mode that its graph has.
+
+    Args:
+        model: Name of the model.
+        only: The mode of the graph, as in `Call`.
+        training: Whether the network is in training mode.
+
+    Raises:
+        OptionError: The graph is of the other mode alone.
+    """
+    if only == "evaluation" and training:
+        raise OptionError(
+            f"{model} was captured for evaluation mode alone, as training mode has another graph "
+            "(a note of the report says which): call .eval() on the network, which can be trained "
+            "in that mode too"
+        )
+    if only == "training" and not training:
+        raise OptionError(
+            f"{model} was captured for training mode alone, as evaluation mode has another graph "
+            "(a note of the report says which): call .train() on the network, or compile "
+            "model.eval() for evaluation"
+        )
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -10,12 +10,13 @@ from contextlib import suppress
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.capture.train_eval import ByMode
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode as decode_json
 from passes.ir.checked_json import parse
+from passes.ir.output_types import OutputType, ordered_dict, ordered_dicts
 from passes.ir.program import (
     DIMENSIONS,
     CaptureReport,
@@ -92,6 +93,7 @@ class _Program(TypedDict):
     unknown: list[str]
     inputs: dict[str, Any]
     fixed: NotRequired[dict[str, Any]]
+    ordered_outputs: NotRequired[list[Any]]
     training: _Modes
     modules: list[_Module] | None
     tensors: list[TensorRecord]
@@ -150,6 +152,7 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
         "inputs": _write_inputs(program, writer),
         "fixed": _write_fixed(program),
         "training": training_modes(program.module),
+        "ordered_outputs": _write_ordered_outputs(program),
     }
     unknown: list[str] = []
     modules = [*_write_modules(program.module, "", {}, ModuleWriter(), unknown)]
@@ -200,6 +203,17 @@ def _write_fixed(program: Program) -> Data:
         with suppress(UnsupportedError):
             values[name] = encode(value)
     return values
+
+
+def _write_ordered_outputs(program: Program) -> list[Any]:
+    """Encode the paths of the OrderedDicts in the output, which need no code of the model."""
+    output = program.output.args[0]
+    paths = [path for path in ordered_dicts(program.output_types) if _is_dict(output, path)]
+    encoded = []
+    for path in paths:
+        with suppress(UnsupportedError):
+            encoded.append(encode(path))
+    return encoded
 
 
 def _write_tensors(program: Program, writer: TensorWriter) -> None:
@@ -304,7 +318,28 @@ def _read_program(data: Data, tensors: Mapping[str, torch.Tensor]) -> Program:
         name=name,
         unused={r["name"]: reader.read(r["name"]) for r in _of_kind(data, "unused")},
         fixed=fixed_from_data(data),
+        output_types=_read_ordered_outputs(data, module),
     )
+
+
+def _read_ordered_outputs(data: Data, module: fx.GraphModule) -> tuple[OutputType, ...]:
+    paths = [decode(path) for path in data.get("ordered_outputs", [])]
+    for path in paths:
+        if not isinstance(path, tuple) or not _is_dict(module.graph.output_node().args[0], path):
+            raise ArtifactError(f"the outputs have no dict at {str(path)[:80]!r}")
+    return tuple(map(ordered_dict, paths))
+
+
+def _is_dict(output: Any, path: tuple[Any, ...]) -> bool:
+    """Whether a path leads to a dict in the output of a graph."""
+    for key in path:
+        keys: Any = output if isinstance(output, dict) else ()
+        if isinstance(output, list | tuple) and type(key) is int:
+            keys = range(len(output))
+        if key not in keys:
+            return False
+        output = output[key]
+    return isinstance(output, dict)
 
 
 def _check_schema(data: Data) -> None:

@@ -18,12 +18,14 @@ import torch
 
 from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
+from passes.ir.output_types import typed
 from passes.pipeline import Compilation, Pass
 from passes.schedule.lists import Sweep, schedule
 from passes.schedule.simulate import Times, simulate
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, State
 from passes.transform.lockstep import chained_stages
+from passes.transform.network import check_mode
 from passes.transform.sweep import Role, Step, sweep
 from pnn_compile.compiled import gather
 from pnn_compile.evaluate.error_estimate import ErrorEstimate
@@ -103,7 +105,7 @@ def iterate(
                     break
             outputs = executor.head(state, batch)
     return Iterates(
-        outputs=outputs,
+        outputs=typed(outputs, compiled.program.output_types),
         iterations=len(estimates),
         exact=len(estimates) == len(plan.stages),
         estimates=estimates,
@@ -145,13 +147,15 @@ def _measuring(compiled: Compiled) -> Iterator[None]:
     A network of several iterations does not contain the operators whose results it does not need
     (the preprocessing operator of its last stage): they follow its mode and device.
     """
-    operators = compiled.operators.named()
+    operators, program = compiled.operators.named(), compiled.program
+    training = compiled.module.training
+    check_mode(program.name, program.capture.only_mode, training=training)
     with preserved(compiled.module, operators), torch.no_grad():
         contained = set(compiled.module.modules())
         for operator in operators.children():
             operator.to(device_of(compiled.module))
             for module in set(operator.modules()) - contained:
-                module.training = compiled.module.training
+                module.training = training
         yield
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -33,7 +33,7 @@ from passes.coarse.spec import CoarseOptions, CoarseSpec
 from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
 from passes.ir.example_inputs import bind
-from passes.ir.isolation import preserved, rare_collection, seeded
+from passes.ir.isolation import DispatchMode, preserved, rare_collection, seeded
 from passes.ir.module_walk import set_mode
 from passes.ir.program import Program
 from passes.ir.run_step import (
@@ -180,7 +180,14 @@ def _timed(subject: _Subject, check: _CheckFunction) -> Check:
 
 def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
     """Run a network that shares the program's parameters, on the example inputs."""
-    return _run_by(compiled.program, lambda inputs: network(**inputs), train=train, grad=grad)
+    return _run_by(
+        compiled.program, lambda inputs: _run_graph(network, inputs), train=train, grad=grad
+    )
+
+
+def _run_graph(network: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Run the graph of a network, in a mode that is not the model's too."""
+    return nn.Module.__call__(network, **inputs)
 
 
 def _run_by(
@@ -201,9 +208,9 @@ def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Modu
         head = network.get_submodule("head")
         hook = head.register_forward_pre_hook(lambda _, arguments: states.extend(arguments))
         with hook:
-            output = network(**inputs)
+            output = _run_graph(network, inputs)
         if outputs is not network:
-            output = outputs(**inputs)
+            output = _run_graph(outputs, inputs)
         return output, states
 
     with preserved(network):
@@ -423,30 +430,48 @@ def _network_runs(subject: _Subject) -> Check:
         with preserved(compiled.module):
             set_mode(compiled.module, train)
             try:
-                result = _run(compiled, compiled.module, train=train, grad=train)
+                with _DataShapes() as shapes:
+                    result = _run(compiled, compiled.module, train=train, grad=train)
             except Exception as error:
                 reasons.append(f"it fails: {error}")
                 continue
-        reasons += _implausible(result, original)
+        reasons += _implausible(result, original, free=shapes.seen)
     return Check(name, None, None, "; ".join(dict.fromkeys(reasons)), 0.0)
 
 
-def _implausible(result: StepResult, original: StepResult) -> list[str]:
+def _implausible(result: StepResult, original: StepResult, *, free: bool) -> list[str]:
     """List reasons why outputs or gradients are implausible: other shapes, values not finite."""
     reasons = []
     for value, model in zip(result.outputs, original.outputs, strict=True):
         if not isinstance(model, torch.Tensor):
             continue
-        if value.shape != model.shape or value.dtype != model.dtype:
+        alike = value.dtype == model.dtype and value.dim() == model.dim()
+        if not alike or (value.shape != model.shape and not free):
             reasons.append(f"an output is {list(value.shape)}, the original's {list(model.shape)}")
         elif model.is_meta:
             continue  # it has no values
         elif bool(torch.isfinite(model).all()) and not bool(torch.isfinite(value).all()):
             reasons.append("an output is not finite")
-    gradients = [g for g in result.gradients.values() if g is not None and not g.is_meta]
-    if any(not bool(torch.isfinite(gradient).all()) for gradient in gradients):
+    if _finite(original.gradients) and not _finite(result.gradients):
         reasons.append("a gradient is not finite")
     return reasons
+
+
+def _finite(gradients: Mapping[str, torch.Tensor | None]) -> bool:
+    values = [g for g in gradients.values() if g is not None and not g.is_meta]
+    return all(bool(torch.isfinite(value).all()) for value in values)
+
+
+class _DataShapes(DispatchMode):
+    """Observe whether an operator has a result whose shape depends on values, as `nonzero` has."""
+
+    seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen |= torch.Tag.dynamic_output_shape in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def _keys(subject: _Subject) -> Check:

@@ -26,6 +26,7 @@ from passes.pipeline import Compilation, Pass
 from passes.plan.build import with_operators
 from passes.transform.assemble import assemble
 from passes.transform.executor import Executor, Operator
+from passes.transform.network import check_mode
 from passes.transform.sweep import Symbol, sweep
 from passes.transform.synthesize import Operators, build_propagator
 from pnn_compile.compiled import gather
@@ -111,7 +112,7 @@ def calibrate(compiled: Compiled, inputs: Iterable[Any]) -> CalibrationReport:
 
     Raises:
         OptionError: There are fewer than two batches, they come from a generator, or a batch does
-            not fit the model.
+            not fit the model, or the network was captured for training mode alone.
     """
     executor = Executor(compiled)
     return calibrate_candidates(compiled, inputs, executor, CurrentOperators(executor))
@@ -140,6 +141,8 @@ def calibrate_candidates(
     Raises:
         OptionError: As in `calibrate`.
     """
+    program = compiled.program
+    check_mode(program.name, program.capture.only_mode, training=False)
     batches = CalibrationBatches(compiled, inputs)
     with evaluating(compiled):
         before = _measure(executor, batches)

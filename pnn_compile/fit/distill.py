@@ -28,6 +28,7 @@ from torch import fx, nn
 from passes.capture.refold import dropouts
 from passes.errors import OptionError
 from passes.transform.executor import Executor, State
+from passes.transform.network import CALL, Network
 from passes.transform.split import Stages
 from pnn_compile.fit.optimizer import MakeOptimizer, OptimizerStep
 from pnn_compile.inputs import device_of, named_batch
@@ -224,8 +225,9 @@ class Distiller:
 
 
 def train_mode(network: nn.Module, *, dropout: bool) -> None:
-    """Set training mode; dropout stays off unless it is asked for."""
-    network.train()
+    """Set training mode, if the network has one; dropout stays off unless it is asked for."""
+    one_mode = isinstance(network, Network) and network.meta[CALL].only_mode == "evaluation"
+    network.train(not one_mode)
     for module in () if dropout else dropouts(network):
         module.training = False
 

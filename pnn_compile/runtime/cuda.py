@@ -22,9 +22,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import RuntimeFault
+from passes.ir.output_types import typed
 from passes.ir.program import Interpreter
 from passes.plan.schema import Plan
 from passes.transform.assemble import step_of
+from passes.transform.network import check_mode
 from passes.transform.sweep import Role
 from pnn_compile.inputs import argument_names, by_argument, call_arguments, device_of
 
@@ -123,6 +125,8 @@ class StreamNetwork(nn.Module):
                 f"several stages update the same buffer ({self._shared[0]}), which streams would "
                 "do concurrently: call eval(), or train on ranks (pnn.runtime.distribute)"
             )
+        program = self._program
+        check_mode(program.name, program.capture.only_mode, training=self.training)
         current = torch.cuda.current_stream()
         streams = [current, *self._streams]
         for stream in self._streams:
@@ -133,7 +137,7 @@ class StreamNetwork(nn.Module):
         )
         for stream in self._streams:
             current.wait_stream(stream)
-        return result
+        return typed(result, program.output_types)
 
 
 class _Runner(Interpreter):

@@ -67,7 +67,9 @@ def distribute(
     Args:
         compiled: The whole network, the same on every rank; or the directory of an artifact, of
             which every rank reads the weights of its stages only.
-        group: Process group with one process per rank; the default one if None.
+        group: Process group with one process per rank; the default one if None. A rank whose step
+            fails closes the connections of the group, so that no other waits for it: pass
+            `dist.new_group()`, on all ranks, if the script has collectives of its own after that.
         mesh: Instead of a group, `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))`.
         placement: Rank of every stage; neighbours together, evenly, if None.

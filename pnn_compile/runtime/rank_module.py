@@ -15,10 +15,12 @@ from torch.amp.grad_scaler import GradScaler
 from passes.capture.refold import batch_norms, dropouts
 from passes.errors import OptionError, RuntimeFault
 from passes.ir.isolation import preserved
+from passes.ir.output_types import typed
 from passes.ir.program import clone_tensors
 from passes.schedule.instruction import Instruction, Kind
 from passes.schedule.simulate import TimelineSpan
 from passes.schedule.verify import check
+from passes.transform.network import check_mode
 from pnn_compile.inputs import (
     batch_size,
     by_argument,
@@ -144,13 +146,15 @@ class RankModule(nn.Module):
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
         with self._refusing():
+            self._check_mode()
             batch = call_arguments(self.whole.program, args, kwargs)
         (inputs,) = self._inputs(self._scattered(batch), 1)
         with self.exchanging("buffers of replicas"):
             self.replicas.share_buffers()
         with torch.no_grad():
             engine = self._run([inputs], None, self._evaluation)
-        return engine.outputs.get(0)
+        outputs = engine.outputs.get(0)
+        return None if outputs is None else typed(outputs, self.whole.program.output_types)
 
     def forward_backward(
         self,
@@ -179,6 +183,8 @@ class RankModule(nn.Module):
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
+        with self._refusing():
+            self._check_mode()
         batch = self._scattered(batch)
         inputs = self._inputs(batch, self._batches)
         sizes = [*map(batch_size, inputs)]
@@ -190,7 +196,8 @@ class RankModule(nn.Module):
 
         def scaled(outputs: list[Any]) -> torch.Tensor:
             whole = outputs[0] if self._joiner is None else self._joiner(outputs, sizes)
-            return self.replicas.combine(loss(whole, batch)) * scale
+            outputs_of_model = typed(whole, self.whole.program.output_types)
+            return self.replicas.combine(loss(outputs_of_model, batch)) * scale
 
         earlier = self._tied.set_aside()
         engine = self._run(inputs, scaled, self._training)
@@ -366,6 +373,10 @@ class RankModule(nn.Module):
         except BaseException as error:
             self.peers.leave(error)
             raise
+
+    def _check_mode(self) -> None:
+        program = self.whole.program
+        check_mode(program.name, program.capture.only_mode, training=self.training)
 
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
         """Run two micro-batches apart and together, in both modes; learn to join their outputs.

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import pnn_compile as pnn
 from tests.distributed.faults import FAULT_STEP, PHASES, RANKS
@@ -57,8 +58,14 @@ def _fail(*_: Any) -> None:
 
 
 def _go_on(rank: int, where: str) -> list[str]:
-    """Train in a script that catches every error and goes on; return what each step said."""
-    module = pnn.runtime.distribute(network(2), batches=2).train()
+    """Train in a script that catches every error and goes on; return what each step said.
+
+    With `where="own group"`, the network has a group of its own, and the script goes on to use the
+    default one.
+    """
+    own, where = where == "own group", "loss" if where == "own group" else where
+    group = dist.new_group() if own else None
+    module = pnn.runtime.distribute(network(2), group=group, batches=2).train()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     messages = []
     for number, batch in enumerate(batches(4)):
@@ -78,6 +85,10 @@ def _go_on(rank: int, where: str) -> list[str]:
             messages.append("")
         except (Exception, KeyboardInterrupt) as error:
             messages.append(f"{type(error).__name__}: {error}")
+    if own:
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        assert total == 2
     return messages
 
 
@@ -85,6 +96,7 @@ def _go_on(rank: int, where: str) -> list[str]:
     ("where", "culprit", "own"),
     [
         ("loss", 1, "ValueError: no labels"),
+        ("own group", 1, "ValueError: no labels"),
         ("interrupt", 1, "KeyboardInterrupt"),
         ("batch", 0, "x is [2, 3]"),
         ("optimizer", 0, "ZeroDivisionError"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pnn_compile.inputs import named_batch
 from pnn_compile.runtime.engine import run_in_one_process
 from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.distributed.ranks import start
+from tests.models.builders import mlp
 
 STEPS, SEED, RATE = 3, 7, 0.05
 
@@ -175,3 +177,32 @@ def test_a_failure_names_rank_stage_modules_and_shapes(tmp_path: Path) -> None:
     assert "[2, 3, 16, 16]" in first
     assert "MemoryError: no room for 3 GB; out of memory: distribute() with more" in first
     assert "rank 1 failed at fine (stage 1, micro-batch 0), modules trunk" in second
+
+
+class _Fields(NamedTuple):
+    logits: Tensor
+    more: dict[str, Tensor]
+
+
+class _Outputs(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp(4, 8)
+
+    def forward(self, x: Tensor) -> _Fields:
+        y = self.body(x)
+        return _Fields(y, OrderedDict(mean=y.mean(1)))
+
+
+def _step_with_fields(rank: int) -> list[str]:
+    torch.manual_seed(0)
+    compiled = pnn.compile(_Outputs(), torch.randn(4, 8), stages=2)
+    module = pnn.runtime.distribute(compiled, batches=2).train()
+    module.train_step(torch.randn(4, 8), lambda out, _: out.more["mean"].sum(), None)
+    outputs = module.eval()(torch.randn(4, 8))
+    return [type(outputs).__name__, type(getattr(outputs, "more", None)).__name__]
+
+
+def test_outputs_have_the_types_of_the_models(tmp_path: Path) -> None:
+    results = start(_step_with_fields, 2, tmp_path)
+    assert results == [["NoneType", "NoneType"], ["_Fields", "OrderedDict"]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pnn_compile as pnn
 from passes.errors import OptionError
@@ -101,3 +101,22 @@ def test_probe_refuses_samples_that_are_not_finite(network: pnn.Compiled) -> Non
     pairs = [(torch.full((4, 8), float("nan")), torch.randn(4, 8)) for _ in range(5)]
     with pytest.raises(OptionError, match="the loss of the original is nan"):
         network.probe(pairs, steps=8)
+
+
+class Constants(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float, sizes: list[int]) -> Tensor:
+        return self.body(x) * scale + sum(sizes)
+
+
+def test_a_network_takes_the_positional_arguments_of_its_example() -> None:
+    args = (torch.randn(3, 4), 2.0, [1, 2])
+    model = Constants()
+    compiled = pnn.compile(model, args, stages=1)
+    torch.testing.assert_close(compiled(*args), model(*args))
+    torch.testing.assert_close(compiled(args[0]), model(*args))
+    with pytest.raises(OptionError, match=r"sizes is \[1, 3\], but Constants was compiled with"):
+        compiled(args[0], 2.0, [1, 3])

@@ -250,3 +250,24 @@ def test_every_oracle_sees_one_wrong_edge_sign_or_weight(
         monkeypatch.setattr(place, assemble_wrongly)
     failed = [check.name for check in compiled.verify().checks if not check.passed]
     assert [name.split(" ")[0] for name in failed] == seen_by
+
+
+class Selection(nn.Module):
+    """Returns the samples of positive sum: how many, the values say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.body(x)
+        return y[y.sum(1) > 0]
+
+
+def test_outputs_whose_shape_is_data_may_have_another() -> None:
+    torch.manual_seed(0)
+    compiled = pnn.compile(Selection(), torch.randn(5, 8), stages=2)
+    with torch.no_grad():
+        for parameter in compiled.operators.named().parameters():
+            parameter.fill_(-3.0)
+    compiled.verify(strict=True)

@@ -32,6 +32,7 @@ from passes.ir.isolation import preserved
 from passes.ir.program import Interpreter
 from passes.ir.run_step import output_tensors
 from passes.transform.assemble import step_of
+from passes.transform.network import check_mode
 from passes.transform.sweep import Step
 from pnn_compile.export.onnx.pieces import (
     Piece,
@@ -124,11 +125,13 @@ def lower_network(compiled: Compiled, opset: int = OPSET, *, bf16: bool = False)
 
     Raises:
         ExportError: A package is missing, or an operator has no ONNX form.
-        OptionError: The version is none that is supported.
+        OptionError: The version is none that is supported, or the graph is of training mode alone.
     """
     if opset not in OPSETS:
         raise OptionError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]} (got {opset})")
     _require_packages()
+    program = compiled.program
+    check_mode(program.name, program.capture.only_mode, training=False)
     with preserved(compiled.module), torch.no_grad():
         compiled.module.eval()
         types = _record_types(compiled)

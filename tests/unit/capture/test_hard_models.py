@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 import pnn_compile as pnn
 from passes.capture.ladder import capture
-from passes.errors import CaptureError
+from passes.errors import ArtifactError, CaptureError
+from pnn_compile.artifact.program_json import program_from_data, program_to_data
 from tests.models.builders import mlp
 from tests.support.parity import assert_same_step, step
 
@@ -253,12 +254,37 @@ def test_outputs_of_any_class_keep_their_fields(kind: type[Any], exported: bool)
     x = torch.randn(5, WIDTH)
     actual, expected = compiled.sequential(x), model(x)
 
-    read = dict.__getitem__ if isinstance(actual, dict) else getattr
-    torch.testing.assert_close(read(actual, "logits"), expected.logits)
-    torch.testing.assert_close(read(actual, "hidden"), expected.hidden)
-    notes = [note for note in compiled.plan.notes if "becomes a dict of its fields" in note]
-    assert len(notes) == (isinstance(actual, dict))
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.hidden, expected.hidden)
+    (note,) = [note for note in compiled.plan.notes if "the output" in note]
+    assert f"the output holds {kind.__name__}, which a network that is loaded without" in note
     compiled.verify(strict=True)
+
+
+class Ordered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = body()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(x)
+        return [OrderedDict(logits=y, first=({"x": x}, None)), defaultdict(list, {"y": [y]})]
+
+
+def test_ordered_dicts_are_saved_as_such(tmp_path: Path) -> None:
+    model, x = Ordered().eval(), torch.randn(4, WIDTH)
+    compiled = pnn.compile(model, x, stages=2)
+    loaded = pnn.load(compiled.save(tmp_path / "network"))
+
+    expected = model(x)
+    for network, kind in ((compiled.sequential, defaultdict), (loaded.sequential, dict)):
+        actual = network(x)
+        torch.testing.assert_close([dict(part) for part in actual], [dict(p) for p in expected])
+        assert [*map(type, actual)] == [OrderedDict, kind]
+    damaged = program_to_data(compiled.program)[0] | {"ordered_outputs": [{"tuple": [1, "z"]}]}
+    with pytest.raises(ArtifactError, match="the outputs have no dict at"):
+        program_from_data(damaged, program_to_data(compiled.program)[1])
 
 
 class Reads(nn.Module):

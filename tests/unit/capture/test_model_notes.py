@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import pnn_compile as pnn
 from passes.capture.ladder import capture
 from passes.errors import CaptureError
 from tests.models.builders import residual_chain
@@ -164,7 +165,26 @@ class FrozenNorm(nn.Module):
         return self.norm(self.linear(x))
 
 
-def test_a_train_method_that_no_graph_follows_is_named() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), FrozenNorm()).train()
+def test_a_train_method_that_keeps_a_layer_in_evaluation_is_followed() -> None:
+    frozen: Any = FrozenNorm()
+    frozen.norm.running_mean.add_(1.0)
+    model = nn.Sequential(nn.Linear(4, 4), frozen, nn.Linear(4, 4)).train()
+    compiled = pnn.compile(model, X, stages=2)
+
+    x = torch.randn(5, 4)
+    for train in (True, False):
+        actual = compiled.sequential.train(train)(x)
+        torch.testing.assert_close(actual, model.train(train)(x))
+    assert frozen.norm.running_mean.mean() == 1.0
+    compiled.verify(strict=True)
+
+
+class Branching(FrozenNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_a_train_method_is_named_where_no_graph_is_captured() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Branching()).train()
     with pytest.raises(CaptureError, match=r"1 overrides train\(\)"):
         capture(model, (X,))

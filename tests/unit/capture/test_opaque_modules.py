@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pnn_compile as pnn
 from passes.capture.ladder import capture
-from passes.errors import CaptureError
+from passes.errors import CaptureError, OptionError
 from tests.models.builders import mlp
 from tests.support.parity import assert_same_step, step
 from tests.support.programs import facts_by_name
@@ -176,13 +176,35 @@ def test_the_mode_that_can_be_captured_is_and_a_note_says_so(kind: type[nn.Modul
     assert_same_step(step(compiled.program.module, (x,), train=False), expected)
 
 
+def test_a_network_of_one_mode_runs_in_no_other(tmp_path: Path) -> None:
+    compiled = pnn.compile(LayerDrop().eval(), X[:, 0], stages=2)
+    for network in (compiled, pnn.load(compiled.save(tmp_path / "network"))):
+        network(X[:, 0])
+        with pytest.raises(OptionError, match=r"evaluation mode alone, .*: call \.eval\(\)"):
+            network.train()(X[:, 0])
+        with pytest.raises(OptionError, match="evaluation mode alone"):
+            network.sequential.train()(X[:, 0])
+    report = compiled.eval().fit([X[:, 0]] * 2, epochs=1)
+    assert report.steps
+
+    compiled = pnn.compile(Auxiliary(), X[:, 0], stages=2)
+    compiled(X[:, 0])
+    compiled.verify(strict=True)
+    with pytest.raises(OptionError, match=r"training mode alone, .* compile model\.eval\(\)"):
+        compiled.eval()(X[:, 0])
+    with pytest.raises(OptionError, match="training mode alone"):
+        compiled.export_onnx(tmp_path / "network.onnx")
+    with pytest.raises(OptionError, match="training mode alone"):
+        compiled.calibrate([X[:, 0]] * 5)
+
+
 def test_training_mode_alone_keeps_both_outputs() -> None:
     model = Auxiliary()
     captured = capture(model, (X[:, 0],))
     x = torch.randn(7, WIDTH)
 
     assert captured.capture.rung == "torch.fx trace, training mode alone"
-    assert "evaluation mode has another graph" in captured.capture.notes[0]
+    assert "has another graph" in captured.capture.notes[0]
     assert_same_step(step(captured.module, (x,), train=True), step(model, (x,), train=True))
 
 

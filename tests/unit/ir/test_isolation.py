@@ -5,13 +5,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import pnn_compile as pnn
-from passes.ir.isolation import exclusive
+from passes.ir.isolation import exclusive, preserved
 from tests.models.builders import Exported, block_chain, residual_chain
 
 
@@ -133,3 +134,22 @@ def test_a_trace_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(fx.proxy.TraceError), exclusive():
         fx.symbolic_trace(Broken())
     assert nn.Module.__call__ is call
+
+
+def test_nested_containers_and_plain_objects_are_put_back() -> None:
+    class State:
+        def __init__(self) -> None:
+            self.last: Any = None
+            self.sums = torch.zeros(2)
+
+    model: Any = nn.Linear(2, 2)
+    model.state, model.lists = State(), {"history": [State()]}
+    with preserved(model):
+        model.state.last = torch.ones(2)
+        model.state.sums.add_(1.0)
+        model.lists["history"][0].last = 3
+        model.lists["history"].append(4)
+    assert model.state.last is None
+    assert not model.state.sums.any()
+    (entry,) = model.lists["history"]
+    assert entry.last is None

@@ -101,3 +101,14 @@ def test_garbage_is_looked_for_less_often_and_then_as_before() -> None:
     with rare_collection():
         assert gc.get_threshold()[0] >= 100 * 700 > before[0]
     assert gc.get_threshold() == before
+
+
+def test_overlapping_threads_leave_the_search_for_garbage_as_it_was() -> None:
+    before = gc.get_threshold()
+    first, second = rare_collection(), rare_collection()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold()[0] > before[0]
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before
