@@ -8,7 +8,6 @@ models that run in other threads meanwhile are not affected (`exclusive`).
 from __future__ import annotations
 
 import functools
-import gc
 import operator
 import pickle
 import random
@@ -86,26 +85,6 @@ def _leave_dual_level() -> None:
     except RuntimeError:  # there is one, and levels do not nest
         level = 0
     engine._exit_dual_level(level=level)
-
-
-@contextmanager
-def rare_collection() -> Iterator[None]:
-    """Make Python look for cyclic garbage less often, in all threads.
-
-    Modules and nodes of a deep model are a million objects that live on: to look through them every
-    700 allocations takes an eighth of a compilation.
-    """
-    before = gc.get_threshold()
-    if before[0]:  # 0: never
-        gc.set_threshold(max(before[0], _ALLOCATIONS), *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-_ALLOCATIONS = 100_000
-"""Allocations between two searches for garbage, by `rare_collection`."""
 
 
 @dataclass(frozen=True)
@@ -326,11 +305,14 @@ _TORCH_TABLES = frozenset(vars(nn.Module()))
 
 
 @contextmanager
-def preserved(*modules: nn.Module) -> Iterator[None]:
+def preserved(*modules: nn.Module) -> Iterator[Mapping[int, torch.Tensor]]:
     """Restore buffers, attributes, modes, gradients and all random generators on exit.
 
     Args:
         modules: The modules to restore, with all their submodules.
+
+    Yields:
+        Copies of the buffers and tensors to restore, by the `id` of these.
     """
     with LOCK, torch.random.fork_rng():
         children = submodules(*modules)
@@ -343,9 +325,10 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         containers = [(v, v.copy()) for v in values if type(v) in (list, dict, set, deque)]
         held = (leaf for value in values for leaf in _held(value))
         tensors = [
-            (leaf, leaf.detach().clone())
-            for leaf in (*_buffers(children), *held)
-            if type(leaf) is torch.Tensor or _is_plain_tensor(leaf)
+            (leaf, leaf.detach().clone() if leaf.requires_grad else leaf.clone())
+            for leaf in (*(t for child in children for t in child._buffers.values()), *held)
+            if type(leaf) is torch.Tensor
+            or (isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter))
         ]
         grads = [
             (p, p.grad) for child in children for p in child._parameters.values() if p is not None
@@ -354,7 +337,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             if grad is not None:
                 parameter.grad = None  # a backward inside a backward adds to it
         try:
-            yield
+            yield {id(tensor): value for tensor, value in tensors}
         finally:
             for table, entries in tables:
                 if not _has_entries(table, entries):
@@ -364,9 +347,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                 container.clear()
                 add = container.extend if isinstance(container, list | deque) else container.update
                 add(content)
-            with torch.no_grad():
-                for tensor, value in tensors:
-                    _restore(tensor, value)
+            _restore(tensors)
             for parameter, grad in grads:
                 if parameter.grad is not grad:
                     parameter.grad = grad
@@ -378,14 +359,6 @@ def _has_entries(table: Mapping[str, Any], entries: Mapping[str, Any]) -> bool:
     """Whether a table still holds the very objects that it held."""
     # Without a loop in Python: a deep model has tens of thousands of entries.
     return [*table] == [*entries] and all(map(operator.is_, table.values(), entries.values()))
-
-
-def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
-    return [tensor for child in children for tensor in child._buffers.values()]
-
-
-def _is_plain_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
 
 
 def _held(value: Any) -> list[Any]:
@@ -467,7 +440,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.is_meta or b.is_meta:
         return True
-    a, b = strided(a.detach()), strided(b.detach())
+    a, b = strided(a), strided(b)
     if a.dtype.itemsize == 1 and a.is_floating_point():  # float8 has no comparison of its own
         a, b = a.float(), b.float()
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
@@ -478,9 +451,24 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def _restore(tensor: torch.Tensor, value: torch.Tensor) -> None:
+def _restore(tensors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy values back in place, those of most buffers of a model by one call."""
+    targets, values, others = list[torch.Tensor](), list[torch.Tensor](), []
+    for tensor, value in tensors:
+        if type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_contiguous():
+            targets.append(tensor.detach() if tensor.requires_grad else tensor)
+            values.append(value)
+        else:
+            others.append((tensor.detach(), value))
+    with torch.no_grad():
+        if targets:
+            torch._foreach_copy_(targets, values)
+        for tensor, value in others:
+            _restore_one(tensor, value)
+
+
+def _restore_one(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy values back in place; torch refuses to write to the repeats of an expanded tensor."""
-    tensor = tensor.detach()
     if tensor.layout is torch.strided:
         for axis, step in enumerate(tensor.stride()):
             if step == 0 and tensor.shape[axis] > 1:

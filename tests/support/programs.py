@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
-from passes.cost.node_facts import Fact, observe
+from passes.cost.node_facts import observe
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from passes.capture.model_copy import copy_model
-from passes.ir.isolation import rare_collection
+from passes.ir.garbage import rare_collection
 from passes.ir.module_walk import (
     named_buffers,
     named_parameters,
@@ -100,4 +100,10 @@ def test_garbage_is_looked_for_less_often_and_then_as_before() -> None:
     before = gc.get_threshold()
     with rare_collection():
         assert gc.get_threshold()[0] >= 100 * 700 > before[0]
+    assert gc.get_threshold() == before
+    first, second = rare_collection(), rare_collection()  # of two threads, neither inside the other
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold()[0] >= 100 * 700
+    second.__exit__(None, None, None)
     assert gc.get_threshold() == before
