@@ -18,11 +18,12 @@ from typing import Any
 from torch import fx, nn
 
 from passes.analysis.analysis import Analysis, analyze
-from passes.capture.ladder import capture
+from passes.capture.ladder import capture_and_observe
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
-from passes.ir.isolation import rare_collection
+from passes.ir.garbage import rare_collection
+from passes.ir.observer import Observations
 from passes.ir.program import Program, Validation, verify_graph
 from passes.options import Options
 from passes.plan.num_stages import cut_and_plan
@@ -43,6 +44,7 @@ class Compilation:
         dynamic: Dimensions of the inputs to keep free, as `capture` takes them.
         validate: How much capture compares with the model.
         program: The captured program.
+        observations: What the runs that validated it showed of its nodes.
         options: Options of the compilation; None if a plan is replayed.
         measure: Function that measures the seconds of segments, for measured costs.
         analysis: Costs and legal cuts.
@@ -61,6 +63,7 @@ class Compilation:
     dynamic: Collection[str] = ("batch",)
     validate: Validation = "full"
     program: Program | None = None
+    observations: Observations | None = None
     options: Options | None = None
     measure: Measure = measure_seconds
     analysis: Analysis | None = None
@@ -183,14 +186,16 @@ def insert(passes: Sequence[Pass], step: Pass, *, after: str) -> tuple[Pass, ...
 
 def _capture(c: Compilation) -> Compilation:
     assert c.model is not None
-    program = capture(c.model, c.args, c.kwargs, dynamic=c.dynamic, validate=c.validate)
-    return replace(c, program=program)
+    program, observations = capture_and_observe(
+        c.model, c.args, c.kwargs, dynamic=c.dynamic, validate=c.validate
+    )
+    return replace(c, program=program, observations=observations)
 
 
 def _analyze(c: Compilation) -> Compilation:
     assert c.options is not None
     assert c.program is not None
-    facts = observe(c.program)
+    facts = observe(c.program, c.observations)
     device = next(iter(c.options.devices), None)
     analysis = analyze(c.program, facts, c.options.cost, device, measure=c.measure)
     return replace(c, analysis=analysis)

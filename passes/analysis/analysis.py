@@ -19,8 +19,8 @@ from passes.analysis.sources import PreprocessingSource, preprocessing_sources
 from passes.cost.device_profile import DeviceProfile, roofline_costs
 from passes.cost.flops import NodeCost, measure_costs
 from passes.cost.measured import Measure, measure_seconds
-from passes.cost.node_facts import Fact
 from passes.errors import OptionError
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 
 CostSource = (

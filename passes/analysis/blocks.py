@@ -10,8 +10,8 @@ from torch import fx
 
 from passes.analysis.cut_points import Frontiers, Position
 from passes.analysis.loops import Loop
-from passes.cost.node_facts import Fact
 from passes.ir.module_walk import submodule
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 from passes.ir.structure_hash import digest, node_lines
 from passes.ir.tensor_spec import TensorSpec

@@ -30,8 +30,8 @@ from passes.analysis.dependence import (
 from passes.analysis.masks import find_weights, without_dropout
 from passes.analysis.sources import with_sources
 from passes.cost.flops import NodeCost
-from passes.cost.node_facts import Fact, memory_of
 from passes.ir.module_walk import submodule
+from passes.ir.observer import Fact, memory_of
 from passes.ir.program import Program, provenance
 from passes.ir.tensor_spec import TensorSpec
 

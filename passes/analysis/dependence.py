@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from passes.cost.flops import NodeCost
-from passes.cost.node_facts import Fact
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")

@@ -29,8 +29,8 @@ from torch import fx, nn
 from passes.analysis.cut_points import Frontiers, Position
 from passes.analysis.dependence import name_of
 from passes.cost.flops import NodeCost
-from passes.cost.node_facts import Fact
 from passes.ir.module_walk import submodule
+from passes.ir.observer import Fact
 from passes.ir.program import Program, provenance, resolve
 
 _LEAST_STEPS = 3

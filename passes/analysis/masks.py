@@ -27,8 +27,8 @@ from passes.analysis.dependence import (
     read_by,
     readers_of,
 )
-from passes.cost.node_facts import Fact
 from passes.ir.module_walk import submodule
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 
 MAX_SIDE_SHARE = 0.01

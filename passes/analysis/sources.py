@@ -19,7 +19,7 @@ from passes.analysis.dependence import (
     is_state,
 )
 from passes.analysis.masks import MAX_SIDE_SHARE, after_masks, find_masks, plain_values, recomputed
-from passes.cost.node_facts import Fact
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
 

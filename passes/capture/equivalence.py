@@ -36,8 +36,9 @@ from passes.ir.isolation import (
     with_plain_transformers,
 )
 from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
+from passes.ir.observer import Observations, Observer, ShapeRecorder
 from passes.ir.output_types import OutputType
-from passes.ir.program import Validation, failing_node
+from passes.ir.program import Interpreter, Validation, failing_node
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
 _SECOND_SEED = 1
@@ -57,6 +58,7 @@ class Reference:
         runs: Number of runs so far, of the model and of graphs.
         seconds: Their wall time.
         notes: Comparisons that were impossible, and why.
+        observations: What the runs of the last graph showed of its nodes.
 
     Raises:
         CaptureError: The model fails on its own example inputs.
@@ -77,6 +79,7 @@ class Reference:
         self._caches: set[str] = set()
         self._lengths: list[tuple[ExampleInputs, StepResult]] = []
         self.notes: list[str] = []
+        self.observations: Observations | None = None
         # By mode (training?) and input (the second?).
         self._runs: dict[tuple[bool, bool], StepResult] = {}
         try:
@@ -317,10 +320,13 @@ class Reference:
                 continue
             where = f"in {'training' if train else 'evaluation'} mode"
             where += " on a second input" if second else ""
+            # What later passes ask for is seen on the way, where other runs call the module itself.
+            watched = self.validate == "full" and second and not expected.gradients
+            watcher = self._watcher(candidate, train) if watched else None
             try:
                 result = self._step(
                     candidate,
-                    _call_by_name(candidate),
+                    _call_by_name(candidate) if watcher is None else _call_on(watcher),
                     self._choose(second),
                     train=train,
                     grad=bool(expected.gradients),
@@ -329,6 +335,8 @@ class Reference:
                 )
             except Exception as error:
                 return f"the graph fails {where}: {summarize(error)}"
+            if watcher is not None:
+                self._observe(watcher)
             result = self._without_caches(result)
             if reason := compare(result, expected, least=_lowest_precision(candidate)):
                 return f"{where}, {reason}"
@@ -338,6 +346,24 @@ class Reference:
         if self.validate != "full":
             return self._mismatch_resized(candidate, train)
         return self._mismatch_alone(candidate, train) or self._mismatch_resized(candidate, train)
+
+    def _watcher(self, candidate: nn.Module, train: bool) -> Observer | ShapeRecorder | None:
+        """Return what runs a graph and records what the run can show; None if that is nothing."""
+        if not isinstance(candidate, fx.GraphModule):
+            return None
+        if train:
+            return Observer(candidate)
+        return ShapeRecorder(candidate) if "batch" in self.inputs.dynamic else None
+
+    def _observe(self, watcher: Observer | ShapeRecorder) -> None:
+        observed, graph = self.observations, watcher.graph
+        if observed is None or observed.graph is not graph:
+            observed = Observations(graph)
+        self.observations = (
+            dataclasses.replace(observed, trained=watcher.facts())
+            if isinstance(watcher, Observer)
+            else dataclasses.replace(observed, larger=watcher.shapes)
+        )
 
     def _mismatch_alone(self, candidate: nn.Module, train: bool) -> str:
         """Return "" if the outputs agree wherever a single input tensor is changed."""
@@ -425,6 +451,16 @@ def _call(model: nn.Module) -> Forward:
 def _call_by_name(module: nn.Module) -> Forward:
     # Not `module(...)`: a GraphModule prints the traceback of an error, which is part of a trial.
     return lambda inputs: nn.Module.__call__(module, **inputs.tensor_arguments())
+
+
+def _call_on(interpreter: Interpreter) -> Forward:
+    names = [str(node.target) for node in interpreter.graph.find_nodes(op="placeholder")]
+
+    def call(inputs: ExampleInputs) -> Any:
+        arguments = inputs.tensor_arguments()
+        return interpreter.run(*(arguments[name] for name in names))
+
+    return call
 
 
 def _shapes(inputs: ExampleInputs) -> str:

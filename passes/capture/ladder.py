@@ -21,6 +21,7 @@ import logging
 import reprlib
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ from passes.errors import CaptureError, OptionError
 from passes.ir.example_inputs import ExampleInputs, bind, constant_arguments
 from passes.ir.isolation import LOCK, without_caches
 from passes.ir.module_walk import named_buffers, named_parameters, named_submodules
+from passes.ir.observer import Observations
 from passes.ir.program import VALIDATIONS, CaptureReport, Program, Validation, graph_module
 
 _log = logging.getLogger(__name__)
@@ -80,6 +82,18 @@ def capture(
     dynamic: Collection[str] = ("batch",),
     validate: Validation = "full",
 ) -> Program:
+    """Capture a model as `capture_and_observe` does; return the program alone."""
+    return capture_and_observe(model, args, kwargs, dynamic=dynamic, validate=validate)[0]
+
+
+def capture_and_observe(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Collection[str] = ("batch",),
+    validate: Validation = "full",
+) -> tuple[Program, Observations | None]:
     """Capture a model as a flat graph over real modules, and validate it against the model.
 
     The model is copied first and never changed. The graph of a front end is accepted if outputs,
@@ -96,6 +110,9 @@ def capture(
             "sequence", dimension 1 of the first input that has one, with all others of its length.
         validate: How much of the graph to compare with the model (`passes.ir.program.VALIDATIONS`).
             What the graph is made from, as the free batch size, is found out in any case.
+
+    Returns:
+        The program, and what the runs that validated it showed of its nodes.
 
     Raises:
         OptionError: `validate` is none of the three words, or `dynamic` names anything else.
@@ -125,7 +142,8 @@ def capture(
                     "keys and values are not cached (config.use_cache = False): a cache is not a "
                     "tensor"
                 )
-            return ladder.run()
+            program, observed = ladder.run(), ladder.reference.observations
+            return program, observed and replace(observed, args=program.args)
 
 
 _RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))

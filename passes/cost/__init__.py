@@ -8,7 +8,8 @@ from passes.cost.device_profile import DeviceProfile, read_profile, roofline_cos
 from passes.cost.flops import NodeCost, count_work, measure_costs
 from passes.cost.measured import Seconds, measure_network, measure_seconds
 from passes.cost.memory import Memory, last_fitting_ends
-from passes.cost.node_facts import Fact, observe
+from passes.cost.node_facts import observe
+from passes.ir.observer import Fact
 
 __all__ = [
     "DeviceProfile",

@@ -25,8 +25,8 @@ from typing import Any
 from torch import fx
 
 from passes.cost.flops import NodeCost
-from passes.cost.node_facts import Fact
 from passes.errors import OptionError
+from passes.ir.observer import Fact
 
 _DEFAULT_DTYPE = "float32"
 _MAY_BE_ZERO = ("launch", "link_latency", "network_latency")

@@ -14,7 +14,7 @@ for others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
-from passes.cost.node_facts import Fact
 from passes.errors import OptionError
-from passes.ir.isolation import LOCK, DispatchMode, preserved
+from passes.ir.isolation import LOCK, DispatchMode
 from passes.ir.module_walk import named_parameters, submodule, submodules
-from passes.ir.program import Interpreter, Program, is_compute, resolve, tensor_leaves
+from passes.ir.observer import Fact, Work
+from passes.ir.program import Program, is_compute, resolve, tensor_leaves
 
 _VIEWS = (torch.ops.aten._unsafe_view,)
 """Operators that only make a view although torch does not mark them as such."""
@@ -66,7 +66,7 @@ class NodeCost:
         return self.cost - self.backward
 
 
-class _FlopMode(DispatchMode):
+class WorkMode(DispatchMode):
     """Count the FLOPs, bytes and operators of everything that runs inside the mode."""
 
     def __init__(self) -> None:
@@ -77,13 +77,14 @@ class _FlopMode(DispatchMode):
         self.operators = 0
 
     @property
-    def count(self) -> tuple[int, int, int, int]:
-        """FLOPs of registered and of other operators, bytes moved, and number of operators."""
-        return self.registered, self.other, self.moved, self.operators
+    def work(self) -> Work:
+        """The work so far."""
+        return Work(self.registered, self.other, self.moved, self.operators)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        """Run an operator, and count its work."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func.is_view or func._overloadpacket in _VIEWS:
@@ -103,7 +104,7 @@ _RECURRENT = ("lstm", "gru", "rnn")
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Keep torch from fusing attention into one operator, whose FLOPs cannot be counted."""
     with LOCK:
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -116,7 +117,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_recurrence() -> Iterator[None]:
+def plain_recurrence() -> Iterator[None]:
     """Keep mkldnn and cuDNN from fusing recurrent layers into one operator."""
     # Set as properties: the context managers of these modules also set TF32, which warns on a CPU.
     libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
@@ -131,7 +132,8 @@ def _plain_recurrence() -> Iterator[None]:
                 library.enabled = flag
 
 
-def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
+def is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls a recurrent layer."""
     if node.op == "call_module":
         children = submodules(submodule(module, str(node.target)))
         return any(isinstance(child, torch.nn.RNNBase) for child in children)
@@ -140,25 +142,9 @@ def _is_recurrent(module: torch.nn.Module, node: fx.Node) -> bool:
 
 def count_work(function: Callable[[], Any]) -> tuple[int, int, int]:
     """Run a function and return the FLOPs, bytes moved and number of its operators."""
-    with torch.no_grad(), _plain_attention(), _plain_recurrence(), _FlopMode() as mode:
+    with torch.no_grad(), plain_attention(), plain_recurrence(), WorkMode() as mode:
         function()
         return int(mode.registered + mode.other), mode.moved, mode.operators
-
-
-class _FlopCounter(Interpreter):
-    """Record the counts of a `_FlopMode` node by node."""
-
-    def __init__(self, module: fx.GraphModule, mode: _FlopMode) -> None:
-        super().__init__(module)
-        self.mode = mode
-        self.counts: dict[fx.Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.mode.count
-        with _plain_recurrence() if _is_recurrent(self.module, n) else nullcontext():
-            value = super().run_node(n)
-        self.counts[n] = tuple(b - a for a, b in zip(before, self.mode.count, strict=True))
-        return value
 
 
 def measure_costs(
@@ -166,7 +152,7 @@ def measure_costs(
     facts: Mapping[fx.Node, Fact],
     cost_function: Callable[[fx.Node, int], float] | None = None,
 ) -> dict[fx.Node, NodeCost]:
-    """Count the cost of every node by running the program once.
+    """Return the cost of every node, by the work that was observed.
 
     Args:
         program: The program.
@@ -177,11 +163,9 @@ def measure_costs(
     Raises:
         OptionError: `cost_function` returned a negative or non-finite number.
     """
-    with _evaluating(program) as inputs, _plain_attention(), _FlopMode() as mode:
-        counter = _FlopCounter(program.module, mode)
-        counter.run(*inputs)
     costs: dict[fx.Node, NodeCost] = {}
-    for node, (registered, other, moved, operators) in counter.counts.items():
+    for node, fact in facts.items():
+        registered, other, moved, operators = fact.work
         if not is_compute(node):
             continue
         flops = registered + other
@@ -192,7 +176,7 @@ def measure_costs(
             flops=flops,
             backward_flops=2 * registered + other,
             parameter_bytes=sum(p.numel() * p.element_size() for p in parameters(program, node)),
-            activation_bytes=facts[node].bytes,
+            activation_bytes=fact.bytes,
             cost=cost,
             moved=moved,
             operators=operators,
@@ -212,12 +196,3 @@ def parameters(program: Program, node: fx.Node) -> list[torch.nn.Parameter]:
             if isinstance(value, torch.nn.Parameter):
                 weights.append(value)
     return list({id(weight): weight for weight in weights}.values())
-
-
-@contextmanager
-def _evaluating(program: Program) -> Iterator[list[Any]]:
-    """Put a program into evaluation mode without gradients; yield copies of its example inputs."""
-    inputs = program.fresh_inputs()
-    with preserved(program.module), torch.no_grad():
-        program.module.eval()
-        yield inputs

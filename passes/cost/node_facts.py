@@ -1,22 +1,26 @@
-"""Run a program and record facts that static analysis cannot tell: shapes, aliases and writes.
+"""Run a program and record facts that static analysis cannot tell: shapes, aliases, writes, work.
 
-Memory is identified by the storage of tensors. In `y = x.view(-1); y.add_(1)` the nodes `x`, `view`
-and `add_` have one storage in common, and `add_` writes it: no cut may separate them.
+No cut may separate nodes that share memory which one of them writes (`passes.ir.observer`). What
+the runs of capture showed of the same graph is not looked for again.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from passes.cost.flops import WorkMode, is_recurrent, plain_attention, plain_recurrence
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind, scaled
 from passes.ir.isolation import preserved, same_values
-from passes.ir.module_walk import named_buffers, named_parameters, set_mode, submodule
+from passes.ir.module_walk import set_mode, submodule
+from passes.ir.observer import Fact, Observations, Observer, ShapeRecorder, Work
 from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
@@ -25,112 +29,70 @@ _CHANNELS_FIRST = (
     nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
 )  # fmt: skip
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention)
-_MAYBE_VIEWS = ("contiguous", "flatten", "ravel", "reshape")
-"""Operators that copy or make a view depending on the strides of their operand. The strides of a
-preprocessing operator's output may differ from those observed."""
-TRUSTED_PACKAGES = ("torch.nn.", "passes.")
-"""Packages whose modules alias memory in the same way for all values of their inputs."""
 _MAX_DISTANCE = 4
 """Largest number of nodes to a layer that tells which axis of a tensor holds the channels."""
 
 
-@dataclass(frozen=True)
-class Fact:
-    """Observed facts of one node.
+class _Interpreter(Interpreter):
+    """Run recurrent layers by plain operators, as the observed run does: values are compared."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with plain_recurrence() if is_recurrent(self.module, n) else nullcontext():
+            return super().run_node(n)
+
+
+class _WorkObserver(Observer):
+    """Keep the value of every node, and count its work.
 
     Attributes:
-        spec: Type of its value if that is a single tensor, else None.
-        storages: Identities of the memory that its value occupies, or may occupy if the strides of
-            its operands decide whether it is a view.
-        writes: Identities of the memory that it wrote, in either mode.
-        random: Whether it drew random numbers in training mode.
-        bytes: Bytes of the tensors in its value.
+        values: The values of all nodes.
     """
-
-    spec: TensorSpec | None
-    storages: frozenset[int]
-    writes: frozenset[int]
-    random: bool
-    bytes: int
-
-
-class _Observer(Interpreter):
-    """Record one `Fact` per node; keep every value alive, so that no memory is used twice."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.facts: dict[fx.Node, Fact] = {}
         self.values: dict[fx.Node, Any] = {}
-        self._random_state = _random_state()
+        self._mode = WorkMode()
 
-    def run_node(self, n: fx.Node) -> Any:
-        # Every tensor that the node reads, with the memory that it may occupy.
-        reads = [
-            (self.facts[source].storages, tensor)
-            for source in n.all_input_nodes
-            for tensor in tensors_in(self.env[source])
-        ]
-        if n.op == "call_module":
-            owner = submodule(self.module, str(n.target))
-            state = (*named_parameters(owner), *named_buffers(owner))
-            reads += [(frozenset({memory_of(tensor)}), tensor) for _, tensor in state]
-        versions = [tensor._version for _, tensor in reads]
-        value = super().run_node(n)
-        random_state = _random_state()
-        random = not all(map(torch.equal, self._random_state, random_state))
-        self._random_state = random_state
-        written = [
-            memory
-            for (memory, tensor), version in zip(reads, versions, strict=True)
-            if tensor._version != version
-        ]
-        tensors = tensors_in(value)
-        storages = frozenset(map(memory_of, tensors))
-        uncertain = self._may_be_view(n)
-        shared = [memory for memory, _ in reads if uncertain or memory & storages]
+    def compute(self, n: fx.Node) -> tuple[Any, Work]:
+        before = self._mode.work
+        with self._mode, plain_recurrence() if is_recurrent(self.module, n) else nullcontext():
+            value, _ = super().compute(n)
         self.values[n] = value
-        self.facts[n] = Fact(
-            spec=None,
-            storages=storages.union(*shared),
-            writes=frozenset[int]().union(*written),
-            random=random,
-            bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        )
-        return value
-
-    def _may_be_view(self, n: fx.Node) -> bool:
-        """Whether strides or values decide if the result of a node shares memory with an input."""
-        if n.op == "call_module":
-            layer = submodule(self.module, str(n.target))
-            # An opaque module may return its argument or a copy, depending on values.
-            trusted = type(layer).__module__.startswith(TRUSTED_PACKAGES)
-            return isinstance(layer, nn.Flatten) or not trusted
-        name = getattr(n.target, "__name__", str(n.target))
-        return name.partition(".")[0] in _MAYBE_VIEWS
+        return value, Work(*map(operator.sub, self._mode.work, before))
 
 
-def observe(program: Program) -> Mapping[fx.Node, Fact]:
+def observe(program: Program, observations: Observations | None = None) -> Mapping[fx.Node, Fact]:
     """Run a program and return the facts of every node.
 
     The program runs in evaluation mode and, if possible, in training mode, where layers update
     statistics and draw random numbers; memory counts as shared if it is in either mode. If the
     batch size is free, the program runs once more with another one, to find the batch axes.
 
+    Args:
+        program: The program.
+        observations: What earlier runs of its graph on the same inputs showed; those runs are not
+            made again.
+
     Raises:
         CaptureError: The rank of a tensor depends on the batch size.
     """
+    if observations is None or not observations.are_of(program):
+        observations = Observations(program.graph)
     inputs = bind(program.module, (), dict(program.args))
-    evaluated = _observed(program, inputs, train=False)
-    larger = None
-    if "batch" in program.dynamic:
-        larger = _shapes(program, inputs.varied(grow=True))
-    trained = _run_training(program, inputs) or evaluated
-    batch_size = _batch_size(inputs, evaluated)
-    sequences = _sequence_axes(program, inputs, evaluated, batch_size)
-    tracked = _tracked_axes(program, inputs, evaluated, batch_size)
+    with plain_attention():
+        observer = _WorkObserver(program.module)
+        _run(program, inputs, observer, train=False)
+        evaluated = observer.facts()
+        larger = observations.larger
+        if "batch" in program.dynamic and larger is None:
+            larger = _shapes(program, inputs.varied(grow=True))
+        trained = observations.trained or _run_training(program, inputs) or evaluated
+        batch_size = _batch_size(inputs, observer)
+        sequences = _sequence_axes(program, inputs, observer, batch_size)
+        tracked = _tracked_axes(program, inputs, observer, batch_size)
     facts: dict[fx.Node, Fact] = {}
-    for node, fact in trained.facts.items():
-        value = evaluated.values[node]
+    for node, fact in evaluated.items():
+        value = observer.values[node]
         spec = None
         if isinstance(value, torch.Tensor):
             larger_shape = larger[node] if larger is not None else None
@@ -141,42 +103,31 @@ def observe(program: Program) -> Mapping[fx.Node, Fact]:
                 spec = replace(spec, channel_axis=_unmixed(spec, sequences[node]))
         facts[node] = Fact(
             spec=spec,
-            storages=fact.storages | evaluated.facts[node].storages,
-            writes=fact.writes | evaluated.facts[node].writes,
-            random=fact.random,
-            bytes=evaluated.facts[node].bytes,
+            storages=fact.storages | trained[node].storages,
+            writes=fact.writes | trained[node].writes,
+            random=trained[node].random,
+            bytes=fact.bytes,
+            work=fact.work,
         )
     return facts
 
 
-class _ShapeRecorder(Interpreter):
-    """Record the shape of every value that is a tensor."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.shapes[n] = value.shape
-        return value
-
-
 def _shapes(program: Program, inputs: ExampleInputs) -> Mapping[fx.Node, torch.Size]:
     """Run in evaluation mode and return the shapes of all tensors."""
-    recorder = _ShapeRecorder(program.module)
+    recorder = ShapeRecorder(program.module)
     _run(program, inputs, recorder, train=False)
     return recorder.shapes
 
 
-def _run_training(program: Program, inputs: ExampleInputs) -> _Observer | None:
+def _run_training(program: Program, inputs: ExampleInputs) -> Mapping[fx.Node, Fact] | None:
     """Run in training mode, with one more sample if it fails: BatchNorm may refuse a batch of 1."""
     for candidate in (inputs, inputs.varied(grow="batch" in program.dynamic)):
+        observer = Observer(program.module)
         try:
-            return _observed(program, candidate, train=True)
+            _run(program, candidate, observer, train=True)
         except (RuntimeError, ValueError):
             continue
+        return observer.facts()
     return None
 
 
@@ -184,7 +135,7 @@ class _MixedError(Exception):
     """No value that is still needed can have a sequence axis."""
 
 
-class _SequenceProbe(Interpreter):
+class _SequenceProbe(_Interpreter):
     """Compare the values of a run on inputs that differ in later positions with those of another.
 
     Args:
@@ -230,7 +181,7 @@ class _SequenceProbe(Interpreter):
 
 
 def _sequence_axes(
-    program: Program, inputs: ExampleInputs, evaluated: _Observer, batch_size: int | None
+    program: Program, inputs: ExampleInputs, evaluated: _WorkObserver, batch_size: int | None
 ) -> Mapping[fx.Node, int]:
     """Find the axis of every value along which it reads no later position of the inputs.
 
@@ -260,7 +211,7 @@ _Tracks = list[tuple[bool, list[tuple[int, int]]]]
 """Whether an axis of an input counts samples, and what it became in a value, for each such axis."""
 
 
-class _AxisProbe(Interpreter):
+class _AxisProbe(_Interpreter):
     """Find the axis of every value that an axis of an input becomes.
 
     Two runs differ in the later half of that axis; so does a value along what became of it, while
@@ -300,7 +251,7 @@ class _AxisProbe(Interpreter):
 
 
 def _tracked_axes(
-    program: Program, inputs: ExampleInputs, evaluated: _Observer, batch_size: int | None
+    program: Program, inputs: ExampleInputs, evaluated: _WorkObserver, batch_size: int | None
 ) -> Mapping[fx.Node, _Tracks]:
     """Find what became of the axes of the inputs where the sizes alone cannot tell.
 
@@ -379,12 +330,6 @@ def _unmixed(spec: TensorSpec, sequence: int) -> int:
     return axis - rank if axis == 1 else axis
 
 
-def _observed(program: Program, inputs: ExampleInputs, *, train: bool) -> _Observer:
-    observer = _Observer(program.module)
-    _run(program, inputs, observer, train=train)
-    return observer
-
-
 def _run(program: Program, inputs: ExampleInputs, interpreter: Interpreter, *, train: bool) -> None:
     values = [tensor.detach().clone() for tensor in inputs.tensors()]
     _, kwargs = inputs.with_leaves(values)
@@ -393,7 +338,7 @@ def _run(program: Program, inputs: ExampleInputs, interpreter: Interpreter, *, t
         interpreter.run(*(kwargs[str(node.target)] for node in program.inputs))
 
 
-def _batch_size(inputs: ExampleInputs, observer: _Observer) -> int | None:
+def _batch_size(inputs: ExampleInputs, observer: _WorkObserver) -> int | None:
     """Return the number of samples: that of the first output that counts as an input does.
 
     The first input may be a flat list of the tokens of all samples, whose offsets are another one.
@@ -402,20 +347,6 @@ def _batch_size(inputs: ExampleInputs, observer: _Observer) -> int | None:
     (outputs,) = fx.node.map_arg(observer.graph.output_node().args, observer.values.__getitem__)
     counts = [tensor.shape[0] for tensor in tensors_in(outputs) if tensor.dim()]
     return next((count for count in counts if count in sizes), inputs.batch_size)
-
-
-def _random_state() -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states += torch.cuda.get_rng_state_all()
-    return states
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """Return the identity of a tensor's memory; of a sparse one, that of its values."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _spec(

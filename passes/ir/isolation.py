@@ -8,7 +8,6 @@ models that run in other threads meanwhile are not affected (`exclusive`).
 from __future__ import annotations
 
 import functools
-import gc
 import pickle
 import random
 import sys
@@ -85,36 +84,6 @@ def _leave_dual_level() -> None:
     except RuntimeError:  # there is one, and levels do not nest
         level = 0
     engine._exit_dual_level(level=level)
-
-
-@contextmanager
-def rare_collection() -> Iterator[None]:
-    """Make Python look for cyclic garbage less often, in all threads.
-
-    Modules and nodes of a deep model are a million objects that live on: to look through them every
-    700 allocations takes an eighth of a compilation.
-    """
-    # Compilations in other threads overlap: the last one to end puts the threshold back.
-    with LOCK:
-        _thresholds.append(gc.get_threshold())
-        first, *others = _thresholds[0]
-        if first:  # 0: never
-            gc.set_threshold(max(first, _ALLOCATIONS), *others)
-    try:
-        yield
-    finally:
-        with LOCK:
-            before = _thresholds[0]
-            _thresholds.pop()
-            if not _thresholds:
-                gc.set_threshold(*before)
-
-
-_thresholds: list[tuple[int, int, int]] = []
-"""What `rare_collection` found, one for each that has not ended."""
-
-_ALLOCATIONS = 100_000
-"""Allocations between two searches for garbage, by `rare_collection`."""
 
 
 @dataclass(frozen=True)
@@ -331,11 +300,14 @@ def deterministic_cudnn() -> Iterator[None]:
 
 
 @contextmanager
-def preserved(*modules: nn.Module) -> Iterator[None]:
+def preserved(*modules: nn.Module) -> Iterator[Mapping[int, torch.Tensor]]:
     """Restore buffers, attributes, modes, gradients and all random generators on exit.
 
     Args:
         modules: The modules to restore, with all their submodules.
+
+    Yields:
+        Copies of the buffers and tensors to restore, by the `id` of these.
     """
     with LOCK, torch.random.fork_rng():
         children = submodules(*modules)
@@ -347,9 +319,10 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
         held = [*contents(value for _, _, value in attributes)]
         containers = snapshot(held)
         tensors = [
-            (leaf, leaf.detach().clone())
-            for leaf in (*_buffers(children), *held)
-            if type(leaf) is torch.Tensor or _is_plain_tensor(leaf)
+            (leaf, leaf.detach().clone() if leaf.requires_grad else leaf.clone())
+            for leaf in (*(t for child in children for t in child._buffers.values()), *held)
+            if type(leaf) is torch.Tensor
+            or (isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter))
         ]
         grads = [
             (p, p.grad) for child in children for p in child._parameters.values() if p is not None
@@ -358,7 +331,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
             if grad is not None:
                 parameter.grad = None  # a backward inside a backward adds to it
         try:
-            yield
+            yield {id(tensor): value for tensor, value in tensors}
         finally:
             for table, entries in tables:
                 if not has_entries(table, entries):
@@ -366,22 +339,12 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
                     table.update(entries)
             for _, put_back in containers:
                 put_back()
-            with torch.no_grad():
-                for tensor, value in tensors:
-                    _restore(tensor, value)
+            _restore(tensors)
             for parameter, grad in grads:
                 if parameter.grad is not grad:
                     parameter.grad = grad
             for source, state in states:
                 source.write(state)
-
-
-def _buffers(children: list[nn.Module]) -> list[torch.Tensor | None]:
-    return [tensor for child in children for tensor in child._buffers.values()]
-
-
-def _is_plain_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
 
 
 @contextmanager
@@ -438,7 +401,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.is_meta or b.is_meta:
         return True
-    a, b = strided(a.detach()), strided(b.detach())
+    a, b = strided(a), strided(b)
     if a.dtype.itemsize == 1 and a.is_floating_point():  # float8 has no comparison of its own
         a, b = a.float(), b.float()
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
@@ -449,9 +412,24 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def _restore(tensor: torch.Tensor, value: torch.Tensor) -> None:
+def _restore(tensors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy values back in place, those of most buffers of a model by one call."""
+    targets, values, others = list[torch.Tensor](), list[torch.Tensor](), []
+    for tensor, value in tensors:
+        if type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_contiguous():
+            targets.append(tensor.detach() if tensor.requires_grad else tensor)
+            values.append(value)
+        else:
+            others.append((tensor.detach(), value))
+    with torch.no_grad():
+        if targets:
+            torch._foreach_copy_(targets, values)
+        for tensor, value in others:
+            _restore_one(tensor, value)
+
+
+def _restore_one(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy values back in place; torch refuses to write to the repeats of an expanded tensor."""
-    tensor = tensor.detach()
     if tensor.layout is torch.strided:
         for axis, step in enumerate(tensor.stride()):
             if step == 0 and tensor.shape[axis] > 1:

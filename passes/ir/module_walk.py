@@ -111,7 +111,7 @@ _MODE_ATTRIBUTES = ("train", "training", "children", "named_children", "__setatt
 """What `nn.Module.train` uses of a module."""
 
 
-def set_mode(module: nn.Module, train: bool, *, afresh: bool = False) -> None:
+def set_mode(module: nn.Module, train: bool, *, afresh: bool = False) -> bool:
     """Set the mode of a module; one that has a fixed mode, as torch.export makes, keeps it.
 
     Args:
@@ -119,6 +119,9 @@ def set_mode(module: nn.Module, train: bool, *, afresh: bool = False) -> None:
         train: Whether to set training mode.
         afresh: Whether to go through training mode, which drops what a `train()` of the module's
             own caches in evaluation mode.
+
+    Returns:
+        Whether code of the module itself did it, which may do other things too.
     """
     children = submodules(module)
     overrides = any("train" in vars(child) for child in children) or any(
@@ -131,6 +134,7 @@ def set_mode(module: nn.Module, train: bool, *, afresh: bool = False) -> None:
             if afresh:
                 module.train(True)
             module.train(train)
-        return
+        return True
     for child in children:  # what nn.Module.train does
         vars(child)["training"] = train
+    return False

@@ -58,7 +58,7 @@ class StepResult:
         written: Positions of the input tensors that the step wrote into.
         types: What makes the containers of the output that are no dicts, lists or tuples.
         unknown: Classes of those that cannot be made.
-        parameter_names: All names of each parameter, by the first of them.
+        parameter_names: All names of each parameter with a gradient, by the first of them.
         input_gradients: Whether gradients with respect to the inputs were asked for too.
         drew_random: Whether the step drew random numbers.
     """
@@ -94,6 +94,7 @@ def run_one_step(
     grad: bool,
     input_gradients: bool = True,
     seed: int = 0,
+    others: Sequence[nn.Module] = (),
 ) -> StepResult:
     """Run one step on copies of the inputs, and leave the module as it was.
 
@@ -105,18 +106,23 @@ def run_one_step(
         grad: Whether to run backward from a fixed random projection of the outputs.
         input_gradients: Whether to compute gradients with respect to the inputs as well.
         seed: Seed of all random generators.
+        others: Other modules that `forward` runs; they are set to the mode, and left as they were.
     """
     with (
-        preserved(module),
+        preserved(module, *others) as before,
         with_plain_transformers(),
         deterministic_cudnn(),
         torch.set_grad_enabled(grad),
     ):
         seed_everything(seed)
         random_state = torch.get_rng_state()
-        set_mode(module, train, afresh=True)
+        modes = [set_mode(child, train, afresh=child is module) for child in (*others, module)]
+        copies = {} if any(modes) else before  # a `train()` of its own may change buffers
         buffers = {
-            name: (tensor.detach().clone(), tensor._version)
+            name: (
+                tensor.detach().clone() if (copy := copies.get(id(tensor))) is None else copy,
+                tensor._version,
+            )
             for name, tensor in named_buffers(module)
         }
         leaves = [_copy_leaf(tensor, grad and input_gradients) for tensor in inputs.tensors()]
@@ -142,7 +148,7 @@ def run_one_step(
             written=frozenset(i for i, v in enumerate(values) if v._version != versions[i]),
             types=types,
             unknown=unknown,
-            parameter_names=_parameter_names(module),
+            parameter_names=_parameter_names(module) if grad else {},
             input_gradients=input_gradients,
             drew_random=not torch.equal(random_state, torch.get_rng_state()),
         )

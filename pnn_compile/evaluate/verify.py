@@ -8,7 +8,7 @@ its accuracy at K = 1. With three stages:
     K = 3 iterations           every stage is exact by then     = the original's state
 
 The last two add and subtract whole states, which rounds. An error above the tolerance counts only
-if rounding does not explain it (`_noise`) and if it remains in float64
+if rounding does not explain it (`_Runner.noise`) and if it remains in float64
 (`pnn_compile.evaluate.rounding`).
 """
 
@@ -32,9 +32,9 @@ from passes.coarse.family import copies_blocks
 from passes.coarse.spec import CoarseOptions, CoarseSpec
 from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
-from passes.ir.example_inputs import bind
-from passes.ir.isolation import DispatchMode, preserved, rare_collection, seeded
-from passes.ir.module_walk import set_mode
+from passes.ir.example_inputs import ExampleInputs, bind
+from passes.ir.garbage import rare_collection
+from passes.ir.isolation import DispatchMode, seeded
 from passes.ir.program import Program
 from passes.ir.run_step import (
     TOLERANCE,
@@ -141,9 +141,14 @@ class _Subject:
     compiled: Compiled
 
     @cached_property
+    def runner(self) -> _Runner:
+        """What runs networks on the example inputs."""
+        return _Runner(self.compiled.program)
+
+    @cached_property
     def evaluation(self) -> StepResult:
         """The original in evaluation mode."""
-        return _run(self.compiled, self.compiled.program.module, train=False, grad=False)
+        return self.runner.run(self.compiled.program.module, train=False, grad=False)
 
     @cached_property
     def training(self) -> StepResult:
@@ -153,13 +158,13 @@ class _Subject:
             RuntimeError: It cannot run so on its example inputs; capture has warned of that.
             ValueError: The same.
         """
-        return _run(self.compiled, self.compiled.program.module, train=True, grad=True)
+        return self.runner.run(self.compiled.program.module, train=True, grad=True)
 
     @cached_property
     def sequence(self) -> StepResult:
         """The outputs of the stages in sequence, and their last state, in evaluation mode."""
         sequential = self.compiled.sequential
-        return _run_with_states(self.compiled.program, sequential, sequential)
+        return self.runner.run_with_states(sequential, sequential)
 
     @cached_property
     def states(self) -> StepResult:
@@ -178,73 +183,84 @@ def _timed(subject: _Subject, check: _CheckFunction) -> Check:
     return dataclasses.replace(result, seconds=time.perf_counter() - start)
 
 
-def _run(compiled: Compiled, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
-    """Run a network that shares the program's parameters, on the example inputs."""
-    return _run_by(
-        compiled.program, lambda inputs: _run_graph(network, inputs), train=train, grad=grad
-    )
+@dataclass(frozen=True)
+class _Runner:
+    """Run networks that share the parameters of a program, on its example inputs.
+
+    Attributes:
+        program: The program.
+    """
+
+    program: Program
+
+    @cached_property
+    def inputs(self) -> ExampleInputs:
+        """The example inputs."""
+        return bind(self.program.module, (), dict(self.program.args))
+
+    def run(self, network: nn.Module, *, train: bool, grad: bool) -> StepResult:
+        """Run a network."""
+        return self._step(
+            network, lambda inputs: _run_graph(network, inputs), train=train, grad=grad
+        )
+
+    def run_with_states(self, network: fx.GraphModule, outputs: nn.Module) -> StepResult:
+        """Run in evaluation mode; return the output of `outputs` and the inputs of the head."""
+
+        def forward(inputs: dict[str, Any]) -> Any:
+            states: list[Any] = []
+            head = network.get_submodule("head")
+            hook = head.register_forward_pre_hook(lambda _, arguments: states.extend(arguments))
+            with hook:
+                output = _run_graph(network, inputs)
+            if outputs is not network:
+                output = _run_graph(outputs, inputs)
+            return output, states
+
+        return self._step(network, forward, train=False, grad=False)
+
+    def _step(
+        self, network: nn.Module, forward: Callable[[dict[str, Any]], Any], **options: bool
+    ) -> StepResult:
+        module = self.program.module
+        return run_one_step(
+            module, lambda call: forward(call.tensor_arguments()), self.inputs,
+            others=() if network is module else (network,), **options,
+        )  # fmt: skip
+
+    def noise(self, chain: fx.GraphModule) -> list[float]:
+        """Measure how far outputs and last state move if every state is rounded once more.
+
+        It is the scale of errors in networks that add and subtract whole states: an output that is
+        a small difference of large numbers (the sum over a normalized axis) has no digits of its
+        own, and stages amplify a rounding error. A wrong edge, sign or weight moves the states by
+        far more.
+
+        Returns:
+            The tolerated change of every output and state tensor, relative.
+        """
+        reference = self.run_with_states(chain, chain)
+        largest = [0.0] * len(reference.outputs)
+        generator = torch.Generator().manual_seed(0)
+
+        def round_again(*call: Any) -> Any:
+            return tree_map(partial(_rounded, generator=generator), call[2])
+
+        for _ in range(_DRAWS):
+            with ExitStack() as hooks:
+                for name, child in chain.named_children():
+                    if name.startswith("fine_"):
+                        hooks.enter_context(child.register_forward_hook(round_again))
+                rounded = self.run_with_states(chain, chain)
+            for index, pair in enumerate(zip(rounded.outputs, reference.outputs, strict=True)):
+                change = difference(*pair)
+                largest[index] = max(largest[index], change if math.isfinite(change) else 0.0)
+        return [_SLACK * change for change in largest]
 
 
 def _run_graph(network: nn.Module, inputs: dict[str, Any]) -> Any:
     """Run the graph of a network, in a mode that is not the model's too."""
     return nn.Module.__call__(network, **inputs)
-
-
-def _run_by(
-    program: Program, forward: Callable[[dict[str, Any]], Any], *, train: bool, grad: bool
-) -> StepResult:
-    arguments = bind(program.module, (), dict(program.args))
-    return run_one_step(
-        program.module, lambda call: forward(call.tensor_arguments()), arguments,
-        train=train, grad=grad,
-    )  # fmt: skip
-
-
-def _run_with_states(program: Program, network: fx.GraphModule, outputs: nn.Module) -> StepResult:
-    """Run in evaluation mode; return the output of `outputs` and the inputs of the head."""
-
-    def forward(inputs: dict[str, Any]) -> Any:
-        states: list[Any] = []
-        head = network.get_submodule("head")
-        hook = head.register_forward_pre_hook(lambda _, arguments: states.extend(arguments))
-        with hook:
-            output = _run_graph(network, inputs)
-        if outputs is not network:
-            output = _run_graph(outputs, inputs)
-        return output, states
-
-    with preserved(network):
-        set_mode(network, False)
-        return _run_by(program, forward, train=False, grad=False)
-
-
-def _noise(program: Program, chain: fx.GraphModule) -> list[float]:
-    """Measure how far outputs and last state move if every state is rounded once more.
-
-    It is the scale of errors in networks that add and subtract whole states: an output that is a
-    small difference of large numbers (the sum over a normalized axis) has no digits of its own,
-    and stages amplify a rounding error. A wrong edge, sign or weight moves the states by far more.
-
-    Returns:
-        The tolerated change of every output and state tensor, relative.
-    """
-    reference = _run_with_states(program, chain, chain)
-    largest = [0.0] * len(reference.outputs)
-    generator = torch.Generator().manual_seed(0)
-
-    def round_again(*call: Any) -> Any:
-        return tree_map(partial(_rounded, generator=generator), call[2])
-
-    for _ in range(_DRAWS):
-        with ExitStack() as hooks:
-            for name, child in chain.named_children():
-                if name.startswith("fine_"):
-                    hooks.enter_context(child.register_forward_hook(round_again))
-            rounded = _run_with_states(program, chain, chain)
-        for index, pair in enumerate(zip(rounded.outputs, reference.outputs, strict=True)):
-            change = difference(*pair)
-            largest[index] = max(largest[index], change if math.isfinite(change) else 0.0)
-    return [_SLACK * change for change in largest]
 
 
 def _rounded(value: Any, generator: torch.Generator) -> Any:
@@ -282,10 +298,7 @@ def _stages_train(subject: _Subject) -> Check:
         original = subject.training
     except (RuntimeError, ValueError) as error:
         return Check(f"{name} (not run: {error})", None, None, "", 0.0)
-    compiled = subject.compiled
-    with preserved(compiled.sequential):
-        set_mode(compiled.sequential, True)
-        result = _run(compiled, compiled.sequential, train=True, grad=True)
+    result = subject.runner.run(subject.compiled.sequential, train=True, grad=True)
     return _compare_stages(subject, name, result, original)
 
 
@@ -350,11 +363,11 @@ def _exact_network(subject: _Subject, name: str, plan: Plan, *, reuse: bool = Tr
 def _compare_states(subject: _Subject, network: fx.GraphModule, name: str) -> Check:
     """Compare the outputs of a network, and the state that its head reads, with the original's."""
     compiled, original = subject.compiled, subject.states
-    result = _run_with_states(compiled.program, network, network)
+    result = subject.runner.run_with_states(network, network)
     limit = _tolerance(compiled.plan, original) * _SLACK
     noise: list[float] = []
     if compare(result, original, _SLACK, limit):
-        noise = _noise(compiled.program, compiled.sequential)
+        noise = subject.runner.noise(compiled.sequential)
     reason = compare(result, original, _SLACK, limit, noise)
     return Check(name, _error(result, original, noise), limit, reason, 0.0)
 
@@ -380,9 +393,10 @@ def _repeat_in_float64(compiled: Compiled, failed: Check, plan: Plan, reuse: boo
             operator.double()
         operators = scaled_operators(program, plan, operators)
         network = assemble(program, plan, stages, operators, reuse=reuse)
-        original = _run_with_states(program, chain, program.module)
-        result = _run_with_states(program, network, network)
-        noise = _noise(program, chain)
+        runner = _Runner(program)
+        original = runner.run_with_states(chain, program.module)
+        result = runner.run_with_states(network, network)
+        noise = runner.noise(chain)
     except (RuntimeError, TypeError) as error:  # an opaque module may support one precision only
         return dataclasses.replace(failed, reason=f"{failed.reason}; not in float64: {error}")
     limit = TOLERANCE[torch.float64] * _SLACK
@@ -427,14 +441,12 @@ def _network_runs(subject: _Subject) -> Check:
             original = subject.training if train else subject.evaluation
         except (RuntimeError, ValueError):
             continue  # capture has warned that the model cannot run in this mode on its example
-        with preserved(compiled.module):
-            set_mode(compiled.module, train)
-            try:
-                with _DataShapes() as shapes:
-                    result = _run(compiled, compiled.module, train=train, grad=train)
-            except Exception as error:
-                reasons.append(f"it fails: {error}")
-                continue
+        try:
+            with _DataShapes() as shapes:
+                result = subject.runner.run(compiled.module, train=train, grad=train)
+        except Exception as error:
+            reasons.append(f"it fails: {error}")
+            continue
         reasons += _implausible(result, original, free=shapes.seen)
     return Check(name, None, None, "; ".join(dict.fromkeys(reasons)), 0.0)
 

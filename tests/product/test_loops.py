@@ -20,9 +20,11 @@ from pnn_compile.runtime.rank_pieces import RankPieces
 from tests.models import loops
 
 
-def _compiled(**options: Any) -> tuple[loops.DDIM, tuple[torch.Tensor, ...], pnn.Compiled]:
+def _compiled(
+    steps: int = 12, **options: Any
+) -> tuple[loops.DDIM, tuple[torch.Tensor, ...], pnn.Compiled]:
     torch.manual_seed(0)
-    model, inputs = loops.DDIM().eval(), loops.inputs(loops.DDIM)
+    model, inputs = loops.DDIM(steps).eval(), loops.inputs(loops.DDIM)
     return model, inputs, pnn.compile(model, inputs, **{"stages": 4, **options})
 
 
@@ -116,7 +118,8 @@ def test_ranks_do_not_train_it() -> None:
 
 
 def test_verified_saved_and_exported(tmp_path: Path) -> None:
-    _, inputs, compiled = _compiled(iterations=2)
+    # Few steps: the time of an export is that of their operators.
+    _, inputs, compiled = _compiled(steps=6, stages=3, iterations=2)
     assert compiled.verify(strict=True).ok
     compiled.save(tmp_path / "saved")
     again = pnn.load(tmp_path / "saved")

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 import pnn_compile as pnn
-from examples import decoder, resnet110, unet
+from examples import decoder, resnet110
 from passes.transform.sweep import Role
 from pnn_compile.cli import main
 from pnn_compile.export.onnx import StageExecutor, export_onnx, lower_network, open_streams
+from pnn_compile.export.onnx.export import in_half_precision
+from pnn_compile.export.onnx.lower import Lowered
 from tests.models.builders import linear_chain, residual_chain
 
 
@@ -213,7 +215,10 @@ def test_inspect_shows_stages_and_roles(
         {"stages": 3, "iterations": 2, "correction": "difference", "coarse": "units"},
         {"stages": 3, "sweep": "collapsed", "coarse": "linear"},
         {"stages": 3, "sweep": "collapsed", "coarse": "units"},
-        {"stages": 3, "sweep": "collapsed", "coarse": "units", "coarse_width": 0.5},
+        pytest.param(
+            {"stages": 3, "sweep": "collapsed", "coarse": "units", "coarse_width": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
@@ -233,12 +238,25 @@ def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
     assert set(names) == expected
 
 
+@pytest.fixture(scope="module")
+def chain() -> tuple[pnn.Compiled, Lowered]:
+    """A network of which every weight counts as large where 1,000 bytes do, lowered once."""
+    compiled = pnn.compile(residual_chain(4, 32), torch.randn(2, 32), stages=2)
+    return compiled, lower_network(compiled)
+
+
+@pytest.fixture(scope="module")
+def rounded(chain: tuple[pnn.Compiled, Lowered]) -> Lowered:
+    """The same network with its weights in bfloat16, lowered once."""
+    return lower_network(in_half_precision(chain[0], bf16=True), bf16=True)
+
+
 def test_large_weights_stand_beside_the_model_stage_by_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: tuple[pnn.Compiled, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
-    compiled = pnn.compile(unet.build_model(depth=1, width=4), unet.example_inputs(), stages=2)
-    exported = compiled.export_onnx(tmp_path / "model.onnx")
+    compiled, lowered = chain
+    exported = export_onnx(compiled, tmp_path / "model.onnx", lowered=lowered)
     names = [file.name for file in exported.files]
     assert names == ["model.onnx", "model.onnx.stage_0.data", "model.onnx.stage_1.data"]
     assert all(file.exists() for file in exported.files)
@@ -313,7 +331,7 @@ class Autocasting(nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.body, self.last, self.dtype = residual_chain(6, 8), nn.Linear(8, 8), dtype
+        self.body, self.last, self.dtype = residual_chain(3, 8), nn.Linear(8, 8), dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", self.dtype):
@@ -329,12 +347,13 @@ def test_conversions_of_autocast_are_exported(tmp_path: Path) -> None:
     assert onnx.TensorProto.FLOAT16 in types
 
     compiled = pnn.compile(Autocasting(torch.bfloat16), torch.randn(4, 8), stages=2)
+    lowered, other = lower_network(compiled), tmp_path / "other.onnx"
     with pytest.raises(
         pnn.PnnError, match=r"ONNX Runtime does not open .*Gemm\(13\).*fine/body\.0"
     ):
-        compiled.export_onnx(tmp_path / "other.onnx")  # it has no such kernels for a CPU
-    assert not (tmp_path / "other.onnx").exists()
-    assert compiled.export_onnx(tmp_path / "other.onnx", verify=False).checked is None
+        export_onnx(compiled, other, lowered=lowered)  # it has no such kernels for a CPU
+    assert not other.exists()
+    assert export_onnx(compiled, other, verify=False, lowered=lowered).checked is None
 
 
 class Averaging(nn.Module):
@@ -345,7 +364,7 @@ class Averaging(nn.Module):
 
     def __init__(self, subtract: bool) -> None:
         super().__init__()
-        self.body, self.subtract = residual_chain(6, 8), subtract
+        self.body, self.subtract = residual_chain(3, 8), subtract
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(8))
 
@@ -377,7 +396,7 @@ def test_a_wrong_model_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "not verified" in str(exported)
 
 
-@pytest.mark.parametrize("opset", [18, 24])
+@pytest.mark.parametrize("opset", [18, pytest.param(24, marks=pytest.mark.slow)])
 def test_other_operator_sets_are_written(opset: int, exports: Exports, tmp_path: Path) -> None:
     exported = exports.compiled.export_onnx(tmp_path / "model.onnx", opset=opset)
     model = onnx.load(exported.path)
@@ -410,15 +429,21 @@ def test_half_precision_is_that_of_weights_inputs_and_outputs(
 
 @pytest.mark.parametrize("per_stage", [False, True])
 def test_bfloat16_halves_the_weights_of_a_network_of_float32(
-    per_stage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    per_stage: bool,
+    chain: tuple[pnn.Compiled, Lowered],
+    rounded: Lowered,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
-    compiled = pnn.compile(residual_chain(4, 32), torch.randn(2, 32), stages=2)
+    compiled, lowered = chain
     sizes = []
     for bf16 in (False, True):
         folder = tmp_path / str(bf16)
         target = folder if per_stage else folder / "model.onnx"
-        exported = compiled.export_onnx(target, per_stage=per_stage, bf16=bf16)
+        exported = export_onnx(
+            compiled, target, per_stage=per_stage, bf16=bf16, lowered=rounded if bf16 else lowered
+        )
         assert exported.checked is not None
         sizes.append(sum(f.stat().st_size for f in exported.files if f.suffix == ".data"))
         models = [onnx.load(f) for f in exported.files if f.suffix == ".onnx"]
@@ -431,11 +456,11 @@ def test_bfloat16_halves_the_weights_of_a_network_of_float32(
 
 
 def test_large_weights_stand_beside_every_stage_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: tuple[pnn.Compiled, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
-    compiled = pnn.compile(residual_chain(4, 32), torch.randn(2, 32), stages=2)
-    exported = compiled.export_onnx(tmp_path, per_stage=True)
+    compiled, lowered = chain
+    exported = export_onnx(compiled, tmp_path, per_stage=True, lowered=lowered)
     assert {"stage_0.onnx.stage_0.data", "stage_1.onnx.stage_1.data"} <= {
         file.name for file in exported.files
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,12 @@ def test_recipes_are_listed_and_short() -> None:
     assert max(lengths.values()) <= 30
 
 
-@pytest.mark.parametrize("recipe", NEEDS)
+def test_a_recipe_of_torch_alone_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(RECIPES / "with_dataloader.py"))
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe, libraries in NEEDS.items() if libraries])
 def test_a_recipe_runs(recipe: str, tmp_path: Path) -> None:
     declare()
     for library in NEEDS[recipe]:

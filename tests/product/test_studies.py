@@ -57,12 +57,9 @@ def _text() -> Task:
     return make_task("text", None, PRESET)
 
 
-@pytest.mark.parametrize(
-    "make", [_task, *(pytest.param(make, marks=pytest.mark.slow) for make in (_vgg, _text))]
-)
-@pytest.mark.parametrize(
-    "study", ["scratch", "conversion", pytest.param("iterations", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [_task, _vgg, _text])
+@pytest.mark.parametrize("study", ["scratch", "conversion", "iterations"])
 def test_every_network_and_control_is_trained_and_measured(
     study: str, make: Callable[[], Task], tmp_path: Path
 ) -> None:
@@ -76,6 +73,15 @@ def test_every_network_and_control_is_trained_and_measured(
         "conversion": 9 if make is _vgg else 15,
     }[study]
     assert len(rows) == len(names) == 1 + len(PRESET.stages) * per_stage
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
+    assert table(file).count("\n") == len(rows) + 1
+
+
+def test_some_networks_are_trained_and_measured(tmp_path: Path) -> None:
+    only = ("original", "same latency", "star, two blocks")
+    rows = [*accuracy.from_scratch(accuracy.Study(_task(), PRESET, seed=0, only=only))]
+    assert [row["network"] for row in rows] == [*only]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
     assert table(file).count("\n") == len(rows) + 1

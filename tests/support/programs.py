@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,7 +13,8 @@ from torch import fx, nn
 
 from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
-from passes.cost.node_facts import Fact, observe
+from passes.cost.node_facts import observe
+from passes.ir.observer import Fact
 from passes.ir.program import Program
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
@@ -59,11 +61,21 @@ def compiled(name: str, **options: Any) -> Compilation:
 
 
 def compile_program(captured: Program, **options: Any) -> Compilation:
-    """Run all passes on a program, with every graph verified between them."""
-    result, _ = run_passes(
-        Compilation(program=captured, options=Options(**options)), COMPILE, check=True
-    )
-    return result
+    """Run all passes on a program, with every graph verified between them.
+
+    Compilations by FLOPs share one analysis of the program.
+    """
+    start = Compilation(program=captured, options=Options(**options))
+    if "cost" in options or "devices" in options:
+        return run_passes(start, COMPILE, check=True)[0]
+    if id(captured) not in _analyses:
+        _analyses[id(captured)] = analyze(captured, observe(captured), "flops")
+    start = replace(start, analysis=_analyses[id(captured)])
+    return run_passes(start, COMPILE[1:], check=True)[0]
+
+
+_analyses: dict[int, Analysis] = {}
+"""By the id of the program, which the analysis keeps alive."""
 
 
 def compile_model(model: nn.Module, *args: Any, **options: Any) -> Compilation:

@@ -29,7 +29,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.cost.node_facts import TRUSTED_PACKAGES
+from passes.ir.observer import TRUSTED_PACKAGES
 from passes.ir.program import Provenance, is_compute, provenance, resolve
 from passes.ir.run_step import output_tensors
 from passes.ir.structure_hash import digest, node_lines

@@ -202,7 +202,7 @@ def test_embeddings_and_parameters_are_narrow_too_and_a_decoder_stays_causal() -
 
 def test_it_is_loaded_as_it_was_saved_and_learns_by_itself(tmp_path: Path) -> None:
     network = vgg()
-    images = [torch.randn(8, 3, 32, 32) for _ in range(8)]
+    images = [torch.randn(8, 3, 32, 32) for _ in range(4)]
     fit = pnn.fit(network, images, interface_epochs=4, epochs=0.01)
     assert all(one.guess_last < 0.9 * one.guess_first for one in fit.interfaces)
     loaded = pnn.load(network.save(tmp_path / "out"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,34 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110, vgg16
+from passes.capture.ladder import capture
 from passes.coarse.thinned_blocks import Front, FrontOptions
 from passes.errors import ArtifactError, SynthesisError
+from passes.ir.program import Program
 from passes.plan.schema import Plan
 from passes.plan.validate import check_plan
-from tests.support.programs import copies
+from pnn_compile.compiled import gather
+from tests.support.programs import compile_program, copies
 
 
-def _deep(**options: Any) -> pnn.Compiled:
-    """A ResNet deep enough to be thinned, in three stages whose guesses are thinned."""
+def _model() -> tuple[nn.Module, torch.Tensor]:
+    """A ResNet deep enough to be thinned."""
     torch.manual_seed(0)
-    model = resnet110.build_model(6, 4)
+    return resnet110.build_model(6, 4), torch.randn(2, 3, 16, 16)
+
+
+@cache
+def _captured() -> Program:
+    model, x = _model()
+    return capture(model, (x,))
+
+
+@copies
+def deep(**options: Any) -> pnn.Compiled:
+    """Three stages of it, whose guesses are thinned."""
     if "cuts" not in options:
         options["stages"] = 3
-    return pnn.compile(model, torch.randn(2, 3, 16, 16), preprocess="thinned", **options)
-
-
-deep = copies(_deep)
+    return gather(compile_program(_captured(), preprocess="thinned", **options), ())
 
 
 def guess_of(network: pnn.Compiled, stage: int) -> tuple[Front, FrontOptions]:
@@ -90,8 +102,9 @@ def test_calibration_measures_the_statistics_of_a_thinned_front_where_that_helps
 
 
 def test_a_thinned_guess_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
-    network = _deep(calibration=[torch.randn(16, 3, 16, 16) for _ in range(5)])
-    pnn.fit(network, [torch.randn(8, 3, 16, 16) for _ in range(6)], interface_epochs=0.5)
+    samples = [torch.randn(16, 3, 16, 16) for _ in range(3)]
+    network = pnn.compile(*_model(), stages=3, preprocess="thinned", calibration=samples)
+    pnn.fit(network, [torch.randn(8, 3, 16, 16) for _ in range(4)], interface_epochs=0.5)
     loaded = pnn.load(network.save(tmp_path / "out"))
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
@@ -127,9 +140,6 @@ def test_moved_cuts_keep_the_share_that_may_be_copied() -> None:
     moved = json.loads(deep(cuts=("trunk.6", "trunk.13"), prologue=0.4).plan.to_json())
     for stage, other in zip(data["stages"], moved["stages"], strict=True):
         stage |= {name: other[name] for name in ("first", "last")}
-    torch.manual_seed(0)
-    model = resnet110.build_model(6, 4)
-    plan = Plan.from_json(json.dumps(data))
-    again = pnn.compile(model, torch.randn(2, 3, 16, 16), plan=plan)
+    again = pnn.compile(*_model(), plan=Plan.from_json(json.dumps(data)))
     assert [stage.first for stage in again.plan.stages] == [s["first"] for s in moved["stages"]]
     assert guess_of(again, 2)[1].prologue == 0.4

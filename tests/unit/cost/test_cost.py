@@ -17,11 +17,11 @@ from passes.analysis.analysis import analyze
 from passes.capture.ladder import capture
 from passes.cost.flops import (
     NodeCost,
-    _plain_attention,
-    _plain_recurrence,
     count_work,
     measure_costs,
     parameters,
+    plain_attention,
+    plain_recurrence,
 )
 from passes.cost.measured import measure_seconds
 from passes.cost.node_facts import observe
@@ -36,7 +36,7 @@ def registered(cost: NodeCost) -> int:
 
 
 def counted(function: Callable[[], object]) -> int:
-    with _plain_attention(), _plain_recurrence(), FlopCounterMode(display=False) as mode:
+    with plain_attention(), plain_recurrence(), FlopCounterMode(display=False) as mode:
         function()
     return mode.get_total_flops()
 
@@ -60,7 +60,7 @@ def test_backward_flops_are_close_to_those_of_a_real_backward(name: str, toleran
     captured = program(name)
     module = copy.deepcopy(captured.module).eval()
     (x,) = captured.args.values()
-    with _plain_attention(), _plain_recurrence():
+    with plain_attention(), plain_recurrence():
         out = module(x.clone().requires_grad_())  # so that the first layer has both its gradients
     expected = counted(lambda: out.sum().backward())
     flops = sum(2 * registered(cost) for cost in analysis(name).costs.values())

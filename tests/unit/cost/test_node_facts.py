@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from passes.capture.ladder import capture
-from passes.cost.node_facts import Fact, observe
+from passes.cost.node_facts import observe
+from passes.ir.observer import Fact
 from tests.models.zoo import CAPTURABLE
 from tests.support.programs import facts_by_name, program
 

@@ -1,5 +1,6 @@
 """The star: a collapsed sweep whose residuals go through copied blocks, each of its own network."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110, vgg16
+from passes.capture.ladder import capture
 from passes.coarse.copied_blocks import Units
 from passes.coarse.narrow import Bottleneck
 from passes.errors import ArtifactError, OptionError, SynthesisError
+from passes.ir.program import Program
 from passes.plan.schema import Plan
+from tests.support.programs import compile_program
 
 STAR: dict[str, Any] = {"coarse": "units", "sweep": "collapsed", "coarse_budget": 1.0}
 NARROW: dict[str, Any] = {**STAR, "coarse_width": 0.5}
@@ -25,6 +29,18 @@ def _network(name: str) -> tuple[nn.Module, torch.Tensor]:
     if name == "resnet":
         return resnet110.build_model(3, 4), torch.randn(2, 3, 16, 16)
     return decoder.build_model(layers=6, width=16, context=16), torch.randint(256, (4, 16))
+
+
+@cache
+def _captured(name: str) -> Program:
+    model, x = _network(name)
+    return capture(model, (x,))
+
+
+def plan_of(captured: Program, **options: Any) -> Plan:
+    plan = compile_program(captured, **options).plan
+    assert plan is not None
+    return plan
 
 
 def _compiled(name: str, stages: int = 3, **options: Any) -> tuple[pnn.Compiled, torch.Tensor]:
@@ -54,10 +70,10 @@ def test_every_residual_goes_through_its_own_network_to_the_last_state(
 @pytest.mark.parametrize("stages", [3, 6])
 @pytest.mark.parametrize("name", ["vgg", "resnet"])
 def test_it_costs_at_most_the_chain_of_as_many_blocks(name: str, stages: int) -> None:
-    model, x = _network(name)
-    chain = pnn.compile(model, x, stages=stages, coarse="units", coarse_budget=1.0).plan
+    captured = _captured(name)
+    chain = plan_of(captured, stages=stages, coarse="units", coarse_budget=1.0)
     cuts = [face.before for face in chain.interfaces[:-1]]
-    star, narrow = (pnn.compile(model, x, cuts=cuts, **how).plan for how in (STAR, NARROW))
+    star, narrow = (plan_of(captured, cuts=cuts, **how) for how in (STAR, NARROW))
     assert narrow.forecast.sweep < star.forecast.sweep <= chain.forecast.sweep
     deepest = [stage.coarse for stage in star.stages if stage.coarse]
     assert star.forecast.sweep == max(coarse.flops for coarse in deepest)
