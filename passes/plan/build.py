@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -233,8 +233,8 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
     return Stage(
         first=nodes[0].name,
         last=nodes[-1].name,
-        first_module=provenance(nodes[0]).path,
-        last_module=provenance(nodes[-1]).path,
+        first_module=next(_paths(nodes), ""),
+        last_module=next(_paths(reversed(nodes)), ""),
         nodes=len(nodes),
         inputs=inputs,
         sides=sides,
@@ -251,6 +251,11 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
     )
 
 
+def _paths(nodes: Iterable[fx.Node]) -> Iterator[str]:
+    """Yield the modules that nodes belong to; none for what the model's own forward calls."""
+    return filter(None, (provenance(node).path for node in nodes))
+
+
 def _parameters(analysis: Analysis, nodes: Sequence[fx.Node]) -> list[torch.nn.Parameter]:
     by_id = {id(p): p for node in nodes for p in parameters(analysis.program, node)}
     return list(by_id.values())
@@ -262,7 +267,7 @@ def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) 
     inputs, sides = requirements(analysis.program, [*nodes, analysis.program.output], recomputable)
     costs = [analysis.on(device)[node] for node in nodes]
     return Head(
-        first_module=provenance(nodes[0]).path if nodes else "",
+        first_module=next(_paths(nodes), ""),
         nodes=len(nodes),
         inputs=inputs,
         sides=sides,

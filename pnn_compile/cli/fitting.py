@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from passes.errors import OptionError, amount
 from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
@@ -217,6 +218,11 @@ def fit_command(
             checkpoint=checkpoint,
             progress=advance,
         )
+    if report.worse:
+        raise OptionError(
+            f"the fit would make {directory} worse, which is left as it was: try "
+            f"--learning-rate {learning_rate / 10:g}"
+        )
     compiled.save(directory)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
@@ -227,8 +233,8 @@ def fit_command(
     if report.interfaces:
         screen.print(interfaces_table(report))
     screen.print(
-        f"{report.steps} steps on {report.samples} samples: loss {report.first_loss:.4g} to "
-        f"{report.last_loss:.4g}; saved to {directory}"
+        f"{amount(report.steps, 'step')} on {amount(report.samples, 'sample')}: loss "
+        f"{report.first_loss:.4g} to {report.last_loss:.4g}; saved to {directory}"
     )
 
 

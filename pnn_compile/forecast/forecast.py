@@ -17,7 +17,7 @@ from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile, read_profile
 from passes.cost.node_facts import observe
-from passes.errors import OptionError, PartitionError, SynthesisError
+from passes.errors import OptionError, PartitionError, SynthesisError, why
 from passes.options import Options
 from pnn_compile.compiled import Compiled
 from pnn_compile.forecast.compare_methods import (
@@ -250,6 +250,8 @@ def load_profile(source: str | Path) -> DeviceProfile:
         )
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the device profile {name!r} ({error})") from error
+    except OSError as error:
+        raise OptionError(f"{name} cannot be read: {why(error)}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{name} is not the text of a device profile: {error}") from error
     return read_profile(text, f"the device profile {name!r}")

@@ -81,12 +81,20 @@ def _check_file(path: Path) -> None:
         return
     if path.is_file():
         raise SourceError(f"{path} is not a Python file: name the one that builds the model")
+    if (path / "plan.json").is_file():
+        raise SourceError(
+            f"{path} is an artifact, which is compiled already: name the file of its model, or "
+            f"look at it with `pnn-compile inspect {path}`"
+        )
     problem = f"{path} is a directory" if path.is_dir() else f"no such file: {path}"
     folder = path if path.is_dir() else path.parent
-    advice = suggest(path.name, sorted(file.name for file in folder.glob("*.py")))
+    if files := sorted(file.name for file in folder.glob("*.py")):
+        advice = f"in {folder}, {suggest(path.name, files)}"
+    else:
+        advice = f"there is no Python file in {folder}"
     if path.suffix != ".py":
         advice += " (a model of a module is typed package.module:name)"
-    raise SourceError(f"{problem}; in {folder}, {advice}")
+    raise SourceError(f"{problem}; {advice}")
 
 
 @contextmanager
@@ -213,7 +221,9 @@ def _look_up(module: ModuleType, place: str, name: str) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError as error:
-            advice = suggest(part, [key for key in dir(value) if not key.startswith("_")])
+            own = [key for key in dir(value) if not key.startswith("_")]
+            built = [key for key in own if not isinstance(getattr(value, key), ModuleType)]
+            advice = suggest(part, built)
             raise SourceError(f"there is no {part!r} in {place}; {advice}") from error
     return value
 
