@@ -26,16 +26,16 @@ from pnn_compile import atomic
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("inputs", "arguments", "dynamic"),
-    "Cut": ("stages", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
+    "Cut": ("stages", "windows", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
     "Coarse networks": (
         "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",
-        "correction", "sweep", "iterations", "tolerance", "samples", "seed",
+        "correction", "sweep", "iterations", "tolerance", "calibrate", "seed",
     ),
     "Devices": ("devices", "kind", "ranks", "threads", "streams", "cache"),
     "Output": (
-        "output", "onnx", "per_stage", "opset", "fp16", "bf16", "emit", "html", "dot", "mermaid",
-        "graphml", "trace", "depth", "validate", "check", "config", "config_file", "quiet",
-        "as_json", "debug",
+        "output", "onnx", "per_stage", "opset", "fp16", "bf16", "emit", "samples", "html", "dot",
+        "mermaid", "graphml", "trace", "depth", "validate", "check", "config", "config_file",
+        "quiet", "as_json", "debug",
     ),
 }  # fmt: skip
 """Headings of options in the help, and the options below them; others come first."""

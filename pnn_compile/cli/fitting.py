@@ -130,8 +130,9 @@ def probe(
 ) -> None:
     """Train MODEL beside its parareal forms, for a few minutes.
 
-    SAMPLES is a .safetensors or .npz file with an array per argument and one of labels. Every
-    fifth batch is held out; early exits as fast as the forms are trained beside them.
+    The forms are networks of one window with copied blocks or channel maps, as chains and
+    collapsed. SAMPLES is a .safetensors or .npz file with an array per argument and one of labels.
+    Every fifth batch is held out; early exits as fast as the forms are trained beside them.
     """
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.inputs import read_batches
@@ -180,7 +181,9 @@ def probe(
     type=click.Path(path_type=Path),
     help="File to save to, and to resume from.",
 )
-@click.option("--seed", default=0, type=int, help="Seed of the shuffled order of samples.")
+@click.option(
+    "--seed", "order_seed", default=0, type=int, help="Seed of the shuffled order of samples."
+)
 @JSON
 @DEBUG
 def fit_command(
@@ -192,7 +195,7 @@ def fit_command(
     learning_rate: float,
     dropout: bool,
     checkpoint: Path | None,
-    seed: int,
+    order_seed: int,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -206,7 +209,7 @@ def fit_command(
     from pnn_compile.inputs import read_batches
 
     compiled = load(directory)
-    batches = read_batches(samples, compiled.program, batch, shuffle_seed=seed)
+    batches = read_batches(samples, compiled.program, batch, shuffle_seed=order_seed)
     with Progress(as_json).bar("fitting") as advance:
         report = fit(
             compiled,

@@ -132,7 +132,8 @@ def _selected_counts(forecast: ForecastTable) -> list[int]:
 
 def _parareal_table(forecast: ForecastTable, method: str, counts: list[int]) -> Table:
     columns = ("N", "time", "speed-up", "bound", "efficiency", "most memory", "link", "limited by")
-    table = figures_table(f"parareal, {method} sweep", columns, words=("limited by",))
+    windows = f", {forecast.windows} windows" if forecast.windows > 1 else ""
+    table = figures_table(f"parareal, {method} sweep{windows}", columns, words=("limited by",))
     recommended = forecast.enough(method)
     for row in forecast.of(method):
         if row.stages in counts:
