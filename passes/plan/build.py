@@ -86,7 +86,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         seed=options.seed,
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
-        notes=(*filter(None, (cut.note,)), *_notes(analysis, options, forecast)),
+        notes=(*filter(None, (cut.note,)), *_notes(analysis, options, forecast, stages)),
         tolerance=options.tolerance,
         windows=options.windows,
         asked=OperatorOptions(
@@ -156,9 +156,9 @@ def with_operators(
     ]
     forecast = forecast_step(analysis, stages, plan.interfaces, options, plan.forecast.gap)
     # Notes that do not depend on the operators stay.
-    stale = _notes(analysis, options, plan.forecast)
+    stale = _notes(analysis, options, plan.forecast, plan.stages)
     kept = [note for note in plan.notes if note not in stale]
-    notes = (*_notes(analysis, options, forecast), *kept)
+    notes = (*_notes(analysis, options, forecast, stages), *kept)
     return dataclasses.replace(plan, stages=tuple(stages), forecast=forecast, notes=notes)
 
 
@@ -299,7 +299,9 @@ def small_stages(stages: Sequence[Stage]) -> list[str]:
     return [f"{n} ({c / mean:.0%})" for n, c in enumerate(costs) if c < mean / 2]
 
 
-def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:
+def _notes(
+    analysis: Analysis, options: Options, forecast: Forecast, stages: Sequence[Stage]
+) -> tuple[str, ...]:
     """List what a user should know of a plan."""
     notes = [*analysis.program.capture.notes]
     if options.cuts:
@@ -315,9 +317,12 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
         serial = f"the serial part takes {forecast.serial_share:.1%} of the original's cost"
         fewer = "fewer windows or stages" if options.windows > 1 else "fewer stages"
         budget = options.coarse_budget
+        cheaper = ", or a cheaper coarse family (coarse_budget=0.05, coarse='linear'), which may "
+        cheaper += "cost accuracy,"
+        if all(stage.coarse is None or stage.coarse.linear for stage in stages):
+            cheaper = ""  # there is hardly a cheaper one
         notes.append(
-            f"{serial}: {fewer}, or a cheaper coarse family (coarse_budget=0.05, coarse="
-            "'linear'), which may cost accuracy, would shorten it"
+            f"{serial}: {fewer}{cheaper} would shorten it"
             if budget is None
             else f"{serial}, more than the coarse budget of {budget:.1%}: {fewer}, or "
             "a cheaper coarse family, would help"

@@ -15,6 +15,7 @@ from rich.tree import Tree
 from passes.errors import amount, printable
 from pnn_compile.export.graph_formats import format_count, format_seconds, format_size
 from pnn_compile.export.partition_graph import partition_graph
+from pnn_compile.inputs import batch_size
 from pnn_compile.report.tables import Titled, figures_table
 
 if TYPE_CHECKING:
@@ -155,7 +156,11 @@ def _summary(compiled: Compiled) -> Table:
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("validated", compiled.program.capture.compared),
-        ("batch size", "free" if "batch" in compiled.program.dynamic else "fixed"),
+        (
+            "batch size",
+            f"{'free' if 'batch' in compiled.program.dynamic else 'fixed'}; FLOPs and bytes are of "
+            f"{amount(batch_size(compiled.program.args), 'sample')}",
+        ),
         ("sequence", "free" if "sequence" in compiled.program.dynamic else ""),
         (
             "imbalance",

@@ -165,10 +165,15 @@ def _inputs_to_add(target: Any) -> str:
     known = isinstance(target, nn.Module) or inspect.isclass(target)
     parameters = inspect.signature(target.forward).parameters.values() if known else ()
     names = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
-    if len(names) < 2 or any(p.kind in VARIADIC for p in parameters):
-        return "--input 1x3x32x32 for each argument"
-    options = " ".join(f"--input {name}=1x3x32x32" for name in names)
+    if not names or any(p.kind in VARIADIC for p in parameters):
+        return "--input 1x3x32x32 for each argument, with its shape (1x16:int64 for token ids)"
+    options = " ".join(f"--input {name}={_shape_like(name)}" for name in names)
     return f"{options} with the shapes of your arguments"
+
+
+def _shape_like(name: str) -> str:
+    """Return an example of a shape and dtype, of integers where a name speaks of them."""
+    return "1x16:int64" if re.search(r"token|ids?$|index|indices", name) else "1x3x32x32"
 
 
 def _choose(module: ModuleType, place: str, arguments: dict[str, Any]) -> str:
