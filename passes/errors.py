@@ -36,6 +36,15 @@ def suggest(word: str, names: Sequence[str]) -> str:
     return f"there is {', '.join(names[:8]) or 'none'}"
 
 
+def amount(count: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> amount(1, "stage"), amount(2, "stage")
+    ('1 stage', '2 stages')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class PnnError(Exception):
     """Base class of all errors of the compiler."""
 
@@ -77,6 +86,11 @@ class RuntimeFault(PnnError):
 
 class ExportError(PnnError):
     """A compiled network cannot be written in the requested format."""
+
+
+def why(error: BaseException) -> str:
+    """Return what went wrong, of an error of the system without its number and its path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def first_line(error: BaseException) -> str:

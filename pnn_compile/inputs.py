@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError
+from passes.errors import OptionError, why
 from passes.ir.program import Program
 from passes.transform.network import Call, check_constant, match_arguments
 
@@ -413,6 +414,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             return dict(load_file(path))
         import numpy as np
 
+        with zipfile.ZipFile(path):
+            pass  # np.load takes anything else for a pickle
         with np.load(path, allow_pickle=False) as archive:
             unpacked = sum(member.file_size for member in archive.zip.infolist())
             if unpacked > max(_LARGE, _PACKED * path.stat().st_size):
@@ -423,5 +426,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     except OptionError:
         raise
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {why(error)}") from error
     except Exception as error:
-        raise OptionError(f"{path} cannot be read: {error}") from error
+        reason = f"it is no {path.suffix} file, or a damaged one ({error})"
+        raise OptionError(f"{path} cannot be read: {reason}") from error

@@ -3,7 +3,8 @@
 Only sums of products are kept, never the samples. Held-out samples choose the ridge. With X the
 centered features and Y the centered targets, one row per sample:
 
-    X'X = V diag(s) V'                decomposed once, after the last sample
+    X'X = V diag(s) V'                decomposed once, after the last sample; with few of them,
+                                      in the space that they span (Halko, Martinsson, Tropp 2011)
     W   = V diag(1 / (s + l)) V'X'Y   for each of a few ridges l
     W_r = W D D'                      D: the first r right singular vectors of X W
 
@@ -28,6 +29,8 @@ from passes.ir.isolation import seeded
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, relative to the mean sum of squares of a feature."""
+_SPARSE, _SPARE = 4, 8
+"""Features a row from which on only the axes of the rows are sought; probes beyond these."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,10 @@ class _Decomposition:
     Attributes:
         mean_x: Mean of the features `[features]`; zero for a map without a bias.
         mean_y: Mean of the targets `[targets]`; zero for a map without a bias.
-        variances: Sum of squares of the centered features along every axis `[features]`.
-        vectors: The axes, as columns `[features, features]`.
+        variances: Sum of squares of the centered features along every axis `[axes]`.
+        vectors: The axes, as columns `[features, axes]`.
         cross: Products of the centered features along the axes with the targets
-            `[features, targets]`.
+            `[axes, targets]`.
     """
 
     mean_x: torch.Tensor
@@ -117,8 +120,23 @@ class _Decomposition:
         if centered:
             covariance = covariance - count * torch.outer(mean_x, mean_x)
             cross = cross - count * torch.outer(mean_x, mean_y)
-        variances, vectors = torch.linalg.eigh(covariance)
+        variances, vectors = _axes(covariance, sums.count)
         return cls(mean_x, mean_y, variances.clamp_min(0.0), vectors, vectors.T @ cross)
+
+
+def _axes(covariance: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decompose the sum of products of a number of rows; of few rows, the axes that they span.
+
+    Across the others all features are zero, and so is every solution.
+    """
+    if _SPARSE * rows > len(covariance):
+        variances, vectors = torch.linalg.eigh(covariance)
+        return variances, vectors
+    with seeded(0):
+        probes = covariance.new_empty(len(covariance), rows + _SPARE).normal_()
+    span, _ = torch.linalg.qr(covariance @ probes)
+    variances, turned = torch.linalg.eigh(span.T @ covariance @ span)
+    return variances, span @ turned
 
 
 class Moments:
@@ -180,7 +198,7 @@ class Moments:
         return self._full[ridge]
 
     def _damped(self, ridge: float) -> torch.Tensor:
-        """Return the variances along the axes plus the ridge, `[features, 1]`."""
+        """Return the variances along the axes plus the ridge, `[axes, 1]`."""
         scale = self._fit.xx.diagonal()[:-1].mean().item() or 1.0
         return self._decomposed().variances[:, None] + ridge * scale
 
@@ -198,7 +216,7 @@ class Moments:
 
     def _principal(self, ridge: float, rank: int) -> torch.Tensor:
         axes = self._decomposed()
-        # A matrix with the same Gram matrix as the predictions, but one row per feature.
+        # A matrix with the same Gram matrix as the predictions, but one row per axis.
         predictions = axes.variances.sqrt()[:, None] * axes.cross / self._damped(ridge)
         with seeded(0):
             oversampled = min(rank + 8, *predictions.shape)

@@ -347,11 +347,11 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
     except SynthesisError as obstacle:
         return _because(span, linear, budget, str(obstacle))
     if units.flops > budget:
-        reason = f"units would take {units.flops:.2e} FLOPs of {budget:.2e}"
+        reason = f"units would take {units.flops:,} FLOPs of {budget:,.0f}"
         return _because(span, linear, budget, reason)
     stage = _fine_work(span)["flops"]
     if units.flops > _MOST_OF_STAGE * stage:
-        reason = f"units would take {units.flops:.2e} FLOPs beside a stage of {stage:.2e}"
+        reason = f"units would take {units.flops:,} FLOPs beside a stage of {stage:,}"
         return _because(span, linear, budget, reason)
     return _because(span, units, budget, "repeating block found")
 
@@ -361,7 +361,7 @@ def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> Coarse
     why = [reason]
     if budget < math.inf:
         verdict = "within" if spec.flops <= budget else "OVER"
-        why.append(f"{verdict} the budget ({spec.flops:.2e} of {budget:.2e} FLOPs)")
+        why.append(f"{verdict} the budget ({spec.flops:,} of {budget:,.0f} FLOPs)")
     is_image = all(len(value.spec.shape) == 4 for value in span.leaving)
     (row,) = rows_of(spec.family)
     evidence = row.evidence.get(span.options.sweep) if is_image else None

@@ -385,7 +385,8 @@ def _named(
 
 def _label(analysis: Analysis, position: Position) -> str:
     node = analysis.frontiers.order[position.index]
-    return f"{provenance(node).path or node.name} (node {node.name})"
+    path = provenance(node).path
+    return f"{path} (node {node.name})" if path else f"node {node.name}"
 
 
 def _too_few(analysis: Analysis, options: Options, candidates: list[Position], stages: int) -> str:

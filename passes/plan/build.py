@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -86,7 +86,7 @@ def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         seed=options.seed,
         fingerprint=analysis.program.fingerprint,
         ties=_ties(analysis, positions),
-        notes=(*filter(None, (cut.note,)), *_notes(analysis, options, forecast)),
+        notes=(*filter(None, (cut.note,)), *_notes(analysis, options, forecast, stages)),
         tolerance=options.tolerance,
         windows=options.windows,
         asked=OperatorOptions(
@@ -156,9 +156,9 @@ def with_operators(
     ]
     forecast = forecast_step(analysis, stages, plan.interfaces, options, plan.forecast.gap)
     # Notes that do not depend on the operators stay.
-    stale = _notes(analysis, options, plan.forecast)
+    stale = _notes(analysis, options, plan.forecast, plan.stages)
     kept = [note for note in plan.notes if note not in stale]
-    notes = (*_notes(analysis, options, forecast), *kept)
+    notes = (*_notes(analysis, options, forecast, stages), *kept)
     return dataclasses.replace(plan, stages=tuple(stages), forecast=forecast, notes=notes)
 
 
@@ -233,8 +233,8 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
     return Stage(
         first=nodes[0].name,
         last=nodes[-1].name,
-        first_module=provenance(nodes[0]).path,
-        last_module=provenance(nodes[-1]).path,
+        first_module=next(_paths(nodes), ""),
+        last_module=next(_paths(reversed(nodes)), ""),
         nodes=len(nodes),
         inputs=inputs,
         sides=sides,
@@ -251,6 +251,11 @@ def _stage(analysis: Analysis, cut: Cut, number: int) -> Stage:
     )
 
 
+def _paths(nodes: Iterable[fx.Node]) -> Iterator[str]:
+    """Yield the modules that nodes belong to; none for what the model's own forward calls."""
+    return filter(None, (provenance(node).path for node in nodes))
+
+
 def _parameters(analysis: Analysis, nodes: Sequence[fx.Node]) -> list[torch.nn.Parameter]:
     by_id = {id(p): p for node in nodes for p in parameters(analysis.program, node)}
     return list(by_id.values())
@@ -262,7 +267,7 @@ def _head(analysis: Analysis, position: Position, device: DeviceProfile | None) 
     inputs, sides = requirements(analysis.program, [*nodes, analysis.program.output], recomputable)
     costs = [analysis.on(device)[node] for node in nodes]
     return Head(
-        first_module=provenance(nodes[0]).path if nodes else "",
+        first_module=next(_paths(nodes), ""),
         nodes=len(nodes),
         inputs=inputs,
         sides=sides,
@@ -294,7 +299,9 @@ def small_stages(stages: Sequence[Stage]) -> list[str]:
     return [f"{n} ({c / mean:.0%})" for n, c in enumerate(costs) if c < mean / 2]
 
 
-def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[str, ...]:
+def _notes(
+    analysis: Analysis, options: Options, forecast: Forecast, stages: Sequence[Stage]
+) -> tuple[str, ...]:
     """List what a user should know of a plan."""
     notes = [*analysis.program.capture.notes]
     if options.cuts:
@@ -310,9 +317,12 @@ def _notes(analysis: Analysis, options: Options, forecast: Forecast) -> tuple[st
         serial = f"the serial part takes {forecast.serial_share:.1%} of the original's cost"
         fewer = "fewer windows or stages" if options.windows > 1 else "fewer stages"
         budget = options.coarse_budget
+        cheaper = ", or a cheaper coarse family (coarse_budget=0.05, coarse='linear'), which may "
+        cheaper += "cost accuracy,"
+        if all(stage.coarse is None or stage.coarse.linear for stage in stages):
+            cheaper = ""  # there is hardly a cheaper one
         notes.append(
-            f"{serial}: {fewer}, or a cheaper coarse family (coarse_budget=0.05, coarse="
-            "'linear'), which may cost accuracy, would shorten it"
+            f"{serial}: {fewer}{cheaper} would shorten it"
             if budget is None
             else f"{serial}, more than the coarse budget of {budget:.1%}: {fewer}, or "
             "a cheaper coarse family, would help"

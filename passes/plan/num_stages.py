@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
 from passes.coarse.time_step import for_loop
-from passes.errors import PartitionError, SynthesisError
+from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
 from passes.plan.build import make_plan, small_stages
@@ -130,7 +130,12 @@ class _Search:
             try:
                 cut = choose_cut(self._analysis, options)
                 if cut.inside_blocks:
-                    raise PartitionError(cut.note)
+                    parts = stages * self._options.windows
+                    runs = "fewer windows" if self._options.windows > 1 else "fewer stages"
+                    raise PartitionError(
+                        f"{self._analysis.program.name} has no cuts between blocks that make "
+                        f"{parts} stages: ask for {runs}, or allow cut_inside_blocks=True"
+                    )
                 self._plans[stages] = make_plan(self._analysis, cut, options)
             except (PartitionError, SynthesisError) as error:
                 self._first_error = self._first_error or error
@@ -169,8 +174,8 @@ class _Search:
         """Say from where on more stages do not pay, and why, in one sentence."""
         count = chosen.devices
         more = [n for n, plan in self._plans.items() if plan and n > count]
-        stages = "1 stage" if count == 1 else f"{count} stages"
-        gain = f"{stages} chosen, {chosen.forecast.speedup:.2f} times the original's speed"
+        speed = f"{chosen.forecast.speedup:.2f} times the original's speed"
+        gain = f"{amount(count, 'stage')} chosen, {speed}"
         if not more:
             return f"{gain}: no more than {count} can be cut or were looked at"
         doubled = min(more, key=lambda n: (abs(n - 2 * count), n))
@@ -189,7 +194,7 @@ class _Search:
         which = f"stage {shares[0]} has" if len(shares) == 1 else f"stages {', '.join(shares)} have"
         which += " less than half the mean work"
         count = len(plan.stages) - len(shares)
-        some = "1 stage" if count == 1 else f"{count} stages"
+        some = amount(count, "stage")
         fewer = None if self._options.cuts or plan.windows > 1 else self.plan(count)
         if fewer is None:
             return f"{which}: {some} may be as fast"

@@ -14,7 +14,7 @@ from typing import Any
 
 from passes.coarse.family import in_time, names_of, options_of
 from passes.coarse.spec import CoarseSpec, OperatorSpec, PreprocessSpec
-from passes.errors import ArtifactError
+from passes.errors import ArtifactError, amount
 from passes.ir.checked_json import decode, parse
 from passes.ir.tensor_spec import Value
 
@@ -53,8 +53,9 @@ class Stage:
     Attributes:
         first: First node of the stage.
         last: Last node of the stage.
-        first_module: Qualified name of the module that the first node belongs to.
-        last_module: Qualified name of the module that the last node belongs to.
+        first_module: Qualified name of the first module that its nodes belong to; "" if they all
+            belong to the model itself.
+        last_module: Qualified name of the last one.
         nodes: Number of nodes, replicated side values not counted.
         inputs: Placeholders of the program that the stage reads.
         sides: Side values that the stage recomputes.
@@ -320,8 +321,8 @@ class Plan:
         """What kind of network it is, in words."""
         windows = f" in {self.windows} windows" if self.windows > 1 else ""
         return (
-            f"{len(self.stages)} stages{windows}, {self.correction} form, {self.sweep} sweep, "
-            f"K = {self.iterations}"
+            f"{amount(len(self.stages), 'stage')}{windows}, {self.correction} form, "
+            f"{self.sweep} sweep, K = {self.iterations}"
         )
 
     @property

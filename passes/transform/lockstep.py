@@ -43,6 +43,8 @@ _SIZES = {
     "size", "dim", "numel", "shape", "ndim", "dtype", "device", "is_cuda", "sym_size", "sym_numel",
 }  # fmt: skip
 """What can be asked of a tensor without its values."""
+_FILLS = {"new_full", "full_like"}
+"""What fills a tensor of another one's type with a number, and reads no values of that one."""
 
 
 def chained_stages(plan: Plan) -> frozenset[int]:
@@ -272,7 +274,9 @@ class _Writer:
         node, columns = row[0], [*zip(*map(leaves, row), strict=True)]
         kinds = {self._kind(leaf) for leaf in columns}
         kind = _Kind.SHARED
-        if _Kind.BATCHED in kinds or (_Kind.EACH in kinds and self._has_weights(node)):
+        if _Kind.EACH in kinds and _name(node) in _FILLS:
+            kind = _Kind.EACH
+        elif _Kind.BATCHED in kinds or (_Kind.EACH in kinds and self._has_weights(node)):
             kind = _Kind.SHARED if _asks_size(node) else _Kind.BATCHED
         elif _Kind.EACH in kinds:
             kind = _Kind.EACH
@@ -358,8 +362,11 @@ def _is_alike(leaf: _Row) -> bool:
 
 def _asks_size(node: fx.Node) -> bool:
     """Whether a node asks for what a tensor is, not for its values."""
-    name = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
-    return str(name).partition(".")[0] in _SIZES
+    return (node.args[1] if node.target is getattr else _name(node)) in _SIZES
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
 
 
 def _table(stage: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:

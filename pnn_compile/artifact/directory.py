@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture.ladder import capture
 from passes.capture.model_copy import unwrap
-from passes.errors import ArtifactError, CaptureError, PnnError
+from passes.errors import ArtifactError, CaptureError, PnnError, why
 from passes.ir.example_inputs import call_signature
 from passes.ir.program import Program
 from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
@@ -278,7 +278,7 @@ def _write_errors(target: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"cannot write {target} ({error}): check permissions and free space of "
+            f"cannot write {target} ({why(error)}): check permissions and free space of "
             f"{target.parent}, or save to another directory"
         ) from error
 

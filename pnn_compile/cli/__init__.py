@@ -157,12 +157,23 @@ def main(arguments: list[str] | None = None) -> int:
     sys.exit(code)
 
 
+def _show_usage_error(error: click.ClickException) -> None:
+    """Print a mistake in the words in one line, as all other errors; without words, the help."""
+    context = getattr(error, "ctx", None)
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())) or context is None:
+        error.show()
+        return
+    message = error.format_message()
+    text = message[:1].lower() + message[1:].removesuffix(".")
+    click.echo(f"error: {text}; {context.command_path} --help shows what there is", err=True)
+
+
 def _run(action: Callable[[], Any], debug: bool) -> int:
     """Run a command; print its error and return the exit code."""
     try:
         result = action()
     except click.ClickException as error:
-        error.show()
+        _show_usage_error(error)
         return 2
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED

@@ -21,21 +21,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from passes.errors import OptionError
+from passes.errors import OptionError, why
 from pnn_compile import atomic
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("inputs", "arguments", "dynamic"),
-    "Cut": ("stages", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
+    "Cut": ("stages", "windows", "cost", "cut_at", "cut_inside_blocks", "plan_file"),
     "Coarse networks": (
         "coarse", "coarse_budget", "coarse_width", "units", "rank", "preprocess", "prologue",
-        "correction", "sweep", "iterations", "tolerance", "samples", "seed",
+        "correction", "sweep", "iterations", "tolerance", "calibrate", "seed",
     ),
     "Devices": ("devices", "kind", "ranks", "threads", "streams", "cache"),
     "Output": (
-        "output", "onnx", "per_stage", "opset", "fp16", "bf16", "emit", "html", "dot", "mermaid",
-        "graphml", "trace", "depth", "validate", "check", "config", "config_file", "quiet",
-        "as_json", "debug",
+        "output", "onnx", "per_stage", "opset", "fp16", "bf16", "emit", "samples", "html", "dot",
+        "mermaid", "graphml", "trace", "depth", "validate", "check", "config", "config_file",
+        "quiet", "as_json", "debug",
     ),
 }  # fmt: skip
 """Headings of options in the help, and the options below them; others come first."""
@@ -85,14 +85,17 @@ def read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
         return None
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise OptionError(f"the options {path} cannot be read ({error})") from error
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {why(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{path} is not a TOML file of options: {error}") from error
     options = _options(ctx.command)
     defaults = {}
     for name, value in table.items():
         if (option := options.get(name.replace("_", "-"))) is None:
-            close = difflib.get_close_matches(name, options, 1) or [", ".join(options)]
-            raise OptionError(f"{path} has an unknown option {name!r}; did you mean {close[0]}?")
+            close = difflib.get_close_matches(name, options, 1)
+            advice = f"did you mean {close[0]}?" if close else f"there is {', '.join(options)}"
+            raise OptionError(f"{path} has an unknown option {name!r}; {advice}")
         defaults[str(option.name)] = _as_words(path, name, value, option)
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
@@ -137,7 +140,7 @@ def save_config(ctx: click.Context, path: Path) -> None:
     except ValueError as error:
         raise OptionError(f"the options have no form in TOML ({error})") from error
     except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise OptionError(f"{path} cannot be written: {why(error)}") from error
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from passes.errors import OptionError
+from passes.errors import OptionError, why
 from passes.options import CHOICES, Options
 from pnn_compile import atomic
 
@@ -228,8 +228,10 @@ def read_plan(path: Path) -> Plan:
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"the plan {path} cannot be read ({error})") from error
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {why(error)}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not the text of a plan: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -241,7 +243,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         atomic.write_text(path, text)
     except OSError as error:
-        raise OptionError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise OptionError(f"{path} cannot be written: {why(error)}") from error
 
 
 class Progress:

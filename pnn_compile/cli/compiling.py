@@ -105,7 +105,6 @@ def _read_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str,
 )
 @click.option(
     "--calibrate",
-    "samples",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Samples (.safetensors or .npz) to fit preprocessing operators and coarse propagators on.",
@@ -122,7 +121,7 @@ def _read_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str,
     "--validate",
     default="full",
     type=click.Choice(["full", "fast", "off"]),
-    help="What the captured graph is compared with the model by: full, outputs, buffers and "
+    help="How the captured graph is compared with the model: full, outputs, buffers and "
     "gradients in both modes on two inputs; fast, without gradients and on one input, about half "
     "the time; off, in evaluation mode alone. The report says what it took.",
 )
@@ -153,7 +152,7 @@ def compile_command(
     model: str,
     output: Path | None,
     emit: tuple[str, ...],
-    samples: Path | None,
+    calibrate: Path | None,
     check: bool,
     quiet: bool,
     config_file: Path | None,
@@ -181,8 +180,8 @@ def compile_command(
     if output is not None:
         check_replaceable(output)
     progress = Progress(quiet or as_json)
-    if samples is not None:
-        options["calibration"] = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
+    if calibrate is not None:
+        options["calibration"] = partial(read_batches, calibrate, size=CALIBRATION_BATCH, least=5)
     with progress("building the model") as begin:
         compiled = _compile(model, options, debug, begin)
     checked: VerifyReport | None = None
@@ -194,7 +193,7 @@ def compile_command(
         _save(compiled, output, progress)
         exported = export_to(compiled, output, emit, check, progress)
     verdict = None
-    if samples is not None:
+    if calibrate is not None:
         with progress("judging"):
             verdict = compiled.assess(options["calibration"](compiled.program))
     _show(compiled, checked, verdict, output, exported, quiet, as_json)

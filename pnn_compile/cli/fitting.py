@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from passes.errors import OptionError, amount
 from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
@@ -129,8 +130,9 @@ def probe(
 ) -> None:
     """Train MODEL beside its parareal forms, for a few minutes.
 
-    SAMPLES is a .safetensors or .npz file with an array per argument and one of labels. Every
-    fifth batch is held out; early exits as fast as the forms are trained beside them.
+    The forms are networks of one window with copied blocks or channel maps, as chains and
+    collapsed. SAMPLES is a .safetensors or .npz file with an array per argument and one of labels.
+    Every fifth batch is held out; early exits as fast as the forms are trained beside them.
     """
     from pnn_compile.compiled import compile as compile_model
     from pnn_compile.inputs import read_batches
@@ -179,7 +181,9 @@ def probe(
     type=click.Path(path_type=Path),
     help="File to save to, and to resume from.",
 )
-@click.option("--seed", default=0, type=int, help="Seed of the shuffled order of samples.")
+@click.option(
+    "--seed", "order_seed", default=0, type=int, help="Seed of the shuffled order of samples."
+)
 @JSON
 @DEBUG
 def fit_command(
@@ -191,7 +195,7 @@ def fit_command(
     learning_rate: float,
     dropout: bool,
     checkpoint: Path | None,
-    seed: int,
+    order_seed: int,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -205,7 +209,7 @@ def fit_command(
     from pnn_compile.inputs import read_batches
 
     compiled = load(directory)
-    batches = read_batches(samples, compiled.program, batch, shuffle_seed=seed)
+    batches = read_batches(samples, compiled.program, batch, shuffle_seed=order_seed)
     with Progress(as_json).bar("fitting") as advance:
         report = fit(
             compiled,
@@ -217,6 +221,11 @@ def fit_command(
             checkpoint=checkpoint,
             progress=advance,
         )
+    if report.worse:
+        raise OptionError(
+            f"the fit would make {directory} worse, which is left as it was: try "
+            f"--learning-rate {learning_rate / 10:g}"
+        )
     compiled.save(directory)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
@@ -227,8 +236,8 @@ def fit_command(
     if report.interfaces:
         screen.print(interfaces_table(report))
     screen.print(
-        f"{report.steps} steps on {report.samples} samples: loss {report.first_loss:.4g} to "
-        f"{report.last_loss:.4g}; saved to {directory}"
+        f"{amount(report.steps, 'step')} on {amount(report.samples, 'sample')}: loss "
+        f"{report.first_loss:.4g} to {report.last_loss:.4g}; saved to {directory}"
     )
 
 

@@ -58,6 +58,7 @@ def device_counts(text: str) -> list[int]:
         ("model.py --devices h100", "2 to 64 devices"),
         ("timm:resnet50 -n 2,4,8 --devices here.toml", "a profile of yours"),
         ("build/model -n 2..8 --inference", "the forward pass"),
+        ("model.py -n 2..8 --windows 4", "the trunk as four runs"),
         ("build/model noise.npz --tolerance 0.01", "iterations of a tolerance"),
     ],
 )
@@ -90,7 +91,7 @@ def device_counts(text: str) -> list[int]:
     show_default="roofline with --devices, else measured on this machine",
 )
 @click.option("--inference", is_flag=True, help="Predict the forward pass, not training steps.")
-@compiler_options("coarse", "coarse_budget")
+@compiler_options("windows", "coarse", "coarse_budget")
 @click.option(
     "--micro-batches",
     default="4",
@@ -112,6 +113,7 @@ def forecast_command(
     devices: str | None,
     cost: str | None,
     inference: bool,
+    windows: int,
     coarse: str,
     coarse_budget: float | None,
     micro_batches: str,
@@ -145,6 +147,7 @@ def forecast_command(
             cost=cost,
             training=not inference,
             micro_batches=read_numbers(micro_batches, "--micro-batches") if micro_batches else [],
+            windows=windows,
             coarse=coarse,
             coarse_budget=coarse_budget,
             cache=cache,

@@ -216,6 +216,8 @@ def _sentence(rows: Sequence[VerdictRow], samples: int) -> str:
             f"{both}. The layers after the exit matter, and running them in parallel is closer to "
             "the original than leaving them out."
         )
+    if row.fidelity.beats(row.exit):
+        return f"{both}. {samples} samples are too few to tell which is closer: pass more."
     return f"{both}. A shorter network is as good here as running the depth in parallel."
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from passes.errors import OptionError, RuntimeFault
+from passes.errors import OptionError, RuntimeFault, amount
 from passes.ir.isolation import preserved
 from passes.ir.output_types import typed
 from passes.pipeline import Compilation, Pass
@@ -122,7 +122,7 @@ def count_iterations(compiled: Compiled) -> Compiled:
     result = iterate(compiled, example, tolerance=plan.tolerance)
     count = result.iterations
     reached = "exact" if result.exact else f"estimate {result.estimates[-1].max():.2g}"
-    note = f"K = {count} iterations on the example inputs for {plan.tolerance:g} ({reached})"
+    note = f"{amount(count, 'iteration')} on the example inputs for {plan.tolerance:g} ({reached})"
     plan = replace(
         plan, iterations=count, forecast=plan.forecasts(count)[-1], notes=(*plan.notes, note)
     )

@@ -25,7 +25,7 @@ from passes.coarse.family import is_fine
 from passes.coarse.map_matrix import MatrixFit, fitted_parts
 from passes.coarse.spec import OperatorSpec, PreprocessOptions, Trial
 from passes.coarse.thinned_blocks import recalibrate
-from passes.errors import OptionError
+from passes.errors import OptionError, amount
 from passes.transform.executor import Operator
 from pnn_compile.fit.metrics import RelativeError
 
@@ -104,7 +104,8 @@ def _cheapest(results: Sequence[tuple[Operator, float]]) -> tuple[Operator, Oper
         for one, error in results
         if math.isfinite(error)
     )
-    why = f"error {error:.3f} on held-out samples, best of {len(results)} tried: {least:.3f}"
+    why = f"error {error:.3f} on held-out samples, of {amount(len(results), 'candidate')}"
+    why += "" if error <= least else f"; the least was {least:.3f}"
     return best, replace(best.spec, why=why, tried=tried)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from passes.errors import OptionError
+from passes.errors import OptionError, why
 from pnn_compile.atomic import replace_file
 
 _log = logging.getLogger(__name__)
@@ -169,8 +169,8 @@ class FitState:
                 torch.save(saved, draft)
         except (OSError, RuntimeError) as error:  # torch raises the second on a full disk
             raise OptionError(
-                f"the fit cannot be saved to {self._file} ({error}): make room or name another "
-                "file; a checkpoint from before is unchanged"
+                f"the fit cannot be saved to {self._file} ({why(error)}): make room or name "
+                "another file; a checkpoint from before is unchanged"
             ) from error
 
     def _load(self, file: Path) -> None:

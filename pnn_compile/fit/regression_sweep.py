@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from passes.coarse.family import copies_blocks
-from passes.errors import OptionError
+from passes.errors import OptionError, why
 from passes.transform.executor import Executor, Operator, State, plus
 from passes.transform.sweep import Role, Step, Symbol, sweep
 from pnn_compile.fit.candidates import (
@@ -312,8 +312,8 @@ class _StateStore:
                 torch.save(state, self._folder / f"{name}.pt")
             except (OSError, RuntimeError) as error:  # torch raises the second on a full disk
                 raise OptionError(
-                    f"the states of the samples cannot be kept in {self._folder} ({error}): make "
-                    "room there, set TMPDIR to another directory, or give fewer samples"
+                    f"the states of the samples cannot be kept in {self._folder} ({why(error)}): "
+                    "make room there, set TMPDIR to another directory, or give fewer samples"
                 ) from error
 
     def get(self, key: str, batch: int) -> State:

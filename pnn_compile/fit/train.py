@@ -77,6 +77,7 @@ class FitReport:
         last_loss: Mean loss over the last tenth.
         interface_steps: Steps taken at every interface before that.
         interfaces: Losses of those, by stage; empty without `interface_epochs`.
+        worse: Whether the loss more than doubled: the network was closer to the original before.
     """
 
     steps: int
@@ -85,6 +86,7 @@ class FitReport:
     last_loss: float
     interface_steps: int = 0
     interfaces: tuple[InterfaceLoss, ...] = ()
+    worse: bool = False
 
 
 def distillation(outputs: Any, targets: Any, batch: Any) -> torch.Tensor:
@@ -283,6 +285,7 @@ def _report(state: FitState, distiller: Distiller | None, negligible: float) -> 
         last_loss=last,
         interface_steps=distiller.total if distiller else 0,
         interfaces=distiller.report() if distiller else (),
+        worse=last > max(2 * first, negligible),
     )
 
 

@@ -22,10 +22,11 @@ from typing import Any
 from torch import fx
 
 from passes.analysis.analysis import Analysis
+from passes.coarse.family import in_time
 from passes.coarse.time_step import for_loop
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.memory import Memory
-from passes.errors import OptionError, PartitionError
+from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
 from passes.plan.build import make_plan
@@ -171,6 +172,15 @@ def parareal_row(costs: DeviceCosts, sweep: str, stages: int) -> ForecastRow:
         parts=parts,
         limit=_plan_limit(costs, plan, parts),
     )
+
+
+def takes_coarse_steps(costs: DeviceCosts, stages: int) -> bool:
+    """Return whether a chain of that many stages takes the coarse steps of a loop in time."""
+    options = dataclasses.replace(costs.options, stages=stages, sweep="chain")
+    try:
+        return in_time(for_loop(costs.analysis, options.counted())[0].coarse)
+    except (PartitionError, SynthesisError):
+        return False
 
 
 def _plan_memory(costs: DeviceCosts, plan: Plan) -> tuple[float, ...]:

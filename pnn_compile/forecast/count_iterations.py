@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from passes.errors import OptionError
+from passes.errors import OptionError, amount
 from pnn_compile.compiled import Compiled
 from pnn_compile.evaluate.iterate import iterate, pipelined_speedup
 
@@ -75,7 +75,7 @@ class IterationCount:
             count += f", median {middle.iterations},"
             where = f" at the median, {speeds[1]:.2f} times for all"
         return (
-            f"{self.tolerance:g} takes K = {count} on {self.samples} samples: "
+            f"{self.tolerance:g} takes K = {count} on {amount(self.samples, 'sample')}: "
             f"{speeds[0]:.2f} times the speed of the original{where}"
         )
 

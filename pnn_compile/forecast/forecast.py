@@ -17,7 +17,7 @@ from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile, read_profile
 from passes.cost.node_facts import observe
-from passes.errors import OptionError, PartitionError, SynthesisError
+from passes.errors import OptionError, PartitionError, SynthesisError, why
 from passes.options import Options
 from pnn_compile.compiled import Compiled
 from pnn_compile.forecast.compare_methods import (
@@ -25,6 +25,7 @@ from pnn_compile.forecast.compare_methods import (
     data_parallel_row,
     parareal_row,
     pipeline_row,
+    takes_coarse_steps,
 )
 from pnn_compile.forecast.table import PARAREAL, ForecastRow, ForecastTable
 from pnn_compile.forecast.timing_cache import TimingCache
@@ -71,7 +72,7 @@ def forecast(
         micro_batches: Numbers of micro-batches of the pipelines to compare; may be empty.
         progress: Called with a description of the work that starts.
         cache: Whether to cache measured seconds, or the folder, as in `compile`.
-        options: Options of the parareal networks: `coarse`, `coarse_budget`, `units` and so on.
+        options: Options of the parareal networks: `coarse`, `windows`, `units` and so on.
 
     Returns:
         A row for every method and number of devices.
@@ -93,6 +94,9 @@ def forecast(
     )
     batch = batch_size(analysis.program.args)
     costs = DeviceCosts(analysis, network_options, training, batch, profiles)
+    loop = takes_coarse_steps(costs, counts[0])
+    if loop and "chain" in sweeps:
+        sweeps = ("chain",)
     rows, problems = _rows(costs, counts, sweeps, micro_batches, progress)
     if not rows:
         raise OptionError("nothing can be forecast: " + "; ".join(problems))
@@ -106,7 +110,8 @@ def forecast(
         sequential=costs.sequential,
         rows=tuple(rows),
         problems=tuple(problems),
-        notes=_notes(costs, timings, model),
+        notes=_notes(costs, timings, model, loop),
+        windows=network_options.windows,
     )
 
 
@@ -167,7 +172,9 @@ def _analysis(
         program = model.current_program()
     else:
         program = capture(model, *example(model, example_inputs, args, kwargs))
-    devices = tuple(profiles) if cost != "flops" else ()
+    # Windows are cut for equal devices; their links and their memory count in the simulation.
+    equal = options.get("windows", 1) > 1 and len(set(profiles)) == 1
+    devices = tuple(profiles) if cost != "flops" and not equal else ()
     network_options = Options(cost=source, devices=devices, **options)
     progress("measuring" if cost == "measured" else "analyzing")
     profile = profiles[0] if profiles else None
@@ -206,15 +213,22 @@ def _rows(
 
 
 def _notes(
-    costs: DeviceCosts, timings: TimingCache, model: nn.Module | Compiled
+    costs: DeviceCosts, timings: TimingCache, model: nn.Module | Compiled, loop: bool
 ) -> tuple[str, ...]:
     notes = []
+    if loop and costs.training:
+        notes.append(
+            "ranks run a loop in time, and do not train it: training=False (--inference) predicts "
+            "what they run"
+        )
     if isinstance(model, Compiled) and model.plan.windows != costs.options.windows:
         notes.append(
             f"windows: {costs.options.windows} in these rows, {model.plan.windows} in the network"
         )
     if timings.path is not None:
-        notes.append(f"timings are cached in {timings.path}; delete it to measure them again")
+        notes.append(
+            f"timings are cached in {timings.path}; cache=False (--no-cache) measures them again"
+        )
     if not costs.linked:
         notes.append("links are free: pass devices to include them")
     if costs.batch == 1:
@@ -250,6 +264,8 @@ def load_profile(source: str | Path) -> DeviceProfile:
         )
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the device profile {name!r} ({error})") from error
+    except OSError as error:
+        raise OptionError(f"{name} cannot be read: {why(error)}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{name} is not the text of a device profile: {error}") from error
     return read_profile(text, f"the device profile {name!r}")

@@ -68,6 +68,7 @@ class ForecastTable:
         rows: By method, then by number of stages.
         problems: Why some rows are missing, a sentence each.
         notes: Remarks on the figures, a sentence each.
+        windows: Windows of the parareal networks.
     """
 
     model: str
@@ -80,6 +81,7 @@ class ForecastTable:
     rows: tuple[ForecastRow, ...]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    windows: int = 1
 
     @property
     def methods(self) -> tuple[str, ...]:

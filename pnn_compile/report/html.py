@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import OptionError
+from passes.errors import OptionError, why
 from passes.plan.schema import windows_of
 from pnn_compile.atomic import write_text
 from pnn_compile.export.graph_formats import format_count, format_size
@@ -73,7 +73,7 @@ def write_report(
         write_text(target, text)
     except OSError as error:
         raise OptionError(
-            f"{target} cannot be written ({error.strerror or error}): give another path"
+            f"{target} cannot be written ({why(error)}): give another path"
         ) from error
     return target
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from passes.errors import amount
 from pnn_compile.export.graph_formats import format_count, format_seconds, format_size
 from pnn_compile.forecast.table import PARAREAL, ForecastRow, ForecastTable
 
@@ -37,11 +38,23 @@ if TYPE_CHECKING:
     from pnn_compile.forecast.count_iterations import IterationCount
 
 
+class Titled(Table):
+    """A table below a title that may be wider than the table."""
+
+    def __init__(self, title: str, **settings: Any) -> None:
+        super().__init__(box=box.SIMPLE, **settings)
+        self._heading = title
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Show the title, then the table."""
+        if self._heading:
+            yield Text(self._heading, style="table.title")
+        yield from super().__rich_console__(console, options)
+
+
 def figures_table(title: str, columns: Sequence[str], *, words: Sequence[str] = ()) -> Table:
     """Make an empty table: numbers are right-aligned, the columns in `words` left-aligned."""
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False
-    )
+    table = Titled(title, padding=(0, 1, 0, 0), show_edge=False)
     for name in columns:
         table.add_column(name, justify="left" if name in words else "right")
     return table
@@ -85,7 +98,8 @@ def _forecast_title(forecast: ForecastTable) -> str:
         forecast.cost, "measured on this machine"
     )
     return (
-        f"{forecast.model}, {_step_name(forecast.training)} of {forecast.batch} samples, {cost}: "
+        f"{forecast.model}, {_step_name(forecast.training)} of "
+        f"{amount(forecast.batch, 'sample')}, {cost}: "
         f"{_forecast_time(forecast, forecast.sequential)} on one device"
     )
 
@@ -118,7 +132,8 @@ def _selected_counts(forecast: ForecastTable) -> list[int]:
 
 def _parareal_table(forecast: ForecastTable, method: str, counts: list[int]) -> Table:
     columns = ("N", "time", "speed-up", "bound", "efficiency", "most memory", "link", "limited by")
-    table = figures_table(f"parareal, {method} sweep", columns, words=("limited by",))
+    windows = f", {forecast.windows} windows" if forecast.windows > 1 else ""
+    table = figures_table(f"parareal, {method} sweep{windows}", columns, words=("limited by",))
     recommended = forecast.enough(method)
     for row in forecast.of(method):
         if row.stages in counts:
@@ -277,7 +292,8 @@ def first_run_table(run: FirstRun) -> RenderableType:
     """Show one row per rank, then whether the outputs equal those of one process."""
     step = _step_name(run.training)
     table = figures_table(
-        f"{run.model}: {step} of {run.batch} on {len(run.ranks)} processes",
+        f"{run.model}: {step} of {run.batch} on "
+        f"{'one process' if len(run.ranks) == 1 else f'{len(run.ranks)} processes'}",
         ("rank", "stages", "modules", "parameters", "MB", f"{step}, ms"),
         words=("stages", "modules"),
     )
@@ -300,7 +316,8 @@ def first_run_table(run: FirstRun) -> RenderableType:
 def count_table(model: str, counted: IterationCount) -> RenderableType:
     """Show how many samples take how many iterations, and the speed at these."""
     table = figures_table(
-        f"{model}: iterations of tolerance {counted.tolerance:g}, on {counted.samples} samples",
+        f"{model}: iterations of tolerance {counted.tolerance:g}, on "
+        f"{amount(counted.samples, 'sample')}",
         ("K", "samples", "share", "speed-up", "pipelined"),
     )
     for row in counted.rows:
@@ -325,7 +342,7 @@ def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
         rows: What `pnn.dial` returned.
     """
     table = figures_table(
-        f"{model}: iterations against the original, on {rows[0].samples} samples",
+        f"{model}: iterations against the original, on {amount(rows[0].samples, 'sample')}",
         (
             "K",
             "estimate",
@@ -431,8 +448,7 @@ def onnx_table(summary: OnnxSummary) -> RenderableType:
     lines = [
         f"{metadata.get('pnn.correction')} form, {metadata.get('pnn.sweep')} sweep, "
         f"K = {metadata.get('pnn.iterations')}; opset {summary.opset}, "
-        f"IR version {summary.ir_version}, "
-        f"{len(summary.files)} {'file' if len(summary.files) == 1 else 'files'}",
+        f"IR version {summary.ir_version}, {amount(len(summary.files), 'file')}",
         f"inputs {'; '.join(summary.inputs)}; outputs {'; '.join(summary.outputs)}",
         f"{summary.placed} of {summary.nodes} nodes have a device and a pipeline stage",
     ]

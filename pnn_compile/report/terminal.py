@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from passes.errors import printable
+from passes.errors import amount, printable
 from pnn_compile.export.graph_formats import format_count, format_seconds, format_size
 from pnn_compile.export.partition_graph import partition_graph
-from pnn_compile.report.tables import figures_table
+from pnn_compile.inputs import batch_size
+from pnn_compile.report.tables import Titled, figures_table
 
 if TYPE_CHECKING:
     from passes.coarse.spec import OperatorSpec
@@ -74,12 +74,7 @@ def report(compiled: Compiled, width: int = 100) -> RenderableType:
 
 def _stages_table(plan: Plan, width: int) -> Table:
     """Make a table with one row per stage and one for the head."""
-    table = Table(
-        title=f"{plan.model}: {plan.form}",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
+    table = Titled(f"{plan.model}: {plan.form}", padding=(0, 1, 0, 0))
     columns = _columns(plan, width)
     for name in columns:
         if name in ("modules", "guess", "coarse", "state out"):
@@ -161,7 +156,11 @@ def _summary(compiled: Compiled) -> Table:
     rows = [
         ("captured by", compiled.program.capture.rung),
         ("validated", compiled.program.capture.compared),
-        ("batch size", "free" if "batch" in compiled.program.dynamic else "fixed"),
+        (
+            "batch size",
+            f"{'free' if 'batch' in compiled.program.dynamic else 'fixed'}; FLOPs and bytes are of "
+            f"{amount(batch_size(compiled.program.args), 'sample')}",
+        ),
         ("sequence", "free" if "sequence" in compiled.program.dynamic else ""),
         (
             "imbalance",
@@ -177,11 +176,11 @@ def _summary(compiled: Compiled) -> Table:
         (
             "speed-up",
             f"{forecast.speedup:.2f} predicted by {forecast.unit}, links {links}; "
-            f"bound {forecast.bound:.2f} on {plan.devices} devices",
+            f"bound {forecast.bound:.2f} on {amount(plan.devices, 'device')}",
         ),
     ]
     if plan.ties:
-        shared = [f"{name} (stages {_numbers(at, plan)})" for name, at in plan.ties.items()]
+        shared = [f"{name} ({_which(at, plan)})" for name, at in plan.ties.items()]
         rows.append(("shared", _shortened(shared)))
     if compiled.timings is not None:
         rows.append(("timings", f"stored in {compiled.timings}; delete it to measure again"))
@@ -197,7 +196,7 @@ def _coarse_choices(plan: Plan) -> str:
         if stage.coarse is not None:
             stages.setdefault(f"{stage.coarse.family}: {stage.coarse.why}", []).append(number)
     return "; ".join(
-        reason if len(stages) == 1 else f"stages {_numbers(numbers, plan)}, {reason}"
+        reason if len(stages) == 1 else f"{_which(numbers, plan)}, {reason}"
         for reason, numbers in stages.items()
     )
 
@@ -212,6 +211,10 @@ def _other_cuts(plan: Plan) -> str:
     return _shortened(reasons, limit=3)
 
 
+def _which(stages: Sequence[int], plan: Plan) -> str:
+    return f"{'stage' if len(stages) == 1 else 'stages'} {_numbers(stages, plan)}"
+
+
 def _numbers(stages: Iterable[int], plan: Plan) -> str:
     return ", ".join("head" if n == len(plan.stages) else str(n) for n in stages)
 
@@ -223,7 +226,7 @@ def _shortened(items: list[str], limit: int = 4) -> str:
 
 def checks_table(report: VerifyReport) -> Table:
     """Show the checks of a verification, failed ones with their reason."""
-    table = Table(title="verification", title_justify="left", box=box.SIMPLE)
+    table = Titled("verification")
     table.add_column("check", overflow="fold")
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)

@@ -177,8 +177,9 @@ class Checkpoints:
         run = decode(_Run, stored, "run")
         if run["plan"] != module.plan_digest:
             raise RuntimeFault(
-                "the checkpoint belongs to another plan: compile with the options of that "
-                "plan, or load its weights alone, by their original names"
+                "the checkpoint belongs to another plan: compile with the options of that plan "
+                "(stages= stays, also on another number of ranks), or load its weights alone, by "
+                "their original names"
             )
         module.steps, module.seed = run["steps"], run["seed"]
         named: dict[str, Any] = dict(_tensors(module))  # read in place

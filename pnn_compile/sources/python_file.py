@@ -81,12 +81,20 @@ def _check_file(path: Path) -> None:
         return
     if path.is_file():
         raise SourceError(f"{path} is not a Python file: name the one that builds the model")
+    if (path / "plan.json").is_file():
+        raise SourceError(
+            f"{path} is an artifact, which is compiled already: name the file of its model, or "
+            f"look at it with `pnn-compile inspect {path}`"
+        )
     problem = f"{path} is a directory" if path.is_dir() else f"no such file: {path}"
     folder = path if path.is_dir() else path.parent
-    advice = suggest(path.name, sorted(file.name for file in folder.glob("*.py")))
+    if files := sorted(file.name for file in folder.glob("*.py")):
+        advice = f"in {folder}, {suggest(path.name, files)}"
+    else:
+        advice = f"there is no Python file in {folder}"
     if path.suffix != ".py":
         advice += " (a model of a module is typed package.module:name)"
-    raise SourceError(f"{problem}; in {folder}, {advice}")
+    raise SourceError(f"{problem}; {advice}")
 
 
 @contextmanager
@@ -157,10 +165,15 @@ def _inputs_to_add(target: Any) -> str:
     known = isinstance(target, nn.Module) or inspect.isclass(target)
     parameters = inspect.signature(target.forward).parameters.values() if known else ()
     names = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
-    if len(names) < 2 or any(p.kind in VARIADIC for p in parameters):
-        return "--input 1x3x32x32 for each argument"
-    options = " ".join(f"--input {name}=1x3x32x32" for name in names)
+    if not names or any(p.kind in VARIADIC for p in parameters):
+        return "--input 1x3x32x32 for each argument, with its shape (1x16:int64 for token ids)"
+    options = " ".join(f"--input {name}={_shape_like(name)}" for name in names)
     return f"{options} with the shapes of your arguments"
+
+
+def _shape_like(name: str) -> str:
+    """Return an example of a shape and dtype, of integers where a name speaks of them."""
+    return "1x16:int64" if re.search(r"token|ids?$|index|indices", name) else "1x3x32x32"
 
 
 def _choose(module: ModuleType, place: str, arguments: dict[str, Any]) -> str:
@@ -213,7 +226,9 @@ def _look_up(module: ModuleType, place: str, name: str) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError as error:
-            advice = suggest(part, [key for key in dir(value) if not key.startswith("_")])
+            own = [key for key in dir(value) if not key.startswith("_")]
+            built = [key for key in own if not isinstance(getattr(value, key), ModuleType)]
+            advice = suggest(part, built)
             raise SourceError(f"there is no {part!r} in {place}; {advice}") from error
     return value
 

@@ -48,7 +48,7 @@ class Heun(_Loop):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = 1 / self.steps
         for i in range(self.steps):
-            t = torch.full((x.shape[0],), i * h, device=x.device)
+            t = x.new_full((x.shape[0],), i * h)
             k = self.net(x, t)
             x = x + h / 2 * (k + self.net(x + h * k, t + h))
         return x

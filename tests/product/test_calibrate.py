@@ -398,6 +398,34 @@ def test_several_iterations_are_judged_as_they_run(samples: torch.Tensor) -> Non
         assert report.output_error_after == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_samples_of_many_features_have_the_solution_of_the_full_decomposition(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 200), torch.randn(24, 7)
+
+    def solve() -> list[torch.Tensor]:
+        moments = Moments(200, 7, device=torch.device("cpu"), bias=bias)
+        moments.add(x[:20], y[:20])
+        moments.add(x[20:], y[20:], held_out=True)
+        return [moments.solve(rank).weight for rank in (None, 3)]
+
+    decomposed = torch.linalg.eigh
+    sizes: list[int] = []
+
+    def count(matrix: torch.Tensor) -> Any:
+        sizes.append(len(matrix))
+        return decomposed(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", count)
+    few = solve()
+    monkeypatch.setattr("passes.coarse.regression._SPARSE", 1000)
+    for one, other in zip(few, solve(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    assert sizes == [28, 200]
+
+
 def test_features_without_variance_are_fitted() -> None:
     moments = Moments(4, 3, device=torch.device("cpu"))
     x, y = torch.ones(32, 4), torch.randn(32, 3)

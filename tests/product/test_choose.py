@@ -8,6 +8,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import decoder, resnet110
+from passes.errors import amount
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_the_plan_says_what_was_tried_and_why_it_was_taken(
             best = min(errors.values())
             assert errors[spec.flops] <= 1.05 * best
             assert all(error > 1.05 * best for error in cheaper)
-            assert f"best of {len(errors)} tried" in spec.why
+            assert f"of {amount(len(errors), 'candidate')}" in spec.why
     assert compiled.plan.forecast.serial_share == pytest.approx(
         (sum(s.coarse.flops for s in compiled.plan.stages if s.coarse) + compiled.plan.head.flops)
         / total

@@ -184,7 +184,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "unknown family": (["{model}", "--coarse", "magic"], 2, "choose one of"),
     "unknown emission": (["{model}", "--emit", "tea"], 2, "--emit takes graph, onnx"),
     "onnx to nowhere": (["{model}", "--emit", "onnx"], 2, "add -o DIR"),
-    "unknown option": (["{model}", "--frobnicate"], 2, "No such option"),
+    "unknown option": (["{model}", "--frobnicate"], 2, "no such option '--frobnicate'"),
     "bad input": (["{model}", "--input", "4y9"], 2, "--input"),
     "a budget of nothing": (["{model}", "--coarse-budget", "0"], 2, "coarse_budget"),
     "no artifact": (["verify", "nowhere"], 2, "artifact nowhere does not exist"),
@@ -201,6 +201,10 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "mistyped command": (["inspct", "out"], 2, "did you mean 'pnn-compile inspect'"),
     "another word for a command": (["iterate", "out"], 2, "did you mean 'pnn-compile dial'"),
     "unknown cut": (["{model}", "--cut-at", "seventh"], 2, "'seventh'"),
+    "missing argument": (["fit", "build/nowhere"], 2, "argument 'SAMPLES'; pnn-compile fit --help"),
+    "missing option": (["export", "{model}"], 2, "option '--onnx'; pnn-compile export --help"),
+    "too many windows": (["{model}", "--windows", "7"], 2, "ask for fewer windows"),
+    "a folder": (["/proc/self"], 2, "no Python file in"),
 }
 
 
@@ -213,6 +217,8 @@ def test_a_mistake_gets_one_clear_error(
     captured = capsys.readouterr()
     assert text in captured.err
     assert "Traceback" not in captured.err
+    assert captured.err.count("error: ") == 1
+    assert "Errno" not in captured.err
     assert captured.out == ""
 
 

@@ -138,7 +138,7 @@ def test_several_classes_are_named(write: Write) -> None:
     ("text", "meant"),
     [
         ("model.py:Nett", "there is no 'Nett' in model.py; did you mean Net?"),
-        ("model.py:zzz", "there is no 'zzz' in model.py; there is Net, nn, torch"),
+        ("model.py:zzz", "there is no 'zzz' in model.py; there is Net"),
         ("model.py:Net.forwards", "there is no 'forwards' in model.py; did you mean forward?"),
         ("torch.nn:Linaer", "there is no 'Linaer' in torch.nn; did you mean Linear"),
     ],
@@ -179,7 +179,7 @@ def test_factory_of_something_else(write: Write, value: str, message: str) -> No
         ("models/vg16.py", "no such file: models/vg16.py; in models, did you mean vgg16.py?"),
         ("models/vg16.py:Net", "no such file: models/vg16.py; in models, did you mean vgg16.py?"),
         ("models/q.py", "in models, there is unet.py, vgg16.py"),
-        ("nowhere/q.py", "no such file: nowhere/q.py; in nowhere, there is none"),
+        ("nowhere/q.py", "no such file: nowhere/q.py; there is no Python file in nowhere"),
         ("models", "models is a directory; in models, there is unet.py, vgg16.py"),
         ("models.unet", "a model of a module is typed package.module:name"),
         ("notes.txt", "notes.txt is not a Python file"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110, unet
+from passes.cost.device_profile import DeviceProfile
 from passes.errors import ArtifactError, OptionError, RuntimeFault, SynthesisError
 from passes.plan.schema import Plan
 from passes.schedule.lists import Sweep, schedule
@@ -188,9 +190,33 @@ def test_artifact_and_onnx(tmp_path: Path) -> None:
     lowered = lower_network(network)
     export_onnx(network, tmp_path / "net.onnx", lowered=lowered)  # which runs it, and compares
     export_onnx(network, tmp_path / "stages", per_stage=True, lowered=lowered)
+    stored = onnx.load(tmp_path / "net.onnx")
+    assert [*stored.configuration[0].device] == ["device_0", "device_1", "device_2"]
+    for node in stored.graph.node:
+        [place] = node.device_configurations
+        [stage] = [int(p.value) for p in node.metadata_props if p.key == "pnn.stage"]
+        assert place.pipeline_stage == network.plan.placement[stage]
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     [found] = session.run(None, {"x": x.float().numpy()})
     np.testing.assert_allclose(found, network.module(x.float()).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [[], [pnn.load_profile("h100")] * 3])
+def test_forecast_counts_the_devices_of_a_window(devices: list[DeviceProfile]) -> None:
+    _, x = _compiled()
+    cost = "roofline" if devices else "flops"
+    table = pnn.forecast(
+        Residual().double(), x, stages=[3], windows=2, coarse="linear", devices=devices, cost=cost
+    )
+    [row] = table.of("chain")
+    assert (table.windows, row.stages, len(row.memory)) == (2, 3, 3)
+    assert 1 < row.bound <= 3 or devices
+    assert any("windows need sweep='chain'" in problem for problem in table.problems)
+    once = pnn.forecast(
+        Residual().double(), x, stages=[3], coarse="linear", devices=devices, cost=cost
+    )
+    assert once.windows == 1
+    assert row.time > once.of("chain")[0].time
 
 
 def test_a_plan_is_checked() -> None:

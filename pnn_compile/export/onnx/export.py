@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from passes.capture.model_notes import join_few
-from passes.errors import ArtifactError, ExportError, OptionError, first_line
+from passes.errors import ArtifactError, ExportError, OptionError, first_line, why
 from passes.ir.isolation import preserved, same_values
 from passes.ir.program import clone_tensors, tensor_leaves
 from passes.ir.run_step import output_tensors, relative_error
@@ -259,7 +259,7 @@ def drafting(folder: Path) -> Iterator[Path]:
         with replace_entries(folder) as draft:
             yield draft
     except OSError as error:
-        raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise ExportError(f"{folder} cannot be written: {why(error)}") from error
 
 
 def check_form(path: Path) -> None:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from passes.errors import ArtifactError
+from passes.errors import ArtifactError, why
 from passes.ir.checked_json import decode, parse
 from pnn_compile.atomic import recover_entries
 
@@ -150,7 +150,7 @@ class Manifest:
                 if not _INSIDE.fullmatch(entry.path):
                     raise ArtifactError(f"{entry.path!r} is not a file below its directory")
         except OSError as error:
-            raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
+            raise ArtifactError(f"{file} cannot be read: {why(error)}") from error
         except (ArtifactError, UnicodeDecodeError) as error:
             raise ArtifactError(
                 f"{file} is not a manifest of stage models ({error}): export it again"

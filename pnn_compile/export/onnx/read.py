@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import ArtifactError, ExportError
+from passes.errors import ArtifactError, ExportError, why
 from passes.transform.sweep import Role
 from pnn_compile.export.onnx.manifest import MANIFEST, Manifest
 
@@ -107,7 +107,7 @@ def load_proto(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(str(path), load_external_data=False)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        raise ArtifactError(f"{path} cannot be read: {why(error)}") from error
     except Exception as error:
         raise ArtifactError(f"{path} is not an ONNX model ({type(error).__name__})") from error
 

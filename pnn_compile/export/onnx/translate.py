@@ -18,6 +18,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -286,10 +287,12 @@ def _cut(model: ir.Model, part: _JointPart) -> Template:
     graph.opset_imports.update(model.graph.opset_imports)
     for value in graph.inputs[len(inputs) :]:
         value.const_value = None
-    symbols = _symbols(graph, part.dims)
+    symbols, fixed = _symbols(graph, part.dims)
     for node in graph.all_nodes():
         for value in node.outputs:
-            _rename_dims(value, symbols)
+            _rename_dims(value, symbols, fixed)
+    for value, sizes in zip(graph.inputs, part.dims, strict=False):
+        value.shape = ir.Shape(sizes)  # the optimizer infers and folds sizes from these
     return Template(graph, tuple((v.name or "").removeprefix(part.prefix) for v in weights))
 
 
@@ -340,26 +343,38 @@ def inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
                 yield from graph.all_nodes()
 
 
-def _symbols(graph: ir.Graph, dims: Sequence[tuple[int | str, ...]]) -> Mapping[str, str]:
+def _symbols(
+    graph: ir.Graph, dims: Sequence[tuple[int | str, ...]]
+) -> tuple[Mapping[str, str], AbstractSet[int]]:
     """Map the exporter's names of dimensions to sizes over the batch, from the inputs' shapes.
 
     An input of sizes ("batch", 16, "4*batch") that the exporter calls [s77, 16, s26] yields
-    {"s77": "batch", "s26": "4*batch"}.
+    {"s77": "batch", "s26": "4*batch"}, and one of sizes ("batch", "sequence") that it calls
+    [s77, 12], as it holds the length of an LSTM fixed, the set {12} as well.
     """
     symbols: dict[str, str] = {}
+    fixed: set[int] = set()
     for value, sizes in zip(graph.inputs, dims, strict=False):  # the weights follow the inputs
         assert value.shape is not None
         for axis, size in zip(value.shape, sizes, strict=True):
-            if isinstance(size, str) and not isinstance(axis, int) and axis.value:
-                symbols[axis.value] = size
-    return symbols
+            name = str(axis) if isinstance(axis, int) else axis.value
+            if isinstance(size, str) and name:
+                symbols[name] = size
+                if name.isdigit():
+                    fixed.add(int(name))
+    return symbols, fixed
 
 
-def _rename_dims(value: ir.Value, symbols: Mapping[str, str]) -> None:
-    """Express the sizes of a value over the batch; a size that cannot be becomes unknown."""
+def _rename_dims(value: ir.Value, symbols: Mapping[str, str], fixed: AbstractSet[int]) -> None:
+    """Express the sizes of a value over the batch; a size that cannot be becomes unknown.
+
+    So does a number that the exporter takes for the size of a free dimension.
+    """
     if value.shape is None:
         return
     for axis, size in enumerate(value.shape):
+        if isinstance(size, int) and size in fixed:
+            value.shape[axis] = None
         name = None if isinstance(size, int) else size.value
         if name is None:
             continue

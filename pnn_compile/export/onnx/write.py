@@ -36,7 +36,7 @@ IR_VERSION = 11
 """The first version of the format with device configurations; few runtimes read later ones."""
 
 CONFIGURATION = "pnn"
-"""Name of the device configuration: stage j on device j."""
+"""Name of the device configuration: stage j of a window on device j."""
 
 LARGE = 100 * 2**20
 """Bytes of weights from which on they are stored beside the model; protobuf ends at 2 GiB."""
@@ -254,12 +254,12 @@ class _ModelWriter:
             producer_name=_PRODUCER,
             producer_version=version(_PRODUCER),
         )
-        devices = [f"stage_{stage}" for stage in range(len(self.plan.stages))]
+        devices = [f"device_{number}" for number in range(self.plan.devices)]
         configuration = model.add_device_configuration(CONFIGURATION, device_names=devices)
         for node, step, origin in self.nodes:
             self._annotate(node, step, origin)
             for part in (node, *inner_nodes(node)):
-                part.set_pipeline_stage(configuration, step.stage)
+                part.set_pipeline_stage(configuration, self.plan.placement[step.stage])
         model.metadata_props.update(_model_metadata(self.plan))
         return model
 

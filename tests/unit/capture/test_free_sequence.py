@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -64,6 +65,37 @@ def test_a_decoder_runs_at_other_lengths(exported: bool, tmp_path: Path) -> None
             ids = torch.randint(11, shape)
             torch.testing.assert_close(network.eval()(ids), model.eval()(ids))  # K = N
             torch.testing.assert_close(network.sequential.eval()(ids), model(ids))
+
+
+class Tagger(nn.Module):
+    """Recurrent layers, whose length torch.export holds fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(nn.LSTM(6, 6, batch_first=True) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.tokens(ids)
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def test_onnx_states_no_length_that_is_free(tmp_path: Path) -> None:
+    compiled = pnn.compile(Tagger(), IDS[:, :7], stages=2, coarse="linear", dynamic=FREE)
+    compiled.export_onnx(tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    for value in (*inferred.graph.value_info, *inferred.graph.output):
+        sizes = value.type.tensor_type.shape.dim
+        assert not any(size.dim_value == 7 for size in sizes), value.name
+        named = {size.dim_param for size in sizes if not size.dim_param.startswith("unk__")}
+        assert named <= {"", *FREE}, value.name
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    [found] = session.run(None, {"ids": IDS[:, :5].numpy()})
+    expected = compiled.eval()(IDS[:, :5]).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_onnx_has_the_sequence_as_a_symbol(tmp_path: Path) -> None:

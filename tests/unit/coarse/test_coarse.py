@@ -364,7 +364,7 @@ def plan_of(name: str, **options: object) -> Plan:
             "mlp",
             {"stages": 2, "coarse_budget": 0.05},
             "linear",
-            r"OVER the budget \(\d\.\d\de\+0\d of \d\.\d\de\+0\d FLOP",
+            r"OVER the budget \([\d,]+ of [\d,]+ FLOP",
         ),
         ("unet", {"cuts": ("middle.0",)}, "linear", r"^the state has several components; "),
         ("mixer", {"stages": 3, "cut_inside_blocks": True}, "linear", r"^the stage is not made"),

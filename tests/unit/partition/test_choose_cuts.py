@@ -356,8 +356,8 @@ def test_too_few_cuts_are_counted_and_named() -> None:
 
     assert str(caught.value) == (
         "LSTM has 5 legal cuts, but 9 stages need 8: ask for at most 6 stages\n"
-        "  legal in front of: lstm1 (node lstm1); getitem_8 (node getitem_8); unsqueeze (node "
-        "unsqueeze); expand_as (node expand_as); cat (node cat)\n"
+        "  legal in front of: lstm1 (node lstm1); node getitem_8; node unsqueeze; node "
+        "expand_as; node cat\n"
         "  not legal: 14 where a value that is not a floating-point tensor crosses\n"
         "  widest run without a legal cut: lstm1 to getitem_7 (15 nodes, 95% of the cost)"
     )

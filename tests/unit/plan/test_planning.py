@@ -55,7 +55,7 @@ def test_a_stage_is_described() -> None:
     first, second, _ = plan.stages
 
     assert (first.first, first.last, first.nodes) == ("down_0_0", "max_pool2d", 4)
-    assert (first.first_module, first.last_module) == ("down.0.0", "")
+    assert (first.first_module, first.last_module) == ("down.0.0", "down.0.2")
     assert (first.inputs, first.sides, first.consumes) == (("x",), (), ())
     assert first.produces == ("down_0_2", "max_pool2d")
     assert first.parameters == 8 * 9 + 2 * 8
