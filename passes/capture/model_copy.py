@@ -333,7 +333,7 @@ class _Memo:
 
         It takes each of the ten empty tables of hooks that a module has for an object to rebuild.
         """
-        for module in reversed(self._modules):  # children first
+        for module in self._modules[::-1] * 2:  # children first, and those that are shared
             kind: Any = type(module)
             ready = all(id(x) in self.entries for x in module._modules.values() if x is not None)
             if not ready or id(module) in self.entries or not _is_plain_layer(module):
@@ -430,7 +430,7 @@ def _is_plain_layer(module: nn.Module) -> bool:
     kind: Any = type(module)
     return (
         kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__getstate__ is object.__getstate__
+        and kind.__getstate__ in (object.__getstate__, vars(nn.Module).get("__getstate__"))
         and kind.__new__ is object.__new__
         and not hasattr(kind, "__deepcopy__")
         and all(

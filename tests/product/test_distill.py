@@ -302,7 +302,7 @@ def test_a_loader_that_gives_its_batches_once_is_refused() -> None:
 
 
 def test_the_closed_form_between_the_parts_replaces_nothing_that_was_better() -> None:
-    compiled = _compile(coarse="linear", calibration=_images(320))
+    compiled = _compile(coarse="linear", calibration=_images(160))
     executor = Executor(compiled)
     kept = calibrate_candidates(
         compiled, _images(40), executor, CurrentOperators(executor), keep_better=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import types
@@ -314,3 +315,42 @@ def test_methods_that_a_model_overrides_hold_at_the_root_as_inside(inside: bool)
     program = capture(model, (X,))
     assert set(program.module.state_dict()) == set(model.state_dict())
     torch.testing.assert_close(program.module(X), model(X))
+
+
+def test_modules_of_tensors_and_plain_values_are_rebuilt_as_a_deep_copy_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.shared, self.none = nn.BatchNorm1d(4), shared, None
+            self.register_module("absent", None)
+            self.sizes = (2, 3)
+
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(Block(), nn.Sequential(Block(), nn.ReLU()))
+    expected = copy.deepcopy(model)
+    rebuilt: list[object] = []
+    monkeypatch.setattr(copy, "_reconstruct", lambda x, *_: rebuilt.append(x))
+    copied = copy_model(model)
+    assert not rebuilt
+
+    for (path, ours), (other, theirs) in zip(
+        copied.named_modules(remove_duplicate=False),
+        expected.named_modules(remove_duplicate=False),
+        strict=True,
+    ):
+        assert path == other
+        assert type(ours) is type(theirs)
+        assert [*vars(ours)] == [*vars(theirs)]
+        assert repr(ours) == repr(theirs)
+        assert {type(value) for value in vars(ours).values()} == {
+            type(value) for value in vars(theirs).values()
+        }
+    first, second = (copied.get_submodule(path) for path in ("0", "1.0"))
+    assert first.shared is second.shared
+    for one, other in zip(copied.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
+    first.register_forward_hook(print)
+    assert not model[0]._forward_hooks
