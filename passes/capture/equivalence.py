@@ -297,10 +297,14 @@ class Reference:
         """Whether a run drew random numbers."""
         return any(result.drew_random for result in self._runs.values())
 
-    @property
-    def output_types(self) -> tuple[tuple[OutputType, ...], tuple[str, ...]]:
-        """What makes the containers of the model's output; classes of those that it cannot make."""
-        result = next(iter(self._runs.values()))
+    def output_types(self, *, train: bool) -> tuple[tuple[OutputType, ...], tuple[str, ...]]:
+        """Return what makes the containers of the output, and classes of those that it cannot make.
+
+        Args:
+            train: Whether the graph is of training mode alone, whose output may be another.
+        """
+        results = [result for (mode, _), result in self._runs.items() if mode == train]
+        result = results[0] if results else next(iter(self._runs.values()))
         return result.types, result.unknown
 
     @property

@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
-from passes.ir.isolation import exclusive, for_this_thread
+from passes.ir.isolation import DispatchMode, exclusive, for_this_thread
+from passes.ir.module_walk import named_buffers, named_parameters
 from passes.ir.output_types import plain
-from passes.ir.program import Provenance, is_user_code, set_provenance
+from passes.ir.program import Provenance, is_user_code, set_provenance, storage_id
 
 _CONTAINERS = (
     nn.Sequential,
@@ -218,6 +219,33 @@ def _user_line(frame: FrameType | None) -> str:
     return ""
 
 
+class _WeightObserver(DispatchMode):
+    """Refuse computations with the weights themselves, which a trace keeps the results of.
+
+    What an attribute of a module returns is symbolic; what `parameters()`, `buffers()` and
+    `state_dict()` return is not:
+
+        with torch.no_grad():
+            norm = sum(weight.norm() for weight in self.parameters())   a constant of the graph
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        tensors = (*named_buffers(model, repeats=True), *named_parameters(model, repeats=True))
+        self._names = {storage_id(tensor): name for name, tensor in tensors}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and (name := self._names.get(storage_id(leaf))):
+                raise CaptureError(
+                    f"forward reads {name} by other means than an attribute (parameters(), "
+                    "buffers(), state_dict()), and a trace would keep its value"
+                )
+        return func(*args, **(kwargs or {}))
+
+
 def _write_buffers(entry: nn.Module, graph: fx.Graph) -> None:
     """Write what forward sets buffers to (`self.mean = ...`) into their memory, after all reads."""
     order = {node: index for index, node in enumerate(graph.nodes)}
@@ -255,7 +283,7 @@ def trace(
         Exception: Whatever the model's own code raises on symbolic values.
     """
     entry = Entry(model, inputs)
-    with exclusive(), functions_replaced(_record_function):
+    with exclusive(), functions_replaced(_record_function), _WeightObserver(model):
         graph = ModuleTracer(inputs, opaque).trace(entry)
     _write_buffers(entry, graph)
     constants: dict[str, torch.Tensor] = {}

@@ -326,7 +326,8 @@ class _Ladder:
                 f"forward writes into {join_few(written)}, which it is given: the network writes "
                 "into a copy, and leaves its inputs as they are"
             )
-        types, unknown = self.reference.output_types
+        train = rung.endswith("training mode alone")
+        types, unknown = self.reference.output_types(train=train)
         notes += [f"the output, a {name}, becomes a dict of its fields" for name in unknown]
         names = {t.name for t in types if not hasattr(torch.return_types, t.name)}
         if classes := sorted(names - {"OrderedDict"}):

@@ -21,11 +21,12 @@ def conversion(
     program: Program, plan: Plan, network: fx.GraphModule
 ) -> tuple[torch.dtype, torch.dtype] | None:
     """Return the precision of the states at compile time and of all weights now, if it changed."""
-    before = {value.spec.dtype for face in plan.interfaces for value in face.state}
+    states = {value.spec.dtype for face in plan.interfaces for value in face.state}
     now = {p.dtype for p in program.module.parameters() if p.is_floating_point()}
+    before = {getattr(torch, name) for name in states} - now  # others may be converted in forward
     if len(before) != 1 or len(now) != 1:
         return None
-    pair = getattr(torch, before.pop()), now.pop()
+    pair = before.pop(), now.pop()
     # Under autocast the states have another precision than the weights from the start, and so have
     # operators that are not copies of layers.
     operators = {
@@ -33,7 +34,7 @@ def conversion(
         for name, parameter in network.named_parameters()
         if name.startswith(("preprocess_", "coarse_"))
     }
-    return None if pair[0] == pair[1] or pair[0] in operators else pair
+    return None if pair[0] in operators else pair
 
 
 def current_program(

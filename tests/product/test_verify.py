@@ -271,3 +271,19 @@ def test_outputs_whose_shape_is_data_may_have_another() -> None:
         for parameter in compiled.operators.named().parameters():
             parameter.fill_(-3.0)
     compiled.verify(strict=True)
+
+
+class DoubleInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.body(x), -1, dtype=torch.float64)
+
+
+def test_a_converted_network_may_have_had_states_of_two_precisions() -> None:
+    compiled = pnn.compile(DoubleInside(), torch.randn(3, 8), stages=3)
+    states = {value.spec.dtype for face in compiled.plan.interfaces for value in face.state}
+    assert states == {"float32", "float64"}
+    compiled.to(torch.double).verify(strict=True)

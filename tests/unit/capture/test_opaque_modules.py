@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -196,6 +196,28 @@ def test_a_network_of_one_mode_runs_in_no_other(tmp_path: Path) -> None:
         compiled.export_onnx(tmp_path / "network.onnx")
     with pytest.raises(OptionError, match="training mode alone"):
         compiled.calibrate([X[:, 0]] * 5)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: list[Tensor]
+
+
+class PairInEvaluation(Auxiliary):
+    """Gives a named tuple in evaluation mode, and a tuple in training mode."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y if self.training else Pair(y, [y])
+
+
+def test_outputs_of_one_mode_have_the_types_of_that_mode() -> None:
+    model = PairInEvaluation()
+    for train in (True, False):
+        compiled = pnn.compile(model.train(train), X[:, 0], stages=2)
+        actual, expected = compiled.sequential(X[:, 0]), model(X[:, 0])
+        assert type(actual) is type(expected)
+        torch.testing.assert_close(tuple(actual), tuple(expected))
 
 
 def test_training_mode_alone_keeps_both_outputs() -> None:

@@ -41,3 +41,35 @@ def test_a_branch_on_values_behind_dropout_is_no_random_decision() -> None:
     message = r"in training mode, Python reads at .*\.py:\d+ values of the model"
     with pytest.raises(CaptureError, match=message):
         capture(DropThenBranch(), (torch.randn(3, 4),))
+
+
+class ReadsWeights(nn.Module):
+    """Reads its weights or buffers by other means than attributes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(4, 4), nn.BatchNorm1d(4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        with torch.no_grad():
+            if self.kind == "state_dict":
+                scale = self.state_dict()["first.bias"].sum()
+            elif self.kind == "parameters":
+                scale = sum((p.norm() for p in self.parameters()), torch.zeros(()))
+            else:
+                scale = dict(self.named_buffers())["last.running_var"].mean()
+        return self.last(y) * scale
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "parameters", "buffers"])
+def test_what_is_computed_from_weights_is_no_constant(kind: str) -> None:
+    model = ReadsWeights(kind)
+    captured = capture(model, (torch.randn(3, 4),)).module
+    x = torch.randn(5, 4)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *captured.parameters()):
+                parameter.mul_(1.5)
+        for train in (True, False):
+            torch.testing.assert_close(captured.train(train)(x), model.train(train)(x))
