@@ -110,8 +110,8 @@ def _unflatten(function: Callable[..., Any], context: Any, content: tuple[Any, .
 
 
 def typed(output: Any, types: Iterable[OutputType]) -> Any:
-    """Return a plain output with its containers of the types given."""
-    for path, _, make in types:
+    """Return a plain output with its containers of the types given; None for no output."""
+    for path, _, make in () if output is None else types:
         output = _replaced(output, path, make)
     return output
 

@@ -72,8 +72,7 @@ class CaptureReport:
         rejected: For each front end tried before it, one line with the reason of its rejection.
         notes: Restrictions for the user: arguments that are fixed, modes that cannot be toggled.
         validation: How much of the graph was compared with the model: "full", "fast" or "off".
-        runs: Runs of the model and of graphs that the comparison took; 0 if it is not known, as in
-            an artifact.
+        runs: Runs of the model and of graphs that this took; 0 if unknown, as in an artifact.
         seconds: Their wall time.
     """
 
@@ -87,8 +86,8 @@ class CaptureReport:
     @property
     def only_mode(self) -> str:
         """The mode, "training" or "evaluation", of a graph of one mode alone; "" for both."""
-        alone = self.rung.endswith(" mode alone")
-        return self.rung.removesuffix(" mode alone").rpartition(" ")[2] if alone else ""
+        modes = (m for m in ("training", "evaluation") if self.rung.endswith(f"{m} mode alone"))
+        return next(modes, "")
 
     @property
     def compared(self) -> str:
@@ -102,17 +101,14 @@ class Program:
     """Hold a model as a flat graph over real modules.
 
     Attributes:
-        module: The graph. One placeholder per tensor argument of the model's forward (nested
-            arguments are unpacked by `getitem` nodes), module calls keep their qualified names,
-            and the output node holds the model's own output structure.
+        module: The graph. One placeholder per tensor argument of forward (`getitem` nodes unpack
+            nested ones), module calls keep their names; the output node has the output's structure.
         args: Example inputs by placeholder name, in the order of the signature.
-        dynamic: Dimensions of the inputs that may change, validated on other sizes: "batch",
-            dimension 0, and "sequence", all others of length `sequence`.
+        dynamic: Dimensions that may change: "batch", 0, and "sequence", others of that length.
         capture: How the graph was captured.
         name: Class name of the model.
         unused: Entries of the model's state dict that the graph does not read.
-        fixed: Arguments of the model's forward that hold no tensor, and plain defaults, by name:
-            their values are constants of the graph.
+        fixed: Arguments of forward without tensors, and plain defaults, by name: constants of it.
         model: Copy of the model, which loads checkpoints by its own code; None if there is none.
         output_types: What makes the containers of the output, of which the graph has plain ones.
     """
@@ -355,9 +351,8 @@ def extract(
         nodes: The nodes to copy, in order.
         entering: Names of the values that become the first placeholders.
         leaving: Names of the values to return; None for the output of the program.
-        inputs: Names of the program's placeholders that become the next placeholders.
-        sides: Names of the side values to recompute first, with every node that they need, in
-            order.
+        inputs: Names of the program's placeholders that come next.
+        sides: Names of the side values to recompute first, and of all that they need, in order.
         name: Class name of the result.
 
     Returns:
@@ -485,7 +480,7 @@ _RULES: tuple[tuple[str, Callable[[fx.GraphModule, fx.Node], bool]], ...] = (
 
 def failing_node(module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
     """Return " in" and the module and operator at which a graph fails on inputs, "" if none."""
-    reached: list[fx.Node] = []
+    reached = list[fx.Node]()
 
     class Tracker(Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -498,9 +493,8 @@ def failing_node(module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
             Tracker(module).run(*(inputs[name] for name in names))
     except Exception:
         node = reached[-1]
-        origin = provenance(node)
-        line = f" ({origin.source})" if origin.source else ""
+        path, source = provenance(node).path, provenance(node).source
         name = operator_name(node) if node.op == "call_function" else node.name
         sources = " and ".join(source.name for source in node.all_input_nodes)
-        return f" in {origin.path or 'forward'}, {name} of {sources}{line}"
+        return f" in {path or 'forward'}, {name} of {sources}" + (f" ({source})" if source else "")
     return ""

@@ -146,15 +146,13 @@ class RankModule(nn.Module):
             RuntimeFault: The step failed on this rank or on one that it waits for.
         """
         with self._refusing():
-            self._check_mode()
             batch = call_arguments(self.whole.program, args, kwargs)
         (inputs,) = self._inputs(self._scattered(batch), 1)
         with self.exchanging("buffers of replicas"):
             self.replicas.share_buffers()
         with torch.no_grad():
             engine = self._run([inputs], None, self._evaluation)
-        outputs = engine.outputs.get(0)
-        return None if outputs is None else typed(outputs, self.whole.program.output_types)
+        return typed(engine.outputs.get(0), self.whole.program.output_types)
 
     def forward_backward(
         self,
@@ -183,8 +181,6 @@ class RankModule(nn.Module):
             RuntimeFault: The batch cannot be divided, or the step failed on this rank or on one
                 that it waits for.
         """
-        with self._refusing():
-            self._check_mode()
         batch = self._scattered(batch)
         inputs = self._inputs(batch, self._batches)
         sizes = [*map(batch_size, inputs)]
@@ -196,8 +192,8 @@ class RankModule(nn.Module):
 
         def scaled(outputs: list[Any]) -> torch.Tensor:
             whole = outputs[0] if self._joiner is None else self._joiner(outputs, sizes)
-            outputs_of_model = typed(whole, self.whole.program.output_types)
-            return self.replicas.combine(loss(outputs_of_model, batch)) * scale
+            whole = typed(whole, self.whole.program.output_types)
+            return self.replicas.combine(loss(whole, batch)) * scale
 
         earlier = self._tied.set_aside()
         engine = self._run(inputs, scaled, self._training)
@@ -374,10 +370,6 @@ class RankModule(nn.Module):
             self.peers.leave(error)
             raise
 
-    def _check_mode(self) -> None:
-        program = self.whole.program
-        check_mode(program.name, program.capture.only_mode, training=self.training)
-
     def _try_division(self, batch: Any, inputs: Sequence[dict[str, Any]]) -> None:
         """Run two micro-batches apart and together, in both modes; learn to join their outputs.
 
@@ -421,8 +413,7 @@ class RankModule(nn.Module):
             # A network in training mode hides its draws: the engine seeds every piece.
             for module in (self.network, *dropouts(self.network), *batch_norms(self.network)):
                 module.training = False
-            before = self._random_state()
-            copies = clone_tensors(inputs)  # a model may write into its inputs
+            before, copies = self._random_state(), clone_tensors(inputs)  # a model may write there
             outputs = self._run([copies], None, self._evaluation).outputs.get(0)
             return outputs, not torch.equal(before, self._random_state())
 
@@ -440,9 +431,10 @@ class RankModule(nn.Module):
     ) -> Engine:
         """Run this rank's list on micro-batches."""
         transport = PointToPoint(self.groups.stages, self.network.device)
-        # Replicas draw different numbers.
-        seed = self.seed + self.steps + (self.groups.replica << 50)
+        seed = self.seed + self.steps + (self.groups.replica << 50)  # replicas draw others
+        only = self.whole.program.capture.only_mode
         with self._refusing():
+            check_mode(self.whole.program.name, only, training=self.training)
             self._check_precision()
             shapes = self._state_shapes(inputs)
             engine = Engine(self.network, inputs, transport, shapes, loss, seed)
