@@ -428,7 +428,7 @@ def test_the_command_line_shows_every_interface(
     text = capsys.readouterr().out
     assert "losses by interface, 16 steps" in text
     assert "8 steps on 64 samples" in text
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--learning-rate", "1e-4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [face["stage"] for face in document["interfaces"]] == [1, 2]
 
