@@ -77,7 +77,8 @@ class FitReport:
         last_loss: Mean loss over the last tenth.
         interface_steps: Steps taken at every interface before that.
         interfaces: Losses of those, by stage; empty without `interface_epochs`.
-        worse: Whether the loss more than doubled: the network was closer to the original before.
+        worse: Whether the loss more than doubled in 50 steps or more: the network was closer to
+            the original before.
     """
 
     steps: int
@@ -285,8 +286,12 @@ def _report(state: FitState, distiller: Distiller | None, negligible: float) -> 
         last_loss=last,
         interface_steps=distiller.total if distiller else 0,
         interfaces=distiller.report() if distiller else (),
-        worse=last > max(2 * first, negligible),
+        worse=tenth >= _ENOUGH and last > max(2 * first, negligible),
     )
+
+
+_ENOUGH = 5
+"""Batches whose mean loss does not double by chance."""
 
 
 def _check_numbers(

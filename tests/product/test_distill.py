@@ -428,7 +428,7 @@ def test_the_command_line_shows_every_interface(
     text = capsys.readouterr().out
     assert "losses by interface, 16 steps" in text
     assert "8 steps on 64 samples" in text
-    assert main([*words, "--learning-rate", "1e-4", "--json"]) == 0
+    assert main([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [face["stage"] for face in document["interfaces"]] == [1, 2]
 
@@ -463,7 +463,7 @@ def test_a_fit_that_leads_away_from_the_original_says_so(
 ) -> None:
     compiled = pnn.compile(linear_chain(4, 8), torch.randn(2, 8), stages=2)
     batches = [torch.randn(4, 8) for _ in range(6)]
-    report = compiled.fit(batches, learning_rate=3.0)
+    report = compiled.fit(batches, epochs=10, learning_rate=3.0)
     assert report.last_loss > report.first_loss
     assert report.worse
     assert "the loss rose from" in caplog.text
@@ -477,7 +477,7 @@ def test_the_command_leaves_an_artifact_alone_that_a_fit_would_make_worse(
     pnn.compile(linear_chain(4, 8), torch.randn(2, 8), stages=2).save(out)
     save_file({"x": torch.randn(24, 8)}, data)
     before = (out / "program.safetensors").read_bytes()
-    words = ["fit", str(out), str(data), "--batch", "4"]
+    words = ["fit", str(out), str(data), "--batch", "4", "--epochs", "10"]
     assert main([*words, "--learning-rate", "3"]) == 2
     assert "left as it was: try --learning-rate 0.3" in capsys.readouterr().err
     assert (out / "program.safetensors").read_bytes() == before
