@@ -27,6 +27,10 @@ from pnn_compile.cli.common import (
 
 _SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+_CHECKED = 4
+"""Batches on which a fit is compared with the network before it."""
+_NEGLIGIBLE = 0.01
+"""Relative error that a fit may leave in any case."""
 
 
 @click.command(
@@ -205,11 +209,15 @@ def fit_command(
     no labels are needed.
     """
     from pnn_compile.compiled import load
+    from pnn_compile.fit.metrics import outputs_of, relative_error
     from pnn_compile.fit.train import fit
     from pnn_compile.inputs import read_batches
 
     compiled = load(directory)
     batches = read_batches(samples, compiled.program, batch, shuffle_seed=order_seed)
+    few = batches[:_CHECKED]
+    wanted = outputs_of(compiled, compiled.sequential, few)
+    before = relative_error(outputs_of(compiled, compiled.module, few), wanted)
     with Progress(as_json).bar("fitting") as advance:
         report = fit(
             compiled,
@@ -221,9 +229,11 @@ def fit_command(
             checkpoint=checkpoint,
             progress=advance,
         )
-    if report.worse:
+    after = relative_error(outputs_of(compiled, compiled.module, few), wanted)
+    if not after <= max(2 * before, _NEGLIGIBLE):
         raise OptionError(
-            f"the fit would make {directory} worse, which is left as it was: try "
+            f"the fit would make {directory} worse, which is left as it was (relative error of "
+            f"the outputs {before:.3g} before, {after:.3g} after): try "
             f"--learning-rate {learning_rate / 10:g}"
         )
     compiled.save(directory)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from passes.ir.isolation import preserved
+from pnn_compile.inputs import named_batch
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -86,6 +88,22 @@ class Agreement:
     def share(self) -> float | None:
         """The agreement so far; None where outputs have no largest score."""
         return self._agreed / self._samples if self._samples else None
+
+
+def outputs_of(
+    compiled: Compiled, network: nn.Module, batches: Iterable[Any]
+) -> list[torch.Tensor]:
+    """Return the main outputs of a network of `compiled` on batches, in evaluation mode."""
+    with evaluating(compiled):
+        return [main_output(network(**named_batch(compiled, batch))) for batch in batches]
+
+
+def relative_error(values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> float:
+    """Return the relative error of some tensors."""
+    error = RelativeError()
+    for value, target in zip(values, targets, strict=True):
+        error.add(value, target)
+    return error.value
 
 
 class RelativeError:

@@ -77,8 +77,6 @@ class FitReport:
         last_loss: Mean loss over the last tenth.
         interface_steps: Steps taken at every interface before that.
         interfaces: Losses of those, by stage; empty without `interface_epochs`.
-        worse: Whether the loss more than doubled in 50 steps or more: the network was closer to
-            the original before.
     """
 
     steps: int
@@ -87,7 +85,6 @@ class FitReport:
     last_loss: float
     interface_steps: int = 0
     interfaces: tuple[InterfaceLoss, ...] = ()
-    worse: bool = False
 
 
 def distillation(outputs: Any, targets: Any, batch: Any) -> torch.Tensor:
@@ -286,12 +283,7 @@ def _report(state: FitState, distiller: Distiller | None, negligible: float) -> 
         last_loss=last,
         interface_steps=distiller.total if distiller else 0,
         interfaces=distiller.report() if distiller else (),
-        worse=tenth >= _ENOUGH and last > max(2 * first, negligible),
     )
-
-
-_ENOUGH = 5
-"""Batches whose mean loss does not double by chance."""
 
 
 def _check_numbers(

@@ -126,7 +126,7 @@ def test_texts_that_are_no_profile_are_refused() -> None:
 def test_profiles_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"no built-in device profile is called 'h1000'.*h100"):
         load_profile("h1000")
-    with pytest.raises(OptionError, match="none.toml cannot be read: No such file"):
+    with pytest.raises(OptionError, match=r"none\.toml cannot be read: No such file"):
         load_profile(tmp_path / "none.toml")
 
 
