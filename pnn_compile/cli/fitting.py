@@ -230,7 +230,8 @@ def fit_command(
             progress=advance,
         )
     after = relative_error(outputs_of(compiled, compiled.module, few), wanted)
-    if not after <= max(2 * before, _NEGLIGIBLE):
+    rose = not report.last_loss <= report.first_loss
+    if rose and not after <= max(2 * before, _NEGLIGIBLE):
         raise OptionError(
             f"the fit would make {directory} worse, which is left as it was (relative error of "
             f"the outputs {before:.3g} before, {after:.3g} after): try "
