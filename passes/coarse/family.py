@@ -148,7 +148,8 @@ FAMILIES: dict[str, Family] = {
         sweeps=_COLLAPSES,
         copies_blocks=True,
         evidence={
-            "chain": "gained 1.9 points in training from scratch (VGG-16 / 8, N = 3, three seeds)",
+            "chain": "gained 1.9 points in training from scratch (VGG-16 / 8, N = 3, three seeds; "
+            "2.3 on a ResNet of 18 units, two seeds)",
             "collapsed": "gained 0.9 points in training from scratch "
             "(VGG-16 / 8, N = 3, three seeds)",
         },
