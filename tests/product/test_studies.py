@@ -26,6 +26,7 @@ from examples.studies.networks import (
     shortened,
 )
 from examples.studies.presets import PRESETS
+from examples.studies.regimes import REGIMES, Interfaces, Serial
 from examples.studies.table import summary, table
 from examples.studies.tasks import Task, make_task
 from examples.studies.training import Originals, augmented
@@ -65,10 +66,11 @@ def test_every_network_and_control_is_trained_and_measured(
 ) -> None:
     rows = list(accuracy.STUDIES[study](accuracy.Study(make(), PRESET, seed=0)))
     names = {(row["network"], row["stages"]) for row in rows}
-    # Two shorter networks and the forms, or K = 1 to N = 3, or five ways to convert, two of them
-    # with controls; a sixth with its own where there are enough equal blocks to thin.
+    # Two shorter networks, the forms and the regimes, or K = 1 to N = 3, or five ways to convert,
+    # two of them with controls; a sixth with its own where there are enough equal blocks to thin.
+    thinned = make is _task  # elsewhere too few equal blocks
     per_stage = {
-        "scratch": 14 if make is _task else 13,  # too few equal blocks to be thinned
+        "scratch": 2 + len(accuracy.FORMS) - (not thinned) + len(REGIMES),
         "iterations": 3,
         "conversion": 9 if make is _vgg else 15,
     }[study]
@@ -76,6 +78,21 @@ def test_every_network_and_control_is_trained_and_measured(
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"task": "random", **row}) + "\n" for row in rows))
     assert table(file).count("\n") == len(rows) + 1
+
+
+def test_regimes_call_the_network_in_their_way() -> None:
+    task = _task()
+    compiled = pnn.compile(task.build(12), task.train.x[:2], stages=2, coarse="linear")
+    x = task.train.x[:4]
+    torch.testing.assert_close(Serial(compiled, last=0.25)(x, 0.8), compiled.sequential(x))
+    parallel = compiled.module(x)
+    torch.testing.assert_close(Serial(compiled, last=0.25)(x, 0.7), parallel)
+    regime = Interfaces(compiled, 0.5)
+    torch.testing.assert_close(regime(x, 0.5), parallel)
+    state = compiled.module.get_submodule("fine_0")(x)
+    guess = compiled.module.get_submodule("preprocess_1")(x)
+    expected = 0.5 * (guess - state).square().mean() / state.square().mean()
+    torch.testing.assert_close(regime.penalty(), expected)
 
 
 def test_some_networks_are_trained_and_measured(tmp_path: Path) -> None:
