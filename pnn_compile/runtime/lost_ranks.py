@@ -177,8 +177,8 @@ def _read(key: str) -> str | None:
 
 def _close(group: dist.ProcessGroup) -> None:
     """Close the connections of a group, so that no other process waits for this one."""
-    others = {*range(dist.get_world_size(group))} - {dist.get_rank(group)}
     with suppress(Exception):
+        others = {*range(dist.get_world_size(group))} - {dist.get_rank(group)}
         if others and backend_of(group, torch.device("cpu")) == "gloo":
             # Gloo has no call for it; a receive that is not met in time closes all connections.
             number, never = torch.empty(1, device="cpu"), datetime.timedelta(milliseconds=1)

@@ -5,6 +5,9 @@ Messages of two ranks arrive in the order in which they were sent, so they carry
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -20,11 +23,13 @@ class GroupReference:
     """A process group of torch.distributed, until `dist.destroy_process_group()`.
 
     An object that keeps the group itself keeps its threads, too. Those of Gloo would still run when
-    the interpreter ends, which aborts the process if one of them frees a tensor then.
+    the interpreter ends, which aborts the process if one of them frees a tensor then. Reference
+    cycles may keep it, too, and are collected before the interpreter ends.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)
+        _collect_at_exit()
 
     def __call__(self) -> dist.ProcessGroup:
         """Return the group.
@@ -33,12 +38,17 @@ class GroupReference:
             RuntimeFault: It is destroyed.
         """
         group = self._group()
-        if group is None:
+        if group is None or not dist.is_initialized():
             raise RuntimeFault(
                 "the process group of this network is destroyed: call "
                 "dist.destroy_process_group() after the last step"
             )
         return group
+
+
+@functools.cache
+def _collect_at_exit() -> None:
+    atexit.register(gc.collect)
 
 
 class Transport(Protocol):
