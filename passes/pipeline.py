@@ -22,7 +22,7 @@ from passes.capture.ladder import capture_and_observe
 from passes.cost.measured import Measure, measure_seconds
 from passes.cost.node_facts import observe
 from passes.errors import OptionError
-from passes.ir.garbage import rare_collection
+from passes.ir.isolation import rare_collection
 from passes.ir.observer import Observations
 from passes.ir.program import Program, Validation, verify_graph
 from passes.options import Options

@@ -174,7 +174,7 @@ def _attributes(kind: type) -> dict[str, Any]:
 
 
 def _function(value: Any) -> types.FunctionType | None:
-    """Return the function behind a method, a property or a decorator of functools."""
+    """Unwrap a method, a property or a functools wrapper to the function in it."""
     if isinstance(value, staticmethod | classmethod | types.MethodType):
         value = value.__func__
     elif isinstance(value, property):

@@ -118,13 +118,7 @@ def run_one_step(
         random_state = torch.get_rng_state()
         modes = [set_mode(child, train, afresh=child is module) for child in (*others, module)]
         copies = {} if any(modes) else before  # a `train()` of its own may change buffers
-        buffers = {
-            name: (
-                tensor.detach().clone() if (copy := copies.get(id(tensor))) is None else copy,
-                tensor._version,
-            )
-            for name, tensor in named_buffers(module)
-        }
+        buffers = _buffers(module, copies)
         leaves = [_copy_leaf(tensor, grad and input_gradients) for tensor in inputs.tensors()]
         # Multiplied by one, so that the model may write into an input: autograd refuses writes to a
         # leaf that requires a gradient.
@@ -152,6 +146,17 @@ def run_one_step(
             input_gradients=input_gradients,
             drew_random=not torch.equal(random_state, torch.get_rng_state()),
         )
+
+
+def _buffers(
+    module: nn.Module, copies: Mapping[int, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """Return a copy and the version of each buffer; of those copied already, that copy."""
+    found = {}
+    for name, tensor in named_buffers(module):
+        copy = copies.get(id(tensor))
+        found[name] = tensor.detach().clone() if copy is None else copy, tensor._version
+    return found
 
 
 def _parameter_names(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,3 +119,16 @@ def scaled_operators(program: Program, plan: Plan, operators: Operators) -> Oper
         for number, operator in operators.preprocess.items()
     }
     return Operators(preprocess, operators.coarse)
+
+
+def rounding_hook(generator: torch.Generator) -> Callable[..., Any]:
+    """Return a forward hook that adds a random error of the size of its rounding to an output."""
+
+    def rounded(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return value
+        size = torch.finfo(value.dtype).eps * value.abs().max()
+        error = 2 * torch.rand(value.shape, generator=generator, device="cpu") - 1
+        return value + size * error.to(value)
+
+    return lambda module, arguments, outputs: pytree.tree_map(rounded, outputs)

@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map
 
 from passes.capture.ladder import capture
 from passes.coarse.family import copies_blocks
@@ -33,8 +32,7 @@ from passes.coarse.spec import CoarseOptions, CoarseSpec
 from passes.coarse.wrappers import ExactOptions
 from passes.errors import VerificationError
 from passes.ir.example_inputs import ExampleInputs, bind
-from passes.ir.garbage import rare_collection
-from passes.ir.isolation import DispatchMode, seeded
+from passes.ir.isolation import DispatchMode, rare_collection, seeded
 from passes.ir.program import Program
 from passes.ir.run_step import (
     TOLERANCE,
@@ -50,7 +48,7 @@ from passes.plan.schema import Plan, Stage
 from passes.transform.assemble import assemble, sequential
 from passes.transform.original_weights import weights_by_name
 from passes.transform.synthesize import synthesize
-from pnn_compile.evaluate.rounding import in_double, scaled_operators
+from pnn_compile.evaluate.rounding import in_double, rounding_hook, scaled_operators
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -241,11 +239,7 @@ class _Runner:
         """
         reference = self.run_with_states(chain, chain)
         largest = [0.0] * len(reference.outputs)
-        generator = torch.Generator().manual_seed(0)
-
-        def round_again(*call: Any) -> Any:
-            return tree_map(partial(_rounded, generator=generator), call[2])
-
+        round_again = rounding_hook(torch.Generator().manual_seed(0))
         for _ in range(_DRAWS):
             with ExitStack() as hooks:
                 for name, child in chain.named_children():
@@ -261,15 +255,6 @@ class _Runner:
 def _run_graph(network: nn.Module, inputs: dict[str, Any]) -> Any:
     """Run the graph of a network, in a mode that is not the model's too."""
     return nn.Module.__call__(network, **inputs)
-
-
-def _rounded(value: Any, generator: torch.Generator) -> Any:
-    """Add a random error of the size of its rounding to a tensor."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
-        return value
-    size = torch.finfo(value.dtype).eps * value.abs().max()
-    error = 2 * torch.rand(value.shape, generator=generator, device="cpu") - 1
-    return value + size * error.to(value)
 
 
 def _compare_stages(

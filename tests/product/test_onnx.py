@@ -238,24 +238,22 @@ def test_iterations_and_the_collapsed_sweep_run_stage_by_stage(
     assert set(names) == expected
 
 
+Chain = tuple[pnn.Compiled, Lowered, Lowered]
+
+
 @pytest.fixture(scope="module")
-def chain() -> tuple[pnn.Compiled, Lowered]:
-    """A network of which every weight counts as large where 1,000 bytes do, lowered once."""
+def chain() -> Chain:
+    """A network whose weights all count as large where 1,000 bytes do, lowered in two types."""
     compiled = pnn.compile(residual_chain(4, 32), torch.randn(2, 32), stages=2)
-    return compiled, lower_network(compiled)
-
-
-@pytest.fixture(scope="module")
-def rounded(chain: tuple[pnn.Compiled, Lowered]) -> Lowered:
-    """The same network with its weights in bfloat16, lowered once."""
-    return lower_network(in_half_precision(chain[0], bf16=True), bf16=True)
+    rounded = lower_network(in_half_precision(compiled, bf16=True), bf16=True)
+    return compiled, lower_network(compiled), rounded
 
 
 def test_large_weights_stand_beside_the_model_stage_by_stage(
-    chain: tuple[pnn.Compiled, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
-    compiled, lowered = chain
+    compiled, lowered, _ = chain
     exported = export_onnx(compiled, tmp_path / "model.onnx", lowered=lowered)
     names = [file.name for file in exported.files]
     assert names == ["model.onnx", "model.onnx.stage_0.data", "model.onnx.stage_1.data"]
@@ -429,14 +427,10 @@ def test_half_precision_is_that_of_weights_inputs_and_outputs(
 
 @pytest.mark.parametrize("per_stage", [False, True])
 def test_bfloat16_halves_the_weights_of_a_network_of_float32(
-    per_stage: bool,
-    chain: tuple[pnn.Compiled, Lowered],
-    rounded: Lowered,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    per_stage: bool, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
-    compiled, lowered = chain
+    compiled, lowered, rounded = chain
     sizes = []
     for bf16 in (False, True):
         folder = tmp_path / str(bf16)
@@ -456,10 +450,10 @@ def test_bfloat16_halves_the_weights_of_a_network_of_float32(
 
 
 def test_large_weights_stand_beside_every_stage_model(
-    chain: tuple[pnn.Compiled, Lowered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pnn_compile.export.onnx.write.LARGE", 1000)
-    compiled, lowered = chain
+    compiled, lowered, _ = chain
     exported = export_onnx(compiled, tmp_path, per_stage=True, lowered=lowered)
     assert {"stage_0.onnx.stage_0.data", "stage_1.onnx.stage_1.data"} <= {
         file.name for file in exported.files

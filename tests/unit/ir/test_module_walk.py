@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from passes.capture.model_copy import copy_model
-from passes.ir.garbage import rare_collection
+from passes.ir.isolation import rare_collection
 from passes.ir.module_walk import (
     named_buffers,
     named_parameters,
