@@ -11,6 +11,7 @@ import gc
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,12 +39,14 @@ class GroupReference:
             RuntimeFault: It is destroyed.
         """
         group = self._group()
-        if group is None or not dist.is_initialized():
-            raise RuntimeFault(
-                "the process group of this network is destroyed: call "
-                "dist.destroy_process_group() after the last step"
-            )
-        return group
+        with suppress(KeyError):  # something else may keep it
+            if group is not None:
+                dist.get_process_group_ranks(group)
+                return group
+        raise RuntimeFault(
+            "the process group of this network is destroyed: call dist.destroy_process_group() "
+            "after the last step"
+        )
 
 
 @functools.cache
