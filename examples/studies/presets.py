@@ -30,6 +30,7 @@ class Preset:
         calibration: Samples per batch of the calibration, 8,000 in all.
         augment: Whether colour images are shifted and mirrored at random in training.
         bfloat16: Whether training runs in mixed precision.
+        compiled: Whether torch.compile compiles the networks for training from scratch.
     """
 
     samples: int
@@ -50,6 +51,7 @@ class Preset:
     calibration: int = 125
     augment: bool = False
     bfloat16: bool = False
+    compiled: bool = False
 
 
 PRESETS = {
@@ -78,7 +80,7 @@ PRESETS["cpu-long"] = replace(
     PRESETS["cpu"], samples=50_000, tests=10_000, epochs=10, fit_rate=1e-3, augment=True,
 )  # fmt: skip
 PRESETS["cpu-converged"] = replace(
-    PRESETS["cpu-long"], epochs=24, units=18, stages=(3, 6),
+    PRESETS["cpu-long"], epochs=24, units=18, stages=(3, 6), compiled=True,
 )  # fmt: skip
 PRESETS["gpu-smoke"] = replace(
     PRESETS["gpu-short"], samples=4_096, tests=1_000, epochs=1, stages=(3, 18), texts=4_096

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 import pnn_compile as pnn
 
@@ -19,13 +18,12 @@ class Regime:
         network: The network.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Callable[..., torch.Tensor]) -> None:
         self.network = network
 
     def __call__(self, x: torch.Tensor, progress: float) -> torch.Tensor:
         """Return the outputs; `progress` is the share of the training that is done."""
-        outputs: torch.Tensor = self.network(x)
-        return outputs
+        return self.network(x)
 
     def penalty(self) -> torch.Tensor | float:
         """Return what the last call adds to the loss."""

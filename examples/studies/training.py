@@ -138,7 +138,8 @@ def train(
     count = epochs or (preset.epochs if teacher is None else 1)
     device = task.train.y.device
     network.to(device)
-    regime = regime or Regime(network)
+    compiled = preset.compiled and teacher is None
+    regime = regime or Regime(torch.compile(network) if compiled else network)
     start = time.perf_counter()
     with _quick(network, device), _quick(teacher, device), _modes(network, dropout=dropout):
         peak = rate or peak
