@@ -181,7 +181,7 @@ def show(as_json: bool, result: Any, table: RenderableType) -> None:
         console().print(table)
 
 
-def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...] = ()) -> Source:
+def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...]) -> Source:
     """Build a model and its inputs; what the user's code prints goes to stderr.
 
     Stdout belongs to the report, or to the JSON document.

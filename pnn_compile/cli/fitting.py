@@ -12,6 +12,7 @@ import click
 from passes.errors import OptionError, amount
 from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
+    ARG,
     CALIBRATION_BATCH,
     DEBUG,
     INPUT,
@@ -51,6 +52,7 @@ _NEGLIGIBLE = 0.01
     "--windows", default="1", metavar="W,W,...", help="Numbers of windows to try with each."
 )
 @INPUT
+@ARG
 @compiler_options("coarse_budget")
 @click.option(
     "--iterations",
@@ -66,6 +68,7 @@ def assess(
     stages: str,
     windows: str,
     inputs: tuple[str, ...],
+    arguments: tuple[str, ...],
     coarse_budget: float | None,
     iterations: int,
     as_json: bool,
@@ -82,7 +85,7 @@ def assess(
 
     counts, runs = read_numbers(stages, "-n"), read_numbers(windows, "--windows")
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
-    source = build_source(model, inputs)
+    source = build_source(model, inputs, arguments)
     with Progress(as_json)("opening") as begin:
         compiled = compile_model(
             source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],

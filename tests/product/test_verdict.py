@@ -210,7 +210,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     model, data = tmp_path / "deep.py", tmp_path / "data.safetensors"
     model.write_text(
         "import torch\nfrom tests.product.test_verdict import Deep\n"
-        "def build_model():\n    return Deep()\n"
+        "def build_model(idle_from=12):\n    return Deep(idle_from=idle_from)\n"
         "def example_inputs():\n    return torch.randn(2, 16)\n"
     )
     save_file({"x": torch.cat(BATCHES)}, data)
@@ -223,8 +223,11 @@ def test_on_the_command_line(files: tuple[Path, Path], capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "early exit" in out
     assert "N = 3: " in out
-    assert main(["assess", model, data, "-n", "2", "--coarse-budget", "0.3", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+    idle = ["--arg", "idle_from=3"]
+    assert main(["assess", model, data, "-n", "2", "--coarse-budget", "0.3", "--json", *idle]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["rows"]) == 2
+    assert "does not use its depth" in document["sentence"]
     assert main([model, "-n", "2", "--coarse-budget", "0.3", "--calibrate", data, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"]["rows"][0]["stages"] == 2
