@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +18,7 @@ from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.flops import parameters
 from passes.cost.memory import Memory
-from passes.errors import OptionError
+from passes.errors import OptionError, PnnError
 from passes.ir.example_inputs import bind
 from passes.ir.program import Program, provenance
 from passes.ir.run_step import run_one_step
@@ -38,6 +40,14 @@ from passes.plan.schema import (
 
 _WIDE_GAP = 0.01
 """Relative distance from the proven optimum above which the plan gets a note."""
+_CHEAPER: Mapping[str, Mapping[str, Any]] = {
+    "coarse_width=0.25": {"coarse": "units", "coarse_width": 0.25},
+    "coarse='linear' with sweep='collapsed'": {"coarse": "linear", "sweep": "collapsed"},
+}
+"""Options whose corrections cost less than copied blocks."""
+_CHEAPER_NOTE = "cheaper corrections, "
+_MUCH_FASTER = 1.1
+"""Factor in speed below which cheaper corrections are not worth a note."""
 
 
 def make_plan(analysis: Analysis, cut: Cut, options: Options) -> Plan:
@@ -141,6 +151,29 @@ def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     return collapsed if collapsed.forecast.time < chain.forecast.time else chain
 
 
+def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
+    """Say what cheaper corrections would give, where the default's take much of the time."""
+    asked = options.coarse_budget is not None or options.coarse_width is not None
+    if asked or options.coarse not in {"auto", "units"} or options.count * options.windows > 1:
+        return ""
+    if plan.forecast.serial_share <= options.fit_budget:
+        return ""
+    faster = []
+    for name, choices in _CHEAPER.items():
+        same = {"stages": len(plan.stages), "sweep": plan.sweep}
+        with suppress(PnnError):  # it does not fit this model
+            other = dataclasses.replace(options, **{**same, **choices})
+            speedup = make_plan(analysis, choose_cut(analysis, other), other).forecast.speedup
+            if speedup > _MUCH_FASTER * plan.forecast.speedup:
+                faster.append(f"{name} {speedup:.2f}")
+    if not faster:
+        return ""
+    return (
+        f"{_CHEAPER_NOTE}which may keep less accuracy, would give: {', '.join(faster)} times the "
+        f"original's speed, instead of {plan.forecast.speedup:.2f}"
+    )
+
+
 def with_operators(
     analysis: Analysis,
     plan: Plan,
@@ -157,7 +190,7 @@ def with_operators(
     forecast = forecast_step(analysis, stages, plan.interfaces, options, plan.forecast.gap)
     # Notes that do not depend on the operators stay.
     stale = _notes(analysis, options, plan.forecast, plan.stages)
-    kept = [note for note in plan.notes if note not in stale]
+    kept = [n for n in plan.notes if n not in stale and not n.startswith(_CHEAPER_NOTE)]
     notes = (*_notes(analysis, options, forecast, stages), *kept)
     return dataclasses.replace(plan, stages=tuple(stages), forecast=forecast, notes=notes)
 
@@ -317,12 +350,8 @@ def _notes(
         serial = f"the serial part takes {forecast.serial_share:.1%} of the original's cost"
         fewer = "fewer windows or stages" if options.windows > 1 else "fewer stages"
         budget = options.coarse_budget
-        cheaper = ", or a cheaper coarse family (coarse_budget=0.05, coarse='linear'), which may "
-        cheaper += "cost accuracy,"
-        if all(stage.coarse is None or stage.coarse.linear for stage in stages):
-            cheaper = ""  # there is hardly a cheaper one
         notes.append(
-            f"{serial}: {fewer}{cheaper} would shorten it"
+            f"{serial}: {fewer} would shorten it"
             if budget is None
             else f"{serial}, more than the coarse budget of {budget:.1%}: {fewer}, or "
             "a cheaper coarse family, would help"

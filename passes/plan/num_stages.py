@@ -26,7 +26,7 @@ from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.build import make_plan, small_stages
+from passes.plan.build import make_plan, note_on_cheaper, small_stages
 from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
@@ -63,7 +63,8 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         plan = search.best()
         chosen = search.note(plan)
         options = dataclasses.replace(options, stages=plan.devices)
-    notes = filter(None, (search.note_on_small(plan), *plan.notes, loop, chosen))
+    cheaper = note_on_cheaper(analysis, options, plan)
+    notes = filter(None, (search.note_on_small(plan), *plan.notes, cheaper, loop, chosen))
     return options, dataclasses.replace(plan, notes=tuple(notes))
 
 

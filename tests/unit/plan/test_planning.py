@@ -213,7 +213,11 @@ def test_a_plan_that_is_over_budget_or_slower_says_so() -> None:
     )
 
     assert cheap == ()
-    assert "a cheaper coarse family (coarse_budget=0.05" in copied[0]
+    share, cheaper = copied
+    assert share.endswith("fewer stages would shorten it")
+    assert cheaper.startswith("cheaper corrections, which may keep less accuracy, would give: ")
+    given = plan_of("resnet", stages=2, coarse="linear", sweep="collapsed").forecast.speedup
+    assert f"coarse='linear' with sweep='collapsed' {given:.2f} times" in cheaper
     assert len(over) == 1
     assert over[0].startswith("the serial part takes ")
     assert "more than the coarse budget of 5.0%" in over[0]
