@@ -29,6 +29,10 @@ class Regime:
         """Return what the last call adds to the loss."""
         return 0.0
 
+    def compile(self) -> None:
+        """Compile the network."""
+        self.network = torch.compile(self.network)
+
 
 class Interfaces(Regime):
     """A penalty that draws guesses to the states they stand for, lambda mean |x_j - y_(j-1)|^2.
@@ -58,6 +62,9 @@ class Interfaces(Regime):
             errors.append(error.square().mean() / state.square().mean())
         return self._weight * torch.stack(errors).mean()
 
+    def compile(self) -> None:
+        """Do nothing: the hooks need the modules as they are."""
+
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(*call: torch.Tensor) -> None:
             self._outputs[name] = call[-1]
@@ -76,14 +83,19 @@ class Serial(Regime):
 
     def __init__(self, compiled: pnn.Compiled, first: float = 0.0, last: float = 0.0) -> None:
         super().__init__(compiled.module)
-        self._sequential = compiled.sequential.train()
+        self._sequential: Callable[..., torch.Tensor] = compiled.sequential.train()
         self._first, self._last = first, 1 - last
 
     def __call__(self, x: torch.Tensor, progress: float) -> torch.Tensor:
         """Return the outputs of the network that is trained at that time."""
         serial = progress < self._first or progress >= self._last
-        outputs: torch.Tensor = (self._sequential if serial else self.network)(x)
+        outputs = (self._sequential if serial else self.network)(x)
         return outputs
+
+    def compile(self) -> None:
+        """Compile both ways to call the network."""
+        super().compile()
+        self._sequential = torch.compile(self._sequential)
 
 
 REGIMES: dict[str, Callable[[pnn.Compiled], Regime]] = {

@@ -138,8 +138,9 @@ def train(
     count = epochs or (preset.epochs if teacher is None else 1)
     device = task.train.y.device
     network.to(device)
-    compiled = preset.compiled and teacher is None
-    regime = regime or Regime(torch.compile(network) if compiled else network)
+    regime = regime or Regime(network)
+    if preset.compiled and teacher is None:
+        regime.compile()
     start = time.perf_counter()
     with _quick(network, device), _quick(teacher, device), _modes(network, dropout=dropout):
         peak = rate or peak
