@@ -362,9 +362,10 @@ def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> Coarse
     if budget < math.inf:
         verdict = "within" if spec.flops <= budget else "OVER"
         why.append(f"{verdict} the budget ({spec.flops:,} of {budget:,.0f} FLOPs)")
-    is_image = all(len(value.spec.shape) == 4 for value in span.leaving)
     (row,) = rows_of(spec.family)
-    evidence = row.evidence.get(span.options.sweep) if is_image else None
+    kind = {3: "sequence", 4: "image"}.get(len(span.leaving[0].spec.shape), "")
+    narrow = row.copies_blocks and span.options.coarse_width not in {None, 1}
+    evidence = row.evidence.get((kind, "narrow" if narrow else span.options.sweep))
     why.append(evidence or "accuracy not measured for networks like this one")
     return dataclasses.replace(spec, why="; ".join(why))
 
