@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from passes.errors import CaptureError, first_line
-from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, submodules
+from passes.ir.module_walk import named_submodules, named_tensors, submodules
 from passes.ir.program import storage_id
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -299,8 +299,8 @@ class _Memo:
         self.model = model
         self._values = [value for _, value in reached]  # alive, so that ids stay theirs
         self._modules = submodules(model)
-        named = *named_parameters(model, repeats=True), *named_buffers(model, repeats=True)
-        self.parts = {id(part) for part in (*self._modules, *(tensor for _, tensor in named))}
+        tensors = (tensor for _, tensor in named_tensors(model, repeats=True))
+        self.parts = {id(part) for part in (*self._modules, *tensors)}
 
     def fill(self) -> None:
         """Add the copies of everything that needs care."""

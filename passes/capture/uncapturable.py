@@ -73,7 +73,7 @@ def _run(
     model: nn.Module, inputs: ExampleInputs, observer: _Observer, *, train: bool
 ) -> list[torch.Tensor]:
     """Run a model under an observer; return its output tensors, none if it fails."""
-    args, kwargs = inputs.with_leaves([t.detach().clone() for t in inputs.tensors()])
+    args, kwargs = inputs.copied()
     output = None
     with preserved(model), _watch(model, observer), contextlib.suppress(Exception), observer:
         seed_everything(0)

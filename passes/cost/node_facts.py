@@ -331,8 +331,7 @@ def _unmixed(spec: TensorSpec, sequence: int) -> int:
 
 
 def _run(program: Program, inputs: ExampleInputs, interpreter: Interpreter, *, train: bool) -> None:
-    values = [tensor.detach().clone() for tensor in inputs.tensors()]
-    _, kwargs = inputs.with_leaves(values)
+    _, kwargs = inputs.copied()
     with preserved(program.module), torch.no_grad():
         set_mode(program.module, train)
         interpreter.run(*(kwargs[str(node.target)] for node in program.inputs))

@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, first_line
+from passes.ir.module_walk import named_tensors
 from passes.ir.program import Interpreter, Program
 from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
 from passes.transform.split import Stages, split
 from passes.transform.synthesize import Operators, synthesize
 from pnn_compile.artifact.functions import check_operands, is_fragile
-from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.tensors import Record, TensorReader
 
 

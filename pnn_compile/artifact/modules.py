@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import CodeType
 from typing import Any, TypedDict
@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from passes.capture.refold import Attention, BatchNorm, GroupedMatmul, StochasticDepth
 from passes.errors import ArtifactError
+from passes.ir.module_walk import named_tensors
 from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
 _NOT_LEAVES = (
@@ -121,12 +122,6 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
 def is_container(module: nn.Module) -> bool:
     """Return whether a module only contains others, so that its class does not matter."""
     return type(module) is nn.Module
-
-
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all parameters and buffers, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def build(
@@ -338,7 +333,7 @@ def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     }
     return {
         name: (isinstance(value, nn.Parameter), name not in transient, value.shape)
-        for name, value in named_tensors(module)
+        for name, value in named_tensors(module, repeats=True)
     }
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from passes.errors import RuntimeFault
+from passes.ir.module_walk import named_tensors
 from pnn_compile.runtime.data_parallel import Groups
 from pnn_compile.runtime.rank_module import RankModule
 from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
@@ -94,8 +95,6 @@ def distribute(
             placement does not fit, there is no such device, or different parameters share memory.
         ArtifactError: As `pnn.load`.
     """
-    from pnn_compile.artifact.modules import named_tensors
-
     groups, home = Groups.of(group, mesh), _device(device)
     folder = None
     if isinstance(compiled, (str, Path)):
@@ -164,16 +163,17 @@ def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: P
         RuntimeFault: The placement does not fit the network.
     """
     from pnn_compile.artifact.directory import tensor_readers
-    from pnn_compile.artifact.modules import named_tensors
 
     of_program, of_operators = tensor_readers(folder)
     stages = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
     operators = compiled.operators.named()
-    in_program = {id(tensor): name for piece in stages for name, tensor in named_tensors(piece)}
-    in_operators = {id(tensor): name for name, tensor in named_tensors(operators)}
+    in_program = {
+        id(tensor): name for piece in stages for name, tensor in named_tensors(piece, repeats=True)
+    }
+    in_operators = {id(tensor): name for name, tensor in named_tensors(operators, repeats=True)}
     values: dict[int, torch.Tensor] = {}
     for _, tensor in named_tensors(RankPieces(compiled, placement, rank)):
-        if not tensor.is_meta or id(tensor) in values:
+        if not tensor.is_meta:
             continue
         if id(tensor) in in_program:
             values[id(tensor)] = of_program.read(in_program[id(tensor)])
