@@ -457,13 +457,7 @@ def _call_by_name(module: nn.Module) -> Forward:
 
 
 def _call_on(interpreter: Interpreter) -> Forward:
-    names = [str(node.target) for node in interpreter.graph.find_nodes(op="placeholder")]
-
-    def call(inputs: ExampleInputs) -> Any:
-        arguments = inputs.tensor_arguments()
-        return interpreter.run(*(arguments[name] for name in names))
-
-    return call
+    return lambda inputs: interpreter.run_by_name(inputs.tensor_arguments())
 
 
 def _shapes(inputs: ExampleInputs) -> str:

@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from passes.errors import CaptureError, first_line
+from passes.ir.held_values import nested_codes, plain_attributes
 from passes.ir.module_walk import named_submodules, named_tensors, submodules
 from passes.ir.program import storage_id
 
@@ -261,11 +262,7 @@ def _held(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _global_names(function: types.FunctionType) -> list[str]:
     """Return the global names that the code of a function, nested functions included, mentions."""
-    names, pending = set[str](), [function.__code__]
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names)
-        pending += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    names = {name for code in nested_codes(function.__code__) for name in code.co_names}
     return sorted(names & function.__globals__.keys())
 
 
@@ -452,14 +449,6 @@ def _shell(function: types.FunctionType) -> types.FunctionType:
     shell = types.FunctionType(function.__code__, names, function.__name__, None, cells)
     shell.__qualname__, shell.__doc__ = function.__qualname__, function.__doc__
     return shell
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module besides those that every module has."""
-    return {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
-
-
-_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _drop_computed(model: nn.Module) -> None:

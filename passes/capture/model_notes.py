@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.capture.model_copy import HOOKS, STATE_HOOKS, plain_attributes, walk
+from passes.capture.model_copy import HOOKS, STATE_HOOKS, walk
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.held_values import PLAIN, contents
+from passes.ir.held_values import PLAIN, contents, plain_attributes
 from passes.ir.isolation import preserved, with_plain_transformers
 from passes.ir.module_walk import named_submodules, named_tensors, set_mode
 from passes.ir.run_step import output_leaves

@@ -198,7 +198,7 @@ def _sequence_axes(
                 probe = _SequenceProbe(program.module, evaluated.values, size)
                 values = _change_later_half(inputs, index, axis)
                 try:
-                    probe.run(*(values[str(node.target)] for node in program.inputs))
+                    probe.run_by_name(values)
                 except (RuntimeError, ValueError, IndexError):
                     continue
                 except _MixedError:
@@ -280,7 +280,7 @@ def _tracked_axes(
                 probe = _AxisProbe(program.module, evaluated.values, size)
                 values = _change_later_half(inputs, index, axis)
                 try:
-                    probe.run(*(values[str(node.target)] for node in program.inputs))
+                    probe.run_by_name(values)
                 except (RuntimeError, ValueError, IndexError):
                     continue
                 samples = axis == 0 and size == batch_size
@@ -334,7 +334,7 @@ def _run(program: Program, inputs: ExampleInputs, interpreter: Interpreter, *, t
     _, kwargs = inputs.copied()
     with preserved(program.module), torch.no_grad():
         set_mode(program.module, train)
-        interpreter.run(*(kwargs[str(node.target)] for node in program.inputs))
+        interpreter.run_by_name(kwargs)
 
 
 def _batch_size(inputs: ExampleInputs, observer: _WorkObserver) -> int | None:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.analysis.dependence import name_of
 from passes.analysis.loops import is_number, leaves
 from passes.coarse.time_step import StartOptions, TimeStepOptions
 from passes.errors import OptionError
@@ -274,7 +275,7 @@ class _Writer:
         node, columns = row[0], [*zip(*map(leaves, row), strict=True)]
         kinds = {self._kind(leaf) for leaf in columns}
         kind = _Kind.SHARED
-        if _Kind.EACH in kinds and _name(node) in _FILLS:
+        if _Kind.EACH in kinds and name_of(node) in _FILLS:
             kind = _Kind.EACH
         elif _Kind.BATCHED in kinds or (_Kind.EACH in kinds and self._has_weights(node)):
             kind = _Kind.SHARED if _asks_size(node) else _Kind.BATCHED
@@ -362,11 +363,7 @@ def _is_alike(leaf: _Row) -> bool:
 
 def _asks_size(node: fx.Node) -> bool:
     """Whether a node asks for what a tensor is, not for its values."""
-    return (node.args[1] if node.target is getattr else _name(node)) in _SIZES
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return (node.args[1] if node.target is getattr else name_of(node)) in _SIZES
 
 
 def _table(stage: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
