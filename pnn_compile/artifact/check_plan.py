@@ -158,13 +158,9 @@ def check_operators(
                 f"the artifact has {name} {list(shape)}, where the network of the plan has "
                 f"{list(tensor.shape)}"
             )
-    needed = sum(map(_bytes, tensors.values()))
-    if program.device.type != "meta" and needed > 2 * sum(map(_bytes, values.values())):
+    needed, held = (sum(x.nbytes for x in named.values()) for named in (tensors, values))
+    if program.device.type != "meta" and needed > 2 * held:
         raise ArtifactError(f"the plan asks for {needed} bytes of weights, more than are stored")
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def operator_tensors(

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils import _pytree as pytree
 
+from passes.ir.module_walk import named_tensors, num_parameters
+from passes.ir.program import tensor_leaves
 from pnn_compile.artifact.directory import load
 from pnn_compile.bench.measurements import mean_square, optimizer_of
 from pnn_compile.compiled import Compiled
@@ -119,7 +118,7 @@ def first_run(
     check_batch_size(compiled, batch)
     order = _RunOrder(Path(path), batch, steps, training)
     reports, outputs = zip(*run_on_ranks(_run_rank, ranks, order, threads=threads), strict=True)
-    total = sum(p.numel() for p in compiled.module.parameters())
+    total = num_parameters(compiled.module)
     error = _error(outputs[-1], _run_alone(compiled, batch))
     return FirstRun(compiled.plan.model, batch, training, reports, total, error)
 
@@ -127,11 +126,7 @@ def first_run(
 def _run_alone(compiled: Compiled, batch: int) -> list[torch.Tensor]:
     inputs = resized(compiled, batch, device_of(compiled.module))
     with torch.no_grad():
-        return _tensors(compiled.module.eval()(**inputs))
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        return tensor_leaves(compiled.module.eval()(**inputs))
 
 
 def _error(outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
@@ -145,7 +140,7 @@ def _run_rank(_: torch.device, order: _RunOrder) -> tuple[RankReport, list[torch
     """Load, run and time this rank's stages; return its report and its outputs."""
     module = distribute(order.artifact)
     inputs = resized(module.whole, order.batch, device_of(module.network))
-    outputs = _tensors(module.eval()(**inputs))
+    outputs = tensor_leaves(module.eval()(**inputs))
     optimizer = optimizer_of(module.train(order.training))
 
     def run() -> object:
@@ -154,14 +149,13 @@ def _run_rank(_: torch.device, order: _RunOrder) -> tuple[RankReport, list[torch
         return module(**inputs)
 
     seconds = _timed(run, order.steps)
-    tensors = [*module.parameters(), *module.buffers()]
     stages = [module.whole.plan.stages[number] for number in module.network.stages]
     report = RankReport(
         module.rank,
         tuple(module.network.stages),
         (stages[0].first_module, stages[-1].last_module),
-        sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
-        sum(tensor.nbytes for tensor in tensors),
+        num_parameters(module),
+        sum(tensor.nbytes for _, tensor in named_tensors(module)),
         seconds,
     )
     return report, outputs

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from passes.errors import OptionError, PartitionError, SynthesisError
 from passes.ir.isolation import seeded
+from passes.ir.module_walk import num_parameters
 from passes.options import Options
 from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan
@@ -215,7 +216,7 @@ class _Learner:
         """Return the result."""
         if self.network is None:
             return ProbeRow(self.name, self.speedup, refused=self.refused)
-        count = sum(p.numel() for p in self.network.parameters())
+        count = num_parameters(self.network)
         early_exit = isinstance(self.network, EarlyExit)
         scores = tuple(self.scores)
         return ProbeRow(self.name, self.speedup, early_exit, count, scores, self.seconds)
