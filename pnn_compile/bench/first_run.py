@@ -16,7 +16,7 @@ from passes.ir.program import tensor_leaves
 from pnn_compile.artifact.directory import load
 from pnn_compile.bench.measurements import mean_square, optimizer_of
 from pnn_compile.compiled import Compiled
-from pnn_compile.fit.metrics import RelativeError
+from pnn_compile.fit.metrics import relative_error
 from pnn_compile.inputs import batch_size, check_batch_size, device_of, resized
 from pnn_compile.runtime import distribute, place
 from pnn_compile.runtime.local_ranks import run_on_ranks
@@ -119,7 +119,7 @@ def first_run(
     order = _RunOrder(Path(path), batch, steps, training)
     reports, outputs = zip(*run_on_ranks(_run_rank, ranks, order, threads=threads), strict=True)
     total = num_parameters(compiled.module)
-    error = _error(outputs[-1], _run_alone(compiled, batch))
+    error = relative_error(outputs[-1], _run_alone(compiled, batch))
     return FirstRun(compiled.plan.model, batch, training, reports, total, error)
 
 
@@ -127,13 +127,6 @@ def _run_alone(compiled: Compiled, batch: int) -> list[torch.Tensor]:
     inputs = resized(compiled, batch, device_of(compiled.module))
     with torch.no_grad():
         return tensor_leaves(compiled.module.eval()(**inputs))
-
-
-def _error(outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
-    error = RelativeError()
-    for output, target in zip(outputs, targets, strict=True):
-        error.add(output, target)
-    return error.value
 
 
 def _run_rank(_: torch.device, order: _RunOrder) -> tuple[RankReport, list[torch.Tensor]]:

@@ -13,6 +13,7 @@ from passes.errors import OptionError, VerificationError
 from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     DEBUG,
+    DIRECTORY,
     JSON,
     RANKS,
     THREADS,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
         ("build/model --batch 16 --steps 20", "other steps"),
     ],
 )
-@click.argument("directory", type=click.Path(path_type=Path))
+@DIRECTORY
 @RANKS
 @click.option(
     "--batch",
