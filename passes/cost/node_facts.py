@@ -98,7 +98,7 @@ def observe(program: Program, observations: Observations | None = None) -> Mappi
             larger_shape = larger[node] if larger is not None else None
             spec = _spec(program, node, value, larger_shape, batch_size)
             if node in tracked:
-                spec = replace(spec, batch_axis=_batch_axis(spec, tracked[node], batch_size or 1))
+                spec = replace(spec, batch_axis=_batch_axis(spec, tracked[node]))
             if node in sequences:
                 spec = replace(spec, channel_axis=_unmixed(spec, sequences[node]))
         facts[node] = Fact(
@@ -292,7 +292,7 @@ def _tracked_axes(
     return result
 
 
-def _batch_axis(spec: TensorSpec, tracked: _Tracks, batch_size: int) -> int | None:
+def _batch_axis(spec: TensorSpec, tracked: _Tracks) -> int | None:
     """Return the batch axis of a value of which it is known what the axes of the inputs became.
 
     None if the value has its samples where no layout looks for them: inside of rows, or not at all
