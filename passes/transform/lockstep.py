@@ -30,7 +30,7 @@ from torch import fx, nn
 from passes.analysis.dependence import name_of
 from passes.analysis.loops import is_number, leaves
 from passes.coarse.time_step import StartOptions, TimeStepOptions
-from passes.errors import OptionError
+from passes.errors import OptionError, first_line
 from passes.ir.isolation import with_plain_transformers
 from passes.ir.program import resolve
 from passes.plan.schema import Plan
@@ -183,7 +183,7 @@ class Lockstep:
                 with with_plain_transformers():
                     results = segment.run(values)
             except (RuntimeError, TypeError) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 if segment.numbers:
                     reason += f" (numbers differ from stage to stage in {segment.numbers})"
                 raise refusal(reason) from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from passes.errors import OptionError
+from passes.errors import OptionError, first_line
 from passes.ir.direct_call import with_frame_headroom
 from passes.ir.isolation import DispatchMode
 from passes.ir.program import tensor_leaves
@@ -242,7 +242,7 @@ def _prepared(name: str, workload: Workload) -> tuple[StepFunction | None, str]:
     except NotApplicable as error:
         problem = str(error)
     except Exception as error:
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return step, next(filter(None, problems), "")

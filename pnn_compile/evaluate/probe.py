@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from passes.errors import OptionError, PartitionError, SynthesisError
+from passes.errors import OptionError, PartitionError, SynthesisError, first_line
 from passes.ir.isolation import seeded
 from passes.ir.module_walk import num_parameters
 from passes.options import Options
@@ -232,7 +232,7 @@ def _learners(
         try:
             network = compile_program(compiled.program, Options.of(start, options))
         except (PartitionError, SynthesisError) as error:
-            rows.append(_Learner(form, math.nan, refused=str(error).splitlines()[0]))
+            rows.append(_Learner(form, math.nan, refused=first_line(error)))
             continue
         if _operators(network.plan) == _operators(plan):
             networks.pop("as compiled", None)

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.errors import RuntimeFault
+from passes.errors import RuntimeFault, first_line
 from passes.ir.output_types import typed
 from passes.ir.program import Interpreter, tensor_leaves
 from passes.plan.schema import Plan
@@ -344,7 +344,7 @@ def _captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
             outputs = run()
     except RuntimeError as error:
         raise RuntimeFault(
-            f"a CUDA graph could not be captured: {str(error).splitlines()[0]}; the module waits "
+            f"a CUDA graph could not be captured: {first_line(error)}; the module waits "
             "for the device (.item(), a copy to the CPU, a shape that depends on values)"
         ) from error
     return graph, outputs

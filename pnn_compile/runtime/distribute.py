@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from passes.errors import RuntimeFault
+from passes.errors import RuntimeFault, first_line
 from passes.ir.module_walk import named_tensors
 from pnn_compile.runtime.data_parallel import Groups
 from pnn_compile.runtime.rank_module import RankModule
@@ -139,8 +139,7 @@ def _device(name: torch.device | str | None) -> torch.device | None:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RuntimeFault(f"device {str(name)!r} cannot be used: {reason}") from error
+        raise RuntimeFault(f"device {str(name)!r} cannot be used: {first_line(error)}") from error
 
 
 def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
