@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def place(stages: int, ranks: int, windows: int = 1) -> tuple[int, ...]:
-    """Place stages on ranks, neighbours together, as evenly as possible; return their ranks.
+    """Place stages on ranks, neighbors together, as evenly as possible; return their ranks.
 
     Every window is placed on all ranks.
 
@@ -73,7 +73,7 @@ def distribute(
             `dist.new_group()`, on all ranks, if the script has collectives of its own after that.
         mesh: Instead of a group, `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))`.
-        placement: Rank of every stage; neighbours together, evenly, if None.
+        placement: Rank of every stage; neighbors together, evenly, if None.
         batches: Number of micro-batches of a step; more than one for models that treat every
             sample alone (but for BatchNorm in training), which the first step checks.
         autocast: Precision of torch.autocast around every piece, and of the states that cross
@@ -91,7 +91,7 @@ def distribute(
         The module of this rank; train it with `RankModule.train_step`.
 
     Raises:
-        RuntimeFault: torch.distributed is not initialised, the ranks have different networks, the
+        RuntimeFault: torch.distributed is not initialized, the ranks have different networks, the
             placement does not fit, there is no such device, or different parameters share memory.
         ArtifactError: As `pnn.load`.
     """
