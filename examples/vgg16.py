@@ -1,4 +1,4 @@
-"""VGG-16 with batch normalisation, for CIFAR and for ImageNet.
+"""VGG-16 with batch normalization, for CIFAR and for ImageNet.
 
 Compile the first with `pnn-compile examples/vgg16.py -n 3` and the second with
 `pnn-compile examples/vgg16.py:build_imagenet_model -n 3 --input 1x3x224x224`.

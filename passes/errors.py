@@ -93,6 +93,10 @@ def why(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank; "" if there is none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+def first_line(value: object) -> str:
+    r"""Return the first line that is not blank of a text or a message; "" if there is none.
+
+    >>> first_line(ValueError("\n out of memory\nat ...")), first_line(ValueError())
+    ('out of memory', '')
+    """
+    return next((line.strip() for line in str(value).splitlines() if line.strip()), "")

@@ -458,6 +458,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> Compiled:
     return load_artifact(path, model)
 
 
+def compile_program(program: Program, options: Options) -> Compiled:
+    """Compile a program that was captured before; `compile` says what is raised."""
+    return gather(*run_passes(Compilation(program=program, options=options), COMPILE))
+
+
 def gather(compilation: Compilation, results: tuple[PassResult, ...]) -> Compiled:
     """Collect the results of a finished compilation."""
     c = compilation

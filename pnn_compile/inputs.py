@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, why
-from passes.ir.program import Program
+from passes.ir.program import Program, tensor_leaves
 from passes.transform.network import Call, check_constant, match_arguments
 
 if TYPE_CHECKING:
@@ -172,10 +172,8 @@ def _check_constants(program: Program, name: str, value: Any) -> None:
 
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return the number of samples: size of dimension 0 of the first tensor with dimensions."""
-    leaves = pytree.tree_leaves(dict(batch))
-    return next(
-        (int(leaf.shape[0]) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 0
-    )
+    tensors = tensor_leaves(dict(batch))
+    return next((int(tensor.shape[0]) for tensor in tensors if tensor.dim()), 0)
 
 
 def check_batch_size(compiled: Compiled, batch: int) -> None:
@@ -314,8 +312,8 @@ class CalibrationBatches:
 
 def _checksum(batch: Mapping[str, Any]) -> float:
     """Return the sum of all values, which differs between batches."""
-    leaves = [x for x in pytree.tree_leaves(dict(batch)) if isinstance(x, torch.Tensor)]
-    return sum(leaf.double().sum().item() for leaf in leaves if not leaf.is_complex())
+    tensors = tensor_leaves(dict(batch))
+    return sum(tensor.double().sum().item() for tensor in tensors if not tensor.is_complex())
 
 
 def read_batches(

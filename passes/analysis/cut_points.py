@@ -100,7 +100,7 @@ def find_frontiers(
     persistent = _persistent_memory(program, facts)
     recompute, quietly = (
         functools.partial(find_recomputable, order, observed, costs, persistent)
-        for observed in (facts, without_dropout(program, facts))
+        for observed in (facts, without_dropout(facts))
     )
     recomputable, guessable = with_sources(program, facts, recompute, quietly)
     weights = find_weights(program, facts, input_dependence(program, facts))

@@ -28,8 +28,7 @@ from torch import fx, nn
 
 from passes.analysis.cut_points import Frontiers, Position
 from passes.analysis.dependence import name_of
-from passes.cost.flops import NodeCost
-from passes.ir.module_walk import submodule
+from passes.cost.flops import NodeCost, parameters
 from passes.ir.observer import Fact
 from passes.ir.program import Program, provenance, resolve
 
@@ -103,14 +102,7 @@ def is_number(leaf: Leaf) -> bool:
 
 def holds_weights(program: Program, node: fx.Node) -> bool:
     """Whether a node reads parameters: a layer, or an operator with one among its arguments."""
-    if node.op == "call_module":
-        layer = submodule(program.module, str(node.target))
-        return next(layer.parameters(), None) is not None
-    return any(
-        source.op == "get_attr"
-        and isinstance(resolve(program.module, str(source.target)), nn.Parameter)
-        for source in node.all_input_nodes
-    )
+    return bool(parameters(program, node))
 
 
 def find_loop(

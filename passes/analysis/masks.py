@@ -155,7 +155,7 @@ def recomputed(
     return result
 
 
-def without_dropout(program: Program, facts: Mapping[fx.Node, Fact]) -> dict[fx.Node, Fact]:
+def without_dropout(facts: Mapping[fx.Node, Fact]) -> dict[fx.Node, Fact]:
     """Return the facts of the program with dropout off."""
     return {
         node: replace(fact, random=False) if is_dropout(node) else fact

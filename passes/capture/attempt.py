@@ -33,7 +33,7 @@ from passes.ir.module_walk import named_submodules
 from passes.ir.program import graph_module, is_user_code, verify_graph
 
 FrontEnd = Callable[[nn.Module, ExampleInputs], tuple[fx.Graph, Mapping[str, torch.Tensor]]]
-"""Maps a model, its inputs and whether the batch size is free to a graph and its constants."""
+"""Maps a model and its example inputs to a graph, and its constant tensors by name."""
 
 MAX_TRIES = 3
 """Attempts before random numbers count as the model's own: another thread may have drawn them."""

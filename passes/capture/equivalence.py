@@ -159,8 +159,7 @@ class Reference:
         with preserved(self._model), with_plain_transformers(), torch.no_grad():
             set_mode(self._model, False)
             for inputs in (self.inputs, self.inputs.varied(grow=False)):
-                values = [leaf.detach().clone() for leaf in inputs.tensors()]
-                args, kwargs = inputs.with_leaves(values)
+                args, kwargs = inputs.copied()
                 try:
                     self._model(*args, **kwargs)
                 except Exception:  # the second input may not suit the model
@@ -243,8 +242,8 @@ class Reference:
         with preserved(self._model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nested tensors are a prototype
             set_mode(self._model, False)
-            inputs = self.inputs.replaced([t.detach().clone() for t in self.inputs.tensors()])
-            outputs = output_leaves(self._model(*inputs.args, **inputs.kwargs))
+            args, kwargs = self.inputs.copied()
+            outputs = output_leaves(self._model(*args, **kwargs))
         plain = dataclasses.replace(self._runs[False, False], gradients={}, changed={})
         if compare(StepResult(outputs, {}, {}), plain):
             self.notes.append(
@@ -458,13 +457,7 @@ def _call_by_name(module: nn.Module) -> Forward:
 
 
 def _call_on(interpreter: Interpreter) -> Forward:
-    names = [str(node.target) for node in interpreter.graph.find_nodes(op="placeholder")]
-
-    def call(inputs: ExampleInputs) -> Any:
-        arguments = inputs.tensor_arguments()
-        return interpreter.run(*(arguments[name] for name in names))
-
-    return call
+    return lambda inputs: interpreter.run_by_name(inputs.tensor_arguments())
 
 
 def _shapes(inputs: ExampleInputs) -> str:

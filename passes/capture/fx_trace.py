@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import DispatchMode, exclusive, for_this_thread
-from passes.ir.module_walk import named_buffers, named_parameters
+from passes.ir.module_walk import named_tensors
 from passes.ir.output_types import plain
 from passes.ir.program import Provenance, is_user_code, set_provenance, storage_id
 
@@ -231,8 +231,8 @@ class _WeightObserver(DispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        tensors = (*named_buffers(model, repeats=True), *named_parameters(model, repeats=True))
-        self._names = {storage_id(tensor): name for name, tensor in tensors}
+        named = named_tensors(model, repeats=True)
+        self._names = {storage_id(tensor): name for name, tensor in named}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

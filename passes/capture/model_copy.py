@@ -32,7 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from passes.errors import CaptureError, first_line
-from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, submodules
+from passes.ir.held_values import nested_codes, plain_attributes
+from passes.ir.module_walk import named_submodules, named_tensors, submodules
 from passes.ir.program import storage_id
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -261,11 +262,7 @@ def _held(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 def _global_names(function: types.FunctionType) -> list[str]:
     """Return the global names that the code of a function, nested functions included, mentions."""
-    names, pending = set[str](), [function.__code__]
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names)
-        pending += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    names = {name for code in nested_codes(function.__code__) for name in code.co_names}
     return sorted(names & function.__globals__.keys())
 
 
@@ -299,8 +296,8 @@ class _Memo:
         self.model = model
         self._values = [value for _, value in reached]  # alive, so that ids stay theirs
         self._modules = submodules(model)
-        named = *named_parameters(model, repeats=True), *named_buffers(model, repeats=True)
-        self.parts = {id(part) for part in (*self._modules, *(tensor for _, tensor in named))}
+        tensors = (tensor for _, tensor in named_tensors(model, repeats=True))
+        self.parts = {id(part) for part in (*self._modules, *tensors)}
 
     def fill(self) -> None:
         """Add the copies of everything that needs care."""
@@ -452,14 +449,6 @@ def _shell(function: types.FunctionType) -> types.FunctionType:
     shell = types.FunctionType(function.__code__, names, function.__name__, None, cells)
     shell.__qualname__, shell.__doc__ = function.__qualname__, function.__doc__
     return shell
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module besides those that every module has."""
-    return {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
-
-
-_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _drop_computed(model: nn.Module) -> None:

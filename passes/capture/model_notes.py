@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.capture.model_copy import HOOKS, STATE_HOOKS, plain_attributes, walk
+from passes.capture.model_copy import HOOKS, STATE_HOOKS, walk
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs
-from passes.ir.held_values import PLAIN, contents
+from passes.ir.held_values import PLAIN, contents, plain_attributes
 from passes.ir.isolation import preserved, with_plain_transformers
-from passes.ir.module_walk import named_buffers, named_parameters, named_submodules, set_mode
+from passes.ir.module_walk import named_submodules, named_tensors, set_mode
 from passes.ir.run_step import output_leaves
 
 
@@ -92,8 +92,7 @@ def _learned(
     # `notes_on_runs` compares attributes as forward leaves them, and puts them back.
     with with_plain_transformers() as trains, torch.enable_grad():
         set_mode(model, train)
-        values = [leaf.detach().clone() for leaf in inputs.tensors()]
-        args, kwargs = inputs.with_leaves(values)
+        args, kwargs = inputs.copied()
         try:
             outputs = output_leaves(model(*args, **kwargs))
         except Exception:  # the reference runs tell
@@ -118,7 +117,7 @@ def _check_foreign(model: nn.Module, learned: Iterable[torch.Tensor]) -> None:
     Raises:
         CaptureError: It does: code of the model names the model by a global variable.
     """
-    theirs = {id(tensor): name for name, tensor in _named_tensors(model)}
+    theirs = {id(tensor): name for name, tensor in named_tensors(model, repeats=True)}
     for tensor in learned:
         if id(tensor) in theirs:
             raise CaptureError(
@@ -129,7 +128,7 @@ def _check_foreign(model: nn.Module, learned: Iterable[torch.Tensor]) -> None:
 
 def _unregistered(copied: nn.Module, learned: Iterable[torch.Tensor]) -> str:
     """Name the tensors that are learned, but no parameters of the model."""
-    registered = {id(tensor) for _, tensor in _named_tensors(copied)}
+    registered = {id(tensor) for _, tensor in named_tensors(copied, repeats=True)}
     unknown = [tensor for tensor in learned if id(tensor) not in registered]
     if not unknown:
         return ""
@@ -140,11 +139,6 @@ def _unregistered(copied: nn.Module, learned: Iterable[torch.Tensor]) -> str:
         "that the network holds them as constants and does not train them; register them "
         "(nn.ParameterList, register_parameter), or compute them from parameters in forward"
     )
-
-
-def _named_tensors(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    yield from named_parameters(module, repeats=True)
-    yield from named_buffers(module, repeats=True)
 
 
 def _silent_hooks(copied: nn.Module, module: fx.GraphModule) -> str:

@@ -28,6 +28,7 @@ from passes.capture.torch_export import export
 from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind
 from passes.ir.isolation import preserved, with_plain_transformers
+from passes.ir.module_walk import num_parameters
 
 _MAX_SHARE = 0.5
 """Largest share of the parameters in one opaque module: with more, too little is left to cut."""
@@ -147,18 +148,14 @@ def _check_sizes(model: nn.Module, classes: tuple[OpaqueClass, ...]) -> tuple[Op
     if not classes:
         raise CaptureError("no submodule alone stands in the way")
     for opaque in classes:
-        sizes = [_num_parameters(model.get_submodule(path)) for path in opaque.paths]
-        share = max(sizes) / max(_num_parameters(model), 1)
+        sizes = [num_parameters(model.get_submodule(path)) for path in opaque.paths]
+        share = max(sizes) / max(num_parameters(model), 1)
         if share > _MAX_SHARE:
             raise CaptureError(
                 f"one module with {share:.0%} of the parameters would stay whole, "
                 f"{opaque.label}: {opaque.reason}"
             )
     return classes
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _inside_out(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -301,8 +301,7 @@ def _observe_calls(
         stack.enter_context(preserved(model))
         stack.enter_context(with_plain_transformers())
         stack.enter_context(torch.no_grad())
-        values = [tensor.detach().clone() for tensor in inputs.tensors()]
-        args, kwargs = inputs.with_leaves(values)
+        args, kwargs = inputs.copied()
         model(*args, **kwargs)
     return observations
 

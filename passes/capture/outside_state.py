@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 
 from passes.capture.model_notes import join_few
-from passes.ir.held_values import contents, is_foreign, snapshot
+from passes.ir.held_values import contents, is_foreign, nested_codes, snapshot
 from passes.ir.module_walk import submodules
 
 
@@ -100,7 +100,8 @@ class OutsideState:
             if id(function.__code__) in self._codes or is_foreign(function):
                 continue
             self._codes.add(id(function.__code__))
-            mentioned = _names(function.__code__)
+            codes = nested_codes(function.__code__)
+            mentioned = {name for code in codes for name in code.co_names}
             names |= mentioned
             for index, default in enumerate(function.__defaults__ or ()):
                 count = function.__code__.co_argcount - len(function.__defaults__ or ())
@@ -184,16 +185,6 @@ def _function(value: Any) -> types.FunctionType | None:
     elif hasattr(type(value), "cache_info"):
         value = value.__wrapped__
     return value if isinstance(value, types.FunctionType) else None
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """Return the names that code mentions, nested functions included."""
-    names, pending = set[str](), [code]
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names)
-        pending += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    return names
 
 
 def _content(cell: types.CellType) -> Any:

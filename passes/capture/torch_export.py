@@ -30,6 +30,7 @@ from passes.capture.refold import CALL_KEY, outline
 from passes.errors import CaptureError
 from passes.ir.example_inputs import AttributeKey, ExampleInputs, placeholder_names
 from passes.ir.isolation import DispatchMode, exclusive
+from passes.ir.module_walk import named_tensors
 from passes.ir.program import (
     Provenance,
     is_user_code,
@@ -186,8 +187,7 @@ class _Copier:
         self._autocast: tuple[str, torch.dtype] | None = None
         self._without_gradients = False
         self._opaque_calls = opaque_calls
-        self._model_tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._model_tensors |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        self._model_tensors = {name for name, _ in named_tensors(model, repeats=True)}
         self.constants: dict[str, torch.Tensor] = {}
 
     def copy(self, module: fx.GraphModule, mapping: dict[fx.Node, Any], prefix: str = "") -> None:

@@ -30,8 +30,8 @@ from torch.utils import _pytree as pytree
 from passes.ir.example_inputs import ExampleInputs
 from passes.ir.isolation import preserved, random_sources, same_values, seed_everything
 from passes.ir.module_walk import named_submodules, set_mode
-from passes.ir.program import is_user_code
-from passes.ir.run_step import output_leaves
+from passes.ir.program import is_user_code, tensor_leaves
+from passes.ir.run_step import output_tensors
 
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _RUNS = 6
@@ -73,13 +73,13 @@ def _run(
     model: nn.Module, inputs: ExampleInputs, observer: _Observer, *, train: bool
 ) -> list[torch.Tensor]:
     """Run a model under an observer; return its output tensors, none if it fails."""
-    args, kwargs = inputs.with_leaves([t.detach().clone() for t in inputs.tensors()])
+    args, kwargs = inputs.copied()
     output = None
     with preserved(model), _watch(model, observer), contextlib.suppress(Exception), observer:
         seed_everything(0)
         set_mode(model, train)
         output = model(*args, **kwargs)
-    return [leaf.detach() for leaf in output_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return [tensor.detach() for tensor in output_tensors(output)]
 
 
 class _Observer(TorchFunctionMode):
@@ -136,8 +136,7 @@ class _Observer(TorchFunctionMode):
         if not sources and not torch.equal(before, torch.get_rng_state()):
             sources = [f"torch.{name}{_line()}"]
         if sources:
-            tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-            self._drawn |= {id(tensor): (tensor, sources[0]) for tensor in tensors}
+            self._drawn |= {id(tensor): (tensor, sources[0]) for tensor in tensor_leaves(result)}
         return result
 
 

@@ -53,6 +53,10 @@ Build = Callable[[Any, Site], nn.Module]
 """Function from the options of a family and a `Site` to a network."""
 
 
+def _guess_by_channel_map(options: PreprocessOptions, site: Site) -> Linear:
+    return Linear(site.entering, site.leaving, bias=True, reads=options.reads)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of cheap networks: a row of the table.
@@ -111,9 +115,7 @@ FAMILIES: dict[str, Family] = {
         sums=True,
     ),
     "linear": Family(
-        preprocess=lambda options, site: Linear(
-            site.entering, site.leaving, bias=True, reads=options.reads
-        ),
+        preprocess=_guess_by_channel_map,
         coarse=lambda options, site: Linear(
             site.entering, site.leaving, bias=bool(options.bias), reads=options.reads
         ),
@@ -164,9 +166,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "thinned": Family(
         # The front, which computes the sources, copies the blocks; its map scales them.
-        preprocess=lambda options, site: Linear(
-            site.entering, site.leaving, bias=True, reads=options.reads
-        ),
+        preprocess=_guess_by_channel_map,
         coarse=build_thinned,
         preprocess_options=FrontOptions,
         coarse_options=ThinnedOptions,
@@ -174,9 +174,7 @@ FAMILIES: dict[str, Family] = {
         copies_blocks=True,
     ),
     "narrow": Family(
-        preprocess=lambda options, site: Linear(
-            site.entering, site.leaving, bias=True, reads=options.reads
-        ),
+        preprocess=_guess_by_channel_map,
         preprocess_options=NarrowOptions,
     ),
     "time_step": Family(

@@ -1,9 +1,9 @@
 """Choose the sources of a preprocessing operator: inputs, or copies of layers before the interface.
 
-The third is how classical parareal begins, with the coarse propagator run from the start (Lions,
+"thinned" is how classical parareal begins, with the coarse propagator run from the start (Lions,
 Maday, Turinici 2001): every m-th block of all that lies before the interface. Each device runs its
-front at the same time as the others. With an interface at `|`, stem S and blocks A, and a at few
-channels:
+front at the same time as the others. With an interface at `|`, stem S and blocks A, and s and a at
+few channels:
 
     original      S A A A A A A | A A A
     inputs                      -> map to the state at |

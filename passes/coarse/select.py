@@ -62,6 +62,7 @@ from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
 from passes.errors import PnnError, SynthesisError, first_line
 from passes.ir.isolation import seeded
+from passes.ir.module_walk import num_parameters
 from passes.ir.program import provenance, tensor_leaves
 from passes.ir.tensor_spec import TensorSpec, Value
 
@@ -232,7 +233,7 @@ def _measure_preprocess(
         if is_narrow(draft.family):
             inputs = analysis.program.examples(draft.options.inputs)
             work = _measure_call(analysis, module, [], inputs)
-            return work | {"parameters": sum(p.numel() for p in module.parameters())}
+            return work | {"parameters": num_parameters(module)}
         work = _measure_call(analysis, module.operator, origin.specs, [])
     copied = [analysis.costs[node] for node in origin.copied]
     work["flops"] += origin.flops
@@ -241,7 +242,7 @@ def _measure_preprocess(
         work["backward_seconds"] += sum(cost.backward for cost in copied)
     # A prologue that is no copy is the embedding of the program itself.
     counted = module if origin.copied else module.operator
-    return work | {"parameters": sum(p.numel() for p in counted.parameters())}
+    return work | {"parameters": num_parameters(counted)}
 
 
 def _convolves(origin: PreprocessOrigin, options: Options, state: Sequence[TensorSpec]) -> bool:
@@ -403,7 +404,7 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
             with seeded(0):
                 module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
             work = _measure_call(analysis, module, sources, inputs, corrects=True)
-        work["parameters"] = sum(p.numel() for p in module.parameters())
+        work["parameters"] = num_parameters(module)
         analysis.measured[key] = work
     return dataclasses.replace(draft, **analysis.measured[key])
 

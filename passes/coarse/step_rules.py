@@ -185,12 +185,11 @@ class _Rules:
                 first=inside[0].name, period=loop.period, lengths=(stop - start,), rule=rule
             )
         )
-        arguments = {n.name: program.args[str(n.target)] for n in program.inputs}
         with preserved(program.module), torch.no_grad():
             network = writer.finish([node.name for node in leaving], "Trial")
             program.module.eval()
             try:
-                result = network(*state, *(arguments[name] for name in inputs))
+                result = network(*state, *program.examples(inputs))
             except (RuntimeError, IndexError, ValueError):  # a constant that may not be changed
                 return [torch.full_like(tensor, float("nan")) for tensor in state]
         return tensor_leaves(result)

@@ -98,7 +98,7 @@ def observe(program: Program, observations: Observations | None = None) -> Mappi
             larger_shape = larger[node] if larger is not None else None
             spec = _spec(program, node, value, larger_shape, batch_size)
             if node in tracked:
-                spec = replace(spec, batch_axis=_batch_axis(spec, tracked[node], batch_size or 1))
+                spec = replace(spec, batch_axis=_batch_axis(spec, tracked[node]))
             if node in sequences:
                 spec = replace(spec, channel_axis=_unmixed(spec, sequences[node]))
         facts[node] = Fact(
@@ -198,7 +198,7 @@ def _sequence_axes(
                 probe = _SequenceProbe(program.module, evaluated.values, size)
                 values = _change_later_half(inputs, index, axis)
                 try:
-                    probe.run(*(values[str(node.target)] for node in program.inputs))
+                    probe.run_by_name(values)
                 except (RuntimeError, ValueError, IndexError):
                     continue
                 except _MixedError:
@@ -280,7 +280,7 @@ def _tracked_axes(
                 probe = _AxisProbe(program.module, evaluated.values, size)
                 values = _change_later_half(inputs, index, axis)
                 try:
-                    probe.run(*(values[str(node.target)] for node in program.inputs))
+                    probe.run_by_name(values)
                 except (RuntimeError, ValueError, IndexError):
                     continue
                 samples = axis == 0 and size == batch_size
@@ -292,7 +292,7 @@ def _tracked_axes(
     return result
 
 
-def _batch_axis(spec: TensorSpec, tracked: _Tracks, batch_size: int) -> int | None:
+def _batch_axis(spec: TensorSpec, tracked: _Tracks) -> int | None:
     """Return the batch axis of a value of which it is known what the axes of the inputs became.
 
     None if the value has its samples where no layout looks for them: inside of rows, or not at all
@@ -331,11 +331,10 @@ def _unmixed(spec: TensorSpec, sequence: int) -> int:
 
 
 def _run(program: Program, inputs: ExampleInputs, interpreter: Interpreter, *, train: bool) -> None:
-    values = [tensor.detach().clone() for tensor in inputs.tensors()]
-    _, kwargs = inputs.with_leaves(values)
+    _, kwargs = inputs.copied()
     with preserved(program.module), torch.no_grad():
         set_mode(program.module, train)
-        interpreter.run(*(kwargs[str(node.target)] for node in program.inputs))
+        interpreter.run_by_name(kwargs)
 
 
 def _batch_size(inputs: ExampleInputs, observer: _WorkObserver) -> int | None:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, OptionError
-from passes.ir.module_walk import named_buffers, named_parameters
+from passes.ir.module_walk import named_tensors
 from passes.ir.program import DIMENSIONS, sequence_length, storage_id
 
 
@@ -85,6 +85,10 @@ class ExampleInputs:
 
         args, kwargs = pytree.tree_map(replace, (tuple(self.args), dict(self.kwargs)))
         return args, kwargs
+
+    def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with copies of the tensors, as a model may write into these."""
+        return self.with_leaves([tensor.detach().clone() for tensor in self.tensors()])
 
     def tensor_arguments(self) -> dict[str, Any]:
         """Return the arguments that hold tensors, by name: the inputs of the captured graph."""
@@ -328,9 +332,7 @@ def constant_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any
 
 def _without_aliases(model: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy the tensors that share memory with the model or with an earlier tensor."""
-    memories = {
-        storage_id(tensor) for _, tensor in (*named_parameters(model), *named_buffers(model))
-    }
+    memories = {storage_id(tensor) for _, tensor in named_tensors(model)}
     separate = []
     for tensor in tensors:
         memory = storage_id(tensor)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TORCH_TABLES = frozenset(vars(nn.Module()))
+_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes in which nn.Module keeps its parameters, buffers, submodules, hooks and its mode."""
 
 PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -37,6 +37,11 @@ _FOREIGN = (sys.stdlib_module_names | {"torch", "numpy", "passes", "pnn_compile"
 }
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module besides those that every module has."""
+    return {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
+
+
 def complex_attributes(children: Sequence[nn.Module]) -> list[Attribute]:
     """Return the attributes of modules besides torch's, numbers, texts and tuples of these.
 
@@ -46,7 +51,7 @@ def complex_attributes(children: Sequence[nn.Module]) -> list[Attribute]:
         (child, name, value)
         for child in children
         for name, value in vars(child).items()
-        if type(value) not in PLAIN and name not in _TORCH_TABLES
+        if type(value) not in PLAIN and name not in _EVERY_MODULE
         if type(value) is not tuple or not all(type(item) in PLAIN for item in value)
     ]
 
@@ -91,6 +96,12 @@ def is_open(value: Any) -> bool:
 def is_foreign(value: Any) -> bool:
     """Whether a class or function is one of torch, of the standard library, or of the compiler."""
     return str(value.__module__).partition(".")[0] in _FOREIGN
+
+
+def nested_codes(code: types.CodeType) -> list[types.CodeType]:
+    """Return the code of a function, and of all functions that are written in it."""
+    inner = [value for value in code.co_consts if isinstance(value, types.CodeType)]
+    return [code, *(nested for one in inner for nested in nested_codes(one))]
 
 
 def snapshot(values: Iterable[Any]) -> list[tuple[Any, Callable[[], bool]]]:

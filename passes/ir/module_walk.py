@@ -91,6 +91,16 @@ def named_buffers(root: nn.Module, *, repeats: bool = False) -> list[tuple[str, 
     return _named(root, "_buffers", repeats)
 
 
+def named_tensors(root: nn.Module, *, repeats: bool = False) -> list[tuple[str, torch.Tensor]]:
+    """Return the parameters, then the buffers, with their names."""
+    return [*named_parameters(root, repeats=repeats), *named_buffers(root, repeats=repeats)]
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Return the number of numbers in the parameters."""
+    return sum(parameter.numel() for _, parameter in named_parameters(module))
+
+
 def _named(root: nn.Module, table: str, repeats: bool) -> list[tuple[str, Any]]:
     named: list[tuple[str, Any]] = []
     seen: set[int] = set()

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from passes.ir.module_walk import named_buffers, named_parameters, submodule
+from passes.ir.module_walk import named_tensors, submodule
 from passes.ir.program import Interpreter, Program, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
@@ -120,8 +120,8 @@ class Observer(Interpreter):
 
         The next run may get the same memory again, and its nodes would seem to share it with these.
         """
-        state = (*named_parameters(self.module), *named_buffers(self.module))
-        names = {memory: memory for memory in (memory_of(tensor) for _, tensor in state)}
+        state = {memory_of(tensor) for _, tensor in named_tensors(self.module)}
+        names = {memory: memory for memory in state}
         memories = {m for fact in self._facts.values() for m in (*fact.storages, *fact.writes)}
         names |= {memory: next(_NUMBERS) for memory in memories - names.keys()}
 
@@ -152,8 +152,8 @@ class Observer(Interpreter):
         ]
         if n.op == "call_module":
             owner = submodule(self.module, str(n.target))
-            state = (*named_parameters(owner), *named_buffers(owner))
-            reads += [(frozenset({memory_of(tensor)}), tensor) for _, tensor in state]
+            state = [tensor for _, tensor in named_tensors(owner)]
+            reads += [(frozenset({memory_of(tensor)}), tensor) for tensor in state]
         versions = [tensor._version for _, tensor in reads]
         value, work = self.compute(n)
         random_state = _random_state()

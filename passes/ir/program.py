@@ -407,15 +407,15 @@ class Interpreter(fx.Interpreter):
     (3, 3)
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        garbage_collect_values: bool = True,
-        graph: fx.Graph | None = None,
-    ) -> None:
-        super().__init__(module, garbage_collect_values, graph)
+    def __init__(self, module: nn.Module, garbage_collect_values: bool = True) -> None:
+        super().__init__(module, garbage_collect_values)
         # Errors stay as they are: describing where they arose imports inductor, for a second.
         self.extra_traceback = False
+
+    def run_by_name(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the graph on inputs by the names of its arguments."""
+        names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
+        return self.run(*(inputs[name] for name in names))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a node, with values for nodes and fresh lists and dicts."""
@@ -487,10 +487,9 @@ def failing_node(module: fx.GraphModule, inputs: Mapping[str, Any]) -> str:
             reached.append(n)
             return super().run_node(n)
 
-    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     try:
         with torch.no_grad():
-            Tracker(module).run(*(inputs[name] for name in names))
+            Tracker(module).run_by_name(inputs)
     except Exception:
         node = reached[-1]
         path, source = provenance(node).path, provenance(node).source

@@ -84,7 +84,7 @@ class CutSolution:
 
     @property
     def time(self) -> float:
-        """Modelled step time: makespan plus serial sweep."""
+        """Modeled step time: makespan plus serial sweep."""
         return self.makespan + self.serial
 
     @property

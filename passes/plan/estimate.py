@@ -6,9 +6,9 @@ A step of N stages and K iterations takes
 
 where `makespan` is the slowest stage with its preprocessing operator, `slowest` the slowest fine
 stage alone (of several windows, the sums of theirs), and `sweep` the coarse propagators and links
-of one iteration. The objective of the
-partition (`passes.partition.problem`) is the same model for K = 1. `passes.schedule.simulate` is
-the exact model, of which this is an upper bound, tight for equal stages and one iteration:
+of one iteration. The objective of the partition (`passes.partition.problem`) is the same model for
+K = 1. `passes.schedule.simulate` is the exact model, of which this is an upper bound, tight for
+equal stages and one iteration:
 
 - A chain is counted as makespan, then sweep. In the simulation the sweep already passes the first
   stages while a later, slower stage still computes. The difference is at most the sweep, and 0 if

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from passes.ir.module_walk import named_tensors
 from passes.ir.program import Program, graph_module, resolve
 from passes.plan.schema import Plan
 from passes.transform.split import Stages
@@ -43,11 +44,9 @@ def current_program(
     """Return a program with the current tensors of its stages, and inputs that match them."""
     current: dict[str, torch.Tensor] = {}
     for piece in (*stages.fine, stages.head):
-        current.update(piece.named_parameters(remove_duplicate=False))
-        current.update(piece.named_buffers(remove_duplicate=False))
-    captured = dict[str, torch.Tensor](program.module.named_parameters(remove_duplicate=False))
-    captured.update(program.module.named_buffers(remove_duplicate=False))
-    stale = [n for n, tensor in captured.items() if current.get(n, tensor) is not tensor]
+        current.update(named_tensors(piece, repeats=True))
+    captured = named_tensors(program.module, repeats=True)
+    stale = [n for n, tensor in captured if current.get(n, tensor) is not tensor]
     module = program.module
     if stale:
         module = graph_module(program.module, program.graph, program.name)

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from passes.analysis.dependence import name_of
 from passes.analysis.loops import is_number, leaves
 from passes.coarse.time_step import StartOptions, TimeStepOptions
-from passes.errors import OptionError
+from passes.errors import OptionError, first_line
 from passes.ir.isolation import with_plain_transformers
 from passes.ir.program import resolve
 from passes.plan.schema import Plan
@@ -182,7 +183,7 @@ class Lockstep:
                 with with_plain_transformers():
                     results = segment.run(values)
             except (RuntimeError, TypeError) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 if segment.numbers:
                     reason += f" (numbers differ from stage to stage in {segment.numbers})"
                 raise refusal(reason) from error
@@ -274,7 +275,7 @@ class _Writer:
         node, columns = row[0], [*zip(*map(leaves, row), strict=True)]
         kinds = {self._kind(leaf) for leaf in columns}
         kind = _Kind.SHARED
-        if _Kind.EACH in kinds and _name(node) in _FILLS:
+        if _Kind.EACH in kinds and name_of(node) in _FILLS:
             kind = _Kind.EACH
         elif _Kind.BATCHED in kinds or (_Kind.EACH in kinds and self._has_weights(node)):
             kind = _Kind.SHARED if _asks_size(node) else _Kind.BATCHED
@@ -362,11 +363,7 @@ def _is_alike(leaf: _Row) -> bool:
 
 def _asks_size(node: fx.Node) -> bool:
     """Whether a node asks for what a tensor is, not for its values."""
-    return (node.args[1] if node.target is getattr else _name(node)) in _SIZES
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return (node.args[1] if node.target is getattr else name_of(node)) in _SIZES
 
 
 def _table(stage: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import OptionError, SynthesisError, first_line
 from passes.ir.example_inputs import bind
 from passes.ir.isolation import preserved
-from passes.ir.module_walk import set_mode
+from passes.ir.module_walk import named_tensors, set_mode
 from passes.ir.output_types import OutputType, typed
 from passes.ir.program import Program, failing_node, tensor_leaves
 
@@ -239,10 +239,7 @@ class Network(fx.GraphModule):
     def _aliases(self) -> dict[str, str]:
         """Return the further names of shared tensors, and the first name of the same tensor."""
         first: dict[int, str] = {}
-        named = [
-            *self.named_parameters(remove_duplicate=False),
-            *self.named_buffers(remove_duplicate=False),
-        ]
+        named = named_tensors(self, repeats=True)
         pairs = [(name, first.setdefault(id(tensor), name)) for name, tensor in named]
         return {name: kept for name, kept in pairs if name != kept}
 

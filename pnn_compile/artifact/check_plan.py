@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 
 from passes.cost.node_facts import observe
 from passes.errors import ArtifactError, first_line
+from passes.ir.module_walk import named_tensors
 from passes.ir.program import Interpreter, Program
 from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
 from passes.transform.split import Stages, split
 from passes.transform.synthesize import Operators, synthesize
 from pnn_compile.artifact.functions import check_operands, is_fragile
-from pnn_compile.artifact.modules import named_tensors
 from pnn_compile.artifact.tensors import Record, TensorReader
 
 
@@ -158,13 +158,9 @@ def check_operators(
                 f"the artifact has {name} {list(shape)}, where the network of the plan has "
                 f"{list(tensor.shape)}"
             )
-    needed = sum(map(_bytes, tensors.values()))
-    if program.device.type != "meta" and needed > 2 * sum(map(_bytes, values.values())):
+    needed, held = (sum(x.nbytes for x in named.values()) for named in (tensors, values))
+    if program.device.type != "meta" and needed > 2 * held:
         raise ArtifactError(f"the plan asks for {needed} bytes of weights, more than are stored")
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def operator_tensors(

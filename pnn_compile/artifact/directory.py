@@ -32,12 +32,13 @@ from passes.capture.ladder import capture
 from passes.capture.model_copy import unwrap
 from passes.errors import ArtifactError, CaptureError, PnnError, why
 from passes.ir.example_inputs import call_signature
+from passes.ir.module_walk import named_tensors
 from passes.ir.program import Program
 from passes.pipeline import REPLAY, Compilation, PassResult, run_passes
 from passes.plan.schema import Plan
 from passes.plan.validate import check_replayed
 from pnn_compile.artifact.check_plan import check_operators, check_states, operator_tensors
-from pnn_compile.artifact.modules import named_tensors, set_training_modes, training_modes
+from pnn_compile.artifact.modules import set_training_modes, training_modes
 from pnn_compile.artifact.program_json import (
     dynamic_from_data,
     fixed_from_data,
@@ -325,7 +326,7 @@ def _restore_network(
     compiled: Compiled, network: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
 ) -> None:
     records = network["tensors"]
-    targets = dict(named_tensors(compiled.operators.named()))
+    targets = dict(named_tensors(compiled.operators.named(), repeats=True))
     reader = TensorReader(records, weights)
     assign(targets, records, reader, "the network of the plan")
     set_training_modes(compiled.module, network["training"])

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import CodeType
 from typing import Any, TypedDict
 
 import torch
@@ -21,8 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
+from passes.capture.model_copy import HOOKS
 from passes.capture.refold import Attention, BatchNorm, GroupedMatmul, StochasticDepth
 from passes.errors import ArtifactError
+from passes.ir.held_values import nested_codes, plain_attributes
+from passes.ir.module_walk import named_tensors
 from pnn_compile.artifact.values import UnsupportedError, decode, encode
 
 _NOT_LEAVES = (
@@ -31,8 +33,6 @@ _NOT_LEAVES = (
     nn.CTCLoss,  # see functions.py
 )  # fmt: skip
 _PLACEMENT = ("device", "dtype")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 _Recover = Mapping[str, Callable[[Any], Any]]
@@ -121,12 +121,6 @@ def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
 def is_container(module: nn.Module) -> bool:
     """Return whether a module only contains others, so that its class does not matter."""
     return type(module) is nn.Module
-
-
-def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all parameters and buffers, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def build(
@@ -268,7 +262,7 @@ def _difference(rebuilt: nn.Module, module: nn.Module) -> str:
         where = f" of {path}" if path else ""
         if _class(child) is not _class(expected_modules[path]):
             return f"another class{where}"
-        if any(getattr(child, hooks) for hooks in _HOOKS):
+        if any(getattr(child, hooks) for hooks in HOOKS):
             return f"a hook{where}"
         attributes, expected = _attributes(child), _attributes(expected_modules[path])
         # Users attach attributes to layers; those that the class does not use do not matter.
@@ -291,18 +285,13 @@ def _is_unused(module: nn.Module, name: str) -> bool:
 @cache
 def _names_in_code(kind: type[Any]) -> frozenset[str]:
     """Return the names and strings in the code of a class, nested functions included."""
-    names: set[str] = set()
-    pending = [
-        code
-        for base in kind.__mro__
-        for value in vars(base).values()
-        if (code := getattr(inspect.unwrap(_function(value)), "__code__", None)) is not None
-    ]
-    while pending:
-        code = pending.pop()
-        names.update(code.co_names, (text for text in code.co_consts if isinstance(text, str)))
-        pending += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    return frozenset(names)
+    members = (value for base in kind.__mro__ for value in vars(base).values())
+    functions = (inspect.unwrap(_function(member)) for member in members)
+    outer = (getattr(function, "__code__", None) for function in functions)
+    codes = [code for one in outer if one is not None for code in nested_codes(one)]
+    constants = (constant for code in codes for constant in code.co_consts)
+    names = {name for code in codes for name in code.co_names}
+    return frozenset(names.union(text for text in constants if isinstance(text, str)))
 
 
 def _function(value: Any) -> Any:
@@ -315,10 +304,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
     Private ones only if they are plain values or shadow an attribute of the class.
     """
-    added = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
     return {
         name: value if _is_plain(value) or callable(value) else object()  # equal to nothing
-        for name, value in added.items()
+        for name, value in plain_attributes(module).items()
         if not name.startswith("_") or _is_plain(value) or hasattr(type(module), name)
     }
 
@@ -338,7 +326,7 @@ def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     }
     return {
         name: (isinstance(value, nn.Parameter), name not in transient, value.shape)
-        for name, value in named_tensors(module)
+        for name, value in named_tensors(module, repeats=True)
     }
 
 

@@ -16,6 +16,7 @@ from passes.capture.train_eval import ByMode
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode as decode_json
 from passes.ir.checked_json import parse
+from passes.ir.module_walk import named_tensors
 from passes.ir.output_types import OutputType, ordered_dict, ordered_dicts
 from passes.ir.program import (
     DIMENSIONS,
@@ -31,7 +32,6 @@ from pnn_compile.artifact.modules import (
     Parametrization,
     build,
     is_container,
-    named_tensors,
     set_training_modes,
     training_modes,
 )
@@ -408,7 +408,7 @@ def _set_tensors(root: nn.Module, records: list[Record], reader: TensorReader) -
     Raises:
         ArtifactError: A module has a tensor without a record, or one of another shape.
     """
-    expected = dict(named_tensors(root))
+    expected = dict(named_tensors(root, repeats=True))
     for record in records:
         name = record["name"]
         if record["kind"] not in ("parameter", "buffer"):
@@ -462,5 +462,5 @@ def restore_tensors(program: Program, data: Data, tensors: Mapping[str, torch.Te
         ArtifactError: A tensor is missing or has another shape; the program is unchanged then.
     """
     reader = TensorReader(data["tensors"], tensors)
-    targets = dict(named_tensors(program.module)) | dict(program.unused)
+    targets = dict(named_tensors(program.module, repeats=True)) | dict(program.unused)
     assign(targets, _of_kind(data, "parameter", "buffer", "unused"), reader, program.name)

@@ -7,17 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils import _pytree as pytree
 
+from passes.ir.module_walk import named_tensors, num_parameters
+from passes.ir.program import tensor_leaves
 from pnn_compile.artifact.directory import load
 from pnn_compile.bench.measurements import mean_square, optimizer_of
 from pnn_compile.compiled import Compiled
-from pnn_compile.fit.metrics import RelativeError
+from pnn_compile.fit.metrics import relative_error
 from pnn_compile.inputs import batch_size, check_batch_size, device_of, resized
 from pnn_compile.runtime import distribute, place
 from pnn_compile.runtime.local_ranks import run_on_ranks
@@ -119,33 +118,22 @@ def first_run(
     check_batch_size(compiled, batch)
     order = _RunOrder(Path(path), batch, steps, training)
     reports, outputs = zip(*run_on_ranks(_run_rank, ranks, order, threads=threads), strict=True)
-    total = sum(p.numel() for p in compiled.module.parameters())
-    error = _error(outputs[-1], _run_alone(compiled, batch))
+    total = num_parameters(compiled.module)
+    error = relative_error(outputs[-1], _run_alone(compiled, batch))
     return FirstRun(compiled.plan.model, batch, training, reports, total, error)
 
 
 def _run_alone(compiled: Compiled, batch: int) -> list[torch.Tensor]:
     inputs = resized(compiled, batch, device_of(compiled.module))
     with torch.no_grad():
-        return _tensors(compiled.module.eval()(**inputs))
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-
-
-def _error(outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
-    error = RelativeError()
-    for output, target in zip(outputs, targets, strict=True):
-        error.add(output, target)
-    return error.value
+        return tensor_leaves(compiled.module.eval()(**inputs))
 
 
 def _run_rank(_: torch.device, order: _RunOrder) -> tuple[RankReport, list[torch.Tensor]]:
     """Load, run and time this rank's stages; return its report and its outputs."""
     module = distribute(order.artifact)
     inputs = resized(module.whole, order.batch, device_of(module.network))
-    outputs = _tensors(module.eval()(**inputs))
+    outputs = tensor_leaves(module.eval()(**inputs))
     optimizer = optimizer_of(module.train(order.training))
 
     def run() -> object:
@@ -154,14 +142,13 @@ def _run_rank(_: torch.device, order: _RunOrder) -> tuple[RankReport, list[torch
         return module(**inputs)
 
     seconds = _timed(run, order.steps)
-    tensors = [*module.parameters(), *module.buffers()]
     stages = [module.whole.plan.stages[number] for number in module.network.stages]
     report = RankReport(
         module.rank,
         tuple(module.network.stages),
         (stages[0].first_module, stages[-1].last_module),
-        sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter)),
-        sum(tensor.nbytes for tensor in tensors),
+        num_parameters(module),
+        sum(tensor.nbytes for _, tensor in named_tensors(module)),
         seconds,
     )
     return report, outputs

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from passes.ir.program import tensor_leaves
 from passes.schedule.instruction import Kind
 from pnn_compile.inputs import batch_size
 from pnn_compile.runtime.engine import run_in_one_process
@@ -171,8 +171,7 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
 
 def mean_square(outputs: Any, _: object = None) -> torch.Tensor:
     """Compute a loss of any outputs: the mean square, averaged over the floating-point tensors."""
-    leaves = pytree.tree_leaves(outputs)
-    floating = [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    floating = [x for x in tensor_leaves(outputs) if x.is_floating_point()]
     return torch.stack([x.float().square().mean() for x in floating]).mean()
 
 

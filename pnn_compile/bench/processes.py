@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.utils import _pytree as pytree
 
-from passes.errors import OptionError
+from passes.errors import OptionError, first_line
 from passes.ir.direct_call import with_frame_headroom
 from passes.ir.isolation import DispatchMode
+from passes.ir.program import tensor_leaves
 from pnn_compile.bench.contenders import (
     Contender,
     NotApplicable,
@@ -242,7 +242,7 @@ def _prepared(name: str, workload: Workload) -> tuple[StepFunction | None, str]:
     except NotApplicable as error:
         problem = str(error)
     except Exception as error:
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problem = f"{type(error).__name__}: {first_line(error)}"
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return step, next(filter(None, problems), "")
@@ -289,8 +289,7 @@ class _SentBytes(DispatchMode):
         """Count a call of a collective or message, and let it through."""
         if func.namespace == "c10d":
             factor = self._factors.get(func.__name__.partition(".")[0], 0.0)
-            tensors = [x for x in pytree.tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
-            self.bytes += factor * sum(x.nbytes for x in tensors)
+            self.bytes += factor * sum(tensor.nbytes for tensor in tensor_leaves(args[0]))
         return func(*args, **(kwargs or {}))
 
 

@@ -13,6 +13,7 @@ from passes.errors import OptionError, VerificationError
 from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     DEBUG,
+    DIRECTORY,
     JSON,
     RANKS,
     THREADS,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
         ("build/model --batch 16 --steps 20", "other steps"),
     ],
 )
-@click.argument("directory", type=click.Path(path_type=Path))
+@DIRECTORY
 @RANKS
 @click.option(
     "--batch",
@@ -176,8 +177,7 @@ def bench_command(
 def _cut_by_seconds(compiled: Compiled, batch: int, training: bool) -> Compiled:
     """Compile the captured model again, cut by measured seconds of a batch of this size."""
     from passes.options import Options
-    from passes.pipeline import COMPILE, Compilation, run_passes
-    from pnn_compile.compiled import gather
+    from pnn_compile.compiled import compile_program
     from pnn_compile.inputs import check_batch_size, resized
 
     check_batch_size(compiled, batch)
@@ -185,7 +185,7 @@ def _cut_by_seconds(compiled: Compiled, batch: int, training: bool) -> Compiled:
     program = dataclasses.replace(compiled.program, args=arguments)
     cost: Any = "measured" if training else "measured-forward"
     options = Options(stages=compiled.plan.devices, windows=compiled.plan.windows, cost=cost)
-    return gather(*run_passes(Compilation(program=program, options=options), COMPILE))
+    return compile_program(program, options)
 
 
 def _bench_streams(

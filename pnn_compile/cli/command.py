@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 
 from passes.errors import OptionError, why
-from pnn_compile import atomic
+from pnn_compile.cli.common import write_text
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("inputs", "arguments", "dynamic"),
@@ -136,11 +136,9 @@ def save_config(ctx: click.Context, path: Path) -> None:
     try:
         text = "".join(lines).replace("\x7f", "\\u007f")
         tomllib.loads(text)
-        atomic.write_text(path, text)
+        write_text(path, text)
     except ValueError as error:
         raise OptionError(f"the options have no form in TOML ({error})") from error
-    except OSError as error:
-        raise OptionError(f"{path} cannot be written: {why(error)}") from error
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:

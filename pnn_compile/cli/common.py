@@ -54,6 +54,8 @@ ARG = click.option(
     help="Argument of the function or class that builds the model, such as num_layers=24; "
     "repeatable.",
 )
+DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
+SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
 CACHE = click.option(
     "--cache/--no-cache", default=True, help="Read and write the cache of measured seconds."
 )
@@ -192,6 +194,13 @@ def build_source(text: str, inputs: tuple[str, ...], arguments: tuple[str, ...])
         return load_source(text, inputs, arguments)
 
 
+def compile_source(source: Source, **options: Any) -> Compiled:
+    """Compile a model with its inputs; the options are those of `pnn.compile`."""
+    from pnn_compile.compiled import compile as compile_model
+
+    return compile_model(source.model, args=source.args, kwargs=source.kwargs, **options)
+
+
 def is_artifact(target: str) -> bool:
     """Whether a word names the directory of an artifact: it exists, or cannot name a model."""
     return Path(target).is_dir() or not ("." in Path(target).name or ":" in target)
@@ -206,16 +215,12 @@ def open_target(
     progress: Callable[[str], object] = lambda _: None,
 ) -> Compiled:
     """Load a saved artifact, or compile a model."""
-    from pnn_compile.compiled import compile as compile_model
     from pnn_compile.compiled import load
 
     if is_artifact(target):
         return load(target)
     source = build_source(target, inputs, arguments)
-    return compile_model(
-        source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug,
-        progress=progress,
-    )  # fmt: skip
+    return compile_source(source, stages=stages, debug=debug, progress=progress)
 
 
 def read_plan(path: Path) -> Plan:

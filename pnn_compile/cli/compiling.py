@@ -23,6 +23,7 @@ from pnn_compile.cli.common import (
     Progress,
     build_source,
     checks_data,
+    compile_source,
     compiler_options,
     console,
     read_plan,
@@ -214,17 +215,14 @@ def _save(compiled: Compiled, output: Path, progress: Progress) -> None:
 def _compile(
     model: str, options: dict[str, Any], debug: bool, begin: Callable[[str], object]
 ) -> Compiled:
-    from pnn_compile.compiled import compile as compile_model
     from pnn_compile.forecast.forecast import load_profile
 
     source = build_source(model, options.pop("inputs"), options.pop("arguments"))
     cuts = options.pop("cut_at")
     devices = options.pop("devices")
     plan_file = options.pop("plan_file")
-    return compile_model(
-        source.model,
-        args=source.args,
-        kwargs=source.kwargs,
+    return compile_source(
+        source,
         cuts=[name.strip() for name in cuts.split(",")] if cuts else None,
         plan=read_plan(plan_file) if plan_file else None,
         devices=[load_profile(name.strip()) for name in devices.split(",")] if devices else None,

@@ -15,10 +15,13 @@ from pnn_compile.cli.common import (
     ARG,
     CALIBRATION_BATCH,
     DEBUG,
+    DIRECTORY,
     INPUT,
     JSON,
+    SAMPLES,
     Progress,
     build_source,
+    compile_source,
     compiler_options,
     console,
     read_numbers,
@@ -26,8 +29,6 @@ from pnn_compile.cli.common import (
     target_options,
 )
 
-_SAMPLES = click.argument("samples", type=click.Path(path_type=Path))
-_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path))
 _CHECKED = 4
 """Batches on which a fit is compared with the network before it."""
 _NEGLIGIBLE = 0.01
@@ -44,7 +45,7 @@ _NEGLIGIBLE = 0.01
     ],
 )
 @click.argument("model")
-@_SAMPLES
+@SAMPLES
 @click.option(
     "-n", "--stages", default="2,3,4", metavar="N,N,...", help="Numbers of stages to try."
 )
@@ -79,7 +80,6 @@ def assess(
     Compiles and calibrates MODEL, and compares outputs of the parareal networks and of early exits
     with those of MODEL on SAMPLES, a .safetensors or .npz file with an array per argument.
     """
-    from pnn_compile.compiled import compile as compile_model
     from pnn_compile.inputs import read_batches
     from pnn_compile.report.tables import verdict_table
 
@@ -87,10 +87,9 @@ def assess(
     read = partial(read_batches, samples, size=CALIBRATION_BATCH, least=5)
     source = build_source(model, inputs, arguments)
     with Progress(as_json)("opening") as begin:
-        compiled = compile_model(
-            source.model, args=source.args, kwargs=source.kwargs, stages=counts[0],
-            windows=runs[0], coarse_budget=coarse_budget, calibration=read, debug=debug,
-            progress=begin,
+        compiled = compile_source(
+            source, stages=counts[0], windows=runs[0], coarse_budget=coarse_budget,
+            calibration=read, debug=debug, progress=begin,
         )  # fmt: skip
         begin("judging")
         verdict = compiled.assess(
@@ -112,7 +111,7 @@ def assess(
     ],
 )
 @click.argument("model")
-@_SAMPLES
+@SAMPLES
 @click.option("--labels", default="labels", help="Name of the array of targets in SAMPLES.")
 @click.option("--minutes", default=5.0, type=float, help="Time for all trainings together.")
 @click.option("--batch", default=128, type=click.IntRange(min=1), help="Samples of a step.")
@@ -141,16 +140,12 @@ def probe(
     collapsed. SAMPLES is a .safetensors or .npz file with an array per argument and one of labels.
     Every fifth batch is held out; early exits as fast as the forms are trained beside them.
     """
-    from pnn_compile.compiled import compile as compile_model
     from pnn_compile.inputs import read_batches
     from pnn_compile.report.tables import probe_table
 
     source = build_source(model, inputs, arguments)
     with Progress(as_json)("opening") as begin:
-        compiled = compile_model(
-            source.model, args=source.args, kwargs=source.kwargs, stages=stages, debug=debug,
-            progress=begin,
-        )  # fmt: skip
+        compiled = compile_source(source, stages=stages, debug=debug, progress=begin)
     with Progress(as_json).bar("training") as advance:
         result = compiled.probe(
             read_batches(
@@ -171,8 +166,8 @@ def probe(
         ("build/model samples.npz --interface-epochs 0.5 --epochs 0.5", "guesses first"),
     ],
 )
-@_DIRECTORY
-@_SAMPLES
+@DIRECTORY
+@SAMPLES
 @click.option("--epochs", default=1.0, type=float, help="Passes over the samples, end to end.")
 @click.option(
     "--interface-epochs",
@@ -264,8 +259,8 @@ def fit_command(
         ("build/model samples.npz --json", "as one JSON document"),
     ],
 )
-@_DIRECTORY
-@_SAMPLES
+@DIRECTORY
+@SAMPLES
 @click.option("--batch", default=64, type=click.IntRange(min=1), help="Samples of a call.")
 @JSON
 @DEBUG

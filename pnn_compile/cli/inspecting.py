@@ -15,6 +15,7 @@ from pnn_compile.cli.command import Command
 from pnn_compile.cli.common import (
     CALIBRATION_BATCH,
     DEBUG,
+    DIRECTORY,
     JSON,
     Progress,
     checks_data,
@@ -186,7 +187,7 @@ def _compare(before: Plan, after: Plan, names: tuple[str, str], as_json: bool) -
         ("build/model --debug", "with tracebacks"),
     ],
 )
-@click.argument("directory", type=click.Path(path_type=Path))
+@DIRECTORY
 @JSON
 @DEBUG
 def verify(directory: Path, as_json: bool, debug: bool) -> None:

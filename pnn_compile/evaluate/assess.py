@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from passes.options import Options
-from passes.pipeline import COMPILE, Compilation, run_passes
-from pnn_compile.compiled import Compiled, gather
+from pnn_compile.compiled import Compiled, compile_program
 from pnn_compile.evaluate.iterate import dial
 from pnn_compile.fit.calibrate import choose
 from pnn_compile.fit.early_exit import EarlyExit, fit_early_exit
@@ -155,11 +154,9 @@ def _compiled(compiled: Compiled, inputs: Iterable[Any], options: Mapping[str, A
     plan = compiled.plan
     start = Options(correction=plan.correction, sweep=plan.sweep, seed=plan.seed)
     calibrated = Options.of(start, options).calibrated()
-    compilation, results = run_passes(
-        Compilation(program=compiled.program, options=calibrated), COMPILE
-    )
-    assert compilation.analysis is not None
-    return choose(gather(compilation, results), compilation.analysis, calibrated, inputs)
+    network = compile_program(compiled.program, calibrated)
+    assert network.weighed is not None
+    return choose(network, network.weighed, calibrated, inputs)
 
 
 def _rows(network: Compiled, batches: CalibrationBatches, iterations: int) -> list[VerdictRow]:

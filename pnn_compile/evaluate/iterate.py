@@ -30,7 +30,7 @@ from passes.transform.sweep import Role, Step, sweep
 from pnn_compile.compiled import gather
 from pnn_compile.evaluate.error_estimate import ErrorEstimate
 from pnn_compile.fit.metrics import Agreement, RelativeError, evaluating, main_output
-from pnn_compile.inputs import batch_size, device_of, explained, named_batch
+from pnn_compile.inputs import argument_names, batch_size, device_of, explained, named_batch
 
 if TYPE_CHECKING:
     from passes.plan.schema import Plan
@@ -114,11 +114,11 @@ def iterate(
     )
 
 
-def count_iterations(compiled: Compiled) -> Compiled:
-    """Return the network with as many iterations as its tolerance takes on the example inputs."""
+def _iterate(c: Compilation) -> Compilation:
+    """Take as many iterations as the tolerance takes on the example inputs."""
+    compiled = gather(c, ())
     program, plan = compiled.program, compiled.plan
-    names = (str(node.target) for node in program.inputs)
-    example = dict(zip(names, program.fresh_inputs(), strict=True))
+    example = dict(zip(argument_names(program), program.fresh_inputs(), strict=True))
     result = iterate(compiled, example, tolerance=plan.tolerance)
     count = result.iterations
     reached = "exact" if result.exact else f"estimate {result.estimates[-1].max():.2g}"
@@ -127,13 +127,7 @@ def count_iterations(compiled: Compiled) -> Compiled:
         plan, iterations=count, forecast=plan.forecasts(count)[-1], notes=(*plan.notes, note)
     )
     module = assemble(program, plan, compiled.stages, compiled.operators)
-    return replace(compiled, plan=plan, module=module)
-
-
-def _iterate(c: Compilation) -> Compilation:
-    """Take as many iterations as the tolerance takes on the example inputs."""
-    counted = count_iterations(gather(c, ()))
-    return replace(c, plan=counted.plan, module=counted.module)
+    return replace(c, plan=plan, module=module)
 
 
 ITERATE = Pass("iterate", ("plan", "operators", "module"), ("module",), _iterate)

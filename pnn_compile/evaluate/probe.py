@@ -12,7 +12,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,12 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from passes.errors import OptionError, PartitionError, SynthesisError
+from passes.errors import OptionError, PartitionError, SynthesisError, first_line
 from passes.ir.isolation import seeded
+from passes.ir.module_walk import num_parameters
 from passes.options import Options
-from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan
-from pnn_compile.compiled import Compiled, gather
+from pnn_compile.compiled import Compiled, compile_program
 from pnn_compile.fit.early_exit import EarlyExit, build_early_exit
 from pnn_compile.fit.metrics import main_output
 from pnn_compile.fit.optimizer import OptimizerStep, warm_cosine
@@ -215,7 +214,7 @@ class _Learner:
         """Return the result."""
         if self.network is None:
             return ProbeRow(self.name, self.speedup, refused=self.refused)
-        count = sum(p.numel() for p in self.network.parameters())
+        count = num_parameters(self.network)
         early_exit = isinstance(self.network, EarlyExit)
         scores = tuple(self.scores)
         return ProbeRow(self.name, self.speedup, early_exit, count, scores, self.seconds)
@@ -230,11 +229,10 @@ def _learners(
     networks = {"as compiled": compiled}  # unless that is one of the forms
     start = Options(stages=plan.devices, correction=plan.correction, seed=seed)
     for form, options in forms.items():
-        state = Compilation(program=compiled.program, options=Options.of(start, options))
         try:
-            network = gather(*run_passes(state, COMPILE))
+            network = compile_program(compiled.program, Options.of(start, options))
         except (PartitionError, SynthesisError) as error:
-            rows.append(_Learner(form, math.nan, refused=str(error).splitlines()[0]))
+            rows.append(_Learner(form, math.nan, refused=first_line(error)))
             continue
         if _operators(network.plan) == _operators(plan):
             networks.pop("as compiled", None)
@@ -286,7 +284,8 @@ class _Judge:
     def score(self, network: nn.Module) -> float:
         """Return the accuracy on the held-out batches, or the loss."""
         total = 0.0
-        with _frozen(network):
+        network.eval()
+        with torch.no_grad():
             for batch in self._last:
                 inputs, targets = batch
                 if self.accuracy:
@@ -296,13 +295,6 @@ class _Judge:
                     value = self.loss(network, batch).item()
                 total += value * self.size(batch)
         return total / self.held_out
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    network.eval()
-    with torch.no_grad():
-        yield
 
 
 def _default_loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:

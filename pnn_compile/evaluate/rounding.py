@@ -110,7 +110,7 @@ def scaled_operators(program: Program, plan: Plan, operators: Operators) -> Oper
     recorder = _MagnitudeRecorder(program.module)
     with preserved(program.module), torch.no_grad():
         program.module.eval()
-        recorder.run(*(program.args[str(node.target)] for node in program.inputs))
+        recorder.run_by_name(program.args)
     magnitudes = [
         [recorder.by_node[value.name] for value in face.state] for face in plan.interfaces
     ]

@@ -43,11 +43,11 @@ from passes.ir.run_step import (
     run_one_step,
 )
 from passes.options import Options
-from passes.pipeline import COMPILE, Compilation, run_passes
 from passes.plan.schema import Plan, Stage
 from passes.transform.assemble import assemble, sequential
 from passes.transform.original_weights import weights_by_name
 from passes.transform.synthesize import synthesize
+from pnn_compile.compiled import compile_program
 from pnn_compile.evaluate.rounding import in_double, rounding_hook, scaled_operators
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Check:
     error: float | None
     limit: float | None
     reason: str
-    seconds: float
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -263,7 +263,7 @@ def _compare_stages(
     """Compare a run of the stages in sequence with one of the original."""
     limit = _tolerance(subject.compiled.plan, original)
     reason = compare(result, original, 1.0, limit)
-    return Check(name, _error(result, original), limit, reason, 0.0)
+    return Check(name, _error(result, original), limit, reason)
 
 
 def _error(result: StepResult, original: StepResult, noise: Sequence[float] = ()) -> float:
@@ -282,7 +282,7 @@ def _stages_train(subject: _Subject) -> Check:
     try:
         original = subject.training
     except (RuntimeError, ValueError) as error:
-        return Check(f"{name} (not run: {error})", None, None, "", 0.0)
+        return Check(f"{name} (not run: {error})", None, None, "")
     result = subject.runner.run(subject.compiled.sequential, train=True, grad=True)
     return _compare_stages(subject, name, result, original)
 
@@ -333,9 +333,9 @@ def _exact_network(subject: _Subject, name: str, plan: Plan, *, reuse: bool = Tr
     compiled = subject.compiled
     # These networks compute stages several times, which such models do not allow; see make_plan.
     if subject.evaluation.changed:
-        return Check(f"{name} (not run: every call changes buffers)", None, None, "", 0.0)
+        return Check(f"{name} (not run: every call changes buffers)", None, None, "")
     if subject.evaluation.drew_random:
-        return Check(f"{name} (not run: every call draws random numbers)", None, None, "", 0.0)
+        return Check(f"{name} (not run: every call draws random numbers)", None, None, "")
     operators = synthesize(compiled.program, plan, compiled.stages)
     if compiled.conversion is not None:
         for operator in (*operators.preprocess.values(), *operators.coarse.values()):
@@ -354,7 +354,7 @@ def _compare_states(subject: _Subject, network: fx.GraphModule, name: str) -> Ch
     if compare(result, original, _SLACK, limit):
         noise = subject.runner.noise(compiled.sequential)
     reason = compare(result, original, _SLACK, limit, noise)
-    return Check(name, _error(result, original, noise), limit, reason, 0.0)
+    return Check(name, _error(result, original, noise), limit, reason)
 
 
 def _tolerance(plan: Plan, original: StepResult) -> float:
@@ -402,18 +402,13 @@ def _consistency(subject: _Subject) -> Check:
         x = torch.randn(4, 8, dtype=torch.float64)
     network = nn.Sequential(*layers)
     program = capture(network, (x,))
-    compilation, _ = run_passes(
-        Compilation(
-            program=program, options=Options(stages=count, coarse="exact", correction="residual")
-        ),
-        COMPILE,
-    )
-    assert isinstance(compilation.module, fx.GraphModule)
+    options = Options(stages=count, coarse="exact", correction="residual")
+    module = compile_program(program, options).module
     with torch.no_grad():
-        error = relative_error(compilation.module(x), network(x))
+        error = relative_error(module(x), network(x))
     limit = TOLERANCE[torch.float64] * _SLACK
     reason = "" if error <= limit else f"relative error {error:.1e} (limit {limit:.0e})"
-    return Check(name, error, limit, reason, 0.0)
+    return Check(name, error, limit, reason)
 
 
 def _network_runs(subject: _Subject) -> Check:
@@ -480,7 +475,7 @@ def _keys(subject: _Subject) -> Check:
     stray = [key for key in compiled.module.state_dict() if not key.startswith(prefixes)]
     wrong = sorted(original ^ mapped) + stray
     reason = f"{len(wrong)} keys differ ({', '.join(wrong[:3])})" if wrong else ""
-    return Check(name, None, None, reason, 0.0)
+    return Check(name, None, None, reason)
 
 
 _CHECKS: tuple[_CheckFunction, ...] = (

@@ -149,7 +149,7 @@ def fit_networks(networks: Sequence[nn.Module], samples: Samples) -> None:
         for sample in samples():
             _check_finite((*sample.features, *sample.targets))
             for fit, network in zip(fits, networks, strict=False):
-                outputs = _tensors(network(*sample.arguments))
+                outputs = state_tensors(network(*sample.arguments))
                 pairs = zip(sample.targets, outputs, strict=True)
                 errors = [target.double() - output for target, output in pairs]
                 fit.add(sample.features, errors, held_out=sample.held_out)
@@ -231,11 +231,12 @@ def _errors(networks: Sequence[nn.Module], samples: Iterable[Sample]) -> list[fl
         if not sample.held_out:
             continue
         for network, error in zip(networks, errors, strict=True):
-            outputs = _tensors(network(*sample.arguments))
+            outputs = state_tensors(network(*sample.arguments))
             for output, target, scale in zip(outputs, sample.targets, sample.scale, strict=True):
                 error.add(scale.double() + output - target, scale)
     return [error.value for error in errors]
 
 
-def _tensors(value: Any) -> Sequence[torch.Tensor]:
+def state_tensors(value: Any) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of a state that a network returned: a tensor, or several in a tuple."""
     return value if isinstance(value, tuple) else (value,)

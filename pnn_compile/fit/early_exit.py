@@ -25,7 +25,7 @@ from passes.ir.isolation import seeded
 from passes.ir.program import extract
 from passes.ir.tensor_spec import TensorSpec
 from passes.transform.executor import Executor
-from pnn_compile.fit.candidates import Sample, fit_networks
+from pnn_compile.fit.candidates import Sample, fit_networks, state_tensors
 from pnn_compile.fit.metrics import evaluating
 from pnn_compile.inputs import CalibrationBatches, argument_names
 
@@ -70,16 +70,12 @@ class EarlyExit(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the original's inputs."""
         inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
-        state = _tensors(self.bridge(*self.state(inputs)))
+        state = state_tensors(self.bridge(*self.state(inputs)))
         return self.head(*state, *(inputs[name] for name in self._head_reads))
 
     def state(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
         """Return the state after the first layers."""
-        return _tensors(self.first(*(inputs[name] for name in self._first_reads)))
-
-
-def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
+        return state_tensors(self.first(*(inputs[name] for name in self._first_reads)))
 
 
 def build_early_exit(compiled: Compiled, share: float) -> EarlyExit | None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError
 from passes.ir.isolation import preserved
+from passes.ir.program import tensor_leaves
 from pnn_compile.inputs import named_batch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main_output(outputs: Any) -> torch.Tensor:
     Raises:
         OptionError: There is no tensor among the outputs.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    tensors = tensor_leaves(outputs)
     if not tensors:
         raise OptionError("the network has no tensor among its outputs to judge it by")
     return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])

@@ -42,6 +42,7 @@ from pnn_compile.fit.candidates import (
     fit_networks,
     keep_if_better,
     measure_statistics,
+    state_tensors,
 )
 from pnn_compile.inputs import device_of
 
@@ -274,8 +275,7 @@ def _arguments(
     prologue = operator.network.prologue
     if not isinstance(prologue, nn.Module):
         return arguments
-    state = prologue(*arguments)
-    return list(state) if isinstance(state, tuple) else [state]
+    return [*state_tensors(prologue(*arguments))]
 
 
 def _split_before(steps: Iterable[Step], roles: Sequence[Role]) -> list[list[Step]]:
@@ -325,7 +325,7 @@ class _StateStore:
 
 
 def _bytes(state: State) -> int:
-    return sum(value.numel() * value.element_size() for value in state.values())
+    return sum(value.nbytes for value in state.values())
 
 
 def _copied(state: State) -> State:

@@ -17,7 +17,7 @@ from passes.analysis.analysis import Analysis, analyze
 from passes.capture.ladder import capture
 from passes.cost.device_profile import DeviceProfile, read_profile
 from passes.cost.node_facts import observe
-from passes.errors import OptionError, PartitionError, SynthesisError, why
+from passes.errors import OptionError, PartitionError, SynthesisError, first_line, why
 from passes.options import Options
 from pnn_compile.compiled import Compiled
 from pnn_compile.forecast.compare_methods import (
@@ -202,7 +202,7 @@ def _rows(
             try:
                 rows.append(make_row(count))
             except (OptionError, PartitionError, SynthesisError) as error:
-                reason = reason or str(error).splitlines()[0]
+                reason = reason or first_line(error)
                 missing.append(count)
         if missing:
             problems.append(

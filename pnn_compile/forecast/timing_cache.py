@@ -8,12 +8,11 @@ contains as text: structure and shapes of the program, segments, training, torch
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from passes.cost.measured import Seconds, measure_seconds
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode, parse
 from passes.ir.program import Program
+from passes.ir.structure_hash import digest
 from pnn_compile.atomic import write_text
 
 _LOG = logging.getLogger(__name__)
@@ -80,8 +80,7 @@ class TimingCache:
         if self.folder is None:
             return measure_seconds(program, segments, backward=backward)
         conditions = _conditions(program, segments, backward)
-        digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()
-        path = self.folder / f"{digest[:32]}.json"
+        path = self.folder / f"{_digest([json.dumps(conditions, sort_keys=True)])}.json"
         cached = _read(path, conditions, len(segments))
         if cached is not None:
             self.path = path
@@ -117,8 +116,8 @@ def _conditions(
     }
 
 
-def _digest(lines: Any) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+def _digest(lines: Iterable[str]) -> str:
+    return digest(lines)[:32]
 
 
 def _read(path: Path, conditions: dict[str, Any], count: int) -> list[Seconds] | None:

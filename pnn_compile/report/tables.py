@@ -7,6 +7,7 @@
     count_table      `pnn-compile forecast`         iterations of a tolerance
     dial_table       `pnn-compile dial`             error and speed-up of K iterations
     verdict_table    `pnn-compile assess`           parareal networks against early exits
+    probe_table      `pnn-compile probe`            networks that were trained side by side
     onnx_table       `pnn-compile inspect x.onnx`   stages and roles of ONNX files
 
 All of them are made of `figures_table`, as are those of the report (`terminal.py`, `compare.py`).
@@ -58,6 +59,10 @@ def figures_table(title: str, columns: Sequence[str], *, words: Sequence[str] = 
     for name in columns:
         table.add_column(name, justify="left" if name in words else "right")
     return table
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 # --- forecast -------------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def count_table(model: str, counted: IterationCount) -> RenderableType:
             str(row.samples),
             f"{row.samples / counted.samples:.1%}",
             f"{row.speedup:.2f}",
-            "-" if row.pipelined is None else f"{row.pipelined:.2f}",
+            _figure(row.pipelined, ".2f"),
         )
     return Group(table, Text(counted.sentence))
 
@@ -344,25 +349,19 @@ def dial_table(model: str, rows: Sequence[DialRow]) -> RenderableType:
     table = figures_table(
         f"{model}: iterations against the original, on {amount(rows[0].samples, 'sample')}",
         (
-            "K",
-            "estimate",
-            "95 %",
-            "output error",
-            "agreement",
-            "speed-up",
-            "pipelined",
+            "K", "estimate", "95 %", "output error", "agreement", "speed-up", "pipelined",
             "serial share",
         ),
-    )
+    )  # fmt: skip
     for row in rows:
         table.add_row(
             str(row.iterations),
             f"{row.estimate_mean:.3g}",
             f"{row.estimate_p95:.3g}",
             f"{row.output_error:.3g}",
-            "-" if row.agreement is None else f"{row.agreement:.1%}",
+            _figure(row.agreement, ".1%"),
             f"{row.speedup:.2f}",
-            "-" if row.pipelined is None else f"{row.pipelined:.2f}",
+            _figure(row.pipelined, ".2f"),
             f"{row.serial_share:.1%}",
         )
     legend = Text(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 
-from passes.errors import RuntimeFault
+from passes.errors import RuntimeFault, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -54,7 +54,7 @@ def check_plain(values: Mapping[str, Any]) -> None:
         except pickle.UnpicklingError as error:
             raise RuntimeFault(
                 f"the state of {name} holds objects, which no checkpoint reads back, as that could "
-                f"run any code ({str(error).splitlines()[0]}): its state_dict() must be tensors, "
+                f"run any code ({first_line(error)}): its state_dict() must be tensors, "
                 "numbers and texts in lists and dicts"
             ) from error
 

@@ -21,14 +21,14 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from passes.errors import RuntimeFault
+from passes.errors import RuntimeFault, first_line
 from passes.ir.output_types import typed
-from passes.ir.program import Interpreter
+from passes.ir.program import Interpreter, tensor_leaves
 from passes.plan.schema import Plan
 from passes.transform.assemble import step_of
 from passes.transform.network import check_mode
 from passes.transform.sweep import Role
-from pnn_compile.inputs import argument_names, by_argument, call_arguments, device_of
+from pnn_compile.inputs import by_argument, call_arguments, device_of
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -132,9 +132,7 @@ class StreamNetwork(nn.Module):
         for stream in self._streams:
             stream.wait_stream(current)
         inputs = by_argument(self._program, call_arguments(self._program, args, kwargs))
-        result = _Runner(self.network, self._assignment, streams).run(
-            *(inputs[name] for name in argument_names(self._program))
-        )
+        result = _Runner(self.network, self._assignment, streams).run_by_name(inputs)
         for stream in self._streams:
             current.wait_stream(stream)
         return typed(result, program.output_types)
@@ -327,8 +325,7 @@ class _Snapshot:
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves([*optimizer.state.values()])
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return tensor_leaves([*optimizer.state.values()])
 
 
 def _captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -347,7 +344,7 @@ def _captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
             outputs = run()
     except RuntimeError as error:
         raise RuntimeFault(
-            f"a CUDA graph could not be captured: {str(error).splitlines()[0]}; the module waits "
+            f"a CUDA graph could not be captured: {first_line(error)}; the module waits "
             "for the device (.item(), a copy to the CPU, a shape that depends on values)"
         ) from error
     return graph, outputs

@@ -72,12 +72,12 @@ class Groups:
         """Return the groups of a mesh, or one group for everything (the default one if None).
 
         Raises:
-            RuntimeFault: torch.distributed is not initialised, both are passed, or the mesh has
+            RuntimeFault: torch.distributed is not initialized, both are passed, or the mesh has
                 other dimensions than "data" and "stage".
         """
         if not dist.is_initialized():
             raise RuntimeFault(
-                "torch.distributed is not initialised: call dist.init_process_group() first, in a "
+                "torch.distributed is not initialized: call dist.init_process_group() first, in a "
                 "script that torchrun starts"
             )
         world = dist.group.WORLD

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from passes.errors import RuntimeFault
+from passes.errors import RuntimeFault, first_line
+from passes.ir.module_walk import named_tensors
 from pnn_compile.runtime.data_parallel import Groups
 from pnn_compile.runtime.rank_module import RankModule
 from pnn_compile.runtime.rank_pieces import PieceOptions, RankPieces
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def place(stages: int, ranks: int, windows: int = 1) -> tuple[int, ...]:
-    """Place stages on ranks, neighbours together, as evenly as possible; return their ranks.
+    """Place stages on ranks, neighbors together, as evenly as possible; return their ranks.
 
     Every window is placed on all ranks.
 
@@ -72,7 +73,7 @@ def distribute(
             `dist.new_group()`, on all ranks, if the script has collectives of its own after that.
         mesh: Instead of a group, `init_device_mesh("cpu", (replicas, ranks),
             mesh_dim_names=("data", "stage"))`.
-        placement: Rank of every stage; neighbours together, evenly, if None.
+        placement: Rank of every stage; neighbors together, evenly, if None.
         batches: Number of micro-batches of a step; more than one for models that treat every
             sample alone (but for BatchNorm in training), which the first step checks.
         autocast: Precision of torch.autocast around every piece, and of the states that cross
@@ -90,12 +91,10 @@ def distribute(
         The module of this rank; train it with `RankModule.train_step`.
 
     Raises:
-        RuntimeFault: torch.distributed is not initialised, the ranks have different networks, the
+        RuntimeFault: torch.distributed is not initialized, the ranks have different networks, the
             placement does not fit, there is no such device, or different parameters share memory.
         ArtifactError: As `pnn.load`.
     """
-    from pnn_compile.artifact.modules import named_tensors
-
     groups, home = Groups.of(group, mesh), _device(device)
     folder = None
     if isinstance(compiled, (str, Path)):
@@ -140,8 +139,7 @@ def _device(name: torch.device | str | None) -> torch.device | None:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RuntimeFault(f"device {str(name)!r} cannot be used: {reason}") from error
+        raise RuntimeFault(f"device {str(name)!r} cannot be used: {first_line(error)}") from error
 
 
 def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: Path) -> Compiled:
@@ -164,16 +162,17 @@ def load_part(compiled: Compiled, placement: Sequence[int], rank: int, folder: P
         RuntimeFault: The placement does not fit the network.
     """
     from pnn_compile.artifact.directory import tensor_readers
-    from pnn_compile.artifact.modules import named_tensors
 
     of_program, of_operators = tensor_readers(folder)
     stages = (*compiled.stages.fine, compiled.stages.head, compiled.program.module)
     operators = compiled.operators.named()
-    in_program = {id(tensor): name for piece in stages for name, tensor in named_tensors(piece)}
-    in_operators = {id(tensor): name for name, tensor in named_tensors(operators)}
+    in_program = {
+        id(tensor): name for piece in stages for name, tensor in named_tensors(piece, repeats=True)
+    }
+    in_operators = {id(tensor): name for name, tensor in named_tensors(operators, repeats=True)}
     values: dict[int, torch.Tensor] = {}
     for _, tensor in named_tensors(RankPieces(compiled, placement, rank)):
-        if not tensor.is_meta or id(tensor) in values:
+        if not tensor.is_meta:
             continue
         if id(tensor) in in_program:
             values[id(tensor)] = of_program.read(in_program[id(tensor)])

@@ -22,7 +22,7 @@ from pnn_compile.artifact.functions import check_enums, is_fragile
 from pnn_compile.artifact.values import UnsupportedError
 from pnn_compile.sources.exported_archive import checked_archive
 from pnn_compile.sources.source import Inputs, Source
-from pnn_compile.sources.user_code import first_line, refuse_arguments
+from pnn_compile.sources.user_code import brief, refuse_arguments
 
 SUFFIX = ".pt2"
 
@@ -53,7 +53,7 @@ def load(text: str, arguments: Mapping[str, Any], inputs: Inputs | None) -> Sour
         module = exported.module(check_guards=False)
     except Exception as error:  # whatever torch raises on a damaged file
         raise SourceError(
-            f"{path} cannot be loaded ({type(error).__name__}: {first_line(error)}): save it "
+            f"{path} cannot be loaded ({type(error).__name__}: {brief(error)}): save it "
             f"again with torch.export.save of torch {torch.__version__}"
         ) from error
     assert isinstance(module, fx.GraphModule)

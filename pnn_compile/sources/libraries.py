@@ -18,7 +18,7 @@ import torch
 
 from passes.errors import SourceError, suggest
 from pnn_compile.sources.source import Inputs, Source
-from pnn_compile.sources.user_code import call, first_line, report_errors
+from pnn_compile.sources.user_code import brief, call, report_errors
 
 SHAPES: tuple[tuple[str, tuple[int, ...]], ...] = (
     # videos `[B, C, T, H, W]`
@@ -107,7 +107,7 @@ def require(name: str, origin: str) -> ModuleType:
     except Exception as error:  # whatever a library raises when it is imported
         raise SourceError(
             f"{origin} needs {name}, which cannot be imported ({type(error).__name__}: "
-            f"{first_line(error)}): install builds of torch and {name} that were made for each "
+            f"{brief(error)}): install builds of torch and {name} that were made for each "
             "other"
         ) from error
 

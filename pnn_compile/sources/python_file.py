@@ -33,8 +33,8 @@ from passes.errors import SourceError, suggest
 from pnn_compile.sources.source import Inputs, Source
 from pnn_compile.sources.user_code import (
     VARIADIC,
+    brief,
     call,
-    first_line,
     is_library,
     missing_arguments,
     refuse_arguments,
@@ -243,6 +243,6 @@ def _arguments(value: Any, origin: str) -> Inputs:
     if value and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return (), dict(value)
     raise SourceError(
-        f"{origin} is {first_line(repr(value))}: make it a tensor, a tuple or list of positional "
+        f"{origin} is {brief(repr(value))}: make it a tensor, a tuple or list of positional "
         "arguments, a dict of keyword arguments, or a function that returns one of these"
     )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from passes.errors import SourceError
-from pnn_compile.sources.user_code import first_line
+from pnn_compile.sources.user_code import brief
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -88,7 +88,7 @@ def parse_input(text: str, *, seed: int = 0) -> tuple[str | None, torch.Tensor]:
             return name, torch.randn(shape, dtype=dtype, generator=generator)
         return name, torch.randint(bound, shape, generator=generator).to(dtype)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise SourceError(f"--input {text!r} is too large: {first_line(error)}") from error
+        raise SourceError(f"--input {text!r} is too large: {brief(error)}") from error
 
 
 def parse_inputs(texts: Sequence[str]) -> Inputs | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from passes.errors import SourceError, suggest
+from passes.errors import SourceError, first_line, suggest
 
 _stdlib = Path(sysconfig.get_path("stdlib")).resolve()
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -95,7 +95,7 @@ def missing_arguments(factory: Callable[..., Any], arguments: Mapping[str, Any])
         for parameter in signature.parameters.values()
     )
     shown = signature.replace(return_annotation=inspect.Signature.empty)
-    return first_line(shown) if required else ""
+    return brief(shown) if required else ""
 
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature | None:
@@ -113,14 +113,14 @@ def report_errors(origin: str) -> Iterator[None]:
     except SourceError:
         raise
     except (Exception, SystemExit) as error:
-        message = error.msg if isinstance(error, SyntaxError) else first_line(error)
+        message = error.msg if isinstance(error, SyntaxError) else brief(error)
         summary = f"{type(error).__name__}: {message}" if message else type(error).__name__
         advice = "--debug shows the traceback"
         cause = error.__cause__
         while cause is not None and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(error, ImportError) and cause is not None:  # as transformers tells it
-            summary += f" The cause is {type(cause).__name__}: {first_line(cause)}"
+            summary += f" The cause is {type(cause).__name__}: {brief(cause)}"
         elif isinstance(error, ModuleNotFoundError):
             advice = f"install it for {sys.executable}, or correct its name"
         elif isinstance(error, ImportError) and "relative import" in message:
@@ -156,6 +156,6 @@ def is_library(file: Path) -> bool:
     return file.is_relative_to(_stdlib) or bool({"site-packages", "dist-packages"} & {*file.parts})
 
 
-def first_line(value: object) -> str:
+def brief(value: object) -> str:
     """Return the first line of a value's text that is not blank, at most 200 characters."""
-    return next((line.strip() for line in str(value).splitlines() if line.strip()), "")[:200]
+    return first_line(value)[:200]

@@ -106,7 +106,7 @@ class Case:
 def enliven(model: nn.Module, gain: float) -> None:
     """Draw weights and statistics so that an error in any layer shows in the output.
 
-    The default initialisation shrinks what passes through a chain, and leaves every norm with the
+    The default initialization shrinks what passes through a chain, and leaves every norm with the
     same weights and statistics.
     """
     for module in model.modules():

@@ -160,7 +160,7 @@ def _chain(blocks: int) -> nn.Module:
 
 
 class Centred(nn.Module):
-    """Its second output, a sum over a normalised axis, is rounding noise and nothing else."""
+    """Its second output, a sum over a normalized axis, is rounding noise and nothing else."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()

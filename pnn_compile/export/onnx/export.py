@@ -33,7 +33,7 @@ from pnn_compile.export.onnx.stages import write_stages
 from pnn_compile.export.onnx.translate import OPSET
 from pnn_compile.export.onnx.write import IR_VERSION, save_model, write_model
 from pnn_compile.fit.metrics import Agreement, main_output
-from pnn_compile.inputs import batch_size, resized
+from pnn_compile.inputs import argument_names, batch_size, resized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -343,8 +343,7 @@ def _arrays(
     compiled: Compiled, inputs: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a network's inputs as arrays, by their names in ONNX."""
-    order = [str(node.target) for node in compiled.program.inputs]
-    tensors = tensor_leaves([inputs[name] for name in order])
+    tensors = tensor_leaves([inputs[name] for name in argument_names(compiled.program)])
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors]
     return dict(zip(names, arrays, strict=True))
 

@@ -187,7 +187,7 @@ def _record_types(compiled: Compiled) -> _Types:
         inputs = resized(compiled, batch, compiled.program.device, length)
         recorder = _NetworkRecorder(compiled.module)
         with torch.no_grad():
-            recorder.run(*(inputs[str(node.target)] for node in compiled.program.inputs))
+            recorder.run_by_name(inputs)
         runs.append((recorder.values, recorder.inner, recorder.arguments, tuple(recorder.outputs)))
     return _Types(*merge(sizes, runs))
 

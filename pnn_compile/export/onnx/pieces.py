@@ -29,6 +29,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from passes.ir.module_walk import named_tensors
 from passes.ir.observer import TRUSTED_PACKAGES
 from passes.ir.program import Provenance, is_compute, provenance, resolve
 from passes.ir.run_step import output_tensors
@@ -343,7 +344,7 @@ def _describe_module(module: nn.Module, weights: dict[int, int]) -> tuple[Any, .
             if not key.startswith("_") and not isinstance(value, torch.Tensor)
         )
         facts.append((name, type(child), options))
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in named_tensors(module):
         facts.append((name, _describe_weight(tensor, weights)))
     return tuple(facts)
 

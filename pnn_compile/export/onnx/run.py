@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.errors import ArtifactError, ExportError, OptionError
 from passes.transform.sweep import Role
-from pnn_compile.export.onnx.manifest import MANIFEST, Manifest
+from pnn_compile.export.onnx.manifest import Manifest
 from pnn_compile.export.onnx.read import load_proto, node_metadata
 
 if TYPE_CHECKING:
@@ -98,9 +98,8 @@ class StageExecutor:
         check: bool = True,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
-        file = Path(path)
-        folder = file if file.is_dir() else file.parent
-        self.manifest = Manifest.read(folder / MANIFEST if file.is_dir() else file)
+        self.manifest = Manifest.read(path)
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if check:
             self.manifest.check_files(folder)
         self._sessions = {

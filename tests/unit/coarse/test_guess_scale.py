@@ -66,7 +66,7 @@ CASES = pytest.mark.parametrize(
 def test_the_last_state_does_not_grow_with_the_number_of_stages(
     kind: str, stages: int, coarse: str
 ) -> None:
-    """Identity-initialised corrections telescope: the guesses cancel, the branches are summed."""
+    """Identity-initialized corrections telescope: the guesses cancel, the branches are summed."""
     compiled, x = fresh(kind, stages, coarse)
     true = values(compiled.sequential, x)[f"fine_{stages - 1}"].std()
     last = values(compiled.module, x)[f"u_{stages - 1}"].std()

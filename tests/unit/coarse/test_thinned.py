@@ -27,7 +27,7 @@ UNITS = 4
 
 
 def trained_model() -> resnet110.PreActivationResNet:
-    """A small ResNet whose statistics are not those of initialisation, the same each time."""
+    """A small ResNet whose statistics are not those of initialization, the same each time."""
     torch.manual_seed(0)
     model = resnet110.build_model(UNITS, 4)
     for _ in range(3):

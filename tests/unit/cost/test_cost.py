@@ -252,7 +252,7 @@ def _sequence(model: nn.Sequential) -> fx.Graph:
     return graph
 
 
-def test_segments_without_a_gradient_share_the_time_of_their_neighbours() -> None:
+def test_segments_without_a_gradient_share_the_time_of_their_neighbors() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()

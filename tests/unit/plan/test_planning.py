@@ -60,7 +60,7 @@ def test_a_stage_is_described() -> None:
     assert first.produces == ("down_0_2", "max_pool2d")
     assert first.parameters == 8 * 9 + 2 * 8
     assert first.parameter_bytes == 4 * first.parameters
-    # Convolution, normalisation, activation of [2, 8, 16, 16] and the pooled image.
+    # Convolution, normalization, activation of [2, 8, 16, 16] and the pooled image.
     assert first.activation_bytes == 4 * (3 * 2 * 8 * 256 + 2 * 8 * 64)
     assert first.flops < first.backward_flops <= 2 * first.flops
     assert first.seconds is None

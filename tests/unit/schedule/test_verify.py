@@ -117,7 +117,7 @@ class _Meeting:
     """Ranks in threads whose messages no one keeps: both sides stand still until both are there.
 
     Every rank does one thing at a time, whoever it is with; that is how NCCL runs the messages of
-    an eagerly initialised group.
+    an eagerly initialized group.
     """
 
     def __init__(self) -> None:
