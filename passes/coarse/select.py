@@ -213,13 +213,9 @@ def _choose_start(
 ) -> PreprocessSpec:
     """Guess a state of a loop in time by the coarse steps before it."""
     draft = PreprocessSpec(
-        family=options.preprocess,
-        options=start_options(analysis, options, cut, state),
-        flops=0,
-        parameters=0,
-        linear=False,
-        why="the coarse steps before it",
-    )
+        options.preprocess, start_options(analysis, options, cut, state), 0, 0, False,
+        "the coarse steps before it",
+    )  # fmt: skip
     return dataclasses.replace(draft, **_step_work(analysis, draft))
 
 
