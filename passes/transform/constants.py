@@ -59,6 +59,8 @@ def check_constant(model: str, name: str, value: Any, constant: Any) -> None:
     """
     if isinstance(value, torch.Tensor | fx.Proxy) and isinstance(constant, torch.Tensor):
         return
+    if isinstance(constant, torch.Tensor):
+        raise OptionError(f"{name} is {_shown(value)}, but {model} takes a tensor there")
     if not same_constant(value, constant):
         raise OptionError(
             f"{name} is {_shown(value)}, but {model} was compiled with {_shown(constant)}, "
