@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import OptionError, why
 from passes.ir.program import Program, tensor_leaves
-from passes.transform.network import Call, check_constant, match_arguments
+from passes.transform.constants import check_constant, check_constants
+from passes.transform.network import Call, match_arguments
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -124,7 +125,7 @@ def by_argument(program: Program, batch: Any) -> dict[str, Any]:
         if name in named:
             check_constant(program.name, name, named[name], constant)
     for name in names:
-        _check_constants(program, name, named[name])
+        check_constants(program.name, name, named[name], program.args[name])
     return {name: named[name] for name in names}
 
 
@@ -152,22 +153,6 @@ def arguments_of(program: Program, elements: Iterable[Any]) -> list[str | None]:
     Elements with tensors are the arguments with tensors, in order, and the others the constants.
     """
     return match_arguments(argument_names(program), program.fixed, elements)
-
-
-def _check_constants(program: Program, name: str, value: Any) -> None:
-    """Check everything in a nested argument that is not a tensor."""
-    leaves, expected = (
-        {f"{name}{pytree.keystr(path)}": leaf for path, leaf in pytree.tree_flatten_with_path(x)[0]}
-        for x in (value, program.args[name])
-    )
-    different = leaves.keys() ^ expected.keys()
-    if different:
-        raise OptionError(
-            f"{min(different)} is {'' if min(different) in leaves else 'not '}in the batch, unlike "
-            f"the example inputs of {program.name}: pass {name} with the structure of the example"
-        )
-    for path, constant in expected.items():
-        check_constant(program.name, path, leaves[path], constant)
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:

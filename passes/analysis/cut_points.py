@@ -26,6 +26,7 @@ from passes.analysis.dependence import (
     Recomputable,
     find_recomputable,
     input_dependence,
+    sized_by_values,
 )
 from passes.analysis.masks import find_weights, without_dropout
 from passes.analysis.sources import with_sources
@@ -103,7 +104,8 @@ def find_frontiers(
         for observed in (facts, without_dropout(facts))
     )
     recomputable, guessable = with_sources(program, facts, recompute, quietly)
-    weights = find_weights(program, facts, input_dependence(program, facts))
+    depends = input_dependence(program, facts)
+    weights, sized = find_weights(program, facts, depends), sized_by_values(facts, depends)
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order
@@ -120,7 +122,7 @@ def find_frontiers(
             live[node] = None
         for dead in [n for n in live if last_use[n] < index]:
             del live[dead]
-        reason = _why_illegal(live, facts, weights) or memory_conflicts[index]
+        reason = _why_illegal(live, facts, weights, sized) or memory_conflicts[index]
         if reason:
             refused[reason] = refused.get(reason, 0) + 1
             continue
@@ -135,7 +137,10 @@ def find_frontiers(
 
 
 def _why_illegal(
-    live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact], weights: frozenset[fx.Node]
+    live: Mapping[fx.Node, None],
+    facts: Mapping[fx.Node, Fact],
+    weights: frozenset[fx.Node],
+    sized: frozenset[fx.Node],
 ) -> str:
     """Return why the live values forbid a cut, "" if they do not."""
     if not live:
@@ -146,6 +151,8 @@ def _why_illegal(
             return "a value that is not a floating-point tensor crosses"
         if spec.batch_axis is None:
             return "a tensor without a batch axis crosses"
+        if node in sized:
+            return "a tensor crosses whose number of samples follows from values"
         if node in weights:
             return "a mask, or weights that one makes zero, would have to be guessed"
     return ""

@@ -3,6 +3,7 @@
 - `input_dependence`: the inputs that every value depends on, in-place writes included. A
   preprocessing operator or coarse propagator may read no input that the state it approximates does
   not depend on: otherwise a prediction could depend on the labels.
+- `sized_by_values`: the values whose size is data, which cannot be guessed.
 - `find_recomputable`: the side values, which are cheap to recompute from the inputs (an attention
   mask, a position embedding). A stage that reads one recomputes it with its recomputable subgraph,
   so that it need not cross a cut:
@@ -14,6 +15,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import fx
@@ -138,6 +140,38 @@ def input_dependence(
         for storage in facts[node].writes if node in facts else ():
             written[storage] = written.get(storage, frozenset()) | inputs
     return depends
+
+
+def sized_by_values(
+    facts: Mapping[fx.Node, Fact], depends: Mapping[fx.Node, frozenset[fx.Node]]
+) -> frozenset[fx.Node]:
+    """Return the tensors whose number of samples follows from the values of the inputs.
+
+    After `y = x[x[:, 0] > 0]` nothing can be guessed in the place of `y`, as another guess has
+    another number of rows. What is computed from `y` is like it, until a reduction drops the rows,
+    or they are written into a tensor of known size.
+
+    Args:
+        facts: Observed facts by node.
+        depends: The inputs that every value depends on, as of `input_dependence`.
+    """
+    sized: set[fx.Node] = set()
+    for node in depends:
+        fact = facts.get(node)
+        if fact is None or (fact.spec is not None and fact.spec.batch_axis is None):
+            continue
+        operands = read_by(node)
+        others = [operand for operand in operands if operand is not node.args[0]]
+        if _WRITING.fullmatch(name_of(node)):  # the result is the first operand, with other values
+            operands = [operand for operand in operands if operand is node.args[0]]
+        elif fact.work.selections and any(depends[source] for source in others or operands):
+            sized.add(node)
+        if not sized.isdisjoint(operands):
+            sized.add(node)
+    return frozenset(sized)
+
+
+_WRITING = re.compile(r"(index_(add|copy|fill|put|reduce)|(masked_)?scatter(_\w+)?|setitem)_?")
 
 
 def find_recomputable(

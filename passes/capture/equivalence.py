@@ -41,6 +41,9 @@ from passes.ir.output_types import OutputType
 from passes.ir.program import Interpreter, Validation, failing_node
 from passes.ir.run_step import TOLERANCE, Forward, StepResult, compare, output_leaves, run_one_step
 
+PADDING = "pad them to one length (torch.nested.to_padded_tensor), with a mask as a further input"
+"""What to do instead of passing, holding or returning nested tensors."""
+
 _SECOND_SEED = 1
 """Seed of the runs on the second input: a graph may hold the random numbers of the first."""
 
@@ -91,6 +94,12 @@ class Reference:
                 f"{type(model).__name__} itself fails on the example inputs "
                 f"({_shapes(inputs)}): {summarize(error)}"
             ) from error
+        returned = self._runs[False, False].outputs
+        if any(isinstance(output, torch.Tensor) and output.is_nested for output in returned):
+            raise CaptureError(
+                f"{type(model).__name__} returns a nested tensor, rows of several lengths, which "
+                f"no network does: {PADDING}"
+            )
         if "batch" in inputs.dynamic and not self._accepts_larger_batch():
             self.inputs = inputs.with_dynamic({*inputs.dynamic} - {"batch"})
         free = "batch" in self.inputs.dynamic
@@ -287,9 +296,17 @@ class Reference:
             return
         for mode, second in list(self._runs):
             if mode == train:
-                self._runs[mode, second] = self._run(
-                    self._choose(second), train=train, grad=True, seed=_SECOND_SEED * second
-                )
+                run = functools.partial(self._run, self._choose(second), train=train, grad=True)
+                try:
+                    self._runs[mode, second] = run(seed=_SECOND_SEED * second)
+                except CaptureError:
+                    raise
+                except Exception as error:
+                    self.notes.append(
+                        f"gradients were not compared: the model's own backward fails "
+                        f"({summarize(error)})"
+                    )
+                    return
 
     @property
     def random(self) -> bool:

@@ -35,7 +35,7 @@ from passes.capture.attempt import (
     MismatchError,
     describe_error,
 )
-from passes.capture.equivalence import Reference
+from passes.capture.equivalence import PADDING, Reference
 from passes.capture.fx_trace import (
     called_functions,
     parametrizing_code,
@@ -166,13 +166,18 @@ def _check_names(model: nn.Module) -> None:
 
 
 def _check_layouts(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse sparse parameters, buffers and inputs by name; sparse gradients are fine."""
+    """Refuse sparse and nested tensors of the model and inputs by name; not sparse gradients."""
     named = [(f"buffer {name!r}", buffer) for name, buffer in named_buffers(model)]
     named += [(f"parameter {name!r}", parameter) for name, parameter in named_parameters(model)]
     for path, leaf in pytree.tree_flatten_with_path((args, dict(kwargs)))[0]:
         if isinstance(leaf, torch.Tensor):
             named.append((f"example input {pytree.keystr(path[1:])}", leaf))
     for name, tensor in named:
+        if tensor.is_nested:
+            raise CaptureError(
+                f"{name} of {type(model).__name__} is nested, rows of several lengths, which no "
+                f"graph holds: {PADDING}"
+            )
         if tensor.layout is not torch.strided and not tensor.is_mkldnn:
             raise CaptureError(
                 f"{name} of {type(model).__name__} is sparse ({tensor.layout}), which states, "

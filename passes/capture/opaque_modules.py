@@ -198,7 +198,7 @@ def _try_tracing(module: nn.Module, call: _ModuleCall, opaque: tuple[type[nn.Mod
     try:
         inputs = bind(module, *call)
         reference = Reference(module, inputs)
-    except CaptureError:
+    except Exception:  # a call on what no graph takes, as nested tensors
         return ""
     try:
         Attempt(candidate, module, partial(trace, opaque=opaque), reference).run()

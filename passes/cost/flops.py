@@ -75,11 +75,12 @@ class WorkMode(DispatchMode):
         self.other = 0
         self.moved = 0
         self.operators = 0
+        self.selections = 0
 
     @property
     def work(self) -> Work:
         """The work so far."""
-        return Work(self.registered, self.other, self.moved, self.operators)
+        return Work(self.registered, self.other, self.moved, self.operators, self.selections)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -92,12 +93,23 @@ class WorkMode(DispatchMode):
         written, read = tensor_leaves(result), tensor_leaves((args, kwargs))
         self.moved += sum(t.numel() * t.element_size() for t in (*read, *written))
         self.operators += 1
+        self.selections += _selects(func, args)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.registered += int(formula(*args, **kwargs, out_val=result))
         else:
             self.other += sum(t.numel() for t in written)
         return result
+
+
+def _selects(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether values decide the size of what an operator returns."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func._overloadpacket is not torch.ops.aten.index:
+        return True
+    masks = [index for index in args[1] if index is not None]
+    return any(index.dtype in (torch.bool, torch.uint8) for index in masks)
 
 
 _RECURRENT = ("lstm", "gru", "rnn")
@@ -165,21 +177,21 @@ def measure_costs(
     """
     costs: dict[fx.Node, NodeCost] = {}
     for node, fact in facts.items():
-        registered, other, moved, operators = fact.work
+        work = fact.work
         if not is_compute(node):
             continue
-        flops = registered + other
+        flops = work.registered + work.other
         cost = float(flops) if cost_function is None else float(cost_function(node, flops))
         if not 0 <= cost < float("inf"):
             raise OptionError(f"cost of node {node.name!r} must be finite and >= 0, got {cost}")
         costs[node] = NodeCost(
             flops=flops,
-            backward_flops=2 * registered + other,
+            backward_flops=2 * work.registered + work.other,
             parameter_bytes=sum(p.numel() * p.element_size() for p in parameters(program, node)),
             activation_bytes=fact.bytes,
             cost=cost,
-            moved=moved,
-            operators=operators,
+            moved=work.moved,
+            operators=work.operators,
         )
     return costs
 

@@ -260,7 +260,7 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             if isinstance(leaf, torch.Tensor):
                 _check_name(model, name)
                 leaves.append(Leaf(name, tuple(_key(entry) for entry in path), leaf))
-            elif isinstance(leaf, Mapping | Sequence) and not isinstance(leaf, str | bytes):
+            elif isinstance(leaf, Mapping | Sequence) and not isinstance(leaf, str | bytes | range):
                 raise CaptureError(
                     f"argument {name!r} holds a {type(leaf).__name__}, which torch cannot look "
                     "into: give a plain dict, list or tuple of the same tensors"

@@ -34,12 +34,14 @@ class Work(NamedTuple):
         other: FLOPs of the others.
         moved: Bytes read and written.
         operators: Number of operators, views excluded.
+        selections: Number of operators the size of whose result is data, as of `nonzero`.
     """
 
     registered: int = 0
     other: int = 0
     moved: int = 0
     operators: int = 0
+    selections: int = 0
 
 
 _NONE = Work()

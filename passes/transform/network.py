@@ -33,6 +33,7 @@ from passes.ir.isolation import preserved
 from passes.ir.module_walk import named_tensors, set_mode
 from passes.ir.output_types import OutputType, typed
 from passes.ir.program import Program, failing_node, tensor_leaves
+from passes.transform.constants import PLAIN, check_constant, check_constants, same_constant
 
 CALL = "pnn_call"
 """Key of the `Call` in the `meta` of a network."""
@@ -94,7 +95,7 @@ class Call:
         for name, value in arguments.items():
             if name in self.fixed:
                 check_constant(self.model, name, value, self.fixed[name])
-            elif value is not None and value != getattr(config, name, None):
+            elif value is not None and not same_constant(value, getattr(config, name, None)):
                 raise OptionError(
                     f"{self.model} was compiled without argument {name}: it takes "
                     f"{', '.join(self.examples)}; compile it with an example of that call"
@@ -189,8 +190,9 @@ class Network(fx.GraphModule):
         """Run the network.
 
         Raises:
-            OptionError: An argument is unknown, the network fails on an input of another shape, or
-                is in a mode that its graph does not have.
+            OptionError: An argument is unknown, a constant is another one than that of the example,
+                the network fails on an input of another shape, or is in a mode that its graph does
+                not have.
         """
         call: Call = self.meta[CALL]
         check_mode(call.model, call.only_mode, training=self.training)
@@ -199,10 +201,13 @@ class Network(fx.GraphModule):
         if others := kwargs.keys() - call.examples.keys():
             call.check_others({name: kwargs[name] for name in others})
             kwargs = {name: value for name, value in kwargs.items() if name not in others}
+        named = dict(zip(call.examples, args, strict=False)) | kwargs
+        for name, value in named.items():
+            if not isinstance(value, torch.Tensor):
+                check_constants(call.model, name, value, call.examples[name])
         try:
             outputs = super().__call__(*args, **kwargs)
         except Exception as error:
-            named = dict(zip(call.examples, args, strict=False)) | kwargs
             if reason := call.other_shape(named):
                 raise OptionError(reason) from error
             raise
@@ -267,36 +272,6 @@ def check_mode(model: str, only: str, *, training: bool) -> None:
             "(a note of the report says which): call .train() on the network, or compile "
             "model.eval() for evaluation"
         )
-
-
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
-"""Types of constants that can be compared."""
-
-
-def check_constant(model: str, name: str, value: Any, constant: Any) -> None:
-    """Check that a value is the one that a graph holds in its place.
-
-    Raises:
-        OptionError: It is another one.
-    """
-    tensors = isinstance(value, torch.Tensor), isinstance(constant, torch.Tensor)
-    if all(tensors):
-        return
-    if isinstance(constant, (list, tuple, dict)) and isinstance(value, type(constant)):
-        same = pytree.tree_leaves(value) == pytree.tree_leaves(constant)
-    elif isinstance(value, PLAIN) or isinstance(constant, PLAIN) or any(tensors):
-        same = type(value) is type(constant) and (value == constant or value != value)
-    else:
-        return  # objects that only the model can compare
-    if not same:
-        raise OptionError(
-            f"{name} is {_shown(value)}, but {model} was compiled with {_shown(constant)}, "
-            "which is part of its graph: leave it out, or compile another network for it"
-        )
-
-
-def _shown(value: Any) -> str:
-    return "a tensor" if isinstance(value, torch.Tensor) else repr(value)[:80]
 
 
 def check_length(program: Program, network: fx.GraphModule) -> None:

@@ -58,6 +58,7 @@ def load_state_dict(
             no memory for it.
     """
     name, model, weights = program.name, program.model, weights_by_name(program, stages)
+    _check_names(name, state)
     if any(key.startswith(_PREFIX) for key in weights):
         state = {f"{_PREFIX}{key}": value for key, value in state.items()}
     values = pytree.tree_leaves(dict(program.args))
@@ -82,6 +83,13 @@ def load_state_dict(
     with torch.no_grad():
         for key in common:
             weights[key].copy_(state[key])
+
+
+def _check_names(name: str, state: Any) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise OptionError(
+            f"a checkpoint of {name} is a dict of tensors by name, as of state_dict()"
+        )
 
 
 def _with_old_names(
@@ -116,6 +124,13 @@ def _check_shapes(
             raise OptionError(f"{key} is a {type(value).__name__} in the checkpoint, no tensor")
         if value.is_meta:
             raise OptionError(f"{key} has no data in the checkpoint: load it to a device")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise OptionError(
+                f"{key} is sparse, quantized or nested in the checkpoint: convert it to a dense "
+                "tensor first (.to_dense(), .dequantize())"
+            )
+        if value.is_complex() and not weights[key].is_complex():
+            raise OptionError(f"{key} is complex in the checkpoint, and real in {name}")
         if value.shape != weights[key].shape:
             raise OptionError(
                 f"{key} has shape {list(value.shape)} in the checkpoint and "

@@ -5,6 +5,7 @@ Graphs are written by `nodes.py`, modules by `modules.py`, tensors by `tensors.p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NotRequired, TypedDict
@@ -13,10 +14,12 @@ import torch
 from torch import fx, nn
 
 from passes.capture.train_eval import ByMode
+from passes.cost.node_facts import observe
 from passes.errors import ArtifactError
 from passes.ir.checked_json import decode as decode_json
 from passes.ir.checked_json import parse
 from passes.ir.module_walk import named_tensors
+from passes.ir.observer import memory_of
 from passes.ir.output_types import OutputType, ordered_dict, ordered_dicts
 from passes.ir.program import (
     DIMENSIONS,
@@ -134,7 +137,9 @@ def program_to_data(program: Program) -> tuple[Data, dict[str, torch.Tensor]]:
     Raises:
         ArtifactError: An example input or a tensor cannot be stored.
     """
-    writer = TensorWriter()
+    # Runs the network, for the few that have several buffers in one memory.
+    written = functools.cache(lambda: _written_memory(program))
+    writer = TensorWriter(lambda buffer: memory_of(buffer) in written())
     _write_tensors(program, writer)
     data: Data = {
         "schema": SCHEMA,
@@ -214,6 +219,11 @@ def _write_ordered_outputs(program: Program) -> list[Any]:
         with suppress(UnsupportedError):
             encoded.append(encode(path))
     return encoded
+
+
+def _written_memory(program: Program) -> frozenset[int]:
+    """Return the memory that a program writes into, in either mode."""
+    return frozenset[int]().union(*(fact.writes for fact in observe(program).values()))
 
 
 def _write_tensors(program: Program, writer: TensorWriter) -> None:

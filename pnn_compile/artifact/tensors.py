@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -52,12 +52,16 @@ _STORABLE = (torch.Tensor, nn.Parameter)
 class TensorWriter:
     """Collects tensors and describes them as records.
 
+    Args:
+        is_written: Whether a network writes into the memory of a buffer.
+
     Attributes:
         values: Tensors to store, by key: contiguous, on the CPU, in separate memory.
         records: One record per name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_written: Callable[[torch.Tensor], bool] = lambda _: False) -> None:
+        self._is_written = is_written
         self.values: dict[str, torch.Tensor] = {}
         self.records: list[Record] = []
         self._objects: dict[int, str] = {}
@@ -114,15 +118,22 @@ class TensorWriter:
         return {**record, "crc32": _checksum(self.values[key])}
 
     def _check_overlap(self, name: str, kind: str, tensor: torch.Tensor) -> None:
-        """Refuse a parameter over the memory of another tensor, unless both are one view of it."""
+        """Refuse two views of one memory that changes: of a parameter, or a buffer that is written.
+
+        Two tensors that are one view of it are fine.
+        """
         for other, other_kind, others in self._by_storage.get(storage_id(tensor), ()):
             same = (tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset()) == (
                 others.shape, others.stride(), others.dtype, others.storage_offset()
             )  # fmt: skip
-            if "parameter" in (kind, other_kind) and not same and share_memory(tensor, others):
+            if same or not share_memory(tensor, others):
+                continue
+            learned = "parameter" in (kind, other_kind)
+            if learned or self._is_written(tensor):
+                which = "of which one is a parameter" if learned else "which forward writes into"
                 raise ArtifactError(
-                    f"{name} and {other} are different views of one memory, of which one is a "
-                    "parameter; an artifact cannot hold that: give one of them memory of its own "
+                    f"{name} and {other} are different views of one memory, {which}; "
+                    "an artifact cannot hold that: give one of them memory of its own "
                     "(.clone()), or let forward compute it from the other"
                 )
         self._by_storage.setdefault(storage_id(tensor), []).append((name, kind, tensor))

@@ -157,6 +157,35 @@ def test_parameters_over_one_memory_stay_so_or_are_refused(
     assert (loaded.original_state_dict()["3.weight"] == 2.0).all()
 
 
+class Overlapping(nn.Module):
+    """Two buffers over one memory: a mean, and a table that begins with it."""
+
+    table: Tensor
+    mean: Tensor
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        table = torch.zeros(16)
+        self.layers, self.writes = linear_chain(4, 8), writes
+        self.register_buffer("table", table)
+        self.register_buffer("mean", table[:8])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        if self.writes and self.training:
+            self.mean.lerp_(y.detach().mean(0), 0.1)
+        return y - self.table[:8]
+
+
+def test_buffers_over_one_memory_that_is_written_are_refused(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    compiled = pnn.compile(Overlapping(writes=True), x, stages=2)
+    with pytest.raises(pnn.ArtifactError, match="one memory, which forward writes into"):
+        compiled.save(tmp_path / "artifact")
+    compiled = pnn.compile(Overlapping(writes=False), x, stages=2)
+    assert_equal(pnn.load(compiled.save(tmp_path / "artifact")), compiled)
+
+
 def test_hooks_on_gradients_need_the_model(tmp_path: Path) -> None:
     model: Any = linear_chain(4, 8)
     x = torch.randn(3, 8)

@@ -73,3 +73,42 @@ def test_what_is_computed_from_weights_is_no_constant(kind: str) -> None:
                 parameter.mul_(1.5)
         for train in (True, False):
             torch.testing.assert_close(captured.train(train)(x), model.train(train)(x))
+
+
+def rows(x: Tensor, layout: torch.layout = torch.strided) -> Tensor:
+    nested: Tensor = torch.nested.as_nested_tensor([x[0, :2], x[1, :3]], layout=layout)
+    return nested
+
+
+class Ragged(nn.Module):
+    """Rows of several lengths: in a buffer, inside of forward, or as the output."""
+
+    def __init__(self, where: str, layout: torch.layout = torch.strided) -> None:
+        super().__init__()
+        self.where, self.layout = where, layout
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        if where == "buffer":
+            self.register_buffer("table", rows(torch.zeros(2, 3, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        if self.where == "buffer":
+            return y
+        ragged: Tensor = rows(y, self.layout)
+        if self.where == "output":
+            return ragged
+        return torch.nested.to_padded_tensor(self.body(torch.tanh(ragged)), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_named_with_what_to_do(layout: torch.layout) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(CaptureError, match=r"example input \[0\] of Linear is nested.*pad them"):
+        capture(nn.Linear(4, 4), (rows(x, layout),))
+    with pytest.raises(CaptureError, match=r"buffer 'table' of Ragged is nested.*pad them"):
+        capture(Ragged("buffer"), (x,))
+    with pytest.raises(CaptureError, match=r"Ragged returns a nested tensor.*pad them"):
+        capture(Ragged("output", layout), (x,))
+    with pytest.raises(CaptureError, match=r"(?s)cannot be captured.*nested_tensor"):
+        capture(Ragged("inside", layout), (x,))

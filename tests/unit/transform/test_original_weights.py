@@ -171,3 +171,26 @@ def test_a_network_compiled_by_shapes_loads_no_weights() -> None:
         with pytest.raises(pnn.PnnError, match="was compiled on the meta device, by shapes"):
             compiled.load_original_state_dict(trained.state_dict())
         compiled.module.to_empty(device="cpu")
+
+
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": Tensor.to_sparse,
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "complex": lambda t: t + 1j,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of quantized tensors
+@pytest.mark.parametrize("kind", ODD)
+def test_a_checkpoint_of_other_tensors_loads_nothing(kind: str) -> None:
+    compiled = pnn.compile(linear_chain(4, 8), torch.randn(3, 8), stages=2)
+    before = copy.deepcopy(compiled.original_state_dict())
+    state = copy.deepcopy(linear_chain(4, 8).state_dict())
+    state["3.weight"] = ODD[kind](state["3.weight"])
+    with pytest.raises(pnn.OptionError, match=rf"3\.weight is .*{kind}"):
+        compiled.load_original_state_dict(state)
+    for other in (None, [state], {3: torch.zeros(1)}):
+        with pytest.raises(pnn.OptionError, match="a dict of tensors by name"):
+            compiled.load_original_state_dict(other)  # type: ignore[arg-type]
+    for name, tensor in compiled.original_state_dict().items():
+        assert torch.equal(tensor, before[name])
