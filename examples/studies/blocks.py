@@ -18,7 +18,7 @@ def block_partition(costs: Sequence[float], parts: int) -> list[int]:
     The algorithm of Bárány and Grinberg, "Block partitions of sequences" (2015), that torchgpipe's
     `balance_by_time` uses, on costs brought to [0, 1] as there: while the largest part exceeds the
     smallest one by more than the largest element can be, the smallest takes an element from its
-    neighbour on the side of the largest.
+    neighbor on the side of the largest.
 
     Args:
         costs: What the elements cost, at least as many as there are parts.

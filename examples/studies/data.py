@@ -50,7 +50,7 @@ class Split:
 
 
 def fashion_mnist(folder: Path) -> tuple[Split, Split]:
-    """Read Fashion-MNIST (Xiao et al. 2017): `[n, 1, 28, 28]`, normalised; training and test."""
+    """Read Fashion-MNIST (Xiao et al. 2017): `[n, 1, 28, 28]`, normalized; training and test."""
     return _idx(folder, "train"), _idx(folder, "t10k")
 
 
@@ -74,25 +74,25 @@ def gated_pairs(split: Split, count: int, generator: torch.Generator) -> Split:
 
 
 def load_cifar10(folder: Path) -> tuple[Split, Split]:
-    """Read CIFAR-10 (Krizhevsky 2009): `[n, 3, 32, 32]`, normalised; training and test."""
+    """Read CIFAR-10 (Krizhevsky 2009): `[n, 3, 32, 32]`, normalized; training and test."""
     if (folder / "data_batch_1.png").exists():
         train = [_strip(folder / f"data_batch_{i}.png") for i in range(1, 6)]
         x, test = torch.cat(train), _strip(folder / "test_batch.png")
         y = torch.tensor(json.loads((folder / "train_lables.json").read_text()))
         z = torch.tensor(json.loads((folder / "test_lables.json").read_text()))
-        return Split(_normalised(x), y), Split(_normalised(test), z)
+        return Split(_normalized(x), y), Split(_normalised(test), z)
     if (folder / "cifar10.safetensors").exists():
         from safetensors.torch import load_file
 
         read = load_file(folder / "cifar10.safetensors")
         x, test, y, z = (read[key] for key in ("train_x", "test_x", "train_y", "test_y"))
-        return Split(_normalised(x), y.long()), Split(_normalised(test), z.long())
+        return Split(_normalized(x), y.long()), Split(_normalised(test), z.long())
     from torchvision.datasets import CIFAR10
 
     parts = [CIFAR10(str(folder), train=train) for train in (True, False)]
     splits = [
         Split(
-            _normalised(torch.from_numpy(part.data).permute(0, 3, 1, 2)),
+            _normalized(torch.from_numpy(part.data).permute(0, 3, 1, 2)),
             torch.tensor(part.targets),
         )
         for part in parts
@@ -108,7 +108,7 @@ def _strip(file: Path) -> torch.Tensor:
     return pixels.reshape(-1, 32, 32, 3).permute(0, 3, 1, 2)
 
 
-def _normalised(x: torch.Tensor) -> torch.Tensor:
+def _normalized(x: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor([0.4914, 0.4822, 0.4465]).reshape(1, 3, 1, 1)
     deviation = torch.tensor([0.247, 0.2435, 0.2616]).reshape(1, 3, 1, 1)
     return (x.float() / 255 - mean) / deviation
