@@ -28,7 +28,7 @@ from passes.plan.schema import Plan
 from passes.transform.assemble import step_of
 from passes.transform.network import check_mode
 from passes.transform.sweep import Role
-from pnn_compile.inputs import by_argument, call_arguments, device_of
+from pnn_compile.inputs import argument_names, by_argument, call_arguments, device_of
 
 if TYPE_CHECKING:
     from pnn_compile.compiled import Compiled
@@ -132,7 +132,9 @@ class StreamNetwork(nn.Module):
         for stream in self._streams:
             stream.wait_stream(current)
         inputs = by_argument(self._program, call_arguments(self._program, args, kwargs))
-        result = _Runner(self.network, self._assignment, streams).run_by_name(inputs)
+        result = _Runner(self.network, self._assignment, streams).run(
+            *(inputs[name] for name in argument_names(self._program))
+        )
         for stream in self._streams:
             current.wait_stream(stream)
         return typed(result, program.output_types)
