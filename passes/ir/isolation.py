@@ -342,7 +342,12 @@ def preserved(*modules: nn.Module) -> Iterator[Mapping[int, torch.Tensor]]:
         states = [(source, source.read()) for source in _sources(modules, attributes)]
         # A forward may count its calls, keep tensors for the next call, write to a buffer in place
         # or replace it by another tensor.
-        tables = [(t, dict(t)) for child in children for t in (vars(child), child._buffers)]
+        # It may register hooks too, as models of transformers do at their first call.
+        tables = [
+            (table, dict(table))
+            for child in children
+            for table in (vars(child), child._buffers, *_hooks(child))
+        ]
         held = [*contents(value for _, _, value in attributes)]
         containers = snapshot(held)
         tensors = [
@@ -372,6 +377,11 @@ def preserved(*modules: nn.Module) -> Iterator[Mapping[int, torch.Tensor]]:
                     parameter.grad = grad
             for source, state in states:
                 source.write(state)
+
+
+def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
+    """Return the tables of a module's hooks."""
+    return [t for name, t in vars(module).items() if "_hooks" in name and isinstance(t, dict)]
 
 
 @contextmanager

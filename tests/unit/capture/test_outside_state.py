@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from passes.capture import capture
 from passes.capture.outside_state import OutsideState
+from passes.errors import CaptureError
 
 SEEN: list[Any] = []
 LAST: Any = None
@@ -118,3 +120,27 @@ def test_a_model_that_changes_nothing_gets_no_note() -> None:
             return self.body(x) * self.table["scale"] + len(SEEN) + sum(sizes)
 
     assert not capture(Reader(), (torch.randn(3, 4),)).capture.notes
+
+
+class HooksItself(Layers):
+    """Registers a hook at its first call, as models of transformers do to collect states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.first.register_forward_hook(lambda module, args, output: output * 2)
+            self.ready = True
+        return self.body(x)
+
+
+def test_hooks_that_forward_registers_are_taken_back() -> None:
+    model, x = HooksItself(), torch.randn(3, 4)
+    expected = HooksItself()
+    expected.load_state_dict(model.state_dict())
+    with contextlib.suppress(CaptureError):
+        capture(model, (x,))
+    assert not model.first._forward_hooks
+    assert torch.equal(model(x), expected(x))  # else they would be registered twice
