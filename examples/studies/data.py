@@ -80,13 +80,13 @@ def load_cifar10(folder: Path) -> tuple[Split, Split]:
         x, test = torch.cat(train), _strip(folder / "test_batch.png")
         y = torch.tensor(json.loads((folder / "train_lables.json").read_text()))
         z = torch.tensor(json.loads((folder / "test_lables.json").read_text()))
-        return Split(_normalized(x), y), Split(_normalised(test), z)
+        return Split(_normalized(x), y), Split(_normalized(test), z)
     if (folder / "cifar10.safetensors").exists():
         from safetensors.torch import load_file
 
         read = load_file(folder / "cifar10.safetensors")
         x, test, y, z = (read[key] for key in ("train_x", "test_x", "train_y", "test_y"))
-        return Split(_normalized(x), y.long()), Split(_normalised(test), z.long())
+        return Split(_normalized(x), y.long()), Split(_normalized(test), z.long())
     from torchvision.datasets import CIFAR10
 
     parts = [CIFAR10(str(folder), train=train) for train in (True, False)]
