@@ -62,9 +62,6 @@ class Interfaces(Regime):
             errors.append(error.square().mean() / state.square().mean())
         return self._weight * torch.stack(errors).mean()
 
-    def compile(self) -> None:
-        """Do nothing: the hooks need the modules as they are."""
-
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(*call: torch.Tensor) -> None:
             self._outputs[name] = call[-1]
