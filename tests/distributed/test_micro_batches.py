@@ -206,7 +206,7 @@ def test_constants_are_those_of_the_example() -> None:
         ((x, {"bias": bias}), r"more\['times'\] is not in the batch"),
         (
             {"x": x, "more": {"bias": 1.0, "times": 2}},
-            r"more\['bias'\] is 1\.0, but .* with a tensor",
+            r"more\['bias'\] is 1\.0, but .* takes a tensor there",
         ),
     ):
         with pytest.raises(pnn.OptionError, match=message):
