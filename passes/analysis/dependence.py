@@ -161,9 +161,10 @@ def sized_by_values(
         if fact is None or (fact.spec is not None and fact.spec.batch_axis is None):
             continue
         operands = read_by(node)
-        others = [operand for operand in operands if operand is not node.args[0]]
+        first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+        others = [operand for operand in operands if operand is not first]
         if _WRITING.fullmatch(name_of(node)):  # the result is the first operand, with other values
-            operands = [operand for operand in operands if operand is node.args[0]]
+            operands = [operand for operand in operands if operand is first]
         elif fact.work.selections and any(depends[source] for source in others or operands):
             sized.add(node)
         if not sized.isdisjoint(operands):

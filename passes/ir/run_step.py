@@ -152,11 +152,11 @@ def _buffers(
     module: nn.Module, copies: Mapping[int, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor, int]]:
     """Return a copy and the version of each buffer; of those copied already, that copy."""
-    found = {}
+    buffers = {}
     for name, tensor in named_buffers(module):
         copy = copies.get(id(tensor))
-        found[name] = tensor.detach().clone() if copy is None else copy, tensor._version
-    return found
+        buffers[name] = tensor.detach().clone() if copy is None else copy, tensor._version
+    return buffers
 
 
 def _parameter_names(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -41,14 +41,18 @@ CHANGES: dict[str, Any] = {
     "mask of values": lambda model, x, some: x[x[:, 0] > 0],
     "nonzero": lambda model, x, some: x[torch.nonzero(some).squeeze(-1)],
     "masked_select": lambda model, x, some: x.masked_select(some[:, None]).view(-1, WIDTH),
+    "by keywords": lambda model, x, some: torch.masked_select(mask=some[:, None], input=x).view(
+        -1, WIDTH
+    ),
     "unique": lambda model, x, some: x[torch.unique(x.argmax(-1)) % x.shape[0]],
     "repeats": lambda model, x, some: torch.repeat_interleave(x, some.long() + 1, 0),
     # As many rows as before:
     "written back": written,
     "mask of a buffer": lambda model, x, some: torch.cat([x[:, model.first]] * 2, 1),
     "mean of rows": lambda model, x, some: x - x[some].mean(0),
+    "mean by keywords": lambda model, x, some: torch.sub(other=x[some].mean(0), input=x),
 }
-KEEPING = ("written back", "mask of a buffer", "mean of rows")
+KEEPING = ("written back", "mask of a buffer", "mean of rows", "mean by keywords")
 
 
 # All rows of the example are as many as it has samples.
