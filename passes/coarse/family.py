@@ -216,6 +216,23 @@ def names_of(role: OperatorRole, *, summed: bool = False) -> tuple[str, ...]:
     )
 
 
+def evidence_of(family: str, state: Sequence[TensorSpec], sweep: str, width: float | None) -> str:
+    """Return what is known of the accuracy that a family keeps, for states of these types.
+
+    Args:
+        family: Name of one row of the table.
+        state: Types of the state that it corrects.
+        sweep: "chain" or "collapsed".
+        width: Share of the channels at which copied blocks work; None for all.
+    """
+    (row,) = rows_of(family)
+    dimensions = {len(spec.shape) for spec in state}
+    kind = "image" if dimensions == {4} else "sequence" if dimensions == {3} else ""
+    narrow = row.copies_blocks and width not in {None, 1}
+    found = row.evidence.get((kind, "narrow" if narrow else sweep))
+    return found or "accuracy not measured for networks like this one"
+
+
 def rows_of(family: str) -> list[Family]:
     """Return the rows of a family or of a sum of families; none for "auto".
 

@@ -28,6 +28,7 @@ from passes.coarse.family import (
     build_coarse,
     build_preprocess,
     copies_blocks,
+    evidence_of,
     in_time,
     is_fine,
     options_of,
@@ -213,9 +214,13 @@ def _choose_start(
 ) -> PreprocessSpec:
     """Guess a state of a loop in time by the coarse steps before it."""
     draft = PreprocessSpec(
-        options.preprocess, start_options(analysis, options, cut, state), 0, 0, False,
-        "the coarse steps before it",
-    )  # fmt: skip
+        family=options.preprocess,
+        options=start_options(analysis, options, cut, state),
+        flops=0,
+        parameters=0,
+        linear=False,
+        why="the coarse steps before it",
+    )
     return dataclasses.replace(draft, **_step_work(analysis, draft))
 
 
@@ -359,11 +364,8 @@ def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> Coarse
     if budget < math.inf:
         verdict = "within" if spec.flops <= budget else "OVER"
         why.append(f"{verdict} the budget ({spec.flops:,} of {budget:,.0f} FLOPs)")
-    (row,) = rows_of(spec.family)
-    kind = {3: "sequence", 4: "image"}.get(len(span.leaving[0].spec.shape), "")
-    narrow = row.copies_blocks and span.options.coarse_width not in {None, 1}
-    evidence = row.evidence.get((kind, "narrow" if narrow else span.options.sweep))
-    why.append(evidence or "accuracy not measured for networks like this one")
+    sweep, width = span.options.sweep, span.options.coarse_width
+    why.append(evidence_of(spec.family, [value.spec for value in span.leaving], sweep, width))
     return dataclasses.replace(spec, why="; ".join(why))
 
 
