@@ -4,8 +4,11 @@ A coarse propagator of copied blocks works between a reduction and an expansion.
 quarter, for a residual of [B, 64, 8, 8] and a last state of [B, 256, 4, 4]:
 
     [B, 64, 8, 8] -> reduce -> [B, 16, 8, 8] -> blocks -> [B, 64, 4, 4] -> expand -> [B, 256, 4, 4]
+    [B, 64, 8, 8] --------------------- shortcut --------------------------------+
 
-Reduction and expansion are channel maps (1 x 1 convolutions of images, linear layers of tokens).
+Reduction, expansion and shortcut are channel maps (1 x 1 convolutions of images, linear layers of
+tokens); where the state keeps its type, the shortcut is the identity. Without it, every channel of
+a residual would have to pass through the few of the body.
 Every layer keeps its kernel, stride and so on, reads as many channels as reach it, and returns the
 share of its own, so that a convolution at a share s takes s^2 of the FLOPs.
 """
@@ -29,10 +32,10 @@ from passes.ir.tensor_spec import TensorSpec
 
 
 class Bottleneck(nn.Module):
-    """A narrow body between a reduction and an expansion.
+    """A narrow body between a reduction and an expansion, beside a shortcut.
 
-    The reduction is drawn orthogonal. The expansion starts at zero, so that at first the network
-    corrects nothing.
+    Reduction and shortcut are drawn orthogonal. The expansion starts at zero, so that at first the
+    network is its shortcut.
 
     Args:
         body: From a state of a share of the entering channels to one of a share of the leaving.
@@ -48,11 +51,13 @@ class Bottleneck(nn.Module):
         self.reduce = LinearMap(entering, narrow_spec(entering, width))
         self.body = body
         self.expand = LinearMap(narrow_spec(leaving, width), leaving, gain=0.0)
+        unchanged = entering == leaving
+        self.shortcut = nn.Identity() if unchanged else LinearMap(entering, leaving)
 
     def forward(self, state: torch.Tensor, *inputs: Any) -> torch.Tensor:
         """Propagate the state, with the inputs of the program that the body reads."""
         result: torch.Tensor = self.expand(self.body(self.reduce(state), *inputs))
-        return result
+        return self.shortcut(state) + result
 
 
 def narrow_spec(spec: TensorSpec, width: float) -> TensorSpec:
