@@ -15,6 +15,7 @@ from passes.coarse.copied_blocks import Units
 from passes.coarse.narrow import Bottleneck
 from passes.errors import ArtifactError, OptionError, SynthesisError
 from passes.ir.program import Program
+from passes.ir.tensor_spec import TensorSpec
 from passes.plan.schema import Plan
 from tests.support.programs import compile_program
 
@@ -146,6 +147,21 @@ def test_a_narrow_copy_has_a_share_of_all_channels() -> None:
 
 def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+def test_a_residual_passes_a_narrow_copy_whole(channels: int) -> None:
+    entering, leaving = (
+        TensorSpec((4, count, 4, 4), "float32", batch_axis=0, channel_axis=1)
+        for count in (8, channels)
+    )
+    body = nn.Identity() if channels == 8 else nn.Conv2d(2, 4, 1)
+    narrow = Bottleneck(body, entering, leaving, 0.25)
+    residual = torch.randn(entering.shape)
+    passed = narrow(residual)
+    assert torch.linalg.matrix_rank(passed.movedim(1, 0).flatten(1)) == 8
+    if channels == 8:
+        torch.testing.assert_close(passed, residual)
 
 
 def test_a_narrow_copy_draws_weights_of_the_same_gain() -> None:
