@@ -56,8 +56,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, state: torch.Tensor, *inputs: Any) -> torch.Tensor:
         """Propagate the state, with the inputs of the program that the body reads."""
-        result: torch.Tensor = self.expand(self.body(self.reduce(state), *inputs))
-        return self.shortcut(state) + result
+        narrow = self.expand(self.body(self.reduce(state), *inputs))
+        result: torch.Tensor = self.shortcut(state) + narrow
+        return result
 
 
 def narrow_spec(spec: TensorSpec, width: float) -> TensorSpec:
