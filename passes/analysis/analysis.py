@@ -158,6 +158,10 @@ class Analysis:
         trunk_flops = sum(size for size in flops if size >= limit)
         return trunk if 2 * trunk_flops >= self.flops else []
 
+    def is_significant(self, block: Block) -> bool:
+        """Return whether a block takes a quarter of the FLOPs of a mean block of the trunk."""
+        return self.block_flops(block) >= _MIN_SHARE_OF_MEAN * self.trunk_flops
+
     @cached_property
     def trunk_flops(self) -> float:
         """Mean forward FLOPs of a block of the trunk; 0 if there is none."""

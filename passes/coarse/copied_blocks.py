@@ -100,10 +100,8 @@ class UnitsOptions(CoarseOptions):
             SynthesisError: The stage is not made of whole blocks, or its state is not one tensor.
         """
         check_single(span)
-        analysis, repeats = span.analysis, span.options.units
-        blocks = choose_blocks(
-            analysis.blocks, analysis.trunk_blocks, span.start.index, span.stop.index, repeats
-        )
+        analysis = span.analysis
+        blocks = choose_blocks(analysis, span.start.index, span.stop.index, span.options.units)
         copies = tuple(BlockCopy.of(analysis, block) for block in blocks)
         check_copies(span, copies)
         width = span.options.coarse_width
@@ -165,35 +163,34 @@ def whole_blocks(blocks: Sequence[Block], start: int, stop: int) -> list[Block]:
     return inside
 
 
-def choose_blocks(
-    blocks: Sequence[Block], trunk: Sequence[Block], start: int, stop: int, repeats: int
-) -> list[Block]:
+def choose_blocks(analysis: Analysis, start: int, stop: int, repeats: int) -> list[Block]:
     """Choose the blocks to copy for the stage between two cuts.
 
     Args:
-        blocks: All blocks of the graph, in order.
-        trunk: The blocks that the trunk repeats.
+        analysis: All blocks of the graph, and those that the trunk repeats.
         start: Index of the cut where the stage begins.
         stop: Index of the cut where it ends.
         repeats: N_c, the number of copies of the repeated block.
 
     Returns:
         The blocks in the order in which to chain them; empty if the stage is not made of whole
-        blocks. Only those that change the shape if no block has the shape of the leaving state.
+        blocks. Where no block has the shape of the leaving state, those that change the shape; if
+        that is mere pooling, after the block that the stage repeats most.
     """
-    inside = whole_blocks(blocks, start, stop)
+    inside = whole_blocks(analysis.blocks, start, stop)
     if not inside:
         return []
     changing = [block for block in inside if block.entering.shape != block.leaving.shape]
-    final = inside[-1].leaving.shape
-    repeated = {block.signature for block in trunk}
-    keeping = [b for b in inside if b.entering.shape == b.leaving.shape == final]
-    keeping = [b for b in keeping if b.signature in repeated] or keeping
-    if not keeping:
+    keeping = [block for block in inside if block not in changing]
+    final = [block for block in keeping if block.leaving.shape == inside[-1].leaving.shape]
+    if not final and (not keeping or any(analysis.is_significant(block) for block in changing)):
         return changing
-    common, _ = Counter(block.signature for block in keeping).most_common(1)[0]
-    repeating = next(block for block in keeping if block.signature == common)
-    return [*changing, *[repeating] * repeats]
+    repeated = {block.signature for block in analysis.trunk_blocks}
+    candidates = final or keeping
+    candidates = [b for b in candidates if b.signature in repeated] or candidates
+    common, _ = Counter(block.signature for block in candidates).most_common(1)[0]
+    repeating = next(block for block in candidates if block.signature == common)
+    return sorted([*changing, *[repeating] * repeats], key=lambda block: block.start.index)
 
 
 def check_single(span: Span) -> None:

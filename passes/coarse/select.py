@@ -78,8 +78,6 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
-_MOST_OF_STAGE = 0.5
-"""Share of a stage above which copies of its blocks are not coarse propagator."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -350,10 +348,6 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
         return _because(span, linear, budget, str(obstacle))
     if units.flops > budget:
         reason = f"units would take {units.flops:,} FLOPs of {budget:,.0f}"
-        return _because(span, linear, budget, reason)
-    stage = _fine_work(span)["flops"]
-    if units.flops > _MOST_OF_STAGE * stage:
-        reason = f"units would take {units.flops:,} FLOPs beside a stage of {stage:,}"
         return _because(span, linear, budget, reason)
     return _because(span, units, budget, "repeating block found")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import pnn_compile as pnn
+from examples import vgg16
 from passes.analysis.analysis import Analysis
 from passes.errors import PartitionError
 from passes.options import Options
@@ -39,6 +42,15 @@ def test_copied_blocks_are_kept_at_any_number_unless_a_budget_is_asked_for() -> 
     cheap = cut_and_plan(wide, Options(coarse_budget=0.02))[1]
     assert {stage.coarse.family for stage in cheap.stages if stage.coarse} == {"linear"}
     assert cheap.forecast.time < copied.forecast.time
+
+
+@pytest.mark.parametrize("stages", ["auto", 6, 12])
+def test_copied_blocks_are_kept_where_a_stage_is_a_single_block(stages: Any) -> None:
+    analysis = analyze_model(vgg16.build_model(width=8), torch.randn(2, 3, 32, 32))
+    plan = cut_and_plan(analysis, Options(stages=stages))[1]
+    corrections = [stage.coarse for stage in plan.stages[1:]]
+    assert {spec.family for spec in corrections if spec} == {"units"}
+    assert all(spec and spec.parameters > 1000 for spec in corrections)  # more than a pooling
 
 
 def test_a_fixed_number_keeps_the_budget_and_has_no_note() -> None:
