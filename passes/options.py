@@ -82,8 +82,7 @@ class Options:
             None: "auto" takes the family that kept most accuracy, at its price, and calibration
             chooses within 5 %.
         coarse_width: Share of the channels at which copied blocks of a coarse propagator of family
-            "units" work, between a reduction and an expansion. None: all channels; in a collapsed
-            sweep, the largest share at which each network costs no more than the chain's.
+            "units" work, between a reduction and an expansion, beside a shortcut. None: all.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
