@@ -30,13 +30,15 @@ from passes.partition.search import solve
 from passes.plan.num_stages import cut_and_plan
 
 _NARROW = {"sweep": "collapsed", "preprocess": "narrow", "prologue": 0.02}
+_COPIES = {"coarse": "units", "coarse_width": 0.25}
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
-    "star of a quarter of the channels": {**_NARROW, "coarse": "units", "coarse_width": 0.25},
+    "chain of a quarter of the channels": _COPIES,
+    "star of a quarter of the channels": {**_COPIES, "sweep": "collapsed"},
     "channel maps, collapsed": {**_NARROW, "coarse": "linear"},
     "low rank, collapsed": {**_NARROW, "coarse": "lowrank"},
 }
-"""Options by name; all but the default guess by narrow copies for 2 % of the cost."""
+"""Options by name; the last two guess by narrow copies for 2 % of the cost."""
 
 
 class Bottleneck(nn.Module):
