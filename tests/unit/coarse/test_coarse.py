@@ -373,7 +373,11 @@ def plan_of(name: str, **options: object) -> Plan:
         ("mixer", {"stages": 3, "cut_inside_blocks": True}, "linear", r"^the stage is not made"),
         ("mlp", {"stages": 2, "coarse": "linear"}, "linear", r"^asked for$"),
         ("mlp", {"stages": 2, "coarse": "zero"}, "zero", r"^asked for$"),
-        ("resnet", {"stages": 2, "coarse": "units"}, "units", r"^asked for$"),
+        ("resnet", {"stages": 2, "coarse": "units"}, "units", r"^asked for; gained 1.9 and 2.1"),
+        ("resnet", {"stages": 2, "coarse": "linear"}, "linear", r"^asked for; lost 2.1 points"),
+        ("resnet", {"stages": 2, "prologue": 0.2}, "units", r"; accuracy not measured"),
+        ("resnet", {"stages": 2, "preprocess": "linear"}, "units", r"; accuracy not measured"),
+        ("resnet", {"stages": 2, "iterations": 2}, "units", r"; accuracy not measured"),
         ("mlp", {"stages": 2, "coarse": "exact"}, "exact", r"^the oracle$"),
     ],
 )
