@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -48,6 +48,9 @@ from passes.coarse.wrappers import (
 from passes.errors import SynthesisError
 from passes.ir.program import Program, extract, nodes_between
 from passes.ir.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from passes.options import Options
 
 Build = Callable[[Any, Site], nn.Module]
 """Function from the options of a family and a `Site` to a network."""
@@ -220,23 +223,27 @@ def names_of(role: OperatorRole, *, summed: bool = False) -> tuple[str, ...]:
     )
 
 
-def evidence_of(family: str, state: Sequence[TensorSpec], sweep: str, width: float | None) -> str:
-    """Return what is known of the accuracy that a family keeps, for states of these types.
+def evidence_of(family: str, state: Sequence[TensorSpec], options: Options) -> str:
+    """Return what is known of the accuracy that a family keeps beside the guesses of "auto".
 
     Args:
         family: Name of a row of the table, or a sum, of which nothing was measured.
         state: Types of the state that it corrects.
-        sweep: "chain" or "collapsed".
-        width: Share of the channels at which copied blocks work; None for all.
+        options: The other choices.
 
     Returns:
         The result of a study; "" if there is none.
     """
+    guessed = options.preprocess in {"auto", "convolution"} and not options.prologue
+    single = options.units == 1 and options.count == 1 and options.windows == 1
+    if not guessed or not single or options.correction == "difference":
+        return ""
     row = FAMILIES.get(family, Family())
     dimensions = {len(spec.shape) for spec in state}
     kind = "image" if dimensions == {4} else "sequence" if dimensions == {3} else ""
-    narrow = row.copies_blocks and width not in {None, 1}
-    return row.evidence.get((kind, f"{sweep} at {width:g}" if narrow else sweep), "")
+    narrow = row.copies_blocks and options.coarse_width not in {None, 1}
+    form = f"{options.sweep} at {options.coarse_width:g}" if narrow else options.sweep
+    return row.evidence.get((kind, form), "")
 
 
 def rows_of(family: str) -> list[Family]:

@@ -340,7 +340,7 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
             ) from obstacle
         if family != span.options.coarse:
             draft = dataclasses.replace(draft, why="channel map, as the stage changes the type")
-        if known := _evidence(span, family):
+        if known := evidence_of(family, leaving, span.options):
             draft = dataclasses.replace(draft, why=f"{draft.why}; {known}")
         return _measure(span, draft)
     linear = _measure(span, _draft(span, "linear"))
@@ -360,18 +360,9 @@ def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> Coarse
     if budget < math.inf:
         verdict = "within" if spec.flops <= budget else "OVER"
         why.append(f"{verdict} the budget ({spec.flops:,} of {budget:,.0f} FLOPs)")
-    why.append(_evidence(span, spec.family) or "accuracy not measured for networks like this one")
+    found = evidence_of(spec.family, [value.spec for value in span.leaving], span.options)
+    why.append(found or "accuracy not measured for networks like this one")
     return dataclasses.replace(spec, why="; ".join(why))
-
-
-def _evidence(span: Span, family: str) -> str:
-    """Return what is known of the accuracy that a family keeps beside the guesses of "auto"."""
-    state, options = [value.spec for value in span.leaving], span.options
-    guessed = options.preprocess in {"auto", "convolution"} and not options.prologue
-    single = options.units == 1 and options.count == 1 and options.windows == 1
-    if not guessed or not single or options.correction == "difference":
-        return ""
-    return evidence_of(family, state, options.sweep, options.coarse_width)
 
 
 def _draft(span: Span, family: str) -> CoarseSpec:
