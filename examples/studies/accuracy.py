@@ -60,6 +60,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "parareal, units, chain": {"coarse": "units"},
     "parareal, linear, chain": {"coarse": "linear"},
     "parareal, linear, collapsed": {"coarse": "linear", "sweep": "collapsed"},
+    "maps and convolutions, collapsed": {"coarse": "linear+conv", "sweep": "collapsed"},
     "units, half the channels": {"coarse": "units", "coarse_width": 0.5},
     "units, a quarter of the channels": {"coarse": "units", "coarse_width": 0.25},
     "star, all channels": _STAR,
