@@ -161,11 +161,11 @@ class Options:
             raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(fields)}")
         fields |= choices
         devices, cuts = fields["devices"], fields["cuts"]
-        several = devices is None or isinstance(devices, Iterable)
+        several = devices is None or (isinstance(devices, Iterable) and devices != str(devices))
         fields["devices"] = tuple(devices or ()) if several else (devices,)
         if fields["devices"] and fields["cost"] == "flops":
             fields["cost"] = "roofline"
-        if cuts is not None and not isinstance(cuts, str):
+        if isinstance(cuts, Iterable) and not isinstance(cuts, str):
             fields["cuts"] = tuple(cuts)
         return cls(**fields)
 
@@ -208,8 +208,11 @@ class Options:
             self._check_windows()
         if self.devices:
             self._check_devices()
-        if isinstance(self.cuts, str):
-            raise OptionError(f"cuts must be a list of names (got the text {self.cuts!r})")
+        cuts: object = self.cuts
+        if cuts is not None and not (
+            isinstance(cuts, tuple) and all(isinstance(name, str) for name in cuts)
+        ):
+            raise OptionError(f"cuts must be a list of names of modules (got {cuts!r})")
         if self.cuts is not None and self.stages != "auto":
             asked = self.stages * self.windows
             if asked != self.num_stages:
@@ -256,7 +259,13 @@ class Options:
 
     def _check_devices(self) -> None:
         from passes.analysis.analysis import MEASURED, ROOFLINE
+        from passes.cost.device_profile import DeviceProfile
 
+        for device in self.devices:
+            if not isinstance(device, DeviceProfile):
+                raise OptionError(
+                    f"devices must be profiles, as of pnn.load_profile('h100') (got {device!r})"
+                )
         if not isinstance(self.cost, str) or self.cost not in (*MEASURED, *ROOFLINE):
             raise OptionError(
                 "devices need costs in seconds: cost='roofline' or 'measured', or either with "

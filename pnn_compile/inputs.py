@@ -251,6 +251,9 @@ class CalibrationBatches:
     def __init__(self, compiled: Compiled, inputs: Iterable[Any]) -> None:
         self._compiled = compiled
         self._inputs = inputs
+        several: object = inputs
+        if not isinstance(several, Iterable):
+            raise OptionError(f"calibration needs a list of batches of inputs (got {inputs!r})")
         if isinstance(inputs, Iterator):
             raise OptionError(
                 f"calibration goes through its batches several times (got a "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -163,7 +163,12 @@ class ExampleInputs:
             OptionError: A dimension has another name, or no input has a dimension 1 of more than
                 one element for "sequence".
         """
-        if isinstance(dynamic, str) or not {*dynamic} <= {*DIMENSIONS}:
+        several: object = dynamic
+        if (
+            isinstance(several, str)
+            or not isinstance(several, Iterable)
+            or not {*several} <= {*DIMENSIONS}
+        ):
             raise OptionError(
                 "dynamic takes a list of 'batch' and 'sequence', empty for inputs of the example's "
                 f"shapes alone (got {dynamic!r})"

@@ -179,7 +179,7 @@ def fit(
             exist, or the loss is not finite.
     """
     network = compiled.module
-    _check_numbers(epochs, interface_epochs, learning_rate, checkpoint_every)
+    _check_numbers(epochs, interface_epochs, learning_rate, clip_norm, checkpoint_every)
     file = checkpoint_file(checkpoint)
     parameters = _trainable(compiled)
     teacher = copy.deepcopy(compiled.sequential).eval().requires_grad_(False)
@@ -287,20 +287,29 @@ def _report(state: FitState, distiller: Distiller | None, negligible: float) -> 
 
 
 def _check_numbers(
-    epochs: float, interface_epochs: float, learning_rate: float, checkpoint_every: int
+    epochs: float,
+    interface_epochs: float,
+    learning_rate: float,
+    clip_norm: float | None,
+    checkpoint_every: int,
 ) -> None:
-    if not 0 < learning_rate < math.inf:
+    def within(number: object) -> bool:
+        return isinstance(number, int | float) and 0 < number < math.inf
+
+    if not within(learning_rate):
         raise OptionError(
-            f"the learning rate must be above 0 (got {learning_rate}); the default is 1.5e-3"
+            f"the learning rate must be above 0 (got {learning_rate!r}); the default is 1.5e-3"
         )
-    if not 0 < epochs < math.inf:
-        raise OptionError(f"epochs must be above 0, parts of one too (got {epochs})")
+    if not within(epochs):
+        raise OptionError(f"epochs must be above 0, parts of one too (got {epochs!r})")
+    if clip_norm is not None and not within(clip_norm):
+        raise OptionError(f"clip_norm must be above 0, or None (got {clip_norm!r})")
     for name, number, least in (
         ("interface_epochs", interface_epochs, 0),
         ("checkpoint_every", checkpoint_every, 1),
     ):
-        if not least <= number < math.inf:
-            raise OptionError(f"{name} must be finite and at least {least} (got {number})")
+        if number != least and not (within(number) and number > least):
+            raise OptionError(f"{name} must be finite and at least {least} (got {number!r})")
 
 
 def _with_schedule(

@@ -301,6 +301,8 @@ def test_a_fit_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"learning_rate": -1.0}, "learning rate must be above 0"),
         ({"epochs": 0}, "epochs must be above 0"),
+        ({"epochs": "1"}, "epochs must be above 0, parts of one too .got '1'"),
+        ({"clip_norm": 0}, "clip_norm must be above 0, or None"),
         ({"checkpoint_every": 0}, "checkpoint_every must be finite and at least 1"),
         ({"checkpoint": tmp_path / "no" / "fit.pt"}, "no is not a directory, make it first"),
         ({"checkpoint": tmp_path}, "a directory: name a file in it"),
@@ -308,6 +310,8 @@ def test_a_fit_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     for options, message in cases:
         with pytest.raises(pnn.OptionError, match=message):
             pnn.fit(compiled, _rows(), **options)
+    with pytest.raises(pnn.OptionError, match="calibration needs a list of batches"):
+        compiled.calibrate(3)  # type: ignore[arg-type]
     compiled.module.requires_grad_(False)
     with pytest.raises(pnn.OptionError, match="no parameter that requires a gradient"):
         pnn.fit(compiled, _rows())

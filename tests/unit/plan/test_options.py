@@ -34,11 +34,15 @@ def test_the_defaults_and_the_extremes_are_legal() -> None:
         ({"coarse_budget": math.nan}, r"coarse_budget .*\(got nan\)"),
         ({"coarse_budget": "5%"}, r"coarse_budget .*\(got '5%'\)"),
         ({"stages": 2, "cuts": ("a", "b")}, r"2 cuts make 3 stages, but stages is 2.* name 1 cuts"),
+        ({"cuts": 3}, r"cuts must be a list of names of modules \(got 3\)"),
+        ({"cuts": [3]}, r"cuts must be a list of names of modules \(got \(3,\)\)"),
+        ({"devices": "h100"}, r"devices must be profiles.*\(got 'h100'\)"),
+        ({"devices": 3}, r"devices must be profiles.*\(got 3\)"),
     ],
 )
 def test_a_bad_option_is_refused_with_its_value(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        Options(**options)
+        Options.of(None, options)
 
 
 def test_options_cannot_be_changed() -> None:
