@@ -161,10 +161,10 @@ FAMILIES: dict[str, Family] = {
             "(VGG-16 / 8 and a ResNet of 18 units, N = 3, three seeds each)",
             ("image", "collapsed"): "gained 0.9 points in training from scratch "
             "(VGG-16 / 8, N = 3, three seeds)",
-            ("image", "chain at 0.5"): "lost 0.4 points in training from scratch "
-            "(VGG-16 / 8, N = 3, one seed)",
-            ("image", "chain at 0.25"): "lost 0.7 points in training from scratch "
-            "(VGG-16 / 8, N = 3, one seed)",
+            ("image", "chain at 0.5"): "lost 0.4 and 0.6 points in training from scratch "
+            "(VGG-16 / 8 and a ResNet of 18 units, N = 3, one seed each)",
+            ("image", "chain at 0.25"): "lost 0.7 and 0.3 points in training from scratch "
+            "(VGG-16 / 8 and a ResNet of 18 units, N = 3, one seed each)",
             ("image", "collapsed at 0.25"): "lost 1.5 points in training from scratch "
             "(VGG-16 / 8, N = 3, one seed)",
             ("sequence", "chain"): "gained 2.0 points in training from scratch "

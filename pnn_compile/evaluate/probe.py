@@ -33,6 +33,7 @@ from pnn_compile.inputs import batch_size, device_of, named_batch
 
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "copied blocks": {"coarse": "units"},
+    "a quarter of the channels": {"coarse": "units", "coarse_width": 0.25},
     "star": {"coarse": "units", "sweep": "collapsed"},
     "star, a quarter of the channels": {
         "coarse": "units", "sweep": "collapsed", "coarse_width": 0.25,
