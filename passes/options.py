@@ -210,7 +210,7 @@ class Options:
             self._check_devices()
         cuts: object = self.cuts
         if cuts is not None and not (
-            isinstance(cuts, tuple) and all(isinstance(name, str) for name in cuts)
+            isinstance(cuts, list | tuple) and all(isinstance(name, str) for name in cuts)
         ):
             raise OptionError(f"cuts must be a list of names of modules (got {cuts!r})")
         if self.cuts is not None and self.stages != "auto":

@@ -1,8 +1,9 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
-repeating block, which kept the accuracy in training (`Family.evidence`). Where none repeats, or
-where copies exceed a `coarse_budget`, it takes channel maps. With samples,
+repeating block, which kept the accuracy in training (`Family.evidence`); narrow copies where whole
+ones take more than half of a stage or exceed a `coarse_budget`. Where no block repeats, or those
+are too much as well, it takes channel maps. With samples,
 `pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
@@ -14,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import fx, nn
 
 from passes.analysis.analysis import Analysis
@@ -35,6 +35,7 @@ from passes.coarse.family import (
     rows_of,
 )
 from passes.coarse.linear import linear_flops
+from passes.coarse.measure import failing_by_name, measure_call
 from passes.coarse.prologue import (
     PreprocessOrigin,
     front_estimate,
@@ -50,7 +51,6 @@ from passes.coarse.spec import (
     PreprocessSpec,
     Span,
     dependence,
-    zeros,
 )
 from passes.coarse.step_rules import demand_loop
 from passes.coarse.time_step import (
@@ -59,12 +59,10 @@ from passes.coarse.time_step import (
     start_options,
     work_of,
 )
-from passes.cost.flops import count_work
-from passes.cost.measured import Seconds, measure_network
-from passes.errors import PnnError, SynthesisError, first_line
+from passes.errors import SynthesisError
 from passes.ir.isolation import seeded
 from passes.ir.module_walk import num_parameters
-from passes.ir.program import provenance, tensor_leaves
+from passes.ir.program import provenance
 from passes.ir.tensor_spec import TensorSpec, Value
 
 if TYPE_CHECKING:
@@ -78,6 +76,10 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
+_MOST_OF_STAGE = 0.5
+"""Share of a stage above which copies of its blocks are no cheap correction."""
+_NARROW = 0.25
+"""Share of the channels at which "auto" copies blocks where whole ones are too expensive."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -119,9 +121,10 @@ def coarse_estimate(
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and options.sweep == "collapsed":
         units += analysis.down_sampling(position)
-    units *= (options.coarse_width or 1.0) ** 2
-    if units and (copies or units <= budget):
-        return units
+    for width in _widths(options):
+        narrower = units * (width or 1.0) ** 2
+        if units and (copies or narrower <= budget):
+            return narrower
     leaving = last.specs if options.sweep == "collapsed" else position.specs
     rows = rows_of(options.coarse if options.coarse != "auto" else "linear")
     return sum(row.flops(position.specs, leaving, options.rank) for row in rows)
@@ -226,14 +229,14 @@ def _measure_preprocess(
     analysis: Analysis, draft: PreprocessSpec, origin: PreprocessOrigin, types: Sequence[TensorSpec]
 ) -> dict[str, Any]:
     """Build the operator and measure one call, including the layers that are copied for it."""
-    with _failing_by_name("preprocess", draft.family, types):
+    with failing_by_name("preprocess", draft.family, types):
         with seeded(0):
             module = build_preprocess(analysis.program, draft, types)
         if is_narrow(draft.family):
             inputs = analysis.program.examples(draft.options.inputs)
-            work = _measure_call(analysis, module, [], inputs)
+            work = measure_call(analysis, module, [], inputs)
             return work | {"parameters": num_parameters(module)}
-        work = _measure_call(analysis, module.operator, origin.specs, [])
+        work = measure_call(analysis, module.operator, origin.specs, [])
     copied = [analysis.costs[node] for node in origin.copied]
     work["flops"] += origin.flops
     if "seconds" in work:
@@ -343,15 +346,33 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
         if known := evidence_of(family, leaving, span.options):
             draft = dataclasses.replace(draft, why=f"{draft.why}; {known}")
         return _measure(span, draft)
-    linear = _measure(span, _draft(span, "linear"))
-    try:
-        units = _measure(span, _draft(span, "units"))
-    except SynthesisError as obstacle:
-        return _because(span, linear, budget, str(obstacle))
-    if units.flops > budget:
-        reason = f"units would take {units.flops:,} FLOPs of {budget:,.0f}"
-        return _because(span, linear, budget, reason)
-    return _because(span, units, budget, "repeating block found")
+    return _copies_or_maps(span, budget)
+
+
+def _copies_or_maps(span: Span, budget: float) -> CoarseSpec:
+    """Choose whole copies of blocks, else narrow ones, else channel maps."""
+    reason, stage = "", _fine_work(span)["flops"]
+    for width in _widths(span.options):
+        options = dataclasses.replace(span.options, coarse_width=width)
+        narrower = dataclasses.replace(span, options=options)
+        try:
+            units = _measure(narrower, _draft(narrower, "units"))
+        except SynthesisError as error:
+            reason = reason or str(error)
+            continue
+        if units.flops <= min(budget, _MOST_OF_STAGE * stage):
+            narrow = reason and ", of which narrow copies alone are cheap enough here"
+            return _because(narrower, units, budget, f"repeating block found{narrow}")
+        limit = f"of {budget:,.0f}" if units.flops > budget else f"beside a stage of {stage:,}"
+        reason = reason or f"units would take {units.flops:,} FLOPs {limit}"
+    return _because(span, _measure(span, _draft(span, "linear")), budget, reason)
+
+
+def _widths(options: Options) -> tuple[float | None, ...]:
+    """Return the shares of the channels at which blocks may be copied; None for all."""
+    if options.coarse_width is not None or options.coarse != "auto":
+        return (options.coarse_width,)
+    return None, _NARROW
 
 
 def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:
@@ -394,32 +415,13 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     key = draft.family, made_of, tuple(sources), tuple(targets)
     if key not in analysis.measured:
         inputs = analysis.program.examples(draft.options.inputs)
-        with _failing_by_name("coarse", draft.family, sources):
+        with failing_by_name("coarse", draft.family, sources):
             with seeded(0):
                 module = build_coarse(analysis.program, draft, sources, targets, nn.Identity())
-            work = _measure_call(analysis, module, sources, inputs, corrects=True)
+            work = measure_call(analysis, module, sources, inputs, corrects=True)
         work["parameters"] = num_parameters(module)
         analysis.measured[key] = work
     return dataclasses.replace(draft, **analysis.measured[key])
-
-
-@contextlib.contextmanager
-def _failing_by_name(role: str, family: str, types: Sequence[TensorSpec]) -> Iterator[None]:
-    """Name the operator that cannot be built or run, as copies of a model's layers may not.
-
-    Raises:
-        SynthesisError: The code in the block raised something else than an error for users.
-    """
-    try:
-        yield
-    except PnnError:
-        raise
-    except Exception as error:
-        state, reason = ", ".join(map(str, types)), first_line(error).rstrip(".")
-        raise SynthesisError(
-            f"{role}={family!r} fails on a state of zeros ({state}): {type(error).__name__}: "
-            f"{reason}; use {role}='linear', or other cuts"
-        ) from error
 
 
 def _fine_work(span: Span) -> dict[str, Any]:
@@ -444,52 +446,3 @@ def _work(analysis: Analysis, nodes: Iterable[fx.Node]) -> dict[str, Any]:
         work["seconds"] = sum(cost.cost for cost in costs)
         work["backward_seconds"] = sum(cost.backward for cost in costs)
     return work
-
-
-def _measure_call(
-    analysis: Analysis,
-    module: nn.Module,
-    state: Sequence[TensorSpec],
-    inputs: Sequence[Any],
-    *,
-    corrects: bool = False,
-) -> dict[str, Any]:
-    """Measure one call: FLOPs and, if the costs of nodes are seconds, seconds.
-
-    A coarse propagator reads a residual, and its correction is added to a state: two passes over
-    memory, which are in its seconds but not in its FLOPs.
-
-    Args:
-        analysis: Unit of the costs, and the device.
-        module: The network.
-        state: Types of the tensors that it reads.
-        inputs: Inputs of the program that it reads.
-        corrects: Whether it is a coarse propagator.
-    """
-    device = analysis.program.device
-    values = [zeros(spec, device) for spec in state]
-    module.to(device).eval()
-
-    def call(*tensors: torch.Tensor) -> Any:
-        return module(*tensors, *inputs)
-
-    def correct(*tensors: torch.Tensor) -> Any:
-        result = call(*(a - b for a, b in zip(tensors, values, strict=True)))
-        return [x + x.detach() for x in tensor_leaves(result)]
-
-    flops, moved, operators = count_work(lambda: call(*values))
-    work: dict[str, Any] = {"flops": flops}
-    if analysis.unit != "seconds":
-        return work
-    backward = bool(analysis.backward)
-    if analysis.device is None:
-        seconds = measure_network(correct if corrects else call, values, device, backward=backward)
-    else:
-        if corrects:
-            _, moved, operators = count_work(lambda: correct(*values))
-        tensor = next(iter((*values, *module.parameters())), torch.zeros(()))
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        once = analysis.device.seconds(flops, moved, dtype, operators)
-        twice = analysis.device.seconds(2 * flops, 2 * moved, dtype, 2 * operators)
-        seconds = Seconds(once, twice if backward else 0.0)
-    return work | {"seconds": seconds.total, "backward_seconds": seconds.backward}

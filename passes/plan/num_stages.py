@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
+from passes.coarse.copied_blocks import UnitsOptions
 from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
@@ -123,6 +124,8 @@ class _Search:
         self._options = options
         self._plans: dict[int, Plan | None] = {}
         self._first_error: Exception | None = None
+        free = options.coarse_budget is None and options.coarse_width is None
+        self._strict = options.coarse == "auto" and free
 
     def plan(self, stages: int) -> Plan | None:
         """Return the plan of this number of stages; None if it cannot be built."""
@@ -153,15 +156,26 @@ class _Search:
 
         def time(stages: int) -> float:
             plan = self.plan(stages)
-            return plan.forecast.time if plan is not None else math.inf
+            return plan.forecast.time if plan is not None and self._keeps(plan) else math.inf
 
         stages = fewest_near_best(time, self._most)
+        if stages in {None, 1}:
+            self._strict = False
+            stages = fewest_near_best(time, self._most)
         if stages is None:
             assert self._first_error is not None
             raise self._first_error
         plan = self.plan(stages)
         assert plan is not None
         return plan
+
+    def _keeps(self, plan: Plan) -> bool:
+        """Return whether every correction is what kept the accuracy, or nothing else exists."""
+        return not self._strict or all(
+            isinstance(stage.coarse.options, UnitsOptions) and stage.coarse.options.width is None
+            for stage in plan.stages
+            if stage.coarse is not None
+        )
 
     @property
     def _most(self) -> int:
@@ -174,9 +188,11 @@ class _Search:
     def note(self, chosen: Plan) -> str:
         """Say from where on more stages do not pay, and why, in one sentence."""
         count = chosen.devices
-        more = [n for n, plan in self._plans.items() if plan and n > count]
+        more = [n for n, plan in self._plans.items() if plan and n > count and self._keeps(plan)]
         speed = f"{chosen.forecast.speedup:.2f} times the original's speed"
         gain = f"{amount(count, 'stage')} chosen, {speed}"
+        if not more and any(plan and n > count for n, plan in self._plans.items()):
+            return f"{gain}: more would need cheaper corrections than copies of whole blocks"
         if not more:
             return f"{gain}: no more than {count} can be cut or were looked at"
         doubled = min(more, key=lambda n: (abs(n - 2 * count), n))

@@ -359,8 +359,14 @@ def plan_of(name: str, **options: object) -> Plan:
         (
             "resnet",
             {"stages": 2, "coarse_budget": 0.05},
+            "units",
+            r"^repeating block found, of which narrow .*; within the budget \(.*; lost 0.7 and 0.3",
+        ),
+        (
+            "resnet",
+            {"stages": 2, "coarse_budget": 0.005},
             "linear",
-            r"^units would take \d.* FLOPs of \d.*; within the budget \(.*; lost 2.1 points",
+            r"^units would take \d.* FLOPs of \d.*; .* the budget \(.*; lost 2.1 points",
         ),
         ("resnet", {"stages": 2, "coarse_budget": 0.9}, "units", r"repeating block found; within"),
         (
