@@ -223,24 +223,26 @@ def names_of(role: OperatorRole, *, summed: bool = False) -> tuple[str, ...]:
     )
 
 
-def evidence_of(family: str, state: Sequence[TensorSpec], options: Options) -> str:
+def evidence_of(family: str, state: Sequence[TensorSpec], guess: str, options: Options) -> str:
     """Return what is known of the accuracy that a family keeps beside the guesses of "auto".
 
     Args:
         family: Name of a row of the table, or a sum, of which nothing was measured.
         state: Types of the state that it corrects.
+        guess: Family of the preprocessing operator of the stage.
         options: The other choices.
 
     Returns:
         The result of a study; "" if there is none.
     """
-    guessed = options.preprocess in {"auto", "convolution"} and not options.prologue
     single = options.units == 1 and options.count == 1 and options.windows == 1
-    if not guessed or not single or options.correction == "difference":
+    if options.prologue or not single or options.correction == "difference":
         return ""
     row = FAMILIES.get(family, Family())
-    dimensions = {len(spec.shape) for spec in state}
-    kind = "image" if dimensions == {4} else "sequence" if dimensions == {3} else ""
+    axes = {(len(spec.shape), spec.channel_axis % len(spec.shape)) for spec in state}
+    # What the studies trained: images guessed by convolutions, tokens by channel maps.
+    studied = {(4, 1, "convolution"): "image", (3, 2, "linear"): "sequence"}
+    kind = studied.get((*axes.pop(), guess), "") if len(axes) == 1 else ""
     narrow = row.copies_blocks and options.coarse_width not in {None, 1}
     form = f"{options.sweep} at {options.coarse_width:g}" if narrow else options.sweep
     return row.evidence.get((kind, form), "")

@@ -320,12 +320,13 @@ def _affordable(specs: Sequence[_Spec], limit: float) -> list[_Spec]:
     return within or [next(iter(by_cost.values()))]
 
 
-def choose_coarse(span: Span, budget: float) -> CoarseSpec:
+def choose_coarse(span: Span, budget: float, guess: str) -> CoarseSpec:
     """Choose the coarse propagator of a stage.
 
     Args:
         span: The stage.
         budget: FLOPs that this propagator may take.
+        guess: Family of its preprocessing operator.
 
     Raises:
         SynthesisError: The family of the options does not fit the stage.
@@ -343,29 +344,39 @@ def choose_coarse(span: Span, budget: float) -> CoarseSpec:
             ) from obstacle
         if family != span.options.coarse:
             draft = dataclasses.replace(draft, why="channel map, as the stage changes the type")
-        if known := evidence_of(family, leaving, span.options):
-            draft = dataclasses.replace(draft, why=f"{draft.why}; {known}")
-        return _measure(span, draft)
-    return _copies_or_maps(span, budget)
+        spec = _measure(span, draft)
+        why = filter(None, (spec.why, _evidence(span, spec, guess)))
+        return dataclasses.replace(spec, why="; ".join(why))
+    return _copies_or_maps(span, budget, guess)
 
 
-def _copies_or_maps(span: Span, budget: float) -> CoarseSpec:
-    """Choose whole copies of blocks, else narrow ones, else channel maps."""
+def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
+    """Choose whole copies of blocks, else narrow ones, else channel maps.
+
+    Raises:
+        SynthesisError: A share of the channels was asked for, but a block has no such copy.
+    """
     reason, stage = "", _fine_work(span)["flops"]
+    asked = False
     for width in _widths(span.options):
         options = dataclasses.replace(span.options, coarse_width=width)
         narrower = dataclasses.replace(span, options=options)
         try:
-            units = _measure(narrower, _draft(narrower, "units"))
+            draft = _draft(narrower, "units")
+            asked = span.options.coarse_width is not None
+            units = _measure(narrower, draft)
         except SynthesisError as error:
+            if asked:
+                raise
             reason = reason or str(error)
             continue
         if units.flops <= min(budget, _MOST_OF_STAGE * stage):
+            found = "repeating block found" if units.parameters else "copy of layers without weights"
             narrow = reason and ", of which narrow copies alone are cheap enough here"
-            return _because(narrower, units, budget, f"repeating block found{narrow}")
+            return _because(narrower, units, budget, found + narrow, guess)
         limit = f"of {budget:,.0f}" if units.flops > budget else f"beside a stage of {stage:,}"
         reason = reason or f"units would take {units.flops:,} FLOPs {limit}"
-    return _because(span, _measure(span, _draft(span, "linear")), budget, reason)
+    return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
 def _widths(options: Options) -> tuple[float | None, ...]:
@@ -375,14 +386,19 @@ def _widths(options: Options) -> tuple[float | None, ...]:
     return None, _NARROW
 
 
-def _because(span: Span, spec: CoarseSpec, budget: float, reason: str) -> CoarseSpec:
+def _evidence(span: Span, spec: CoarseSpec, guess: str) -> str:
+    """Return what is known of the accuracy that a propagator keeps; nothing without weights."""
+    leaving = [value.spec for value in span.leaving]
+    return evidence_of(spec.family, leaving, guess, span.options) if spec.parameters else ""
+
+
+def _because(span: Span, spec: CoarseSpec, budget: float, reason: str, guess: str) -> CoarseSpec:
     """Fill in why a propagator was chosen, and what is known of the accuracy that it keeps."""
     why = [reason]
     if budget < math.inf:
         verdict = "within" if spec.flops <= budget else "OVER"
         why.append(f"{verdict} the budget ({spec.flops:,} of {budget:,.0f} FLOPs)")
-    found = evidence_of(spec.family, [value.spec for value in span.leaving], span.options)
-    why.append(found or "accuracy not measured for networks like this one")
+    why.append(_evidence(span, spec, guess) or "accuracy not measured for networks like this one")
     return dataclasses.replace(spec, why="; ".join(why))
 
 

@@ -46,6 +46,9 @@ _CHEAPER: Mapping[str, Mapping[str, Any]] = {
 }
 """Options whose corrections cost less than copied blocks."""
 _CHEAPER_NOTE = "cheaper corrections, "
+SPEED = "times the original's speed"
+"""Words of a note whose numbers depend on the operators."""
+_BEFORE = " (with the operators that it had before the calibration)"
 _MUCH_FASTER = 1.1
 """Factor in speed below which cheaper corrections are not worth a note."""
 
@@ -125,11 +128,10 @@ def _with_operators(
     if options.sweep == "collapsed":  # straight to the last state
         stop = cut.positions[-1]
     span = Span(analysis, options, start, stop, entering, leaving)
-    return dataclasses.replace(
-        stage,
-        preprocess=choose_preprocess(analysis, options, start, entering, window),
-        coarse=choose_coarse(span, stage_budget(analysis, options, len(stages))),
-    )
+    guess = choose_preprocess(analysis, options, start, entering, window)
+    budget = stage_budget(analysis, options, len(stages))
+    coarse = choose_coarse(span, budget, guess.family)
+    return dataclasses.replace(stage, preprocess=guess, coarse=coarse)
 
 
 def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
@@ -169,8 +171,8 @@ def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
     if not faster:
         return ""
     return (
-        f"{_CHEAPER_NOTE}which may keep less accuracy, would give: {', '.join(faster)} times the "
-        f"original's speed, instead of {plan.forecast.speedup:.2f}"
+        f"{_CHEAPER_NOTE}which may keep less accuracy, would give: {', '.join(faster)} {SPEED}, "
+        f"instead of {plan.forecast.speedup:.2f}"
     )
 
 
@@ -191,6 +193,7 @@ def with_operators(
     # Notes that do not depend on the operators stay.
     stale = _notes(analysis, options, plan.forecast, plan.stages)
     kept = [n for n in plan.notes if n not in stale and not n.startswith(_CHEAPER_NOTE)]
+    kept = [n + _BEFORE if SPEED in n and not n.endswith(_BEFORE) else n for n in kept]
     notes = (*_notes(analysis, options, forecast, stages), *kept)
     return dataclasses.replace(plan, stages=tuple(stages), forecast=forecast, notes=notes)
 
@@ -364,7 +367,7 @@ def _notes(
         )
     if forecast.speedup < 1:
         notes.append(
-            f"no gain: the parareal network needs {1 / forecast.speedup:.1f} times the original's "
+            f"no gain: the parareal network needs {1 / forecast.speedup:.2f} times the original's "
             "time even with one device per stage"
         )
     return tuple(notes)

@@ -27,7 +27,7 @@ from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.build import make_plan, note_on_cheaper, small_stages
+from passes.plan.build import SPEED, make_plan, note_on_cheaper, small_stages
 from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
@@ -130,7 +130,7 @@ class _Search:
     def plan(self, stages: int) -> Plan | None:
         """Return the plan of this number of stages; None if it cannot be built."""
         if stages not in self._plans:
-            options = dataclasses.replace(self._options, stages=stages)
+            options = dataclasses.replace(self._options, stages=stages, cuts=None)
             try:
                 cut = choose_cut(self._analysis, options)
                 if cut.inside_blocks:
@@ -189,7 +189,7 @@ class _Search:
         """Say from where on more stages do not pay, and why, in one sentence."""
         count = chosen.devices
         more = [n for n, plan in self._plans.items() if plan and n > count and self._keeps(plan)]
-        speed = f"{chosen.forecast.speedup:.2f} times the original's speed"
+        speed = f"{chosen.forecast.speedup:.2f} {SPEED}"
         gain = f"{amount(count, 'stage')} chosen, {speed}"
         if not more and any(plan and n > count for n, plan in self._plans.items()):
             return f"{gain}: more would need cheaper corrections than copies of whole blocks"
@@ -210,17 +210,17 @@ class _Search:
             return ""
         which = f"stage {shares[0]} has" if len(shares) == 1 else f"stages {', '.join(shares)} have"
         which += " less than half the mean work"
-        count = len(plan.stages) - len(shares)
-        some = amount(count, "stage")
-        fewer = None if self._options.cuts or plan.windows > 1 else self.plan(count)
+        most = (len(plan.stages) - len(shares)) // plan.windows
+        fewer = next(filter(None, map(self.plan, range(most, 0, -1))), None)
         if fewer is None:
-            return f"{which}: {some} may be as fast"
+            return f"{which}: {'fewer windows' if plan.windows > 1 else 'fewer'} may be as fast"
+        some = amount(fewer.devices, "stage")
+        some += (
+            " a window" if plan.windows > 1 else " with other cuts" if self._options.cuts else ""
+        )
         speed, now = fewer.forecast.speedup, plan.forecast.speedup
         verdict = "would do" if speed * _NEAR_BEST >= now else "would be slower"
-        return (
-            f"{which}: {some} {verdict} ({speed:.2f} times the original's speed, these "
-            f"{len(plan.stages)} {now:.2f})"
-        )
+        return f"{which}: {some} {verdict} ({speed:.2f} {SPEED}, these {plan.devices} {now:.2f})"
 
     def _bottleneck(self, plan: Plan) -> str:
         """Return what limits the speed-up of a plan, a key of `BOTTLENECKS`."""

@@ -1,5 +1,6 @@
 """Measured choice of guesses and corrections, and guesses that copy the first layers."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,15 @@ def test_a_guess_behind_the_first_layers_of_a_decoder() -> None:
 def test_a_prologue_is_a_share(share: object) -> None:
     with pytest.raises(pnn.OptionError, match="prologue must be a share"):
         pnn.compile(nn.Linear(4, 4), torch.randn(2, 4), prologue=share)  # type: ignore[arg-type]
+
+
+def test_notes_on_the_speed_say_that_they_are_of_before_the_calibration(
+    samples: list[torch.Tensor],
+) -> None:
+    widths = (8, 8, 8, 2, 2)
+    network = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+    rows = [batch[:, 0, 0, :] for batch in samples]
+    plan = pnn.compile(network, rows[0][:2], calibration=rows, stages=3, validate="off").plan
+    speeds = [note for note in plan.notes if "times the original's speed" in note]
+    assert speeds
+    assert all(note.endswith("before the calibration)") for note in speeds)

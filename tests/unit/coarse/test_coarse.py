@@ -355,6 +355,7 @@ def plan_of(name: str, **options: object) -> Plan:
         ),
         ("resnet", {"stages": 2, "coarse_width": 0.5}, "units", r"lost 0.4 and 0.6 points"),
         ("resnet", {"stages": 2, "coarse_width": 0.3}, "units", r"; accuracy not measured"),
+        ("conv1d", {"stages": 2}, "units", r"^repeating block found; accuracy not measured"),
         ("vision_transformer", {"stages": 2}, "units", r"gained 2.0 points .* text decoder"),
         (
             "resnet",

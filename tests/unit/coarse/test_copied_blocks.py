@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
+from torch import nn
 
 from passes.coarse.copied_blocks import Units, UnitsOptions, build_units
 from passes.coarse.spec import CoarseSpec, Site
 from passes.errors import SynthesisError
-from tests.support.programs import compiled, program
+from tests.support.programs import compile_model, compiled, program
 
 
 def units_of(name: str, stage: int, **options: object) -> tuple[Units, CoarseSpec]:
@@ -97,3 +99,25 @@ def test_a_block_is_not_changed_by_being_copied() -> None:
 def test_units_that_do_not_fit_are_refused() -> None:
     with pytest.raises(SynthesisError, match=r"coarse='units' does not fit .* several components"):
         compiled("dict_output", coarse="units", stages=2)
+
+
+def test_a_copy_without_weights_claims_no_repeating_block_and_no_evidence() -> None:
+    pairs = [(nn.Conv2d(8, 8, 3, padding=1), nn.MaxPool2d(2)) for _ in range(3)]
+    layers = [layer for pair in pairs for layer in pair]
+    for coarse in ("auto", "units"):
+        plan = compile_model(
+            nn.Sequential(*layers), torch.randn(2, 8, 16, 16), cuts=("1", "2"), coarse=coarse
+        ).plan
+        assert plan is not None
+        pooling, convolution = (stage.coarse for stage in plan.stages[1:])
+        assert pooling is not None
+        assert convolution is not None
+        assert pooling.parameters == 0 < convolution.parameters
+        assert not re.search("repeating|gained", pooling.why)
+        assert "gained 1.9 and 2.1 points" in convolution.why
+
+
+def test_a_width_that_blocks_do_not_have_is_refused_by_auto_too() -> None:
+    blocks = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(4)]
+    with pytest.raises(SynthesisError, match="no narrower copy"):
+        compile_model(nn.Sequential(*blocks), torch.randn(2, 4, 8), stages=2, coarse_width=0.5)
