@@ -41,7 +41,7 @@ from passes.plan.schema import (
 _WIDE_GAP = 0.01
 """Relative distance from the proven optimum above which the plan gets a note."""
 _CHEAPER: Mapping[str, Mapping[str, Any]] = {
-    "coarse_width=0.25": {"coarse": "units", "coarse_width": 0.25},
+    "coarse_width=0.25": {"coarse_width": 0.25},
     "coarse='linear' with sweep='collapsed'": {"coarse": "linear", "sweep": "collapsed"},
 }
 """Options whose corrections cost less than copied blocks."""
@@ -162,9 +162,8 @@ def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
         return ""
     faster = []
     for name, choices in _CHEAPER.items():
-        same = {"stages": len(plan.stages), "sweep": plan.sweep}
         with suppress(PnnError):  # it does not fit this model
-            other = dataclasses.replace(options, **{**same, **choices})
+            other = dataclasses.replace(options, stages=len(plan.stages), **choices)
             speedup = make_plan(analysis, choose_cut(analysis, other), other).forecast.speedup
             if speedup > _MUCH_FASTER * plan.forecast.speedup:
                 faster.append(f"{name} {speedup:.2f}")

@@ -226,6 +226,36 @@ def test_a_plan_that_is_over_budget_or_slower_says_so() -> None:
     assert plan_of("resnet", stages=2, coarse="exact").notes[-1].startswith("no gain")
 
 
+def test_what_a_narrower_copy_gives_is_what_its_width_gives() -> None:
+    class Block(nn.Module):
+        def __init__(self, entering: int, width: int) -> None:
+            super().__init__()
+            stride = width // entering
+            self.first = nn.Conv2d(entering, width, 3, stride, 1, groups=4)
+            self.second = nn.Conv2d(width, width, 3, 1, 1, groups=4)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
+            self.short = nn.Conv2d(entering, width, 1, 2) if stride > 1 else nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norms[1](self.second(self.norms[0](self.first(x)).relu()))
+            return (y + self.short(x)).relu()
+
+    widths = [(8, 8)] * 3 + [(8, 16)] + [(16, 16)] * 2
+    layers = [nn.Conv2d(3, 8, 3, 1, 1), *(Block(*pair) for pair in widths)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+
+    def plan(**more: object) -> Plan:
+        network, images = nn.Sequential(*layers, *head), torch.randn(2, 3, 16, 16)
+        plan = compile_model(network, images, stages=4, sweep="auto", **more).plan
+        assert plan is not None
+        return plan
+
+    copied, narrow = plan(), plan(coarse_width=0.25)
+    assert (copied.sweep, narrow.sweep) == ("chain", "collapsed")
+    [note] = [note for note in copied.notes if note.startswith("cheaper")]
+    assert f"coarse_width=0.25 {narrow.forecast.speedup:.2f}, " in note
+
+
 def test_a_stage_of_less_than_half_the_mean_work_is_named() -> None:
     layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
 
