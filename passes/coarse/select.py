@@ -370,10 +370,11 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
                 raise
             reason = reason or str(error)
             continue
+        if not units.parameters and units.flops <= budget:
+            return _because(span, units, budget, "a copy of layers without weights", guess)
         if units.flops <= min(budget, _MOST_OF_STAGE * stage):
-            found = "repeating block found" if units.parameters else "copy of layers without weights"
             narrow = reason and ", of which narrow copies alone are cheap enough here"
-            return _because(narrower, units, budget, found + narrow, guess)
+            return _because(narrower, units, budget, f"repeating block found{narrow}", guess)
         limit = f"of {budget:,.0f}" if units.flops > budget else f"beside a stage of {stage:,}"
         reason = reason or f"units would take {units.flops:,} FLOPs {limit}"
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)

@@ -1,5 +1,6 @@
 """The collapsed sweep: every residual straight to the last state."""
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_auto_takes_the_faster_sweep_that_linear_maps_can_do(
     assert auto is not None
     assert same is not None
     assert auto.sweep == sweep
-    assert auto.to_json() == same.to_json()
+    # The note on cheaper corrections gives their speeds in the sweep that was asked for.
+    assert dataclasses.replace(auto, notes=()) == dataclasses.replace(same, notes=())
 
 
 def test_auto_stays_what_the_plan_says_through_calibration() -> None:
