@@ -168,7 +168,7 @@ FAMILIES: dict[str, Family] = {
             ("image", "collapsed at 0.25"): "lost 1.5 points in training from scratch "
             "(VGG-16 / 8, N = 3, one seed)",
             ("sequence", "chain"): "gained 2.0 points in training from scratch "
-            "(a text decoder of 12 layers, N = 3, two seeds)",
+            "(a text decoder of 12 layers, N = 3, three seeds)",
         },
     ),
     "thinned": Family(
