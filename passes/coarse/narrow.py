@@ -15,6 +15,8 @@ share of its own, so that a convolution at a share s takes s^2 of the FLOPs.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from passes.coarse.linear import LinearMap
 from passes.errors import SynthesisError, first_line
+from passes.ir.isolation import seeded
 from passes.ir.program import Interpreter
 from passes.ir.tensor_spec import TensorSpec
 
@@ -97,6 +100,7 @@ def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
     try:
         with torch.no_grad():
             outputs = _Narrowing(unit, width).run(*arguments)
+            _run_in_training(unit, arguments)
     except RuntimeError as error:
         raise SynthesisError(
             f"the code of a block counts on all channels ({first_line(error)}), at a share of "
@@ -106,6 +110,17 @@ def narrow(unit: fx.GraphModule, width: float, arguments: Sequence[Any]) -> Any:
         module.training = training.get(path, unit.training)
     redraw(unit, weights)
     return outputs
+
+
+def _run_in_training(unit: fx.GraphModule, arguments: Sequence[Any]) -> None:
+    """Run a copy as in training, where code may write buffers of all channels.
+
+    Raises:
+        RuntimeError: The sizes do not fit.
+    """
+    # A BatchNorm refuses a single value a channel, which says nothing about the sizes.
+    with seeded(0), contextlib.suppress(ValueError):
+        copy.deepcopy(unit).train()(*arguments)
 
 
 def _weights_of(unit: nn.Module) -> dict[str, torch.Tensor]:
