@@ -161,7 +161,9 @@ class Options:
             raise OptionError(f"unknown option {unknown[0]!r}; known: {', '.join(fields)}")
         fields |= choices
         devices, cuts = fields["devices"], fields["cuts"]
-        several = devices is None or (isinstance(devices, Iterable) and devices != str(devices))
+        several = devices is None or (
+            isinstance(devices, Iterable) and not isinstance(devices, str)
+        )
         fields["devices"] = tuple(devices or ()) if several else (devices,)
         if fields["devices"] and fields["cost"] == "flops":
             fields["cost"] = "roofline"

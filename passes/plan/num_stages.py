@@ -213,11 +213,12 @@ class _Search:
         most = (len(plan.stages) - len(shares)) // plan.windows
         fewer = next(filter(None, map(self.plan, range(most, 0, -1))), None)
         if fewer is None:
-            return f"{which}: {'fewer windows' if plan.windows > 1 else 'fewer'} may be as fast"
+            return f"{which}: fewer {'windows' if plan.windows > 1 else 'stages'} may be as fast"
         some = amount(fewer.devices, "stage")
-        some += (
-            " a window" if plan.windows > 1 else " with other cuts" if self._options.cuts else ""
-        )
+        if plan.windows > 1:
+            some += " a window"
+        elif self._options.cuts:
+            some += " with other cuts"
         speed, now = fewer.forecast.speedup, plan.forecast.speedup
         verdict = "would do" if speed * _NEAR_BEST >= now else "would be slower"
         return f"{which}: {some} {verdict} ({speed:.2f} {SPEED}, these {plan.devices} {now:.2f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -150,8 +151,10 @@ def test_as_many_pairs_of_one_position_less_do_not_hide_a_fixed_length() -> None
 
 
 def test_other_names_and_inputs_without_a_sequence_are_refused() -> None:
-    with pytest.raises(pnn.OptionError, match="'batch' and 'sequence'"):
-        pnn.compile(Decoder(), IDS, dynamic=("width",))
+    wrong: tuple[Any, ...] = (("width",), "batch", 3)
+    for names in wrong:
+        with pytest.raises(pnn.OptionError, match="'batch' and 'sequence'"):
+            pnn.compile(Decoder(), IDS, dynamic=names)
     with pytest.raises(pnn.OptionError, match=r"write dynamic=\(\)"):
         pnn.compile(Decoder(), IDS, dynamic_batch=False)  # type: ignore[call-arg]
     with pytest.raises(pnn.OptionError, match="at least 2 elements"):

@@ -121,3 +121,28 @@ def test_a_width_that_blocks_do_not_have_is_refused_by_auto_too() -> None:
     blocks = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(4)]
     with pytest.raises(SynthesisError, match="no narrower copy"):
         compile_model(nn.Sequential(*blocks), torch.randn(2, 4, 8), stages=2, coarse_width=0.5)
+
+
+class Moving(nn.Module):
+    """Writes a buffer of all channels, in training mode only."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return x + torch.tanh(self.linear(x))
+
+
+def test_a_block_that_writes_all_channels_in_training_has_no_narrower_copy() -> None:
+    model, x = nn.Sequential(*(Moving() for _ in range(6))), torch.randn(4, 8)
+    with pytest.raises(SynthesisError, match="counts on all channels"):
+        compile_model(model, x, stages=2, coarse="units", coarse_width=0.25)
+    plan = compile_model(model, x, stages=6).plan  # a whole copy costs as much as a stage
+    assert plan is not None
+    assert {stage.coarse.family for stage in plan.stages if stage.coarse} == {"linear"}
