@@ -11,7 +11,15 @@ from torch import nn
 
 from examples import decoder, resnet110, vgg16
 
-__all__ = ["SideBySide", "build_decoder", "build_resnet", "build_vgg", "in_groups", "shortened"]
+__all__ = [
+    "SideBySide",
+    "build_decoder",
+    "build_resnet",
+    "build_revnet",
+    "build_vgg",
+    "in_groups",
+    "shortened",
+]
 
 
 def build_resnet(units: int, width: int, channels: int) -> nn.Module:
@@ -25,6 +33,70 @@ def build_resnet(units: int, width: int, channels: int) -> nn.Module:
     ]
     network.trunk = nn.Sequential(*kept)
     return network
+
+
+class Coupling(nn.Module):
+    """A unit of two streams: y1 = x1 + F(x2), y2 = x2 + G(y1), both `[B, C, H, W]`."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.first = _branch(channels, out_channels, stride)
+        self.second = _branch(out_channels, out_channels, 1)
+        self.shortcut: nn.Module = nn.Identity()
+        if channels != out_channels:
+            self.shortcut = nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map two streams to two `[B, C', H / stride, W / stride]`."""
+        y1 = self.shortcut(x1) + self.first(x2)
+        return y1, self.shortcut(x2) + self.second(y1)
+
+
+def _branch(channels: int, out_channels: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
+    )
+
+
+class RevNet(nn.Module):
+    """A residual network of two streams (Gomez et al. 2017, arXiv 1707.04585).
+
+    Two tensors cross every interface between its units.
+
+    Args:
+        units: Units of two convolutions, in three groups.
+        width: Channels of each stream in the first group.
+        in_channels: Channels of the images.
+    """
+
+    def __init__(self, units: int, width: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 2 * width, 3, padding=1, bias=False)
+        trunk, channels = [], width
+        for group in range(3):
+            for index in range(units // 3 + (group < units % 3)):
+                out = width * 2**group
+                trunk.append(Coupling(channels, out, 2 if group and not index else 1))
+                channels = out
+        self.trunk = nn.ModuleList(trunk)
+        self.norm = nn.BatchNorm2d(2 * channels)
+        self.relu = nn.ReLU()
+        self.classifier = nn.Linear(2 * channels, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify `[B, C, H, W]` images; logits `[B, 10]`."""
+        x1, x2 = self.stem(images).chunk(2, 1)
+        for unit in self.trunk:
+            x1, x2 = unit(x1, x2)
+        x = self.relu(self.norm(torch.cat([x1, x2], 1)))
+        return self.classifier(x.mean((2, 3)))
+
+
+def build_revnet(units: int, width: int, channels: int) -> nn.Module:
+    """A residual network of two streams, of so many units in three groups."""
+    return RevNet(units, width, channels)
 
 
 def build_vgg(units: int, width: int) -> nn.Module:

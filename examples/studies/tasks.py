@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from examples.studies.data import Split, fashion_mnist, gated_pairs, load_cifar10, standard_library
-from examples.studies.networks import build_decoder, build_resnet, build_vgg
+from examples.studies.networks import build_decoder, build_resnet, build_revnet, build_vgg
 from examples.studies.presets import Preset
 
 __all__ = ["TASKS", "Task", "make_task"]
 
-TASKS = ("gated", "cifar10", "vgg", "text")
+TASKS = ("gated", "cifar10", "vgg", "revnet", "text")
 """Names of the tasks."""
 
 
@@ -57,7 +57,8 @@ def make_task(name: str, folder: Path | None, preset: Preset, device: str = "cpu
     if folder is None:
         raise SystemExit(f"task {name} needs --data FOLDER; see examples/studies/data.py")
     train, test = _images(name, folder, preset)
-    units, build = preset.units, partial(build_resnet, width=preset.width)
+    make = build_revnet if name == "revnet" else build_resnet
+    units, build = preset.units, partial(make, width=preset.width)
     build = partial(build, channels=train.x.shape[1])
     if name == "vgg":
         units, build = 13, partial(build_vgg, width=preset.vgg_width)
@@ -75,7 +76,7 @@ def _images(name: str, folder: Path, preset: Preset) -> tuple[Split, Split]:
         return train, _pooled(gated_pairs(test, preset.tests, generator))
     train, test = load_cifar10(folder)
     train, test = train.first(preset.samples), test.first(preset.tests)
-    if name == "cifar10" and preset.width < 16:
+    if name != "vgg" and preset.width < 16:
         return _pooled(train), _pooled(test)
     return train, test
 
