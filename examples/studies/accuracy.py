@@ -63,6 +63,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "maps and convolutions, collapsed": {"coarse": "linear+conv", "sweep": "collapsed"},
     "units, half the channels": {"coarse": "units", "coarse_width": 0.5},
     "units, a quarter of the channels": {"coarse": "units", "coarse_width": 0.25},
+    "copied last layers": {"coarse": "layers"},
+    "last layers at a quarter": {"coarse": "layers", "coarse_width": 0.25},
     "star, all channels": _STAR,
     "star, half the channels": {**_STAR, "coarse_width": 0.5},
     "star, a quarter of the channels": {**_STAR, "coarse_width": 0.25},

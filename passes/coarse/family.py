@@ -18,6 +18,7 @@ from torch import nn
 from passes.analysis.masks import remove_dropout
 from passes.coarse.convolution import Conv, Convolution
 from passes.coarse.copied_blocks import UnitsOptions, build_units
+from passes.coarse.last_layers import LayersOptions, build_last_layers
 from passes.coarse.linear import Linear, LowRank, LowRankOptions, linear_flops, lowrank_flops
 from passes.coarse.narrow_guess import NarrowOptions, build_narrow
 from passes.coarse.spec import (
@@ -84,6 +85,7 @@ class Family:
             for copies of a quarter of the channels; nothing where that was not measured.
         in_time: Whether it takes steps of a loop in time, with the weights and buffers of the
             trunk, so that cuts lie between steps.
+        of_one_tensor: Whether it is for states of one tensor, so that cuts lie where one crosses.
         of_one_type: Whether it is for states of one type; where a stage changes the type, channel
             maps take its place.
         flops: Estimates the FLOPs of one call of a coarse propagator from the types of its
@@ -102,6 +104,7 @@ class Family:
     is_fine: bool = False
     evidence: Mapping[tuple[str, str], str] = field(default_factory=dict)
     in_time: bool = False
+    of_one_tensor: bool = False
     of_one_type: bool = False
     flops: Callable[[Sequence[TensorSpec], Sequence[TensorSpec], int], float] = (
         lambda entering, leaving, rank: linear_flops(entering, leaving)
@@ -156,6 +159,7 @@ FAMILIES: dict[str, Family] = {
         coarse_options=UnitsOptions,
         sweeps=_COLLAPSES,
         copies_blocks=True,
+        of_one_tensor=True,
         evidence={
             ("image", "chain"): "gained 1.9 and 2.1 points in training from scratch "
             "(VGG-16 / 8 and a ResNet of 18 units, N = 3, three seeds each)",
@@ -171,6 +175,12 @@ FAMILIES: dict[str, Family] = {
             "(a text decoder of 12 layers, N = 3, three seeds)",
         },
     ),
+    "layers": Family(
+        coarse=build_last_layers,
+        coarse_options=LayersOptions,
+        sweeps=_EITHER,
+        copies_blocks=True,
+    ),
     "thinned": Family(
         # The front, which computes the sources, copies the blocks; its map scales them.
         preprocess=_guess_by_channel_map,
@@ -179,6 +189,7 @@ FAMILIES: dict[str, Family] = {
         coarse_options=ThinnedOptions,
         sweeps=_EITHER,
         copies_blocks=True,
+        of_one_tensor=True,
     ),
     "narrow": Family(
         preprocess=_guess_by_channel_map,
@@ -264,6 +275,11 @@ def rows_of(family: str) -> list[Family]:
 def copies_blocks(family: str) -> bool:
     """Return whether networks of a family copy whole blocks of the trunk."""
     return any(row.copies_blocks for row in rows_of(family))
+
+
+def of_one_tensor(family: str) -> bool:
+    """Return whether networks of a family are for states of one tensor."""
+    return any(row.of_one_tensor for row in rows_of(family))
 
 
 def is_fine(family: str) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from passes.coarse.regression import Moments, Solution
 from passes.coarse.spec import Reads
 from passes.coarse.tensor_layout import fit_positions, layouts
+from passes.coarse.wrappers import Sum
 from passes.ir.tensor_spec import TensorSpec
 
 
@@ -107,7 +108,8 @@ class FittedMap(nn.Module):
 
 def fitted_parts(module: nn.Module) -> list[MapMatrix]:
     """Return the parts of a network that a regression can fit, in the order in which to fit."""
-    matrices = [part for part in module.modules() if isinstance(part, MapMatrix)]
+    parts = module.parts if isinstance(module, Sum) else [module]
+    matrices = [part for part in parts if isinstance(part, MapMatrix)]
     return [m for m in matrices if all(isinstance(x, FittedMap) for row in m.rows() for x in row)]
 
 

@@ -223,8 +223,6 @@ def _narrow_layer(layer: nn.Module, width: float, arguments: Sequence[Any]) -> n
 def _convolution(
     layer: Any, width: float, entering: torch.Size, place: dict[str, Any]
 ) -> nn.Module:
-    if layer.transposed:
-        raise SynthesisError(f"a block has a layer of type {type(layer).__name__}, {_ADVICE}")
     channels = entering[-len(layer.kernel_size) - 1], _share(layer.out_channels, width)
     groups = 1 if layer.groups == 1 else _share(layer.groups, width)
     if channels[0] % groups or channels[1] % groups:
@@ -232,9 +230,11 @@ def _convolution(
             f"{layer.groups} groups of {layer.in_channels} channels have no share of {width}: "
             f"choose another coarse_width (guesses: prologue), {_OTHERWISE}"
         )
+    more = {"output_padding": layer.output_padding} if layer.transposed else {}
     narrower: nn.Module = type(layer)(
-        *channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
-        layer.bias is not None, layer.padding_mode, **place,
+        *channels, layer.kernel_size, layer.stride, layer.padding, dilation=layer.dilation,
+        groups=groups, bias=layer.bias is not None, padding_mode=layer.padding_mode,
+        **more, **place,
     )  # fmt: skip
     return narrower
 

@@ -117,6 +117,10 @@ def coarse_estimate(
     """
     if in_time(options.coarse):
         return options.units * _step_flops(analysis)
+    if options.coarse == "layers" or (options.coarse == "auto" and len(position.specs) > 1):
+        even = analysis.flops / (options.num_stages or 1)
+        maps = linear_flops(position.specs, position.specs)
+        return _last_width(options) ** 2 * even / 2 + maps
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and options.sweep == "collapsed":
@@ -351,32 +355,36 @@ def choose_coarse(span: Span, budget: float, guess: str) -> CoarseSpec:
 
 
 def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
-    """Choose whole copies of blocks, else narrow ones, else channel maps.
+    """Choose whole copies of blocks or of last layers, else narrow ones, else channel maps.
 
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
-    reason, stage = "", _fine_work(span)["flops"]
-    asked = False
+    family, found, reason = "units", "repeating block found", ""
+    try:
+        _draft(span, family)
+    except SynthesisError as obstacle:
+        family, found = "layers", f"{obstacle}: copies of the last layers"
+    stage, asked = _fine_work(span)["flops"], False
     for width in _widths(span.options):
         options = dataclasses.replace(span.options, coarse_width=width)
         narrower = dataclasses.replace(span, options=options)
         try:
-            draft = _draft(narrower, "units")
+            draft = _draft(narrower, family)
             asked = span.options.coarse_width is not None
-            units = _measure(narrower, draft)
+            copies = _measure(narrower, draft)
         except SynthesisError as error:
             if asked:
                 raise
             reason = reason or str(error)
             continue
-        if not units.parameters and units.flops <= budget:
-            return _because(span, units, budget, "a copy of layers without weights", guess)
-        if units.flops <= min(budget, _MOST_OF_STAGE * stage):
-            narrow = reason and ", of which narrow copies alone are cheap enough here"
-            return _because(narrower, units, budget, f"repeating block found{narrow}", guess)
-        limit = f"of {budget:,.0f}" if units.flops > budget else f"beside a stage of {stage:,}"
-        reason = reason or f"units would take {units.flops:,} FLOPs {limit}"
+        if not copies.parameters and copies.flops <= budget:
+            return _because(span, copies, budget, "a copy of layers without weights", guess)
+        if copies.flops <= min(budget, _MOST_OF_STAGE * stage):
+            narrow = reason and ", of which narrow ones alone are cheap enough here"
+            return _because(narrower, copies, budget, found + narrow, guess)
+        limit = f"of {budget:,.0f}" if copies.flops > budget else f"beside a stage of {stage:,}"
+        reason = reason or f"{family} would take {copies.flops:,} FLOPs {limit}"
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
@@ -385,6 +393,10 @@ def _widths(options: Options) -> tuple[float | None, ...]:
     if options.coarse_width is not None or options.coarse != "auto":
         return (options.coarse_width,)
     return None, _NARROW
+
+
+def _last_width(options: Options) -> float:
+    return _widths(options)[-1] or 1.0
 
 
 def _evidence(span: Span, spec: CoarseSpec, guess: str) -> str:

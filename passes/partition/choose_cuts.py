@@ -17,7 +17,7 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position
-from passes.coarse.family import copies_blocks, in_time
+from passes.coarse.family import copies_blocks, in_time, of_one_tensor
 from passes.coarse.prologue import can_be_guessed, too_expensive
 from passes.coarse.time_step import between_steps
 from passes.cost.device_profile import DeviceProfile
@@ -150,7 +150,8 @@ def _candidates(analysis: Analysis, options: Options, head: Position) -> list[Po
     if copies_blocks(options.preprocess) and len(candidates) < needed:
         raise SynthesisError(too_expensive(options, f"before {needed} cuts"))
     if copies_blocks(options.coarse):
-        return [p for p in candidates if p.boundary and len(p.state) == 1]
+        single = of_one_tensor(options.coarse)
+        return [p for p in candidates if p.boundary and (len(p.state) == 1 or not single)]
     return candidates
 
 
@@ -394,10 +395,10 @@ def _too_few(analysis: Analysis, options: Options, candidates: list[Position], s
     more = f" and {len(candidates) - _SHOWN} more" if len(candidates) > _SHOWN else ""
     refused = [f"{n} where {why}" for why, n in analysis.frontiers.refused.items()]
     several = sum(p.boundary and len(p.state) > 1 for p in analysis.frontiers.positions)
-    if copies_blocks(options.coarse) and several:
+    if of_one_tensor(options.coarse) and several:
         refused.append(
             f"{several} where the state is several tensors, which coarse={options.coarse!r} cannot "
-            "copy a block between (coarse='linear' and 'lowrank' can be cut there)"
+            "copy a block between (coarse='layers' and 'linear' can be cut there)"
         )
     return (
         f"{analysis.program.name} has {len(candidates)} legal cuts, but {stages} stages need "

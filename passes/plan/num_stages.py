@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
 from passes.coarse.copied_blocks import UnitsOptions
+from passes.coarse.last_layers import LayersOptions
 from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
@@ -172,7 +173,8 @@ class _Search:
     def _keeps(self, plan: Plan) -> bool:
         """Return whether every correction is what kept the accuracy, or nothing else exists."""
         return not self._strict or all(
-            isinstance(stage.coarse.options, UnitsOptions) and stage.coarse.options.width is None
+            isinstance(stage.coarse.options, UnitsOptions | LayersOptions)
+            and stage.coarse.options.width is None
             for stage in plan.stages
             if stage.coarse is not None
         )

@@ -1,0 +1,265 @@
+"""Family `layers`: copies of the last layers of a stage, where no block of one tensor repeats.
+
+The tensors of a skip connection or of a second stream cross the cuts of a U-Net, a DenseNet or a
+reversible network. There the coarse network of a stage copies its last layers, from the last place
+between blocks after which the stage computes all that it changes. Maps lead there, and what passes
+the stage passes its coarse network too. For a stage of a U-Net with two levels, and its copy:
+
+    (x, skip1, skip0) -> level 1 -> (y, skip0) -> level 0 -> z
+    (x, skip1, skip0) ---- maps --> (y, skip0) -> level 0 -> z
+
+The copies draw fresh weights. With a `width` they work at a share of the channels, between the maps
+and an expansion, beside a shortcut (`narrow.py`). In a collapsed sweep the "stage" reaches to the
+last state.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+import torch
+from torch import fx, nn
+
+from passes.analysis.analysis import Analysis
+from passes.analysis.cut_points import Position, requirements
+from passes.coarse.linear import Linear, LinearMap
+from passes.coarse.narrow import narrow, narrow_spec, redraw
+from passes.coarse.spec import (
+    NON_EMPTY,
+    CoarseOptions,
+    NodeName,
+    Reads,
+    Share,
+    Site,
+    SourceSpec,
+    Span,
+    ValueName,
+    dependence,
+    zeros,
+)
+from passes.errors import SynthesisError
+from passes.ir.program import Program, extract, nodes_between, tensor_leaves
+from passes.ir.tensor_spec import TensorSpec, Value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersOptions(CoarseOptions):
+    """Options of family `layers`.
+
+    Attributes:
+        first: First node of the copied layers.
+        last: Their last node.
+        entering: The values that enter the stage.
+        sources: The values that the copied layers read.
+        leaving: The values that leave the stage.
+        sides: Side values that the copied layers recompute.
+        mapped: Which entering values each source may depend on.
+        width: Share of the channels at which the copies work; None for all.
+    """
+
+    first: NodeName
+    last: NodeName
+    entering: Annotated[tuple[ValueName, ...], NON_EMPTY]
+    sources: Annotated[tuple[SourceSpec, ...], NON_EMPTY]
+    leaving: Annotated[tuple[ValueName, ...], NON_EMPTY]
+    sides: tuple[NodeName, ...] = ()
+    mapped: Reads
+    width: Share | None = None
+
+    @classmethod
+    def choose(cls, span: Span) -> Self:
+        """Choose the last place between blocks after which all that changes is computed.
+
+        Raises:
+            SynthesisError: No layer with weights lies between that place and the end of the stage.
+        """
+        analysis, width = span.analysis, span.options.coarse_width
+        start = _begin(span)
+        nodes = analysis.frontiers.order[start.index : span.stop.index]
+        inputs, sides = requirements(analysis.program, nodes, analysis.frontiers.recomputable)
+        read = {source for node in nodes for source in node.all_input_nodes}
+        sources = [
+            Value(node.name, spec)
+            for node, spec in zip(start.state, start.specs, strict=True)
+            if node in read
+        ]
+        return cls(
+            inputs=inputs,
+            reads=span.reads,
+            first=nodes[0].name,
+            last=nodes[-1].name,
+            entering=tuple(value.name for value in span.entering),
+            sources=tuple(SourceSpec(**vars(value.spec), name=value.name) for value in sources),
+            leaving=tuple(value.name for value in span.leaving),
+            sides=sides,
+            mapped=_mapped(span, sources),
+            width=None if width == 1 else width,
+        )
+
+
+def _mapped(span: Span, sources: Sequence[Value]) -> Reads:
+    """Return which entering values each source may depend on; one that enters, on itself alone."""
+    entering = [value.name for value in span.entering]
+    reads = dependence(span.analysis, entering, sources)
+    rows = reads or [tuple(range(len(entering)))] * len(sources)
+    return tuple(
+        (entering.index(source.name),) if source.name in entering else row
+        for source, row in zip(sources, rows, strict=True)
+    )
+
+
+def _begin(span: Span) -> Position:
+    """Return the last place where the copied layers may begin.
+
+    Raises:
+        SynthesisError: There is none before a layer with weights.
+    """
+    analysis, stop = span.analysis, span.stop.index
+    number = {node.name: index for index, node in enumerate(analysis.frontiers.order)}
+    entering = {value.name for value in span.entering}
+    changed = [number[value.name] for value in span.leaving if value.name not in entering]
+    latest = min([*changed, _last_product(analysis, span.start.index, stop)])
+    most = max(len(span.entering), len(span.leaving))
+    inside = [
+        position
+        for position in analysis.frontiers.positions
+        if span.start.index < position.index <= latest
+        if position.boundary and len(position.state) <= most
+    ]
+    return inside[-1] if inside else span.start
+
+
+def _last_product(analysis: Analysis, start: int, stop: int) -> int:
+    """Return the number of the last convolution or matrix product of a range of nodes.
+
+    Raises:
+        SynthesisError: There is none.
+    """
+    order, costs = analysis.frontiers.order, analysis.costs
+    # They have twice the FLOPs in the backward pass.
+    products = (n for n in range(start, stop) if _is_product(costs[order[n]]))
+    last = max(products, default=None)
+    if last is None:
+        raise SynthesisError("the stage has no layers with weights")
+    return last
+
+
+def _is_product(cost: Any) -> bool:
+    return bool(cost.backward_flops > cost.flops)
+
+
+class LastLayers(nn.Module):
+    """Copies of layers behind maps of the entering tensors.
+
+    Args:
+        options: Which values enter and leave; at a share of the channels, each leaving tensor is
+            the sum of an expansion and of a shortcut from the entering ones.
+        body: The copies, from the sources to the leaving values that are computed.
+        entering: Types of the tensors that enter.
+        sources: Types of what the copies read.
+        computed: Types of what they return.
+        leaving: Types of what is computed.
+    """
+
+    def __init__(
+        self,
+        options: LayersOptions,
+        body: nn.Module,
+        entering: Sequence[TensorSpec],
+        sources: Sequence[TensorSpec],
+        computed: Sequence[TensorSpec],
+        leaving: Sequence[TensorSpec],
+    ) -> None:
+        super().__init__()
+        self._count = len(entering)
+        places = {name: index for index, name in enumerate(options.entering)}
+        self._passed = [places.get(name) for name in options.leaving]
+        same = options.entering == tuple(source.name for source in options.sources)
+        self.enter: nn.Module | None = None
+        if not same or [*entering] != [*sources]:
+            self.enter = Linear(entering, sources, reads=options.mapped)
+        self.body = body
+        self.expand: nn.ModuleList | None = None
+        self.shortcut: nn.Module | None = None
+        if options.width is not None:
+            pairs = zip(computed, leaving, strict=True)
+            self.expand = nn.ModuleList(LinearMap(*pair, gain=0.0) for pair in pairs)
+            reads = options.reads
+            if reads is not None:
+                reads = tuple(
+                    row
+                    for row, passed in zip(reads, self._passed, strict=True)
+                    if passed is None
+                )
+            self.shortcut = Linear(entering, leaving, reads=reads)
+
+    def forward(self, *arguments: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Propagate the entering tensors, with the inputs of the program that the copies read."""
+        state, inputs = arguments[: self._count], arguments[self._count :]
+        sources = state if self.enter is None else tensor_leaves(self.enter(*state))
+        results = tensor_leaves(self.body(*sources, *inputs))
+        if self.expand is not None and self.shortcut is not None:
+            straight = tensor_leaves(self.shortcut(*state))
+            results = [
+                past + expand(result)
+                for past, expand, result in zip(straight, self.expand, results, strict=True)
+            ]
+        computed = iter(results)
+        # Copies, as a stage may write into its state.
+        leaving = tuple(
+            next(computed) if place is None else state[place].clone() for place in self._passed
+        )
+        return leaving[0] if len(leaving) == 1 else leaving
+
+
+def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
+    """Copy the layers that the options name and draw fresh weights for them.
+
+    Raises:
+        SynthesisError: A layer has no narrower copy, but a width is asked for.
+    """
+    leaving = [
+        (name, spec)
+        for name, spec in zip(options.leaving, site.leaving, strict=True)
+        if name not in options.entering
+    ]
+    body = _copied(site.program, options, [name for name, _ in leaving])
+    sources: list[TensorSpec] = [_type_of(source) for source in options.sources]
+    computed = types = [spec for _, spec in leaving]
+    if options.width is None:
+        redraw(body)
+    else:
+        sources = [narrow_spec(source, options.width) for source in sources]
+        values = [zeros(source, site.program.device) for source in sources]
+        inputs = site.program.examples(options.inputs)
+        results = tensor_leaves(narrow(body, options.width, [*values, *inputs]))
+        computed = [
+            dataclasses.replace(spec, shape=tuple(result.shape))
+            for spec, result in zip(types, results, strict=True)
+        ]
+    return LastLayers(options, body, site.entering, sources, computed, types)
+
+
+def _type_of(source: SourceSpec) -> TensorSpec:
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(TensorSpec)}
+    return TensorSpec(**fields)
+
+
+def _copied(
+    program: Program, options: LayersOptions, leaving: Sequence[str]
+) -> fx.GraphModule:
+    """Copy the layers deeply; the copies are trainable even if the originals are frozen."""
+    original = extract(
+        program,
+        nodes_between(program, options.first, options.last),
+        [source.name for source in options.sources],
+        leaving,
+        inputs=options.inputs,
+        sides=options.sides,
+        name="LastLayers",
+    )
+    return copy.deepcopy(original).requires_grad_()
