@@ -71,18 +71,20 @@ class Options:
             unit. It does so in any case if there are too few blocks. `cuts` may name any legal
             place.
         coarse: Family of the coarse propagators: "units", fresh copies of the repeating block;
-            "thinned", every m-th block of the trained trunk; "linear", channels mixed at every
-            position; "lowrank", a map of small rank between whole states; "conv", two small
-            convolutions or linear layers that start at zero; "time_step", the step of a loop in
-            time itself, at a larger step; "identity", the state itself, or a channel map where it
-            changes its type; "zero", no correction; "exact", the fine stage itself, the oracle; a
-            sum such as "linear+lowrank"; or "auto", the family that kept most accuracy in training,
-            and "time_step" in a loop.
+            "layers", of the last layers of a stage, also where several tensors cross; "thinned",
+            every m-th block of the trained trunk; "linear", channels mixed at every position;
+            "lowrank", a map of small rank between whole states; "conv", two small convolutions or
+            linear layers that start at zero; "time_step", the step of a loop in time itself, at a
+            larger step; "identity", the state itself, or a channel map where it changes its type;
+            "zero", no correction; "exact", the fine stage itself, the oracle; a sum such as
+            "linear+lowrank"; or "auto", the family that kept most accuracy in training, and
+            "time_step" in a loop.
         coarse_budget: Largest share of the cost of the original that the coarse sweep may take.
             None: "auto" takes the family that kept most accuracy, at its price, and calibration
             chooses within 5 %.
-        coarse_width: Share of the channels at which copied blocks of a coarse propagator of family
-            "units" work, between a reduction and an expansion, beside a shortcut. None: all.
+        coarse_width: Share of the channels at which the copies of family "units" or "layers" work,
+            between a reduction and an expansion, beside a shortcut. None: all, or a quarter where
+            all exceed a `coarse_budget`.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".
@@ -99,8 +101,9 @@ class Options:
         correction: "residual" (the paper; for training) or "difference" (classical parareal), which
             the coarse steps of a loop in time take in any case.
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
-            through a map of its own, all of them at once; or "auto", the faster one by the
-            step-time model if the coarse propagators of the chain are linear or copied blocks.
+            through a map of its own, all of them at once; or "auto", a chain unless the other one
+            is a quarter faster by the step-time model, for copies and linear maps. With
+            calibration samples "auto" is a chain.
         iterations: Number K of parareal iterations; "auto" for as many as the tolerance takes.
         tolerance: Largest estimated relative error of the last state, of every sample. The plan
             takes the K that the example inputs need; calls of the compiled network take as many
@@ -129,7 +132,7 @@ class Options:
     preprocess: str = "auto"
     prologue: float | None = None
     correction: str = "residual"
-    sweep: str = "chain"
+    sweep: str = "auto"
     iterations: int | Literal["auto"] = 1
     tolerance: float | None = None
     windows: int = 1
@@ -294,7 +297,7 @@ class Options:
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, which {self.windows} "
                 "windows do not divide"
             )
-        if self.sweep != "chain" or self.count != 1 or self.tolerance is not None:
+        if self.sweep == "collapsed" or self.count != 1 or self.tolerance is not None:
             raise OptionError("windows need sweep='chain', iterations=1 and no tolerance")
         if self.devices:
             raise OptionError("windows are cut for equal devices: leave devices= out")

@@ -65,6 +65,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "units, a quarter of the channels": {"coarse": "units", "coarse_width": 0.25},
     "copied last layers": {"coarse": "layers"},
     "last layers at a quarter": {"coarse": "layers", "coarse_width": 0.25},
+    "star of last layers": {"coarse": "layers", "sweep": "collapsed"},
     "star, all channels": _STAR,
     "star, half the channels": {**_STAR, "coarse_width": 0.5},
     "star, a quarter of the channels": {**_STAR, "coarse_width": 0.25},
@@ -165,7 +166,7 @@ def _compiled(options: dict[str, Any], study: Study, stages: int) -> pnn.Compile
     torch.manual_seed(study.seed)
     return pnn.compile(
         study.task.build(study.task.units), study.task.train.x[:2].cpu(), stages=stages,
-        coarse_budget=1.0, seed=study.seed, **options,
+        coarse_budget=1.0, seed=study.seed, **{"sweep": "chain", **options},
     )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ FAMILIES: dict[str, Family] = {
     "layers": Family(
         coarse=build_last_layers,
         coarse_options=LayersOptions,
-        sweeps=_EITHER,
+        sweeps=_COLLAPSES,
         copies_blocks=True,
     ),
     "thinned": Family(

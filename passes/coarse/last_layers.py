@@ -2,8 +2,8 @@
 
 The tensors of a skip connection or of a second stream cross the cuts of a U-Net, a DenseNet or a
 reversible network. There the coarse network of a stage copies its last layers, from the last place
-between blocks after which the stage computes all that it changes. Maps lead there, and what passes
-the stage passes its coarse network too. For a stage of a U-Net with two levels, and its copy:
+between blocks before it computes what leaves. Channel maps lead there. For a stage of a U-Net with
+two levels, and its coarse network:
 
     (x, skip1, skip0) -> level 1 -> (y, skip0) -> level 0 -> z
     (x, skip1, skip0) ---- maps --> (y, skip0) -> level 0 -> z
@@ -55,7 +55,7 @@ class LayersOptions(CoarseOptions):
         last: Their last node.
         entering: The values that enter the stage.
         sources: The values that the copied layers read.
-        leaving: The values that leave the stage.
+        leaving: The values that they compute.
         sides: Side values that the copied layers recompute.
         mapped: Which entering values each source may depend on.
         width: Share of the channels at which the copies work; None for all.
@@ -72,10 +72,10 @@ class LayersOptions(CoarseOptions):
 
     @classmethod
     def choose(cls, span: Span) -> Self:
-        """Choose the last place between blocks after which all that changes is computed.
+        """Choose the last place between blocks after which all that leaves is computed.
 
         Raises:
-            SynthesisError: No layer with weights lies between that place and the end of the stage.
+            SynthesisError: The stage has no layer with weights.
         """
         analysis, width = span.analysis, span.options.coarse_width
         start = _begin(span)
@@ -116,14 +116,13 @@ def _begin(span: Span) -> Position:
     """Return the last place where the copied layers may begin.
 
     Raises:
-        SynthesisError: There is none before a layer with weights.
+        SynthesisError: The stage has no layer with weights.
     """
-    analysis, stop = span.analysis, span.stop.index
+    analysis = span.analysis
     number = {node.name: index for index, node in enumerate(analysis.frontiers.order)}
-    entering = {value.name for value in span.entering}
-    changed = [number[value.name] for value in span.leaving if value.name not in entering]
-    latest = min([*changed, _last_product(analysis, span.start.index, stop)])
-    most = max(len(span.entering), len(span.leaving))
+    leaving = [number[value.name] for value in span.leaving]
+    latest = min(*leaving, _last_product(analysis, span.start.index, span.stop.index))
+    most = max(len(span.start.state), len(span.stop.state))
     inside = [
         position
         for position in analysis.frontiers.positions
@@ -156,64 +155,36 @@ class LastLayers(nn.Module):
     """Copies of layers behind maps of the entering tensors.
 
     Args:
-        options: Which values enter and leave; at a share of the channels, each leaving tensor is
-            the sum of an expansion and of a shortcut from the entering ones.
-        body: The copies, from the sources to the leaving values that are computed.
-        entering: Types of the tensors that enter.
-        sources: Types of what the copies read.
-        computed: Types of what they return.
-        leaving: Types of what is computed.
+        enter: Maps from the entering tensors to what the copies read; None if that is the same.
+        body: The copies.
+        expand: For copies at a share of the channels, a map of each of their results.
+        shortcut: Maps from the entering tensors to the leaving ones, which are added to those.
+        count: Number of entering tensors.
     """
 
     def __init__(
         self,
-        options: LayersOptions,
+        enter: nn.Module | None,
         body: nn.Module,
-        entering: Sequence[TensorSpec],
-        sources: Sequence[TensorSpec],
-        computed: Sequence[TensorSpec],
-        leaving: Sequence[TensorSpec],
+        expand: Sequence[nn.Module],
+        shortcut: nn.Module | None,
+        count: int,
     ) -> None:
         super().__init__()
-        self._count = len(entering)
-        places = {name: index for index, name in enumerate(options.entering)}
-        self._passed = [places.get(name) for name in options.leaving]
-        same = options.entering == tuple(source.name for source in options.sources)
-        self.enter: nn.Module | None = None
-        if not same or [*entering] != [*sources]:
-            self.enter = Linear(entering, sources, reads=options.mapped)
-        self.body = body
-        self.expand: nn.ModuleList | None = None
-        self.shortcut: nn.Module | None = None
-        if options.width is not None:
-            pairs = zip(computed, leaving, strict=True)
-            self.expand = nn.ModuleList(LinearMap(*pair, gain=0.0) for pair in pairs)
-            reads = options.reads
-            if reads is not None:
-                reads = tuple(
-                    row
-                    for row, passed in zip(reads, self._passed, strict=True)
-                    if passed is None
-                )
-            self.shortcut = Linear(entering, leaving, reads=reads)
+        self.enter, self.body, self.shortcut = enter, body, shortcut
+        self.expand = nn.ModuleList(expand)
+        self._count = count
 
     def forward(self, *arguments: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Propagate the entering tensors, with the inputs of the program that the copies read."""
         state, inputs = arguments[: self._count], arguments[self._count :]
         sources = state if self.enter is None else tensor_leaves(self.enter(*state))
         results = tensor_leaves(self.body(*sources, *inputs))
-        if self.expand is not None and self.shortcut is not None:
+        if self.shortcut is not None:
             straight = tensor_leaves(self.shortcut(*state))
-            results = [
-                past + expand(result)
-                for past, expand, result in zip(straight, self.expand, results, strict=True)
-            ]
-        computed = iter(results)
-        # Copies, as a stage may write into its state.
-        leaving = tuple(
-            next(computed) if place is None else state[place].clone() for place in self._passed
-        )
-        return leaving[0] if len(leaving) == 1 else leaving
+            triples = zip(straight, self.expand, results, strict=True)
+            results = [past + expand(result) for past, expand, result in triples]
+        return results[0] if len(results) == 1 else tuple(results)
 
 
 def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
@@ -222,26 +193,25 @@ def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
     Raises:
         SynthesisError: A layer has no narrower copy, but a width is asked for.
     """
-    leaving = [
-        (name, spec)
-        for name, spec in zip(options.leaving, site.leaving, strict=True)
-        if name not in options.entering
-    ]
-    body = _copied(site.program, options, [name for name, _ in leaving])
+    entering, leaving, width = [*site.entering], [*site.leaving], options.width
+    body = _copied(site.program, options)
     sources: list[TensorSpec] = [_type_of(source) for source in options.sources]
-    computed = types = [spec for _, spec in leaving]
-    if options.width is None:
+    expand, shortcut = list[nn.Module](), None
+    if width is None:
         redraw(body)
     else:
-        sources = [narrow_spec(source, options.width) for source in sources]
+        sources = [narrow_spec(source, width) for source in sources]
         values = [zeros(source, site.program.device) for source in sources]
-        inputs = site.program.examples(options.inputs)
-        results = tensor_leaves(narrow(body, options.width, [*values, *inputs]))
-        computed = [
-            dataclasses.replace(spec, shape=tuple(result.shape))
-            for spec, result in zip(types, results, strict=True)
-        ]
-    return LastLayers(options, body, site.entering, sources, computed, types)
+        results = narrow(body, width, [*values, *site.program.examples(options.inputs)])
+        for spec, result in zip(leaving, tensor_leaves(results), strict=True):
+            computed = dataclasses.replace(spec, shape=tuple(result.shape))
+            expand.append(LinearMap(computed, spec, gain=0.0))
+        shortcut = Linear(entering, leaving, reads=options.reads)
+    same = options.entering == tuple(source.name for source in options.sources)
+    enter = None
+    if not same or entering != sources:
+        enter = Linear(entering, sources, reads=options.mapped)
+    return LastLayers(enter, body, expand, shortcut, len(entering))
 
 
 def _type_of(source: SourceSpec) -> TensorSpec:
@@ -249,15 +219,13 @@ def _type_of(source: SourceSpec) -> TensorSpec:
     return TensorSpec(**fields)
 
 
-def _copied(
-    program: Program, options: LayersOptions, leaving: Sequence[str]
-) -> fx.GraphModule:
+def _copied(program: Program, options: LayersOptions) -> fx.GraphModule:
     """Copy the layers deeply; the copies are trainable even if the originals are frozen."""
     original = extract(
         program,
         nodes_between(program, options.first, options.last),
         [source.name for source in options.sources],
-        leaving,
+        options.leaving,
         inputs=options.inputs,
         sides=options.sides,
         name="LastLayers",

@@ -1,10 +1,11 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
-repeating block, which kept the accuracy in training (`Family.evidence`); narrow copies where whole
-ones take more than half of a stage or exceed a `coarse_budget`. Where no block repeats, or those
-are too much as well, it takes channel maps. With samples,
-`pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
+repeating block, which kept the accuracy in training (`Family.evidence`); copies of the last layers
+of a stage where no block of one tensor repeats. Where those exceed a `coarse_budget`, it takes
+copies of a quarter of the channels, and where they do as well, or a stage has no layers with
+weights, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among the candidates of
+this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -76,10 +77,8 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
-_MOST_OF_STAGE = 0.5
-"""Share of a stage above which copies of its blocks are no cheap correction."""
 _NARROW = 0.25
-"""Share of the channels at which "auto" copies blocks where whole ones are too expensive."""
+"""Share of the channels at which "auto" copies where whole copies exceed a budget."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -120,7 +119,7 @@ def coarse_estimate(
     if options.coarse == "layers" or (options.coarse == "auto" and len(position.specs) > 1):
         even = analysis.flops / (options.num_stages or 1)
         maps = linear_flops(position.specs, position.specs)
-        return _last_width(options) ** 2 * even / 2 + maps
+        return (_widths(options)[0] or 1.0) ** 2 * even / 2 + maps
     copies = copies_blocks(options.coarse)
     units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
     if units and options.sweep == "collapsed":
@@ -355,7 +354,7 @@ def choose_coarse(span: Span, budget: float, guess: str) -> CoarseSpec:
 
 
 def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
-    """Choose whole copies of blocks or of last layers, else narrow ones, else channel maps.
+    """Choose copies of blocks or of last layers within a budget, else channel maps.
 
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
@@ -365,7 +364,7 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
         _draft(span, family)
     except SynthesisError as obstacle:
         family, found = "layers", f"{obstacle}: copies of the last layers"
-    stage, asked = _fine_work(span)["flops"], False
+    asked = False
     for width in _widths(span.options):
         options = dataclasses.replace(span.options, coarse_width=width)
         narrower = dataclasses.replace(span, options=options)
@@ -380,23 +379,19 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
             continue
         if not copies.parameters and copies.flops <= budget:
             return _because(span, copies, budget, "a copy of layers without weights", guess)
-        if copies.flops <= min(budget, _MOST_OF_STAGE * stage):
+        if copies.flops <= budget:
             narrow = reason and ", of which narrow ones alone are cheap enough here"
             return _because(narrower, copies, budget, found + narrow, guess)
-        limit = f"of {budget:,.0f}" if copies.flops > budget else f"beside a stage of {stage:,}"
-        reason = reason or f"{family} would take {copies.flops:,} FLOPs {limit}"
+        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {budget:,.0f}"
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
 def _widths(options: Options) -> tuple[float | None, ...]:
     """Return the shares of the channels at which blocks may be copied; None for all."""
-    if options.coarse_width is not None or options.coarse != "auto":
-        return (options.coarse_width,)
-    return None, _NARROW
-
-
-def _last_width(options: Options) -> float:
-    return _widths(options)[-1] or 1.0
+    limited = options.coarse == "auto" and options.coarse_budget is not None
+    if options.coarse_width is None and limited:
+        return None, _NARROW
+    return (options.coarse_width,)
 
 
 def _evidence(span: Span, spec: CoarseSpec, guess: str) -> str:
