@@ -33,7 +33,9 @@ _NARROW = {"sweep": "collapsed", "preprocess": "narrow", "prologue": 0.02}
 _COPIES = {"coarse": "units", "coarse_width": 0.25}
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
-    "chain of a quarter of the channels": _COPIES,
+    "chain of copied blocks": {"coarse": "units", "sweep": "chain"},
+    "star of last layers": {"coarse": "layers", "sweep": "collapsed"},
+    "chain of a quarter of the channels": {**_COPIES, "sweep": "chain"},
     "star of a quarter of the channels": {**_COPIES, "sweep": "collapsed"},
     "channel maps, collapsed": {**_NARROW, "coarse": "linear"},
     "low rank, collapsed": {**_NARROW, "coarse": "lowrank"},

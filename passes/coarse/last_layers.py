@@ -41,7 +41,6 @@ from passes.coarse.spec import (
     dependence,
     zeros,
 )
-from passes.errors import SynthesisError
 from passes.ir.program import Program, extract, nodes_between, tensor_leaves
 from passes.ir.tensor_spec import TensorSpec, Value
 
@@ -72,13 +71,10 @@ class LayersOptions(CoarseOptions):
 
     @classmethod
     def choose(cls, span: Span) -> Self:
-        """Choose the last place between blocks after which all that leaves is computed.
-
-        Raises:
-            SynthesisError: The stage has no layer with weights.
-        """
+        """Choose the last place between blocks after which all that leaves is computed."""
         analysis, width = span.analysis, span.options.coarse_width
-        start = _begin(span)
+        leaving = tuple(value.name for value in span.leaving)
+        start = _begin(analysis, span.start, span.stop, leaving, len(span.start.state))
         nodes = analysis.frontiers.order[start.index : span.stop.index]
         inputs, sides = requirements(analysis.program, nodes, analysis.frontiers.recomputable)
         read = {source for node in nodes for source in node.all_input_nodes}
@@ -94,7 +90,7 @@ class LayersOptions(CoarseOptions):
             last=nodes[-1].name,
             entering=tuple(value.name for value in span.entering),
             sources=tuple(SourceSpec(**vars(value.spec), name=value.name) for value in sources),
-            leaving=tuple(value.name for value in span.leaving),
+            leaving=leaving,
             sides=sides,
             mapped=_mapped(span, sources),
             width=None if width == 1 else width,
@@ -112,43 +108,44 @@ def _mapped(span: Span, sources: Sequence[Value]) -> Reads:
     )
 
 
-def _begin(span: Span) -> Position:
-    """Return the last place where the copied layers may begin.
+def last_layers_flops(analysis: Analysis, stop: Position, most: int) -> int:
+    """Return the FLOPs of the last layers before a cut.
 
-    Raises:
-        SynthesisError: The stage has no layer with weights.
+    Args:
+        analysis: The facts about the program.
+        stop: The cut.
+        most: Number of tensors that enter their stage.
     """
-    analysis = span.analysis
-    number = {node.name: index for index, node in enumerate(analysis.frontiers.order)}
-    leaving = [number[value.name] for value in span.leaving]
-    latest = min(*leaving, _last_product(analysis, span.start.index, span.stop.index))
-    most = max(len(span.start.state), len(span.stop.state))
+    key = "last layers", stop.index, most
+    if key not in analysis.measured:
+        leaving = [node.name for node in stop.state]
+        begin = _begin(analysis, analysis.frontiers.positions[0], stop, leaving, most)
+        analysis.measured[key] = analysis.flops_between(begin.index, stop.index)
+    return int(analysis.measured[key])
+
+
+def _begin(
+    analysis: Analysis, start: Position, stop: Position, leaving: Sequence[str], most: int
+) -> Position:
+    """Return the last place between two cuts where the copied layers may begin.
+
+    It lies before the last convolution or matrix product, if there is one.
+    """
+    order, costs = analysis.frontiers.order, analysis.costs
+    number = {node.name: index for index, node in enumerate(order)}
+    latest = min(number[name] for name in leaving)
+    for index in reversed(range(start.index, latest)):
+        if costs[order[index]].backward_flops > costs[order[index]].flops:  # twice the FLOPs
+            latest = index
+            break
+    most = max(most, len(stop.state))
     inside = [
         position
         for position in analysis.frontiers.positions
-        if span.start.index < position.index <= latest
+        if start.index < position.index <= latest
         if position.boundary and len(position.state) <= most
     ]
-    return inside[-1] if inside else span.start
-
-
-def _last_product(analysis: Analysis, start: int, stop: int) -> int:
-    """Return the number of the last convolution or matrix product of a range of nodes.
-
-    Raises:
-        SynthesisError: There is none.
-    """
-    order, costs = analysis.frontiers.order, analysis.costs
-    # They have twice the FLOPs in the backward pass.
-    products = (n for n in range(start, stop) if _is_product(costs[order[n]]))
-    last = max(products, default=None)
-    if last is None:
-        raise SynthesisError("the stage has no layers with weights")
-    return last
-
-
-def _is_product(cost: Any) -> bool:
-    return bool(cost.backward_flops > cost.flops)
+    return inside[-1] if inside else start
 
 
 class LastLayers(nn.Module):

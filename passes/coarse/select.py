@@ -1,11 +1,11 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
-repeating block, which kept the accuracy in training (`Family.evidence`); copies of the last layers
-of a stage where no block of one tensor repeats. Where those exceed a `coarse_budget`, it takes
-copies of a quarter of the channels, and where they do as well, or a stage has no layers with
-weights, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among the candidates of
-this file by their errors.
+repeating block, which kept the accuracy in training (`Family.evidence`). It copies the last layers
+of a stage where no block of one tensor repeats, where such copies take more than half of the stage,
+and in a collapsed sweep. Where copies exceed a `coarse_budget`, it takes those of a quarter of the
+channels, and where these do as well, or a stage has no layers with weights, channel maps. With
+samples, `pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -35,6 +35,7 @@ from passes.coarse.family import (
     options_of,
     rows_of,
 )
+from passes.coarse.last_layers import last_layers_flops
 from passes.coarse.linear import linear_flops
 from passes.coarse.measure import failing_by_name, measure_call
 from passes.coarse.prologue import (
@@ -77,6 +78,8 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
+_MOST_OF_STAGE = 0.5
+"""Share of a stage above which copies of its blocks are no cheap correction."""
 _NARROW = 0.25
 """Share of the channels at which "auto" copies where whole copies exceed a budget."""
 _RANKS = (16, 32, 64, 128)
@@ -116,20 +119,21 @@ def coarse_estimate(
     """
     if in_time(options.coarse):
         return options.units * _step_flops(analysis)
-    if options.coarse == "layers" or (options.coarse == "auto" and len(position.specs) > 1):
-        even = analysis.flops / (options.num_stages or 1)
-        maps = linear_flops(position.specs, position.specs)
-        return (_widths(options)[0] or 1.0) ** 2 * even / 2 + maps
+    collapsed, auto = options.sweep == "collapsed", options.coarse == "auto"
+    leaving = last.specs if collapsed else position.specs
+    block, maps = options.units * analysis.trunk_flops, 0.0
+    if options.coarse == "layers" or (auto and (collapsed or len(position.specs) > 1)):
+        stop = last if collapsed else position
+        block = last_layers_flops(analysis, stop, len(position.state))
+        maps = linear_flops(position.specs, leaving)
+    elif collapsed and block:
+        block += analysis.down_sampling(position)
     copies = copies_blocks(options.coarse)
-    units = options.units * analysis.trunk_flops if copies or options.coarse == "auto" else 0.0
-    if units and options.sweep == "collapsed":
-        units += analysis.down_sampling(position)
     for width in _widths(options):
-        narrower = units * (width or 1.0) ** 2
-        if units and (copies or narrower <= budget):
-            return narrower
-    leaving = last.specs if options.sweep == "collapsed" else position.specs
-    rows = rows_of(options.coarse if options.coarse != "auto" else "linear")
+        flops = block * (width or 1.0) ** 2 + maps
+        if block and (copies or (auto and flops <= budget)):
+            return flops
+    rows = rows_of(options.coarse if not auto else "linear")
     return sum(row.flops(position.specs, leaving, options.rank) for row in rows)
 
 
@@ -359,11 +363,8 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
-    family, found, reason = "units", "repeating block found", ""
-    try:
-        _draft(span, family)
-    except SynthesisError as obstacle:
-        family, found = "layers", f"{obstacle}: copies of the last layers"
+    family, found = _whole(span)
+    reason = ""
     asked = False
     for width in _widths(span.options):
         options = dataclasses.replace(span.options, coarse_width=width)
@@ -384,6 +385,20 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
             return _because(narrower, copies, budget, found + narrow, guess)
         reason = reason or f"{family} would take {copies.flops:,} FLOPs of {budget:,.0f}"
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
+
+
+def _whole(span: Span) -> tuple[str, str]:
+    """Choose what to copy: the repeating block, or the last layers; and say why."""
+    last = "copies of the last layers"
+    if span.options.sweep == "collapsed":
+        return "layers", last
+    try:
+        units = _measure(span, _draft(span, "units"))
+    except SynthesisError as obstacle:
+        return "layers", f"{obstacle}: {last}"
+    if units.parameters and units.flops > _MOST_OF_STAGE * _fine_work(span)["flops"]:
+        return "layers", f"units would take {units.flops:,} FLOPs: {last}"
+    return "units", "repeating block found"
 
 
 def _widths(options: Options) -> tuple[float | None, ...]:

@@ -158,7 +158,8 @@ def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
 def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
     """Say what cheaper corrections would give, where the default's take much of the time."""
     asked = options.coarse_budget is not None or options.coarse_width is not None
-    if asked or options.coarse not in {"auto", "units"} or options.count * options.windows > 1:
+    several = options.count * options.windows > 1
+    if asked or several or options.coarse not in {"auto", "units", "layers"}:
         return ""
     if plan.forecast.serial_share <= options.fit_budget:
         return ""

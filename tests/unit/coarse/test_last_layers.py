@@ -14,7 +14,6 @@ import pnn_compile as pnn
 from examples import unet
 from examples.studies.networks import build_revnet
 from passes.coarse.last_layers import LastLayers, LayersOptions
-from passes.errors import SynthesisError
 from passes.plan.schema import Plan
 from tests.support.programs import copies
 
@@ -39,7 +38,7 @@ def _network(compiled: pnn.Compiled, stage: int) -> LastLayers:
 
 
 def test_copies_begin_where_the_last_unit_does() -> None:
-    compiled = _compiled("revnet", stages=3)
+    compiled = _compiled("revnet", stages=3, sweep="chain")
     options = _options_of(compiled.plan, 1)
 
     assert compiled.plan.stages[1].last_module == "trunk.5"
@@ -58,7 +57,8 @@ def test_copies_begin_where_the_last_unit_does() -> None:
 
 @pytest.mark.parametrize("width", [None, 0.25])
 def test_copies_of_a_level_read_the_skip_that_it_reads(width: float | None) -> None:
-    compiled = _compiled("unet", stages=3, coarse="layers", coarse_width=width)
+    cuts = "up.0", "up.2"
+    compiled = _compiled("unet", cuts=cuts, coarse="layers", sweep="chain", coarse_width=width)
     options, stage = _options_of(compiled.plan, 2), compiled.plan.stages[2]
     assert options.first == "up_3_upsample"
     assert options.entering == ("stem_5", "down_0_5", "up_1_convolve_5")
@@ -81,7 +81,9 @@ def test_copies_of_a_level_read_the_skip_that_it_reads(width: float | None) -> N
 
 
 def test_narrow_copies_begin_as_their_shortcut_and_cost_less() -> None:
-    whole, narrow = (_compiled("revnet", stages=3, coarse_width=w) for w in (None, 0.5))
+    whole, narrow = (
+        _compiled("revnet", stages=3, sweep="chain", coarse_width=width) for width in (None, 0.5)
+    )
     network = _network(narrow, 1).eval()
     state = [torch.randn(value.spec.shape) for value in narrow.plan.enters(1)]
     assert network.shortcut is not None
@@ -94,14 +96,16 @@ def test_narrow_copies_begin_as_their_shortcut_and_cost_less() -> None:
     assert specs[1].flops < 0.6 * specs[0].flops
 
 
-def test_whole_copies_where_they_take_at_most_half_of_a_stage() -> None:
-    three, nine = (_compiled("revnet", stages=count).plan for count in (3, 9))
-
-    assert _options_of(three, 1).width is None
-    assert _options_of(nine, 1).width == 0.25
-    spec = nine.stages[1].coarse
+def test_copies_are_whole_unless_a_budget_is_asked_for() -> None:
+    plain, limited = (
+        _compiled("revnet", stages=9, **budget).plan for budget in ({}, {"coarse_budget": 0.1})
+    )
+    assert plain.sweep == "collapsed"
+    assert _options_of(plain, 1).width is None
+    assert _options_of(limited, 1).width == 0.25
+    spec = limited.stages[1].coarse
     assert spec is not None
-    assert "several components: copies of the last layers, of which narrow" in spec.why
+    assert "copies of the last layers, of which narrow" in spec.why
 
 
 class Towers(nn.Module):
@@ -149,9 +153,9 @@ def test_networks_of_last_layers_pass_all_checks_and_are_saved(tmp_path: Path, s
         assert torch.equal(pnn.load(tmp_path / name).module.eval()(x), compiled.module(x))
 
 
-def test_a_stage_without_weights_has_no_last_layers() -> None:
+def test_a_stage_without_weights_is_copied() -> None:
     layers = nn.Conv2d(8, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)
-    with pytest.raises(SynthesisError, match=r"'layers' does not fit .* no layers with weights"):
-        pnn.compile(
-            nn.Sequential(*layers), torch.randn(2, 8, 16, 16), cuts=("1", "2"), coarse="layers"
-        )
+    images = torch.randn(2, 8, 16, 16)
+    compiled = pnn.compile(nn.Sequential(*layers), images, cuts=("1", "2"), coarse="layers")
+    x = torch.randn(2, 8, 14, 14)
+    assert torch.equal(compiled.module.get_submodule("coarse_1")(x), layers[1](x))
