@@ -178,7 +178,7 @@ FAMILIES: dict[str, Family] = {
     "layers": Family(
         coarse=build_last_layers,
         coarse_options=LayersOptions,
-        sweeps=_COLLAPSES,
+        sweeps=_EITHER,
         copies_blocks=True,
     ),
     "thinned": Family(

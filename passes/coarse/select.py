@@ -1,11 +1,11 @@
 """Choose a family for every preprocessing operator and coarse propagator, by its cost.
 
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
-repeating block, which kept the accuracy in training (`Family.evidence`). It copies the last layers
-of a stage where no block of one tensor repeats, where such copies take more than half of the stage,
-and in a collapsed sweep. Where copies exceed a `coarse_budget`, it takes those of a quarter of the
-channels, and where these do as well, or a stage has no layers with weights, channel maps. With
-samples, `pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
+repeating block, which kept the accuracy in training (`Family.evidence`). In a chain it copies the
+last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
+stage. Where copies exceed a `coarse_budget`, it takes those of a quarter of the channels, and where
+these do as well, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among the
+candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -78,8 +78,6 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
-_MOST_OF_STAGE = 0.5
-"""Share of a stage above which copies of its blocks are no cheap correction."""
 _NARROW = 0.25
 """Share of the channels at which "auto" copies where whole copies exceed a budget."""
 _RANKS = (16, 32, 64, 128)
@@ -122,12 +120,14 @@ def coarse_estimate(
     collapsed, auto = options.sweep == "collapsed", options.coarse == "auto"
     leaving = last.specs if collapsed else position.specs
     block, maps = options.units * analysis.trunk_flops, 0.0
-    if options.coarse == "layers" or (auto and (collapsed or len(position.specs) > 1)):
+    several = len(position.specs) > 1
+    if options.coarse == "layers" or (auto and several and not collapsed):
         stop = last if collapsed else position
         block = last_layers_flops(analysis, stop, len(position.state))
         maps = linear_flops(position.specs, leaving)
     elif collapsed and block:
         block += analysis.down_sampling(position)
+    block = 0.0 if auto and collapsed and several else block
     copies = copies_blocks(options.coarse)
     for width in _widths(options):
         flops = block * (width or 1.0) ** 2 + maps
@@ -363,10 +363,12 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
-    family, found = _whole(span)
-    reason = ""
-    asked = False
-    for width in _widths(span.options):
+    family, found, reason, asked = "", "", "", False
+    try:
+        family, found = _copies(span)
+    except SynthesisError as obstacle:
+        reason = str(obstacle)
+    for width in _widths(span.options) if family else ():
         options = dataclasses.replace(span.options, coarse_width=width)
         narrower = dataclasses.replace(span, options=options)
         try:
@@ -387,17 +389,21 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
-def _whole(span: Span) -> tuple[str, str]:
-    """Choose what to copy: the repeating block, or the last layers; and say why."""
-    last = "copies of the last layers"
-    if span.options.sweep == "collapsed":
-        return "layers", last
+def _copies(span: Span) -> tuple[str, str]:
+    """Choose what to copy, the repeating block or the last layers, and say why.
+
+    Raises:
+        SynthesisError: No block can be copied, and a collapsed sweep lost much by last layers.
+    """
+    collapsed = span.options.sweep == "collapsed"
     try:
         units = _measure(span, _draft(span, "units"))
     except SynthesisError as obstacle:
-        return "layers", f"{obstacle}: {last}"
-    if units.parameters and units.flops > _MOST_OF_STAGE * _fine_work(span)["flops"]:
-        return "layers", f"units would take {units.flops:,} FLOPs: {last}"
+        if collapsed:
+            raise
+        return "layers", f"{obstacle}: copies of the last layers"
+    if not collapsed and units.parameters and units.flops >= _fine_work(span)["flops"]:
+        return "layers", "copied blocks would be the whole stage: copies of the last layers"
     return "units", "repeating block found"
 
 

@@ -18,7 +18,7 @@ from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.flops import parameters
 from passes.cost.memory import Memory
-from passes.errors import OptionError, PnnError
+from passes.errors import OptionError, PartitionError, PnnError, SynthesisError
 from passes.ir.example_inputs import bind
 from passes.ir.program import Program, provenance
 from passes.ir.run_step import run_one_step
@@ -146,13 +146,26 @@ def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
         The chain, unless the other one is much faster.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
-    rows = [row for s in chain.stages if s.coarse for row in rows_of(s.coarse.family)]
     once = chain.iterations == 1 and chain.tolerance is None and chain.windows == 1
-    if chain.correction != "residual" or not once or not all("auto" in row.sweeps for row in rows):
+    if chain.correction != "residual" or not once or not _collapses(options.coarse):
         return chain
     other = dataclasses.replace(options, sweep="collapsed")
-    collapsed = make_plan(analysis, choose_cut(analysis, other), other)
-    return collapsed if _STAR_GAIN * collapsed.forecast.time < chain.forecast.time else chain
+    try:
+        collapsed = make_plan(analysis, choose_cut(analysis, other), other)
+    except (PartitionError, SynthesisError):  # it does not fit this model
+        return chain
+    keeps = _families(collapsed) <= _families(chain) | {"units"}  # not maps in place of copies
+    if keeps and _STAR_GAIN * collapsed.forecast.time < chain.forecast.time:
+        return collapsed
+    return chain
+
+
+def _collapses(family: str) -> bool:
+    return family == "auto" or all("auto" in row.sweeps for row in rows_of(family))
+
+
+def _families(plan: Plan) -> set[str]:
+    return {stage.coarse.family for stage in plan.stages if stage.coarse}
 
 
 def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
