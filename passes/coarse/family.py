@@ -112,7 +112,6 @@ class Family:
 
 
 _EITHER = ("chain", "collapsed")
-_COLLAPSES = ("chain", "collapsed", "auto")
 _LINEAR_LOSS = "lost 2.1 points in training from scratch (VGG-16 / 8, N = 3, one seed)"
 
 FAMILIES: dict[str, Family] = {
@@ -127,7 +126,7 @@ FAMILIES: dict[str, Family] = {
         ),
         sums=True,
         linear=True,
-        sweeps=_COLLAPSES,
+        sweeps=_EITHER,
         evidence={
             ("image", "chain"): _LINEAR_LOSS,
             ("image", "collapsed"): _LINEAR_LOSS,
@@ -145,7 +144,7 @@ FAMILIES: dict[str, Family] = {
         coarse_options=LowRankOptions,
         sums=True,
         linear=True,
-        sweeps=_COLLAPSES,
+        sweeps=_EITHER,
         flops=lowrank_flops,
     ),
     "conv": Family(
@@ -157,7 +156,7 @@ FAMILIES: dict[str, Family] = {
     "units": Family(
         coarse=build_units,
         coarse_options=UnitsOptions,
-        sweeps=_COLLAPSES,
+        sweeps=(*_EITHER, "auto"),
         copies_blocks=True,
         of_one_tensor=True,
         evidence={

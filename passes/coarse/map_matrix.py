@@ -21,7 +21,7 @@ from torch import nn
 from passes.coarse.regression import Moments, Solution
 from passes.coarse.spec import Reads
 from passes.coarse.tensor_layout import fit_positions, layouts
-from passes.coarse.wrappers import Sum
+from passes.coarse.wrappers import Difference, Sum
 from passes.ir.tensor_spec import TensorSpec
 
 
@@ -108,6 +108,7 @@ class FittedMap(nn.Module):
 
 def fitted_parts(module: nn.Module) -> list[MapMatrix]:
     """Return the parts of a network that a regression can fit, in the order in which to fit."""
+    module = module.coarse if isinstance(module, Difference) else module
     parts = module.parts if isinstance(module, Sum) else [module]
     matrices = [part for part in parts if isinstance(part, MapMatrix)]
     return [m for m in matrices if all(isinstance(x, FittedMap) for row in m.rows() for x in row)]

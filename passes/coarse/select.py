@@ -3,9 +3,9 @@
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
 repeating block, which kept the accuracy in training (`Family.evidence`). In a chain it copies the
 last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
-stage. Where copies exceed a `coarse_budget`, it takes those of a quarter of the channels, and where
-these do as well, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among the
-candidates of this file by their errors.
+stage. Where copies cost more than their stage or a `coarse_budget`, it takes those of a quarter of
+the channels, and where these do as well, channel maps. With samples, `pnn_compile.fit.calibrate`
+chooses among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -79,7 +79,7 @@ _REASONS = {
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
 _NARROW = 0.25
-"""Share of the channels at which "auto" copies where whole copies exceed a budget."""
+"""Share of the channels at which "auto" copies where whole copies are too expensive."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -121,9 +121,10 @@ def coarse_estimate(
     leaving = last.specs if collapsed else position.specs
     block, maps = options.units * analysis.trunk_flops, 0.0
     several = len(position.specs) > 1
-    if options.coarse == "layers" or (auto and several and not collapsed):
-        stop = last if collapsed else position
-        block = last_layers_flops(analysis, stop, len(position.state))
+    last_layers = auto and not collapsed and (several or not analysis.trunk_flops)
+    if options.coarse == "layers" or last_layers:
+        # Those of the stage are not known yet; one number for all leaves the cuts to the stages.
+        block = last_layers_flops(analysis, last, len(position.state))
         maps = linear_flops(position.specs, leaving)
     elif collapsed and block:
         block += analysis.down_sampling(position)
@@ -364,6 +365,7 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
     family, found, reason, asked = "", "", "", False
+    stage = _fine_work(span)["flops"]
     try:
         family, found = _copies(span)
     except SynthesisError as obstacle:
@@ -382,10 +384,11 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
             continue
         if not copies.parameters and copies.flops <= budget:
             return _because(span, copies, budget, "a copy of layers without weights", guess)
-        if copies.flops <= budget:
+        limit = budget if width or span.options.sweep == "collapsed" else min(budget, stage)
+        if copies.flops <= limit:
             narrow = reason and ", of which narrow ones alone are cheap enough here"
             return _because(narrower, copies, budget, found + narrow, guess)
-        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {budget:,.0f}"
+        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {limit:,.0f}"
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
@@ -409,10 +412,9 @@ def _copies(span: Span) -> tuple[str, str]:
 
 def _widths(options: Options) -> tuple[float | None, ...]:
     """Return the shares of the channels at which blocks may be copied; None for all."""
-    limited = options.coarse == "auto" and options.coarse_budget is not None
-    if options.coarse_width is None and limited:
-        return None, _NARROW
-    return (options.coarse_width,)
+    if options.coarse_width is not None or options.coarse != "auto":
+        return (options.coarse_width,)
+    return None, _NARROW
 
 
 def _evidence(span: Span, spec: CoarseSpec, guess: str) -> str:

@@ -12,7 +12,9 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
+from passes.coarse.copied_blocks import UnitsOptions
 from passes.coarse.family import in_time, is_fine, rows_of
+from passes.coarse.last_layers import LayersOptions
 from passes.coarse.select import choose_coarse, choose_preprocess, stage_budget
 from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
@@ -50,7 +52,7 @@ SPEED = "times the original's speed"
 """Words of a note whose numbers depend on the operators."""
 _BEFORE = " (with the operators that it had before the calibration)"
 _STAR_GAIN = 1.25
-"""Factor in speed from which "auto" takes a collapsed sweep: a chain of few stages kept more."""
+"""Factor in speed from which sweep="auto" takes a star: a chain of few stages kept more."""
 _MUCH_FASTER = 1.1
 """Factor in speed below which cheaper corrections are not worth a note."""
 
@@ -137,35 +139,39 @@ def _with_operators(
 
 
 def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
-    """Plan a chain and, if its families keep the accuracy without one, a collapsed sweep.
+    """Plan a chain and, for copied blocks, a collapsed sweep, which kept the accuracy too.
 
-    Linear maps do, as a chain of them is a sum of products, and copies do, by measurement. Each
-    sweep has cuts of its own, as the cost of a cut depends on the sweep.
+    Each sweep has cuts of its own, as the cost of a cut depends on the sweep.
 
     Returns:
         The chain, unless the other one is much faster.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
     once = chain.iterations == 1 and chain.tolerance is None and chain.windows == 1
-    if chain.correction != "residual" or not once or not _collapses(options.coarse):
+    if chain.correction != "residual" or not once or not _goes_straight(options.coarse):
         return chain
     other = dataclasses.replace(options, sweep="collapsed")
     try:
         collapsed = make_plan(analysis, choose_cut(analysis, other), other)
     except (PartitionError, SynthesisError):  # it does not fit this model
         return chain
-    keeps = _families(collapsed) <= _families(chain) | {"units"}  # not maps in place of copies
-    if keeps and _STAR_GAIN * collapsed.forecast.time < chain.forecast.time:
-        return collapsed
-    return chain
+    straight = all(_goes_straight(s.coarse.family) for s in collapsed.stages if s.coarse)
+    faster = _STAR_GAIN * collapsed.forecast.time < chain.forecast.time
+    # What costs a chain its channels or its copies, a star may afford.
+    better = copies_whole(collapsed) and not copies_whole(chain) and collapsed.forecast.speedup > 1
+    return collapsed if straight and (faster or better) else chain
 
 
-def _collapses(family: str) -> bool:
+def copies_whole(plan: Plan) -> bool:
+    """Return whether every correction copies blocks or layers at all their channels."""
+    corrections = (stage.coarse.options for stage in plan.stages if stage.coarse)
+    return all(
+        isinstance(one, UnitsOptions | LayersOptions) and one.width is None for one in corrections
+    )
+
+
+def _goes_straight(family: str) -> bool:
     return family == "auto" or all("auto" in row.sweeps for row in rows_of(family))
-
-
-def _families(plan: Plan) -> set[str]:
-    return {stage.coarse.family for stage in plan.stages if stage.coarse}
 
 
 def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:

@@ -22,13 +22,11 @@ import math
 from collections.abc import Callable, Iterator
 
 from passes.analysis.analysis import Analysis
-from passes.coarse.copied_blocks import UnitsOptions
-from passes.coarse.last_layers import LayersOptions
 from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.build import SPEED, make_plan, note_on_cheaper, small_stages
+from passes.plan.build import SPEED, copies_whole, make_plan, note_on_cheaper, small_stages
 from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
@@ -172,12 +170,7 @@ class _Search:
 
     def _keeps(self, plan: Plan) -> bool:
         """Return whether every correction is what kept the accuracy, or nothing else exists."""
-        return not self._strict or all(
-            isinstance(stage.coarse.options, UnitsOptions | LayersOptions)
-            and stage.coarse.options.width is None
-            for stage in plan.stages
-            if stage.coarse is not None
-        )
+        return not self._strict or copies_whole(plan)
 
     @property
     def _most(self) -> int:

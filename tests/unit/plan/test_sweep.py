@@ -101,8 +101,8 @@ def test_auto_takes_a_chain_unless_a_collapsed_sweep_is_a_quarter_faster(
 def test_calibration_fits_a_chain_unless_another_sweep_is_asked_for() -> None:
     model = mlp(8, 16)
     samples = [torch.randn(32, 16) for _ in range(4)]
-    assert pnn.compile(model, samples[0], stages=8, coarse="linear").plan.sweep == "collapsed"
-    auto = pnn.compile(model, samples[0], stages=8, coarse="linear", calibration=samples)
+    assert pnn.compile(model, samples[0], stages=8).plan.sweep == "collapsed"
+    auto = pnn.compile(model, samples[0], stages=8, calibration=samples)
     collapsed = pnn.compile(
         model, samples[0], stages=8, coarse="linear", sweep="collapsed", calibration=samples
     )
