@@ -101,9 +101,9 @@ class Options:
         correction: "residual" (the paper; for training) or "difference" (classical parareal), which
             the coarse steps of a loop in time take in any case.
         sweep: "chain", from stage to stage; "collapsed": every residual straight to the last state
-            through a map of its own, all of them at once; or "auto", a chain unless the other one
-            is a quarter faster by the step-time model, for copies and linear maps. With
-            calibration samples "auto" is a chain.
+            through a map of its own, all of them at once; or "auto", the faster one by the
+            step-time model if the coarse propagators of the chain are linear, for which the two
+            are as accurate, else the chain.
         iterations: Number K of parareal iterations; "auto" for as many as the tolerance takes.
         tolerance: Largest estimated relative error of the last state, of every sample. The plan
             takes the K that the example inputs need; calls of the compiled network take as many
@@ -132,7 +132,7 @@ class Options:
     preprocess: str = "auto"
     prologue: float | None = None
     correction: str = "residual"
-    sweep: str = "auto"
+    sweep: str = "chain"
     iterations: int | Literal["auto"] = 1
     tolerance: float | None = None
     windows: int = 1
@@ -297,7 +297,7 @@ class Options:
                 f"{len(self.cuts)} cuts make {len(self.cuts) + 1} stages, which {self.windows} "
                 "windows do not divide"
             )
-        if self.sweep == "collapsed" or self.count != 1 or self.tolerance is not None:
+        if self.sweep != "chain" or self.count != 1 or self.tolerance is not None:
             raise OptionError("windows need sweep='chain', iterations=1 and no tolerance")
         if self.devices:
             raise OptionError("windows are cut for equal devices: leave devices= out")

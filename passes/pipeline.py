@@ -204,11 +204,7 @@ def _analyze(c: Compilation) -> Compilation:
 def _plan(c: Compilation) -> Compilation:
     assert c.options is not None
     assert c.analysis is not None
-    options = c.options
-    if c.samples is not None and options.sweep == "auto":
-        # What maps of a collapsed sweep keep of a trained model has not been measured.
-        options = replace(options, sweep="chain")
-    options, plan = cut_and_plan(c.analysis, options)
+    options, plan = cut_and_plan(c.analysis, c.options)
     return replace(c, options=options, plan=plan)
 
 

@@ -57,6 +57,7 @@ _SAMPLES = 8000
 _STAR = {"coarse": "units", "sweep": "collapsed"}
 _WIDE = {"sweep": "collapsed", "preprocess": "narrow", "prologue": 0.02}
 FORMS: dict[str, dict[str, Any]] = {
+    "what the compiler chooses": {"coarse_budget": None},
     "parareal, units, chain": {"coarse": "units"},
     "parareal, linear, chain": {"coarse": "linear"},
     "parareal, linear, collapsed": {"coarse": "linear", "sweep": "collapsed"},
@@ -166,7 +167,7 @@ def _compiled(options: dict[str, Any], study: Study, stages: int) -> pnn.Compile
     torch.manual_seed(study.seed)
     return pnn.compile(
         study.task.build(study.task.units), study.task.train.x[:2].cpu(), stages=stages,
-        coarse_budget=1.0, seed=study.seed, **{"sweep": "chain", **options},
+        seed=study.seed, **{"coarse_budget": 1.0, **options},
     )  # fmt: skip
 
 

@@ -112,6 +112,7 @@ class Family:
 
 
 _EITHER = ("chain", "collapsed")
+_COLLAPSES = ("chain", "collapsed", "auto")
 _LINEAR_LOSS = "lost 2.1 points in training from scratch (VGG-16 / 8, N = 3, one seed)"
 
 FAMILIES: dict[str, Family] = {
@@ -126,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         ),
         sums=True,
         linear=True,
-        sweeps=_EITHER,
+        sweeps=_COLLAPSES,
         evidence={
             ("image", "chain"): _LINEAR_LOSS,
             ("image", "collapsed"): _LINEAR_LOSS,
@@ -144,7 +145,7 @@ FAMILIES: dict[str, Family] = {
         coarse_options=LowRankOptions,
         sums=True,
         linear=True,
-        sweeps=_EITHER,
+        sweeps=_COLLAPSES,
         flops=lowrank_flops,
     ),
     "conv": Family(
@@ -156,7 +157,7 @@ FAMILIES: dict[str, Family] = {
     "units": Family(
         coarse=build_units,
         coarse_options=UnitsOptions,
-        sweeps=(*_EITHER, "auto"),
+        sweeps=_EITHER,
         copies_blocks=True,
         of_one_tensor=True,
         evidence={

@@ -20,7 +20,7 @@ from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
 from passes.cost.flops import parameters
 from passes.cost.memory import Memory
-from passes.errors import OptionError, PartitionError, PnnError, SynthesisError
+from passes.errors import OptionError, PnnError
 from passes.ir.example_inputs import bind
 from passes.ir.program import Program, provenance
 from passes.ir.run_step import run_one_step
@@ -43,6 +43,7 @@ from passes.plan.schema import (
 _WIDE_GAP = 0.01
 """Relative distance from the proven optimum above which the plan gets a note."""
 _CHEAPER: Mapping[str, Mapping[str, Any]] = {
+    "sweep='collapsed'": {"sweep": "collapsed"},
     "coarse_width=0.25": {"coarse_width": 0.25},
     "coarse='linear' with sweep='collapsed'": {"coarse": "linear", "sweep": "collapsed"},
 }
@@ -51,8 +52,6 @@ _CHEAPER_NOTE = "cheaper corrections, "
 SPEED = "times the original's speed"
 """Words of a note whose numbers depend on the operators."""
 _BEFORE = " (with the operators that it had before the calibration)"
-_STAR_GAIN = 1.25
-"""Factor in speed from which sweep="auto" takes a star: a chain of few stages kept more."""
 _MUCH_FASTER = 1.1
 """Factor in speed below which cheaper corrections are not worth a note."""
 
@@ -139,27 +138,22 @@ def _with_operators(
 
 
 def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
-    """Plan a chain and, for copied blocks, a collapsed sweep, which kept the accuracy too.
+    """Plan a chain and, if its families are as accurate without one, a collapsed sweep.
 
-    Each sweep has cuts of its own, as the cost of a cut depends on the sweep.
+    Linear maps are, as a chain of them is a sum of products. Each sweep has cuts of its own, as the
+    cost of a cut depends on the sweep.
 
     Returns:
-        The chain, unless the other one is much faster.
+        The faster of the two.
     """
     chain = make_plan(analysis, cut, dataclasses.replace(options, sweep="chain"))
-    once = chain.iterations == 1 and chain.tolerance is None and chain.windows == 1
-    if chain.correction != "residual" or not once or not _goes_straight(options.coarse):
+    rows = [row for s in chain.stages if s.coarse for row in rows_of(s.coarse.family)]
+    collapsible = chain.correction == "residual" and chain.iterations == 1
+    if not collapsible or not all("auto" in row.sweeps for row in rows):
         return chain
     other = dataclasses.replace(options, sweep="collapsed")
-    try:
-        collapsed = make_plan(analysis, choose_cut(analysis, other), other)
-    except (PartitionError, SynthesisError):  # it does not fit this model
-        return chain
-    straight = all(_goes_straight(s.coarse.family) for s in collapsed.stages if s.coarse)
-    faster = _STAR_GAIN * collapsed.forecast.time < chain.forecast.time
-    # What costs a chain its channels or its copies, a star may afford.
-    better = copies_whole(collapsed) and not copies_whole(chain) and collapsed.forecast.speedup > 1
-    return collapsed if straight and (faster or better) else chain
+    collapsed = make_plan(analysis, choose_cut(analysis, other), other)
+    return collapsed if collapsed.forecast.time < chain.forecast.time else chain
 
 
 def copies_whole(plan: Plan) -> bool:

@@ -36,11 +36,7 @@ def _compiled(name: str, **options: Any) -> pnn.Compiled:
     case = by_name(name)
     torch.manual_seed(0)
     return pnn.compile(
-        case.build(),
-        args=case.args(2),
-        kwargs=case.kwargs(2),
-        stages=STAGES,
-        **{"sweep": "chain", **options},
+        case.build(), args=case.args(2), kwargs=case.kwargs(2), stages=STAGES, **options
     )
 
 

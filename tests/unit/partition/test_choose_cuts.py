@@ -107,7 +107,7 @@ def objective(facts: Analysis, plan: Plan) -> float:
 @pytest.mark.parametrize("stages", [2, 3])
 def test_no_other_cut_is_predicted_to_be_faster(name: str, stages: int) -> None:
     facts = analysis(name)
-    options = Options(stages=stages, coarse="linear", sweep="chain")
+    options = Options(stages=stages, coarse="linear")
     chosen = choose_cut(facts, options)
     head = chosen.positions[-1]
     candidates = [p for p in facts.frontiers.positions if p.index < head.index]

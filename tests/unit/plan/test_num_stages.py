@@ -38,7 +38,7 @@ def test_the_plan_says_where_more_stages_stop_paying() -> None:
 def test_copied_blocks_are_kept_at_any_number_unless_a_budget_is_asked_for() -> None:
     # Copies of a wide block make every interface of the sweep expensive.
     wide = trunk(24, wide=512)
-    copied = cut_and_plan(wide, Options(sweep="chain"))[1]
+    copied = cut_and_plan(wide, Options())[1]
     assert {stage.coarse.family for stage in copied.stages if stage.coarse} == {"units"}
     cheap = cut_and_plan(wide, Options(coarse_budget=0.02))[1]
     assert {stage.coarse.family for stage in cheap.stages if stage.coarse} == {"linear"}
@@ -46,16 +46,17 @@ def test_copied_blocks_are_kept_at_any_number_unless_a_budget_is_asked_for() -> 
 
 
 @pytest.mark.parametrize("stages", ["auto", 6, 12])
-def test_a_star_copies_whole_blocks_where_a_stage_is_a_single_one(stages: Any) -> None:
+def test_blocks_are_copied_where_a_stage_is_a_single_one(stages: Any) -> None:
     analysis = analyze_model(vgg16.build_model(width=8), torch.randn(2, 3, 32, 32))
     plan = cut_and_plan(analysis, Options(stages=stages))[1]
-    assert plan.sweep == "collapsed"
     corrections = [stage.coarse for stage in plan.stages if stage.coarse]
+    assert {spec.family for spec in corrections} == {"units"}
     assert all(spec.parameters > 100 for spec in corrections)  # more than a pooling
     options = [spec.options for spec in corrections]
-    assert all(isinstance(one, UnitsOptions) and one.width is None for one in options)
-    chain = cut_and_plan(analysis, Options(stages=len(plan.stages), sweep="chain"))[1]
-    assert plan.forecast.speedup > max(2, 1.25 * chain.forecast.speedup)
+    narrow = [isinstance(one, UnitsOptions) and one.width is not None for one in options]
+    assert any(narrow) == (stages != "auto")  # a whole copy of a single block costs as much
+    if stages == "auto":  # keeps what kept the accuracy
+        assert "cheaper corrections than copies of whole blocks" in plan.notes[-1]
 
 
 def test_a_fixed_number_keeps_the_budget_and_has_no_note() -> None:

@@ -145,9 +145,7 @@ def test_seconds_of_a_training_step_are_those_of_both_phases() -> None:
 
 
 def test_bytes_on_the_link_cost_time() -> None:
-    compiled = pnn.compile(
-        unet.build_model(width=4), torch.randn(2, 1, 32, 32), stages=3, sweep="chain"
-    )
+    compiled = pnn.compile(unet.build_model(width=4), torch.randn(2, 1, 32, 32), stages=3)
     plan = compiled.plan
     programs = RankPieces(compiled, (0, 1, 2), 0).instruction_lists()
     free = simulate(programs, Times.of(plan)).time
@@ -198,11 +196,11 @@ SLEEPS = {
 }  # fmt: skip
 CLOSE, STEPS = 1.08, 20
 OPTIONS: list[tuple[dict[str, Any], int, float]] = [
-    ({"sweep": "chain"}, 1, 0.2 + 3 * 0.04 + 3 * 0.04 + 0.3),
+    ({}, 1, 0.2 + 3 * 0.04 + 3 * 0.04 + 0.3),
     ({"sweep": "collapsed"}, 1, 0.2 + 0.04 + 0.04 + 0.3),
     # Fine stages until 0.4, both sweeps until 0.56; then the adjoints of one micro-batch travel
     # back, and those of the other one behind it, each rank running its stage in between.
-    ({"sweep": "chain"}, 2, 2 * 0.2 + 4 * 0.04 + 4 * 0.04 + 2 * 0.3),
+    ({}, 2, 2 * 0.2 + 4 * 0.04 + 4 * 0.04 + 2 * 0.3),
 ]
 """Options, micro-batches, and the seconds of a step by hand."""
 
