@@ -384,9 +384,9 @@ def plan_of(name: str, **options: object) -> Plan:
         ),
         (
             "mixer",
-            {"stages": 3, "cut_inside_blocks": True, "sweep": "chain"},
+            {"stages": 3, "cut_inside_blocks": True},
             "layers",
-            r"^the state has several components: copies of the last layers",
+            r"^the stage is not made of repeating blocks: copies of the last layers",
         ),
         (
             "unet",
