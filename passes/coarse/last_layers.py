@@ -155,7 +155,8 @@ class LastLayers(nn.Module):
         enter: Maps from the entering tensors to what the copies read; None if that is the same.
         body: The copies.
         expand: For copies at a share of the channels, a map of each of their results.
-        shortcut: Maps from the entering tensors to the leaving ones, which are added to those.
+        shortcut: From the entering tensors to the leaving ones, which are added to those: the same
+            where their types agree, else maps.
         count: Number of entering tensors.
     """
 
@@ -184,6 +185,14 @@ class LastLayers(nn.Module):
         return results[0] if len(results) == 1 else tuple(results)
 
 
+class Same(nn.Module):
+    """The entering tensors."""
+
+    def forward(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return them."""
+        return state
+
+
 def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
     """Copy the layers that the options name and draw fresh weights for them.
 
@@ -193,7 +202,8 @@ def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
     entering, leaving, width = [*site.entering], [*site.leaving], options.width
     body = _copied(site.program, options)
     sources: list[TensorSpec] = [_type_of(source) for source in options.sources]
-    expand, shortcut = list[nn.Module](), None
+    expand = list[nn.Module]()
+    shortcut: nn.Module | None = None
     if width is None:
         redraw(body)
     else:
@@ -203,12 +213,18 @@ def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
         for spec, result in zip(leaving, tensor_leaves(results), strict=True):
             computed = dataclasses.replace(spec, shape=tuple(result.shape))
             expand.append(LinearMap(computed, spec, gain=0.0))
-        shortcut = Linear(entering, leaving, reads=options.reads)
-    same = options.entering == tuple(source.name for source in options.sources)
+        same = entering == leaving and _reads_itself(options.reads)
+        shortcut = Same() if same else Linear(entering, leaving, reads=options.reads)
+    read = tuple(source.name for source in options.sources)
     enter = None
-    if not same or entering != sources:
+    if options.entering != read or entering != sources:
         enter = Linear(entering, sources, reads=options.mapped)
     return LastLayers(enter, body, expand, shortcut, len(entering))
+
+
+def _reads_itself(reads: Reads | None) -> bool:
+    """Return whether every leaving tensor may depend on the entering one of its place."""
+    return reads is None or all(place in row for place, row in enumerate(reads))
 
 
 def _type_of(source: SourceSpec) -> TensorSpec:

@@ -3,9 +3,10 @@
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
 repeating block, which kept the accuracy in training (`Family.evidence`). In a chain it copies the
 last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
-stage. Where copies cost more than their stage or a `coarse_budget`, it takes those of a quarter of
-the channels, and where these do as well, channel maps. With samples, `pnn_compile.fit.calibrate`
-chooses among the candidates of this file by their errors.
+stage. Where copies cost more than their stage (a third of it, where no block repeats) or a
+`coarse_budget`, it takes those of a quarter of the channels, and where these cost as much as the
+stage or exceed the budget, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among
+the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -78,6 +79,8 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
+_OF_SEVERAL = 1 / 3
+"""Share of a stage that whole copies may take where no block repeats: they lead to many maps."""
 _NARROW = 0.25
 """Share of the channels at which "auto" copies where whole copies are too expensive."""
 _RANKS = (16, 32, 64, 128)
@@ -125,12 +128,12 @@ def coarse_estimate(
     if options.coarse == "layers" or last_layers:
         # Those of the stage are not known yet; one number for all leaves the cuts to the stages.
         block = last_layers_flops(analysis, last, len(position.state))
-        maps = linear_flops(position.specs, leaving)
+        maps = _NARROW * linear_flops(position.specs, leaving)
     elif collapsed and block:
         block += analysis.down_sampling(position)
     block = 0.0 if auto and collapsed and several else block
     copies = copies_blocks(options.coarse)
-    for width in _widths(options):
+    for width in _widths(options)[-1:] if last_layers else _widths(options):
         flops = block * (width or 1.0) ** 2 + maps
         if block and (copies or (auto and flops <= budget)):
             return flops
@@ -364,10 +367,11 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
-    family, found, reason, asked = "", "", "", False
-    stage = _fine_work(span)["flops"]
+    family, found, reason, asked, most = "", "", "", False, 0.0
+    fits = list[tuple[int, CoarseSpec, Span]]()
+    stage = math.inf if span.options.sweep == "collapsed" else _fine_work(span)["flops"]
     try:
-        family, found = _copies(span)
+        family, found, most = _copies(span)
     except SynthesisError as obstacle:
         reason = str(obstacle)
     for width in _widths(span.options) if family else ():
@@ -384,30 +388,39 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
             continue
         if not copies.parameters and copies.flops <= budget:
             return _because(span, copies, budget, "a copy of layers without weights", guess)
-        limit = budget if width or span.options.sweep == "collapsed" else min(budget, stage)
-        if copies.flops <= limit:
-            narrow = reason and ", of which narrow ones alone are cheap enough here"
-            return _because(narrower, copies, budget, found + narrow, guess)
+        limit = min(budget, most) if width is None else budget
+        if copies.flops <= limit and (width is None or asked):
+            return _because(narrower, copies, budget, found, guess)
+        if copies.flops <= min(budget, stage):
+            fits.append((copies.flops, copies, narrower))
         reason = reason or f"{family} would take {copies.flops:,} FLOPs of {limit:,.0f}"
+    if fits:
+        _, copies, narrower = min(fits, key=lambda fit: fit[0])
+        narrow = narrower.options.coarse_width is not None
+        found += ", of which narrow ones alone are cheap enough here" if narrow else ""
+        return _because(narrower, copies, budget, found, guess)
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
-def _copies(span: Span) -> tuple[str, str]:
+def _copies(span: Span) -> tuple[str, str, float]:
     """Choose what to copy, the repeating block or the last layers, and say why.
+
+    Returns:
+        The family, the reason, and the FLOPs above which whole copies are too expensive.
 
     Raises:
         SynthesisError: No block can be copied, and a collapsed sweep lost much by last layers.
     """
-    collapsed = span.options.sweep == "collapsed"
+    collapsed, stage = span.options.sweep == "collapsed", float(_fine_work(span)["flops"])
     try:
         units = _measure(span, _draft(span, "units"))
     except SynthesisError as obstacle:
         if collapsed:
             raise
-        return "layers", f"{obstacle}: copies of the last layers"
-    if not collapsed and units.parameters and units.flops >= _fine_work(span)["flops"]:
-        return "layers", "copied blocks would be the whole stage: copies of the last layers"
-    return "units", "repeating block found"
+        return "layers", f"{obstacle}: copies of the last layers", _OF_SEVERAL * stage
+    if not collapsed and units.parameters and units.flops >= stage:
+        return "layers", "copied blocks would be the whole stage: copies of the last layers", stage
+    return "units", "repeating block found", math.inf if collapsed else stage
 
 
 def _widths(options: Options) -> tuple[float | None, ...]:

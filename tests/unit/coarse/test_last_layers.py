@@ -38,7 +38,7 @@ def _network(compiled: pnn.Compiled, stage: int) -> LastLayers:
 
 
 def test_copies_begin_where_the_last_unit_does() -> None:
-    compiled = _compiled("revnet", stages=3, sweep="chain")
+    compiled = _compiled("revnet", cuts=("trunk.3", "trunk.6"), coarse="layers")
     options = _options_of(compiled.plan, 1)
 
     assert compiled.plan.stages[1].last_module == "trunk.5"
@@ -82,7 +82,7 @@ def test_copies_of_a_level_read_the_skip_that_it_reads(width: float | None) -> N
 
 def test_narrow_copies_begin_as_their_shortcut_and_cost_less() -> None:
     whole, narrow = (
-        _compiled("revnet", stages=3, sweep="chain", coarse_width=width) for width in (None, 0.5)
+        _compiled("revnet", stages=3, coarse="layers", coarse_width=width) for width in (None, 0.5)
     )
     network = _network(narrow, 1).eval()
     state = [torch.randn(value.spec.shape) for value in narrow.plan.enters(1)]
@@ -96,14 +96,11 @@ def test_narrow_copies_begin_as_their_shortcut_and_cost_less() -> None:
     assert specs[1].flops < 0.6 * specs[0].flops
 
 
-def test_copies_are_whole_unless_a_budget_is_asked_for() -> None:
-    plain, limited = (
-        _compiled("revnet", stages=9, **budget).plan for budget in ({}, {"coarse_budget": 0.5})
-    )
-    assert plain.sweep == "chain"
-    assert _options_of(plain, 1).width is None
-    assert _options_of(limited, 1).width == 0.25
-    spec = limited.stages[1].coarse
+def test_copies_are_whole_up_to_a_third_of_a_stage() -> None:
+    two, nine = (_compiled("revnet", stages=count).plan for count in (2, 9))
+    assert _options_of(two, 1).width is None
+    assert _options_of(nine, 1).width == 0.25
+    spec = nine.stages[1].coarse
     assert spec is not None
     assert "copies of the last layers, of which narrow" in spec.why
 
