@@ -108,6 +108,11 @@ def _mapped(span: Span, sources: Sequence[Value]) -> Reads:
     )
 
 
+def is_sequence(specs: Sequence[TensorSpec]) -> bool:
+    """Return whether one of several tensors may be a sequence."""
+    return any(len(spec.shape) == 3 or spec.channel_axis < 0 for spec in specs)
+
+
 def last_layers_flops(analysis: Analysis, stop: Position, most: int) -> int:
     """Return the FLOPs of the last layers before a cut.
 
@@ -129,7 +134,9 @@ def _begin(
 ) -> Position:
     """Return the last place between two cuts where the copied layers may begin.
 
-    It lies before the last convolution or matrix product, if there is one.
+    It lies before the last convolution or matrix product, if there is one. In sequences it is the
+    start: a tensor in between may be padded or shifted, so that a map to it would show a position
+    what is later.
     """
     order, costs = analysis.frontiers.order, analysis.costs
     number = {node.name: index for index, node in enumerate(order)}
@@ -144,6 +151,7 @@ def _begin(
         for position in analysis.frontiers.positions
         if start.index < position.index <= latest
         if position.boundary and len(position.state) <= most
+        if not is_sequence(position.specs)
     ]
     return inside[-1] if inside else start
 

@@ -5,7 +5,7 @@ repeating block, which kept the accuracy in training (`Family.evidence`). In a c
 last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
 stage. Where copies cost more than their stage (a third of it, where no block repeats) or a
 `coarse_budget`, it takes those of a quarter of the channels, and where these cost as much as the
-stage or exceed the budget, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among
+stage or exceed the budget, and for several tensors of a sequence, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among
 the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
@@ -36,7 +36,7 @@ from passes.coarse.family import (
     options_of,
     rows_of,
 )
-from passes.coarse.last_layers import last_layers_flops
+from passes.coarse.last_layers import is_sequence, last_layers_flops
 from passes.coarse.linear import linear_flops
 from passes.coarse.measure import failing_by_name, measure_call
 from passes.coarse.prologue import (
@@ -125,6 +125,7 @@ def coarse_estimate(
     block, maps = options.units * analysis.trunk_flops, 0.0
     several = len(position.specs) > 1
     last_layers = auto and not collapsed and (several or not analysis.trunk_flops)
+    last_layers = last_layers and not is_sequence(position.specs)
     if options.coarse == "layers" or last_layers:
         # Those of the stage are not known yet; one number for all leaves the cuts to the stages.
         block = last_layers_flops(analysis, last, len(position.state))
@@ -409,17 +410,25 @@ def _copies(span: Span) -> tuple[str, str, float]:
         The family, the reason, and the FLOPs above which whole copies are too expensive.
 
     Raises:
-        SynthesisError: No block can be copied, and a collapsed sweep lost much by last layers.
+        SynthesisError: No block can be copied, and last layers lost much in a collapsed sweep, or
+            the state is a sequence, of which maps kept the accuracy.
     """
     collapsed, stage = span.options.sweep == "collapsed", float(_fine_work(span)["flops"])
     try:
-        units = _measure(span, _draft(span, "units"))
+        draft = _draft(span, "units")
     except SynthesisError as obstacle:
-        if collapsed:
+        if collapsed or is_sequence([value.spec for value in (*span.entering, *span.leaving)]):
             raise
         return "layers", f"{obstacle}: copies of the last layers", _OF_SEVERAL * stage
-    if not collapsed and units.parameters and units.flops >= stage:
-        return "layers", "copied blocks would be the whole stage: copies of the last layers", stage
+    if not collapsed and not is_sequence([value.spec for value in span.entering]):
+        with contextlib.suppress(SynthesisError):  # the loop over widths says so
+            units = _measure(span, draft)
+            if units.parameters and units.flops >= stage:
+                return (
+                    "layers",
+                    "copied blocks would be the whole stage: copies of the last layers",
+                    stage,
+                )
     return "units", "repeating block found", math.inf if collapsed else stage
 
 

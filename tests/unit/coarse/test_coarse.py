@@ -385,8 +385,8 @@ def plan_of(name: str, **options: object) -> Plan:
         (
             "mixer",
             {"stages": 3, "cut_inside_blocks": True},
-            "layers",
-            r"^the (stage is not made|state has several) .*: copies of the last layers",
+            "linear",
+            r"^the (stage is not made|state has several)",
         ),
         (
             "unet",
