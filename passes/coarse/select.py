@@ -5,8 +5,8 @@ repeating block, which kept the accuracy in training (`Family.evidence`). In a c
 last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
 stage. Where copies cost more than their stage (a third of it, where no block repeats) or a
 `coarse_budget`, it takes those of a quarter of the channels, and where these cost as much as the
-stage or exceed the budget, and for several tensors of a sequence, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among
-the candidates of this file by their errors.
+stage or exceed the budget, and for several tensors of a sequence, channel maps. With samples,
+`pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
