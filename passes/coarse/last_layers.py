@@ -41,6 +41,7 @@ from passes.coarse.spec import (
     dependence,
     zeros,
 )
+from passes.coarse.wrappers import Identity
 from passes.ir.program import Program, extract, nodes_between, tensor_leaves
 from passes.ir.tensor_spec import TensorSpec, Value
 
@@ -109,7 +110,7 @@ def _mapped(span: Span, sources: Sequence[Value]) -> Reads:
 
 
 def is_sequence(specs: Sequence[TensorSpec]) -> bool:
-    """Return whether one of several tensors may be a sequence."""
+    """Return whether a tensor of a state may be a sequence."""
     return any(len(spec.shape) == 3 or spec.channel_axis < 0 for spec in specs)
 
 
@@ -157,7 +158,7 @@ def _begin(
 
 
 class LastLayers(nn.Module):
-    """Copies of layers behind maps of the entering tensors.
+    """Channel maps of the entering tensors, followed by copies of layers.
 
     Args:
         enter: Maps from the entering tensors to what the copies read; None if that is the same.
@@ -193,14 +194,6 @@ class LastLayers(nn.Module):
         return results[0] if len(results) == 1 else tuple(results)
 
 
-class Same(nn.Module):
-    """The entering tensors."""
-
-    def forward(self, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return them."""
-        return state
-
-
 def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
     """Copy the layers that the options name and draw fresh weights for them.
 
@@ -222,7 +215,9 @@ def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
             computed = dataclasses.replace(spec, shape=tuple(result.shape))
             expand.append(LinearMap(computed, spec, gain=0.0))
         same = entering == leaving and _reads_itself(options.reads)
-        shortcut = Same() if same else Linear(entering, leaving, reads=options.reads)
+        shortcut = (
+            Identity(entering, leaving) if same else Linear(entering, leaving, reads=options.reads)
+        )
     read = tuple(source.name for source in options.sources)
     enter = None
     if options.entering != read or entering != sources:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from passes.analysis.analysis import Analysis
-from passes.coarse.spec import zeros
+from passes.coarse.spec import Span, zeros
 from passes.cost.flops import count_work
 from passes.cost.measured import Seconds, measure_network
 from passes.errors import PnnError, SynthesisError, first_line
@@ -84,3 +84,20 @@ def failing_by_name(role: str, family: str, types: Sequence[TensorSpec]) -> Iter
             f"{role}={family!r} fails on a state of zeros ({state}): {type(error).__name__}: "
             f"{reason}; use {role}='linear', or other cuts"
         ) from error
+
+
+def stage_work(span: Span) -> dict[str, Any]:
+    """Return FLOPs and seconds of the fine stage."""
+    return sum_work(
+        span.analysis, span.analysis.frontiers.order[span.start.index : span.stop.index]
+    )
+
+
+def sum_work(analysis: Analysis, nodes: Iterable[fx.Node]) -> dict[str, Any]:
+    """Return the sum of the FLOPs, and seconds, of nodes of the program."""
+    costs = [analysis.costs[node] for node in nodes]
+    work: dict[str, Any] = {"flops": sum(cost.flops for cost in costs)}
+    if analysis.unit == "seconds":
+        work["seconds"] = sum(cost.cost for cost in costs)
+        work["backward_seconds"] = sum(cost.backward for cost in costs)
+    return work

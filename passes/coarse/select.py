@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
@@ -38,7 +38,7 @@ from passes.coarse.family import (
 )
 from passes.coarse.last_layers import is_sequence, last_layers_flops
 from passes.coarse.linear import linear_flops
-from passes.coarse.measure import failing_by_name, measure_call
+from passes.coarse.measure import failing_by_name, measure_call, stage_work, sum_work
 from passes.coarse.prologue import (
     PreprocessOrigin,
     front_estimate,
@@ -123,16 +123,16 @@ def coarse_estimate(
     collapsed, auto = options.sweep == "collapsed", options.coarse == "auto"
     leaving = last.specs if collapsed else position.specs
     block, maps = options.units * analysis.trunk_flops, 0.0
-    several = len(position.specs) > 1
-    last_layers = auto and not collapsed and (several or not analysis.trunk_flops)
-    last_layers = last_layers and not is_sequence(position.specs)
+    last_layers = auto and not (collapsed or is_sequence(position.specs))
+    last_layers = last_layers and (len(position.specs) > 1 or not analysis.trunk_flops)
     if options.coarse == "layers" or last_layers:
         # Those of the stage are not known yet; one number for all leaves the cuts to the stages.
         block = last_layers_flops(analysis, last, len(position.state))
         maps = _NARROW * linear_flops(position.specs, leaving)
+    elif collapsed and auto and len(position.specs) > 1:
+        block = 0.0
     elif collapsed and block:
         block += analysis.down_sampling(position)
-    block = 0.0 if auto and collapsed and several else block
     copies = copies_blocks(options.coarse)
     for width in _widths(options)[-1:] if last_layers else _widths(options):
         flops = block * (width or 1.0) ** 2 + maps
@@ -363,14 +363,14 @@ def choose_coarse(span: Span, budget: float, guess: str) -> CoarseSpec:
 
 
 def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
-    """Choose copies of blocks or of last layers within a budget, else channel maps.
+    """Choose copies of blocks or of last layers, else channel maps.
 
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
     family, found, reason, asked, most = "", "", "", False, 0.0
-    fits = list[tuple[int, CoarseSpec, Span]]()
-    stage = math.inf if span.options.sweep == "collapsed" else _fine_work(span)["flops"]
+    fits = list[tuple[CoarseSpec, Span]]()
+    stage = math.inf if span.options.sweep == "collapsed" else stage_work(span)["flops"]
     try:
         family, found, most = _copies(span)
     except SynthesisError as obstacle:
@@ -393,12 +393,12 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
         if copies.flops <= limit and (width is None or asked):
             return _because(narrower, copies, budget, found, guess)
         if copies.flops <= min(budget, stage):
-            fits.append((copies.flops, copies, narrower))
+            fits.append((copies, narrower))
         reason = reason or f"{family} would take {copies.flops:,} FLOPs of {limit:,.0f}"
     if fits:
-        _, copies, narrower = min(fits, key=lambda fit: fit[0])
-        narrow = narrower.options.coarse_width is not None
-        found += ", of which narrow ones alone are cheap enough here" if narrow else ""
+        copies, narrower = min(fits, key=lambda fit: fit[0].flops)
+        if narrower.options.coarse_width is not None:
+            found += ", of which narrow ones alone are cheap enough here"
         return _because(narrower, copies, budget, found, guess)
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
@@ -410,13 +410,13 @@ def _copies(span: Span) -> tuple[str, str, float]:
         The family, the reason, and the FLOPs above which whole copies are too expensive.
 
     Raises:
-        SynthesisError: No block can be copied, and last layers lost much in a collapsed sweep, or
-            the state is a sequence, of which maps kept the accuracy.
+        SynthesisError: No block can be copied, in a collapsed sweep or of a sequence.
     """
-    collapsed, stage = span.options.sweep == "collapsed", float(_fine_work(span)["flops"])
+    collapsed, stage = span.options.sweep == "collapsed", float(stage_work(span)["flops"])
     try:
         draft = _draft(span, "units")
     except SynthesisError as obstacle:
+        # Last layers lost much in a star; of sequences, maps kept the accuracy.
         if collapsed or is_sequence([value.spec for value in (*span.entering, *span.leaving)]):
             raise
         return "layers", f"{obstacle}: copies of the last layers", _OF_SEVERAL * stage
@@ -424,11 +424,8 @@ def _copies(span: Span) -> tuple[str, str, float]:
         with contextlib.suppress(SynthesisError):  # the loop over widths says so
             units = _measure(span, draft)
             if units.parameters and units.flops >= stage:
-                return (
-                    "layers",
-                    "copied blocks would be the whole stage: copies of the last layers",
-                    stage,
-                )
+                found = "copied blocks would be the whole stage: copies of the last layers"
+                return "layers", found, stage
     return "units", "repeating block found", math.inf if collapsed else stage
 
 
@@ -476,7 +473,7 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     """
     analysis = span.analysis
     if is_fine(draft.family):
-        return dataclasses.replace(draft, **_fine_work(span))
+        return dataclasses.replace(draft, **stage_work(span))
     if in_time(draft.family):
         return dataclasses.replace(draft, **_step_work(analysis, draft))
     sources, targets = ([value.spec for value in state] for state in (span.entering, span.leaving))
@@ -493,25 +490,10 @@ def _measure(span: Span, draft: CoarseSpec) -> CoarseSpec:
     return dataclasses.replace(draft, **analysis.measured[key])
 
 
-def _fine_work(span: Span) -> dict[str, Any]:
-    """Return FLOPs and seconds of the fine stage."""
-    return _work(span.analysis, span.analysis.frontiers.order[span.start.index : span.stop.index])
-
-
 def _step_work(analysis: Analysis, draft: OperatorSpec) -> dict[str, Any]:
     """Return FLOPs and seconds of coarse steps, which have no weights of their own."""
     nodes: list[fx.Node] = []
     if isinstance(draft.options, StartOptions):
         nodes += analysis.frontiers.order[: demand_loop(analysis).start]
     assert isinstance(draft.options, StartOptions | TimeStepOptions)
-    return _work(analysis, [*nodes, *work_of(analysis, draft.options.steps)])
-
-
-def _work(analysis: Analysis, nodes: Iterable[fx.Node]) -> dict[str, Any]:
-    """Return the sum of the FLOPs, and seconds, of nodes of the program."""
-    costs = [analysis.costs[node] for node in nodes]
-    work: dict[str, Any] = {"flops": sum(cost.flops for cost in costs)}
-    if analysis.unit == "seconds":
-        work["seconds"] = sum(cost.cost for cost in costs)
-        work["backward_seconds"] = sum(cost.backward for cost in costs)
-    return work
+    return sum_work(analysis, [*nodes, *work_of(analysis, draft.options.steps)])

@@ -164,10 +164,6 @@ def copies_whole(plan: Plan) -> bool:
     )
 
 
-def _goes_straight(family: str) -> bool:
-    return family == "auto" or all("auto" in row.sweeps for row in rows_of(family))
-
-
 def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
     """Say what cheaper corrections would give, where the default's take much of the time."""
     asked = options.coarse_budget is not None or options.coarse_width is not None
