@@ -13,6 +13,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -152,7 +153,20 @@ class _Unpickler(pickle.Unpickler):
             return filesystem._StorageInfo
         if (module, name) in (("pathlib", "PosixPath"), ("pathlib", "WindowsPath")):
             return lambda *parts: parts  # where it was written, which nothing reads
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # Python before 3.11.4 writes members of an Enum as getattr(kind, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no record of a checkpoint")
+
+
+def _member(kind: object, name: str) -> Enum:
+    """Return a member of an Enum by its name, and no attribute of anything else.
+
+    Raises:
+        pickle.UnpicklingError: It is none.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"{name!r} of {kind!r} is no record of a checkpoint")
+    return kind[name]
 
 
 @cache

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import pnn_compile as pnn
+from pnn_compile.runtime.checkpoint_files import _Unpickler
 from tests.distributed.ranks import start
 from tests.models.distributed_models import batches, loss, network
 
@@ -226,6 +227,27 @@ def _larger(folder: Path, flag: Path) -> None:
     record = next(r for r in metadata.state_dict_metadata.values() if hasattr(r, "size"))
     record.size = torch.Size([10**6, 10**6])
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+class _Attribute:
+    """Is written as Python before 3.11.4 writes members of an Enum: as getattr(kind, name)."""
+
+    def __init__(self, kind: object, name: str) -> None:
+        self._pair = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self._pair
+
+
+def test_members_of_an_enum_are_read_in_either_form_and_no_other_attribute() -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as KIND
+
+    member = next(iter(KIND))
+    for written in (member, _Attribute(KIND, member.name)):
+        assert _Unpickler(io.BytesIO(pickle.dumps(written))).load() is member
+    for kind, name in ((KIND, "__subclasses__"), (torch.Size, "count")):
+        with pytest.raises(pickle.UnpicklingError, match="no record of a checkpoint"):
+            _Unpickler(io.BytesIO(pickle.dumps(_Attribute(kind, name)))).load()
 
 
 @pytest.mark.parametrize(
