@@ -153,6 +153,8 @@ def _why_illegal(
             return "a tensor without a batch axis crosses"
         if node in sized:
             return "a tensor crosses whose number of samples follows from values"
+        if facts[node].unaligned:
+            return "a causal sequence crosses with its positions padded or rearranged"
         if node in weights:
             return "a mask, or weights that one makes zero, would have to be guessed"
     return ""

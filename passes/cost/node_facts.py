@@ -88,7 +88,7 @@ def observe(program: Program, observations: Observations | None = None) -> Mappi
             larger = _shapes(program, inputs.varied(grow=True))
         trained = observations.trained or _run_training(program, inputs) or evaluated
         batch_size = _batch_size(inputs, observer)
-        sequences = _sequence_axes(program, inputs, observer, batch_size)
+        sequences, unaligned = _sequence_axes(program, inputs, observer, batch_size)
         tracked = _tracked_axes(program, inputs, observer, batch_size)
     facts: dict[fx.Node, Fact] = {}
     for node, fact in evaluated.items():
@@ -106,6 +106,7 @@ def observe(program: Program, observations: Observations | None = None) -> Mappi
             storages=fact.storages | trained[node].storages,
             writes=fact.writes | trained[node].writes,
             random=trained[node].random,
+            unaligned=node in unaligned,
             bytes=fact.bytes,
             work=fact.work,
         )
@@ -145,6 +146,7 @@ class _SequenceProbe(_Interpreter):
 
     Attributes:
         axes: The axis of every value whose first half alone is the same.
+        others: Values that differ and have no such axis, nor rows along one.
     """
 
     def __init__(self, module: fx.GraphModule, expected: Mapping[fx.Node, Any], size: int) -> None:
@@ -152,18 +154,21 @@ class _SequenceProbe(_Interpreter):
         self.expected = expected
         self.size = size
         self.axes: dict[fx.Node, int] = {}
+        self.others: set[fx.Node] = set()
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and value.dim() > 2 and is_compute(n):
-            other = self.expected[n]
-            axes = [axis for axis in range(value.dim()) if value.shape[axis] == self.size]
-            for axis in axes if value.shape == other.shape else []:
-                halves = (tensor.narrow(axis, 0, self.size // 2) for tensor in (value, other))
-                if same_values(*halves) and not same_values(value, other):
-                    self.axes[n] = axis
-            if n not in self.axes and self._is_mixed(n, value, other):
-                raise _MixedError
+        value, other = super().run_node(n), self.expected[n]
+        if not isinstance(value, torch.Tensor) or not is_compute(n):
+            return value
+        if value.shape == other.shape and not same_values(value, other):
+            found = dict(_axes_of_size(self.size, value, other))
+            whole = [axis for axis in found if value.shape[axis] == self.size]
+            if value.dim() > 2 and whole:
+                self.axes[n] = whole[-1]
+            elif not found:
+                self.others.add(n)
+        if value.dim() > 2 and n not in self.axes and self._is_mixed(n, value, other):
+            raise _MixedError
         return value
 
     def _is_mixed(self, n: fx.Node, value: torch.Tensor, other: torch.Tensor) -> bool:
@@ -180,15 +185,36 @@ class _SequenceProbe(_Interpreter):
         return all(all(map(same_values, *pair)) for pair in pairs)
 
 
+def _axes_of_size(size: int, *values: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Find the axes of this size along which two values have the same first half.
+
+    Returns:
+        The axes; an axis of rows is tried as two axes, of which the inner one (1) or the outer one
+        (0) has this size.
+    """
+    for axis, rows in enumerate(values[0].shape):
+        count = rows // size
+        for inner in ((0, 1) if count > 1 else (0,)) if rows == count * size else ():
+            sizes = (count, size) if inner else (size, count)
+            split = [v.reshape(*v.shape[:axis], *sizes, *v.shape[axis + 1 :]) for v in values]
+            if same_values(*(v.narrow(axis + inner, 0, size // 2) for v in split)):
+                yield axis, inner
+
+
 def _sequence_axes(
     program: Program, inputs: ExampleInputs, evaluated: _WorkObserver, batch_size: int | None
-) -> Mapping[fx.Node, int]:
+) -> tuple[Mapping[fx.Node, int], set[fx.Node]]:
     """Find the axis of every value along which it reads no later position of the inputs.
 
     A causal network is run once more on inputs of which the later half differs: what the earlier
     half of a value reads, an approximation of it may read.
+
+    Returns:
+        The axes, and the values without one from which a value with one is computed, such as a
+        padded sequence: an approximation cannot tell which of its positions come later.
     """
     axes: dict[fx.Node, int] = {}
+    unaligned: set[fx.Node] = set()
     with preserved(program.module), torch.no_grad():
         program.module.eval()
         for index, tensor in enumerate(inputs.tensors()):
@@ -204,7 +230,12 @@ def _sequence_axes(
                 except _MixedError:
                     pass
                 axes = probe.axes | axes
-    return axes
+                in_order = {source for node in probe.axes for source in node.all_input_nodes}
+                for node in reversed(program.order):
+                    if node in probe.others & in_order:
+                        unaligned.add(node)
+                        in_order.update(node.all_input_nodes)
+    return axes, unaligned - axes.keys()
 
 
 _Tracks = list[tuple[bool, list[tuple[int, int]]]]
@@ -237,17 +268,8 @@ class _AxisProbe(_Interpreter):
         value, other = super().run_node(n), self.expected[n]
         tensors = isinstance(value, torch.Tensor) and value.shape == other.shape
         if tensors and not same_values(value, other):
-            self.axes[n] = [*self._axes(value, other)]
+            self.axes[n] = [*_axes_of_size(self.size, value, other)]
         return value
-
-    def _axes(self, *values: torch.Tensor) -> Iterator[tuple[int, int]]:
-        for axis, rows in enumerate(values[0].shape):
-            count = rows // self.size
-            for inner in ((0, 1) if count > 1 else (0,)) if rows == count * self.size else ():
-                sizes = (count, self.size) if inner else (self.size, count)
-                split = [v.reshape(*v.shape[:axis], *sizes, *v.shape[axis + 1 :]) for v in values]
-                if same_values(*(v.narrow(axis + inner, 0, self.size // 2) for v in split)):
-                    yield axis, inner
 
 
 def _tracked_axes(

@@ -57,6 +57,8 @@ class Fact:
             its operands decide whether it is a view.
         writes: Identities of the memory that it wrote, in either mode.
         random: Whether it drew random numbers in training mode.
+        unaligned: Whether it holds a causal sequence whose positions do not lie along an axis, as
+            after padding.
         bytes: Bytes of the tensors in its value.
         work: Work of its operators in evaluation mode.
     """
@@ -67,6 +69,7 @@ class Fact:
     random: bool
     bytes: int
     work: Work = _NONE
+    unaligned: bool = False
 
 
 @dataclass(frozen=True)

@@ -116,14 +116,29 @@ class Decoder(nn.Module):
         return self.blocks(x.mT).mT if self.turn else self.blocks(x)
 
 
+class HalfRate(nn.Module):
+    """A causal filter of a signal whose blocks run at half its length (Clockwork RNN, 2014)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.down = nn.Conv1d(3, 16, 1), nn.Conv1d(16, 16, 2, stride=2)
+        self.slow = nn.Sequential(*(CausalConvolution(16) for _ in range(6)))
+        self.fast = nn.Sequential(*(CausalConvolution(16) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inlet(x)
+        slow = self.slow(self.down(F.pad(x, (1, -1))))
+        return self.fast(x + slow.repeat_interleave(2, -1))
+
+
 def _leak(network: nn.Module, x: Tensor, axis: int) -> float:
     """Return by how much an output moves with the inputs after it."""
     moved = 0.0
     with torch.no_grad():
         expected = network(x)
-        for position in range(1, LENGTH):
+        for position in range(1, x.shape[-1]):
             other = x.clone()
-            later = other.narrow(-1, position, LENGTH - position)
+            later = other.narrow(-1, position, x.shape[-1] - position)
             later.copy_(later + 1 if x.is_floating_point() else (later + 3) % VOCABULARY)
             change = (network(other) - expected).narrow(axis, 0, position)
             moved = max(moved, change.abs().max().item())
@@ -162,3 +177,28 @@ def test_calibration_chooses_among_what_reads_nothing_later() -> None:
     model, batches = Decoder(CausalConvolution, tokens=False).eval(), torch.randn(20, 2, 3, LENGTH)
     compiled = pnn.compile(model, batches[0], stages=3, calibration=list(batches))
     assert _leak(compiled.module.eval(), batches[0], 2) < 1e-5
+
+
+@pytest.mark.parametrize("build", [HalfRate, lambda: Decoder(CausalConvolution, tokens=False)])
+@pytest.mark.parametrize("coarse", ["units", "linear", "layers"])
+def test_no_cut_rearranges_a_sequence(build: Callable[[], nn.Module], coarse: str) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(2, 3, 8)
+    assert _leak(model, x, 2) == 0
+    legal = 0
+    for name in [name for name, _ in model.named_modules() if name]:
+        try:
+            network = pnn.compile(model, x, stages=2, cuts=[name], coarse=coarse).module.eval()
+        except pnn.PnnError:  # not a legal cut, or a family that does not fit
+            continue
+        legal += 1
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        assert _leak(network, x, 2) < 1e-5, name
+    assert legal >= 4
+
+
+def test_a_cut_that_would_rearrange_a_sequence_says_why() -> None:
+    with pytest.raises(pnn.PnnError, match="a causal sequence crosses with its positions padded"):
+        pnn.compile(HalfRate(), torch.randn(2, 3, 8), stages=40)
