@@ -8,9 +8,10 @@ two levels, and its coarse network:
     (x, skip1, skip0) -> level 1 -> (y, skip0) -> level 0 -> z
     (x, skip1, skip0) ---- maps --> (y, skip0) -> level 0 -> z
 
-The copies draw fresh weights. With a `width` they work at a share of the channels, between the maps
-and an expansion, beside a shortcut (`narrow.py`). In a collapsed sweep the "stage" reaches to the
-last state.
+Where maps between all tensors would cost more than the layers, each tensor has one map alone, or is
+one of its type as it is. The copies draw fresh weights. With a `width` they work at a share of the
+channels, between the maps and an expansion, beside a shortcut (`narrow.py`). In a collapsed sweep
+the "stage" reaches to the last state.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch import fx, nn
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.coarse.linear import Linear, LinearMap
+from passes.coarse.linear import Linear, LinearMap, linear_flops
+from passes.coarse.map_matrix import MapMatrix
 from passes.coarse.narrow import narrow, narrow_spec, redraw
 from passes.coarse.spec import (
     NON_EMPTY,
@@ -58,6 +60,7 @@ class LayersOptions(CoarseOptions):
         leaving: The values that they compute.
         sides: Side values that the copied layers recompute.
         mapped: Which entering values each source may depend on.
+        straight: Whether each source has one map, or none from a tensor of its type.
         width: Share of the channels at which the copies work; None for all.
     """
 
@@ -68,6 +71,7 @@ class LayersOptions(CoarseOptions):
     leaving: Annotated[tuple[ValueName, ...], NON_EMPTY]
     sides: tuple[NodeName, ...] = ()
     mapped: Reads
+    straight: bool = False
     width: Share | None = None
 
     @classmethod
@@ -84,6 +88,8 @@ class LayersOptions(CoarseOptions):
             for node, spec in zip(start.state, start.specs, strict=True)
             if node in read
         ]
+        entering = [value.spec for value in span.entering]
+        maps = linear_flops(entering, [source.spec for source in sources])
         return cls(
             inputs=inputs,
             reads=span.reads,
@@ -94,6 +100,7 @@ class LayersOptions(CoarseOptions):
             leaving=leaving,
             sides=sides,
             mapped=_mapped(span, sources),
+            straight=maps > analysis.flops_between(start.index, span.stop.index),
             width=None if width == 1 else width,
         )
 
@@ -107,11 +114,6 @@ def _mapped(span: Span, sources: Sequence[Value]) -> Reads:
         (entering.index(source.name),) if source.name in entering else row
         for source, row in zip(sources, rows, strict=True)
     )
-
-
-def is_sequence(specs: Sequence[TensorSpec]) -> bool:
-    """Return whether a tensor of a state may be a sequence."""
-    return any(len(spec.shape) == 3 or spec.channel_axis < 0 for spec in specs)
 
 
 def last_layers_flops(analysis: Analysis, stop: Position, most: int) -> int:
@@ -135,9 +137,7 @@ def _begin(
 ) -> Position:
     """Return the last place between two cuts where the copied layers may begin.
 
-    It lies before the last convolution or matrix product, if there is one. In sequences it is the
-    start: a tensor in between may be padded or shifted, so that a map to it would show a position
-    what is later.
+    It lies before the last convolution or matrix product, if there is one.
     """
     order, costs = analysis.frontiers.order, analysis.costs
     number = {node.name: index for index, node in enumerate(order)}
@@ -152,7 +152,6 @@ def _begin(
         for position in analysis.frontiers.positions
         if start.index < position.index <= latest
         if position.boundary and len(position.state) <= most
-        if not is_sequence(position.specs)
     ]
     return inside[-1] if inside else start
 
@@ -216,13 +215,40 @@ def build_last_layers(options: LayersOptions, site: Site) -> LastLayers:
             expand.append(LinearMap(computed, spec, gain=0.0))
         same = entering == leaving and _reads_itself(options.reads)
         shortcut = (
-            Identity(entering, leaving) if same else Linear(entering, leaving, reads=options.reads)
+            Identity(entering, leaving)
+            if same
+            else _maps(entering, leaving, options.reads, straight=options.straight)
         )
     read = tuple(source.name for source in options.sources)
     enter = None
     if options.entering != read or entering != sources:
-        enter = Linear(entering, sources, reads=options.mapped)
+        enter = _maps(entering, sources, options.mapped, straight=options.straight)
     return LastLayers(enter, body, expand, shortcut, len(entering))
+
+
+def _maps(
+    entering: Sequence[TensorSpec],
+    leaving: Sequence[TensorSpec],
+    reads: Reads | None,
+    *,
+    straight: bool,
+) -> MapMatrix:
+    """Build channel maps between two states, all of them or the straight ones alone."""
+    if not straight:
+        return Linear(entering, leaving, reads=reads)
+    chosen = []
+    for place, target in enumerate(leaving):
+        row = range(len(entering)) if reads is None else reads[place]
+        # One of the same type if there is one, and of the same place if there are several.
+        nearest = sorted(row, key=lambda n: (entering[n] != target, n != place))
+        chosen.append(tuple(nearest[:1]))
+
+    def make(source: TensorSpec, target: TensorSpec, first: bool) -> nn.Module:
+        if source == target:
+            return Identity([source], [target])
+        return LinearMap(source, target)
+
+    return MapMatrix(entering, leaving, make, tuple(chosen))
 
 
 def _reads_itself(reads: Reads | None) -> bool:

@@ -3,10 +3,9 @@
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
 repeating block, which kept the accuracy in training (`Family.evidence`). In a chain it copies the
 last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
-stage. Where copies cost more than their stage (a third of it, where no block repeats) or a
-`coarse_budget`, it takes those of a quarter of the channels, and where these cost as much as the
-stage or exceed the budget, and for several tensors of a sequence, channel maps. With samples,
-`pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
+stage. Where copies exceed a `coarse_budget`, it takes those of a quarter of the channels, and where
+these exceed it too, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among the
+candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -36,7 +35,7 @@ from passes.coarse.family import (
     options_of,
     rows_of,
 )
-from passes.coarse.last_layers import is_sequence, last_layers_flops
+from passes.coarse.last_layers import LayersOptions, last_layers_flops
 from passes.coarse.linear import linear_flops
 from passes.coarse.measure import failing_by_name, measure_call, stage_work, sum_work
 from passes.coarse.prologue import (
@@ -79,10 +78,8 @@ _REASONS = {
 }
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
-_OF_SEVERAL = 1 / 3
-"""Share of a stage that whole copies may take where no block repeats: they lead to many maps."""
 _NARROW = 0.25
-"""Share of the channels at which "auto" copies where whole copies are too expensive."""
+"""Share of the channels at which "auto" copies where whole copies are above the budget."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -123,19 +120,19 @@ def coarse_estimate(
     collapsed, auto = options.sweep == "collapsed", options.coarse == "auto"
     leaving = last.specs if collapsed else position.specs
     block, maps = options.units * analysis.trunk_flops, 0.0
-    last_layers = auto and not (collapsed or is_sequence(position.specs))
+    last_layers = auto and not collapsed
     last_layers = last_layers and (len(position.specs) > 1 or not analysis.trunk_flops)
     if options.coarse == "layers" or last_layers:
         # Those of the stage are not known yet; one number for all leaves the cuts to the stages.
         block = last_layers_flops(analysis, last, len(position.state))
-        maps = _NARROW * linear_flops(position.specs, leaving)
+        maps = min(block, linear_flops(position.specs, leaving))
     elif collapsed and auto and len(position.specs) > 1:
         block = 0.0
     elif collapsed and block:
         block += analysis.down_sampling(position)
     copies = copies_blocks(options.coarse)
-    for width in _widths(options)[-1:] if last_layers else _widths(options):
-        flops = block * (width or 1.0) ** 2 + maps
+    for width in (1.0, _NARROW) if options.coarse_width is None else (options.coarse_width,):
+        flops = block * width**2 + maps
         if block and (copies or (auto and flops <= budget)):
             return flops
     rows = rows_of(options.coarse if not auto else "linear")
@@ -365,81 +362,67 @@ def choose_coarse(span: Span, budget: float, guess: str) -> CoarseSpec:
 def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
     """Choose copies of blocks or of last layers, else channel maps.
 
+    The copies are whole; within a budget that whole ones exceed, they are narrow.
+
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
-    family, found, reason, asked, most = "", "", "", False, 0.0
-    fits = list[tuple[CoarseSpec, Span]]()
-    stage = math.inf if span.options.sweep == "collapsed" else stage_work(span)["flops"]
+    asked, family, found, reason = span.options.coarse_width, "", "", ""
     try:
-        family, found, most = _copies(span)
+        family, found = _copies(span)
     except SynthesisError as obstacle:
         reason = str(obstacle)
-    for width in _widths(span.options) if family else ():
+    narrow = (_NARROW,) if asked is None and budget < math.inf else ()
+    for width in (asked, *narrow) if family else ():
         options = dataclasses.replace(span.options, coarse_width=width)
-        narrower = dataclasses.replace(span, options=options)
+        sized = dataclasses.replace(span, options=options)
         try:
-            draft = _draft(narrower, family)
-            asked = span.options.coarse_width is not None
-            copies = _measure(narrower, draft)
+            copies = _measure(sized, _draft(sized, family))
         except SynthesisError as error:
-            if asked:
+            if asked is not None:
                 raise
             reason = reason or str(error)
             continue
-        if not copies.parameters and copies.flops <= budget:
-            return _because(span, copies, budget, "a copy of layers without weights", guess)
-        limit = min(budget, most) if width is None else budget
-        if copies.flops <= limit and (width is None or asked):
-            return _because(narrower, copies, budget, found, guess)
-        if copies.flops <= min(budget, stage):
-            fits.append((copies, narrower))
-        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {limit:,.0f}"
-    if fits:
-        copies, narrower = min(fits, key=lambda fit: fit[0].flops)
-        if narrower.options.coarse_width is not None:
-            found += ", of which narrow ones alone are cheap enough here"
-        return _because(narrower, copies, budget, found, guess)
+        if copies.flops <= budget:
+            if not copies.parameters:
+                found = "a copy of layers without weights"
+            elif width != asked:
+                found += ", of which narrow ones alone are cheap enough here"
+            return _because(sized, copies, budget, found, guess)
+        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {budget:,.0f}"
     return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
 
 
-def _copies(span: Span) -> tuple[str, str, float]:
+def _copies(span: Span) -> tuple[str, str]:
     """Choose what to copy, the repeating block or the last layers, and say why.
 
     Returns:
-        The family, the reason, and the FLOPs above which whole copies are too expensive.
+        The family and the reason.
 
     Raises:
-        SynthesisError: No block can be copied, in a collapsed sweep or of a sequence.
+        SynthesisError: No block can be copied in a collapsed sweep.
     """
-    collapsed, stage = span.options.sweep == "collapsed", float(stage_work(span)["flops"])
+    collapsed = span.options.sweep == "collapsed"
     try:
         draft = _draft(span, "units")
     except SynthesisError as obstacle:
-        # Last layers lost much in a star; of sequences, maps kept the accuracy.
-        if collapsed or is_sequence([value.spec for value in (*span.entering, *span.leaving)]):
+        if collapsed:  # last layers lost much in a star
             raise
-        return "layers", f"{obstacle}: copies of the last layers", _OF_SEVERAL * stage
-    if not collapsed and not is_sequence([value.spec for value in span.entering]):
+        return "layers", f"{obstacle}: copies of the last layers"
+    if not collapsed:
         with contextlib.suppress(SynthesisError):  # the loop over widths says so
             units = _measure(span, draft)
-            if units.parameters and units.flops >= stage:
-                found = "copied blocks would be the whole stage: copies of the last layers"
-                return "layers", found, stage
-    return "units", "repeating block found", math.inf if collapsed else stage
-
-
-def _widths(options: Options) -> tuple[float | None, ...]:
-    """Return the shares of the channels at which blocks may be copied; None for all."""
-    if options.coarse_width is not None or options.coarse != "auto":
-        return (options.coarse_width,)
-    return None, _NARROW
+            if units.parameters and units.flops >= stage_work(span)["flops"]:
+                return "layers", "copied blocks would be the whole stage: copies of the last layers"
+    return "units", "repeating block found"
 
 
 def _evidence(span: Span, spec: CoarseSpec, guess: str) -> str:
     """Return what is known of the accuracy that a propagator keeps; nothing without weights."""
-    leaving = [value.spec for value in span.leaving]
-    return evidence_of(spec.family, leaving, guess, span.options) if spec.parameters else ""
+    options = spec.options
+    if not spec.parameters or (isinstance(options, LayersOptions) and options.straight):
+        return ""
+    return evidence_of(spec.family, [value.spec for value in span.leaving], guess, span.options)
 
 
 def _because(span: Span, spec: CoarseSpec, budget: float, reason: str, guess: str) -> CoarseSpec:

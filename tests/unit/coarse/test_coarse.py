@@ -385,8 +385,8 @@ def plan_of(name: str, **options: object) -> Plan:
         (
             "mixer",
             {"stages": 3, "cut_inside_blocks": True},
-            "linear",
-            r"^the (stage is not made|state has several)",
+            "layers",
+            r"^the (stage is not made|state has several) .*: copies of the last layers",
         ),
         (
             "unet",

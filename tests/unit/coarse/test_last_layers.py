@@ -14,6 +14,8 @@ import pnn_compile as pnn
 from examples import unet
 from examples.studies.networks import build_revnet
 from passes.coarse.last_layers import LastLayers, LayersOptions
+from passes.coarse.map_matrix import MapMatrix
+from passes.coarse.wrappers import Identity
 from passes.plan.schema import Plan
 from tests.support.programs import copies
 
@@ -96,13 +98,57 @@ def test_narrow_copies_begin_as_their_shortcut_and_cost_less() -> None:
     assert specs[1].flops < 0.6 * specs[0].flops
 
 
-def test_copies_are_whole_up_to_a_third_of_a_stage() -> None:
-    two, nine = (_compiled("revnet", stages=count).plan for count in (2, 9))
-    assert _options_of(two, 1).width is None
-    assert _options_of(nine, 1).width == 0.25
-    spec = nine.stages[1].coarse
+def test_copies_are_narrow_where_whole_ones_are_above_the_budget() -> None:
+    free, limited = (
+        _compiled("revnet", stages=9, coarse_budget=budget).plan for budget in (None, 0.3)
+    )
+    assert _options_of(free, 1).width is None
+    assert _options_of(limited, 1).width == 0.25
+    spec = limited.stages[1].coarse
     assert spec is not None
     assert "copies of the last layers, of which narrow" in spec.why
+
+
+class Separable(nn.Module):
+    """A block of two streams that costs less than maps between their channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + torch.relu(self.convolution(x) + before), x
+
+
+class Wide(nn.Module):
+    """Two streams of many channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(Separable(channels) for _ in range(9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = before = self.stem(x)
+        for block in self.blocks:
+            x, before = block(x, before)
+        return x + before
+
+
+def test_maps_that_would_cost_more_than_the_copies_are_straight() -> None:
+    torch.manual_seed(0)
+    cuts = "blocks.3", "blocks.6"
+    compiled = pnn.compile(Wide(32), torch.randn(2, 3, 8, 8), cuts=cuts)
+    compiled.verify(strict=True)
+    network, stage = _network(compiled, 1), compiled.plan.stages[1]
+    assert stage.coarse is not None
+    assert stage.coarse.flops < stage.flops
+    assert "not measured" in stage.coarse.why
+    assert isinstance(network.enter, MapMatrix)
+    assert all(isinstance(single, Identity) for (single,) in network.enter.rows())
+    state = [torch.randn(value.spec.shape) for value in compiled.plan.enters(1)]
+    # The second stream enters, and the first one of the copied block is nearest to it too.
+    torch.testing.assert_close(network.enter(*state), (state[1], state[1]))
 
 
 class Towers(nn.Module):
