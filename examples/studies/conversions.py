@@ -61,12 +61,11 @@ of all before as guesses, which learn by themselves for half of the one epoch th
 last two correct by copied blocks, whose weights are fresh."""
 
 _THINNED = CONVERSIONS["parareal, thinned"]
+_IDENTITY = {"preprocess": "identity", "coarse": "identity"}
 _MAPS = {"preprocess": "linear", "coarse": "linear", "prologue": 0.02}
 
 AT_CONVERGENCE = CONVERSIONS | {
-    "one state for all": Conversion(
-        options={"preprocess": "identity", "coarse": "identity", "prologue": 0.15}
-    ),
+    "one state for all": Conversion(options={**_IDENTITY, "prologue": 0.15}),
     "larger thinned guesses": replace(_THINNED, options=_THINNED.options | {"prologue": 0.2}),
     "thinned in difference form": replace(
         _THINNED,
@@ -81,18 +80,19 @@ AT_CONVERGENCE = CONVERSIONS | {
         for count in (2, 3, 6, 9)
     },
     **{
-        f"{count} windows of one state": Conversion(
-            options={"preprocess": "identity", "coarse": "identity", "windows": count}
-        )
+        f"{count} windows, one state each": Conversion(options={**_IDENTITY, "windows": count})
         for count in (6, 9)
     },
+    "6 windows, one state each, with maps": Conversion(
+        options={**_IDENTITY, "coarse": "linear", "windows": 6}
+    ),
     "6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
 }
 """What was tried beside them on originals that are trained to convergence.
 
 "One state for all" is layers in parallel as a parareal network of N stages, which exists where the
-state keeps its shape; in windows, channel maps stand where it changes. The other windows take
-channel maps as guesses and corrections, or the measured choice.
+state keeps its shape, and "one state each" the same in windows, which copy what changes it. The
+other windows take channel maps as guesses and corrections, or the measured choice.
 """
 
 LENGTHS = (0.1, 0.01, 0.03, 0.3, 0.005)

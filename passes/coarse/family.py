@@ -335,7 +335,7 @@ def _prologue(
     program: Program, options: PreprocessOptions
 ) -> tuple[nn.Module | None, Sequence[TensorSpec]]:
     """Build the map from inputs to sources: copies of layers, coarse steps, or the embedding."""
-    if options.window:
+    if options.window and not options.copied:
         return None, options.sources
     if isinstance(options, NarrowOptions):
         return build_narrow(program, options)
@@ -349,7 +349,7 @@ def _prologue(
     prologue = extract(
         program,
         nodes_between(program, *options.copied) if options.copied else [],
-        [],
+        options.entering or (),
         names,
         inputs=options.inputs,
         sides=options.sides,

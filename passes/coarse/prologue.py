@@ -25,9 +25,8 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
-from passes.analysis.dependence import FLOAT_DTYPES
 from passes.analysis.sources import PreprocessingSource
-from passes.coarse.family import copies_blocks, options_of
+from passes.coarse.family import copies_blocks, options_of, rows_of
 from passes.coarse.narrow import narrow_spec
 from passes.coarse.narrow_guess import NarrowOptions
 from passes.coarse.spec import PreprocessOptions, Reads, SourceSpec
@@ -57,7 +56,8 @@ class PreprocessOrigin:
         copied: All nodes that are copied.
         flops: FLOPs of the copies.
         share: Share of the channels at which the copies of `nodes` work.
-        window: Whether the sources are the state before a window.
+        window: Whether the sources are the state before a window, or follow from it.
+        entering: The values of that state that the copied nodes read; None if there are none.
     """
 
     sources: tuple[PreprocessingSource, ...]
@@ -67,6 +67,7 @@ class PreprocessOrigin:
     flops: int = 0
     share: float = 1.0
     window: bool = False
+    entering: tuple[str, ...] | None = None
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -80,8 +81,9 @@ def origin_of(
 ) -> PreprocessOrigin:
     """Choose the sources of the state at a cut, within the share of the cost that may be copied.
 
-    They are the inputs if nothing may be copied, or nothing fits into the share. Sources that
-    depend on an input that no component of the state depends on are left out.
+    They are the inputs, or the state before the window, if nothing may be copied, or nothing fits
+    into the share. Sources that depend on an input that no component of the state depends on are
+    left out.
 
     Args:
         analysis: The facts about the program.
@@ -89,15 +91,17 @@ def origin_of(
         cut: Where the stage begins.
         window: The cut before its window, whose state is the source then; None in the first one.
     """
-    if window is not None:
-        return _window_origin(analysis, window, cut)
     limit = (options.prologue or 0.0) * analysis.total
     origin = None
-    if copies_blocks(options.preprocess):
+    if options.windows > 1 and any(row.of_one_type for row in rows_of(options.preprocess)):
+        origin = _of_one_type(analysis, options, cut, window)
+    if window is not None:
+        origin = origin or PreprocessOrigin(_sources(window), window=True)
+    elif copies_blocks(options.preprocess):
         origin = _thinned(analysis, cut, limit if options.prologue is not None else None)
     elif is_narrow(options.preprocess):
         origin = _narrow(analysis, options, cut)
-    elif limit:
+    elif limit and origin is None:
         origin = _first_layers(analysis, limit, cut)
     origin = origin or PreprocessOrigin(analysis.sources)
     usable = _usable(analysis, origin.sources, cut)
@@ -105,14 +109,37 @@ def origin_of(
     return dataclasses.replace(origin, sources=usable, flops=round(flops))
 
 
-def _window_origin(analysis: Analysis, window: Position, cut: Position) -> PreprocessOrigin:
-    """Take the state before a window as sources of the state at a cut inside it."""
-    sources = tuple(
-        PreprocessingSource(node, spec)
-        for node, spec in zip(window.state, window.specs, strict=True)
-        if spec.dtype in FLOAT_DTYPES
+def _of_one_type(
+    analysis: Analysis, options: Options, cut: Position, window: Position | None
+) -> PreprocessOrigin | None:
+    """Copy the layers of a window that lead to the first state of the type of a cut.
+
+    Returns:
+        None if the state before the window has that type, or they cost more than an even stage.
+    """
+    frontiers, start = analysis.frontiers, 0 if window is None else window.index
+    given = _sources(window) if window is not None else analysis.sources
+    if [source.spec for source in given] == [*cut.specs]:
+        return None
+    first = next(
+        (
+            position
+            for position in frontiers.positions
+            if start < position.index <= cut.index
+            if position.boundary and position.specs == cut.specs
+        ),
+        cut,
     )
-    return PreprocessOrigin(_usable(analysis, sources, cut), window=True)
+    nodes = frontiers.order[start : first.index]
+    cost = sum(analysis.costs[node].cost for node in nodes)
+    if cost > analysis.total / (options.num_stages or 1):
+        return None
+    read = {source for node in nodes for source in node.all_input_nodes} | {*first.state}
+    state = () if window is None else window.state
+    return PreprocessOrigin(
+        _sources(first), nodes, copied=nodes, window=window is not None,
+        entering=tuple(node.name for node in state if node in read) or None,
+    )  # fmt: skip
 
 
 def _usable(
@@ -239,7 +266,7 @@ def options_from(
     analysis: Analysis, options: Options, origin: PreprocessOrigin, reads: Reads | None
 ) -> PreprocessOptions:
     """Describe the sources of a preprocessing operator, and how inputs lead to them."""
-    used, sides = ((), []) if origin.window else _requirements(analysis, origin)
+    used, sides = _requirements(analysis, origin)
     plain = PreprocessOptions(
         rank=options.rank,
         sources=tuple(SourceSpec(**vars(s.spec), name=s.node.name) for s in origin.sources),
@@ -249,6 +276,7 @@ def options_from(
         prologue=options.prologue,
         reads=reads,
         window=origin.window or None,
+        entering=origin.entering,
     )
     if origin.share != 1:
         return NarrowOptions(**vars(plain), share=origin.share)
@@ -271,6 +299,8 @@ def _in_order(analysis: Analysis, names: Collection[str]) -> tuple[str, ...]:
 def _requirements(analysis: Analysis, origin: PreprocessOrigin) -> tuple[Sequence[str], list[str]]:
     """Return the inputs and side values from which the sources, or first layers, follow."""
     program, recomputable = analysis.program, analysis.frontiers.recomputable
+    if origin.window and not origin.nodes:
+        return (), []
     if origin.nodes:
         inputs, sides = requirements(program, origin.nodes, recomputable)
         return inputs, list(sides)

@@ -61,8 +61,10 @@ class PreprocessOptions:
         prologue: Share of the cost of the original that the copy may take; None if not set.
         reads: Which sources each component of the state may depend on; all if None.
         width: Most channels inside of family "convolution"; None for those of the state.
-        window: Whether the sources are values of the corrected state before the window, which it
-            takes in place of inputs.
+        window: Whether it takes values of the corrected state before the window in place of
+            inputs.
+        entering: The values of that state that the copied layers read; None if none are copied,
+            and the sources are these values.
     """
 
     rank: Count
@@ -74,11 +76,14 @@ class PreprocessOptions:
     reads: Reads | None = None
     width: Count | None = None
     window: bool | None = None
+    entering: Annotated[tuple[ValueName, ...], NON_EMPTY] | None = None
 
     @property
     def state(self) -> tuple[str, ...]:
         """Names of the values of the state before the window that it takes."""
-        return tuple(source.name for source in self.sources) if self.window else ()
+        if not self.window:
+            return ()
+        return self.entering or tuple(source.name for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)

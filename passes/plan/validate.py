@@ -144,11 +144,13 @@ class _Checker:
             inside = (True,) if start else (None, False)
             yield from _among(f"{place}.window", options.window, inside)
             before = _state(self.plan, start - 1) if start else []
-            yield from _each_among(f"{place}.sources", options.state, before)
-            if start:  # the state in front of it is all that it takes
+            yield from _each_among(f"{place}.entering", options.entering or (), before)
+            if start:
                 families = [n for n in names_of("preprocess") if starts_anywhere(n)]
                 for name in () if starts_anywhere(spec.family) else (spec.family,):
                     yield from _among(f"{place.removesuffix('options')}family", name, families)
+            if start and not options.entering:  # the state in front of it is all that it takes
+                yield from _each_among(f"{place}.sources", options.state, before)
                 yield from _each_among(f"{place}.inputs", options.inputs, ())
                 yield from _each_among(f"{place}.sides", options.sides, ())
                 yield from _among(f"{place}.copied", options.copied, (None,))

@@ -153,6 +153,23 @@ def test_a_window_of_identities_is_a_group_of_layers_in_parallel() -> None:
     assert windowed.plan.forecast.speedup == pytest.approx(3, rel=0.03)
 
 
+def test_windows_of_identities_copy_what_changes_the_shape(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = build_resnet(units=9, width=4, channels=3).eval(), torch.randn(2, 3, 16, 16)
+    windowed = pnn.compile(model, x, stages=3, windows=3, preprocess="identity", coarse="identity")
+    grouped = in_groups(model, 5)  # units that change the shape, and two groups of two after them
+    assert grouped is not None
+    torch.testing.assert_close(windowed.module(x), grouped(x))
+    assert windowed.verify().ok
+    assert windowed.plan.forecast.speedup > 1.5
+
+    options = windowed.plan.stages[4].preprocess.options  # type: ignore[union-attr]
+    assert options.entering == ("add_2",)
+    assert options.copied is not None
+    windowed.save(tmp_path / "saved")
+    torch.testing.assert_close(pnn.load(tmp_path / "saved").module.eval()(x), grouped(x))
+
+
 def test_an_early_exit_starts_from_the_original(tmp_path: Path) -> None:
     alone, beside = (
         next(row for row in accuracy.conversion(study) if row["network"] == "early exit")

@@ -37,17 +37,18 @@ def test_all_stages_read_the_state_after_the_first_layers_and_are_added(
     assert compiled.verify().ok
 
 
-def test_where_the_type_changes_channel_maps_take_its_place() -> None:
+def test_where_the_type_changes_copied_layers_or_channel_maps_take_its_place() -> None:
     model, x = resnet110.build_model(2, 4), torch.randn(2, 3, 16, 16)
     compiled = pnn.compile(
         model, x, stages=3, windows=2, preprocess="identity", coarse="identity"
     )  # fmt: skip
     stages = [stage for stage in compiled.plan.stages if stage.preprocess and stage.coarse]
     families = [(stage.preprocess.family, stage.coarse.family) for stage in stages]  # type: ignore[union-attr]
-    # From the image; past the first change; in the second window before its change, and past it.
+    # Past the copied stem; in front of the first change; in the second window before its change,
+    # and past it, where the layers to copy would be more than a stage.
     assert families == [
-        ("linear", "identity"),
-        ("linear", "linear"),
+        ("identity", "identity"),
+        ("identity", "linear"),
         ("identity", "linear"),
         ("linear", "identity"),
     ]
