@@ -17,6 +17,7 @@ from torch import nn
 
 import pnn_compile as pnn
 from examples import resnet110, unet
+from examples.studies.networks import build_resnet
 from passes.cost.device_profile import DeviceProfile
 from passes.errors import ArtifactError, OptionError, RuntimeFault, SynthesisError
 from passes.plan.schema import Plan
@@ -129,11 +130,28 @@ def test_more_windows_keep_more() -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_ranks_equal_the_network(stages: int, windows: int, ranks: int, micro_batches: int) -> None:
     compiled, x = _compiled(stages, windows)
+    _run_on_ranks(compiled, x, ranks, micro_batches)
+
+
+def test_ranks_copy_what_changes_the_type() -> None:
+    torch.manual_seed(0)
+    model, x = build_resnet(9, 4, 3).double().eval(), torch.randn(4, 3, 16, 16).double()
+    compiled = pnn.compile(model, x, stages=3, windows=3, preprocess="identity", coarse="identity")
+    guess = compiled.plan.stages[4].preprocess
+    assert guess is not None
+    assert guess.options.entering == ("add_2",)
+    compiled.module.eval()
+    _run_on_ranks(compiled, x, 3, 2)
+
+
+def _run_on_ranks(compiled: pnn.Compiled, x: torch.Tensor, ranks: int, micro_batches: int) -> None:
+    """Check that ranks in one process give the outputs and gradients of the network."""
     expected = compiled.module(x)
     expected.square().mean().backward()
     gradients = {n: copy.copy(p.grad) for n, p in compiled.module.named_parameters()}
     compiled.module.zero_grad()
-    placement = pnn.runtime.place(stages * windows, ranks, windows)
+    plan = compiled.plan
+    placement = pnn.runtime.place(len(plan.stages), ranks, plan.windows)
     engines = run_in_one_process(
         compiled,
         [RankPieces(compiled, placement, rank) for rank in range(ranks)],
