@@ -81,9 +81,9 @@ AT_CONVERGENCE = CONVERSIONS | {
     },
     **{
         f"{count} windows, one state each": Conversion(options={**_IDENTITY, "windows": count})
-        for count in (6, 9)
+        for count in (4, 6, 9)
     },
-    "6 windows, one state each, with maps": Conversion(
+    "6 windows, one state and maps": Conversion(
         options={**_IDENTITY, "coarse": "linear", "windows": 6}
     ),
     "6 windows, auto": Conversion(options={**AUTO.options, "windows": 6}),
