@@ -154,6 +154,13 @@ def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     return collapsed if collapsed.forecast.time < chain.forecast.time else chain
 
 
+def operators_of(plan: Plan) -> tuple[object, ...]:
+    """Return what tells two plans of one program apart: cuts, families and their sizes."""
+    specs = [(stage.first, stage.preprocess, stage.coarse) for stage in plan.stages]
+    sizes = [(first, *((s.family, s.flops) for s in both if s)) for first, *both in specs]
+    return (plan.sweep, *sizes)
+
+
 def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
     """Say what cheaper corrections would give, where the default's take much of the time."""
     asked = options.coarse_budget is not None or options.coarse_width is not None
@@ -162,17 +169,19 @@ def note_on_cheaper(analysis: Analysis, options: Options, plan: Plan) -> str:
         return ""
     if plan.forecast.serial_share <= options.fit_budget:
         return ""
-    faster = []
+    faster = dict[object, str]()  # by what they are: of equal plans, the last and plainest name
     for name, choices in _CHEAPER.items():
         with suppress(PnnError):  # it does not fit this model
             other = dataclasses.replace(options, stages=len(plan.stages), **choices)
-            speedup = make_plan(analysis, choose_cut(analysis, other), other).forecast.speedup
+            cheaper = make_plan(analysis, choose_cut(analysis, other), other)
+            speedup = cheaper.forecast.speedup
             if speedup > _MUCH_FASTER * plan.forecast.speedup:
-                faster.append(f"{name} {speedup:.2f}")
+                faster[operators_of(cheaper)] = f"{name} {speedup:.2f}"
     if not faster:
         return ""
+    names = ", ".join(faster.values())
     return (
-        f"{_CHEAPER_NOTE}which may keep less accuracy, would give: {', '.join(faster)} {SPEED}, "
+        f"{_CHEAPER_NOTE}which may keep less accuracy, would give: {names} {SPEED}, "
         f"instead of {plan.forecast.speedup:.2f}"
     )
 

@@ -64,7 +64,8 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         chosen = search.note(plan)
         options = dataclasses.replace(options, stages=plan.devices)
     cheaper = note_on_cheaper(analysis, options, plan)
-    notes = filter(None, (search.note_on_small(plan), *plan.notes, cheaper, loop, chosen))
+    small, fewer = search.note_on_small(plan), search.note_on_fewer(plan)
+    notes = filter(None, (small, fewer, *plan.notes, cheaper, loop, chosen))
     return options, dataclasses.replace(plan, notes=tuple(notes))
 
 
@@ -206,6 +207,19 @@ class _Search:
         speed, now = fewer.forecast.speedup, plan.forecast.speedup
         verdict = "would do" if speed * _NEAR_BEST >= now else "would be slower"
         return f"{which}: {some} {verdict} ({speed:.2f} {SPEED}, these {plan.devices} {now:.2f})"
+
+    def note_on_fewer(self, plan: Plan) -> str:
+        """Say that fewer stages would do, where corrections one after another take much time."""
+        options, now = self._options, plan.forecast
+        if options.stages == "auto" or options.cuts or now.serial_share <= options.fit_budget:
+            return ""
+        others = filter(None, map(self.plan, {plan.devices // 2, plan.devices - 1} - {0, 1}))
+        best = max(others, key=lambda other: other.forecast.speedup, default=plan)
+        if best is plan or best.forecast.speedup < now.speedup:
+            return ""
+        some = amount(best.devices, "stage") + (" a window" if plan.windows > 1 else "")
+        speed = f"{best.forecast.speedup:.2f} {SPEED}"
+        return f"{some} would do ({speed}, these {plan.devices} {now.speedup:.2f})"
 
     def _bottleneck(self, plan: Plan) -> str:
         """Return what limits the speed-up of a plan, a key of `BOTTLENECKS`."""

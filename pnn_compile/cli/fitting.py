@@ -136,8 +136,8 @@ def probe(
 ) -> None:
     """Train MODEL beside its parareal forms, for a few minutes.
 
-    The forms are networks of one window with copied blocks or channel maps, as chains and
-    collapsed. SAMPLES is a .safetensors or .npz file with an array per argument and one of labels.
+    The forms are the default, chains and stars of copied blocks, whole or narrow, and channel maps;
+    those that are predicted no faster than MODEL are left out. SAMPLES is a .safetensors or .npz file with an array per argument and one of labels.
     Every fifth batch is held out; early exits as fast as the forms are trained beside them.
     """
     from pnn_compile.inputs import read_batches

@@ -24,7 +24,7 @@ from passes.errors import OptionError, PartitionError, SynthesisError, first_lin
 from passes.ir.isolation import seeded
 from passes.ir.module_walk import num_parameters
 from passes.options import Options
-from passes.plan.schema import Plan
+from passes.plan.build import operators_of
 from pnn_compile.compiled import Compiled, compile_program
 from pnn_compile.fit.early_exit import EarlyExit, build_early_exit
 from pnn_compile.fit.metrics import main_output
@@ -62,7 +62,7 @@ class ProbeRow:
         scores: Accuracy on held-out samples after each eighth of the training; the loss where the
             targets are not classes.
         seconds: Time of one training step on this device, which runs the stages in turn.
-        refused: Why this form cannot be compiled; "" if it can.
+        refused: Why this form was not trained; "" if it was.
     """
 
     network: str
@@ -235,8 +235,11 @@ def _learners(
         except (PartitionError, SynthesisError) as error:
             rows.append(_Learner(form, math.nan, refused=first_line(error)))
             continue
-        if _operators(network.plan) == _operators(plan):
+        if operators_of(network.plan) == operators_of(plan):
             networks.pop("as compiled", None)
+        elif (speedup := network.plan.forecast.speedup) <= 1:
+            rows.append(_Learner(form, speedup, refused="it is predicted no faster"))
+            continue
         networks[form] = network
     lengths: set[float] = set()
     for form, network in networks.items():
@@ -244,16 +247,10 @@ def _learners(
         early = build_early_exit(network, 1 / speedup)
         if early is not None and early.share not in lengths:
             lengths.add(early.share)
-            rows.append(_Learner(f"early exit, as fast as {form}", speedup, early))
+            name = "the compiled network" if form == "as compiled" else form
+            rows.append(_Learner(f"early exit, as fast as {name}", speedup, early))
         rows.append(_Learner(form, speedup, copy.deepcopy(network.module)))
     return rows
-
-
-def _operators(plan: Plan) -> list[object]:
-    """Return what tells two plans of one program apart: cuts, families and their sizes."""
-    specs = [(stage.first, stage.preprocess, stage.coarse) for stage in plan.stages]
-    sizes = [(first, *((s.family, s.flops) for s in both if s)) for first, *both in specs]
-    return [plan.sweep, *sizes]
 
 
 class _Judge:

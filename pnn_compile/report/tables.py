@@ -408,7 +408,7 @@ def probe_table(probe: Probe) -> RenderableType:
     )
     for row in probe.rows:
         if row.refused:
-            table.add_row(row.network, f"not possible: {row.refused}")
+            table.add_row(row.network, f"not trained: {row.refused}")
             continue
         curve = [f"{100 * s:.1f}" if probe.accuracy else f"{s:.3g}" for s in row.scores]
         figures = (f"{row.speedup:.2f}", f"{row.parameters:,}", f"{row.seconds:.3f}")

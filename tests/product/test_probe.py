@@ -77,6 +77,15 @@ def test_a_form_that_cannot_be_compiled_is_named(network: pnn.Compiled) -> None:
     assert {"original", "as compiled"} < {row.network for row in rows}
 
 
+def test_a_form_that_is_no_faster_is_not_trained(network: pnn.Compiled) -> None:
+    rows = network.probe(PAIRS, steps=8, forms={"oracle": {"coarse": "exact"}}).rows
+    [oracle] = [row for row in rows if row.network == "oracle"]
+    assert oracle.refused == "it is predicted no faster"
+    assert oracle.speedup <= 1
+    assert not oracle.scores
+    assert "early exit, as fast as the compiled network" in {row.network for row in rows}
+
+
 def test_targets_that_are_no_classes_are_fitted_by_their_square(network: pnn.Compiled) -> None:
     pairs = [(x, x[:, :3]) for x, _ in PAIRS]
     short = network.probe(pairs, steps=80, forms={})

@@ -227,6 +227,14 @@ def test_a_plan_that_is_over_budget_or_slower_says_so() -> None:
     assert plan_of("resnet", stages=2, coarse="exact").notes[-1].startswith("no gain")
 
 
+def test_more_stages_than_pay_say_how_many_would_do() -> None:
+    six, three, two = (plan_of("mlp", stages=count) for count in (6, 3, 2))
+    assert six.forecast.speedup < three.forecast.speedup
+    note = f"3 stages would do ({three.forecast.speedup:.2f} times the original's speed, these 6 "
+    assert sum(text.startswith(note) for text in six.notes) == 1
+    assert not any("would do" in text for text in two.notes)
+
+
 def test_what_a_narrower_copy_gives_is_what_its_width_gives() -> None:
     class Block(nn.Module):
         def __init__(self, entering: int, width: int) -> None:
