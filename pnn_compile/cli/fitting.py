@@ -137,8 +137,9 @@ def probe(
     """Train MODEL beside its parareal forms, for a few minutes.
 
     The forms are the default, chains and stars of copied blocks, whole or narrow, and channel maps;
-    those that are predicted no faster than MODEL are left out. SAMPLES is a .safetensors or .npz file with an array per argument and one of labels.
-    Every fifth batch is held out; early exits as fast as the forms are trained beside them.
+    those that are predicted no faster than MODEL are left out. SAMPLES is a .safetensors or .npz
+    file with an array per argument and one of labels. Every fifth batch is held out; early exits as
+    fast as the forms are trained beside them.
     """
     from pnn_compile.inputs import read_batches
     from pnn_compile.report.tables import probe_table
