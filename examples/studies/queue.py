@@ -89,15 +89,15 @@ def jobs(seeds: Sequence[int], stages: Sequence[int]) -> list[Job]:
     original = ("original",)
     shorter = [("same latency",), ("latency of units",)]
     forms = [*shorter, *((name,) for name in FORMS)]
-    converted = (
-        "parareal, auto", "parareal, thinned", "early exit", "layers dropped", "layers in parallel",
-    )  # fmt: skip
+    converted = "parareal, auto", "early exit", "layers dropped"
+    residual = "parareal, thinned", "layers in parallel"  # VGG has neither
 
     def scratch(task: str, seed: int, stages: Sequence[int]) -> list[Job]:
         return [Job(task, "scratch", seed, form, (n,)) for n in stages for form in forms]
 
     def conversion(task: str, seed: int, stages: Sequence[int]) -> list[Job]:
-        return [Job(task, "conversion", seed, converted, (n,)) for n in stages]
+        names = converted if task == "vgg" else (*converted, *residual)
+        return [Job(task, "conversion", seed, names, (n,)) for n in stages]
 
     first, *others = seeds
     found = [Job("vgg", "scratch", seed, original) for seed in seeds]
