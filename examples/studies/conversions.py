@@ -81,7 +81,7 @@ AT_CONVERGENCE = CONVERSIONS | {
     },
     **{
         f"{count} windows, one state each": Conversion(options={**_IDENTITY, "windows": count})
-        for count in (4, 6, 9)
+        for count in (3, 4, 6, 9)
     },
     "6 windows, one state and maps": Conversion(
         options={**_IDENTITY, "coarse": "linear", "windows": 6}
