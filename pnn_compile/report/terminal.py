@@ -242,6 +242,14 @@ def checks_table(report: VerifyReport) -> Table:
     return table
 
 
+_CONVERTED = (
+    "a fit keeps more: calibrated and fitted for a tenth of their training, well trained networks "
+    "lost 5.2 and 4.1 points in one window (VGG-16 / 8 and a residual network, N = 3), and 0.8 in "
+    "six (a ResNet of 18 units)"
+)
+"""What the studies of conversion measured at convergence, with one or two seeds."""
+
+
 def calibration_table(report: CalibrationReport) -> RenderableType:
     """Show the errors of every stage before and after calibration, then those of the outputs."""
     table = figures_table(
@@ -263,7 +271,7 @@ def calibration_table(report: CalibrationReport) -> RenderableType:
     )
     if report.recalibrated:
         summary.append(f"; BatchNorm statistics re-estimated: {', '.join(report.recalibrated)}")
-    return Group(table, summary)
+    return Group(table, summary, Text(_CONVERTED))
 
 
 def interfaces_table(report: FitReport) -> Table:
