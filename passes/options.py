@@ -84,7 +84,7 @@ class Options:
             chooses within 5 %.
         coarse_width: Share of the channels at which the copies of family "units" or "layers" work,
             between a reduction and an expansion, beside a shortcut. None: all, or for "auto" a
-            quarter where all would cost more than a `coarse_budget`.
+            quarter where all would cost more than the stage or a `coarse_budget`.
         units: Number N_c of copies of the repeating block in a coarse propagator of family "units";
             for family "thinned", the number of repeated blocks of a stage to keep.
         rank: Rank of family "lowrank".

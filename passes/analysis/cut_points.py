@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -106,6 +106,8 @@ def find_frontiers(
     recomputable, guessable = with_sources(program, facts, recompute, quietly)
     depends = input_dependence(program, facts)
     weights, sized = find_weights(program, facts, depends), sized_by_values(facts, depends)
+    starts = [facts[node] for node in guessable if facts[node].unaligned]
+    guessed = {fact.spec.shape for fact in starts if fact.spec is not None}
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order
@@ -122,7 +124,7 @@ def find_frontiers(
             live[node] = None
         for dead in [n for n in live if last_use[n] < index]:
             del live[dead]
-        reason = _why_illegal(live, facts, weights, sized) or memory_conflicts[index]
+        reason = _why_illegal(live, facts, weights, sized, guessed) or memory_conflicts[index]
         if reason:
             refused[reason] = refused.get(reason, 0) + 1
             continue
@@ -141,8 +143,12 @@ def _why_illegal(
     facts: Mapping[fx.Node, Fact],
     weights: frozenset[fx.Node],
     sized: frozenset[fx.Node],
+    guessed: Container[tuple[int, ...]],
 ) -> str:
-    """Return why the live values forbid a cut, "" if they do not."""
+    """Return why the live values forbid a cut, "" if they do not.
+
+    `guessed` are the shapes of rearranged sequences that guesses start from.
+    """
     if not live:
         return "nothing crosses"
     for node in live:
@@ -153,7 +159,7 @@ def _why_illegal(
             return "a tensor without a batch axis crosses"
         if node in sized:
             return "a tensor crosses whose number of samples follows from values"
-        if facts[node].unaligned:
+        if facts[node].unaligned and spec.shape not in guessed:
             return "a causal sequence crosses with its positions padded or rearranged"
         if node in weights:
             return "a mask, or weights that one makes zero, would have to be guessed"

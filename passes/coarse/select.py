@@ -3,9 +3,9 @@
 "auto" takes the families of the paper: a strided convolution from an image, and copies of the
 repeating block, which kept the accuracy in training (`Family.evidence`). In a chain it copies the
 last layers of a stage where no block of one tensor repeats, or copies of blocks are the whole
-stage. Where copies exceed a `coarse_budget`, it takes those of a quarter of the channels, and where
-these exceed it too, channel maps. With samples, `pnn_compile.fit.calibrate` chooses among the
-candidates of this file by their errors.
+stage. Where copies would still cost more than the stage, or exceed a `coarse_budget`, it takes
+those of a quarter of the channels, and where these do so too, channel maps. With samples,
+`pnn_compile.fit.calibrate` chooses among the candidates of this file by their errors.
 
 The budget of a coarse propagator is an even share of the sweep's: with `coarse_budget=0.05`, a
 model of 1e9 FLOPs and 6 stages, each of the 5 coarse propagators may take 0.05 * 1e9 / 5 = 1e7.
@@ -79,7 +79,7 @@ _REASONS = {
 _GUESS_SHARE = 0.1
 """Share of an even stage that a convolution as preprocessing operator may take."""
 _NARROW = 0.25
-"""Share of the channels at which "auto" copies where whole copies are above the budget."""
+"""Share of the channels at which "auto" copies where whole copies are too expensive."""
 _RANKS = (16, 32, 64, 128)
 """Ranks among which calibration chooses."""
 
@@ -125,6 +125,7 @@ def coarse_estimate(
     if options.coarse == "layers" or last_layers:
         # Those of the stage are not known yet; one number for all leaves the cuts to the stages.
         block = last_layers_flops(analysis, last, len(position.state))
+        block = min(block, analysis.flops / (options.num_stages or 1))  # they cost less than it
         maps = min(block, linear_flops(position.specs, leaving))
     elif collapsed and auto and len(position.specs) > 1:
         block = 0.0
@@ -362,18 +363,23 @@ def choose_coarse(span: Span, budget: float, guess: str) -> CoarseSpec:
 def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
     """Choose copies of blocks or of last layers, else channel maps.
 
-    The copies are whole; within a budget that whole ones exceed, they are narrow.
+    The copies are whole if those are within the budget and, in a chain, cost no more than the
+    stage: a correction that takes longer than its stage cannot pay. Else they are narrow. Maps are
+    left, unless whole copies cost less than these.
 
     Raises:
         SynthesisError: A share of the channels was asked for, but a block has no such copy.
     """
     asked, family, found, reason = span.options.coarse_width, "", "", ""
+    limit = budget
+    if asked is None and span.options.sweep != "collapsed":
+        limit = min(budget, stage_work(span)["flops"])
     try:
         family, found = _copies(span)
     except SynthesisError as obstacle:
         reason = str(obstacle)
-    narrow = (_NARROW,) if asked is None and budget < math.inf else ()
-    for width in (asked, *narrow) if family else ():
+    dear = list[tuple[CoarseSpec, Span, str]]()
+    for width in ((None, _NARROW) if asked is None else (asked,)) if family else ():
         options = dataclasses.replace(span.options, coarse_width=width)
         sized = dataclasses.replace(span, options=options)
         try:
@@ -383,14 +389,18 @@ def _copies_or_maps(span: Span, budget: float, guess: str) -> CoarseSpec:
                 raise
             reason = reason or str(error)
             continue
-        if copies.flops <= budget:
-            if not copies.parameters:
-                found = "a copy of layers without weights"
-            elif width != asked:
-                found += ", of which narrow ones alone are cheap enough here"
-            return _because(sized, copies, budget, found, guess)
-        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {budget:,.0f}"
-    return _because(span, _measure(span, _draft(span, "linear")), budget, reason, guess)
+        why = found if copies.parameters else "a copy of layers without weights"
+        if copies.parameters and width != asked:
+            why += ", of which narrow ones alone are cheap enough here"
+        if copies.flops <= (limit if copies.parameters else budget):
+            return _because(sized, copies, budget, why, guess)
+        dear.append((copies, sized, why))
+        reason = reason or f"{family} would take {copies.flops:,} FLOPs of {limit:,.0f}"
+    maps = _measure(span, _draft(span, "linear"))
+    if dear and dear[0][0].flops < maps.flops:
+        copies, sized, why = dear[0]
+        return _because(sized, copies, budget, why, guess)
+    return _because(span, maps, budget, reason, guess)
 
 
 def _copies(span: Span) -> tuple[str, str]:

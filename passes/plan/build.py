@@ -12,7 +12,9 @@ from torch import fx
 
 from passes.analysis.analysis import Analysis
 from passes.analysis.cut_points import Position, requirements
+from passes.coarse.copied_blocks import UnitsOptions
 from passes.coarse.family import in_time, is_fine, rows_of
+from passes.coarse.last_layers import LayersOptions
 from passes.coarse.select import choose_coarse, choose_preprocess, stage_budget
 from passes.coarse.spec import CoarseSpec, PreprocessSpec, Span
 from passes.cost.device_profile import DeviceProfile
@@ -152,6 +154,14 @@ def _plan_faster_sweep(analysis: Analysis, cut: Cut, options: Options) -> Plan:
     other = dataclasses.replace(options, sweep="collapsed")
     collapsed = make_plan(analysis, choose_cut(analysis, other), other)
     return collapsed if collapsed.forecast.time < chain.forecast.time else chain
+
+
+def copies_whole(plan: Plan) -> bool:
+    """Return whether every correction copies blocks or layers at all their channels."""
+    corrections = (stage.coarse.options for stage in plan.stages if stage.coarse)
+    return all(
+        isinstance(one, UnitsOptions | LayersOptions) and one.width is None for one in corrections
+    )
 
 
 def operators_of(plan: Plan) -> tuple[object, ...]:

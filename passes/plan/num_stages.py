@@ -26,7 +26,7 @@ from passes.coarse.time_step import for_loop
 from passes.errors import PartitionError, SynthesisError, amount
 from passes.options import Options
 from passes.partition.choose_cuts import choose_cut
-from passes.plan.build import SPEED, make_plan, note_on_cheaper, small_stages
+from passes.plan.build import SPEED, copies_whole, make_plan, note_on_cheaper, small_stages
 from passes.plan.estimate import BOTTLENECKS, find_bottleneck, slowest_is_block
 from passes.plan.schema import Plan
 
@@ -124,6 +124,8 @@ class _Search:
         self._options = options
         self._plans: dict[int, Plan | None] = {}
         self._first_error: Exception | None = None
+        free = options.coarse_budget is None and options.coarse_width is None
+        self._strict = options.coarse == "auto" and free
 
     def plan(self, stages: int) -> Plan | None:
         """Return the plan of this number of stages; None if it cannot be built."""
@@ -154,15 +156,22 @@ class _Search:
 
         def time(stages: int) -> float:
             plan = self.plan(stages)
-            return math.inf if plan is None else plan.forecast.time
+            return plan.forecast.time if plan is not None and self._keeps(plan) else math.inf
 
         stages = fewest_near_best(time, self._most)
+        if stages in {None, 1}:
+            self._strict = False
+            stages = fewest_near_best(time, self._most)
         if stages is None:
             assert self._first_error is not None
             raise self._first_error
         plan = self.plan(stages)
         assert plan is not None
         return plan
+
+    def _keeps(self, plan: Plan) -> bool:
+        """Return whether every correction is what kept the accuracy, or nothing else exists."""
+        return not self._strict or copies_whole(plan)
 
     @property
     def _most(self) -> int:
@@ -175,9 +184,11 @@ class _Search:
     def note(self, chosen: Plan) -> str:
         """Say from where on more stages do not pay, and why, in one sentence."""
         count = chosen.devices
-        more = [n for n, plan in self._plans.items() if plan and n > count]
+        more = [n for n, plan in self._plans.items() if plan and n > count and self._keeps(plan)]
         speed = f"{chosen.forecast.speedup:.2f} {SPEED}"
         gain = f"{amount(count, 'stage')} chosen, {speed}"
+        if not more and any(plan and n > count for n, plan in self._plans.items()):
+            return f"{gain}: more would need cheaper corrections than copies of whole blocks"
         if not more:
             return f"{gain}: no more than {count} can be cut or were looked at"
         doubled = min(more, key=lambda n: (abs(n - 2 * count), n))

@@ -202,3 +202,47 @@ def test_no_cut_rearranges_a_sequence(build: Callable[[], nn.Module], coarse: st
 def test_a_cut_that_would_rearrange_a_sequence_says_why() -> None:
     with pytest.raises(pnn.PnnError, match="a causal sequence crosses with its positions padded"):
         pnn.compile(HalfRate(), torch.randn(2, 3, 8), stages=40)
+
+
+class Chomp(nn.Module):
+    """A causal convolution that pads both sides and drops what is too much (Bai et al., 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(16, 16, 3, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.convolution(x)[..., :-2])
+
+
+class Prefix(nn.Module):
+    """A language model whose sequence begins with a learned position that is dropped at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.first = nn.Parameter(torch.randn(1, 1, 16))
+        self.blocks = nn.Sequential(*(CausalAttention(16) for _ in range(8)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(ids.shape[0], -1, -1), self.embedding(ids)], 1)
+        return self.blocks(x)[:, 1:]
+
+
+@pytest.mark.parametrize("coarse", ["auto", "linear", "layers"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_longer_sequence_stays_causal(tokens: bool, coarse: str) -> None:
+    torch.manual_seed(0)
+    stem = nn.Conv1d(3, 16, 1)
+    model = Prefix() if tokens else nn.Sequential(stem, *(Chomp() for _ in range(8)))
+    x = torch.randint(0, VOCABULARY, (2, 7)) if tokens else torch.randn(2, 3, 9)
+    axis = 1 if tokens else 2
+    model.eval()
+    assert _leak(model, x, axis) == 0
+    compiled = pnn.compile(model, x, stages=3, coarse=coarse)
+    assert compiled.plan.forecast.speedup > 1.3
+    network = compiled.module.eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    assert _leak(network, x, axis) < 1e-5
