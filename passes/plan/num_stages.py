@@ -65,7 +65,7 @@ def cut_and_plan(analysis: Analysis, options: Options) -> tuple[Options, Plan]:
         options = dataclasses.replace(options, stages=plan.devices)
     cheaper = note_on_cheaper(analysis, options, plan)
     small, fewer = search.note_on_small(plan), search.note_on_fewer(plan)
-    notes = filter(None, (small, fewer, *plan.notes, cheaper, loop, chosen))
+    notes = filter(None, (small, *plan.notes, fewer, cheaper, loop, chosen))
     return options, dataclasses.replace(plan, notes=tuple(notes))
 
 
