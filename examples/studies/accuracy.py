@@ -211,7 +211,7 @@ def _zeroed(value: torch.Tensor | tuple[torch.Tensor, ...]) -> object:
 def conversion(study: Study) -> Iterator[Row]:
     """Convert a trained original; the controls get the same fit of one epoch."""
     original = study.original()
-    yield study.row("conversion", "original", 1, fitted=accuracy(original, study.task.test))
+    yield study.row("conversion", "original", 1, **_after(original, study))
     for stages in study.preset.stages:
         for name, how in CONVERSIONS.items():
             if study.wants(name) or how is AUTO:
@@ -234,7 +234,7 @@ def conversion(study: Study) -> Iterator[Row]:
 def lengths(study: Study) -> Iterator[Row]:
     """Convert a trained original by fits of several lengths, beside controls of the same fit."""
     original = study.original()
-    yield study.row("lengths", "original", 1, fitted=accuracy(original, study.task.test))
+    yield study.row("lengths", "original", 1, **_after(original, study))
     for stages in study.preset.stages:
         for share in study.lengths:
             for name, how in AT_CONVERGENCE.items():
@@ -258,7 +258,7 @@ def lengths(study: Study) -> Iterator[Row]:
 def attempts(study: Study) -> Iterator[Row]:
     """Convert a trained original in several ways, each with its own fit."""
     original = study.original()
-    yield study.row("attempts", "original", 1, fitted=accuracy(original, study.task.test))
+    yield study.row("attempts", "original", 1, **_after(original, study))
     for stages in study.preset.stages:
         for name, how in ATTEMPTS.items():
             if not study.wants(name) or (stages != 3 and "cuts" in how.options):
@@ -304,10 +304,16 @@ def _fitted(
     forecast = compiled.plan.forecast
     return study.row(
         study_name, name, compiled.plan.devices, uncorrected=accuracy(without, test),
-        calibrated=calibrated, fitted=accuracy(compiled.module, test),
+        calibrated=calibrated, **_after(compiled.module, study),
         agreement=100 * (compiled.calibration.agreement_after or 0.0),
         speedup=forecast.speedup, serial=forecast.serial_share,
     )  # fmt: skip
+
+
+def _after(network: nn.Module, study: Study) -> dict[str, float]:
+    """What a network reaches after the fit."""
+    reached = quality(network, study.task.test)
+    return {"fitted": reached.pop("accuracy"), **reached}
 
 
 def _loss(how: Conversion) -> Callable[[Any, Any, Any], torch.Tensor]:
@@ -378,10 +384,8 @@ def _controlled(
 ) -> Row:
     before = accuracy(control.network, study.task.test)
     _fit(control.network, study, original, how)
-    after = accuracy(control.network, study.task.test)
-    return study.row(
-        name, control.name, stages, calibrated=before, fitted=after, units=control.units
-    )
+    after = _after(control.network, study)
+    return study.row(name, control.name, stages, calibrated=before, **after, units=control.units)
 
 
 def iterations(study: Study) -> Iterator[Row]:
