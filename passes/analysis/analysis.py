@@ -13,7 +13,7 @@ from torch import fx
 
 from passes.analysis.blocks import Block, repeated_blocks
 from passes.analysis.cut_points import Frontiers, Position, find_frontiers
-from passes.analysis.dependence import input_dependence
+from passes.analysis.dependence import Dependence, input_dependence
 from passes.analysis.loops import Loop, find_loop
 from passes.analysis.sources import PreprocessingSource, preprocessing_sources
 from passes.cost.device_profile import DeviceProfile, roofline_costs
@@ -81,7 +81,7 @@ class Analysis:
         return sum(cost.cost for cost in self.costs.values())
 
     @cached_property
-    def dependence(self) -> Mapping[str, frozenset[fx.Node]]:
+    def dependence(self) -> Mapping[str, Dependence]:
         """Input tensors that every value may depend on, by the name of its node."""
         dependence = input_dependence(self.program, self.facts)
         return {node.name: leaves for node, leaves in dependence.items()}

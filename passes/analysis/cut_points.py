@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -26,10 +26,11 @@ from passes.analysis.dependence import (
     Recomputable,
     find_recomputable,
     input_dependence,
+    shifted,
     sized_by_values,
 )
 from passes.analysis.masks import find_weights, without_dropout
-from passes.analysis.sources import with_sources
+from passes.analysis.sources import preprocessing_sources, with_sources
 from passes.cost.flops import NodeCost
 from passes.ir.module_walk import submodule
 from passes.ir.observer import Fact, memory_of
@@ -104,10 +105,7 @@ def find_frontiers(
         for observed in (facts, without_dropout(facts))
     )
     recomputable, guessable = with_sources(program, facts, recompute, quietly)
-    depends = input_dependence(program, facts)
-    weights, sized = find_weights(program, facts, depends), sized_by_values(facts, depends)
-    starts = [facts[node] for node in guessable if facts[node].unaligned]
-    guessed = {fact.spec.shape for fact in starts if fact.spec is not None}
+    unguessable = _unguessable(program, facts, recomputable, guessable)
     last_use = {
         node: max((number.get(user, len(order)) for user in node.users), default=number[node])
         for node in order
@@ -124,7 +122,7 @@ def find_frontiers(
             live[node] = None
         for dead in [n for n in live if last_use[n] < index]:
             del live[dead]
-        reason = _why_illegal(live, facts, weights, sized, guessed) or memory_conflicts[index]
+        reason = _why_illegal(live, facts, unguessable) or memory_conflicts[index]
         if reason:
             refused[reason] = refused.get(reason, 0) + 1
             continue
@@ -138,17 +136,37 @@ def find_frontiers(
     return Frontiers(order, tuple(positions), recomputable, guessable, refused)
 
 
-def _why_illegal(
-    live: Mapping[fx.Node, None],
+def _unguessable(
+    program: Program,
     facts: Mapping[fx.Node, Fact],
-    weights: frozenset[fx.Node],
-    sized: frozenset[fx.Node],
-    guessed: Container[tuple[int, ...]],
-) -> str:
-    """Return why the live values forbid a cut, "" if they do not.
+    recomputable: Recomputable,
+    guessable: Recomputable,
+) -> Mapping[fx.Node, str]:
+    """Return the values that no guess could stand for, and why."""
+    depends = input_dependence(program, facts)
+    sources = preprocessing_sources(program, facts, recomputable, guessable)
+    starts = [facts[node] for node in guessable if facts[node].unaligned]
+    started = {fact.spec.shape for fact in starts if fact.spec is not None}
+    found: dict[fx.Node, str] = {}
+    for node in program.order:
+        spec, inputs = facts[node].spec, depends[node]
+        if facts[node].unaligned and spec is not None and spec.shape not in started:
+            found[node] = "a causal sequence crosses with its positions padded or rearranged"
+        if shifted(inputs, depends) and not any(
+            depends[source.node] <= inputs for source in sources
+        ):
+            found[node] = "a causal sequence crosses after a shift that no stage can repeat cheaply"
+    for node in find_weights(program, facts, depends):
+        found[node] = "a mask, or weights that one makes zero, would have to be guessed"
+    for node in sized_by_values(facts, depends):
+        found[node] = "a tensor crosses whose number of samples follows from values"
+    return found
 
-    `guessed` are the shapes of rearranged sequences that guesses start from.
-    """
+
+def _why_illegal(
+    live: Mapping[fx.Node, None], facts: Mapping[fx.Node, Fact], unguessable: Mapping[fx.Node, str]
+) -> str:
+    """Return why the live values forbid a cut, "" if they do not."""
     if not live:
         return "nothing crosses"
     for node in live:
@@ -157,12 +175,8 @@ def _why_illegal(
             return "a value that is not a floating-point tensor crosses"
         if spec.batch_axis is None:
             return "a tensor without a batch axis crosses"
-        if node in sized:
-            return "a tensor crosses whose number of samples follows from values"
-        if facts[node].unaligned and spec.shape not in guessed:
-            return "a causal sequence crosses with its positions padded or rearranged"
-        if node in weights:
-            return "a mask, or weights that one makes zero, would have to be guessed"
+        if node in unguessable:
+            return unguessable[node]
     return ""
 
 

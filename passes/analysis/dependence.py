@@ -15,19 +15,24 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from passes.cost.flops import NodeCost
-from passes.ir.observer import Fact
+from passes.ir.observer import Fact, Own
 from passes.ir.program import Program
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 Recomputable = Mapping[fx.Node, tuple[fx.Node, ...]]
 """For every side value, the nodes that recompute it from the inputs, itself included, in order."""
+
+
+Dependence = frozenset[fx.Node | Own]
+"""Inputs that a value may depend on, and what it may show of them at its own position."""
 
 _Subgraph = frozenset[fx.Node]
 """Nodes that recompute a side value."""
@@ -116,34 +121,51 @@ def _is_part(node: fx.Node, whole: fx.Node, facts: Mapping[fx.Node, Fact]) -> bo
 
 def input_dependence(
     program: Program, facts: Mapping[fx.Node, Fact]
-) -> Mapping[fx.Node, frozenset[fx.Node]]:
+) -> Mapping[fx.Node, Dependence]:
     """Return, for every node, the input tensors that its value may depend on.
 
     Example: in `a = f(x); b = g(y); a.add_(b); c = h(a)` the value of `c` depends on x and y,
     although `h` reads `a` and not the result of `add_`. Sizes are no values: that of
-    `x.view(y.shape)` depends on x alone.
+    `x.view(y.shape)` depends on x alone. Of a causal sequence that is shifted, the value depends on
+    no `Own` any more.
 
     Args:
         program: The program.
         facts: Observed facts by node.
     """
     leaves = frozenset(input_leaves(program, facts))
-    depends: dict[fx.Node, frozenset[fx.Node]] = {}
-    written: dict[int, frozenset[fx.Node]] = {}  # by memory: inputs that writes to it depend on
+    depends: dict[fx.Node, Dependence] = {}
+    written: dict[int, Dependence] = {}  # by memory: inputs that writes to it depend on
     for node in program.graph.nodes:
-        inputs = frozenset({node}) if node in leaves else frozenset[fx.Node]()
+        inputs: Dependence = frozenset()
+        if node in leaves:
+            spec = facts[node].spec
+            axes = (None, *range(len(spec.shape) if spec is not None else 0))
+            inputs = frozenset((node, *(Own(node, axis) for axis in axes)))
         nodes = [node, *node.all_input_nodes]
         memory = {storage for n in nodes if n in facts for storage in facts[n].storages}
         inputs = inputs.union(*(depends[source] for source in read_by(node)))
         inputs = inputs.union(*(written.get(storage, frozenset()) for storage in memory))
-        depends[node] = inputs
+        depends[node] = inputs - facts[node].hides if node in facts else inputs
         for storage in facts[node].writes if node in facts else ():
             written[storage] = written.get(storage, frozenset()) | inputs
     return depends
 
 
+def shifted(inputs: Dependence, depends: Mapping[fx.Node, Dependence]) -> Dependence:
+    """Return what a value shows of the inputs that it does not show whole.
+
+    Args:
+        inputs: What the value depends on.
+        depends: The same for all values, as of `input_dependence`.
+    """
+    leaves = (leaf for leaf in inputs if isinstance(leaf, fx.Node))
+    hidden = (depends[leaf] for leaf in leaves if not depends[leaf] <= inputs)
+    return inputs.intersection(itertools.chain.from_iterable(hidden))
+
+
 def sized_by_values(
-    facts: Mapping[fx.Node, Fact], depends: Mapping[fx.Node, frozenset[fx.Node]]
+    facts: Mapping[fx.Node, Fact], depends: Mapping[fx.Node, Dependence]
 ) -> frozenset[fx.Node]:
     """Return the tensors whose number of samples follows from the values of the inputs.
 

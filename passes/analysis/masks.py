@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from passes.analysis.dependence import (
     PARTS,
+    Dependence,
     Recomputable,
     input_leaves,
     is_floating,
@@ -66,7 +67,7 @@ def plain_values(program: Program) -> set[fx.Node]:
 def after_masks(
     value: fx.Node,
     facts: Mapping[fx.Node, Fact],
-    depends: Mapping[fx.Node, frozenset[fx.Node]],
+    depends: Mapping[fx.Node, Dependence],
     plain: set[fx.Node],
 ) -> fx.Node:
     """Return what the program makes of a value by masks before anything else reads it.
@@ -102,7 +103,7 @@ def find_masks(
     facts: Mapping[fx.Node, Fact],
     recomputable: Recomputable,
     recompute: Callable[[float], Recomputable],
-    depends: Mapping[fx.Node, frozenset[fx.Node]],
+    depends: Mapping[fx.Node, Dependence],
 ) -> Recomputable:
     """Return masked inputs, and masks that nothing learned goes into, as side values of any cost.
 
@@ -205,7 +206,7 @@ class _Weights:
 
 
 def find_weights(
-    program: Program, facts: Mapping[fx.Node, Fact], depends: Mapping[fx.Node, frozenset[fx.Node]]
+    program: Program, facts: Mapping[fx.Node, Fact], depends: Mapping[fx.Node, Dependence]
 ) -> frozenset[fx.Node]:
     """Return what may cross no cut: masks with dropout, and masked weights before their product.
 

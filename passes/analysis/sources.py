@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,15 +14,20 @@ from torch import fx
 
 from passes.analysis.dependence import (
     FLOAT_DTYPES,
+    Dependence,
     Recomputable,
     input_dependence,
     input_leaves,
     is_state,
+    shifted,
 )
 from passes.analysis.masks import MAX_SIDE_SHARE, after_masks, find_masks, plain_values, recomputed
 from passes.ir.observer import Fact
 from passes.ir.program import Program
 from passes.ir.tensor_spec import TensorSpec
+
+_MAX_SHIFTED_SHARE = 0.25
+"""Largest share of all FLOPs that a stage may spend to recompute a sequence that is shifted."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def preprocessing_sources(
     These are the floating-point inputs with a batch axis and, in place of other inputs (token ids),
     the first learned values that the trunk reads, if recomputing them in every stage is cheap. If
     no learned value depends on an input alone, any floating-point value will do (an image of
-    integers that is divided by 255).
+    integers that is divided by 255). Beside them stand sequences that the program shifts first.
 
     Args:
         program: The program.
@@ -83,7 +89,21 @@ def _before_masks(
     if not values:
         for leaf in input_leaves(program, facts):
             values += _side_values(leaf, facts, recomputable, learned=False)
-    return values
+    return values + _shifted(facts, recomputable)
+
+
+def _shifted(facts: Mapping[fx.Node, Fact], recomputable: Recomputable) -> list[fx.Node]:
+    """Return the first side values that the trunk reads shifted: they do not show their position.
+
+    After `y = f(F.pad(x, (1, -1)))` guesses of states start from y, and not from x.
+    """
+    found: list[fx.Node] = []
+    for node, subgraph in recomputable.items():
+        feeds_trunk = any(user not in recomputable for user in node.users)
+        covered = any(value in subgraph for value in found)
+        if facts[node].hides and is_state(facts[node]) and feeds_trunk and not covered:
+            found.append(node)
+    return found
 
 
 def with_sources(
@@ -122,7 +142,8 @@ def with_sources(
     result = dict(recomputable)
     for inputs, state in states.items():
         sources = preprocessing_sources(program, facts, result, {**undropped, **result})
-        if any(depends[source.node] <= inputs for source in sources):
+        read = [depends[source.node] for source in sources if depends[source.node] <= inputs]
+        if read and shifted(inputs, depends).issubset(itertools.chain.from_iterable(read)):
             continue
         for learned in (True, False):
             if subgraph := _cheapest(program, facts, recompute, inputs, state, learned=learned):
@@ -135,21 +156,23 @@ def _cheapest(
     program: Program,
     facts: Mapping[fx.Node, Fact],
     recompute: Callable[[float], Recomputable],
-    inputs: frozenset[fx.Node],
+    inputs: Dependence,
     state: fx.Node,
     *,
     learned: bool,
 ) -> Recomputable:
     """Return the first value, with all that recomputes it, from which a state can be guessed."""
     depends = input_dependence(program, facts)
+    leaves = [leaf for leaf in inputs if isinstance(leaf, fx.Node)]
+    wanted = shifted(inputs, depends)
     share = 2 * MAX_SIDE_SHARE
-    while share < 2:
+    while share < (_MAX_SHIFTED_SHARE if wanted else 2):
         values = recompute(share)
         for node in values:
             fits = is_state(facts[node]) and node is not state and depends[node] <= inputs
-            if not fits or not depends[node]:
+            if not fits or not depends[node] or not wanted <= depends[node]:
                 continue
-            if not learned or any(_looks_up(leaf, node, values) for leaf in inputs):
+            if not learned or any(_looks_up(leaf, node, values) for leaf in leaves):
                 return {member: values[member] for member in values[node]}
         share *= 2
     return {}

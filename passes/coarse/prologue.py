@@ -118,7 +118,7 @@ def _of_one_type(
         None if the state before the window has that type, or they cost more than an even stage.
     """
     frontiers, start = analysis.frontiers, 0 if window is None else window.index
-    given = _sources(window) if window is not None else analysis.sources
+    given = _sources(window) if window is not None else _usable(analysis, analysis.sources, cut)
     if [source.spec for source in given] == [*cut.specs]:
         return None
     first = next(
@@ -145,12 +145,20 @@ def _of_one_type(
 def _usable(
     analysis: Analysis, sources: Sequence[PreprocessingSource], cut: Position
 ) -> tuple[PreprocessingSource, ...]:
-    """Keep the sources that a component of the state at a cut may read."""
-    return tuple(
+    """Keep the sources that a component of a state may read, and none that follow from others."""
+    usable = [
         source
         for source in sources
         if any(analysis.may_read(node.name, source.node.name) for node in cut.state)
-    )
+    ]
+    return tuple(s for s in usable if not any(_follows(analysis, s, other) for other in usable))
+
+
+def _follows(analysis: Analysis, source: PreprocessingSource, other: PreprocessingSource) -> bool:
+    """Whether a source is computed from another one, and shows no more of the inputs."""
+    members = analysis.frontiers.guessable.get(source.node, ())
+    computed = source != other and any(other.node in node.all_input_nodes for node in members)
+    return computed and analysis.may_read(other.node.name, source.node.name)
 
 
 def is_narrow(family: str) -> bool:
@@ -196,7 +204,8 @@ def _first_layers(analysis: Analysis, limit: float, cut: Position) -> Preprocess
         total += analysis.costs[node].cost
         if total > limit:
             break
-        best = ends.get(index, best)
+        if index in ends and _usable(analysis, _sources(ends[index]), cut):
+            best = ends[index]
     if best is None:
         return None
     nodes = tuple(analysis.frontiers.order[: best.index])

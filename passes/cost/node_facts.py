@@ -7,10 +7,10 @@ the runs of capture showed of the same graph is not looked for again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -20,7 +20,7 @@ from passes.errors import CaptureError
 from passes.ir.example_inputs import ExampleInputs, bind, scaled
 from passes.ir.isolation import preserved, same_values
 from passes.ir.module_walk import set_mode, submodule
-from passes.ir.observer import Fact, Observations, Observer, ShapeRecorder, Work
+from passes.ir.observer import Fact, Observations, Observer, Own, ShapeRecorder, Work
 from passes.ir.program import Interpreter, Program, is_compute, provenance, tensors_in
 from passes.ir.tensor_spec import TensorSpec
 
@@ -88,7 +88,8 @@ def observe(program: Program, observations: Observations | None = None) -> Mappi
             larger = _shapes(program, inputs.varied(grow=True))
         trained = observations.trained or _run_training(program, inputs) or evaluated
         batch_size = _batch_size(inputs, observer)
-        sequences, unaligned = _sequence_axes(program, inputs, observer, batch_size)
+        found, unaligned = _sequence_axes(program, inputs, observer, batch_size)
+        sequences = {n: axis for causal in reversed(found) for n, axis in causal.axes.items()}
         tracked = _tracked_axes(program, inputs, observer, batch_size)
     facts: dict[fx.Node, Fact] = {}
     for node, fact in evaluated.items():
@@ -110,6 +111,11 @@ def observe(program: Program, observations: Observations | None = None) -> Mappi
             bytes=fact.bytes,
             work=fact.work,
         )
+    if found:
+        specs = {node: fact.spec for node, fact in facts.items() if fact.spec is not None}
+        with plain_attention():
+            hidden = _hidden_positions(program, inputs, observer.values, specs, found)
+        facts |= {node: replace(facts[node], hides=hides) for node, hides in hidden.items()}
     return facts
 
 
@@ -202,19 +208,28 @@ def _axes_of_size(size: int, *values: torch.Tensor) -> Iterator[tuple[int, int]]
                 yield axis, inner
 
 
+class _Causal(NamedTuple):
+    """An axis of an input, and the axes of values along which they read no later position of it."""
+
+    number: int
+    axis: int
+    axes: Mapping[fx.Node, int]
+
+
 def _sequence_axes(
     program: Program, inputs: ExampleInputs, evaluated: _WorkObserver, batch_size: int | None
-) -> tuple[Mapping[fx.Node, int], set[fx.Node]]:
+) -> tuple[list[_Causal], set[fx.Node]]:
     """Find the axis of every value along which it reads no later position of the inputs.
 
     A causal network is run once more on inputs of which the later half differs: what the earlier
     half of a value reads, an approximation of it may read.
 
     Returns:
-        The axes, and the values without one from which a value with one is computed, such as a
-        padded sequence: an approximation cannot tell which of its positions come later.
+        The axes by input, the first one that has any first. And the values without one from which a
+        value with one is computed, such as a padded sequence: an approximation cannot tell which of
+        its positions come later.
     """
-    axes: dict[fx.Node, int] = {}
+    found: list[_Causal] = []
     unaligned: set[fx.Node] = set()
     with preserved(program.module), torch.no_grad():
         program.module.eval()
@@ -230,13 +245,109 @@ def _sequence_axes(
                     continue
                 except _MixedError:
                     pass
-                axes = probe.axes | axes
+                if probe.axes:
+                    found.append(_Causal(index, axis, probe.axes))
                 in_order = {source for node in probe.axes for source in node.all_input_nodes}
                 for node in reversed(program.order):
                     if node in probe.others & in_order:
                         unaligned.add(node)
                         in_order.update(node.all_input_nodes)
-    return axes, unaligned - axes.keys()
+    return found, unaligned.difference(*(causal.axes for causal in found))
+
+
+class _PositionProbe(_Interpreter):
+    """Compare the values of a run on inputs that differ in one position with those of another.
+
+    Args:
+        module: The program.
+        expected: The values of the other run.
+        places: The same position in values.
+
+    Attributes:
+        plain: Inputs that differ, and values that follow from them by functions alone.
+        hidden: Values that differ, and not in that position.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, expected: Mapping[fx.Node, Any], places: Mapping[fx.Node, Any]
+    ) -> None:
+        super().__init__(module)
+        self.expected = expected
+        self.places = places
+        self.plain: set[fx.Node] = set()
+        self.hidden: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value, other = super().run_node(n), self.expected[n]
+        if isinstance(value, torch.Tensor) and not same_values(value, other):
+            if n.op != "call_module" and self.plain.issuperset(n.all_input_nodes):
+                self.plain.add(n)
+            if n in self.places and same_values(*(v[self.places[n]] for v in (value, other))):
+                self.hidden.add(n)
+        return value
+
+
+def _hidden_positions(
+    program: Program,
+    inputs: ExampleInputs,
+    values: Mapping[fx.Node, Any],
+    specs: Mapping[fx.Node, TensorSpec],
+    found: Sequence[_Causal],
+) -> Mapping[fx.Node, frozenset[Own]]:
+    """Find the values that depend on earlier positions of an input, and not on their own.
+
+    A causal network is run once more on inputs that differ in one position, and once on inputs that
+    differ in a row of them.
+    """
+    hidden: dict[fx.Node, frozenset[Own]] = {}
+    with preserved(program.module), torch.no_grad():
+        program.module.eval()
+        for number, axis, axes in found:
+            tensor = inputs.tensors()[number]
+            read = (n for n in specs if n not in axes and same_values(values[n], tensor))
+            if (node := next(read, None)) is None:
+                continue
+            others = _other_sizes(specs[node], axis)
+            for row in (None, axis) if others else (None,):
+                sizes = others if row is None else {}
+                tensors = [value.detach().clone() for value in inputs.tensors()]
+                position = tensors[number][_middle(specs[node], axis, sizes)]
+                position.copy_(_replaced(position, tensor))
+                places = {n: _middle(specs[n], axes[n], sizes) for n in axes}
+                probe = _PositionProbe(program.module, values, places)
+                try:
+                    probe.run_by_name(inputs.with_leaves(tensors)[1])
+                except (RuntimeError, ValueError, IndexError):
+                    continue
+                for n in probe.hidden:
+                    own = (Own(leaf, row) for leaf in probe.plain)
+                    hidden[n] = hidden.get(n, frozenset()).union(own)
+    return hidden
+
+
+def _other_sizes(spec: TensorSpec, axis: int) -> dict[int, int]:
+    """Return the sizes of the axes of positions, beside one of them."""
+    used = (axis, spec.batch_axis, spec.channel_axis % len(spec.shape))
+    return {other: size for other, size in enumerate(spec.shape) if other not in used}
+
+
+def _middle(spec: TensorSpec, axis: int, others: Mapping[int, int]) -> tuple[slice, ...]:
+    """Return the place of the middle position along an axis, and along others of these sizes."""
+    sizes = {axis: spec.shape[axis]}
+    if [*_other_sizes(spec, axis).values()] == [*others.values()]:
+        sizes |= _other_sizes(spec, axis)
+    middle = {other: slice(size // 2, size // 2 + 1) for other, size in sizes.items()}
+    return tuple(middle.get(other, slice(None)) for other in range(len(spec.shape)))
+
+
+def _replaced(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return other values for a part of a tensor: for integers, others of the tensor."""
+    if part.is_floating_point() or part.is_complex():
+        return scaled(part)
+    known = torch.unique(whole.long())
+    following = torch.searchsorted(known, part.long().contiguous()) + 1
+    other: torch.Tensor = known[following % len(known)]
+    return other.to(part.dtype)
 
 
 _Tracks = list[tuple[bool, list[tuple[int, int]]]]

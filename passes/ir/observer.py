@@ -47,6 +47,21 @@ class Work(NamedTuple):
 _NONE = Work()
 
 
+class Own(NamedTuple):
+    """What a causal value shows of an input at the position that it stands for itself.
+
+    In `y = f(F.pad(x, (1, -1)))` position t of y depends on x before t, and not on x at t.
+
+    Attributes:
+        leaf: The input.
+        axis: The axis of the input of which all values at this position count; None if the position
+            has to be the same along all axes.
+    """
+
+    leaf: fx.Node
+    axis: int | None
+
+
 @dataclass(frozen=True)
 class Fact:
     """Observed facts of one node.
@@ -59,6 +74,7 @@ class Fact:
         random: Whether it drew random numbers in training mode.
         unaligned: Whether it holds a causal sequence whose positions do not lie along an axis, as
             after padding.
+        hides: What it does not show of a sequence that it follows from, as after a shift.
         bytes: Bytes of the tensors in its value.
         work: Work of its operators in evaluation mode.
     """
@@ -70,6 +86,7 @@ class Fact:
     bytes: int
     work: Work = _NONE
     unaligned: bool = False
+    hides: frozenset[Own] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ class Peers:
         if self._why_left:
             return
         self._why_left = _read(self._key(f"ended/{self._rank}")) or self._own(error)
-        self._write(f"left/{self._rank}", self._why_left)
+        for record in ("ended", "left"):  # the script may end before the others notice
+            self._write(f"{record}/{self._rank}", self._why_left)
         with suppress(RuntimeFault):  # the script destroyed them
             for group in self._groups:
                 _close(group())

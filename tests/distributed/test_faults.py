@@ -80,6 +80,8 @@ def _go_on(rank: int, where: str) -> list[str]:
             batch = batch[:, :3]
         if disturbed and where == "optimizer" and rank == 0:
             optimizer.register_step_pre_hook(_fail)
+        if number == 2 and where == "optimizer" and rank == 1:
+            time.sleep(2)  # by now the script of rank 0 is over
         try:
             module.train_step(batch, maybe_failing, optimizer)
             messages.append("")
