@@ -1,7 +1,8 @@
 """Costs of every node: shapes and aliases, FLOPs, bytes, seconds, memory.
 
 In: a `Program`, and a device profile for seconds on another device. Out: facts and costs by node.
-Read `node_facts.py` first, then `flops.py`, which defines the cost of an operator.
+Read `node_facts.py` first, then `axes.py`, which tells samples and positions apart, and `flops.py`,
+which defines the cost of an operator.
 """
 
 from passes.cost.device_profile import DeviceProfile, read_profile, roofline_costs, write_profile

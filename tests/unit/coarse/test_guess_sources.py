@@ -246,3 +246,50 @@ def test_a_longer_sequence_stays_causal(tokens: bool, coarse: str) -> None:
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     assert _leak(network, x, axis) < 1e-5
+
+
+class Heads(nn.Module):
+    """A block of a language model, whose heads of attention lie in front of the positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inlet, self.outlet = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.wider, self.narrower = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.inlet(x).unflatten(-1, (6, -1)).transpose(1, 2).chunk(3, 1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.outlet(mixed.transpose(1, 2).flatten(2))
+        return x + self.narrower(F.gelu(self.wider(x)))
+
+
+class Language(nn.Module):
+    """A language model of six blocks of two heads; outputs `[B, T, C]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.blocks = nn.Sequential(*(Heads(16) for _ in range(6)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.blocks(self.embedding(ids))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preprocess": "thinned"},
+        {"cut_inside_blocks": True},
+        {"preprocess": "lowrank", "coarse": "lowrank", "cut_inside_blocks": True},
+    ],
+)
+@pytest.mark.parametrize("stages", [4, 5])
+def test_heads_of_attention_do_not_mix_positions(options: dict[str, Any], stages: int) -> None:
+    torch.manual_seed(0)
+    model, x = Language().eval(), torch.randint(0, VOCABULARY, (2, 8))
+    assert _leak(model, x, 1) == 0
+    network = pnn.compile(model, x, stages=stages, **options).module.eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    assert _leak(network, x, 1) < 1e-5
