@@ -18,12 +18,12 @@ _FIGURES = (
 
 
 def table(path: Path) -> str:
-    """Every figure: mean and standard deviation over seeds."""
+    """Every figure: mean and standard deviation over runs."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in _latest(path):
+    for row, _ in _rows(path):
         groups.setdefault(tuple(row.get(key) for key in _KEYS), []).append(row)
     lines = [
-        f"| preset | task | study | network | N | seeds | {' | '.join(_FIGURES)} |",
+        f"| preset | task | study | network | N | runs | {' | '.join(_FIGURES)} |",
         f"|{'---|' * (6 + len(_FIGURES))}",
     ]
     for key, found in groups.items():
@@ -34,15 +34,12 @@ def table(path: Path) -> str:
 
 def summary(path: Path) -> str:
     """How the accuracy changes against the original of the same seed, in points, for every N."""
-    rows = [row for row in _latest(path) if row.get("study") != "iterations"]
-    originals = {_place(row): _reached(row) for row in rows if row["network"] == "original"}
     changes: dict[tuple[Any, ...], dict[int, list[float]]] = {}
-    for row in rows:
-        if row["network"] != "original" and _place(row) in originals:
+    for row, original in _rows(path):
+        if row["network"] != "original" and row["study"] != "iterations" and original is not None:
             key = tuple(row.get(key) for key in _KEYS[:4])
             by_size = changes.setdefault(key, {})
-            change = _reached(row) - originals[_place(row)]
-            by_size.setdefault(int(str(row["stages"])), []).append(change)
+            by_size.setdefault(int(str(row["stages"])), []).append(_reached(row) - original)
     sizes = sorted({size for by_size in changes.values() for size in by_size})
     lines = [
         f"| preset | task | study | network | {' | '.join(f'N = {size}' for size in sizes)} |",
@@ -54,10 +51,24 @@ def summary(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _latest(path: Path) -> list[Row]:
-    """The rows of a file; of a network that was run again the later row counts."""
+def _rows(path: Path) -> list[tuple[Row, float | None]]:
+    """Read the rows of a file, each with what its original reached, if that is there.
+
+    A row belongs to the original before it, or to the first one. Of a network that was run again
+    the later row counts, and both if the original was trained anew in between: the same seed gives
+    other weights on another machine.
+    """
     rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({tuple(row.get(key) for key in (*_KEYS, "seed")): row for row in rows}.values())
+    originals = {
+        _place(row): _reached(row) for row in reversed(rows) if row["network"] == "original"
+    }
+    found: dict[tuple[Any, ...], tuple[Row, float | None]] = {}
+    for row in rows:
+        if row["network"] == "original":
+            originals[_place(row)] = _reached(row)
+        original = originals.get(_place(row))
+        found[(*(row.get(key) for key in (*_KEYS, "seed")), original)] = row, original
+    return [*found.values()]
 
 
 def _place(row: Row) -> tuple[object, ...]:
@@ -66,7 +77,7 @@ def _place(row: Row) -> tuple[object, ...]:
 
 def _reached(row: Row) -> float:
     """Accuracy of a network in the end."""
-    return float(str(row.get("fitted", row.get("accuracy"))))
+    return float(str(row.get("fitted", row.get("accuracy", "nan"))))
 
 
 def _spread(numbers: list[float], *, signed: bool = False) -> str:

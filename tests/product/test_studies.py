@@ -332,11 +332,27 @@ def test_the_summary_compares_with_the_original_of_the_same_seed(tmp_path: Path)
         for name, stages, seed, fitted in (
             ("original", 1, 0, 90.0), ("original", 1, 1, 80.0),
             ("early exit", 3, 0, 88.0), ("early exit", 3, 1, 79.0), ("early exit", 6, 0, 91.0),
+            ("original", 1, 0, 92.0), ("narrow", 3, 0, 90.0), ("narrow", 3, 0, 91.0),
         )
     ]  # fmt: skip
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "| early exit | -1.50 ± 0.71 | +1.00 |" in summary(file)
+    assert "| narrow | -1.00 |  |" in summary(file)
+
+
+def test_a_network_of_an_original_that_was_trained_anew_counts_again(tmp_path: Path) -> None:
+    common = {"task": "vgg", "preset": "cpu", "study": "lengths", "seed": 0}
+    rows = [
+        common | {"network": name, "stages": 3, "fitted": fitted}
+        for name, fitted in (
+            ("original", 90.0), ("narrow", 89.0), ("original", 92.0), ("narrow", 90.0),
+        )
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| narrow | -1.50 ± 0.71 |" in summary(file)
+    assert "| cpu | vgg | lengths | narrow | 3 | 2 |" in table(file)
 
 
 def test_calling_layers_is_timed_for_every_batch(tmp_path: Path) -> None:
