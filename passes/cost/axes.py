@@ -282,10 +282,15 @@ def _middle(spec: TensorSpec, axis: int, others: Mapping[int, int]) -> tuple[sli
 
 
 def _replaced(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Return other values for a part of a tensor: for integers, others of the tensor."""
+    """Return other values for a part of a tensor: for integers, others of the tensor if it has any.
+
+    Equal integers, as in an example of zeros, get their neighbor towards zero: every table has it.
+    """
     if part.is_floating_point() or part.is_complex():
         return scaled(part)
     known = torch.unique(whole.long())
+    if len(known) == 1:
+        return torch.where(part > 0, part.long() - 1, part.long() + 1).to(part.dtype)
     following = torch.searchsorted(known, part.long().contiguous()) + 1
     other: torch.Tensor = known[following % len(known)]
     return other.to(part.dtype)
@@ -393,8 +398,9 @@ def _change_later_half(inputs: ExampleInputs, index: int, axis: int) -> Mapping[
     values = [value.detach().clone() for value in inputs.tensors()]
     size = values[index].shape[axis]
     later = values[index].narrow(axis, size // 2, size - size // 2)
-    changed = later.roll(1, axis if size > 3 else 0)
-    later.copy_(scaled(changed) if changed.is_floating_point() else changed)
+    later.copy_(
+        _replaced(later.roll(1, axis) if later.is_floating_point() else later, values[index])
+    )
     _, kwargs = inputs.with_leaves(values)
     return kwargs
 

@@ -172,6 +172,26 @@ def test_nothing_reads_what_is_later_in_a_sequence(
     assert _leak(network, x, axis) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "example",
+    [
+        torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=torch.long),
+        torch.tensor([[3, 1, 2]]), torch.zeros(2, 3, 8), torch.full((2, 3, 8), 0.5),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("coarse", ["auto", "lowrank"])
+def test_an_example_without_content_tells_a_sequence(example: Tensor, coarse: str) -> None:
+    torch.manual_seed(0)
+    tokens = not example.is_floating_point()
+    model = Decoder(CausalConvolution, tokens=tokens).eval()
+    network = pnn.compile(model, example, stages=3, coarse=coarse, preprocess="lowrank").module
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    x = torch.randint(0, VOCABULARY, example.shape) if tokens else torch.randn(example.shape)
+    assert _leak(network.eval(), x, 1 if tokens else 2) < 1e-5
+
+
 def test_calibration_chooses_among_what_reads_nothing_later() -> None:
     torch.manual_seed(0)
     model, batches = Decoder(CausalConvolution, tokens=False).eval(), torch.randn(20, 2, 3, LENGTH)
