@@ -245,9 +245,9 @@ def checks_table(report: VerifyReport) -> Table:
 _CONVERTED = (
     "a fit keeps more: calibrated and fitted for a tenth of their training, well trained networks "
     "lost 5.2 and 4.1 points in one window (VGG-16 / 8 and a residual network, N = 3), and 0.8 in "
-    "six (a ResNet of 18 units; 0.4 with preprocess='identity', coarse='identity')"
+    "six (a ResNet of 18 units; 0.5 with preprocess='identity', coarse='identity')"
 )
-"""What the studies of conversion measured at convergence, with one to three seeds."""
+"""What the studies of conversion measured at convergence, with one to four trainings."""
 
 
 def calibration_table(report: CalibrationReport) -> RenderableType:
